@@ -1,0 +1,102 @@
+"""Everything quantload raises on purpose.
+
+QuantloadError
+├── CheckpointError                 the files on disk, config.json and the index included
+│   ├── TruncatedShardError         a shard is shorter than its header says, or shrank while it was read
+│   ├── CorruptHeaderError          a safetensors header breaks a rule of the format
+│   ├── MissingShardError           the index names a file that is not there
+│   ├── UnsafePathError             the index names a path outside the checkpoint folder
+│   └── NonFiniteWeightError        a weight is NaN or infinite
+├── RouteError                      checkpoint tensors and model parameters do not match
+│   ├── MissingWeightsError         parameters, or regions of them, that nothing filled
+│   ├── UnexpectedWeightsError      checkpoint tensors with no parameter to go to
+│   ├── ShapeMismatchError          a tensor has another shape than its parameter
+│   └── RepeatedRegionError         a region arrived twice without a reload being announced
+├── PolicyError                     what to quantize, and how
+│   ├── UnknownSchemeError          a scheme name that is not registered; the message lists those that are
+│   └── UnmatchedPatternError       an ignore or override pattern that matches nothing, in strict mode
+├── MemoryBudgetError               the plan needs more memory than allowed: need, limit, what to change
+├── NoKernelError                   no kernel can serve; the message gives every candidate with its reason
+├── UnsupportedCheckpointError      pickle files, an unknown quant_method
+└── LoadCancelledError              the load was cancelled before it finished
+
+Every message says what was given, what was expected and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class QuantloadError(Exception):
+    """Base of every error quantload raises on purpose."""
+
+
+class CheckpointError(QuantloadError):
+    """The checkpoint on disk is wrong: a shard, the index or `config.json`."""
+
+
+class TruncatedShardError(CheckpointError):
+    """A shard is shorter than its header says, or shrank while it was being read."""
+
+
+class CorruptHeaderError(CheckpointError):
+    """A safetensors header breaks a rule of the format."""
+
+
+class MissingShardError(CheckpointError):
+    """The index names a shard that is not there."""
+
+
+class UnsafePathError(CheckpointError):
+    """The index names a path that leaves the checkpoint folder."""
+
+
+class NonFiniteWeightError(CheckpointError):
+    """A weight to be quantized is NaN or infinite."""
+
+
+class RouteError(QuantloadError):
+    """Checkpoint tensors and model parameters do not match."""
+
+
+class MissingWeightsError(RouteError):
+    """Parameters, or regions of them, that no checkpoint tensor filled."""
+
+
+class UnexpectedWeightsError(RouteError):
+    """Checkpoint tensors that no parameter takes."""
+
+
+class ShapeMismatchError(RouteError):
+    """A checkpoint tensor has another shape than the parameter it goes to."""
+
+
+class RepeatedRegionError(RouteError):
+    """A region of a parameter arrived twice without a reload being announced."""
+
+
+class PolicyError(QuantloadError):
+    """The quantization policy or an option cannot be carried out."""
+
+
+class UnknownSchemeError(PolicyError):
+    """A scheme name that is not registered."""
+
+
+class UnmatchedPatternError(PolicyError):
+    """An ignore or override pattern matched no module, in strict mode."""
+
+
+class MemoryBudgetError(QuantloadError):
+    """The load would need more memory than the limit the user set."""
+
+
+class NoKernelError(QuantloadError):
+    """No kernel can serve an operation on this device."""
+
+
+class UnsupportedCheckpointError(QuantloadError):
+    """A kind of checkpoint quantload does not read, such as pickle files."""
+
+
+class LoadCancelledError(QuantloadError):
+    """The load was cancelled before it finished."""

@@ -1,0 +1,104 @@
+"""What a user can choose about a load: frozen dataclasses whose unknown keys raise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self
+
+from .errors import PolicyError
+
+MIB = 1 << 20
+
+PageCache = Literal["auto", "keep", "drop"]
+Activations = Literal["auto", "none", "emulate"]
+
+
+def _from_mapping(cls: type[Any], values: Mapping[str, Any]) -> Any:
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise PolicyError(
+            f"{cls.__name__} does not know {', '.join(map(repr, unknown))}; it knows {', '.join(sorted(known))}"
+        )
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a load runs; nothing here changes the bytes that come out, except `scale_mode`.
+
+    `chunk_bytes`: largest piece read at once (bytes). `staging_bytes`: size of the arena the pieces are read
+    into (bytes; default two buffers a worker). `max_memory`: limit for the predicted peak (bytes, None = no limit).
+    `workers`: reading and quantizing threads (None = one a core). `page_cache`: `auto` leaves warm files alone and
+    drops cold ones behind the reader. `strict`: a pattern that matches nothing is an error, not a warning.
+    `kernels`: operation -> kernel name, to choose one by hand. Raises `PolicyError` for values out of range.
+    """
+
+    chunk_bytes: int = 8 * MIB
+    staging_bytes: int | None = None
+    max_memory: int | None = None
+    workers: int | None = None
+    page_cache: PageCache = "auto"
+    stats: bool = True
+    strict: bool = False
+    activations: Activations = "auto"
+    retries: int = 4
+    kernels: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes < 4096:
+            raise PolicyError(f"chunk_bytes is {self.chunk_bytes}; give at least 4096")
+        if self.workers is not None and self.workers < 1:
+            raise PolicyError(f"workers is {self.workers}; give at least 1, or None for one a core")
+        if self.page_cache not in ("auto", "keep", "drop"):
+            raise PolicyError(f"page_cache is {self.page_cache!r}; choose auto, keep or drop")
+        if self.activations not in ("auto", "none", "emulate"):
+            raise PolicyError(f"activations is {self.activations!r}; choose auto, none or emulate")
+        if self.retries < 0:
+            raise PolicyError(f"retries is {self.retries}; give 0 or more")
+        for name in ("staging_bytes", "max_memory"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise PolicyError(f"{name} is {value}; give a positive number of bytes")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Options from a mapping such as parsed JSON; an unknown key raises `PolicyError`."""
+        options: Self = _from_mapping(cls, values)
+        return options
+
+    def worker_count(self) -> int:
+        """Number of reading and quantizing threads."""
+        return self.workers or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class QuantizationPolicy:
+    """Which module gets which scheme.
+
+    `linear` and `experts` are scheme names (`experts=None`: the same as `linear`). `ignore` are patterns of modules
+    left as stored; `overrides` are (pattern, scheme) pairs, first match wins, and win over `ignore`. A pattern is a
+    module name, a glob, or a regular expression after `re:`. `default_ignore` also leaves the output head,
+    embeddings, routers and gates as stored.
+    """
+
+    linear: str = "quark_mxfp4"
+    experts: str | None = None
+    ignore: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, str], ...] = ()
+    default_ignore: bool = True
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Policy from a mapping such as parsed JSON; an unknown key raises `PolicyError`."""
+        values = dict(values)
+        if "ignore" in values:
+            values["ignore"] = tuple(values["ignore"])
+        if "overrides" in values:
+            overrides = values["overrides"]
+            pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
+            values["overrides"] = tuple((str(pattern), str(scheme)) for pattern, scheme in pairs)
+        policy: Self = _from_mapping(cls, values)
+        return policy

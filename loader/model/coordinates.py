@@ -1,0 +1,370 @@
+"""Run tensor operations on coordinates instead of data.
+
+A `Coordinates` tensor has a shape and no storage. It knows, for every part of itself, which element of which source
+tensor would stand there: a list of strided boxes. Handed to transformers' own conversion operations it comes out as
+the map from source elements to parameter elements, and no weight has to exist for it. Only operations that move
+elements can be followed; anything else raises `NotExpressible`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MAX_BOXES = 1 << 20
+
+
+class NotExpressible(Exception):
+    """An operation does something that moving strided boxes around cannot describe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A block of a tensor whose elements lie on a strided grid of one source tensor.
+
+    `start` and `shape` place the block in the tensor; element `i` of the block is element
+    `offset + sum(i * strides)` of the flattened source named `source`. All in elements.
+    """
+
+    source: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...]
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Row-major strides of `shape`, in elements."""
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * shape[dim + 1]
+    return tuple(strides)
+
+
+class Coordinates(torch.Tensor):
+    """A meta tensor that remembers where each of its elements comes from."""
+
+    boxes: list[Box]
+
+    @classmethod
+    def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype) -> Coordinates:
+        """The identity map of the source tensor `name`."""
+        shape = tuple(shape)
+        box = Box(name, (0,) * len(shape), shape, 0, contiguous_strides(shape))
+        return cls.build(shape, dtype, [box] if math.prod(shape) else [])
+
+    @classmethod
+    def build(cls, shape: Sequence[int], dtype: torch.dtype, boxes: list[Box]) -> Coordinates:
+        if len(boxes) > MAX_BOXES:
+            raise NotExpressible(f"the map falls into more than {MAX_BOXES} boxes")
+        meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        tensor: Coordinates = torch.Tensor._make_subclass(cls, meta)
+        tensor.boxes = boxes
+        return tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", repr(func))
+        if name == "__get__":
+            name = func.__self__.__name__  # type: ignore[attr-defined]  # the property's own name
+        handler = _HANDLERS.get(name)
+        if handler is not None:
+            return handler(*args, **(kwargs or {}))
+        if name in _TRANSPARENT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise NotExpressible(f"{name} is not a movement of elements")
+
+
+# What only asks about shape, type or place; the meta tensor below answers.
+_TRANSPARENT = frozenset(
+    {"shape", "dtype", "device", "ndim", "layout", "is_meta", "requires_grad", "itemsize", "nbytes", "names"}
+    | {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex"}
+    | {"is_contiguous", "__len__", "__hash__", "element_size", "storage_offset", "get_device"}
+)
+
+
+def _shape(x: Coordinates) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _dim(x: Coordinates, dim: int, extra: int = 0) -> int:
+    return dim % (x.ndim + extra)
+
+
+def _same(x: Coordinates, *_: Any, **__: Any) -> Coordinates:
+    return x
+
+
+def _to(x: Coordinates, *args: Any, **kwargs: Any) -> Coordinates:
+    dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+    if any(dtype != x.dtype for dtype in dtypes):
+        raise NotExpressible("a conversion to another dtype is not a movement of elements")
+    return x
+
+
+def _cat(tensors: Sequence[Coordinates], dim: int = 0, *, axis: int | None = None) -> Coordinates:
+    dim = _dim(tensors[0], dim if axis is None else axis)
+    shape, boxes, at = list(_shape(tensors[0])), [], 0
+    for x in tensors:
+        other = list(_shape(x))
+        if other[:dim] + other[dim + 1 :] != shape[:dim] + shape[dim + 1 :]:
+            raise ValueError(f"cannot concatenate {tuple(shape)} and {tuple(other)} along dimension {dim}")
+        for b in x.boxes:
+            start = (*b.start[:dim], b.start[dim] + at, *b.start[dim + 1 :])
+            boxes.append(Box(b.source, start, b.shape, b.offset, b.strides))
+        at += other[dim]
+    shape[dim] = at
+    return Coordinates.build(shape, tensors[0].dtype, boxes)
+
+
+def _unsqueeze(x: Coordinates, dim: int) -> Coordinates:
+    dim = _dim(x, dim, extra=1)
+
+    def put(values: tuple[int, ...], value: int) -> tuple[int, ...]:
+        return (*values[:dim], value, *values[dim:])
+
+    boxes = [Box(b.source, put(b.start, 0), put(b.shape, 1), b.offset, put(b.strides, 0)) for b in x.boxes]
+    return Coordinates.build(put(_shape(x), 1), x.dtype, boxes)
+
+
+def _stack(tensors: Sequence[Coordinates], dim: int = 0) -> Coordinates:
+    shapes = {_shape(x) for x in tensors}
+    if len(shapes) != 1:
+        raise ValueError(f"cannot stack tensors of different shapes: {sorted(shapes)}")
+    return _cat([_unsqueeze(x, dim) for x in tensors], _dim(tensors[0], dim, extra=1))
+
+
+def _drop(x: Coordinates, dims: Iterable[int]) -> Coordinates:
+    gone = set(dims)
+
+    def keep(values: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(value for dim, value in enumerate(values) if dim not in gone)
+
+    boxes = [Box(b.source, keep(b.start), keep(b.shape), b.offset, keep(b.strides)) for b in x.boxes]
+    return Coordinates.build(keep(_shape(x)), x.dtype, boxes)
+
+
+def _squeeze(x: Coordinates, dim: int | Sequence[int] | None = None) -> Coordinates:
+    dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    return _drop(x, [_dim(x, d) for d in dims if x.shape[_dim(x, d)] == 1])
+
+
+def _permute(x: Coordinates, *dims: Any) -> Coordinates:
+    order = [_dim(x, d) for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)]
+
+    def move(values: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(values[d] for d in order)
+
+    boxes = [Box(b.source, move(b.start), move(b.shape), b.offset, move(b.strides)) for b in x.boxes]
+    return Coordinates.build(move(_shape(x)), x.dtype, boxes)
+
+
+def _transpose(x: Coordinates, dim0: int, dim1: int) -> Coordinates:
+    order = list(range(x.ndim))
+    a, b = _dim(x, dim0), _dim(x, dim1)
+    order[a], order[b] = order[b], order[a]
+    return _permute(x, order)
+
+
+def _swap_first(x: Coordinates) -> Coordinates:
+    return _transpose(x, 0, 1) if x.ndim > 1 else x
+
+
+def _swap_last(x: Coordinates) -> Coordinates:
+    return _transpose(x, -2, -1)
+
+
+def _reversed(x: Coordinates) -> Coordinates:
+    return _permute(x, list(reversed(range(x.ndim))))
+
+
+def _narrow(x: Coordinates, dim: int, start: int, length: int) -> Coordinates:
+    dim = _dim(x, dim)
+    boxes = []
+    for b in x.boxes:
+        low, high = max(start, b.start[dim]), min(start + length, b.start[dim] + b.shape[dim])
+        if low < high:
+            moved = (*b.start[:dim], low - start, *b.start[dim + 1 :])
+            cut = (*b.shape[:dim], high - low, *b.shape[dim + 1 :])
+            boxes.append(Box(b.source, moved, cut, b.offset + (low - b.start[dim]) * b.strides[dim], b.strides))
+    return Coordinates.build((*x.shape[:dim], length, *x.shape[dim + 1 :]), x.dtype, boxes)
+
+
+def _split(x: Coordinates, sizes: int | Sequence[int], dim: int = 0) -> tuple[Coordinates, ...]:
+    total = x.shape[_dim(x, dim)]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, total - at) for at in range(0, total, sizes)]
+    if sum(sizes) != total:
+        raise ValueError(f"cannot split {total} elements into {list(sizes)}")
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(_narrow(x, dim, start, size) for start, size in zip(starts, sizes, strict=True))
+
+
+def _chunk(x: Coordinates, chunks: int, dim: int = 0) -> tuple[Coordinates, ...]:
+    return _split(x, -(-x.shape[_dim(x, dim)] // chunks), dim)
+
+
+def _unbind(x: Coordinates, dim: int = 0) -> tuple[Coordinates, ...]:
+    dim = _dim(x, dim)
+    return tuple(_drop(_narrow(x, dim, i, 1), [dim]) for i in range(x.shape[dim]))
+
+
+def _getitem(x: Coordinates, index: Any) -> Coordinates:
+    items = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        named = sum(item is not None for item in items) - 1
+        items[at : at + 1] = [slice(None)] * (x.ndim - named)
+    dim, gone = 0, []
+    for item in items:
+        if item is None:
+            x = _unsqueeze(x, dim)
+        elif isinstance(item, int):
+            x = _narrow(x, dim, item % x.shape[dim], 1)
+            gone.append(dim)
+        elif isinstance(item, slice) and item.step in (None, 1):
+            start, stop, _ = item.indices(x.shape[dim])
+            x = _narrow(x, dim, start, max(stop - start, 0))
+        elif isinstance(item, slice):
+            x = _step(x, dim, item)
+        else:
+            raise NotExpressible(f"indexing with {type(item).__name__} is not a movement of boxes")
+        dim += 1
+    return _drop(x, gone) if gone else x
+
+
+def _step(x: Coordinates, dim: int, item: slice) -> Coordinates:
+    start, stop, step = item.indices(x.shape[dim])
+    if step < 1 or any(b.start[dim] or b.shape[dim] != x.shape[dim] for b in x.boxes):
+        raise NotExpressible("a step over a dimension made of several boxes")
+    length = max(-(-(stop - start) // step), 0)
+
+    def put(values: tuple[int, ...], value: int) -> tuple[int, ...]:
+        return (*values[:dim], value, *values[dim + 1 :])
+
+    boxes = [
+        Box(b.source, b.start, put(b.shape, length), b.offset + start * b.strides[dim],
+            put(b.strides, b.strides[dim] * step))
+        for b in x.boxes
+    ]  # fmt: skip
+    return Coordinates.build(put(_shape(x), length), x.dtype, boxes)
+
+
+def _reshape(x: Coordinates, *shape: Any) -> Coordinates:
+    wanted = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+    if -1 in wanted:
+        wanted[wanted.index(-1)] = x.numel() // max(-math.prod(wanted), 1)
+    if math.prod(wanted) != x.numel():
+        raise ValueError(f"cannot reshape {_shape(x)} into {tuple(wanted)}")
+    boxes = x.boxes
+    groups = list(_matching_groups(_shape(x), tuple(wanted)))
+    for old, new in reversed(groups):  # from the right, so that positions to the left stay valid
+        old_sizes, new_sizes = [x.shape[d] for d in old], [wanted[d] for d in new]
+        if old_sizes != new_sizes:
+            boxes = [c for b in boxes for c in _regroup(b, old.start, old_sizes, new_sizes)]
+    return Coordinates.build(wanted, x.dtype, boxes)
+
+
+def _flatten(x: Coordinates, start_dim: int = 0, end_dim: int = -1) -> Coordinates:
+    first, last = _dim(x, start_dim), _dim(x, end_dim)
+    shape = _shape(x)
+    return _reshape(x, (*shape[:first], math.prod(shape[first : last + 1]), *shape[last + 1 :]))
+
+
+def _unflatten(x: Coordinates, dim: int, sizes: Sequence[int]) -> Coordinates:
+    dim = _dim(x, dim)
+    return _reshape(x, (*x.shape[:dim], *sizes, *x.shape[dim + 1 :]))
+
+
+def _matching_groups(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[range, range]]:
+    """Split two shapes of equal size into the shortest runs of dimensions with equal products."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first_old, first_new = i, j
+        left = right = 1
+        while left != right or (i == first_old and j == first_new):
+            if (left <= right and i < len(old)) or j == len(new):
+                left *= old[i]
+                i += 1
+            else:
+                right *= new[j]
+                j += 1
+        yield range(first_old, i), range(first_new, j)
+
+
+def _regroup(box: Box, first: int, old: list[int], new: list[int]) -> Iterator[Box]:
+    """Boxes of `box` after its dimensions `first..first+len(old)` of sizes `old` became `new`."""
+    for merged in _merge(box, first, old):
+        yield from _unmerge(merged, first, new)
+
+
+def _merge(box: Box, first: int, sizes: list[int]) -> Iterator[Box]:
+    if not sizes:
+        yield Box(box.source, _put(box.start, first, 0, (0,)), _put(box.shape, first, 0, (1,)), box.offset,
+                  _put(box.strides, first, 0, (0,)))  # fmt: skip
+        return
+    if len(sizes) == 1:
+        yield box
+        return
+    inner, last = sizes[-1], first + len(sizes) - 1
+    outer = last - 1
+    start = box.start[outer] * inner + box.start[last]
+    whole = box.shape[last] == inner and box.strides[outer] == inner * box.strides[last]
+    if whole or box.shape[outer] == 1:
+        shape = box.shape[outer] * box.shape[last]
+        yield from _merge(_fuse(box, outer, start, shape, box.offset), first, [*sizes[:-2], sizes[-2] * inner])
+        return
+    for i in range(box.shape[outer]):
+        piece = _fuse(box, outer, start + i * inner, box.shape[last], box.offset + i * box.strides[outer])
+        yield from _merge(piece, first, [*sizes[:-2], sizes[-2] * inner])
+
+
+def _fuse(box: Box, outer: int, start: int, length: int, offset: int) -> Box:
+    stride = box.strides[outer + 1]
+    return Box(box.source, _put(box.start, outer, 2, (start,)), _put(box.shape, outer, 2, (length,)), offset,
+               _put(box.strides, outer, 2, (stride,)))  # fmt: skip
+
+
+def _unmerge(box: Box, dim: int, sizes: list[int]) -> Iterator[Box]:
+    if len(sizes) <= 1:
+        yield box if sizes else _without(box, dim)
+        return
+    inner = math.prod(sizes[1:])
+    start, stop, stride = box.start[dim], box.start[dim] + box.shape[dim], box.strides[dim]
+    at = start
+    while at < stop:
+        row, column = divmod(at, inner)
+        if column == 0 and stop - at >= inner:
+            rows, columns = (stop - at) // inner, inner
+        else:
+            rows, columns = 1, min(inner - column, stop - at)
+        cut = Box(box.source, _put(box.start, dim, 1, (row, column)), _put(box.shape, dim, 1, (rows, columns)),
+                  box.offset + (at - start) * stride, _put(box.strides, dim, 1, (stride * inner, stride)))  # fmt: skip
+        yield from _unmerge(cut, dim + 1, sizes[1:])
+        at += rows * columns
+
+
+def _without(box: Box, dim: int) -> Box:
+    return Box(box.source, _put(box.start, dim, 1, ()), _put(box.shape, dim, 1, ()), box.offset,
+               _put(box.strides, dim, 1, ()))  # fmt: skip
+
+
+def _put(values: tuple[int, ...], at: int, count: int, new: Iterable[int]) -> tuple[int, ...]:
+    return (*values[:at], *new, *values[at + count :])
+
+
+_HANDLERS: dict[str, Callable[..., Any]] = {
+    "cat": _cat, "concat": _cat, "concatenate": _cat, "stack": _stack,
+    "unsqueeze": _unsqueeze, "squeeze": _squeeze,
+    "permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "t": _swap_first, "T": _reversed, "mT": _swap_last,
+    "narrow": _narrow, "split": _split, "split_with_sizes": _split, "chunk": _chunk, "unbind": _unbind,
+    "__getitem__": _getitem, "reshape": _reshape, "view": _reshape, "flatten": _flatten, "unflatten": _unflatten,
+    "contiguous": _same, "clone": _same, "detach": _same, "to": _to,
+}  # fmt: skip

@@ -1,0 +1,87 @@
+"""Coordinates must move exactly as data does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from quantload.model.coordinates import Coordinates, NotExpressible
+
+Operation = Callable[..., torch.Tensor]
+
+
+def gather(x: Coordinates, sources: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        out = torch.full(tuple(x.shape), -1)
+    for box in x.boxes:
+        values = torch.as_strided(sources[box.source].flatten(), box.shape, box.strides, box.offset)
+        out[tuple(slice(s, s + n) for s, n in zip(box.start, box.shape, strict=True))] = values
+    return out
+
+
+def check(operation: Operation, *shapes: tuple[int, ...]) -> None:
+    sources, at = {}, 0
+    for i, shape in enumerate(shapes):
+        n = torch.Size(shape).numel()
+        sources[f"t{i}"] = torch.arange(at, at + n).reshape(shape)
+        at += n
+    expected = operation(*sources.values())
+    moved = operation(*(Coordinates.of(name, t.shape, t.dtype) for name, t in sources.items()))
+    assert isinstance(moved, Coordinates)
+    assert torch.equal(gather(moved, sources), expected)
+
+
+OPERATIONS: list[tuple[Operation, list[tuple[int, ...]]]] = [
+    (lambda a, b: torch.cat([a, b], dim=1), [(3, 4), (3, 2)]),
+    (lambda a, b: torch.stack([a, b], dim=-1), [(3, 4), (3, 4)]),
+    (lambda a: a.transpose(0, 2).contiguous(), [(2, 3, 4)]),
+    (lambda a: a.T, [(3, 4)]),
+    (lambda a: a.permute(2, 0, 1), [(2, 3, 4)]),
+    (lambda a: torch.chunk(a, 3, dim=0)[1].clone(), [(9, 2)]),
+    (lambda a: torch.split(a, [2, 5], dim=1)[1], [(3, 7)]),
+    (lambda a: a.reshape(4, 2, 5).transpose(0, 1).reshape(8, 5), [(8, 5)]),
+    (lambda a: a.reshape(2, 4, 5).transpose(0, 1).reshape(8, 5), [(8, 5)]),
+    (lambda a: a.view(2, 3, 2, 7).transpose(1, 2).reshape(12, 7), [(12, 7)]),
+    (lambda a: a.view(3, 4).transpose(0, 1).reshape(12), [(12,)]),
+    (lambda a: a[:, 1::2], [(4, 6)]),
+    (lambda a: a[1], [(4, 6)]),
+    (lambda a: a[..., None, 2:4], [(4, 6)]),
+    (lambda a: a.flatten(1), [(2, 3, 4)]),
+    (lambda a: a.unflatten(0, (2, 3)), [(6, 4)]),
+    (lambda a: a.reshape(6, 1, 4).squeeze(1), [(6, 4)]),
+    (lambda a, b: torch.cat([torch.stack([a, a]), torch.stack([b, b])], dim=1), [(2, 3), (4, 3)]),
+    (lambda a, b: torch.cat([a, b]).reshape(2, 3, 4), [(3, 4), (3, 4)]),
+    (lambda a, b: torch.cat([a, b]).unbind(0)[4], [(3, 4), (3, 4)]),
+]
+
+
+@pytest.mark.parametrize(("operation", "shapes"), OPERATIONS)
+def test_moves_as_data_does(operation: Operation, shapes: list[tuple[int, ...]]) -> None:
+    check(operation, *shapes)
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.permutations([0, 1, 2]), st.permutations([0, 1, 2])
+)
+def test_reshape_of_any_permutation(a: int, b: int, c: int, first: list[int], second: list[int]) -> None:
+    check(lambda x: x.permute(first).reshape(a * b, c).reshape(c, a, b).permute(second).reshape(-1), (a, b, c))
+
+
+@pytest.mark.parametrize("operation", [lambda a: a + 1, lambda a: a.to(torch.float64), lambda a: a[[0, 1]]])
+def test_arithmetic_is_refused(operation: Operation) -> None:
+    with pytest.raises(NotExpressible):
+        operation(Coordinates.of("t", (4, 4), torch.float32))
+
+
+def test_a_box_across_a_reshaped_border_is_cut() -> None:
+    check(lambda a, b: torch.cat([a, b]).reshape(3, 2), (3,), (3,))
+    check(lambda a, b: torch.cat([a, b]).reshape(2, 3, 4).transpose(0, 2), (7,), (17,))
+
+
+def test_too_many_boxes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantload.model.coordinates.MAX_BOXES", 8)
+    with pytest.raises(NotExpressible, match="8 boxes"):
+        Coordinates.of("t", (16, 2), torch.float32).T.reshape(32).reshape(16, 2).T.reshape(-1)

@@ -1,0 +1,210 @@
+"""What one load did: the report users save, compare and scrape, and its JSON form."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from ..errors import QuantloadError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ModuleKind = Literal["linear", "experts"]
+
+# Order of the accumulators that a quantize kernel fills while it works on a piece.
+COUNT, SIGNAL, NOISE, MAX_ABS_ERROR, AMAX, SATURATED, ZERO_CODES = range(7)
+STATISTICS = 7
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal to quantization noise ratio, 10 log10(sum x^2 / sum (x - q)^2), in dB.
+
+    Infinite where there is no noise, NaN where there is neither signal nor noise.
+    """
+    if noise > 0:
+        return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    return math.inf if signal > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized module: sizes in bytes, error of its weights; the five statistics are None with `--stats off`.
+
+    `sqnr_db` may be infinite (exact) or NaN (all zeros); both are null in JSON. `saturated_fraction` and
+    `zero_fraction` are shares of its elements whose code is the largest one by clamping, or zero.
+    """
+
+    name: str
+    kind: ModuleKind
+    scheme: str
+    kernel: str
+    bytes_in: int
+    bytes_out: int
+    numel: int
+    sqnr_db: float | None = None
+    max_abs_error: float | None = None
+    amax: float | None = None
+    saturated_fraction: float | None = None
+    zero_fraction: float | None = None
+
+    @classmethod
+    def from_statistics(
+        cls,
+        statistics: Sequence[float],
+        *,
+        name: str,
+        kind: ModuleKind,
+        scheme: str,
+        kernel: str,
+        bytes_in: int,
+        bytes_out: int,
+        numel: int,
+    ) -> Self:
+        """A layer's line from its accumulators.
+
+        `statistics` is a float64 vector of 7: element count, sum x^2, sum (x - q)^2, max |x - q|, max |x|, saturated
+        count, zero-code count. Raises `ValueError` for another length.
+        """
+        if len(statistics) != STATISTICS:
+            raise ValueError(f"statistics of {name} have {len(statistics)} accumulators; {STATISTICS} are expected")
+        values = [float(value) for value in statistics]
+        count = values[COUNT]
+        return cls(
+            name=name,
+            kind=kind,
+            scheme=scheme,
+            kernel=kernel,
+            bytes_in=bytes_in,
+            bytes_out=bytes_out,
+            numel=numel,
+            sqnr_db=sqnr_db(values[SIGNAL], values[NOISE]),
+            max_abs_error=values[MAX_ABS_ERROR],
+            amax=values[AMAX],
+            saturated_fraction=values[SATURATED] / count if count else 0.0,
+            zero_fraction=values[ZERO_CODES] / count if count else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class KeptReport:
+    """A linear or experts module left as stored, with the reason and its bytes."""
+
+    name: str
+    reason: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TimelinePoint:
+    """One moment of a load: seconds since its start, bytes read so far, memory above the baseline (bytes)."""
+
+    seconds: float
+    bytes_read: int
+    memory: int
+
+
+@dataclass
+class LoadReport:
+    """Everything a load says about itself; sizes in bytes, `seconds` in seconds.
+
+    `peak_bytes` is the highest memory above `baseline_bytes`, the value before the load. `layers` are the quantized
+    modules, `kept` those that were not, `timeline` at most 200 points.
+    """
+
+    model: str
+    quantization: str
+    device: str
+    seconds: float
+    bytes_read: int
+    checkpoint_bytes: int
+    final_bytes: int
+    peak_bytes: int
+    staging_peak_bytes: int
+    baseline_bytes: int
+    predicted_final_bytes: int
+    predicted_peak_bytes: int
+    fallback_conversions: int = 0
+    layers: list[LayerReport] = field(default_factory=list)
+    kept: list[KeptReport] = field(default_factory=list)
+    timeline: list[TimelinePoint] = field(default_factory=list)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes read per second of the whole load; 0 for a load that took no time."""
+        return self.bytes_read / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def increase_bytes(self) -> int:
+        """Memory the load left behind: the last measured point of the timeline, or `final_bytes` without one."""
+        return self.timeline[-1].memory if self.timeline else self.final_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able dicts, lists, strings and numbers; an infinite or NaN number becomes None."""
+        plain: dict[str, Any] = _without_nonfinite(asdict(self))
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The report `to_dict` gave; an unknown or missing field raises `QuantloadError`."""
+        values = dict(_checked(cls, values))
+        for name, item in (("layers", LayerReport), ("kept", KeptReport), ("timeline", TimelinePoint)):
+            entries = values.get(name, [])
+            if not isinstance(entries, Sequence) or isinstance(entries, str):
+                raise QuantloadError(f"not a load report: {name} is {type(entries).__name__}, a list is expected")
+            values[name] = [item(**_checked(item, entry)) for entry in entries]
+        return cls(**values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report to `path` as indented JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a report that `save` wrote; raises `QuantloadError` where `path` holds something else."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise QuantloadError(
+                f"{os.fspath(path)} is not a load report: {error}; give a file `save` wrote"
+            ) from error
+        return cls.from_dict(values)
+
+
+def render(report: LoadReport, console: Console | None = None) -> None:
+    """Print `report` as rich tables; `console` defaults to standard error, so that standard output stays JSON."""
+    from .summary import print_summary
+
+    print_summary(report, console)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _checked(cls: type[Any], values: Any) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise QuantloadError(
+            f"not a load report: {type(values).__name__} where the fields of {cls.__name__} are expected"
+        )
+    known = {f.name for f in fields(cls)}
+    # Fields with a default may be absent, as in a report written by an older release.
+    required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    unknown, missing = sorted(set(values) - known), sorted(required - set(values))
+    if unknown or missing:
+        raise QuantloadError(
+            f"not a load report: {cls.__name__} has unknown fields {unknown}"
+            f" and lacks {missing}; it has {sorted(known)}"
+        )
+    return values

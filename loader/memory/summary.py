@@ -1,0 +1,125 @@
+"""The load report as tables for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .budget import GIB, format_bytes
+from .report import KeptReport, LayerReport, LoadReport
+
+WORST_LAYERS = 5
+NAMES_PER_REASON = 3
+
+
+def print_summary(report: LoadReport, console: Console | None = None) -> None:
+    """Print schemes, worst layers, what was kept, memory and speed; `console` defaults to standard error."""
+    console = console or Console(stderr=True)
+    console.print(Text(f"{report.model} as {report.quantization} on {report.device}", style="bold"))
+    if report.layers:
+        console.print(_schemes(report.layers))
+    worst = _worst(report.layers)
+    if worst:
+        console.print(_worst_layers(worst))
+    if report.kept:
+        console.print(_kept(report.kept))
+    console.print(_memory(report))
+    conversions = f", {report.fallback_conversions} fallback conversions" if report.fallback_conversions else ""
+    console.print(
+        f"read {format_bytes(report.bytes_read)} in {report.seconds:.1f} s"
+        f" ({report.bytes_per_second / GIB:.2f} GiB/s){conversions}",
+        highlight=False,
+    )
+
+
+def mean_and_min_sqnr(layers: Iterable[LayerReport]) -> tuple[float, float] | None:
+    """Mean over layers and minimum of the SQNR (dB), exact and all-zero layers left out; None without any."""
+    values = [sqnr for layer in layers if (sqnr := _finite_sqnr(layer)) is not None]
+    return (math.fsum(values) / len(values), min(values)) if values else None
+
+
+def _finite_sqnr(layer: LayerReport) -> float | None:
+    return layer.sqnr_db if layer.sqnr_db is not None and math.isfinite(layer.sqnr_db) else None
+
+
+def _schemes(layers: list[LayerReport]) -> Table:
+    groups: dict[tuple[str, str], list[LayerReport]] = defaultdict(list)
+    for layer in layers:
+        groups[layer.scheme, layer.kind].append(layer)
+    table = Table("scheme", "kind", "kernel")
+    for title in ("layers", "weights", "bytes in", "bytes out", "mean SQNR", "min SQNR"):
+        table.add_column(title, justify="right")
+    for (scheme, kind), group in sorted(groups.items()):
+        sqnr = mean_and_min_sqnr(group)
+        table.add_row(
+            scheme,
+            kind,
+            ", ".join(sorted({layer.kernel for layer in group})),
+            str(len(group)),
+            f"{sum(layer.numel for layer in group):,}",
+            format_bytes(sum(layer.bytes_in for layer in group)),
+            format_bytes(sum(layer.bytes_out for layer in group)),
+            f"{sqnr[0]:.1f} dB" if sqnr else "-",
+            f"{sqnr[1]:.1f} dB" if sqnr else "-",
+        )
+    return table
+
+
+def _worst(layers: list[LayerReport]) -> list[tuple[float, LayerReport]]:
+    known = [(sqnr, layer) for layer in layers if (sqnr := _finite_sqnr(layer)) is not None]
+    return sorted(known, key=lambda pair: (pair[0], pair[1].name))[:WORST_LAYERS]
+
+
+def _worst_layers(worst: list[tuple[float, LayerReport]]) -> Table:
+    table = Table("worst layers", "scheme")
+    for title in ("SQNR", "max error", "amax", "saturated", "zero"):
+        table.add_column(title, justify="right")
+    for sqnr, layer in worst:
+        table.add_row(
+            Text(layer.name),
+            layer.scheme,
+            f"{sqnr:.1f} dB",
+            _number(layer.max_abs_error),
+            _number(layer.amax),
+            _share(layer.saturated_fraction),
+            _share(layer.zero_fraction),
+        )
+    return table
+
+
+def _kept(kept: list[KeptReport]) -> Table:
+    reasons: dict[str, list[KeptReport]] = defaultdict(list)
+    for module in kept:
+        reasons[module.reason].append(module)
+    table = Table("kept as stored, because", "modules")
+    table.add_column("bytes", justify="right")
+    for reason, modules in sorted(reasons.items(), key=lambda item: -sum(module.bytes for module in item[1])):
+        names = ", ".join(module.name for module in modules[:NAMES_PER_REASON])
+        more = f", ... ({len(modules)} in all)" if len(modules) > NAMES_PER_REASON else ""
+        table.add_row(Text(reason), Text(names + more), format_bytes(sum(module.bytes for module in modules)))
+    return table
+
+
+def _memory(report: LoadReport) -> Table:
+    table = Table("memory")
+    table.add_column("measured", justify="right")
+    table.add_column("planned", justify="right")
+    table.add_row("checkpoint", format_bytes(report.checkpoint_bytes), "")
+    table.add_row("final", format_bytes(report.final_bytes), format_bytes(report.predicted_final_bytes))
+    table.add_row("peak", format_bytes(report.peak_bytes), format_bytes(report.predicted_peak_bytes))
+    table.add_row("staging", format_bytes(report.staging_peak_bytes), "")
+    table.add_row("before the load", format_bytes(report.baseline_bytes), "")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

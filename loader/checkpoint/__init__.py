@@ -1,0 +1,29 @@
+"""What is on disk: from a folder or hub id to checked headers, and from there to bytes in reused buffers."""
+
+from .headers import ShardHeader, TensorEntry, read_header
+from .index import CheckpointIndex, Shard, read_index
+from .pieces import Barrier, Piece, Workspace
+from .reader import PieceReader, ReadTotals
+from .resolve import Checkpoint, resolve
+from .source import FileSource, Source
+from .stream import StreamEntry, read_stream
+
+__all__ = [
+    "Barrier",
+    "Checkpoint",
+    "CheckpointIndex",
+    "FileSource",
+    "Piece",
+    "PieceReader",
+    "ReadTotals",
+    "Shard",
+    "ShardHeader",
+    "Source",
+    "StreamEntry",
+    "TensorEntry",
+    "Workspace",
+    "read_header",
+    "read_index",
+    "read_stream",
+    "resolve",
+]

@@ -1,0 +1,138 @@
+"""The index of a checkpoint: every tensor of every shard, checked before a byte of model memory is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import CheckpointError, MissingShardError, UnsupportedCheckpointError
+from .headers import TensorEntry, read_header
+from .resolve import Checkpoint
+from .source import FileSource, Source, read_bytes
+from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name, parse_weight_map
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_OTHER_FORMATS = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX"}
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its path relative to the checkpoint, as a `Source` takes it, and its size in bytes."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointIndex:
+    """All tensors of a checkpoint by name, in the order of shards and of their headers.
+
+    `total_bytes` is the sum of the tensors' bytes; `metadata` is that of the first shard's header.
+    """
+
+    shards: tuple[Shard, ...]
+    tensors: dict[str, TensorEntry]
+    total_bytes: int
+    metadata: dict[str, str]
+
+
+def read_index(checkpoint: Checkpoint, source: Source | None = None) -> CheckpointIndex:
+    """Reads and checks the headers of all shards, those transformers would load: `model.safetensors`, else the shards
+    of `model.safetensors.index.json`, or the file `transformers_weights` in `config.json` names.
+
+    `source` serves paths relative to the checkpoint (default: the files below `checkpoint.root`). A tensor in a shard
+    that the index does not list is loaded, and one that lies in another shard than listed is taken from there, as in
+    transformers. Raises `CheckpointError` for tensors listed but in no shard or in two, its subclasses for missing,
+    truncated, corrupt and unsafe shards, `UnsupportedCheckpointError` when there are only files of other formats.
+    """
+    if source is None:
+        with FileSource(checkpoint.root, page_cache="keep") as files:
+            return _read_index(checkpoint, files)
+    return _read_index(checkpoint, source)
+
+
+def _read_index(checkpoint: Checkpoint, source: Source) -> CheckpointIndex:
+    index_name, names, listed = _find_shards(checkpoint, source)
+    shards: list[Shard] = []
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] = {}
+    for number, name in enumerate(names):
+        try:
+            header = read_header(source, name, number)
+        except MissingShardError as error:
+            raise MissingShardError(f"{index_name} names the shard {error}") from None
+        repeated = [tensor for tensor in header.tensors if tensor in tensors] if tensors else []
+        if repeated:
+            raise CheckpointError(
+                f"{_some(repeated)} in {names[tensors[repeated[0]].shard]} and again in {name}; "
+                "only one of them can be right: remove the stale file from the index, or save the checkpoint again"
+            )
+        shards.append(Shard(name, header.size))
+        tensors.update(header.tensors)
+        metadata = metadata or header.metadata
+    missing = [tensor for tensor in listed if tensor not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{index_name} lists {_some(missing)}, in none of its {len(names)} shards; "
+            "copy or download the checkpoint again, or save it again"
+        )
+    return CheckpointIndex(tuple(shards), tensors, sum(entry.nbytes for entry in tensors.values()), metadata)
+
+
+def _find_shards(checkpoint: Checkpoint, source: Source) -> tuple[str, list[str], dict[str, str]]:
+    """The file that decides, the shards' names, and the listed tensors with their shard."""
+    explicit = explicit_name(checkpoint.config()) if (checkpoint.root / "config.json").exists() else None
+    if explicit is not None and not explicit.endswith(".index.json"):
+        return "config.json", [explicit], {}
+    if explicit is None and _exists(source, SINGLE_NAME):
+        return SINGLE_NAME, [SINGLE_NAME], {}
+    index_name = explicit or INDEX_NAME
+    if not _exists(source, index_name):
+        raise _nothing_to_load(checkpoint)
+    size = source.size(index_name)
+    if size > MAX_INDEX_BYTES:
+        raise CheckpointError(f"{index_name}: {size:,} bytes, an index has at most {MAX_INDEX_BYTES:,}; save it again")
+    weight_map = parse_weight_map(read_bytes(source, index_name, 0, size), index_name)
+    names = sorted(set(weight_map.values()))
+    return index_name, names, weight_map
+
+
+def _exists(source: Source, name: str) -> bool:
+    try:
+        source.size(name)
+    except MissingShardError:
+        return False
+    return True
+
+
+def _nothing_to_load(checkpoint: Checkpoint) -> CheckpointError | UnsupportedCheckpointError:
+    present = sorted(path.name for path in checkpoint.root.iterdir() if path.is_file())
+    expected = f"neither {SINGLE_NAME} nor {INDEX_NAME}"
+    pickles = [name for name in present if name.endswith(_PICKLE_SUFFIXES)]
+    tensors = [name for name in present if name.endswith(".safetensors")]
+    others = [name for name in present if name.endswith(tuple(_OTHER_FORMATS))]
+    if "adapter_config.json" in present:
+        return UnsupportedCheckpointError(
+            f"{checkpoint.root} holds an adapter, not a model; merge it into its base model and save that"
+        )
+    if tensors:
+        return CheckpointError(
+            f"{checkpoint.root} has {expected}, but {_some(tensors)}; rename a single file to {SINGLE_NAME}, "
+            f"set transformers_weights in config.json to its name, or restore the missing {INDEX_NAME}"
+        )
+    if pickles:
+        return UnsupportedCheckpointError(
+            f"{checkpoint.root} only has pickle files ({_some(pickles)}), which can run code when opened; convert them "
+            "once with transformers: from_pretrained(...).save_pretrained(folder), which writes safetensors"
+        )
+    if others:
+        kind = _OTHER_FORMATS[others[0][others[0].rindex(".") :]]
+        return UnsupportedCheckpointError(f"{checkpoint.root} has {kind} weights ({_some(others)}), not safetensors")
+    return CheckpointError(
+        f"{checkpoint.root} has {expected}, nor other weights; give the folder the model was saved to"
+    )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(name[:200] for name in names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN:,} more"

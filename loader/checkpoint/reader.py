@@ -1,0 +1,222 @@
+"""The reader: workers that read pieces in order into reused buffers and deliver them while they are in cache."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import PolicyError
+from .arena import Arena, rounded_slot
+from .crew import Crew, Stopped
+from .index import Shard
+from .pieces import ALIGNMENT, Batch, Piece, Workspace, check_barriers, plan_batches, sub_reads
+from .source import Source
+
+_BARRIER_POLL = 0.05
+_READAHEAD_BATCHES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTotals:
+    """What a run read: bytes, seconds, and the most bytes of the arena that were ever touched."""
+
+    bytes_read: int
+    seconds: float
+    staging_peak_bytes: int
+
+
+class PieceReader:
+    """Reads pieces of `shards` through `source` with up to `workers` threads.
+
+    Each worker owns one buffer of `chunk_bytes` and, if it asks for it, one scratch buffer of the same size; both
+    come out of `staging_bytes` (default: exactly that much), and fewer workers run when it holds fewer pairs. Raises
+    `PolicyError` when it holds none. `cancel` ends a run with `LoadCancelledError`; `on_progress` gets the bytes read
+    so far, in the thread that called `run`, ten times a second and once at the end.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        shards: Sequence[Shard],
+        *,
+        workers: int = 1,
+        chunk_bytes: int = 8 << 20,
+        staging_bytes: int | None = None,
+        cancel: threading.Event | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        minimum = 2 * rounded_slot(chunk_bytes)
+        self._staging_bytes = workers * minimum if staging_bytes is None else staging_bytes
+        if self._staging_bytes < minimum:
+            raise PolicyError(
+                f"staging_bytes is {staging_bytes}; pieces of {chunk_bytes} bytes need at least {minimum}: "
+                "give more staging_bytes or a smaller chunk_bytes"
+            )
+        self.workers = max(1, min(workers, self._staging_bytes // minimum))
+        self._source = source
+        self._paths = [shard.path for shard in shards]
+        self._chunk_bytes = chunk_bytes
+        self._cancel = cancel
+        self._on_progress = on_progress
+
+    def run(self, pieces: Sequence[Piece]) -> ReadTotals:
+        """Reads and delivers every piece once; the source is closed afterwards, as it may be opened again.
+
+        Raises the first error of a read or of a `deliver` unchanged. Afterwards, error or not, all threads have
+        ended, the arena is freed and no file is open.
+        """
+        check_barriers(pieces)
+        self._check_sizes(pieces)
+        start = time.perf_counter()
+        arena = Arena(self._staging_bytes, self._chunk_bytes)
+        try:
+            work = _Work(self._source, self._paths, arena, plan_batches(pieces, arena.slot_bytes))
+            crew = Crew(min(self.workers, max(1, len(work.batches))), work.take_part, self._cancel)
+            report = self._on_progress
+            crew.work(None if report is None else lambda: report(work.bytes_read))
+            if report is not None:
+                report(work.bytes_read)
+            return ReadTotals(work.bytes_read, time.perf_counter() - start, arena.peak_bytes)
+        finally:
+            arena.close()
+            self._source.close()
+
+    def _check_sizes(self, pieces: Sequence[Piece]) -> None:
+        for number, piece in enumerate(pieces):
+            if piece.target is None and piece.nbytes > self._chunk_bytes:
+                raise ValueError(
+                    f"piece {number} has {piece.nbytes} bytes, chunk_bytes is {self._chunk_bytes}; "
+                    "cut it smaller or give it a target"
+                )
+            if not 0 <= piece.shard < len(self._paths):
+                raise ValueError(f"piece {number} is of shard {piece.shard}, there are {len(self._paths)}")
+
+
+class _Work:
+    """What the workers of one run share."""
+
+    def __init__(self, source: Source, paths: list[str], arena: Arena, batches: list[Batch]) -> None:
+        self.source = source
+        self.paths = paths
+        self.arena = arena
+        self.batches = batches
+        # Threads share the iterator: the interpreter makes each step of it atomic.
+        self.numbers = iter(range(len(batches)))
+        self._workers: list[_Worker] = []
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far by all workers."""
+        return sum(worker.bytes_read for worker in tuple(self._workers))
+
+    def take_part(self, crew: Crew, number: int) -> None:
+        """Takes batches in order until there are none left."""
+        workspace = Workspace(self.arena)
+        try:
+            worker = _Worker(self, crew, workspace)
+            self._workers.append(worker)
+            for index in self.numbers:
+                if crew.stopping:
+                    raise Stopped
+                worker.read_ahead(index)
+                worker.handle(self.batches[index])
+        finally:
+            workspace.close()
+
+
+class _Worker:
+    """One thread's part of a run."""
+
+    def __init__(self, work: _Work, crew: Crew, workspace: Workspace) -> None:
+        self._work = work
+        self._crew = crew
+        self._source = work.source
+        self._workspace = workspace
+        self._slot = workspace.slot
+        self.bytes_read = 0
+
+    def read_ahead(self, index: int) -> None:
+        """Asks for the batch a few places after `index`; the first batch asks for all up to there."""
+        first = index + _READAHEAD_BATCHES if index else 1
+        for batch in self._work.batches[first : index + _READAHEAD_BATCHES + 1]:
+            self._source.prefetch(self._work.paths[batch.shard], batch.offset, batch.stop - batch.offset)
+
+    def handle(self, batch: Batch) -> None:
+        """Reads a batch and delivers its pieces."""
+        if len(batch.pieces) > 1:
+            self._handle_shared(batch)
+        else:
+            self._handle_single(batch, batch.pieces[0])
+
+    def _handle_single(self, batch: Batch, piece: Piece) -> None:
+        path, nbytes = self._work.paths[batch.shard], piece.nbytes
+        if piece.target is None:
+            buffer = self._slot.first(nbytes)
+            self._fill(path, piece.extents, self._slot.memory)
+        else:
+            buffer = _checked(piece.target(), nbytes)
+            if buffer.device.type == "cpu":
+                self._fill(path, piece.extents, buffer.numpy().data)
+            else:
+                self._fill_device(path, piece.extents, buffer)
+        # Strided pieces share their pages with the next ones, and a first pass is read again: both stay for now.
+        if batch.stop - batch.offset == nbytes and piece.signal is None:
+            self._source.release(path, batch.offset, nbytes)
+        self._deliver(piece, buffer)
+
+    def _handle_shared(self, batch: Batch) -> None:
+        path, span = self._work.paths[batch.shard], batch.stop - batch.offset
+        shared = self._slot.first(span)
+        self._fill(path, ((batch.offset, span),), self._slot.memory)
+        self._source.release(path, batch.offset, span)
+        # A batch takes at most half of the slot, so that the other half can align its pieces.
+        half = self._work.arena.slot_bytes // 2
+        for piece in batch.pieces:
+            ((offset, nbytes),) = piece.extents
+            position = offset - batch.offset
+            buffer = shared[position : position + nbytes]
+            if piece.target is not None:
+                buffer = _checked(piece.target(), nbytes).copy_(buffer)
+            elif position % ALIGNMENT:
+                buffer = self._slot.first(half + nbytes)[half:].copy_(buffer)
+            self._deliver(piece, buffer)
+
+    def _fill(self, path: str, extents: tuple[tuple[int, int], ...], memory: memoryview) -> None:
+        for position, offset, count in sub_reads(extents, self._source.read_bytes):
+            if self._crew.stopping:
+                raise Stopped
+            self._source.read_into(path, offset, memory[position : position + count])
+            self.bytes_read += count
+
+    def _fill_device(self, path: str, extents: tuple[tuple[int, int], ...], target: Tensor) -> None:
+        for position, offset, count in sub_reads(extents, min(self._source.read_bytes, self._work.arena.slot_bytes)):
+            if self._crew.stopping:
+                raise Stopped
+            staged = self._slot.first(count)
+            self._source.read_into(path, offset, self._slot.memory[:count])
+            target[position : position + count].copy_(staged)
+            self.bytes_read += count
+
+    def _deliver(self, piece: Piece, buffer: Tensor) -> None:
+        if piece.after is not None:
+            while not piece.after.wait(_BARRIER_POLL):
+                if self._crew.stopping:
+                    raise Stopped
+        self._workspace.buffer = buffer
+        piece.deliver(self._workspace)
+        if piece.signal is not None:
+            piece.signal.signal()
+
+
+def _checked(target: Tensor, nbytes: int) -> Tensor:
+    if target.dtype != torch.uint8 or target.dim() != 1 or target.numel() != nbytes or not target.is_contiguous():
+        raise ValueError(
+            f"a target is a contiguous 1-D uint8 tensor of the piece's {nbytes} bytes, "
+            f"not {target.dtype} of shape {list(target.shape)}"
+        )
+    return target

@@ -1,0 +1,123 @@
+"""From what the user gave (folder or hub id) to a local folder with the checkpoint's files."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import CheckpointError, UnsupportedCheckpointError
+from .weight_map import INDEX_NAME, SINGLE_NAME, explicit_name, parse_weight_map
+
+# Everything transformers reads beside the weights. Never pickles.
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+_MAX_CONFIG_BYTES = 16 << 20
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder with a checkpoint, and the name the user gave for it."""
+
+    root: Path
+    model_id: str
+
+    def config(self) -> dict[str, Any]:
+        """`config.json` as a dict; raises `CheckpointError` when it is missing or no JSON object."""
+        path = self.root / "config.json"
+        try:
+            if path.stat().st_size > _MAX_CONFIG_BYTES:
+                raise CheckpointError(f"{path}: larger than {_MAX_CONFIG_BYTES:,} bytes; this is no model config")
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{self.root}: has no config.json; give the folder or hub id of a transformers model"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download it again") from None
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path}: holds a {type(config).__name__}, expected a JSON object")
+        return config
+
+
+def resolve(model_id: str | Path, revision: str | None = None) -> Checkpoint:
+    """The checkpoint a folder or hub id stands for; a hub id is downloaded, or taken from the cache when offline.
+
+    Only safetensors weights and small text files are downloaded. Raises `CheckpointError` when there is no such
+    folder or repository, `UnsupportedCheckpointError` for URLs.
+    """
+    given = str(model_id)
+    if _URL.match(given):
+        raise UnsupportedCheckpointError(
+            f"{given!r} is a URL; only folders and hub ids are opened directly: copy its config and tokenizer to a "
+            "folder and pass a quantload.checkpoint.Source that reads the weights"
+        )
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return Checkpoint(folder.resolve() if folder.is_symlink() else folder.absolute(), given)
+    if folder.exists():
+        raise CheckpointError(f"{given!r} is a file; give the folder it lies in, with its config.json")
+    if isinstance(model_id, Path) or _looks_local(given):
+        raise CheckpointError(
+            f"{given!r} is no folder here; check the path, or give a hub id such as 'Qwen/Qwen3-0.6B'"
+        )
+    return Checkpoint(_download(given, revision), given)
+
+
+def _looks_local(given: str) -> bool:
+    return (
+        given.startswith((".", "/", "~")) or given.endswith("/") or "\\" in given or given.count("/") > 1 or not given
+    )
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """Fetches the small files, then exactly the shards they call for, of the same commit."""
+    try:
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SMALL_FILES)))
+        shards = _shards_to_fetch(root)
+        if all((root / shard).exists() for shard in shards):
+            return root
+        return Path(snapshot_download(repo, revision=root.name, allow_patterns=shards))
+    except HFValidationError:
+        raise CheckpointError(f"{repo!r} is neither a folder here nor a valid hub id (owner/name)") from None
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo!r} is gated; accept its licence on the hub, then run 'hf auth login' or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repo!r} has no revision {revision!r}; name a branch, a tag or a commit") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo!r} is neither a folder here nor a repository on the hub; check the spelling, "
+            "or log in with 'hf auth login' if it is private"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo!r} is no folder here, not in the hub cache, and the hub cannot be reached; "
+            f"connect once and run 'hf download {repo}', unset HF_HUB_OFFLINE, or give a folder"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{repo!r} could not be downloaded: {error}; try again or give a folder") from error
+
+
+def _shards_to_fetch(root: Path) -> list[str]:
+    name = explicit_name(Checkpoint(root, str(root)).config()) or INDEX_NAME
+    if not name.endswith(".json"):
+        return [name]
+    index = root / name
+    if not index.exists():
+        return [SINGLE_NAME]
+    return sorted(set(parse_weight_map(index.read_bytes(), name).values()))

@@ -1,0 +1,253 @@
+"""Where checkpoint bytes come from: the `Source` protocol, and files read with preadv, never mapped."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+from ..errors import CheckpointError, MissingShardError, TruncatedShardError
+from ..options import PageCache
+from .pagecache import CacheWindows
+from .paths import locate
+
+_TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR)
+_OUT_OF_FDS = (errno.EMFILE, errno.ENFILE)
+_FIRST_DELAY = 0.01
+
+
+class Source(Protocol):
+    """Checkpoint files by name relative to the checkpoint, such as `model-00001-of-00002.safetensors`.
+
+    All methods may be called from several threads at once. `read_bytes` is the most one `read_into` should be asked
+    for: between two of them a load can be cancelled.
+    """
+
+    read_bytes: int
+
+    def size(self, path: str) -> int:
+        """Size of the file in bytes; raises `MissingShardError` when there is none."""
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
+        """Fills `buffer` from byte `offset` on and returns its length; raises `TruncatedShardError` at the end."""
+
+    def prefetch(self, path: str, offset: int, length: int) -> None:
+        """Says that a byte range will be read soon."""
+
+    def release(self, path: str, offset: int, length: int) -> None:
+        """Says that a byte range will not be read again."""
+
+    def close(self) -> None:
+        """Gives back what is open; a later read opens it again."""
+
+
+def read_bytes(source: Source, path: str, offset: int, length: int) -> bytes:
+    """`length` bytes of a file from `offset` on, for headers and the index."""
+    data = bytearray(length)
+    with memoryview(data) as view:
+        source.read_into(path, offset, view)
+    return bytes(data)
+
+
+class FileCalls:
+    """The system calls `FileSource` makes; a test passes its own to make one fail."""
+
+    def open(self, path: str) -> int:
+        # Non-blocking, so that a FIFO in the folder cannot hang the load; regular files ignore it.
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def replace(self, fd: int, path: str) -> None:
+        """Makes `fd` a fresh handle of `path` while other threads may be reading from it."""
+        fresh = self.open(path)
+        try:
+            os.dup2(fresh, fd, inheritable=False)
+        finally:
+            self.close(fresh)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def stat(self, fd: int) -> os.stat_result:
+        return os.fstat(fd)
+
+    def preadv(self, fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        return os.preadv(fd, buffers, offset, flags)
+
+    def advise(self, fd: int, offset: int, length: int, advice: int) -> None:
+        os.posix_fadvise(fd, offset, length, advice)
+
+
+@dataclass(slots=True)
+class _File:
+    path: str
+    location: str
+    size: int = 0
+    fd: int = -1
+    users: int = 0
+    cache: CacheWindows | None = None
+
+
+class FileSource:
+    """Files below the folder `root`.
+
+    Read errors that may pass (EIO, ESTALE, ETIMEDOUT, EINTR) are tried again `retries` times with growing pauses from
+    10 ms on; then `CheckpointError`. At most `max_open` files stay open. `page_cache`: `auto` leaves what was in the
+    page cache before and drops the rest behind the reader, `keep` drops nothing, `drop` everything.
+    """
+
+    read_bytes = 2 << 20
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        page_cache: PageCache = "auto",
+        retries: int = 4,
+        max_open: int = 64,
+        calls: FileCalls | None = None,
+    ) -> None:
+        self._root = Path(root)
+        self._policy: PageCache = page_cache
+        self._retries = retries
+        self._max_open = max_open
+        self._calls = calls or FileCalls()
+        self._files: dict[str, _File] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def size(self, path: str) -> int:
+        """Size of the file in bytes; raises `MissingShardError` when there is none."""
+        file = self._acquire(path)
+        try:
+            return self._calls.stat(file.fd).st_size
+        finally:
+            self._give_back(file)
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
+        """Fills `buffer` from byte `offset` on and returns its length.
+
+        Raises `TruncatedShardError` when the file ends before, `CheckpointError` when it cannot be read.
+        """
+        file = self._acquire(path)
+        try:
+            done, failures, total = 0, 0, len(buffer)
+            while done < total:
+                try:
+                    count = self._calls.preadv(file.fd, [buffer[done:] if done else buffer], offset + done)
+                except OSError as error:
+                    failures += 1
+                    self._pause_before_retry(file, offset + done, error, failures)
+                    continue
+                if count == 0:
+                    raise TruncatedShardError(
+                        f"{path}: ended at byte {offset + done:,} while bytes up to {offset + total:,} were expected; "
+                        "it shrank while it was read, or was never complete: copy or download it again"
+                    )
+                done += count
+            return total
+        finally:
+            self._give_back(file)
+
+    def prefetch(self, path: str, offset: int, length: int) -> None:
+        """Starts reading a byte range in the background where it was cold."""
+        self._advise(path, offset, length, drop=False)
+
+    def release(self, path: str, offset: int, length: int) -> None:
+        """Drops a byte range from the page cache where it was cold."""
+        self._advise(path, offset, length, drop=True)
+
+    def close(self) -> None:
+        """Closes every file and drops what is left of the cold ones; a later read opens them again."""
+        with self._lock:
+            for file in self._files.values():
+                if file.fd >= 0:
+                    self._close(file)
+
+    def _advise(self, path: str, offset: int, length: int, drop: bool) -> None:
+        known = self._files.get(path)
+        if known is not None and known.cache is not None and not known.cache.any_cold:
+            return
+        file = self._acquire(path)
+        try:
+            if file.cache is not None and file.cache.any_cold:
+                act = file.cache.release if drop else file.cache.prefetch
+                act(file.fd, offset, length, self._calls)
+        finally:
+            self._give_back(file)
+
+    def _acquire(self, path: str) -> _File:
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = _File(path, str(locate(self._root, path)))
+            if file.fd < 0:
+                self._close_idle(self._max_open - 1)
+                self._open(file)
+            file.users += 1
+            return file
+
+    def _give_back(self, file: _File) -> None:
+        with self._lock:
+            file.users -= 1
+
+    def _open(self, file: _File) -> None:
+        try:
+            try:
+                fd = self._calls.open(file.location)
+            except OSError as error:
+                if error.errno not in _OUT_OF_FDS or not self._close_idle(0):
+                    raise
+                fd = self._calls.open(file.location)
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingShardError(f"{file.path}: no such file in {self._root}; copy or download it again") from None
+        except OSError as error:
+            raise CheckpointError(f"{file.path}: cannot be opened: {error.strerror} ({file.location})") from error
+        try:
+            status = self._calls.stat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{file.path}: not a regular file ({file.location}); give the file itself")
+            if file.cache is None:
+                # Here, because after the first read nobody can tell what was warm before.
+                file.cache = CacheWindows(status.st_size, self._policy, fd, self._calls)
+        except BaseException:
+            self._calls.close(fd)
+            raise
+        file.fd = fd
+
+    def _close_idle(self, allowed: int) -> int:
+        """Closes unused files, oldest first, until at most `allowed` are open; how many it closed."""
+        opened = [file for file in self._files.values() if file.fd >= 0]
+        idle = [file for file in opened if not file.users][: max(0, len(opened) - allowed)]
+        for file in idle:
+            self._close(file)
+        return len(idle)
+
+    def _close(self, file: _File) -> None:
+        fd, file.fd = file.fd, -1
+        try:
+            if file.cache is not None:
+                file.cache.sweep(fd, self._calls)
+        finally:
+            self._calls.close(fd)
+
+    def _pause_before_retry(self, file: _File, offset: int, error: OSError, failures: int) -> None:
+        if error.errno not in _TRANSIENT or failures > self._retries:
+            tries = f" after {failures} tries" if failures > 1 else ""
+            raise CheckpointError(
+                f"{file.path}: cannot be read at byte {offset:,}{tries}: {error.strerror}; check the disk or the "
+                f"network mount of {file.location}"
+            ) from error
+        time.sleep(_FIRST_DELAY * 2 ** (failures - 1))
+        if error.errno == errno.ESTALE:
+            with self._lock:
+                self._calls.replace(file.fd, file.location)

@@ -1,0 +1,121 @@
+"""What the end-to-end tests measure on a quantized model, without asking quantload how it would."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import ROUTERS, Architecture, Inputs, is_experts, logits, quantizable_modules, reference
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """L2 norm of the difference over that of `want`."""
+    got, want = got.double(), want.double()
+    return float((got - want).norm() / want.norm())
+
+
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that carry a scheme, by name."""
+    return {name: module for name, module in model.named_modules() if getattr(module, "scheme", None) is not None}
+
+
+def weight_names(module: nn.Module) -> list[str]:
+    """Names of the weights of an unquantized linear or experts module that a scheme would quantize."""
+    if not is_experts(module):
+        return ["weight"]
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+
+
+def must_be_quantized(
+    model: PreTrainedModel, architecture: Architecture, linears: bool = True
+) -> tuple[set[str], set[str]]:
+    """Names that have to be quantized and names that must not be, found from transformers' own model."""
+    head = model.get_output_embeddings()
+    required, forbidden = set(), set()
+    for name, module in quantizable_modules(model):
+        if module is head or re.search(ROUTERS, name) or not (linears or is_experts(module)):
+            forbidden.add(name)
+        elif not (architecture.kept and re.search(architecture.kept, name)):
+            required.add(name)
+    return required, forbidden
+
+
+@torch.no_grad()
+def overwrite(model: PreTrainedModel, quantized: PreTrainedModel) -> PreTrainedModel:
+    """Give `model` the weights that the codes of `quantized` stand for."""
+    for name, module in quantized_modules(quantized).items():
+        target = model.get_submodule(name)
+        for weight_name in weight_names(target):
+            weight = target.get_parameter(weight_name)
+            values = module.dequantize(weight_name)
+            assert values.dtype == torch.float32, name
+            assert values.shape == weight.shape, name
+            weight.copy_(values)
+    return model
+
+
+@torch.no_grad()
+def module_errors(quantized: PreTrainedModel, overwritten: PreTrainedModel, inputs: Inputs) -> dict[str, float]:
+    """Relative error of every quantized module alone, on the inputs that its unquantized twin sees."""
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            calls[name] = args, kwargs, output
+
+        return hook
+
+    modules = quantized_modules(quantized)
+    handles = [
+        overwritten.get_submodule(name).register_forward_hook(record(name), with_kwargs=True) for name in modules
+    ]
+    logits(overwritten, inputs)
+    for handle in handles:
+        handle.remove()
+    errors: dict[str, float] = {}
+    for name, (args, kwargs, want) in calls.items():
+        got = modules[name](*args, **kwargs)
+        assert got.shape == want.shape, name
+        assert got.dtype == want.dtype, name
+        errors[name] = relative_error(got, want)
+    return errors
+
+
+def assert_logits_match(quantized: PreTrainedModel, path: Path, architecture: Architecture) -> None:
+    """The quantized model computes what the model with its dequantized weights computes, to rounding.
+
+    Two levels. Every module alone, on equal inputs: both outputs are rounded once to the activations' dtype, so they
+    differ by less than its epsilon in the L2 norm; experts round their intermediate and each expert's share too.
+    Then the whole model: through layers, softmaxes and routers BF16's own rounding grows to 1 or 2 percent, so the
+    yardstick is what that rounding does to the overwritten model, measured against the same model in float32. The
+    quantized one may be at most twice as far from the float32 logits.
+    """
+    inputs = architecture.inputs()
+    overwritten = overwrite(reference(path, architecture), quantized)
+    exact = overwrite(reference(path, architecture, dtype=torch.float32), quantized)
+    epsilon = torch.finfo(architecture.dtype).eps
+    for name, error in module_errors(quantized, overwritten, inputs).items():
+        allowed = (4 if is_experts(overwritten.get_submodule(name)) else 1) * epsilon + 2e-6
+        assert error < allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+    want = logits(exact, inputs)
+    rounding = relative_error(logits(overwritten, inputs), want)
+    got = logits(quantized, inputs)
+    assert torch.isfinite(got).all()
+    error = relative_error(got, want)
+    assert error <= 2 * rounding + 2e-5, f"relative error {error:.2e}; BF16 rounding alone {rounding:.2e}"
+
+
+def final_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each piece of memory counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors if t.numel()}.values())
+
+
+def state_bytes(model: nn.Module) -> dict[str, bytes]:
+    """Every parameter and buffer as bytes: codes, scales and kept weights."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, t in named}

@@ -436,6 +436,19 @@ def validation_loss(model: Any, ids: Tensor, window: int, stride: int) -> tuple[
     return total, scored
 
 
+def use_common_names(folder: Path) -> None:
+    """Give the settings the names that published Qwen3-MoE folders use."""
+    config_path, tokenizer_path = folder / "config.json", folder / "tokenizer_config.json"
+    config = json.loads(config_path.read_text())
+    config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
+    config_path.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+    tokenizer = json.loads(tokenizer_path.read_text())
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer_path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n")
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
 def save_checkpoint(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> int:
     """Write the BF16 checkpoint and the tokenizer; return the weights' size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -446,11 +459,7 @@ def save_checkpoint(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFa
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
     model.save_pretrained(folder, max_shard_size="9MB")
     tokenizer.save_pretrained(folder)
-    settings_path = folder / "tokenizer_config.json"
-    settings = json.loads(settings_path.read_text())
-    # Loads in every transformers release, not only in those that know the new name.
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings_path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    use_common_names(folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

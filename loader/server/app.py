@@ -1,0 +1,165 @@
+"""The HTTP application: exactly the routes listed in `create_app`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from .api_errors import ApiError, bad_request, on_api_error, on_crash, on_http_exception
+from .auth import BearerAuth
+from .generation import GenerationFailed, as_api_error
+from .generation_request import GenerationRequest, parse_chat, parse_completion
+from .state import ServerState
+from .transformers_serving import ServedModel
+
+MAX_BODY_BYTES = 64 << 20
+DISCONNECT_POLL_SECONDS = 0.25
+
+Parse = Callable[[object, str], GenerationRequest]
+Answer = Callable[[ServedModel, GenerationRequest, str], Awaitable[Response]]
+
+
+def create_app(state: ServerState, api_key: str | None = None) -> Starlette:
+    """The ASGI application over a `ServerState`; it can answer before the model is there.
+
+    Routes: POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /load_report, GET /metrics and
+    GET /health; with an `api_key` all but the last want it as a bearer token. Shutting down ends the generations.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(state.stop)
+
+    endpoints = _Endpoints(state)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", endpoints.completions, methods=["POST"]),
+            Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
+            Route("/v1/models", endpoints.models),
+            Route("/load_report", endpoints.load_report),
+            Route("/metrics", endpoints.metrics),
+            Route("/health", endpoints.health),
+        ],
+        middleware=[Middleware(BearerAuth, api_key=api_key)] if api_key is not None else [],
+        exception_handlers={ApiError: on_api_error, HTTPException: on_http_exception, Exception: on_crash},
+        lifespan=lifespan,
+    )
+
+
+class _Endpoints:
+    def __init__(self, state: ServerState) -> None:
+        self.state = state
+
+    async def completions(self, request: Request) -> Response:
+        return await self._generate(request, parse_completion, ServedModel.complete, "cmpl")
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await self._generate(request, parse_chat, ServedModel.chat, "chatcmpl")
+
+    async def models(self, _request: Request) -> Response:
+        self.state.served()
+        entry = {
+            "id": self.state.model_name,
+            "object": "model",
+            "created": self.state.created,
+            "owned_by": "quantload",
+        }
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    async def load_report(self, _request: Request) -> Response:
+        self.state.served()
+        return JSONResponse(self.state.report)
+
+    async def metrics(self, _request: Request) -> Response:
+        if self.state.metrics is None:
+            raise HTTPException(404)
+        text = await asyncio.to_thread(self.state.metrics.render)
+        return Response(text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def health(self, _request: Request) -> Response:
+        status, body = self.state.health()
+        headers = self.state.retry_after() if body["status"] == "loading" else None
+        return JSONResponse(body, status_code=status, headers=headers)
+
+    async def _generate(self, request: Request, parse: Parse, answer: Answer, prefix: str) -> Response:
+        served = self.state.served()
+        parsed = parse(await _read_json(request), self.state.model_name)
+        work = answer(served, parsed, f"{prefix}-{uuid.uuid4().hex}")
+        return _CancelWhenSent(await _unless_gone(request, work, parsed), parsed)
+
+
+class _CancelWhenSent(Response):
+    """A response after which, however it ended, the generation behind it has no reader."""
+
+    def __init__(self, inner: Response, parsed: GenerationRequest) -> None:
+        self.inner = inner
+        self.parsed = parsed
+        self.background = None
+        if isinstance(inner, StreamingResponse):
+            inner.body_iterator = _finish_stream(inner.body_iterator)
+            inner.headers["Cache-Control"] = "no-cache"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.inner(scope, receive, send)
+        finally:
+            self.parsed.cancelled.set()
+
+
+async def _finish_stream(events: Any) -> AsyncIterator[str | bytes | memoryview]:
+    """The handler's SSE events, an error as an event of its own, and the `[DONE]` OpenAI clients wait for."""
+    try:
+        async for event in events:
+            yield event
+    except GenerationFailed as error:
+        yield f"data: {json.dumps(as_api_error(error).body())}\n\n"
+    finally:
+        await events.aclose()
+    yield "data: [DONE]\n\n"
+
+
+async def _unless_gone(request: Request, work: Awaitable[Response], parsed: GenerationRequest) -> Response:
+    """Wait for an answer; once the client has hung up, let the generation behind it end early."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=DISCONNECT_POLL_SECONDS))[0]:
+            if not parsed.cancelled.is_set() and await request.is_disconnected():
+                parsed.cancelled.set()
+        return task.result()
+    except BaseException:
+        parsed.cancelled.set()
+        raise
+
+
+async def _read_json(request: Request) -> object:
+    """The body of a request as JSON. Raises `ApiError`: 400 for what is no JSON, 413 above `MAX_BODY_BYTES`."""
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    except ClientDisconnect as error:
+        raise bad_request("the client left before its request was complete") from error
+    try:
+        parsed: object = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"the body is not JSON: {error}") from error
+    return parsed
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,36 @@
+"""Taking the port before the model is loaded, so that a busy one is known at once."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from ..errors import QuantloadError
+
+
+class BindError(QuantloadError):
+    """The server cannot listen where it was told to."""
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A listening TCP socket on `host`:`port` (port 0: any free one). Raises `BindError`."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BindError(
+            f"cannot listen on {host}:{port}: {reason}; stop what holds the port, or choose another host or port"
+        ) from error
+
+
+def url_of(bound: socket.socket) -> str:
+    """The base URL of a bound socket, such as `http://127.0.0.1:8000` or `http://[::1]:8000`."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(bound: socket.socket) -> bool:
+    """Whether only this machine can reach a bound socket."""
+    return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback

@@ -1,0 +1,276 @@
+"""One generation: the request's numbers put on transformers' `generate`, and ways to end it early.
+
+transformers' serving handlers decide how a request becomes a `generate` call and run all calls of one model on one
+thread, in order of arrival. This module stands between the two: it sees every call before it is queued
+(`GuardedManager`) and when its turn comes (`_WatchedModel`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from .api_errors import ApiError, bad_request
+from .generation_request import SAMPLING, GenerationRequest
+from .stop_strings import StopMatcher, first_stop
+
+
+class GenerationFailed(Exception):
+    """`generate` raised while its text was being streamed; the message is that of the error."""
+
+
+class RequestGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def apply_request(config: GenerationConfig, request: GenerationRequest) -> None:
+    """Put the sampling parameters of a request on the model's own generation configuration.
+
+    What the request does not say stays as the model has it. A temperature above 0, or a restriction of the choice
+    (`top_p`, `top_k`, `min_p`) without one, turns sampling on; temperature 0 turns it off.
+    """
+    restrictions = {"top_p": request.top_p, "top_k": request.top_k, "min_p": request.min_p}
+    given = {name: value for name, value in restrictions.items() if value is not None}
+    if request.temperature == 0:
+        config.do_sample = False
+        config.temperature = config.top_p = config.top_k = config.min_p = None
+    elif request.temperature is not None or given:
+        config.do_sample = True
+        if request.temperature is not None:
+            config.temperature = request.temperature
+        # transformers fills in 50 where nobody set it; who asks for a temperature did not ask for that.
+        config.top_k = config.top_k if config.top_k is not None else 0
+        for name, value in given.items():
+            setattr(config, name, value)
+    if request.repetition_penalty is not None:
+        config.repetition_penalty = request.repetition_penalty
+    if request.logit_bias:
+        config.sequence_bias = {(token,): bias for token, bias in request.logit_bias.items()}
+
+
+def fit_context(config: GenerationConfig, request: GenerationRequest, prompt_tokens: int, context: int | None) -> None:
+    """Set how many tokens may be generated; `context` is the model's limit in tokens (None: no limit).
+
+    Raises `ApiError` (400) if the prompt is empty, or if it and `max_tokens` together do not fit.
+    """
+    if prompt_tokens == 0:
+        raise bad_request("the prompt is empty: it has no tokens")
+    wanted = request.max_tokens
+    room = None if context is None else context - prompt_tokens
+    if room is not None and (wanted or 1) > room:
+        asked = "at least 1 is" if wanted is None else f"{wanted} are"
+        raise bad_request(
+            f"this model's context is {context} tokens: the prompt has {prompt_tokens} and {asked} to be generated; "
+            "shorten the prompt or lower max_tokens",
+            code="context_length_exceeded",
+        )
+    limit = wanted or request.default_max_tokens or config.max_new_tokens or 1024
+    config.max_new_tokens = limit if room is None else min(limit, room)
+    config.max_length = None
+
+
+def check_shared_sampling(request: GenerationRequest, default: GenerationConfig) -> None:
+    """Refuse (`ApiError`, 400) sampling other than the model's own: a continuous batch has one for all its requests."""
+    unsaid = GenerationRequest(body={}, stream=False)
+    own_temperature = (default.temperature or 1.0) if default.do_sample else 0.0
+    for name in SAMPLING:
+        value = getattr(request, name)
+        if value == getattr(unsaid, name) or (name == "temperature" and value == own_temperature):
+            continue
+        raise bad_request(
+            f"`{name}` cannot be chosen per request: the server batches continuously, with the sampling of the "
+            "model's generation config for all; leave it out, or start the server without continuous batching",
+            name,
+            "unsupported_parameter",
+        )
+
+
+class GuardedManager:
+    """Stands in front of one of transformers' generation managers, for one request.
+
+    `model` is what generates, whatever stands for it on the way here; `context` is its limit in tokens. Prompts that
+    do not fit are refused before they are queued.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        model: Any,
+        request: GenerationRequest,
+        *,
+        context: int | None,
+        batched: bool,
+        stream_error: type[Any],
+    ) -> None:
+        self.inner = inner
+        self.model = model
+        self.request = request
+        self.context = context
+        self.batched = batched
+        self.stream_error = stream_error
+
+    def init_cb(self, _model: Any, config: GenerationConfig) -> None:
+        """Start the continuous batch (once); all its requests share the model's own sampling."""
+        check_shared_sampling(self.request, self.model.generation_config)
+        self.inner.init_cb(self.model, config)
+
+    def generate_streaming(
+        self, _model: Any, processor: Any, inputs: Mapping[str, Any], config: GenerationConfig, **rest: Any
+    ) -> tuple[CheckedQueue, Any]:
+        """Queue a generation whose text comes piece by piece."""
+        watched = self._prepare(processor, inputs, config)
+        queue, streamer = self.inner.generate_streaming(watched, processor, inputs, config, **rest)
+        return CheckedQueue(queue, StopMatcher(self.request.stop), self.stream_error), streamer
+
+    async def generate_non_streaming(
+        self, _model: Any, processor: Any, inputs: Mapping[str, Any], config: GenerationConfig, **rest: Any
+    ) -> tuple[str, int, Any]:
+        """Queue a generation and wait for the whole of it: text, tokens of the prompt, generated ids."""
+        watched = self._prepare(processor, inputs, config)
+        text, prompt_tokens, ids = await self.inner.generate_non_streaming(watched, processor, inputs, config, **rest)
+        return text[: first_stop(text, self.request.stop)], prompt_tokens, ids
+
+    def _prepare(self, processor: Any, inputs: Mapping[str, Any], config: GenerationConfig) -> Any:
+        ids = inputs["input_ids"]
+        fit_context(config, self.request, len(ids) if isinstance(ids, list) else ids.shape[-1], self.context)
+        if self.batched:
+            return self.model
+        apply_request(config, self.request)
+        return _WatchedModel(self.model, getattr(processor, "tokenizer", processor), config, self.request)
+
+
+class CheckedQueue:
+    """A streamer's queue as the handlers read it: text ends at a stop string, and an error is raised.
+
+    The handlers would write an error into the stream as if it were valid JSON.
+    """
+
+    def __init__(self, inner: asyncio.Queue[Any], matcher: StopMatcher, stream_error: type[Any]) -> None:
+        self._inner = inner
+        self._matcher = matcher
+        self._stream_error = stream_error
+        self._ready: deque[Any] = deque()
+
+    async def get(self) -> Any:
+        """The next piece of text or other event; None at the end. Raises `GenerationFailed`."""
+        while not self._ready:
+            self._take(await self._inner.get())
+        return self._pop()
+
+    def get_nowait(self) -> Any:
+        """As `get`, but raises `asyncio.QueueEmpty` instead of waiting; an error waits for `get`."""
+        while not self._ready:
+            self._take(self._inner.get_nowait())
+        if isinstance(self._ready[0], GenerationFailed):
+            raise asyncio.QueueEmpty
+        return self._pop()
+
+    def _pop(self) -> Any:
+        item = self._ready.popleft()
+        if isinstance(item, GenerationFailed):
+            raise item
+        return item
+
+    def _take(self, item: Any) -> None:
+        if type(item) is str:  # not its subclasses: reasoning is no part of the answer's text
+            text = self._matcher.feed(item)
+            self._ready.extend([text] if text else [])
+            return
+        held = self._matcher.flush()
+        self._ready.extend([held] if held else [])
+        self._ready.append(GenerationFailed(item.msg) if isinstance(item, self._stream_error) else item)
+
+
+class _WatchedModel:
+    """The model as one request sees it: everything passes through but `generate`."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: GenerationConfig, request: GenerationRequest) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._config = config
+        self._request = request
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate(self, **kwargs: Any) -> Any:
+        """Run when the request's turn has come, on the thread that runs all of them."""
+        request = self._request
+        if request.cancelled.is_set():
+            raise RequestGone("the client went away while its request waited")
+        if request.seed is not None:
+            torch.manual_seed(request.seed)
+        prompt_tokens = kwargs["input_ids"].shape[-1]
+        processors = LogitsProcessorList()
+        if request.frequency_penalty or request.presence_penalty:
+            processors.append(CountPenalty(prompt_tokens, request.frequency_penalty, request.presence_penalty))
+        watch = _Watch(self._tokenizer, prompt_tokens, self._config, request)
+        return self._model.generate(
+            **kwargs, logits_processor=processors, stopping_criteria=StoppingCriteriaList([watch])
+        )
+
+
+class _Watch(StoppingCriteria):  # type: ignore[misc]
+    """Ends a generation at a stop string or when the client is gone.
+
+    Where the text ended by itself on the very last token allowed, it takes the limit off the handler's copy of the
+    configuration, because the handler reads "length" out of the number of tokens alone.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompt_tokens: int, config: GenerationConfig, request: GenerationRequest
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_tokens = prompt_tokens
+        self.config = config
+        self.request = request
+        eos = config.eos_token_id
+        self.eos = set(eos) if isinstance(eos, list) else {eos}
+        # A token has at least one byte, so a stop string lies within as many tokens; four more for partial characters.
+        self.tail = max((len(stop.encode()) for stop in request.stop), default=0) + 4
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = self.request.cancelled.is_set()
+        ended = int(input_ids[0, -1]) in self.eos
+        if self.request.stop and not done:
+            recent = input_ids[0, max(self.prompt_tokens, input_ids.shape[-1] - self.tail) :]
+            text = self.tokenizer.decode(recent, skip_special_tokens=True)
+            done = ended = first_stop(text, self.request.stop) is not None or ended
+        if ended:
+            self.config.max_new_tokens = None
+        return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)
+
+
+class CountPenalty(LogitsProcessor):  # type: ignore[misc]
+    """OpenAI's frequency and presence penalties: `logit -= frequency * count + presence * (count > 0)`.
+
+    `count` is how often a token was generated so far; the prompt does not count. The formula is that of OpenAI's
+    API reference.
+    """
+
+    def __init__(self, prompt_tokens: int, frequency: float, presence: float) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.frequency = frequency
+        self.presence = presence
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        generated = input_ids[:, self.prompt_tokens :]
+        counts = torch.zeros_like(scores).scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
+        return scores - self.frequency * counts - self.presence * (counts > 0).to(scores.dtype)
+
+
+def context_length(config: Any) -> int | None:
+    """The number of positions a model's text configuration names, or None where it names none."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told about a generation that failed on its way."""
+    return ApiError(500, f"generation failed: {error}", code="generation_failed")

@@ -1,0 +1,204 @@
+"""Reading the JSON of a request: every field is checked here, before anything is computed.
+
+A field that would change the answer and is not supported is an error, never ignored. What remains for transformers'
+handlers is the prompt or the messages; the numbers go into a `GenerationRequest`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .api_errors import ApiError, bad_request
+from .messages import check_messages, check_template_kwargs, check_tools
+
+COMPLETION_MAX_TOKENS = 16  # what OpenAI's completions API says for a request without max_tokens
+
+# Fields that say something about the request, not about the answer: taken and not used.
+INERT = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options"}
+)
+
+# Fields that would change the answer, with the values that ask for nothing.
+ONLY_DEFAULT: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("auto",),
+    "parallel_tool_calls": (True,),
+    "functions": (),
+    "function_call": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "generation_config": (),
+}
+
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+    "logit_bias",
+    "stop",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """One checked request: None everywhere means the client did not say.
+
+    `body` is what transformers' handler gets. `max_tokens` counts new tokens; `default_max_tokens` is used, cut to
+    what the context has left, when the client gave none. `cancelled` is set when nobody waits for the answer.
+    """
+
+    body: dict[str, Any]
+    stream: bool
+    max_tokens: int | None = None
+    default_max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+def parse_completion(body: object, model_name: str) -> GenerationRequest:
+    """A request to `/v1/completions`. Raises `ApiError` (400, or 404 for another model)."""
+    fields = _checked_object(body, model_name, {"prompt"})
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise bad_request("`prompt` must be one string; several prompts and token ids are not supported", "prompt")
+    handler_body = {"model": model_name, "prompt": prompt}
+    return _request(fields, handler_body, default_max_tokens=COMPLETION_MAX_TOKENS)
+
+
+def parse_chat(body: object, model_name: str) -> GenerationRequest:
+    """A request to `/v1/chat/completions`. Raises `ApiError` (400, or 404 for another model)."""
+    own = {"messages", "tools", "chat_template_kwargs", "max_completion_tokens"}
+    fields = _checked_object(body, model_name, own)
+    handler_body: dict[str, Any] = {"model": model_name, "messages": check_messages(fields.get("messages"))}
+    if fields.get("tool_choice") == "none":
+        fields = {name: value for name, value in fields.items() if name not in ("tools", "tool_choice")}
+    if fields.get("tools"):
+        handler_body["tools"] = check_tools(fields["tools"])
+    if fields.get("chat_template_kwargs") is not None:
+        handler_body["chat_template_kwargs"] = check_template_kwargs(fields["chat_template_kwargs"])
+    return _request(fields, handler_body, default_max_tokens=None)
+
+
+def _checked_object(body: object, model_name: str, own: Collection[str]) -> dict[str, Any]:
+    if not isinstance(body, dict):
+        raise bad_request(f"the body must be a JSON object, not {_json_type(body)}")
+    known = {"model", "stream", "max_tokens", *own, *SAMPLING, *INERT, *ONLY_DEFAULT}
+    for name in body:
+        if name not in known:
+            raise bad_request(f"unknown field {name!r}", name, "unknown_parameter")
+    model = body.get("model")
+    if model is not None and model != model_name:
+        raise ApiError(
+            404,
+            f"the model {model!r} does not exist here; this server serves {model_name!r} only",
+            param="model",
+            code="model_not_found",
+        )
+    return body
+
+
+def _request(fields: dict[str, Any], handler_body: dict[str, Any], default_max_tokens: int | None) -> GenerationRequest:
+    for name, harmless in ONLY_DEFAULT.items():
+        value = fields.get(name)
+        # `is`-like for booleans: 0 == False and 1 == True would let `logprobs: 0` and `echo: 0` through.
+        if value is not None and not any(type(value) is type(one) and value == one for one in harmless):
+            if name == "tool_choice" and value == "none":
+                continue
+            raise bad_request(f"{name}={value!r} is not supported by this server", name, "unsupported_parameter")
+    stream = fields.get("stream")
+    if not (stream is None or isinstance(stream, bool)):
+        raise bad_request(f"`stream` must be true or false, not {_json_type(stream)}", "stream")
+    handler_body["stream"] = bool(stream)
+    token_limits = [_integer(fields, name, 1) for name in ("max_completion_tokens", "max_tokens")]
+    return GenerationRequest(
+        body=handler_body,
+        stream=bool(stream),
+        max_tokens=next((limit for limit in token_limits if limit is not None), None),
+        default_max_tokens=default_max_tokens,
+        temperature=_number(fields, "temperature", 0.0, 2.0),
+        top_p=_number(fields, "top_p", 0.0, 1.0, open_low=True),
+        top_k=_integer(fields, "top_k", 0),
+        min_p=_number(fields, "min_p", 0.0, 1.0),
+        repetition_penalty=_number(fields, "repetition_penalty", 0.0, 10.0, open_low=True),
+        frequency_penalty=_number(fields, "frequency_penalty", -2.0, 2.0) or 0.0,
+        presence_penalty=_number(fields, "presence_penalty", -2.0, 2.0) or 0.0,
+        seed=_integer(fields, "seed", -(2**63), 2**63 - 1),
+        logit_bias=_logit_bias(fields.get("logit_bias")),
+        stop=_stop(fields.get("stop")),
+    )
+
+
+def _number(fields: Mapping[str, Any], name: str, low: float, high: float, open_low: bool = False) -> float | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not fits or (open_low and value == low):
+        raise bad_request(f"`{name}` must be a number {'above' if open_low else 'from'} {low:g} to {high:g}", name)
+    return float(value)
+
+
+def _integer(fields: Mapping[str, Any], name: str, low: int, high: int = 2**31 - 1) -> int | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise bad_request(f"`{name}` must be a whole number from {low} to {high}", name)
+    return value
+
+
+def _logit_bias(value: object) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise bad_request("`logit_bias` must be an object of token id to bias", "logit_bias")
+    for token, bias in value.items():
+        fits = isinstance(bias, int | float) and not isinstance(bias, bool) and -100 <= bias <= 100
+        if not (isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10 and fits):
+            raise bad_request("`logit_bias` must map token ids to biases from -100 to 100", "logit_bias")
+    return {int(token): float(bias) for token, bias in value.items()}
+
+
+def _stop(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or len(strings) > 16 or not all(isinstance(s, str) and s for s in strings):
+        raise bad_request("`stop` must be a string or a list of up to 16 strings, none of them empty", "stop")
+    if any(len(s) > 1000 for s in strings):
+        raise bad_request("a `stop` string may have 1000 characters at most", "stop")
+    return tuple(strings)
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,139 @@
+"""The server from beginning to end: take the port, load in the background, answer, stop cleanly."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.config import LOGGING_CONFIG
+
+from .app import create_app
+from .binding import bind_socket, is_loopback, url_of
+from .state import MetricsSource, ServerState
+
+logger = logging.getLogger("quantload")
+
+Progress = Callable[[int, int], None]
+Load = Callable[[Progress, threading.Event], Any]
+
+LOAD_STOP_SECONDS = 10.0
+
+
+def serve(
+    load: Load,
+    load_processor: Callable[[], Any],
+    *,
+    model_name: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    continuous_batching: bool = False,
+    log_level: str = "info",
+    metrics: MetricsSource | None = None,
+    shutdown_grace: float = 10.0,
+    exit_on_load_error: bool = True,
+) -> None:
+    """Serve one model until SIGTERM or SIGINT, then return.
+
+    `load(progress, cancel)` returns the model: it calls `progress(bytes_done, bytes_total)` and ends early, with any
+    exception, once the event `cancel` is set. `load_processor()` returns the tokenizer or processor and runs first.
+    The port is taken before either: port 0 takes a free one, and the log names it. While the model loads, `/health`
+    answers 503 with the progress. Requests under way at the end get `shutdown_grace` seconds.
+
+    Raises `BindError` if the port cannot be taken, and what `load` raised if it failed; with
+    `exit_on_load_error=False` the server then stays up instead, `/health` answering 500 with the error, until it is
+    told to stop.
+    """
+    bound = bind_socket(host, port)
+    url = url_of(bound)
+    if api_key is None and not is_loopback(bound):
+        logger.warning("%s can be reached from other machines and has no API key: anybody there can use it", url)
+    state = ServerState(model_name, metrics=metrics, continuous_batching=continuous_batching)
+    config = uvicorn.Config(
+        create_app(state, api_key),
+        log_level=log_level,
+        log_config=_log_to_stderr(),
+        lifespan="on",
+        timeout_graceful_shutdown=max(1, round(shutdown_grace)),
+    )
+    server = _Server(config, state)
+    loading = threading.Thread(
+        target=_load, args=(state, server, load, load_processor, exit_on_load_error), name="quantload-load", daemon=True
+    )
+    with bound, _quiet_signals(server):
+        logger.info("Listening on %s, loading %s", url, model_name)
+        loading.start()
+        server.run(sockets=[bound])
+    state.cancel.set()
+    loading.join(LOAD_STOP_SECONDS)
+    if loading.is_alive():
+        logger.warning("the load did not stop within %g s of being cancelled", LOAD_STOP_SECONDS)
+    if state.error is not None:
+        raise state.error
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, telling the load of a signal at once."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config)
+        self.state = state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop: no new connections, and no more loading."""
+        self.state.cancel.set()
+        super().handle_exit(sig, frame)
+
+
+def _load(
+    state: ServerState, server: _Server, load: Load, load_processor: Callable[[], Any], exit_on_error: bool
+) -> None:
+    try:
+        processor = load_processor()
+        state.finish(load(state.progress, state.cancel), processor)
+    except BaseException as error:  # whatever it is, the main thread must hear of it
+        if state.cancel.is_set():
+            logger.info("Loading %s was cancelled", state.model_name)
+            return
+        state.fail(error)
+        logger.error("Loading %s failed: %s", state.model_name, error)
+        if exit_on_error:
+            server.should_exit = True
+        return
+    logger.info("Serving %s", state.model_name)
+
+
+@contextmanager
+def _quiet_signals(server: _Server) -> Iterator[None]:
+    """Own handlers around uvicorn's: it raises the signal again after it stopped, which would end the process with it.
+
+    They also catch a signal that arrives before uvicorn listens.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_sig: int, _frame: FrameType | None) -> None:
+        server.state.cancel.set()
+        server.should_exit = True
+
+    before = {sig: signal.signal(sig, stop) for sig in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
+def _log_to_stderr() -> dict[str, Any]:
+    """uvicorn's logging with the access log on stderr too: stdout belongs to the commands' results."""
+    config = copy.deepcopy(LOGGING_CONFIG)
+    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    return config

@@ -1,0 +1,111 @@
+"""What the server knows about its model: loading, ready or failed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, Literal, Protocol
+
+from .api_errors import ApiError
+from .transformers_serving import ServedModel
+
+Status = Literal["loading", "ready", "failed"]
+
+
+class MetricsSource(Protocol):
+    """What `/metrics` shows."""
+
+    def render(self) -> bytes:
+        """The Prometheus text exposition, version 0.0.4, UTF-8."""
+
+
+class ServerState:
+    """Shared by the thread that loads and the event loop that answers.
+
+    `model_name` is the only name requests may give. `metrics` is what `/metrics` shows (None: 404 there).
+    `cancel` is set when the server is told to stop: the load watches it. `created` is in Unix seconds.
+    """
+
+    def __init__(
+        self, model_name: str, *, metrics: MetricsSource | None = None, continuous_batching: bool = False
+    ) -> None:
+        self.model_name = model_name
+        self.metrics = metrics
+        self.continuous_batching = continuous_batching
+        self.cancel = threading.Event()
+        self.created = int(time.time())
+        self.error: BaseException | None = None
+        self.report: dict[str, Any] | None = None
+        self._started = time.monotonic()
+        self._bytes_done = 0
+        self._bytes_total = 0
+        self._served: ServedModel | None = None
+
+    @property
+    def status(self) -> Status:
+        """`loading` until `finish` or `fail` was called."""
+        if self._served is not None:
+            return "ready"
+        return "loading" if self.error is None else "failed"
+
+    def progress(self, bytes_done: int, bytes_total: int) -> None:
+        """Note how much of the checkpoint was read (bytes); callable from any thread, any number of times."""
+        self._bytes_done, self._bytes_total = bytes_done, bytes_total
+
+    def finish(self, model: Any, processor: Any) -> None:
+        """Begin to serve `model`, with its tokenizer or processor; its `load_report` becomes `/load_report`."""
+        report = getattr(model, "load_report", None)
+        self.report = report.to_dict() if report is not None else {}
+        self._served = ServedModel(model, processor, self.model_name, self.continuous_batching)
+
+    def fail(self, error: BaseException) -> None:
+        """Remember why there will be no model."""
+        self.error = error
+
+    def served(self) -> ServedModel:
+        """The model, or an `ApiError`: 503 with `Retry-After` while it loads, 500 when the load failed."""
+        if self._served is not None:
+            return self._served
+        if self.error is not None:
+            raise ApiError(500, f"the model could not be loaded: {self.error}", code="model_load_failed")
+        raise ApiError(
+            503,
+            f"the model is still loading ({self.fraction():.0%}); try again later, /health tells how far it is",
+            code="model_loading",
+            headers=self.retry_after(),
+        )
+
+    def fraction(self) -> float:
+        """Part of the checkpoint that was read, 0 to 1."""
+        return min(1.0, self._bytes_done / self._bytes_total) if self._bytes_total > 0 else 0.0
+
+    def retry_after(self) -> dict[str, str]:
+        """A `Retry-After` header: the seconds left at the pace so far, between 1 and 60."""
+        done = self.fraction()
+        left = (time.monotonic() - self._started) * (1 - done) / done if done > 0 else 5.0
+        return {"Retry-After": str(max(1, min(60, round(left))))}
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Status code and JSON of `/health`: 200 ready, 503 loading or dead worker, 500 failed."""
+        if self._served is not None:
+            dead = self._served.worker_error()
+            if dead is not None:
+                return 503, {"status": "unhealthy", "model": self.model_name, "error": dead}
+            return 200, {"status": "ok", "model": self.model_name}
+        if self.error is not None:
+            error = {"type": type(self.error).__name__, "message": str(self.error)}
+            return 500, {"status": "failed", "model": self.model_name, "error": error}
+        return 503, {
+            "status": "loading",
+            "model": self.model_name,
+            "progress": round(self.fraction(), 4),
+            "bytes_done": self._bytes_done,
+            "bytes_total": self._bytes_total,
+            "seconds": round(time.monotonic() - self._started, 3),
+        }
+
+    def stop(self) -> None:
+        """End the load or every generation under way; blocks for a few seconds at most."""
+        self.cancel.set()
+        if self._served is not None:
+            self._served.stop()

@@ -1,0 +1,207 @@
+"""The one place that touches transformers' serving modules, whose names are private to transformers.
+
+Used from `transformers.cli.serving`, from 5.16 on: `ChatCompletionHandler` and `CompletionHandler` (request ->
+`generate` -> response or SSE stream), `GenerationState` (the thread that runs `generate`, or the continuous batch) and
+`ModelManager`. Its `build_server` is left alone: its signature and its routes grow between versions, and most of them
+(load, reset, audio) must not exist here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from types import SimpleNamespace
+from typing import Any
+
+from jinja2 import TemplateError
+from starlette.responses import Response
+from transformers import PreTrainedTokenizerBase
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import (
+    CBWorkerDeadError,
+    GenerationState,
+    Modality,
+    _StreamError,
+    get_response_template,
+)
+
+from .api_errors import ApiError, bad_request
+from .generation import GuardedManager, RequestGone, context_length
+from .generation_request import GenerationRequest
+from .messages import has_media
+
+# The handlers log every request as a warning; uvicorn's access log says the same.
+logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
+
+
+class LoadedModelManager(ModelManager):  # type: ignore[misc]
+    """Holds one model that is already loaded: it never loads another, and never lets go of this one."""
+
+    def __init__(self, model: Any, processor: Any, name: str) -> None:
+        super().__init__(model_timeout=-1)
+        self.modality: Modality = ModelManager.get_model_modality(model, processor=processor)
+        self.model = model if _answers_are_parsed_rightly(model, processor) else _UnparsedModel(model)
+        self.processor = processor
+        self.name = name
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """The name as it is, without a revision."""
+        return model_id
+
+    def get_model_modality(self, model: Any, processor: Any = None) -> Modality:
+        return self.modality
+
+    def load_model_and_processor(self, model_id_and_revision: str, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """The model that is there."""
+        return self.model, self.processor
+
+    def _load_model(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("this server loads no other model")
+
+    def _load_processor(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("this server loads no other processor")
+
+
+def _answers_are_parsed_rightly(model: Any, processor: Any) -> bool:
+    """Whether transformers' idea of this model's answers fits its chat template.
+
+    Where a tokenizer does not describe the answers (tool calls, reasoning), transformers goes by the model type. A
+    Qwen3 trained on another chat format would then have its prompt repeated in front of every answer, because what
+    begins an answer of the Qwen3 models never comes in its prompts.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    template = get_response_template(processor, model)
+    if template is None or getattr(tokenizer, "response_template", None) is not None:
+        return True
+    if getattr(tokenizer, "chat_template", None) is None:
+        return True
+    anchors = template.get("start_anchor") or []
+    try:
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+        )
+    except TemplateError:  # a template with more demands than one greeting: nothing to be learned from it
+        return True
+    return any(anchor in prompt for anchor in ([anchors] if isinstance(anchors, str) else anchors))
+
+
+class _UnparsedModel:
+    """A model whose type transformers does not recognize, so that its answers are passed on as plain text."""
+
+    def __init__(self, model: Any) -> None:
+        self.real = model
+        self.config = SimpleNamespace(model_type=None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+class _PinnedModel:
+    """Makes a handler use the one model, under its own name."""
+
+    model_manager: LoadedModelManager
+
+    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
+        manager = self.model_manager
+        return manager.name, manager.model, manager.processor
+
+
+class _ChatHandler(_PinnedModel, ChatCompletionHandler):  # type: ignore[misc]
+    pass
+
+
+class _CompletionHandler(_PinnedModel, CompletionHandler):  # type: ignore[misc]
+    pass
+
+
+class _RequestState:
+    """`GenerationState` as one request sees it: its managers are guarded by that request."""
+
+    def __init__(self, served: ServedModel, request: GenerationRequest) -> None:
+        self._shared = served.state
+        self._served = served
+        self._request = request
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shared, name)
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> GuardedManager:
+        return GuardedManager(
+            self._shared.get_manager(model_id, use_cb=use_cb),
+            self._served.model,
+            self._request,
+            context=self._served.context,
+            batched=use_cb,
+            stream_error=_StreamError,
+        )
+
+
+class ServedModel:
+    """One loaded model behind transformers' handlers.
+
+    Requests run one after the other on one thread, or together in a continuous batch. `chat` and `complete` return
+    transformers' response: JSON, or an SSE stream that is still running.
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str, continuous_batching: bool = False) -> None:
+        self.name = name
+        self.model = model
+        self.manager = LoadedModelManager(model, processor, name)
+        self.state = GenerationState(continuous_batching=continuous_batching)
+        self.context = context_length(model.config)
+        self._requests: weakref.WeakSet[GenerationRequest] = weakref.WeakSet()
+        self._stopping = threading.Event()
+        self._settle(processor)
+
+    async def chat(self, request: GenerationRequest, request_id: str) -> Response:
+        """Answer a chat request. Raises `ApiError`."""
+        if self.manager.modality is Modality.LLM and has_media(request.body["messages"]):
+            raise bad_request("this model reads text only; leave out images, video and audio", "messages")
+        return await self._handle(_ChatHandler, request, request_id)
+
+    async def complete(self, request: GenerationRequest, request_id: str) -> Response:
+        """Answer a completion request. Raises `ApiError`."""
+        return await self._handle(_CompletionHandler, request, request_id)
+
+    async def _handle(self, kind: type[Any], request: GenerationRequest, request_id: str) -> Response:
+        self._requests.add(request)
+        if self._stopping.is_set():
+            raise ApiError(503, "the server is stopping", code="server_stopping")
+        handler = kind(self.manager, _RequestState(self, request))
+        try:
+            response: Response = await handler.handle_request(dict(request.body), request_id)
+        except CBWorkerDeadError as error:
+            raise ApiError(503, str(error), code="worker_dead") from error
+        except RequestGone as error:
+            raise ApiError(503, str(error), code="request_cancelled") from error
+        except TemplateError as error:
+            raise bad_request(f"the chat template refused the messages: {error}", "messages") from error
+        return response
+
+    def worker_error(self) -> str | None:
+        """Why the continuous batch cannot answer any more, or None while it can."""
+        return None if self.state.is_cb_alive() else "the continuous batching worker died; restart the server"
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """End every generation and wait until the thread that runs them is idle, `timeout` seconds at most."""
+        self._stopping.set()
+        for request in list(self._requests):
+            request.cancelled.set()
+        self.state.shutdown()
+        idle = self.state.get_manager(self.name).submit(lambda: None)
+        try:
+            idle.result(timeout)
+        except FutureTimeoutError:
+            logging.getLogger("quantload").warning("a generation did not end within %g s", timeout)
+
+    @staticmethod
+    def _settle(processor: Any) -> None:
+        """Encode once: it drops a truncation stored in tokenizer.json, which must not happen while a stream decodes."""
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer("")

@@ -16,6 +16,7 @@ from typing import Any
 import big_checkpoints
 import pytest
 from process_state import MIB, status_bytes
+from quantload.memory import logs
 
 Checkpoint = Callable[[str], Path]
 HERE = Path(__file__).parent
@@ -130,6 +131,10 @@ def assert_log(measured: Measured) -> None:
     assert float(numbers["read"]) == pytest.approx(report["bytes_read"] / gib, abs=0.006)
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert numbers["types"] == str(sorted(projections))
+    parsed = logs.parse(measured.log)
+    assert (parsed.kind, parsed.scheme, parsed.quantized_layers) == ("CPU", "quark_mxfp4", 63)
+    assert parsed.peak_bytes == pytest.approx(report["peak_bytes"], abs=gib / 1000)
+    assert parsed.increase_bytes == pytest.approx(measured.increase, abs=gib / 50)
 
 
 def test_dense_model_from_a_cold_process(dense: Path) -> None:
@@ -137,12 +142,6 @@ def test_dense_model_from_a_cold_process(dense: Path) -> None:
     measured = measure(dense, "quark_mxfp4", {"staging_bytes": STAGING, "workers": 2})
     assert_bounded(measured, STAGING)
     assert_log(measured)
-
-
-def test_log_parser_reads_the_log(dense: Path, checkpoint: Checkpoint) -> None:
-    logs = pytest.importorskip("quantload.memory.logs")
-    measured = measure(checkpoint("llama"), "quark_mxfp4", {})
-    assert logs.parse(measured.log)
 
 
 def test_one_big_tensor(one_big_tensor: Path, checkpoint: Checkpoint) -> None:

@@ -64,24 +64,29 @@ def _measured(evidence: LoadEvidence) -> Iterable[tuple[str, int | None, int | N
         yield _label(evidence, 1, 1), evidence.reference_bytes, evidence.increase_bytes
         return
     text = _text(evidence)
-    if text.lstrip().startswith("{"):
-        yield from _measured(_json(text))
+    report = _report_in(text)
+    if report is not None:
+        yield from _measured(report)
         return
     loads = parse_all(text)
     if not loads:
-        raise QuantloadError(f"no load in this log of {len(text)} characters; give the whole text, logged at INFO")
+        raise QuantloadError(
+            f"no load in this log of {len(text)} characters that starts with {text[:40]!r}; give the whole text,"
+            " logged at INFO (SGLang: --log-level debug), a load report, or a path that exists"
+        )
     for number, load in enumerate(loads, 1):
         yield _label(load, number, len(loads)), load.reference_bytes, load.increase_bytes
 
 
-def _json(text: str) -> Mapping[str, Any]:
+def _report_in(text: str) -> Mapping[str, Any] | None:
+    """The load report that `text` is the JSON of; None for a log, whose lines may be JSON too."""
+    if not text.lstrip().startswith("{"):
+        return None
     try:
         values = json.loads(text)
-    except ValueError as error:
-        raise QuantloadError(f"neither a log nor the JSON of a load report: {error}") from error
-    if not isinstance(values, dict):
-        raise QuantloadError("the JSON is not a load report; give the object that --json printed")
-    return values
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and "peak_bytes" in values else None
 
 
 def _text(evidence: object) -> str:
@@ -93,7 +98,7 @@ def _text(evidence: object) -> str:
             " give log text, a MemoryLog, a LoadReport, its dict or a path"
         )
     # A path has one line and no room for a log line; a name too long for the system is text as well.
-    if "\n" not in evidence and 0 < len(evidence) < 4096 and not evidence.lstrip().startswith("{"):
+    if "\n" not in evidence and 0 < len(evidence) < 4096:
         try:
             if Path(evidence).is_file():
                 return Path(evidence).read_text(encoding="utf-8")

@@ -37,6 +37,7 @@ class Ledger:
         self._started = time.perf_counter()
         self._peak: int | None = None
         self._increase: int | None = None
+        self._seconds: float | None = None
         self.probe.reset_peak()
         self.baseline_bytes = self.probe.current() if baseline is None else baseline
 
@@ -51,6 +52,7 @@ class Ledger:
         """End the measurement: the last timeline point, then peak and increase stay as they are."""
         if self._peak is None:
             self.record(self._bytes_read)
+            self._seconds = self.seconds
             self._increase = self.probe.sample() - self.baseline_bytes
             self.probe.stop()
             self._peak = self._measured_peak()
@@ -114,8 +116,8 @@ class Ledger:
 
     @property
     def seconds(self) -> float:
-        """Seconds since `start`."""
-        return time.perf_counter() - self._started
+        """Seconds from `start` until now or until `stop`."""
+        return time.perf_counter() - self._started if self._seconds is None else self._seconds
 
     @property
     def final_bytes(self) -> int:

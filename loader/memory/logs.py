@@ -17,7 +17,8 @@ _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _BEFORE = rf"Peak\s+(GPU|CPU)\s+memory\s+before\s+loading\s+weights:\s+{_NUMBER}\s+GiB"
 _INCREASE = rf"Memory\s+increase\s+during\s+load_weights:\s+{_NUMBER}\s+GiB"
 _QUANTIZED = (
-    r"Online\s+(\S+)\s+quantization:\s+quantized\s+(\d+)\s+layers\s+of\s+types:\s*([\[{(][^\]})]*[\]})]|set\(\))?"
+    r"Online\s+(\S+)\s+quantization:\s+quantized\s+(\d+)\s+layers\s+of\s+types:"
+    r"\s*([\[{(][^\]})]{0,4000}[\]})]|set\(\))?"  # a list, set or tuple as Python prints it
 )
 _PEAK = (
     rf"Peak\s+(GPU|CPU)\s+memory\s+during\s+load_weights:\s+{_NUMBER}\s+GiB"
@@ -26,7 +27,7 @@ _PEAK = (
 _LOADED = rf"Loaded\s+{_NUMBER}\s+GiB\s+in\s+{_NUMBER}\s+s\s+\({_NUMBER}\s+GiB/s\)"
 _SGLANG_BEGIN = r"Load\s+weight\s+begin\."
 # SGLang divides by 2**30 and writes GB. The fields between differ from release to release.
-_SGLANG_END = rf"Load\s+weight\s+end\.\s+elapsed={_NUMBER}\s+s(?:,[^\n]*?\bmem\s+usage={_NUMBER}\s+GB)?"
+_SGLANG_END = rf"Load\s+weight\s+end\.\s+elapsed={_NUMBER}\s+s(?:,[^\n]{0, 500}?\bmem\s+usage={_NUMBER}\s+GB)?"
 
 _LINES = {
     name: re.compile(pattern)
@@ -42,6 +43,7 @@ _LINES = {
 }
 _ANY_LINE = re.compile("|".join(f"(?P<{name}>{line.pattern})" for name, line in _LINES.items()))
 _RANK = re.compile(r"\[[^\]\n]*?\b((?:(?:DP|PP|TP|EP|CP)\d+)(?: (?:DP|PP|TP|EP|CP)\d+)*)\]")
+_LONGEST_PREFIX = 300
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
 
@@ -143,7 +145,8 @@ def parse_all(text: str) -> tuple[MemoryLog, ...]:
     loads: list[dict[str, Any]] = []
     for match in _ANY_LINE.finditer(text):
         name = match.lastgroup or ""
-        line_start = text.rfind("\n", 0, match.start()) + 1
+        near = max(0, match.start() - _LONGEST_PREFIX)
+        line_start = text.rfind("\n", near, match.start()) + 1 or near
         tag = _RANK.search(text, line_start, match.start())
         rank = tag[1] if tag else None
         index, seen = open_loads.get(rank, (-1, set()))

@@ -13,23 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from ..errors import QuantloadError
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
 ModuleKind = Literal["linear", "experts"]
-
-# Order of the accumulators that a quantize kernel fills while it works on a piece.
-COUNT, SIGNAL, NOISE, MAX_ABS_ERROR, AMAX, SATURATED, ZERO_CODES = range(7)
-STATISTICS = 7
-
-
-def sqnr_db(signal: float, noise: float) -> float:
-    """Signal to quantization noise ratio, 10 log10(sum x^2 / sum (x - q)^2), in dB.
-
-    Infinite where there is no noise, NaN where there is neither signal nor noise.
-    """
-    if noise > 0:
-        return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
-    return math.inf if signal > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -37,7 +24,7 @@ class LayerReport:
     """One quantized module: sizes in bytes, error of its weights; the five statistics are None with `--stats off`.
 
     `sqnr_db` may be infinite (exact) or NaN (all zeros); both are null in JSON. `saturated_fraction` and
-    `zero_fraction` are shares of its elements whose code is the largest one by clamping, or zero.
+    `zero_fraction` are shares of its elements that were clamped to the largest code, or have a zero for a code.
     """
 
     name: str
@@ -56,7 +43,7 @@ class LayerReport:
     @classmethod
     def from_statistics(
         cls,
-        statistics: Sequence[float],
+        statistics: torch.Tensor | Sequence[float],
         *,
         name: str,
         kind: ModuleKind,
@@ -66,15 +53,20 @@ class LayerReport:
         bytes_out: int,
         numel: int,
     ) -> Self:
-        """A layer's line from its accumulators.
+        """A layer's line from what its kernel gathered.
 
-        `statistics` is a float64 vector of 7: element count, sum x^2, sum (x - q)^2, max |x - q|, max |x|, saturated
-        count, zero-code count. Raises `ValueError` for another length.
+        `statistics` is the float64 vector of `kernels/statistics.py`: element count, sum x^2, sum (x - q)^2,
+        max |x - q|, max |x|, saturated count, zero-code count. Raises `ValueError` for another length.
         """
-        if len(statistics) != STATISTICS:
-            raise ValueError(f"statistics of {name} have {len(statistics)} accumulators; {STATISTICS} are expected")
-        values = [float(value) for value in statistics]
-        count = values[COUNT]
+        import torch  # here, so that reading a report does not take the seconds torch needs
+
+        from ..kernels import statistics as index
+
+        if len(statistics) != index.STATS:
+            raise ValueError(f"statistics of {name} have {len(statistics)} accumulators; {index.STATS} are expected")
+        vector = torch.as_tensor(statistics, dtype=torch.float64)
+        values: list[float] = vector.tolist()
+        count = values[index.COUNT]
         return cls(
             name=name,
             kind=kind,
@@ -83,11 +75,11 @@ class LayerReport:
             bytes_in=bytes_in,
             bytes_out=bytes_out,
             numel=numel,
-            sqnr_db=sqnr_db(values[SIGNAL], values[NOISE]),
-            max_abs_error=values[MAX_ABS_ERROR],
-            amax=values[AMAX],
-            saturated_fraction=values[SATURATED] / count if count else 0.0,
-            zero_fraction=values[ZERO_CODES] / count if count else 0.0,
+            sqnr_db=index.sqnr_db(vector),
+            max_abs_error=values[index.MAX_ERROR],
+            amax=values[index.AMAX],
+            saturated_fraction=values[index.SATURATED] / count if count else 0.0,
+            zero_fraction=values[index.ZERO] / count if count else 0.0,
         )
 
 

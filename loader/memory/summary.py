@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -51,21 +52,17 @@ def _schemes(layers: list[LayerReport]) -> Table:
     groups: dict[tuple[str, str], list[LayerReport]] = defaultdict(list)
     for layer in layers:
         groups[layer.scheme, layer.kind].append(layer)
-    table = Table("scheme", "kind", "kernel")
-    for title in ("layers", "weights", "bytes in", "bytes out", "mean SQNR", "min SQNR"):
-        table.add_column(title, justify="right")
+    table = _table("scheme", "kernel", right=("layers", "weights", "bytes in", "bytes out", "SQNR, min"))
     for (scheme, kind), group in sorted(groups.items()):
         sqnr = mean_and_min_sqnr(group)
         table.add_row(
             scheme,
-            kind,
             ", ".join(sorted({layer.kernel for layer in group})),
-            str(len(group)),
-            f"{sum(layer.numel for layer in group):,}",
-            format_bytes(sum(layer.bytes_in for layer in group)),
-            format_bytes(sum(layer.bytes_out for layer in group)),
-            f"{sqnr[0]:.1f} dB" if sqnr else "-",
-            f"{sqnr[1]:.1f} dB" if sqnr else "-",
+            f"{len(group)} {kind}",
+            _count(sum(layer.numel for layer in group)),
+            _short(sum(layer.bytes_in for layer in group)),
+            _short(sum(layer.bytes_out for layer in group)),
+            f"{sqnr[0]:.1f}, {sqnr[1]:.1f} dB" if sqnr else "-",
         )
     return table
 
@@ -76,13 +73,10 @@ def _worst(layers: list[LayerReport]) -> list[tuple[float, LayerReport]]:
 
 
 def _worst_layers(worst: list[tuple[float, LayerReport]]) -> Table:
-    table = Table("worst layers", "scheme")
-    for title in ("SQNR", "max error", "amax", "saturated", "zero"):
-        table.add_column(title, justify="right")
+    table = _table("worst layers", right=("SQNR", "max error", "amax", "saturated", "zero"))
     for sqnr, layer in worst:
         table.add_row(
             Text(layer.name),
-            layer.scheme,
             f"{sqnr:.1f} dB",
             _number(layer.max_abs_error),
             _number(layer.amax),
@@ -96,8 +90,7 @@ def _kept(kept: list[KeptReport]) -> Table:
     reasons: dict[str, list[KeptReport]] = defaultdict(list)
     for module in kept:
         reasons[module.reason].append(module)
-    table = Table("kept as stored, because", "modules")
-    table.add_column("bytes", justify="right")
+    table = _table("kept as stored, because", "modules", right=("bytes",))
     for reason, modules in sorted(reasons.items(), key=lambda item: -sum(module.bytes for module in item[1])):
         names = ", ".join(module.name for module in modules[:NAMES_PER_REASON])
         more = f", ... ({len(modules)} in all)" if len(modules) > NAMES_PER_REASON else ""
@@ -106,15 +99,34 @@ def _kept(kept: list[KeptReport]) -> Table:
 
 
 def _memory(report: LoadReport) -> Table:
-    table = Table("memory")
-    table.add_column("measured", justify="right")
-    table.add_column("planned", justify="right")
+    table = _table("memory", right=("measured", "planned"))
     table.add_row("checkpoint", format_bytes(report.checkpoint_bytes), "")
     table.add_row("final", format_bytes(report.final_bytes), format_bytes(report.predicted_final_bytes))
     table.add_row("peak", format_bytes(report.peak_bytes), format_bytes(report.predicted_peak_bytes))
     table.add_row("staging", format_bytes(report.staging_peak_bytes), "")
     table.add_row("before the load", format_bytes(report.baseline_bytes), "")
     return table
+
+
+def _table(*left: str, right: tuple[str, ...]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in left:
+        table.add_column(title, overflow="fold")
+    for title in right:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def _short(size: int) -> str:
+    number, unit = format_bytes(size).split()
+    return f"{float(number):.3g} {unit}" if float(number) < 1000 else f"{float(number):.0f} {unit}"
+
+
+def _count(value: int) -> str:
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= unit:
+            return f"{value / unit:.1f} {name}"
+    return str(value)
 
 
 def _number(value: float | None) -> str:

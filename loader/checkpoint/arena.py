@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import threading
 from dataclasses import dataclass
@@ -46,9 +45,9 @@ class Arena:
         self._granule = _HUGE if huge else mmap.PAGESIZE
         # Private: a shared mapping would be shared memory to the kernel, which has other page and limit rules.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._map = mmap.mmap(-1, count * self.slot_bytes + (_HUGE if huge else 0), flags=flags)
+        self._map: mmap.mmap | None = mmap.mmap(-1, count * self.slot_bytes + (_HUGE if huge else 0), flags=flags)
         if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-            self._advise_huge()
+            self._advise_huge(self._map)
         self._memory: memoryview | None = memoryview(self._map)
         base = torch.frombuffer(self._map, dtype=torch.uint8)
         start = -base.data_ptr() % self._granule
@@ -57,9 +56,9 @@ class Arena:
         self._free = self._slots[::-1]
         self._lock = threading.Lock()
 
-    def _advise_huge(self) -> None:
+    def _advise_huge(self, mapping: mmap.mmap) -> None:
         try:
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+            mapping.madvise(mmap.MADV_HUGEPAGE)
         except OSError:
             # A kernel built without huge pages: the arena works with small ones.
             self._granule = mmap.PAGESIZE
@@ -89,17 +88,16 @@ class Arena:
 
     def close(self) -> None:
         """Gives the memory back to the system, even where a view of it is still referenced."""
-        if self._memory is None:
+        if self._map is None or self._memory is None:
             return
-        # Where a traceback keeps a view alive the mapping cannot go yet, but its pages can.
+        # Not unmapped by force: torch would read from where nothing is. The mapping goes with the last view of it,
+        # which a traceback may hold; its pages go now.
         self._map.madvise(mmap.MADV_DONTNEED)
         for slot in self._slots:
             slot.memory.release()
             slot.tensor = torch.empty(0, dtype=torch.uint8)
         self._memory.release()
-        self._memory = None
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        self._map = self._memory = None
 
 
 def rounded_slot(nbytes: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -65,6 +66,8 @@ def resolve(model_id: str | Path, revision: str | None = None) -> Checkpoint:
             f"{given!r} is a URL; only folders and hub ids are opened directly: copy its config and tokenizer to a "
             "folder and pass a quantload.checkpoint.Source that reads the weights"
         )
+    if not given:
+        raise CheckpointError("the model is empty (''); give a folder or a hub id such as 'Qwen/Qwen3-0.6B'")
     folder = Path(given).expanduser()
     if folder.is_dir():
         return Checkpoint(folder.resolve() if folder.is_symlink() else folder.absolute(), given)
@@ -78,9 +81,7 @@ def resolve(model_id: str | Path, revision: str | None = None) -> Checkpoint:
 
 
 def _looks_local(given: str) -> bool:
-    return (
-        given.startswith((".", "/", "~")) or given.endswith("/") or "\\" in given or given.count("/") > 1 or not given
-    )
+    return given.startswith((".", "/", "~")) or given.endswith("/") or "\\" in given or given.count("/") > 1
 
 
 def _download(repo: str, revision: str | None) -> Path:
@@ -109,7 +110,7 @@ def _download(repo: str, revision: str | None) -> Path:
             f"{repo!r} is no folder here, not in the hub cache, and the hub cannot be reached; "
             f"connect once and run 'hf download {repo}', unset HF_HUB_OFFLINE, or give a folder"
         ) from error
-    except OSError as error:
+    except (OSError, httpx.HTTPError) as error:
         raise CheckpointError(f"{repo!r} could not be downloaded: {error}; try again or give a folder") from error
 
 

@@ -46,12 +46,12 @@ class Source(Protocol):
         """Gives back what is open; a later read opens it again."""
 
 
-def read_bytes(source: Source, path: str, offset: int, length: int) -> bytes:
+def read_bytes(source: Source, path: str, offset: int, length: int) -> bytearray:
     """`length` bytes of a file from `offset` on, for headers and the index."""
     data = bytearray(length)
     with memoryview(data) as view:
         source.read_into(path, offset, view)
-    return bytes(data)
+    return data
 
 
 class FileCalls:

@@ -28,7 +28,7 @@ def explicit_name(config: Mapping[str, Any]) -> str | None:
     return name
 
 
-def parse_weight_map(data: bytes, what: str) -> dict[str, str]:
+def parse_weight_map(data: bytes | bytearray, what: str) -> dict[str, str]:
     """Tensor name -> shard of an index file's content; `what` names it in messages.
 
     Raises `CheckpointError` when it is no JSON object with a `weight_map` of strings, or has a name twice,

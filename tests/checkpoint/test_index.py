@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from quantload.checkpoint import Checkpoint, read_index, resolve
+from quantload.errors import (
+    CheckpointError,
+    CorruptHeaderError,
+    MissingShardError,
+    TruncatedShardError,
+    UnsafePathError,
+    UnsupportedCheckpointError,
+)
+from shard_files import MemorySource, shard_bytes, write_sharded
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def write_index(folder: Path, index: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_single_file(tmp_path: Path):
+    (tmp_path / "model.safetensors").write_bytes(shard_bytes({"a": b"123", "b": b"45"}, {"format": "pt"}))
+    index = read_index(resolve(tmp_path))
+    assert [shard.path for shard in index.shards] == ["model.safetensors"]
+    assert index.shards[0].size == (tmp_path / "model.safetensors").stat().st_size
+    assert index.total_bytes == 5
+    assert index.metadata == {"format": "pt"}
+
+
+def test_shards(tmp_path: Path):
+    write_sharded(tmp_path, {TWO: {"c": b"1"}, ONE: {"a": b"123", "b": b"45"}})
+    index = read_index(resolve(tmp_path))
+    assert [shard.path for shard in index.shards] == [ONE, TWO]
+    assert {name: entry.shard for name, entry in index.tensors.items()} == {"a": 0, "b": 0, "c": 1}
+
+
+def test_single_file_wins_over_an_index_as_in_transformers(tmp_path: Path):
+    write_sharded(tmp_path, {ONE: {"a": b"1"}})
+    (tmp_path / "model.safetensors").write_bytes(shard_bytes({"b": b"2"}))
+    assert set(read_index(resolve(tmp_path)).tensors) == {"b"}
+
+
+def test_shards_decide_where_a_tensor_lies_as_in_transformers(tmp_path: Path):
+    write_sharded(tmp_path, {ONE: {"a": b"1"}, TWO: {"b": b"2", "unlisted": b"3"}}, {"a": TWO, "b": ONE})
+    index = read_index(resolve(tmp_path))
+    assert {name: entry.shard for name, entry in index.tensors.items()} == {"a": 0, "b": 1, "unlisted": 1}
+
+
+def test_unlisted_files_are_left_alone(tmp_path: Path):
+    write_sharded(tmp_path, {ONE: {"a": b"1"}})
+    (tmp_path / "consolidated.safetensors").write_bytes(b"not even a shard")
+    assert set(read_index(resolve(tmp_path)).tensors) == {"a"}
+
+
+def test_transformers_weights_in_the_config_names_the_file(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
+    (tmp_path / "other.safetensors").write_bytes(shard_bytes({"a": b"1"}))
+    assert read_index(resolve(tmp_path)).shards[0].path == "other.safetensors"
+    (tmp_path / "config.json").write_text('{"transformers_weights": "../other.safetensors"}')
+    with pytest.raises(UnsafePathError):
+        read_index(resolve(tmp_path))
+
+
+def test_index_naming_a_missing_shard(tmp_path: Path):
+    write_sharded(tmp_path, {ONE: {"a": b"1"}}, {"a": ONE, "b": TWO})
+    with pytest.raises(MissingShardError, match=f"index.json names the shard {TWO}"):
+        read_index(resolve(tmp_path))
+
+
+def test_tensor_listed_but_nowhere(tmp_path: Path):
+    write_sharded(tmp_path, {ONE: {"a": b"1"}}, {"a": ONE, **{f"lost.{i}": ONE for i in range(9)}})
+    with pytest.raises(CheckpointError, match=r"lists lost\.0, .*lost\.4 and 4 more"):
+        read_index(resolve(tmp_path))
+
+
+def test_tensor_in_two_shards(tmp_path: Path):
+    write_sharded(tmp_path, {ONE: {"a": b"1"}, TWO: {"a": b"2"}}, {"a": ONE, "b": TWO})
+    with pytest.raises(CheckpointError, match=f"a in {ONE} and again in {TWO}"):
+        read_index(resolve(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "x/../../y.safetensors", "C:\\x", "..\\x", "", "a\0b"]
+)
+def test_index_naming_a_path_outside(tmp_path: Path, name: str):
+    write_index(tmp_path, {"weight_map": {"a": name}})
+    with pytest.raises(UnsafePathError, match="inside its own folder"):
+        read_index(resolve(tmp_path))
+
+
+def test_link_out_of_the_folder(tmp_path: Path):
+    outside, folder = tmp_path / "outside.safetensors", tmp_path / "model"
+    outside.write_bytes(shard_bytes({"a": b"1"}))
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(outside)
+    with pytest.raises(UnsafePathError, match="outside the checkpoint folder"):
+        read_index(resolve(folder))
+
+
+def test_links_of_the_hub_cache_work(tmp_path: Path):
+    repo = tmp_path / "models--owner--name"
+    snapshot, blobs = repo / "snapshots" / "abc", repo / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").write_bytes(shard_bytes({"a": b"1"}))
+    (snapshot / "model.safetensors").symlink_to(os.path.join("..", "..", "blobs", "123"))
+    assert set(read_index(resolve(snapshot)).tensors) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "a JSON object"),
+        ("[]", "a JSON object"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+        ('{"weight_map": 5}', "a JSON object"),
+        ('{"weight_map": {"a": 5}}', "both in double quotes"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' appears twice"),
+        ('{"metadata": ' + "[" * 100_000 + "}", "a JSON value"),
+        ('{"metadata": ["' + "x" * 2_000_000 + '"]}', "at most 1 MiB"),
+        ('{"weight_map": {"a": "x.safetensors"}} 1', "nothing more"),
+    ],
+)
+def test_broken_index(tmp_path: Path, content: str, says: str):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=says):
+        read_index(resolve(tmp_path))
+
+
+def test_metadata_of_any_kind_is_skipped(tmp_path: Path):
+    (tmp_path / ONE).write_bytes(shard_bytes({"a": b"1"}))
+    text = '{"metadata": {"é": [1, {"}": null}]}, "weight_map": {"a": "' + ONE + '"}, "x": 1e5}'
+    (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    assert set(read_index(resolve(tmp_path)).tensors) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "says"),
+    [
+        ([], CheckpointError, "neither model.safetensors nor"),
+        (["pytorch_model.bin"], UnsupportedCheckpointError, "save_pretrained"),
+        (["consolidated.00.pth", "pytorch_model.bin.index.json"], UnsupportedCheckpointError, "pickle"),
+        (["model-00001-of-00002.safetensors"], CheckpointError, "restore the missing model.safetensors.index.json"),
+        (["model.gguf"], UnsupportedCheckpointError, "GGUF"),
+        (["adapter_config.json", "adapter_model.safetensors"], UnsupportedCheckpointError, "merge it"),
+    ],
+)
+def test_nothing_to_load(tmp_path: Path, files: list[str], error: type[Exception], says: str):
+    for name in files:
+        (tmp_path / name).write_bytes(b"\x80")
+    with pytest.raises(error, match=says):
+        read_index(resolve(tmp_path))
+
+
+def test_index_naming_pickles(tmp_path: Path):
+    write_index(tmp_path, {"weight_map": {"a": "pytorch_model-00001.bin"}})
+    with pytest.raises(UnsupportedCheckpointError, match=r"only \.safetensors"):
+        read_index(resolve(tmp_path))
+
+
+def test_bad_shards_are_found_before_loading(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    whole = shard_bytes({"a": bytes(1000)})
+    path.write_bytes(whole[:-1])
+    with pytest.raises(TruncatedShardError, match="1 bytes are missing"):
+        read_index(resolve(tmp_path))
+    path.write_bytes(whole[:8] + b"x" + whole[9:])
+    with pytest.raises(CorruptHeaderError):
+        read_index(resolve(tmp_path))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_index(resolve(tmp_path))
+
+
+def test_any_source_serves_the_index(tmp_path: Path):
+    index = json.dumps({"weight_map": {"a": ONE}}).encode()
+    source = MemorySource({"model.safetensors.index.json": index, ONE: shard_bytes({"a": b"123"})})
+    assert read_index(Checkpoint(tmp_path, "s3://bucket/model"), source).total_bytes == 3

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from quantload.checkpoint import FileSource
+from quantload.checkpoint.pagecache import CacheWindows
+from quantload.checkpoint.source import FileCalls
+
+MIB = 1 << 20
+
+
+class Kernel:
+    """Answers like a kernel in whose page cache the given ranges are, and records the advice it gets."""
+
+    def __init__(self, *warm: tuple[int, int], error: int = errno.EAGAIN) -> None:
+        self.warm = warm
+        self.error = error
+        self.advice: list[tuple[int, int, int]] = []
+
+    def preadv(self, fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        assert flags == os.RWF_NOWAIT
+        if any(start <= offset < stop for start, stop in self.warm):
+            return 1
+        raise OSError(self.error, os.strerror(self.error))
+
+    def advise(self, fd: int, offset: int, length: int, advice: int) -> None:
+        self.advice.append((offset, length, advice))
+
+
+def test_warm_windows_are_left_alone():
+    kernel = Kernel((0, 8 * MIB), (12 * MIB, 16 * MIB))
+    windows = CacheWindows(20 * MIB, "auto", 0, kernel)
+    assert windows.any_cold
+    assert list(windows.cold_ranges(0, 20 * MIB)) == [(8 * MIB, 4 * MIB), (16 * MIB, 4 * MIB)]
+    assert list(windows.cold_ranges(9 * MIB, 4 * MIB)) == [(9 * MIB, 3 * MIB)]
+    assert list(windows.cold_ranges(0, 8 * MIB)) == []
+
+
+def test_probing_does_not_read_ahead():
+    kernel = Kernel()
+    CacheWindows(20 * MIB, "auto", 0, kernel)
+    assert [advice for *_, advice in kernel.advice] == [os.POSIX_FADV_RANDOM, os.POSIX_FADV_SEQUENTIAL]
+
+
+def test_large_files_are_probed_in_few_places():
+    windows = CacheWindows(1 << 40, "auto", 0, Kernel())
+    assert list(windows.cold_ranges(0, 1 << 40)) == [(0, 1 << 40)]
+    assert len(windows._cold) <= 64
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_files_nobody_can_tell_about_are_left_alone(number: int):
+    assert not CacheWindows(20 * MIB, "auto", 0, Kernel(error=number)).any_cold
+
+
+def test_policies_without_a_probe():
+    kernel = Kernel()
+    assert not CacheWindows(20 * MIB, "keep", 0, kernel).any_cold
+    assert list(CacheWindows(20 * MIB, "drop", 0, kernel).cold_ranges(5, 30 * MIB)) == [(5, 20 * MIB - 5)]
+    assert not CacheWindows(0, "drop", 0, kernel).any_cold
+    assert kernel.advice == []
+
+
+def test_cold_ranges_are_prefetched_dropped_and_swept():
+    kernel = Kernel()
+    windows = CacheWindows(8 * MIB, "drop", 0, kernel)
+    windows.sweep(0, kernel)
+    assert kernel.advice == [], "nothing was read, so nothing is dropped"
+    windows.prefetch(0, 100, 5000, kernel)
+    windows.release(0, 5000, 5000, kernel)
+    windows.sweep(0, kernel)
+    assert kernel.advice == [
+        (100, 5000, os.POSIX_FADV_WILLNEED),
+        (4096, 5904, os.POSIX_FADV_DONTNEED),
+        (0, 8 * MIB, os.POSIX_FADV_DONTNEED),
+    ]
+
+
+def resident_share(path: Path, size: int) -> float:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        buffer, hits, places = bytearray(1), 0, range(0, size, 64 << 10)
+        for place in places:
+            try:
+                hits += os.preadv(fd, [buffer], place, os.RWF_NOWAIT)
+            except BlockingIOError:
+                continue
+        return hits / len(places)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(("policy", "warm", "left"), [
+    ("auto", True, 1.0), ("auto", False, 0.0), ("keep", False, 1.0), ("drop", True, 0.0),
+])  # fmt: skip
+def test_on_a_real_disk(tmp_path: Path, policy: str, warm: bool, left: float):
+    size, path = 12 * MIB, tmp_path / "shard"
+    with open(path, "wb") as file:
+        file.write(os.urandom(size))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        cold = resident_share(path, size) < 0.1
+    except OSError as error:
+        pytest.skip(f"this filesystem cannot say what is cached: {error}")
+    if not cold:
+        pytest.skip("this filesystem keeps everything in memory")
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if warm:
+        path.read_bytes()
+    with FileSource(tmp_path, page_cache=policy, calls=FileCalls()) as source:
+        buffer = memoryview(bytearray(MIB))
+        for offset in range(0, size, MIB):
+            source.prefetch("shard", offset + MIB, MIB)
+            source.read_into("shard", offset, buffer)
+            source.release("shard", offset, MIB)
+    assert resident_share(path, size) == pytest.approx(left, abs=0.1)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import fnmatch
+import json
+import sys
+from pathlib import Path
+
+import httpx
+import huggingface_hub.constants
+import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from quantload.checkpoint import resolve
+from quantload.errors import CheckpointError, UnsupportedCheckpointError
+from shard_files import shard_bytes
+
+RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid/model"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A stand-in for the hub: files of one repository, and the patterns each download asked for."""
+    module = sys.modules[resolve.__module__]  # the package's attribute of that name is the function
+
+    class Hub:
+        def __init__(self) -> None:
+            self.files: dict[str, bytes] = {"config.json": b"{}"}
+            self.asked: list[tuple[str | None, list[str]]] = []
+            self.error: Exception | None = None
+
+        def download(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+            self.asked.append((revision, allow_patterns))
+            if self.error is not None:
+                raise self.error
+            root = tmp_path / "snapshots" / "0123abc"
+            root.mkdir(parents=True, exist_ok=True)
+            for name, content in self.files.items():
+                if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                    (root / name).write_bytes(content)
+            return str(root)
+
+    stand_in = Hub()
+    monkeypatch.setattr(module, "snapshot_download", stand_in.download)
+    return stand_in
+
+
+def test_folder(tmp_path: Path):
+    assert resolve(tmp_path).root == tmp_path
+    assert resolve(str(tmp_path)).model_id == str(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["./nothing", "/no/such/folder", "~/no-such-folder", "../no", "a/b/c", "a\\b", "x/"])
+def test_missing_folder_is_no_hub_id(given: str, hub):
+    with pytest.raises(CheckpointError, match="no folder here"):
+        resolve(given)
+    assert hub.asked == []
+
+
+def test_nothing_is_not_the_current_folder():
+    with pytest.raises(CheckpointError, match="is empty"):
+        resolve("")
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is a file; give the folder"):
+        resolve(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/model", "gs://b", "https://example.com/x"])
+def test_urls_point_to_source(url: str):
+    with pytest.raises(UnsupportedCheckpointError, match="Source"):
+        resolve(url)
+
+
+def test_only_the_needed_shards_are_downloaded(hub):
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors"}}).encode()
+    hub.files |= {
+        "model.safetensors.index.json": index,
+        "model-1.safetensors": shard_bytes({"a": b"1"}),
+        "consolidated.safetensors": b"",
+        "pytorch_model.bin": b"",
+        "tokenizer.json": b"{}",
+    }
+    root = resolve("owner/name", revision="v1").root
+    assert sorted(path.name for path in root.iterdir()) == [
+        "config.json",
+        "model-1.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ]
+    assert [revision for revision, _ in hub.asked] == ["v1", "0123abc"]
+    resolve("owner/name", revision="v1")
+    assert len(hub.asked) == 3, "what is there is not asked for again"
+
+
+def test_single_file_is_downloaded_when_there_is_no_index(hub):
+    hub.files["model.safetensors"] = shard_bytes({"a": b"1"})
+    assert (resolve("gpt2").root / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RepositoryNotFoundError("x", response=RESPONSE), "neither a folder here nor a repository"),
+        (GatedRepoError("x", response=RESPONSE), "accept its licence"),
+        (RevisionNotFoundError("x", response=RESPONSE), "no revision 'v9'"),
+        (LocalEntryNotFoundError("x"), "hub cannot be reached"),
+        (OSError("no route"), "could not be downloaded: no route"),
+        (httpx.ConnectError("no route"), "could not be downloaded: no route"),
+    ],
+)
+def test_hub_errors_say_what_to_do(hub, error: Exception, says: str):
+    hub.error = error
+    with pytest.raises(CheckpointError, match=says):
+        resolve("owner/name", revision="v9")
+
+
+def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="give a folder"):
+        resolve("quantload-tests/does-not-exist")
+
+
+def test_invalid_hub_id():
+    with pytest.raises(CheckpointError, match="valid hub id"):
+        resolve("what is this?")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "no config.json"),
+        (b"{", "not valid JSON"),
+        (b"[1]", "expected a JSON object"),
+        (b"\xff", "not valid JSON"),
+    ],
+)
+def test_broken_config(tmp_path: Path, content: bytes | None, says: str):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=says):
+        resolve(tmp_path).config()
+
+
+def test_config(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert resolve(tmp_path).config() == {"model_type": "llama"}

@@ -1,0 +1,70 @@
+"""Weight formats as data: what the codes and scales of a 2-D weight look like, before any kernel is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a matrix [rows, cols] of weights is stored as codes and scales.
+
+    `block_rows` x `block_cols` elements share one scale; 0 means the whole extent of that dimension.
+    `pads_cols` says that the codes of an incomplete last block are stored too (as zeros).
+    """
+
+    name: str
+    code_dtype: torch.dtype
+    scale_dtype: torch.dtype
+    block_rows: int
+    block_cols: int
+    codes_per_byte: int
+    pads_cols: bool = False
+
+    def code_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """Shape of the code tensor of a matrix whose true size is [rows, cols]."""
+        padded = _ceil_div(cols, self.block_cols) * self.block_cols if self.pads_cols else cols
+        return rows, _ceil_div(padded, self.codes_per_byte)
+
+    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """Shape of the scale tensor of a matrix whose true size is [rows, cols]."""
+        return (
+            _ceil_div(rows, self.block_rows) if self.block_rows else 1,
+            _ceil_div(cols, self.block_cols) if self.block_cols else 1,
+        )
+
+    @property
+    def row_align(self) -> int | None:
+        """Rows a one-pass piece must start at a multiple of; None: it must hold every row."""
+        return self.block_rows or None
+
+    @property
+    def col_align(self) -> int | None:
+        """Columns a one-pass piece must start at a multiple of; None: it must hold every column."""
+        return self.block_cols or None
+
+    def bytes(self, rows: int, cols: int) -> int:
+        """Bytes of codes and scales together of a matrix [rows, cols]."""
+        code_rows, code_cols = self.code_shape(rows, cols)
+        scale_rows, scale_cols = self.scale_shape(rows, cols)
+        return code_rows * code_cols * self.code_dtype.itemsize + scale_rows * scale_cols * self.scale_dtype.itemsize
+
+
+def _ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+MXFP4 = WeightFormat("mxfp4", torch.uint8, torch.uint8, 1, 32, 2, pads_cols=True)
+FP8_CHANNEL = WeightFormat("fp8_channel", torch.float8_e4m3fn, torch.float32, 1, 0, 1)
+FP8_TENSOR = WeightFormat("fp8_tensor", torch.float8_e4m3fn, torch.float32, 0, 0, 1)
+FP8_BLOCK = WeightFormat("fp8_block", torch.float8_e4m3fn, torch.float32, 128, 128, 1)
+INT8_CHANNEL = WeightFormat("int8_channel", torch.int8, torch.float32, 1, 0, 1)
+
+FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
+    {fmt.name: fmt for fmt in (MXFP4, FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK, INT8_CHANNEL)}
+)
+"""Every format by its name."""

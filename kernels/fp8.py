@@ -1,0 +1,49 @@
+"""FP8 E4M3 weights with float32 scales per row, per tensor or per 128x128 block.
+
+The scale rules are the float32 ones of the serving engines, because their bytes are what users compare with:
+per row, vLLM's `scaled_fp8_quant`: max(amax / 448, 1 / (448 * 512)), code of x / scale;
+per tensor, SGLang's and vLLM's `input_to_float8`: 1 / (448 * (1 / max(amax, 1e-12))), code of x / scale;
+per block, DeepGEMM's `per_block_cast_to_fp8`: max(amax, 1e-4) / 448, code of x * (1 / scale).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, WeightFormat
+from .reference import Reference
+
+LARGEST = 448.0
+CHANNEL_MIN_SCALE = 1.0 / (448.0 * 512.0)
+TENSOR_MIN_AMAX = 1e-12
+BLOCK_MIN_AMAX = 1e-4
+
+
+class Fp8Codec:
+    """The arithmetic of one FP8 granularity in plain torch."""
+
+    largest: float = LARGEST
+
+    def __init__(self, fmt: WeightFormat) -> None:
+        self.format = fmt
+
+    def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
+        """float32 scales; finite and positive for every finite amax."""
+        if self.format is FP8_CHANNEL:
+            return (amax / LARGEST).clamp(min=CHANNEL_MIN_SCALE)
+        if self.format is FP8_TENSOR:
+            return (amax.clamp(min=TENSOR_MIN_AMAX).reciprocal() * LARGEST).reciprocal()
+        return amax.clamp(min=BLOCK_MIN_AMAX) / LARGEST
+
+    def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return values * scales.reciprocal() if self.format is FP8_BLOCK else values / scales
+
+    def encode(self, ratio: torch.Tensor) -> torch.Tensor:
+        """Nearest E4M3 code, ties to even, saturating at 448."""
+        return ratio.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor:
+        return codes.float() * scales
+
+
+references = {fmt.name: Reference(Fp8Codec(fmt)) for fmt in (FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK)}

@@ -1,0 +1,249 @@
+"""The plain torch kernels: every operation of every format on any device, in bounded chunks, in obvious arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from . import statistics as st
+from .formats import WeightFormat
+
+CHUNK_ELEMENTS = 1 << 20
+"""Elements a chunk may hold: the temporaries of a chunk stay under about 64 MiB."""
+
+
+class Codec(Protocol):
+    """The arithmetic of one format; `values` are float32 [r, c], `scales` come expanded to [r, c] or [r, c/32]."""
+
+    @property
+    def format(self) -> WeightFormat: ...
+    @property
+    def largest(self) -> float: ...
+    def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor: ...
+    def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor: ...
+    def encode(self, ratio: torch.Tensor) -> torch.Tensor: ...
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The operations of one codec (see `registry` for what each takes and returns)."""
+
+    codec: Codec
+
+    def quantize(
+        self,
+        source: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        statistics: torch.Tensor | None = None,
+        scales_known: bool = False,
+    ) -> int:
+        codec, fmt = self.codec, self.codec.format
+        check_quantize(fmt, source, codes, scales)
+        if not scales_known:
+            amax = torch.zeros(scales.shape, dtype=torch.float32, device=source.device)
+            nonfinite = self.observe(source, amax)
+            if nonfinite:
+                return nonfinite
+            scales.copy_(codec.scales_from_amax(amax))
+        nonfinite = 0
+        for start, stop in _row_chunks(*source.shape):
+            values = source[start:stop].float()
+            bad = int((~torch.isfinite(values)).sum())
+            nonfinite += bad
+            if bad:
+                continue
+            ratio = codec.ratio(values, _expand(fmt, scales, start, stop, source.shape[1]))
+            encoded = codec.encode(ratio)
+            codes[start:stop].copy_(encoded)
+            if statistics is not None:
+                self._measure(values, ratio, encoded, _expand(fmt, scales, start, stop, source.shape[1]), statistics)
+        return nonfinite
+
+    def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
+        fmt = self.codec.format
+        check_scales(fmt, source, amax, torch.float32)
+        nonfinite = 0
+        for start, stop in _row_chunks(*source.shape):
+            magnitude = source[start:stop].float().abs()
+            nonfinite += int((~torch.isfinite(magnitude)).sum())
+            first = start // fmt.block_rows if fmt.block_rows else 0
+            for r0, r1, row in _bands(start, stop, fmt.block_rows, first):
+                band = magnitude[r0 - start : r1 - start]
+                if fmt.block_rows == 1:
+                    amax[r0:r1].copy_(torch.maximum(amax[r0:r1], _column_amax(band, fmt.block_cols)))
+                else:
+                    amax[row].copy_(torch.maximum(amax[row], _column_amax(band, fmt.block_cols).amax(0)))
+        return nonfinite
+
+    def finish_scales(self, amax: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        check_finish(self.codec.format, amax, out)
+        target = amax if out is None else out
+        target.copy_(self.codec.scales_from_amax(amax))
+        return target
+
+    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+        fmt = self.codec.format
+        check_quantize(fmt, out, codes, scales)
+        rows, cols = out.shape
+        for start, stop in _row_chunks(rows, cols):
+            expanded = _expand(fmt, scales, start, stop, cols)
+            out[start:stop].copy_(self.codec.decode(codes[start:stop], expanded, cols))
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        n_rows: int,
+        k: int,
+    ) -> torch.Tensor:
+        check_linear(self.codec.format, x, codes, scales, bias, n_rows, k)
+        out = x.new_empty(x.shape[0], n_rows)
+        step = tile_rows(self.codec.format, n_rows, k)
+        tile = x.new_empty(min(step, n_rows), k)
+        for start in range(0, n_rows, step):
+            stop = min(start + step, n_rows)
+            weight = tile[: stop - start]
+            self.dequantize(codes[start:stop], scale_rows(self.codec.format, scales, start, stop), weight)
+            out[:, start:stop] = F.linear(x, weight, None if bias is None else bias[start:stop])
+        return out
+
+    def _measure(
+        self,
+        values: torch.Tensor,
+        ratio: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        statistics: torch.Tensor,
+    ) -> None:
+        decoded = self.codec.decode(codes, scales, values.shape[1])
+        x, error = values.double(), (values - decoded).double()
+        part = torch.zeros_like(statistics)
+        part[st.COUNT] = values.numel()
+        part[st.SIGNAL] = x.square().sum()
+        part[st.NOISE] = error.square().sum()
+        part[st.MAX_ERROR] = error.abs().max() if error.numel() else 0.0
+        part[st.AMAX] = x.abs().max() if x.numel() else 0.0
+        part[st.SATURATED] = (ratio.abs() > self.codec.largest * (1.0 + st.SATURATION_SLACK)).sum()
+        part[st.ZERO] = (decoded == 0).sum()
+        st.merge(statistics, part)
+
+
+def check_quantize(fmt: WeightFormat, source: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """Raise ValueError unless `source` (or the output of dequantize), codes and scales fit together."""
+    check_scales(fmt, source, scales, fmt.scale_dtype)
+    expected = fmt.code_shape(*source.shape)
+    if codes.shape != expected or codes.dtype != fmt.code_dtype:
+        raise ValueError(
+            f"{fmt.name}: codes of a {list(source.shape)} matrix must be {fmt.code_dtype} {list(expected)}, "
+            f"got {codes.dtype} {list(codes.shape)}"
+        )
+    if expected[1] > 1 and codes.stride(1) != 1:
+        raise ValueError(f"{fmt.name}: the last dimension of codes must be contiguous, got strides {codes.stride()}")
+
+
+def check_scales(fmt: WeightFormat, source: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `source` is a supported matrix and `scales` has the shape and dtype for it."""
+    if source.dim() != 2 or source.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(
+            f"{fmt.name}: expected a 2-D bfloat16, float16 or float32 matrix, got {source.dtype} {list(source.shape)}"
+        )
+    if source.shape[1] > 1 and source.stride(1) != 1:
+        raise ValueError(
+            f"{fmt.name}: the last dimension of the matrix must be contiguous, got strides {source.stride()}; "
+            "copy it into a row-major piece first"
+        )
+    expected = fmt.scale_shape(*source.shape)
+    if scales.shape != expected or scales.dtype != dtype:
+        raise ValueError(
+            f"{fmt.name}: scales of a {list(source.shape)} matrix must be {dtype} {list(expected)}, "
+            f"got {scales.dtype} {list(scales.shape)}"
+        )
+
+
+def check_finish(fmt: WeightFormat, amax: torch.Tensor, out: torch.Tensor | None) -> None:
+    """Raise ValueError unless the scales computed from `amax` can be written into `out` (None: into `amax`)."""
+    if amax.dtype != torch.float32:
+        raise ValueError(f"{fmt.name}: amax must be torch.float32, got {amax.dtype}")
+    target = amax if out is None else out
+    if target.dtype != fmt.scale_dtype or target.shape != amax.shape:
+        raise ValueError(
+            f"{fmt.name}: scales must be written to a {fmt.scale_dtype} {list(amax.shape)} tensor, "
+            f"got {target.dtype} {list(target.shape)}; pass one as `out`"
+        )
+
+
+def check_linear(
+    fmt: WeightFormat,
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_rows: int,
+    k: int,
+) -> None:
+    """Raise ValueError unless x [T, k] can be multiplied by the quantized weight [n_rows, k]."""
+    if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"{fmt.name}: expected floating x of shape [T, {k}], got {x.dtype} {list(x.shape)}")
+    if codes.shape != fmt.code_shape(n_rows, k) or scales.shape != fmt.scale_shape(n_rows, k):
+        raise ValueError(
+            f"{fmt.name}: a [{n_rows}, {k}] weight has codes {list(fmt.code_shape(n_rows, k))} and scales "
+            f"{list(fmt.scale_shape(n_rows, k))}, got {list(codes.shape)} and {list(scales.shape)}"
+        )
+    if bias is not None and bias.shape != (n_rows,):
+        raise ValueError(f"{fmt.name}: bias must have shape [{n_rows}], got {list(bias.shape)}")
+
+
+def tile_rows(fmt: WeightFormat, n_rows: int, k: int) -> int:
+    """Rows of a dequantized tile: about 1 MiB of 16-bit values, whole scale blocks, at least one block."""
+    rows = max(1, (1 << 19) // max(k, 1))
+    step = max(fmt.block_rows, 32)
+    return max(step, min(rows // step * step, 512))
+
+
+def scale_rows(fmt: WeightFormat, scales: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """The scales of rows [start, stop); start is a multiple of the format's block_rows."""
+    if fmt.block_rows == 0:
+        return scales
+    return scales[start // fmt.block_rows : -(-stop // fmt.block_rows)]
+
+
+def _row_chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    step = max(1, CHUNK_ELEMENTS // max(cols, 1))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _bands(start: int, stop: int, block_rows: int, row: int) -> Iterator[tuple[int, int, int]]:
+    """Parts of [start, stop) whose rows share one row of scales; all of it where every row has its own."""
+    if block_rows <= 1:
+        yield start, stop, row
+        return
+    while start < stop:
+        end = min(stop, (row + 1) * block_rows)
+        yield start, end, row
+        start, row = end, row + 1
+
+
+def _column_amax(magnitude: torch.Tensor, block_cols: int) -> torch.Tensor:
+    """Largest value of every row and column block: [r, ceil(c / block_cols)]."""
+    rows, cols = magnitude.shape
+    width = block_cols or max(cols, 1)
+    padded = F.pad(magnitude, (0, -cols % width))
+    return padded.view(rows, -1, width).amax(2) if padded.numel() else magnitude.new_zeros(rows, 1)
+
+
+def _expand(fmt: WeightFormat, scales: torch.Tensor, start: int, stop: int, cols: int) -> torch.Tensor:
+    """Scales of rows [start, stop), one per element; per block of columns where the codec wants it so (MX)."""
+    rows = torch.arange(start, stop, device=scales.device)
+    picked = scales[rows // fmt.block_rows if fmt.block_rows else torch.zeros_like(rows)]
+    if fmt.pads_cols or not fmt.block_cols:
+        return picked
+    return picked.repeat_interleave(fmt.block_cols, 1)[:, :cols]

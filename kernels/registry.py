@@ -1,0 +1,167 @@
+"""Which code runs an operation of a format on a device: the only place that looks at the platform.
+
+Every kernel of an operation takes the same arguments; all matrices are 2-D, row-major views with any row stride:
+
+quantize(source, codes, scales, statistics=None, scales_known=False) -> int
+    `source` [R, C] bfloat16, float16 or float32 to `codes` [code_shape(R, C)] and `scales` [scale_shape(R, C)].
+    A piece must hold whole scale blocks, unless `scales_known` says that the scales are final: then it may be any
+    part that starts at a block. Adds to the float64 [STATS] `statistics` in place (not atomic: one per thread, or a
+    lock). Returns the number of NaN and infinite elements; when it is not 0, codes, scales and statistics are void.
+observe(source, amax) -> int
+    amax [scale_shape(R, C)] float32 = max(amax, largest |x| of each block): first pass over a weight that does not
+    fit a piece. Not atomic. Returns the number of NaN and infinite elements.
+finish_scales(amax, out=None) -> Tensor
+    Scales from the amax of `observe`, by the arithmetic of `quantize`, into `out` (None: in place).
+dequantize(codes, scales, out) -> None
+    Into `out` [R, C] float32, bfloat16 or float16; float32 arithmetic, rounded once to the type of `out`.
+linear(x, codes, scales, bias, n_rows, k) -> Tensor
+    x [T, k] times the transposed weight [n_rows, k], plus bias [n_rows] or None: [T, n_rows] in the type of x. The
+    weight is dequantized to the type of x in cache-sized tiles, never whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from .formats import FORMATS, WeightFormat
+
+OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear")
+
+
+class NoKernel(LookupError):
+    """No kernel can serve; the message gives every candidate with its reason."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of one operation of one format; `device_type` None serves every device."""
+
+    name: str
+    operation: str
+    format: str
+    device_type: str | None
+    function: Callable[..., Any]
+    unavailable: Callable[[torch.device], str | None]
+    """Why the kernel cannot run on a device, or None when it can."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class KernelSet:
+    """The kernels chosen for one format on one device."""
+
+    format: WeightFormat
+    quantize: Callable[..., int]
+    observe: Callable[..., int]
+    finish_scales: Callable[..., torch.Tensor]
+    dequantize: Callable[..., None]
+    linear: Callable[..., torch.Tensor]
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Kernel name by operation."""
+
+
+def candidates(operation: str, format_name: str, device: torch.device | str) -> list[tuple[Kernel, str | None]]:
+    """Every kernel for an operation of a format, best first, each with the reason why it cannot run, or None.
+
+    Raises NoKernel for an operation or format that does not exist.
+    """
+    if operation not in OPERATIONS:
+        raise NoKernel(f"unknown operation {operation!r}; operations are {', '.join(OPERATIONS)}")
+    if format_name not in FORMATS:
+        raise NoKernel(f"unknown weight format {format_name!r}; formats are {', '.join(FORMATS)}")
+    target = torch.device(device)
+    return [(kernel, _reason(kernel, target)) for kernel in _kernels(operation, format_name)]
+
+
+def select(operation: str, format_name: str, device: torch.device | str, name: str | None = None) -> Kernel:
+    """The best kernel that can run, or the one called `name`; NoKernel lists every candidate with its reason."""
+    found = candidates(operation, format_name, device)
+    for kernel, reason in found:
+        if reason is None and name in (None, kernel.name):
+            return kernel
+    wanted = f"kernel {name!r}" if name else "kernel"
+    listed = "; ".join(f"{kernel.name}: {reason or 'can run'}" for kernel, reason in found)
+    raise NoKernel(f"no {wanted} for {operation} of {format_name} on {device}; candidates: {listed}")
+
+
+def kernel_set(
+    format_name: str, device: torch.device | str, overrides: Mapping[str, str] = MappingProxyType({})
+) -> KernelSet:
+    """The best kernel of every operation; `overrides` maps operations to the names of kernels to use instead."""
+    unknown = sorted(set(overrides) - set(OPERATIONS))
+    if unknown:
+        raise NoKernel(f"unknown operations {unknown} in overrides; operations are {', '.join(OPERATIONS)}")
+    chosen = {op: select(op, format_name, device, overrides.get(op)) for op in OPERATIONS}
+    names = MappingProxyType({op: kernel.name for op, kernel in chosen.items()})
+    functions: dict[str, Any] = {op: kernel.function for op, kernel in chosen.items()}
+    return KernelSet(format=FORMATS[format_name], names=names, **functions)
+
+
+def warm_up(format_name: str, device: torch.device | str, source_dtype: torch.dtype, statistics: bool = True) -> None:
+    """Compile what a load of this source type into this format will call; from any thread; cheap when it is there."""
+    if select("quantize", format_name, device).name == "numba":
+        from . import cpu
+
+        cpu.warm_up(format_name, source_dtype, statistics)
+
+
+def _reason(kernel: Kernel, device: torch.device) -> str | None:
+    if kernel.device_type is not None and kernel.device_type != device.type:
+        return f"runs on {kernel.device_type} only, not on {device.type}"
+    return kernel.unavailable(device)
+
+
+@cache
+def _kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
+    """All kernels of an operation of a format, best first; a backend for another device is one more entry here."""
+    return (
+        Kernel("numba", operation, format_name, "cpu", _Numba(operation, format_name), _numba_unavailable),
+        Kernel("torch", operation, format_name, None, _torch_function(operation, format_name), _torch_unavailable),
+    )
+
+
+class _Numba:
+    """A CPU operation that imports numba when it is first called."""
+
+    def __init__(self, operation: str, format_name: str) -> None:
+        self.operation, self.format_name = operation, format_name
+        self.function: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.function is None:
+            from .cpu import numba_kernels
+
+            self.function = getattr(numba_kernels(self.format_name), self.operation)
+        return self.function(*args, **kwargs)
+
+
+def _torch_function(operation: str, format_name: str) -> Callable[..., Any]:
+    from . import fp8, int8, mxfp4
+
+    references = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references}
+    function: Callable[..., Any] = getattr(references[format_name], operation)
+    return function
+
+
+@cache
+def _numba_unavailable(device: torch.device) -> str | None:
+    import importlib.util
+    import sys
+
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed"
+    if sys.byteorder != "little":
+        return "the kernels assume a little-endian processor"
+    return None
+
+
+def _torch_unavailable(device: torch.device) -> str | None:
+    return "the meta device holds no data" if device.type == "meta" else None

@@ -1,0 +1,269 @@
+"""Portable SIMD for numba kernels: LLVM vector IR, which LLVM lowers to whatever the processor has.
+
+Only operations with one defined result are used for codes and scales (integer arithmetic, IEEE add, multiply,
+divide, and fused multiply-add where the processor has one), so the bytes never depend on the processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core import cgutils, config
+
+I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+F32, F64 = ir.FloatType(), ir.DoubleType()
+
+ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+"""Bytes per element of each kind of source."""
+INFINITY_BITS = {"bf16": 0x7F80, "f16": 0x7C00, "f32": 0x7F800000}
+"""Magnitude bits from which on an element of that kind is infinite or NaN."""
+
+
+def has_fma() -> bool:
+    """Whether the processor compiled for has a fused multiply-add instruction."""
+    if llvm.get_process_triple().startswith(("aarch64", "arm64")):
+        return True
+    features, name = config.CPU_FEATURES, config.CPU_NAME or "host"
+    if features is None or (not features and name == "host"):
+        return bool(llvm.get_host_cpu_features().get("fma", False))
+    return "+fma" in features or name in (
+        "haswell",
+        "broadwell",
+        "x86-64-v3",
+        "x86-64-v4",
+        "znver1",
+        "znver2",
+        "znver3",
+    )
+
+
+class Vector:
+    """An LLVM vector value with operators; scalars on the right-hand side become splats."""
+
+    def __init__(self, b: ir.IRBuilder, value: ir.Value) -> None:
+        self.b, self.value = b, value
+
+    @property
+    def type(self) -> ir.VectorType:
+        return self.value.type
+
+    @property
+    def is_float(self) -> bool:
+        return isinstance(self.type.element, (ir.FloatType, ir.DoubleType))
+
+    def like(self, other: Vector | float | int) -> ir.Value:
+        if isinstance(other, Vector):
+            return other.value
+        return ir.Constant(self.type, [other] * self.type.count)
+
+    def new(self, value: ir.Value) -> Vector:
+        return Vector(self.b, value)
+
+    def __add__(self, other: Vector | float | int) -> Vector:
+        op = self.b.fadd if self.is_float else self.b.add
+        return self.new(op(self.value, self.like(other)))
+
+    def __sub__(self, other: Vector | float | int) -> Vector:
+        op = self.b.fsub if self.is_float else self.b.sub
+        return self.new(op(self.value, self.like(other)))
+
+    def __mul__(self, other: Vector | float | int) -> Vector:
+        op = self.b.fmul if self.is_float else self.b.mul
+        return self.new(op(self.value, self.like(other)))
+
+    def __truediv__(self, other: Vector | float) -> Vector:
+        return self.new(self.b.fdiv(self.value, self.like(other)))
+
+    def __and__(self, other: Vector | int) -> Vector:
+        return self.new(self.b.and_(self.value, self.like(other)))
+
+    def __or__(self, other: Vector | int) -> Vector:
+        return self.new(self.b.or_(self.value, self.like(other)))
+
+    def __lshift__(self, other: int) -> Vector:
+        return self.new(self.b.shl(self.value, self.like(other)))
+
+    def __rshift__(self, other: int) -> Vector:
+        """Logical shift right."""
+        return self.new(self.b.lshr(self.value, self.like(other)))
+
+    def gt(self, other: Vector | float | int) -> Vector:
+        """Lane mask; unsigned for integers, ordered for floats."""
+        if self.is_float:
+            return self.new(self.b.fcmp_ordered(">", self.value, self.like(other)))
+        return self.new(self.b.icmp_unsigned(">", self.value, self.like(other)))
+
+    def ge(self, other: Vector | int) -> Vector:
+        return self.new(self.b.icmp_unsigned(">=", self.value, self.like(other)))
+
+    def eq(self, other: Vector | int) -> Vector:
+        return self.new(self.b.icmp_unsigned("==", self.value, self.like(other)))
+
+    def select(self, yes: Vector, no: Vector | int) -> Vector:
+        """With self a lane mask: `yes` where set, `no` elsewhere."""
+        return self.new(self.b.select(self.value, yes.value, yes.like(no)))
+
+    def max(self, other: Vector | float | int) -> Vector:
+        return self.gt(other).select(self, self.new(self.like(other)))
+
+    def min(self, other: Vector | float | int) -> Vector:
+        return self.gt(other).select(self.new(self.like(other)), self)
+
+    def cast(self, element: ir.Type) -> Vector:
+        """Reinterpret the lanes as another element type of the same or of another width."""
+        bits = self.type.count * _width(self.type.element)
+        return self.new(self.b.bitcast(self.value, ir.VectorType(element, bits // _width(element))))
+
+    def trunc(self, element: ir.Type) -> Vector:
+        return self.new(self.b.trunc(self.value, ir.VectorType(element, self.type.count)))
+
+    def zext(self, element: ir.Type) -> Vector:
+        return self.new(self.b.zext(self.value, ir.VectorType(element, self.type.count)))
+
+    def sext(self, element: ir.Type) -> Vector:
+        return self.new(self.b.sext(self.value, ir.VectorType(element, self.type.count)))
+
+    def to_float(self, element: ir.Type) -> Vector:
+        """Signed integers to floats, or floats to wider floats."""
+        op = self.b.fpext if self.is_float else self.b.sitofp
+        return self.new(op(self.value, ir.VectorType(element, self.type.count)))
+
+    def half(self, high: bool) -> Vector:
+        """The lower or upper half of the lanes."""
+        n = self.type.count // 2
+        return self.shuffle(range(n, 2 * n) if high else range(n))
+
+    def shuffle(self, lanes: Sequence[int], other: Vector | None = None) -> Vector:
+        second = ir.Constant(self.type, ir.Undefined) if other is None else other.value
+        mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+        return self.new(self.b.shuffle_vector(self.value, second, mask))
+
+    def call(self, name: str, *others: Vector) -> Vector:
+        """LLVM intrinsic `name` on vectors of this type."""
+        args = [self.value, *(other.value for other in others)]
+        full = f"{name}.{_mangled(self.type)}"
+        fn = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(self.type, [a.type for a in args]), full)
+        return self.new(self.b.call(fn, args))
+
+    def minus_saturating(self, other: Vector) -> Vector:
+        """max(self - other, 0) on unsigned lanes."""
+        return self.call("llvm.usub.sat", other)
+
+    def reduce(self, name: str) -> ir.Value:
+        """`llvm.vector.reduce.<name>` to a scalar (umax, add, fmax)."""
+        full = f"llvm.vector.reduce.{name}.{_mangled(self.type)}"
+        fn = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(self.type.element, [self.type]), full)
+        return self.b.call(fn, [self.value])
+
+    def sum(self) -> ir.Value:
+        """Sum of float lanes in a fixed order (halves onto halves), the same on every processor."""
+        v = self
+        while v.type.count > 1:
+            v = v.half(False) + v.half(True)
+        return self.b.extract_element(v.value, I32(0))
+
+
+def _width(element: ir.Type) -> int:
+    return {F32: 32, F64: 64}.get(element) or int(element.width)
+
+
+def _mangled(vector: ir.VectorType) -> str:
+    prefix = "f" if isinstance(vector.element, (ir.FloatType, ir.DoubleType)) else "i"
+    return f"v{vector.count}{prefix}{_width(vector.element)}"
+
+
+def constant(b: ir.IRBuilder, element: ir.Type, lanes: int, value: float | int) -> Vector:
+    """A vector with the same constant in every lane."""
+    return Vector(b, ir.Constant(ir.VectorType(element, lanes), [value] * lanes))
+
+
+def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> Vector:
+    """A vector with the same run-time value in every lane."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    first = b.insert_element(undefined, scalar, I32(0))
+    return Vector(b, b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)))
+
+
+def fused(a: Vector, x: Vector, y: Vector) -> Vector:
+    """a * x + y with one rounding; only where `has_fma`, elsewhere it would be a library call per lane."""
+    return a.call("llvm.fma", x, y)
+
+
+def accumulate_product(a: Vector, x: Vector, y: Vector) -> Vector:
+    """a * x + y, fused or not as the processor likes: for statistics only."""
+    return a.call("llvm.fmuladd", x, y)
+
+
+def load(b: ir.IRBuilder, address: ir.Value, element: ir.Type, lanes: int) -> Vector:
+    """`lanes` elements from an integer address without alignment."""
+    pointer = b.inttoptr(address, ir.VectorType(element, lanes).as_pointer())
+    return Vector(b, b.load(pointer, align=1))
+
+
+def store(value: Vector, address: ir.Value) -> None:
+    """All lanes to an integer address without alignment."""
+    b = value.b
+    b.store(value.value, b.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def load_scalar(b: ir.IRBuilder, address: ir.Value, element: ir.Type) -> ir.Value:
+    return b.load(b.inttoptr(address, element.as_pointer()), align=1)
+
+
+def store_scalar(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+class Accumulators:
+    """Named vectors that live across the iterations of emitted loops (allocas that LLVM turns into registers)."""
+
+    def __init__(self, b: ir.IRBuilder) -> None:
+        self.b = b
+        self.slots: dict[str, ir.Value] = {}
+
+    def start(self, name: str, initial: Vector) -> None:
+        slot = cgutils.alloca_once(self.b, initial.type)
+        self.b.store(initial.value, slot)
+        self.slots[name] = slot
+
+    def get(self, name: str) -> Vector:
+        return Vector(self.b, self.b.load(self.slots[name]))
+
+    def set(self, name: str, value: Vector) -> None:
+        self.b.store(value.value, self.slots[name])
+
+    def update(self, name: str, change: Callable[[Vector], Vector]) -> None:
+        self.set(name, change(self.get(name)))
+
+
+@contextmanager
+def count_to(b: ir.IRBuilder, stop: ir.Value) -> Iterator[ir.Value]:
+    """A loop over i64 0 .. stop - 1."""
+    with cgutils.for_range(b, stop, intp=I64) as loop:
+        yield loop.index
+
+
+def magnitudes(bits: Vector, kind: str) -> Vector:
+    """Source bits without their sign."""
+    return bits & (0x7FFFFFFF if kind == "f32" else 0x7FFF)
+
+
+def source_element(kind: str) -> ir.Type:
+    return I32 if kind == "f32" else I16
+
+
+def widen(magnitude: Vector, kind: str) -> Vector:
+    """float32 lanes from magnitude bits that were zero-extended to 32 bits; exact, f16 subnormals included."""
+    if kind == "bf16":
+        return (magnitude << 16).cast(F32)
+    if kind == "f16":
+        return (magnitude << 13).cast(F32) * 2.0**112
+    return magnitude.cast(F32)
+
+
+Codegen = Callable[[Any, ir.IRBuilder, Any, Sequence[ir.Value]], ir.Value]
+"""What a numba intrinsic returns beside its signature."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ _PEAK = (
 _LOADED = rf"Loaded\s+{_NUMBER}\s+GiB\s+in\s+{_NUMBER}\s+s\s+\({_NUMBER}\s+GiB/s\)"
 _SGLANG_BEGIN = r"Load\s+weight\s+begin\."
 # SGLang divides by 2**30 and writes GB. The fields between differ from release to release.
-_SGLANG_END = rf"Load\s+weight\s+end\.\s+elapsed={_NUMBER}\s+s(?:,[^\n]{0, 500}?\bmem\s+usage={_NUMBER}\s+GB)?"
+_SGLANG_END = rf"Load\s+weight\s+end\.\s+elapsed={_NUMBER}\s+s(?:,[^\n]{{0,500}}?\bmem\s+usage={_NUMBER}\s+GB)?"
 
 _LINES = {
     name: re.compile(pattern)
@@ -52,7 +52,8 @@ class MemoryLog:
     """The numbers of one load's log lines; None for a line that was not there.
 
     Sizes are bytes, accurate to the digits of the log (0.0005 GiB). `kind` is `GPU` or `CPU`, `rank` what SGLang
-    writes after the time on more than one device, such as `TP4` or `DP0 TP1`.
+    writes after the time on more than one device, such as `TP4` or `DP0 TP1`. Where a load used several schemes, `scheme`
+    names them with commas between, `quantized_layers` is their sum and `layer_types` has the types of all.
     """
 
     kind: str | None = None
@@ -139,7 +140,7 @@ def parse_all(text: str) -> tuple[MemoryLog, ...]:
     """Every load in `text`, in the order they began; empty where there is none.
 
     A load begins at its `before` line, at SGLang's `Load weight begin.`, or where a line appears that the load already
-    has; lines of different ranks belong to different loads.
+    has (the line of another scheme excepted); lines of different ranks belong to different loads.
     """
     open_loads: dict[str | None, tuple[int, set[str]]] = {}
     loads: list[dict[str, Any]] = []
@@ -150,12 +151,15 @@ def parse_all(text: str) -> tuple[MemoryLog, ...]:
         tag = _RANK.search(text, line_start, match.start())
         rank = tag[1] if tag else None
         index, seen = open_loads.get(rank, (-1, set()))
+        fields = _fields(name, match)
+        name = f"quantized {fields['scheme']}" if name == "quantized" else name
         if index < 0 or name in seen or name == "begin" or (name == "before" and seen - {"begin"}):
             index, seen = len(loads), set()
             loads.append({"rank": rank})
             open_loads[rank] = (index, seen)
         seen.add(name)
-        fields = _fields(name, match)
+        if "scheme" in fields:
+            fields = _merged(loads[index], fields)
         if name == "end":  # what SGLang's own lines say more exactly is kept
             fields = {key: value for key, value in fields.items() if key not in loads[index]}
         loads[index].update(fields)
@@ -185,6 +189,16 @@ def _fields(name: str, match: re.Match[str]) -> dict[str, Any]:
         used = {} if values[1] is None else {"increase_bytes": _bytes(values[1])}
         return {"seconds": float(values[0])} | used
     return {}
+
+
+def _merged(load: Mapping[str, Any], line: dict[str, Any]) -> dict[str, Any]:
+    if "scheme" not in load:
+        return line
+    return {
+        "scheme": f"{load['scheme']}, {line['scheme']}",
+        "quantized_layers": load["quantized_layers"] + line["quantized_layers"],
+        "layer_types": tuple(dict.fromkeys(load["layer_types"] + line["layer_types"])),
+    }
 
 
 def _gib(size: int) -> str:

@@ -30,7 +30,7 @@ def print_summary(report: LoadReport, console: Console | None = None) -> None:
     if report.kept:
         console.print(_kept(report.kept))
     console.print(_memory(report))
-    conversions = f", {report.fallback_conversions} fallback conversions" if report.fallback_conversions else ""
+    conversions = f", fallback conversions: {report.fallback_conversions}" if report.fallback_conversions else ""
     console.print(
         f"read {format_bytes(report.bytes_read)} in {report.seconds:.1f} s"
         f" ({report.bytes_per_second / GIB:.2f} GiB/s){conversions}",

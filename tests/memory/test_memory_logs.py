@@ -148,6 +148,17 @@ def test_interleaved_ranks_are_told_apart() -> None:
     assert parse(text).rank == "TP1"
 
 
+def test_a_load_with_several_schemes_is_one_load() -> None:
+    more = "Online int8_per_channel quantization: quantized 4 layers of types: ['experts', 'down_proj']\n"
+    lines = DESIGN_LINES.splitlines(keepends=True)
+    text = "".join([*lines[:3], more, *lines[3:]])
+    (log,) = parse_all(text)
+    assert (log.scheme, log.quantized_layers) == ("quark_mxfp4, int8_per_channel", 256)
+    assert log.layer_types == ("down_proj", "gate_up_proj", "experts")
+    assert log.peak_bytes == gib(5.79)
+    assert len(parse_all(text + text)) == 2
+
+
 def test_text_without_a_load_is_an_error() -> None:
     with pytest.raises(QuantloadError, match="no load in this log"):
         parse("INFO: hello\nMemory increase: 5 GiB\n")

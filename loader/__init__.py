@@ -1,1 +1,34 @@
+"""Stream a high-precision checkpoint straight into a quantized model, in bounded memory."""
+
 from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .errors import QuantloadError
+    from .load import load_quantized, plan_quantized
+    from .memory.report import LoadReport
+    from .options import LoadOptions, QuantizationPolicy
+
+__all__ = ["LoadOptions", "LoadReport", "QuantizationPolicy", "QuantloadError", "load_quantized", "plan_quantized"]
+
+# Resolved on first use: the pytest plugin and the log parser live in this package and must not import torch.
+_HOMES = {
+    "LoadOptions": ".options",
+    "LoadReport": ".memory.report",
+    "QuantizationPolicy": ".options",
+    "QuantloadError": ".errors",
+    "load_quantized": ".load",
+    "plan_quantized": ".load",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

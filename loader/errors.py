@@ -51,7 +51,9 @@ class UnsafePathError(CheckpointError):
 
 
 class NonFiniteWeightError(CheckpointError):
-    """A weight to be quantized is NaN or infinite."""
+    """A weight to be quantized is NaN or infinite; `position` is its (row, column) in the piece that held it."""
+
+    position: tuple[int, int] | None = None
 
 
 class RouteError(QuantloadError):

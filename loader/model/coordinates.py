@@ -222,8 +222,8 @@ def _getitem(x: Coordinates, index: Any) -> Coordinates:
         at = items.index(Ellipsis)
         named = sum(item is not None for item in items) - 1
         items[at : at + 1] = [slice(None)] * (x.ndim - named)
-    dim, gone = 0, []
-    for item in items:
+    gone = []
+    for dim, item in enumerate(items):
         if item is None:
             x = _unsqueeze(x, dim)
         elif isinstance(item, int):
@@ -236,7 +236,6 @@ def _getitem(x: Coordinates, index: Any) -> Coordinates:
             x = _step(x, dim, item)
         else:
             raise NotExpressible(f"indexing with {type(item).__name__} is not a movement of boxes")
-        dim += 1
     return _drop(x, gone) if gone else x
 
 
@@ -301,11 +300,12 @@ def _matching_groups(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tup
 
 def _regroup(box: Box, first: int, old: list[int], new: list[int]) -> Iterator[Box]:
     """Boxes of `box` after its dimensions `first..first+len(old)` of sizes `old` became `new`."""
-    for merged in _merge(box, first, old):
+    for merged in merge_boxes(box, first, old):
         yield from _unmerge(merged, first, new)
 
 
-def _merge(box: Box, first: int, sizes: list[int]) -> Iterator[Box]:
+def merge_boxes(box: Box, first: int, sizes: list[int]) -> Iterator[Box]:
+    """Boxes of `box` after its dimensions `first...` of sizes `sizes` were flattened into one."""
     if not sizes:
         yield Box(box.source, _put(box.start, first, 0, (0,)), _put(box.shape, first, 0, (1,)), box.offset,
                   _put(box.strides, first, 0, (0,)))  # fmt: skip
@@ -319,11 +319,11 @@ def _merge(box: Box, first: int, sizes: list[int]) -> Iterator[Box]:
     whole = box.shape[last] == inner and box.strides[outer] == inner * box.strides[last]
     if whole or box.shape[outer] == 1:
         shape = box.shape[outer] * box.shape[last]
-        yield from _merge(_fuse(box, outer, start, shape, box.offset), first, [*sizes[:-2], sizes[-2] * inner])
+        yield from merge_boxes(_fuse(box, outer, start, shape, box.offset), first, [*sizes[:-2], sizes[-2] * inner])
         return
     for i in range(box.shape[outer]):
         piece = _fuse(box, outer, start + i * inner, box.shape[last], box.offset + i * box.strides[outer])
-        yield from _merge(piece, first, [*sizes[:-2], sizes[-2] * inner])
+        yield from merge_boxes(piece, first, [*sizes[:-2], sizes[-2] * inner])
 
 
 def _fuse(box: Box, outer: int, start: int, length: int, offset: int) -> Box:
@@ -363,7 +363,8 @@ def _put(values: tuple[int, ...], at: int, count: int, new: Iterable[int]) -> tu
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "cat": _cat, "concat": _cat, "concatenate": _cat, "stack": _stack,
     "unsqueeze": _unsqueeze, "squeeze": _squeeze,
-    "permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "t": _swap_first, "T": _reversed, "mT": _swap_last,
+    "permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "t": _swap_first,
+    "T": _reversed, "mT": _swap_last,
     "narrow": _narrow, "split": _split, "split_with_sizes": _split, "chunk": _chunk, "unbind": _unbind,
     "__getitem__": _getitem, "reshape": _reshape, "view": _reshape, "flatten": _flatten, "unflatten": _unflatten,
     "contiguous": _same, "clone": _same, "detach": _same, "to": _to,

@@ -1,0 +1,341 @@
+"""The `quantload` command: thin, every subcommand one call into the package."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from .errors import CheckpointError, MemoryBudgetError, PolicyError, QuantloadError
+
+if TYPE_CHECKING:
+    from .options import LoadOptions, QuantizationPolicy
+
+EXIT_USAGE, EXIT_CHECKPOINT, EXIT_BUDGET, EXIT_OTHER = 2, 3, 4, 1
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+
+app = typer.Typer(
+    help="Stream a checkpoint straight into a quantized model.", no_args_is_help=True, add_completion=False
+)
+console = Console(stderr=True)
+
+Model = Annotated[str | None, typer.Argument(help="Folder or hub id; the bundled demo model without it.")]
+Quantization = Annotated[str, typer.Option("--quantization", "-q", help="Scheme; `quantload schemes` lists them.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, or a torch device.")]
+Experts = Annotated[str | None, typer.Option(help="Another scheme for the experts of MoE layers.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Modules left as stored: name, glob or re:regex. Repeatable.")]
+Override = Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME for some modules. Repeatable.")]
+NoDefaultIgnore = Annotated[bool, typer.Option("--no-default-ignore", help="Quantize output head and routers too.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Refuse a load predicted to need more, such as 16GiB.")]
+Staging = Annotated[str | None, typer.Option(help="Size of the arena weights are read into, such as 64MiB.")]
+Chunk = Annotated[str | None, typer.Option(help="Largest piece read at once, such as 8MiB.")]
+Workers = Annotated[int | None, typer.Option(help="Reading and quantizing threads; one a core without it.")]
+PageCacheOption = Annotated[str, typer.Option("--page-cache", help="auto, keep or drop.")]
+Stats = Annotated[str, typer.Option(help="on or off: measure what quantization loses.")]
+Strict = Annotated[bool, typer.Option("--strict", help="A pattern that matches nothing is an error.")]
+Kernel = Annotated[list[str] | None, typer.Option(help="OPERATION=NAME to choose a kernel by hand. Repeatable.")]
+Activations = Annotated[str, typer.Option(help="auto, none or emulate.")]
+Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code the checkpoint ships.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+
+
+@app.command()
+def load(
+    model: Model = None,
+    quantization: Quantization = "auto",
+    device: Device = "auto",
+    experts: Experts = None,
+    ignore: Ignore = None,
+    override: Override = None,
+    no_default_ignore: NoDefaultIgnore = False,
+    max_memory: MaxMemory = None,
+    staging: Staging = None,
+    chunk: Chunk = None,
+    workers: Workers = None,
+    page_cache: PageCacheOption = "auto",
+    stats: Stats = "on",
+    strict: Strict = False,
+    kernel: Kernel = None,
+    activations: Activations = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    report: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Load a model, and say what was quantized, what it lost and how much memory it took."""
+    policy = _policy(experts, ignore, override, no_default_ignore)
+    options = _options(max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations)
+    from .load import load_quantized
+
+    with _progress_bar() as progress:
+        loaded = load_quantized(
+            _model(model), quantization, device=device, policy=policy, options=options, revision=revision,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    if report is not None:
+        loaded.load_report.save(report)
+    if as_json:
+        _print_json(loaded.load_report.to_dict())
+    else:
+        _render(loaded.load_report)
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    quantization: Quantization = "auto",
+    device: Device = "auto",
+    experts: Experts = None,
+    ignore: Ignore = None,
+    override: Override = None,
+    no_default_ignore: NoDefaultIgnore = False,
+    max_memory: MaxMemory = None,
+    staging: Staging = None,
+    chunk: Chunk = None,
+    workers: Workers = None,
+    strict: Strict = False,
+    kernel: Kernel = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a load would do and how much memory it would take, from the headers alone."""
+    policy = _policy(experts, ignore, override, no_default_ignore)
+    options = _options(max_memory, staging, chunk, workers, "auto", "on", strict, kernel, "auto")
+    from .load import plan_quantized
+
+    draft = plan_quantized(
+        _model(model), quantization, device=device, policy=policy, options=options, revision=revision,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    modules = [
+        {"name": a.name, "kind": a.kind, "scheme": a.scheme.name if a.scheme is not None else None, "reason": a.reason}
+        for a in draft.assignments
+    ]
+    summary = draft.plan.memory.to_dict() | {"fallback_conversions": draft.plan.whole_conversions, "modules": modules}
+    if as_json:
+        _print_json(summary)
+    else:
+        _render_plan(draft.plan.memory, modules)
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    quantization: Quantization = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="QUANTLOAD_API_KEY", help="Required of every request but /health.")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="The name clients use; MODEL without it.")] = None,
+    continuous_batching: Annotated[
+        bool, typer.Option("--continuous-batching", help="Batch requests with transformers' paged scheduler.")
+    ] = False,
+    device: Device = "auto",
+    experts: Experts = None,
+    ignore: Ignore = None,
+    override: Override = None,
+    no_default_ignore: NoDefaultIgnore = False,
+    max_memory: MaxMemory = None,
+    staging: Staging = None,
+    chunk: Chunk = None,
+    workers: Workers = None,
+    page_cache: PageCacheOption = "auto",
+    stats: Stats = "on",
+    strict: Strict = False,
+    kernel: Kernel = None,
+    activations: Activations = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Load a model and serve it over an OpenAI-compatible API, with /metrics, /health and /load_report."""
+    policy = _policy(experts, ignore, override, no_default_ignore)
+    options = _options(max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations)
+    try:
+        from .server.command import serve_model
+    except ImportError as error:
+        raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
+    serve_model(
+        _model(model), quantization, device=device, policy=policy, options=options, revision=revision,
+        trust_remote_code=trust_remote_code, host=host, port=port, api_key=api_key,
+        served_model_name=served_model_name or _display_name(model), continuous_batching=continuous_batching,
+    )  # fmt: skip
+
+
+@app.command()
+def schemes(
+    device: Annotated[str, typer.Option(help="The device to choose kernels for.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """List the schemes, and the kernels that would serve each on a device."""
+    from .schemes.listing import list_schemes
+
+    rows = list_schemes(device)
+    if as_json:
+        _print_json({"device": device, "schemes": rows})
+        return
+    table = Table("scheme", "linear", "experts", "weights", "scale", "kernels")
+    for row in rows:
+        names = ", ".join([row["name"], *row["aliases"]])
+        kinds = ["yes" if row["linear"] else "-", "yes" if row["experts"] else "-"]
+        table.add_row(names, *kinds, row["weights"], row["scale"], row["kernels"])
+    Console().print(table)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="A report that `quantload load --report` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Show a saved load report."""
+    from .memory.report import LoadReport
+
+    try:
+        saved = LoadReport.load(path)
+    except OSError as error:
+        raise PolicyError(f"{path} cannot be read: {error.strerror}") from error
+    if as_json:
+        _print_json(saved.to_dict())
+    else:
+        _render(saved)
+
+
+def main() -> None:
+    """Run the command line; exit codes: 0, 2 usage, 3 bad checkpoint, 4 out of budget, 1 other."""
+    _set_up_logging()
+    try:
+        app()
+    except QuantloadError as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        sys.exit(_exit_code(error))
+    except KeyboardInterrupt:
+        console.print("interrupted", style="red")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_OTHER)
+
+
+def _exit_code(error: QuantloadError) -> int:
+    if isinstance(error, CheckpointError):
+        return EXIT_CHECKPOINT
+    if isinstance(error, MemoryBudgetError):
+        return EXIT_BUDGET
+    return EXIT_USAGE if isinstance(error, PolicyError) else EXIT_OTHER
+
+
+def _model(model: str | None) -> str | Path:
+    return DEMO_MODEL if model is None else model
+
+
+def _display_name(model: str | None) -> str:
+    return "quantload-demo" if model is None else model
+
+
+def _policy(
+    experts: str | None, ignore: list[str] | None, override: list[str] | None, no_default_ignore: bool
+) -> QuantizationPolicy | None:
+    from .options import QuantizationPolicy
+
+    if not (experts or ignore or override or no_default_ignore):
+        return None
+    overrides = [_pair(text, "--override", "PATTERN=SCHEME") for text in override or ()]
+    return QuantizationPolicy(
+        experts=experts, ignore=tuple(ignore or ()), overrides=tuple(overrides), default_ignore=not no_default_ignore
+    )
+
+
+def _options(
+    max_memory: str | None, staging: str | None, chunk: str | None, workers: int | None, page_cache: str, stats: str,
+    strict: bool, kernel: list[str] | None, activations: str,
+) -> LoadOptions:  # fmt: skip
+    from .memory.budget import parse_bytes
+    from .options import LoadOptions
+
+    if stats not in ("on", "off"):
+        raise PolicyError(f"--stats is {stats!r}; choose on or off")
+    values: dict[str, Any] = {
+        "max_memory": parse_bytes(max_memory) if max_memory is not None else None,
+        "staging_bytes": parse_bytes(staging) if staging is not None else None,
+        "workers": workers, "page_cache": page_cache, "stats": stats == "on", "strict": strict,
+        "activations": activations, "kernels": dict(_pair(text, "--kernel", "OPERATION=NAME") for text in kernel or ()),
+    }  # fmt: skip
+    if chunk is not None:
+        values["chunk_bytes"] = parse_bytes(chunk)
+    return LoadOptions.from_mapping(values)
+
+
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
+    left, separator, right = text.rpartition("=")
+    if not (separator and left and right):
+        raise PolicyError(f"{option} is {text!r}; write it as {form}")
+    return left, right
+
+
+def _set_up_logging() -> None:
+    handler = RichHandler(console=console, show_path=False, show_level=False, show_time=False, markup=False)
+    logger = logging.getLogger("quantload")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
+    if not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("load", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, allow_nan=False))
+
+
+def _render(report: Any) -> None:
+    from .memory.report import render
+
+    render(report, console)
+
+
+def _render_plan(memory: Any, modules: list[dict[str, Any]]) -> None:
+    from .memory.budget import format_bytes
+
+    table = Table("", "bytes", title="Predicted memory", title_justify="left")
+    for label, size in (
+        ("checkpoint", memory.checkpoint_bytes),
+        ("model", memory.final_bytes),
+        ("staging arena", memory.staging_bytes),
+        ("overhead allowance", memory.slack_bytes),
+        ("peak", memory.peak_bytes),
+    ):
+        table.add_row(label, format_bytes(size))
+    console.print(table)
+    counted: dict[tuple[str, str, str], int] = {}
+    for module in modules:
+        key = (module["kind"], module["scheme"] or "as stored", module["reason"])
+        counted[key] = counted.get(key, 0) + 1
+    decisions = Table("modules", "kind", "scheme", "reason")
+    for (kind, scheme, reason), count in counted.items():
+        decisions.add_row(str(count), kind, scheme, reason)
+    console.print(decisions)
+
+
+if __name__ == "__main__":
+    main()

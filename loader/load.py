@@ -1,0 +1,130 @@
+"""Load a checkpoint straight into a quantized model. Read this file first: it is the whole flow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .checkpoint.index import CheckpointIndex, read_index
+from .checkpoint.reader import PieceReader
+from .checkpoint.resolve import Checkpoint, resolve
+from .checkpoint.source import FileSource
+from .memory.budget import check_budget
+from .model import transformers_api
+from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint
+from .model.skeleton import Assignment, ModelRecipe, assign_schemes, find_model
+from .online.attach import OnFinished, WeightLoaders, attach_weight_loaders
+from .online.storage import FinalStorage
+from .options import LoadOptions, QuantizationPolicy
+from .plan import LoadPlan, loaded_parameters, plan_load
+from .recording import Progress, Recorder
+from .schemes.policy import Policy, choose_policy
+from .schemes.registry import SchemeFactory
+
+
+def load_quantized(
+    model_id: str | Path,
+    quantization: str = "auto",
+    *,
+    device: str | torch.device = "auto",
+    policy: QuantizationPolicy | None = None,
+    options: LoadOptions | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Stream a BF16, FP16 or FP32 checkpoint into a quantized transformers model, ready to generate.
+
+    `model_id` is a folder or a hub id, `quantization` a scheme name (`auto`: `quark_mxfp4`), `device` a torch device
+    (`auto`: the first that has kernels). `policy` says in detail which module gets which scheme; a scheme name other
+    than `auto` then replaces its `linear`. `options` say how the load runs. `progress(bytes_read, bytes_total)` is
+    called in this thread; what it raises cancels the load. The model has `.load_report`. Raises a `QuantloadError`;
+    afterwards threads, files and memory are as before.
+    """
+    options = options or LoadOptions()
+    schemes = SchemeFactory(device, options)
+    rules = Policy(choose_policy(quantization, policy), schemes)
+    checkpoint = resolve(model_id, revision)
+    recipe = find_model(checkpoint, trust_remote_code)
+    schemes.warm_up(recipe.dtype)
+    storage = FinalStorage(schemes.device)
+    with Recorder(schemes.device, options.stats, progress) as recorder, storage:
+        draft = draft_load(checkpoint, recipe, rules, options, storage, recorder.on_layer)
+        model, plan = draft.model, draft.plan
+        check_budget(plan.memory, options.max_memory)
+        recorder.expect(plan)
+        reader = PieceReader(
+            FileSource(checkpoint.root, page_cache=options.page_cache, retries=options.retries),
+            draft.index.shards,
+            workers=plan.workers,
+            chunk_bytes=plan.chunk_bytes,
+            staging_bytes=options.staging_bytes,
+            on_progress=recorder.on_bytes,
+        )
+        totals = reader.run(plan.pieces)
+        draft.loaders.check_complete(loaded_parameters(draft.mapped, draft.loaders))
+        transformers_api.finish(model, draft.mapped.missing, draft.mapped.weight_conversions, storage.device)
+        transformers_api.adopt_generation_config(model, checkpoint.root)
+    model.load_report = recorder.report(model, checkpoint.model_id, rules.name, draft.assignments, plan, totals)
+    return model
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A load that is planned and has not read a weight: the model on meta, and where everything will go."""
+
+    index: CheckpointIndex
+    model: Any
+    mapped: CheckpointMap
+    assignments: list[Assignment]
+    loaders: WeightLoaders
+    routes: Routes
+    plan: LoadPlan
+
+
+def draft_load(
+    checkpoint: Checkpoint,
+    recipe: ModelRecipe,
+    rules: Policy,
+    options: LoadOptions,
+    storage: FinalStorage,
+    on_layer: OnFinished,
+) -> Draft:
+    """Everything before the first weight: index, skeleton, routes, plan."""
+    index = read_index(checkpoint)
+    model, dtype = recipe.build(index)
+    mapped = map_checkpoint(model, index.tensors)
+    dtype_of = transformers_api.DtypePlan(model, dtype)
+    assignments = assign_schemes(model, rules, dtype, options.strict)
+    loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
+    routes = build_routes(mapped, loaders.landing)
+    plan = plan_load(model, index, mapped, routes, loaders, assignments, options)
+    return Draft(index, model, mapped, assignments, loaders, routes, plan)
+
+
+def plan_quantized(
+    model_id: str | Path,
+    quantization: str = "auto",
+    *,
+    device: str | torch.device = "auto",
+    policy: QuantizationPolicy | None = None,
+    options: LoadOptions | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Draft:
+    """What `load_quantized` would do with the same arguments: modules, schemes and memory, no weight read.
+
+    `.plan.memory` is the prediction. Raises what `load_quantized` would raise up to there, the budget included.
+    """
+    options = options or LoadOptions()
+    schemes = SchemeFactory(device, options)
+    rules = Policy(choose_policy(quantization, policy), schemes)
+    checkpoint = resolve(model_id, revision)
+    recipe = find_model(checkpoint, trust_remote_code)
+    draft = draft_load(checkpoint, recipe, rules, options, FinalStorage(schemes.device), lambda *_: None)
+    check_budget(draft.plan.memory, options.max_memory)
+    return draft

@@ -1,0 +1,99 @@
+"""The modules a quantized model is made of."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..schemes.base import LinearScheme, MoEScheme
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer (or GPT-2 `Conv1D`) whose weight is codes and scales.
+
+    `weight` holds the codes and `weight_scale` the scales, canonical [N, K]; `bias` [N] is as stored. `transposed`
+    says that the module it stands for keeps its weight as [K, N], which `dequantize` gives back.
+    """
+
+    def __init__(
+        self, scheme: LinearScheme, in_features: int, out_features: int, bias: nn.Parameter | None, transposed: bool
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.transposed = transposed
+        self.scheme = scheme
+        scheme.create_weights(self, in_features=in_features, out_features=out_features)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., K] to [..., N], in the dtype of `x`."""
+        return self.scheme.apply(self, x, self.bias)
+
+    def dequantize(self, name: str = "weight") -> Tensor:
+        """The float32 values the codes stand for: [N, K], or [K, N] where the module it stands for has that."""
+        weight = self.scheme.dequantize(self, name)
+        return weight.T if self.transposed else weight
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={self.scheme.name}"
+
+
+class DtypeFacade(Tensor):
+    """Codes that answer `.dtype` with the compute dtype."""
+
+    compute_dtype: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.compute_dtype
+
+
+class QuantizedLinearReadByDtype(QuantizedLinear):
+    """A `QuantizedLinear` for models that cast activations to `layer.weight.dtype`, as T5 does.
+
+    There `layer.weight` is the codes behind a face that answers `.dtype` with the dtype the layer computes in; the
+    parameter itself, in `parameters()` and `state_dict()`, is the same as everywhere.
+    """
+
+    compute_dtype: torch.dtype
+
+    def __getattribute__(self, name: str) -> Any:
+        if name != "weight":
+            return super().__getattribute__(name)
+        facade = self._parameters["weight"].as_subclass(DtypeFacade)  # type: ignore[union-attr]
+        facade.compute_dtype = self.compute_dtype
+        return facade
+
+
+def quantize_experts(module: Any, scheme: MoEScheme) -> None:
+    """Turn a fused experts module, in place, into one that holds codes and scales.
+
+    It keeps its class, its biases and its gate; whoever calls this also routes its forward to the scheme. Weights [E, N, K] (or [E, K, N] where `is_transposed`) become
+    canonical codes [E, N, ...] under the same name, and `<name>_scale`.
+    """
+    sizes: dict[str, Any] = {}
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        _, rows, columns = module._parameters[name].shape
+        if module.is_transposed:
+            rows, columns = columns, rows
+        sizes[name] = (_shards(module, name, rows), columns)
+    module.num_experts = int(module._parameters["down_proj"].shape[0])
+    scheme.create_weights(module, num_experts=module.num_experts, **sizes)
+    module.scheme = scheme
+    module.dequantize = types.MethodType(_dequantize, module)
+
+
+def _dequantize(module: Any, name: str = "gate_up_proj") -> Tensor:
+    """The float32 values an experts weight stands for, shaped as in the unquantized module."""
+    scheme: MoEScheme = module.scheme
+    return scheme.dequantize(module, name)
+
+
+def _shards(module: Any, name: str, rows: int) -> tuple[tuple[str, int], ...]:
+    if name == "gate_up_proj" and module.is_concatenated:
+        return ("w1", rows // 2), ("w3", rows // 2)
+    return (("w13" if name == "gate_up_proj" else "w2" if name == "down_proj" else "w3", rows),)

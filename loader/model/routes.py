@@ -1,0 +1,270 @@
+"""Where every element of the checkpoint goes: checkpoint name -> regions of parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..checkpoint.headers import TensorEntry
+from ..errors import MissingWeightsError, ShapeMismatchError, UnexpectedWeightsError
+from ..online.regions import Region
+from ..schemes.layout import WeightLayout
+from . import transformers_api
+from .coordinates import Box, Coordinates, NotExpressible, merge_boxes
+from .transformers_api import Conversion
+
+NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A block of one checkpoint tensor that lands in one region.
+
+    Element (row, column) of the region is element `offset + row * row_stride + column * column_stride` of the
+    flattened checkpoint tensor.
+    """
+
+    parameter: str
+    region: Region
+    offset: int
+    row_stride: int
+    column_stride: int
+
+
+@dataclass(frozen=True)
+class Landing:
+    """The coordinates a parameter is written in: its matrices, and whether the model keeps them transposed."""
+
+    experts: int | None
+    rows: int
+    columns: int
+    transposed: bool = False
+    layout: WeightLayout | None = None
+
+
+class ModelShapes:
+    """What transformers' operations ask of a model: its config and the shapes of its parameters before quantization."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config = model.config
+        self.tensors: dict[str, Tensor] = model.state_dict()
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The meta tensor of a parameter."""
+        return self.tensors[name]
+
+    get_parameter_or_buffer = get_buffer = get_parameter
+
+
+@dataclass
+class CheckpointMap:
+    """The checkpoint's tensors on the coordinates of the unquantized model."""
+
+    shapes: ModelShapes
+    conversions: list[Conversion]
+    coordinates: dict[str, tuple[Coordinates, Conversion]]
+    not_expressible: list[Conversion]
+    ignored: list[str]
+    missing: set[str]
+    weight_conversions: list[Any]
+
+
+@dataclass
+class Routes:
+    """The spans of every checkpoint tensor, and the conversions that need their tensors whole."""
+
+    spans: dict[str, list[Span]] = field(default_factory=dict)
+    whole: list[Conversion] = field(default_factory=list)
+
+
+class LandingOf(Protocol):
+    """Tells where a parameter is written."""
+
+    def __call__(self, parameter: str) -> Landing:
+        """The landing of a parameter by its full name."""
+
+
+def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, TensorEntry]) -> CheckpointMap:
+    """Rename, group and convert every checkpoint name, without a byte of data.
+
+    Raises `UnexpectedWeightsError`, `MissingWeightsError` and `ShapeMismatchError`, after the exceptions the model
+    class declares.
+    """
+    names = transformers_api.plan_names(model, tensors)
+    mapped = CheckpointMap(ModelShapes(model), names.conversions, {}, [], [], set(), names.weight_conversions)
+    loaded: set[str] = set()
+    for conversion in names.conversions:
+        for name, coordinates in _convert(mapped, conversion, tensors).items():
+            loaded.add(name)
+            if coordinates is not None:
+                mapped.coordinates[name] = (coordinates, conversion)
+    unexpected = [*names.unexpected, *(name for name in loaded if name not in mapped.shapes.tensors)]
+    missing = set(mapped.shapes.tensors) - loaded
+    wanted, surplus = transformers_api.complaints(model, missing, unexpected)
+    if surplus:
+        raise UnexpectedWeightsError(
+            f"{len(surplus)} checkpoint tensors that no parameter of {type(model).__name__} takes: {_some(surplus)}; "
+            f"is config.json the one of this checkpoint?"
+        )
+    if wanted:
+        raise MissingWeightsError(
+            f"{len(wanted)} parameters of {type(model).__name__} have no tensor in the checkpoint: {_some(wanted)}; "
+            f"the checkpoint is incomplete, or config.json describes another model"
+        )
+    mapped.missing = missing
+    mapped.ignored = sorted(set(unexpected))
+    return mapped
+
+
+def _convert(
+    mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str, TensorEntry]
+) -> dict[str, Coordinates | None]:
+    names = conversion.names()
+    if conversion.converter is None and len(names) > 1:
+        raise UnexpectedWeightsError(f"checkpoint tensors {_some(names)} all go to {conversion.target}; keep one")
+    sources = {name: Coordinates.of(name, tensors[name].shape, tensors[name].dtype) for name in names}
+    try:
+        converted = transformers_api.convert(mapped.shapes, conversion, sources)
+    except NotExpressible:
+        mapped.not_expressible.append(conversion)
+        return dict.fromkeys(_targets(mapped, conversion))
+    except (ValueError, IndexError, KeyError, RuntimeError) as error:
+        _explain_missing(mapped, conversion)
+        shapes = {name: tensors[name].shape for name in names[:NAMES_SHOWN]}
+        raise ShapeMismatchError(f"{conversion.target} cannot be made from {shapes}: {error}") from error
+    for name, coordinates in converted.items():
+        expected = mapped.shapes.tensors.get(name)
+        if expected is not None and coordinates.shape != expected.shape:
+            _explain_missing(mapped, conversion)
+            raise ShapeMismatchError(
+                f"{name}: the checkpoint gives shape {tuple(coordinates.shape)} (from {_some(names)}), the model has "
+                f"{tuple(expected.shape)}; is config.json the one of this checkpoint?"
+            )
+    return dict(converted)
+
+
+def _targets(mapped: CheckpointMap, conversion: Conversion) -> Iterator[str]:
+    """Parameters a conversion fills, from its target patterns."""
+    patterns = conversion.converter.target_patterns if conversion.converter is not None else []
+    for pattern in patterns:
+        name = conversion.target.replace(patterns[0], pattern)
+        if name in mapped.shapes.tensors:
+            yield name
+    if not patterns:
+        yield conversion.target
+
+
+def _explain_missing(mapped: CheckpointMap, conversion: Conversion) -> None:
+    """Raise `MissingWeightsError` if what is wrong with a conversion is that some of its tensors are not there."""
+    expected = mapped.shapes.tensors.get(conversion.target)
+    if conversion.converter is None or expected is None:
+        return
+    absent = [p for p in conversion.converter.source_patterns if p not in conversion.sources]
+    numbered = {pattern: _numbered(names) for pattern, names in conversion.sources.items()}
+    everyone = range(expected.shape[0]) if any("*" in p for p in conversion.converter.source_patterns) else range(0)
+    for names in numbered.values():
+        template = next(iter(names.values()), None)
+        at = next(iter(names), None)
+        if template is None or at is None:
+            continue
+        absent += [_renumber(template, at, i) for i in everyone if i not in names]
+    if absent:
+        raise MissingWeightsError(
+            f"{conversion.target} needs {len(absent)} more checkpoint tensors: {_some(absent)}; "
+            f"the checkpoint is incomplete, or config.json describes another model"
+        )
+
+
+def _numbered(names: list[str]) -> dict[int, str]:
+    """Names by the last number in which they differ from each other (their expert id)."""
+    digits = [[int(part) for part in re.findall(r"(?<=\.)\d+(?=\.)", name)] for name in names]
+    for position in reversed(range(min(map(len, digits), default=0))):
+        if len({numbers[position] for numbers in digits}) == len(names) > 1:
+            return {numbers[position]: name for numbers, name in zip(digits, names, strict=True)}
+    return {}
+
+
+def _renumber(template: str, number: int, wanted: int) -> str:
+    head, _, tail = template.rpartition(f".{number}.")
+    return f"{head}.{wanted}.{tail}"
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - NAMES_SHOWN} more" if len(ordered) > NAMES_SHOWN else ""
+    return ", ".join(ordered[:NAMES_SHOWN]) + more
+
+
+def build_routes(mapped: CheckpointMap, landing_of: LandingOf) -> Routes:
+    """Turn coordinates into spans of the parameters as they will be written.
+
+    A conversion one of whose spans cuts through a byte of codes is carried out whole instead.
+    """
+    routes = Routes(whole=list(mapped.not_expressible))
+    whole = {id(conversion) for conversion in routes.whole}
+    spans: list[tuple[str, Span, Conversion]] = []
+    for name, (coordinates, conversion) in mapped.coordinates.items():
+        landing = landing_of(name)
+        for source, span in _spans(name, coordinates, landing):
+            spans.append((source, span, conversion))
+            cut = landing.layout is not None and not landing.layout.code_aligned(span.region)
+            if cut and id(conversion) not in whole:
+                whole.add(id(conversion))
+                routes.whole.append(conversion)
+    for source, span, conversion in spans:
+        if id(conversion) not in whole:
+            routes.spans.setdefault(source, []).append(span)
+    return routes
+
+
+def _spans(name: str, coordinates: Coordinates, landing: Landing) -> Iterator[tuple[str, Span]]:
+    with torch._C.DisableTorchFunctionSubclass():
+        shape = tuple(coordinates.shape)
+    for box in coordinates.boxes:
+        for expert, matrix in _matrices(box, shape, landing):
+            rows = (matrix.start[0], matrix.start[0] + matrix.shape[0])
+            columns = (matrix.start[1], matrix.start[1] + matrix.shape[1])
+            for low, high in _at_shard_borders(rows, landing.layout):
+                offset = matrix.offset + (low - rows[0]) * matrix.strides[0]
+                region = Region(expert, (low, high), columns)
+                yield matrix.source, Span(name, region, offset, matrix.strides[0], matrix.strides[1])
+
+
+def _matrices(box: Box, shape: tuple[int, ...], landing: Landing) -> Iterator[tuple[int | None, Box]]:
+    """The two-dimensional parts of a box, in the orientation they are written in."""
+    if landing.layout is None:
+        for flat in _as_matrix(box, shape):
+            yield None, flat
+    elif landing.experts is None:
+        yield None, _turned(box, landing.transposed)
+    else:
+        for i in range(box.shape[0]):
+            part = Box(box.source, box.start[1:], box.shape[1:], box.offset + i * box.strides[0], box.strides[1:])
+            yield box.start[0] + i, _turned(part, landing.transposed)
+
+
+def _as_matrix(box: Box, shape: tuple[int, ...]) -> Iterator[Box]:
+    if len(shape) == 0:
+        yield Box(box.source, (0, 0), (1, 1), box.offset, (1, 1))
+    elif len(shape) == 1:
+        yield Box(box.source, (0, *box.start), (1, *box.shape), box.offset, (shape[0], *box.strides))
+    else:
+        yield from merge_boxes(box, 0, list(shape[:-1]))
+
+
+def _turned(box: Box, transposed: bool) -> Box:
+    if not transposed:
+        return box
+    return Box(box.source, box.start[::-1], box.shape[::-1], box.offset, box.strides[::-1])
+
+
+def _at_shard_borders(rows: tuple[int, int], layout: WeightLayout | None) -> Iterator[tuple[int, int]]:
+    borders = [] if layout is None else layout.shard_borders()
+    edges = [rows[0], *(border for border in borders if rows[0] < border < rows[1]), rows[1]]
+    yield from zip(edges, edges[1:], strict=False)

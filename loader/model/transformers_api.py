@@ -1,0 +1,268 @@
+"""The one module that touches what transformers keeps private about loading.
+
+Everything here is tested on the oldest and the newest transformers the package allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
+from transformers.monkey_patching import patch_output_recorders
+
+from ..errors import CheckpointError, UnsupportedCheckpointError
+
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModel",
+)
+
+
+def load_config(root: Path, trust_remote_code: bool) -> Any:
+    """The transformers config of the checkpoint folder `root`; whatever is wrong with it is a `CheckpointError`."""
+    try:
+        return AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"config.json of {root.name!r} does not describe a model this transformers ({transformers.__version__}) "
+            f"knows: {error}"
+        ) from error
+
+
+def model_class(config: Any, root: Path, trust_remote_code: bool) -> type[PreTrainedModel]:
+    """The class `config.architectures` names."""
+    names = getattr(config, "architectures", None)
+    if not isinstance(names, (list, tuple)) or not names or not isinstance(names[0], str):
+        raise CheckpointError(
+            f"config.json of {root.name!r} has no `architectures`; it must name the model class, "
+            f'for example ["LlamaForCausalLM"]'
+        )
+    found = getattr(transformers, names[0], None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    if getattr(config, "auto_map", None) is not None and trust_remote_code:
+        return _remote_class(config, root)
+    ships_code = getattr(config, "auto_map", None) is not None
+    advice = "pass trust_remote_code=True to run the code it ships" if ships_code else "update transformers"
+    raise UnsupportedCheckpointError(
+        f"architecture {names[0]!r} of {root.name!r} is not a model class of transformers {transformers.__version__}; "
+        f"{advice}, or correct `architectures` in config.json"
+    )
+
+
+def _remote_class(config: Any, root: Path) -> type[PreTrainedModel]:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    for auto_class in AUTO_CLASSES:
+        reference = config.auto_map.get(auto_class)
+        if reference is not None:
+            remote: type[PreTrainedModel] = get_class_from_dynamic_module(reference, str(root))
+            return remote
+    raise UnsupportedCheckpointError(
+        f"the auto_map of {root.name!r} names none of {', '.join(AUTO_CLASSES)}; it names {', '.join(config.auto_map)}"
+    )
+
+
+def settle_dtype(config: Any, stored: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype `from_pretrained(dtype="auto")` would choose, written into the config and its sub-configs.
+
+    The config's own dtype, else that of the first floating tensor in `stored`, else float32.
+    """
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, dict):
+        dtype = dtype.get("", torch.get_default_dtype())
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        settled = dtype
+    else:
+        settled = next((d for d in stored if d.is_floating_point and d.itemsize > 1), torch.float32)
+    config.dtype = settled
+    for name in getattr(config, "sub_configs", {}):
+        sub = getattr(config, name, None)
+        if sub is not None:
+            sub.dtype = settled
+    return settled
+
+
+def meta_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """An instance of `cls` on the meta device, as `from_pretrained` builds it."""
+    with contextlib.ExitStack() as stack:
+        for context in cls.get_init_context(dtype, False, False, None):
+            stack.enter_context(context)
+        model = cls(config)
+        patch_output_recorders(model)
+    return model
+
+
+@dataclass(slots=True)
+class Conversion:
+    """Checkpoint tensors that become parameters together.
+
+    `sources` maps a source pattern to checkpoint names in the order transformers would collect them. Without a
+    `converter` there is one name, copied as it is.
+    """
+
+    target: str
+    converter: Any | None
+    sources: dict[str, list[str]] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        return [name for names in self.sources.values() for name in names]
+
+
+@dataclass(slots=True)
+class NamePlan:
+    """What transformers' renaming says about every checkpoint name."""
+
+    conversions: list[Conversion]
+    unexpected: list[str]
+    weight_conversions: list[Any]
+
+
+def plan_names(model: PreTrainedModel, names: Iterable[str]) -> NamePlan:
+    """Rename and group checkpoint names as transformers would, without a tensor.
+
+    Names go through in transformers' own sorted order, since one of its renamings remembers what it has seen.
+    """
+    mapping = get_model_conversion_mapping(model) or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix, meta = model.base_model_prefix, model.state_dict()
+    conversions: dict[str, Conversion] = {}
+    unexpected = []
+    for name in sorted(names, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, meta)
+        if renamed not in meta and name in meta:
+            renamed, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=meta)
+        if renamed not in meta:
+            unexpected.append(name)
+            continue
+        converter = None if pattern is None else by_pattern[pattern]
+        conversion = conversions.setdefault(renamed, Conversion(renamed, converter))
+        conversion.sources.setdefault(name if pattern is None else pattern, []).append(name)
+    return NamePlan(list(conversions.values()), unexpected, [entry for entry in mapping if entry.was_used()])
+
+
+def convert(model: PreTrainedModel, conversion: Conversion, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Run transformers' operations of one conversion on `tensors` (by checkpoint name); parameters by full name.
+
+    The tensors may be real or `Coordinates`.
+    """
+    if conversion.converter is None:
+        # Two checkpoint names for one parameter: transformers lets the first one in sorted order win.
+        return {conversion.target: tensors[conversion.names()[0]]}
+    converter = conversion.converter
+    collected: dict[str, Any] = {
+        pattern: [tensors[name] for name in names] for pattern, names in conversion.sources.items()
+    }
+    for operation in converter.operations:
+        collected = operation.convert(
+            collected,
+            source_patterns=converter.source_patterns,
+            target_patterns=converter.target_patterns,
+            full_layer_name=conversion.target,
+            model=model,
+            config=model.config,
+            missing_keys=None,
+        )
+    collected = {name: value[0] if isinstance(value, list) else value for name, value in collected.items()}
+    full = conversion.target.replace("*.", "0.")
+    for key in collected:
+        if key in full:
+            before, _, after = full.partition(key)
+            return {before + name + after: value for name, value in collected.items()}
+    return collected
+
+
+class DtypePlan:
+    """The dtype each parameter gets when it is not quantized, `_keep_in_fp32_modules` included."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        plan = model._get_dtype_plan(dtype)
+        self._patterns = [(re.compile(name.replace("*", r".*")), wanted) for name, wanted in plan.items()]
+
+    def __call__(self, name: str, created: torch.dtype) -> torch.dtype:
+        for pattern, wanted in self._patterns:
+            if pattern.search(name):
+                return wanted
+        return created
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Parameters that are tied to another one and need no tensor of their own."""
+    return set(getattr(model, "all_tied_weights_keys", {}))
+
+
+def tied_parameters(model: PreTrainedModel) -> set[str]:
+    """Parameters that share their storage with another one, on either side."""
+    keys: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return {*keys.keys(), *keys.values()}
+
+
+def loading_info(missing: Iterable[str], unexpected: Iterable[str]) -> LoadStateDictInfo:
+    values: dict[str, Any] = {
+        "missing_keys": set(missing), "unexpected_keys": set(unexpected), "mismatched_keys": set(),
+        "conversion_errors": {}, "error_msgs": [], "skipped_pp_keys": set(),
+    }  # fmt: skip
+    known = inspect.signature(LoadStateDictInfo).parameters
+    return LoadStateDictInfo(**{name: value for name, value in values.items() if name in known})
+
+
+def complaints(model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Missing and unexpected names left after the exceptions the model class declares."""
+    info = loading_info(missing, unexpected)
+    model._adjust_missing_and_unexpected_keys(info)
+    return set(info.missing_keys) - tied_names(model), set(info.unexpected_keys)
+
+
+def finish(model: PreTrainedModel, missing: Iterable[str], weight_conversions: list[Any], device: torch.device) -> None:
+    """What transformers does after the last tensor: missing parameters, non-persistent buffers, tying."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor._is_hf_initialized = True
+    info = loading_info(missing, ())
+    config = LoadStateDictConfig(
+        pretrained_model_name_or_path=getattr(model.config, "name_or_path", None), device_map={"": device}
+    )
+    type(model)._finalize_model_loading(model, config, info)
+    model._weight_conversions = weight_conversions
+    model.eval()
+
+
+def adopt_generation_config(model: PreTrainedModel, root: Path) -> None:
+    """Take the generation config of the checkpoint folder, or make one from its model config."""
+    if not model.can_generate():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(root)
+    except OSError:
+        model.generation_config = GenerationConfig.from_pretrained(
+            root, config_file_name="config.json", _from_model_config=True
+        )
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits, where the model says which."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if get is not None else None
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) else None

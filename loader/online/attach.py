@@ -1,0 +1,133 @@
+"""Put a `weight_loader` closure on every parameter of a skeleton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import MissingWeightsError
+from ..model.quantized import QuantizedLinear
+from ..model.routes import Landing
+from ..model.skeleton import Assignment
+from ..schemes.base import LinearScheme
+from .moe import MoeOnlineWeightLoader
+from .parameter import QuantizedParameter
+from .pieces import Sink
+from .storage import FinalStorage
+from .weight_loader import DirectWeightLoader, LayerProgress, OnlineWeightLoader, linear_quantizer
+
+NAMES_SHOWN = 8
+
+DtypeOf = Callable[[str, torch.dtype], torch.dtype]
+OnFinished = Callable[[Assignment, Tensor], None]
+
+
+class WeightLoaders:
+    """The closures of one model: where each parameter is written, and what has not arrived."""
+
+    def __init__(self) -> None:
+        self.sinks: dict[str, Sink] = {}
+        self._landings: dict[str, Landing] = {}
+        self._covers: dict[str, list[str]] = {}
+
+    def landing(self, parameter: str) -> Landing:
+        """The coordinates a parameter is written in."""
+        return self._landings[parameter]
+
+    def stored_names(self, parameter: str) -> list[str]:
+        """The model's own names of what one checkpoint-precision parameter became: codes and scales, or itself."""
+        return self._covers[parameter]
+
+    def check_complete(self, expected: Iterable[str]) -> None:
+        """Raise `MissingWeightsError` naming every region of `expected` parameters that has not arrived."""
+        gaps = list(self._gaps(expected))
+        if gaps:
+            more = f" and {len(gaps) - NAMES_SHOWN} more" if len(gaps) > NAMES_SHOWN else ""
+            raise MissingWeightsError(f"parts that never arrived: {'; '.join(gaps[:NAMES_SHOWN])}{more}")
+
+    def _gaps(self, expected: Iterable[str]) -> Iterator[str]:
+        for name in expected:
+            loader = self.sinks[name].loader
+            tracker = loader.tracker if isinstance(loader, DirectWeightLoader) else loader.parameter.tracker
+            if not tracker.complete:
+                yield from (f"{name} {region}" for region in tracker.missing())
+
+    def add(self, name: str, param: Tensor, loader: Any, landing: Landing, stored: list[str]) -> None:
+        """Attach a closure to a parameter and remember where it writes."""
+        param.weight_loader = loader  # type: ignore[attr-defined]
+        self.sinks[name] = Sink(param, loader)
+        self._landings[name] = landing
+        self._covers[name] = stored
+
+
+def attach_weight_loaders(
+    model: PreTrainedModel,
+    assignments: Iterable[Assignment],
+    dtype_of: DtypeOf,
+    storage: FinalStorage,
+    on_finished: OnFinished,
+) -> WeightLoaders:
+    """Closures for every parameter and persistent buffer; quantizing ones for modules with a scheme.
+
+    `on_finished(assignment, statistics)` runs once a layer, in the thread that brought its last piece.
+    """
+    loaders = WeightLoaders()
+    for assignment in assignments:
+        if assignment.scheme is not None:
+            _attach_quantized(loaders, assignment, storage, on_finished)
+    quantized = {name for parameter in loaders.sinks for name in loaders.stored_names(parameter)}
+    modules: Mapping[str, Any] = dict(model.named_modules())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in quantized and isinstance(tensor, Tensor):
+            path, _, attribute = name.rpartition(".")
+            loader = DirectWeightLoader(modules[path], attribute, name, dtype_of(name, tensor.dtype), storage)
+            loaders.add(name, tensor, loader, Landing(None, loader.rows, loader.columns), [name])
+    return loaders
+
+
+def _attach_quantized(
+    loaders: WeightLoaders, assignment: Assignment, storage: FinalStorage, on_finished: OnFinished
+) -> None:
+    module: Any = assignment.module
+    if isinstance(module, QuantizedLinear):
+        _attach_linear(loaders, assignment, module, storage, on_finished)
+        return
+    loader = MoeOnlineWeightLoader(
+        module,
+        module.scheme,
+        name=assignment.name,
+        storage=storage,
+        on_finished=lambda statistics: on_finished(assignment, statistics),
+    )
+    for name, layout in module.weight_layouts.items():
+        full_name = f"{assignment.name}.{name}"
+        landing = Landing(layout.experts, layout.rows, layout.columns, module.is_transposed, layout)
+        stored = [full_name, f"{full_name}_scale"]
+        loaders.add(full_name, module._parameters[name], loader.bound(name), landing, stored)
+
+
+def _attach_linear(
+    loaders: WeightLoaders,
+    assignment: Assignment,
+    module: QuantizedLinear,
+    storage: FinalStorage,
+    on_finished: OnFinished,
+) -> None:
+    scheme: LinearScheme = module.scheme
+
+    def finish(statistics: Tensor) -> None:
+        scheme.process_weights_after_loading(module)
+        on_finished(assignment, statistics)
+
+    for name, layout in scheme.layouts(module).items():
+        full_name = f"{assignment.name}.{name}"
+        parameter = QuantizedParameter(module, name, full_name, layout, storage)
+        loader = OnlineWeightLoader(name, linear_quantizer(scheme, LayerProgress({name: parameter}, finish)))
+        param = module._parameters[name]
+        assert param is not None
+        landing = Landing(None, layout.rows, layout.columns, module.transposed, layout)
+        loaders.add(full_name, param, loader, landing, [full_name, f"{full_name}_scale"])

@@ -1,0 +1,92 @@
+"""Parameters that come into being when their first piece arrives."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..schemes.layout import Block, WeightLayout
+from .regions import Region, RegionTracker
+from .storage import FinalStorage
+
+
+def materialize(module: nn.Module, name: str, storage: FinalStorage, dtype: torch.dtype | None = None) -> Tensor:
+    """Replace the meta parameter or buffer `name` of `module` by a real one of the same shape; return it.
+
+    What was attached to it, such as `weight_loader`, moves over. A tensor that is real already is returned as it is.
+    """
+    old = module._parameters.get(name)
+    held: dict[str, Any] = module._parameters if old is not None else module._buffers
+    old = held[name]
+    if not old.is_meta:
+        return old
+    new = storage.empty(tuple(old.shape), dtype or old.dtype)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
+    new.__dict__.update(old.__dict__)
+    new._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers initializes what does not say so
+    held[name] = new
+    return new
+
+
+class QuantizedParameter:
+    """The codes and scales of one parameter while they are being written, from any number of threads."""
+
+    def __init__(
+        self, module: nn.Module, name: str, full_name: str, layout: WeightLayout, storage: FinalStorage
+    ) -> None:
+        self.full_name = full_name
+        self.layout = layout
+        self.tracker = RegionTracker(full_name, layout.experts, layout.rows, layout.columns)
+        self._module, self._name, self._storage = module, name, storage
+        self._lock = threading.Lock()
+        self._codes: Tensor | None = None
+        self._scales: Tensor | None = None
+        self._unobserved: dict[int | None, int] = {}
+        self.scales_known: set[int | None] = set()
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales, materialized by the first caller."""
+        with self._lock:
+            if self._codes is None or self._scales is None:
+                self._codes = materialize(self._module, self._name, self._storage).data
+                self._scales = materialize(self._module, f"{self._name}_scale", self._storage).data
+        return self._codes, self._scales
+
+    def views(self, region: Region, block: Block) -> tuple[Tensor, Tensor]:
+        """The codes and scales of one block of a region, as views of the final tensors."""
+        codes, scales = self.tensors()
+        if region.expert is not None:
+            codes, scales = codes[region.expert], scales[region.expert]
+        return codes[block.code_index], scales[block.scale_index]
+
+    def begin_observing(self, expert: int | None) -> None:
+        """The first pass of a matrix begins with maxima of zero; later callers find it begun."""
+        _, scales = self.tensors()
+        with self._lock:
+            if expert not in self._unobserved:
+                self._unobserved[expert] = self.layout.rows * self.layout.columns
+                (scales if expert is None else scales[expert]).zero_()
+
+    def raise_maxima(self, maxima: Tensor, amax: Tensor) -> None:
+        """Raise what is known of some maxima to what one piece holds; pieces of one block come from many threads."""
+        with self._lock:
+            torch.maximum(maxima, amax, out=maxima)
+
+    def observed(self, region: Region) -> Tensor | None:
+        """Count an observed region; when the matrix has been seen whole, its maxima, to be made scales."""
+        with self._lock:
+            self._unobserved[region.expert] -= region.numel
+            if self._unobserved[region.expert]:
+                return None
+        _, scales = self.tensors()
+        return scales if region.expert is None else scales[region.expert]
+
+    def reset(self) -> None:
+        """Forget what arrived: a reload begins. Codes and scales stay where they are until they are overwritten."""
+        self.tracker.reset()
+        self._unobserved.clear()
+        self.scales_known.clear()

@@ -1,0 +1,143 @@
+"""Which part of a parameter a piece fills, and which parts have arrived."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import RepeatedRegionError
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Rows and columns of one matrix of a parameter, in checkpoint-precision coordinates.
+
+    `expert` is the index into the leading dimension of an experts parameter, `None` elsewhere. `rows` and `columns`
+    are half-open intervals of the canonical orientation: rows are output features, columns run along K.
+    """
+
+    expert: int | None
+    rows: Interval
+    columns: Interval
+
+    @property
+    def numel(self) -> int:
+        return (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0])
+
+    def __str__(self) -> str:
+        where = "" if self.expert is None else f"expert {self.expert}, "
+        return f"{where}rows {self.rows[0]}:{self.rows[1]}, columns {self.columns[0]}:{self.columns[1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Rectangle:
+    rows: Interval
+    columns: Interval
+
+    def meets(self, other: _Rectangle) -> bool:
+        return (
+            self.rows[0] < other.rows[1]
+            and other.rows[0] < self.rows[1]
+            and self.columns[0] < other.columns[1]
+            and other.columns[0] < self.columns[1]
+        )
+
+    def joined(self, other: _Rectangle) -> _Rectangle | None:
+        """The union, where it is a rectangle again."""
+        if self.columns == other.columns and (self.rows[1] == other.rows[0] or other.rows[1] == self.rows[0]):
+            return _Rectangle((min(self.rows[0], other.rows[0]), max(self.rows[1], other.rows[1])), self.columns)
+        if self.rows == other.rows and (self.columns[1] == other.columns[0] or other.columns[1] == self.columns[0]):
+            lowest, highest = min(self.columns[0], other.columns[0]), max(self.columns[1], other.columns[1])
+            return _Rectangle(self.rows, (lowest, highest))
+        return None
+
+
+class RegionTracker:
+    """The set of regions of one parameter that have arrived; safe to use from several threads.
+
+    `experts` matrices (None: one) of `rows` x `columns` elements. A region that arrives twice is an error: every
+    element is written exactly once, so what is missing is known exactly and can be named.
+    """
+
+    def __init__(self, name: str, experts: int | None, rows: int, columns: int) -> None:
+        self.name = name
+        self._experts = experts
+        self._rows, self._columns = rows, columns
+        self._missing = (experts or 1) * rows * columns
+        self._claimed: dict[int | None, list[_Rectangle]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def claim(self, region: Region) -> None:
+        """Reserve a region for writing.
+
+        Raises `RepeatedRegionError` if a part of it was claimed already, `IndexError` if it lies outside.
+        """
+        self._check_inside(region)
+        new = _Rectangle(region.rows, region.columns)
+        with self._lock:
+            claimed = self._claimed[region.expert]
+            if any(new.meets(old) for old in claimed):
+                raise RepeatedRegionError(
+                    f"{self.name}: {region} arrived twice; a part is written once in a load. "
+                    f"Announce a reload first, or remove the second tensor"
+                )
+            self._insert(claimed, new)
+
+    def commit(self, region: Region) -> bool:
+        """Record that a claimed region is written; True when it was the last one."""
+        with self._lock:
+            self._missing -= region.numel
+            return self._missing == 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every element has arrived."""
+        return self._missing == 0
+
+    def missing(self) -> Iterator[Region]:
+        """The regions that have not arrived: whole rows of each matrix where nothing of the row is there."""
+        with self._lock:
+            for expert in [None] if self._experts is None else range(self._experts):
+                yield from self._gaps(expert, self._claimed.get(expert, []))
+
+    def reset(self) -> None:
+        """Forget everything: a reload begins."""
+        with self._lock:
+            self._claimed.clear()
+            self._missing = (self._experts or 1) * self._rows * self._columns
+
+    def _check_inside(self, region: Region) -> None:
+        experts_ok = region.expert is None if self._experts is None else region.expert in range(self._experts)
+        rows_ok = 0 <= region.rows[0] <= region.rows[1] <= self._rows
+        if not (experts_ok and rows_ok and 0 <= region.columns[0] <= region.columns[1] <= self._columns):
+            raise IndexError(
+                f"{self.name}: {region} lies outside of {self._experts or 1} x {self._rows} x {self._columns}"
+            )
+
+    @staticmethod
+    def _insert(seen: list[_Rectangle], new: _Rectangle) -> None:
+        merged = True
+        while merged:
+            merged = False
+            for i, old in enumerate(seen):
+                union = old.joined(new)
+                if union is not None:
+                    del seen[i]
+                    new, merged = union, True
+                    break
+        seen.append(new)
+
+    def _gaps(self, expert: int | None, seen: list[_Rectangle]) -> Iterator[Region]:
+        edges = sorted({0, self._rows, *(edge for r in seen for edge in r.rows)})
+        for low, high in zip(edges, edges[1:], strict=False):
+            at = 0
+            for start, stop in sorted(r.columns for r in seen if r.rows[0] <= low and high <= r.rows[1]):
+                if at < start:
+                    yield Region(expert, (low, high), (at, start))
+                at = stop
+            if at < self._columns:
+                yield Region(expert, (low, high), (at, self._columns))

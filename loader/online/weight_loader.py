@@ -1,0 +1,271 @@
+"""The `weight_loader` closures: what a checkpoint tensor, or a piece of it, is handed to.
+
+A closure is bound to (layer, parameter name), never to a parameter object: the meta parameter it was attached to is
+replaced when its first piece arrives, and the closure moves along, so that a reload works.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NonFiniteWeightError, ShapeMismatchError
+from ..kernels.statistics import merge, new_statistics
+from ..schemes.base import LinearScheme, NonFiniteError, TensorStats
+from .parameter import QuantizedParameter, materialize
+from .regions import Interval, Region, RegionTracker
+from .storage import FinalStorage
+
+
+class WeightLoader(Protocol):
+    """What vLLM and SGLang call for every checkpoint tensor, and quantload for every piece of one."""
+
+    def __call__(
+        self,
+        param: Tensor,
+        loaded_weight: Tensor,
+        *,
+        shard_id: str | None = None,
+        expert_id: int | None = None,
+        region: Region | None = None,
+    ) -> None:
+        """Take a whole shard (`region=None`), or the rows and columns `region` names, in checkpoint precision."""
+
+
+class DirectWeightLoader:
+    """Writes pieces of one parameter or buffer that is kept as stored, converting the dtype where it differs.
+
+    Coordinates are those of the tensor flattened to two dimensions, [product of the others, last].
+    """
+
+    def __init__(self, module: nn.Module, name: str, full_name: str, dtype: torch.dtype, storage: FinalStorage) -> None:
+        self._module, self._name, self.dtype, self._storage = module, name, dtype, storage
+        shape = _held(module, name).shape
+        self.columns = int(shape[-1]) if len(shape) else 1
+        self.rows = shape.numel() // self.columns if self.columns else 0
+        self.tracker = RegionTracker(full_name, None, self.rows, self.columns)
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        param: Tensor,
+        loaded_weight: Tensor,
+        *,
+        shard_id: str | None = None,
+        expert_id: int | None = None,
+        region: Region | None = None,
+    ) -> None:
+        if region is None:
+            region = Region(None, (0, self.rows), (0, self.columns))
+        view = self._view(region)
+        _check_shape(self.tracker.name, loaded_weight.numel(), view.numel(), loaded_weight.shape)
+        self.tracker.claim(region)
+        view.copy_(loaded_weight.reshape(view.shape))
+        self.tracker.commit(region)
+
+    def direct_target(self, region: Region) -> Tensor:
+        """The uint8 view of the final storage that whole rows of the stored dtype can be read into."""
+        self.tracker.claim(region)
+        return self._view(region).reshape(-1).view(torch.uint8)
+
+    def direct_done(self, region: Region) -> None:
+        """What `direct_target` gave out has been read into."""
+        self.tracker.commit(region)
+
+    def accepts_bytes(self, dtype: torch.dtype, region: Region) -> bool:
+        """Whether a region stored as `dtype` is contiguous in the final tensor and needs no conversion."""
+        whole_rows = region.columns == (0, self.columns) or region.rows[1] - region.rows[0] == 1
+        return whole_rows and dtype == self.dtype
+
+    def reset(self) -> None:
+        """A reload begins."""
+        self.tracker.reset()
+
+    def _view(self, region: Region) -> Tensor:
+        with self._lock:
+            tensor = materialize(self._module, self._name, self._storage, self.dtype)
+        flat = tensor.data.view(self.rows, self.columns)
+        return flat[slice(*region.rows), slice(*region.columns)]
+
+
+class LayerProgress:
+    """The parameters of one quantized layer on their way, and the statistics of what was quantized.
+
+    When the last region of the last parameter is written, `finish(layer)` runs, once, in the thread that wrote it.
+    """
+
+    def __init__(self, parameters: dict[str, QuantizedParameter], finish: Callable[[Tensor], None]) -> None:
+        self.parameters = parameters
+        self.statistics = new_statistics()
+        self._finish = finish
+        self._incomplete = set(parameters)
+        self._lock = threading.Lock()
+
+    def add(self, stats: TensorStats) -> None:
+        """Add the statistics of one piece."""
+        if stats.values is not None:
+            with self._lock:
+                merge(self.statistics, stats.values)
+
+    def commit(self, name: str, region: Region) -> None:
+        """A region of a parameter is written."""
+        if not self.parameters[name].tracker.commit(region):
+            return
+        with self._lock:
+            self._incomplete.discard(name)
+            last = not self._incomplete
+        if last:
+            self._finish(self.statistics)
+
+    def reset(self) -> None:
+        """A reload begins."""
+        with self._lock:
+            self._incomplete = set(self.parameters)
+            self.statistics = new_statistics()
+        for parameter in self.parameters.values():
+            parameter.reset()
+
+
+class Quantize(Protocol):
+    """Writes the codes (and, unless known, the scales) of a piece; raises `NonFiniteError`."""
+
+    def __call__(self, weight: Tensor, out: Tensor, scale: Tensor, *, scales_known: bool = False) -> TensorStats:
+        """`weight` [R, C] into `out` and `scale`."""
+
+
+class RegionQuantizer:
+    """Quantizes the pieces of one layer's parameters on arrival, wherever they lie.
+
+    What linear and MoE loaders share. It never holds more high-precision data than the piece it was handed.
+    """
+
+    def __init__(
+        self,
+        progress: LayerProgress,
+        quantize: Quantize,
+        observe: Callable[[Tensor, Tensor], None],
+        finish_scales: Callable[[Tensor], None],
+    ) -> None:
+        self.progress = progress
+        self._quantize, self._observe, self._finish_scales = quantize, observe, finish_scales
+
+    def load(self, name: str, weight: Tensor, region: Region) -> None:
+        """Quantize `weight` [rows, columns of the region] into place.
+
+        Raises `RepeatedRegionError`, `ShapeMismatchError`, `NonFiniteWeightError`, and `ValueError` for a piece that
+        cuts through scale blocks nobody observed.
+        """
+        parameter = self.progress.parameters[name]
+        _check_region_shape(parameter.full_name, weight, region)
+        known = region.expert in parameter.scales_known
+        if not known and not parameter.layout.whole(region):
+            raise ValueError(
+                f"{parameter.full_name}: {region} cuts through scale blocks of {parameter.layout.format.name}; "
+                f"hand over whole blocks, or observe every piece first"
+            )
+        parameter.tracker.claim(region)
+        for block in parameter.layout.blocks(region):
+            codes, scales = parameter.views(region, block)
+            part = weight[slice(*block.rows)].to(codes.device)
+            try:
+                self.progress.add(self._quantize(part, codes, scales, scales_known=known))
+            except NonFiniteError:
+                raise non_finite_error(parameter.full_name, weight) from None
+        self.progress.commit(name, region)
+
+    def observe(self, name: str, weight: Tensor, region: Region) -> None:
+        """First pass over a piece of a matrix whose scales span several pieces."""
+        parameter = self.progress.parameters[name]
+        _check_region_shape(parameter.full_name, weight, region)
+        parameter.begin_observing(region.expert)
+        for block in parameter.layout.blocks(region):
+            _, maxima = parameter.views(region, block)
+            amax = torch.zeros_like(maxima)
+            try:
+                self._observe(weight[slice(*block.rows)].to(amax.device), amax)
+            except NonFiniteError:
+                raise non_finite_error(parameter.full_name, weight) from None
+            parameter.raise_maxima(maxima, amax)
+        complete = parameter.observed(region)
+        if complete is not None:
+            self._finish_scales(complete)
+            parameter.scales_known.add(region.expert)
+
+
+class OnlineWeightLoader:
+    """The `weight_loader` of one parameter of a linear layer: quantizes what arrives."""
+
+    def __init__(self, name: str, quantizer: RegionQuantizer) -> None:
+        self._name = name
+        self._quantizer = quantizer
+        self.parameter = quantizer.progress.parameters[name]
+
+    def __call__(
+        self,
+        param: Tensor,
+        loaded_weight: Tensor,
+        *,
+        shard_id: str | None = None,
+        expert_id: int | None = None,
+        region: Region | None = None,
+    ) -> None:
+        if region is None:
+            rows = shard_rows(self.parameter, shard_id)
+            region = Region(None, rows, (0, self.parameter.layout.columns))
+        self._quantizer.load(self._name, loaded_weight, region)
+
+    def observe(self, loaded_weight: Tensor, region: Region) -> None:
+        """First pass over a piece of a matrix whose scales span several pieces."""
+        self._quantizer.observe(self._name, loaded_weight, region)
+
+    def reset(self) -> None:
+        """A reload begins."""
+        self._quantizer.progress.reset()
+
+
+def linear_quantizer(scheme: LinearScheme, progress: LayerProgress) -> RegionQuantizer:
+    """The region quantizer of a linear layer."""
+    return RegionQuantizer(
+        progress, scheme.quantizer.quantize, scheme.quantizer.observe, scheme.quantizer.finish_scales
+    )
+
+
+def shard_rows(parameter: QuantizedParameter, shard_id: str | None) -> Interval:
+    """Rows of a shard; `ShapeMismatchError` names the shards there are."""
+    try:
+        return parameter.layout.shard_rows(shard_id)
+    except KeyError as error:
+        raise ShapeMismatchError(f"{parameter.full_name}: {error.args[0]}") from None
+
+
+def non_finite_error(name: str, weight: Tensor) -> NonFiniteWeightError:
+    """The error that names the first NaN or Inf of a piece; `.position` is its (row, column) there."""
+    row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+    error = NonFiniteWeightError(
+        f"{name}: element [{row}, {column}] of the piece is {weight[row, column].item()}; "
+        f"weights to be quantized must be finite: repair the checkpoint, or ignore this layer"
+    )
+    error.position = (row, column)
+    return error
+
+
+def _check_region_shape(name: str, weight: Tensor, region: Region) -> None:
+    expected = (region.rows[1] - region.rows[0], region.columns[1] - region.columns[0])
+    if tuple(weight.shape) != expected:
+        raise ShapeMismatchError(f"{name}: got a piece of shape {tuple(weight.shape)} for {region}, shape {expected}")
+
+
+def _check_shape(name: str, got: int, expected: int, shape: torch.Size) -> None:
+    if got != expected:
+        raise ShapeMismatchError(f"{name}: got a tensor of shape {tuple(shape)} where {expected} elements belong")
+
+
+def _held(module: nn.Module, name: str) -> Tensor:
+    tensor = module._parameters.get(name)
+    tensor = tensor if tensor is not None else module._buffers[name]
+    assert tensor is not None
+    return tensor

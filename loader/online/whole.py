@@ -1,0 +1,106 @@
+"""Conversions that coordinates cannot express: transformers' own operation on the tensors of one group, whole.
+
+The group's tensors are read into memory of their own, converted, handed to the same closures, and freed. The plan
+counts them, and the report says how many there were.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.headers import TensorEntry
+from ..checkpoint.pieces import Piece, Workspace
+from ..errors import UnexpectedWeightsError
+from ..model import transformers_api
+from ..model.routes import Landing, ModelShapes
+from ..model.transformers_api import Conversion
+from .pieces import Sink
+from .regions import Region
+
+
+class WholeConversion:
+    """One group of checkpoint tensors on its way through a conversion."""
+
+    def __init__(
+        self,
+        shapes: ModelShapes,
+        conversion: Conversion,
+        entries: Sequence[TensorEntry],
+        sinks: Mapping[str, Sink],
+        landing: Callable[[str], Landing],
+    ) -> None:
+        self._shapes, self._conversion, self._sinks, self._landing = shapes, conversion, sinks, landing
+        self._entries = {entry.name: entry for entry in entries}
+        self._tensors: dict[str, Tensor] = {}
+        self._arrived = 0
+        self._lock = threading.Lock()
+
+    def target(self, name: str) -> Tensor:
+        """The bytes of one source tensor, to be read into."""
+        entry = self._entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        with self._lock:
+            self._tensors[name] = tensor
+        return tensor.reshape(-1).view(torch.uint8)
+
+    def arrived(self, _: Workspace) -> None:
+        """A source tensor is complete; the last one sets the conversion off."""
+        with self._lock:
+            self._arrived += 1
+            if self._arrived < len(self._entries):
+                return
+        # As transformers does it: converted in the dtype the parameter will have.
+        wanted = self._shapes.tensors[self._conversion.target].dtype
+        tensors = {name: tensor.to(wanted) for name, tensor in self._tensors.items()}
+        self._tensors.clear()
+        converted = transformers_api.convert(self._shapes, self._conversion, tensors)
+        del tensors
+        for name in list(converted):
+            self._deliver(name, converted.pop(name))
+
+    def _deliver(self, name: str, tensor: Tensor) -> None:
+        sink = self._sinks.get(name)
+        if sink is None:
+            raise UnexpectedWeightsError(
+                f"{self._conversion.target}: the conversion also makes {name}, which no parameter takes"
+            )
+        for region, matrix in _matrices(tensor, self._landing(name)):
+            sink.loader(sink.param, matrix.contiguous(), region=region)
+
+
+def whole_bytes(conversion: Conversion, tensors: Mapping[str, TensorEntry]) -> int:
+    """Bytes a group holds at its highest: its tensors, and what is made from them."""
+    return 2 * sum(tensors[name].nbytes for name in conversion.names())
+
+
+def plan_whole(
+    conversions: Sequence[Conversion],
+    tensors: Mapping[str, TensorEntry],
+    shapes: ModelShapes,
+    sinks: Mapping[str, Sink],
+    landing: Callable[[str], Landing],
+) -> Iterator[Piece]:
+    """The pieces of every group, one group after the other."""
+    for conversion in conversions:
+        entries = [tensors[name] for name in conversion.names()]
+        group = WholeConversion(shapes, conversion, entries, sinks, landing)
+        for entry in entries:
+            extents = ((entry.offset, entry.nbytes),)
+            yield Piece(entry.shard, extents, group.arrived, target=lambda g=group, n=entry.name: g.target(n))  # type: ignore[misc]
+
+
+def _matrices(tensor: Tensor, landing: Landing) -> Iterator[tuple[Region, Tensor]]:
+    if landing.layout is None:
+        yield Region(None, (0, landing.rows), (0, landing.columns)), tensor.reshape(landing.rows, landing.columns)
+        return
+    whole = (0, landing.rows), (0, landing.columns)
+    tensor = tensor.transpose(-1, -2) if landing.transposed else tensor
+    if landing.experts is None:
+        yield Region(None, *whole), tensor
+        return
+    for expert in range(landing.experts):
+        yield Region(expert, *whole), tensor[expert]

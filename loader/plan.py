@@ -1,0 +1,135 @@
+"""What a load would do, before it does it: modules, pieces, and the memory they will take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from .checkpoint.headers import TensorEntry
+from .checkpoint.index import CheckpointIndex
+from .checkpoint.pieces import Piece
+from .errors import UnsupportedCheckpointError
+from .memory.planner import MemoryPlan, ParameterSize, plan_memory
+from .model.routes import CheckpointMap, Routes
+from .model.skeleton import Assignment
+from .online.attach import WeightLoaders
+from .online.pieces import plan_pieces
+from .online.weight_loader import DirectWeightLoader
+from .online.whole import plan_whole, whole_bytes
+from .options import LoadOptions
+
+QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
+MIN_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """The pieces of a load in the order they are read, and its predicted memory.
+
+    `chunk_bytes` is the size of a staging buffer: the largest piece, at most the option's unless a scale block is
+    larger. `bytes_in` are the checkpoint bytes of each linear and experts module.
+    """
+
+    pieces: list[Piece]
+    chunk_bytes: int
+    workers: int
+    memory: MemoryPlan
+    bytes_total: int
+    bytes_in: dict[str, int]
+    whole_conversions: int
+
+
+def plan_load(
+    model: PreTrainedModel,
+    index: CheckpointIndex,
+    mapped: CheckpointMap,
+    routes: Routes,
+    loaders: WeightLoaders,
+    assignments: list[Assignment],
+    options: LoadOptions,
+) -> LoadPlan:
+    """Cut every route into pieces and add up what will be held at once."""
+    whole_names = {name for conversion in routes.whole for name in conversion.names()}
+    entries = sorted(
+        (index.tensors[name] for name in routes.spans if name not in whole_names),
+        key=lambda entry: (entry.shard, entry.offset),
+    )
+    _check_dtypes(entries, routes, loaders)
+    pieces = plan_pieces(entries, routes.spans, loaders.sinks, options.chunk_bytes)
+    pieces += plan_whole(routes.whole, index.tensors, mapped.shapes, loaders.sinks, loaders.landing)
+    chunk = max((piece.nbytes for piece in pieces if piece.target is None), default=MIN_CHUNK)
+    chunk = max(chunk, min(options.chunk_bytes, 1 << 20))
+    workers = min(options.worker_count(), max(len(pieces), 1))
+    staging = options.staging_bytes or 2 * workers * chunk
+    bytes_in = dict(_bytes_in(mapped, assignments))
+    memory = plan_memory(
+        _sizes(mapped, loaders, assignments),
+        sum(buffer.nbytes for buffer in _unrouted(model, loaders, mapped)),
+        staging,
+        transient_bytes=2 * max((whole_bytes(conversion, index.tensors) for conversion in routes.whole), default=0),
+        checkpoint_bytes=index.total_bytes,
+    )
+    return LoadPlan(pieces, chunk, workers, memory, sum(piece.nbytes for piece in pieces), bytes_in, len(routes.whole))
+
+
+def _check_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoaders) -> None:
+    for entry in entries:
+        if entry.dtype not in QUANTIZABLE:
+            for span in routes.spans[entry.name]:
+                if not loaders.sinks[span.parameter].direct:
+                    raise UnsupportedCheckpointError(
+                        f"checkpoint tensor {entry.name} is {entry.dtype}; only "
+                        f"{', '.join(str(dtype).removeprefix('torch.') for dtype in QUANTIZABLE)} can be quantized: "
+                        f"leave {span.parameter} as stored with an ignore pattern"
+                    )
+
+
+def _sizes(mapped: CheckpointMap, loaders: WeightLoaders, assignments: list[Assignment]) -> Iterator[ParameterSize]:
+    kinds = {assignment.name: assignment for assignment in assignments}
+    for name in loaded_parameters(mapped, loaders):
+        loader = loaders.sinks[name].loader
+        assignment = kinds.get(name.rpartition(".")[0])
+        kind = assignment.kind if assignment is not None else "other"
+        stored = mapped.shapes.tensors[name]
+        if isinstance(loader, DirectWeightLoader):
+            yield ParameterSize(name, kind, "none", stored.nbytes, stored.numel() * loader.dtype.itemsize)
+        else:
+            assert assignment is not None
+            assert assignment.scheme is not None
+            yield ParameterSize(name, kind, assignment.scheme.name, stored.nbytes, loader.parameter.layout.nbytes)
+
+
+def loaded_parameters(mapped: CheckpointMap, loaders: WeightLoaders) -> list[str]:
+    """Parameters the checkpoint has tensors for."""
+    return [name for name in mapped.shapes.tensors if name not in mapped.missing and name in loaders.sinks]
+
+
+def _unrouted(model: PreTrainedModel, loaders: WeightLoaders, mapped: CheckpointMap) -> Iterator[torch.Tensor]:
+    """Non-persistent buffers, and what is initialized because the model class allows it to be missing."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    persistent: Mapping[str, object] = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name not in persistent:
+            yield buffer
+    for name in mapped.missing - tied:
+        if name in loaders.sinks:
+            yield loaders.sinks[name].param
+
+
+def _bytes_in(mapped: CheckpointMap, assignments: list[Assignment]) -> Iterator[tuple[str, int]]:
+    for assignment in assignments:
+        layouts = {} if assignment.scheme is None else assignment.scheme.layouts(assignment.module)
+        names = [f"{assignment.name}.{name}" for name in layouts]
+        itemsizes = (
+            mapped.coordinates[name][0].element_size()
+            if name in mapped.coordinates
+            else mapped.shapes.tensors[name].itemsize
+            for name in names
+        )
+        yield (
+            assignment.name,
+            sum(layout.numel * itemsize for layout, itemsize in zip(layouts.values(), itemsizes, strict=True)),
+        )

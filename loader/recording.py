@@ -1,0 +1,128 @@
+"""What a load writes down about itself while it runs, and the report it ends with."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint.reader import ReadTotals
+from .memory import logs
+from .memory.ledger import Ledger
+from .memory.probes import probe_for
+from .memory.report import KeptReport, LayerReport, LoadReport
+from .model.skeleton import Assignment
+from .plan import LoadPlan
+
+Progress = Callable[[int, int], None]
+
+
+class Recorder:
+    """Follows the memory of one load, collects its layers, writes its log lines and its report.
+
+    `progress(bytes_read, bytes_total)` is called in the caller's thread about ten times a second.
+    """
+
+    def __init__(self, device: torch.device, stats: bool, progress: Progress | None) -> None:
+        self._device = device
+        self._stats = stats
+        self._progress = progress
+        self._layers: dict[str, LayerReport] = {}
+        self._lock = threading.Lock()
+        self._plan: LoadPlan | None = None
+        self.ledger = Ledger(probe_for(device))
+
+    def __enter__(self) -> Self:
+        logs.log_before(self.ledger.probe.kind, self.ledger.baseline_bytes)
+        self.ledger.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ledger.stop()
+
+    def expect(self, plan: LoadPlan) -> None:
+        """What is going to be loaded."""
+        self._plan = plan
+
+    def on_bytes(self, bytes_read: int) -> None:
+        """So many bytes have been read."""
+        self.ledger.record(bytes_read)
+        if self._progress is not None and self._plan is not None:
+            self._progress(bytes_read, self._plan.bytes_total)
+
+    def on_layer(self, assignment: Assignment, statistics: Tensor) -> None:
+        """A layer is complete; called once a layer from any thread."""
+        assert assignment.scheme is not None
+        assert self._plan is not None
+        layouts = assignment.scheme.layouts(assignment.module).values()
+        known: dict[str, Any] = {
+            "name": assignment.name,
+            "kind": assignment.kind,
+            "scheme": assignment.scheme.name,
+            "kernel": assignment.scheme.kernel_names,
+            "bytes_in": self._plan.bytes_in[assignment.name],
+            "bytes_out": sum(layout.nbytes for layout in layouts),
+            "numel": sum(layout.numel for layout in layouts),
+        }
+        layer = LayerReport.from_statistics(statistics, **known) if self._stats else LayerReport(**known)
+        with self._lock:
+            self._layers[assignment.name] = layer
+
+    def report(
+        self,
+        model: nn.Module,
+        name: str,
+        quantization: str,
+        assignments: list[Assignment],
+        plan: LoadPlan,
+        totals: ReadTotals,
+    ) -> LoadReport:
+        """The report of a finished load, also written to the log."""
+        final_bytes = tensor_bytes(model)
+        report = LoadReport(
+            model=name,
+            quantization=quantization,
+            device=str(self._device),
+            seconds=self.ledger.seconds,
+            bytes_read=totals.bytes_read,
+            checkpoint_bytes=plan.memory.checkpoint_bytes,
+            final_bytes=final_bytes,
+            peak_bytes=self.ledger.peak_bytes,
+            staging_peak_bytes=totals.staging_peak_bytes,
+            baseline_bytes=self.ledger.baseline_bytes,
+            predicted_final_bytes=plan.memory.final_bytes,
+            predicted_peak_bytes=plan.memory.peak_bytes,
+            fallback_conversions=plan.whole_conversions,
+            layers=[self._layers[a.name] for a in assignments if a.name in self._layers],
+            kept=[KeptReport(a.name, a.reason, tensor_bytes(a.module)) for a in assignments if a.scheme is None],
+            timeline=self.ledger.timeline,
+        )
+        self._log(report)
+        return report
+
+    def _log(self, report: LoadReport) -> None:
+        logs.log_increase(self.ledger.increase_bytes)
+        by_scheme: dict[str, list[str]] = {}
+        for layer in report.layers:
+            by_scheme.setdefault(layer.scheme, []).append(layer.name)
+        for scheme, names in by_scheme.items():
+            logs.log_quantized(scheme, len(names), logs.layer_types(names))
+        kind = self.ledger.probe.kind
+        logs.log_peak(kind, report.peak_bytes, report.final_bytes, report.staging_peak_bytes)
+        logs.log_loaded(report.bytes_read, report.seconds)
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each storage counted once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*module.parameters(), *module.buffers())
+        if not tensor.is_meta
+    }
+    return sum(storages.values())

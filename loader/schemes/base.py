@@ -1,0 +1,137 @@
+"""What a scheme is: weight init, quantization and post-load processing of one kind of layer, for one format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.registry import KernelSet
+from ..kernels.statistics import new_statistics
+from .layout import WeightLayout
+
+
+class NonFiniteError(ValueError):
+    """A piece holds NaN or Inf; the loader that knows its name and place turns this into a user's error."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStats:
+    """Accumulated statistics of quantized elements, or nothing when statistics are off.
+
+    `values` is the float64 vector `quantload.kernels.statistics` describes.
+    """
+
+    values: Tensor | None
+
+
+class Quantizer:
+    """Quantizes pieces with one kernel set; has no state of its own, so every thread may use it."""
+
+    def __init__(self, kernels: KernelSet, stats: bool = True) -> None:
+        self.kernels = kernels
+        self.stats = stats
+
+    def quantize(self, weight: Tensor, out: Tensor, scale: Tensor, *, scales_known: bool = False) -> TensorStats:
+        """Write the codes of `weight` [R, C] to `out`, and the scales unless they are known already.
+
+        Raises `NonFiniteError` if an element is NaN or Inf.
+        """
+        values = new_statistics() if self.stats else None
+        if self.kernels.quantize(weight, out, scale, values, scales_known=scales_known):
+            raise NonFiniteError
+        return TensorStats(values)
+
+    def observe(self, weight: Tensor, amax: Tensor) -> None:
+        """First pass of a tensor whose scales span several pieces: raise `amax` to that of the piece."""
+        if self.kernels.observe(weight, amax):
+            raise NonFiniteError
+
+    def finish_scales(self, amax: Tensor) -> None:
+        """Turn the maxima of the first pass into scales, in place."""
+        self.kernels.finish_scales(amax)
+
+
+class _Scheme(ABC):
+    """What linear and MoE schemes share: a name, a format, a quantizer."""
+
+    name: str
+    format_name: str
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
+        self.kernels = quantizer.kernels
+
+    @property
+    def kernel_names(self) -> str:
+        """The kernels behind this scheme, for the report."""
+        names: Mapping[str, str] = self.kernels.names
+        distinct = list(dict.fromkeys(names.values()))
+        return distinct[0] if len(distinct) == 1 else ", ".join(f"{op}={name}" for op, name in names.items())
+
+    @abstractmethod
+    def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
+        """The layout of each quantized parameter of the layer, by parameter name."""
+
+    @abstractmethod
+    def dequantize(self, layer: nn.Module, name: str) -> Tensor:
+        """The float32 values the codes of one parameter stand for, shaped as in the unquantized module."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Bring codes and scales into the layout the kernel wants; the canonical one unless a scheme says otherwise."""
+
+
+class LinearScheme(_Scheme):
+    """A scheme for linear layers."""
+
+    @abstractmethod
+    def create_weights(self, layer: nn.Module, *, in_features: int, out_features: int) -> None:
+        """Register meta parameters `weight` and `weight_scale` on the layer."""
+
+    @abstractmethod
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` [..., K] times the layer's weight, plus bias; [..., N] in the dtype of `x`."""
+
+
+class MoEScheme(_Scheme):
+    """A scheme for fused experts."""
+
+    @abstractmethod
+    def create_weights(self, layer: nn.Module, **sizes: Any) -> None:
+        """Register meta parameters for the codes and scales of every experts weight."""
+
+    @abstractmethod
+    def apply(self, layer: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Experts forward: `hidden_states` [T, H], routing [T, k] of expert ids and weights; [T, H]."""
+
+
+@runtime_checkable
+class MoeQuantizationCallbacks(Protocol):
+    """What `MoeOnlineWeightLoader` asks of a scheme."""
+
+    def get_quantized_dtype(self) -> torch.dtype:
+        """The dtype of the codes."""
+
+    def create_scale_tensors(self, layer: nn.Module, num_experts: int) -> None:
+        """Register a meta scale parameter beside each experts weight."""
+
+    def quantize_expert(self, weight: Tensor, out: Tensor, scale: Tensor, *, scales_known: bool = False) -> TensorStats:
+        """Quantize rows [R, C] of one expert's shard into `out` and `scale`."""
+
+    def observe_expert(self, weight: Tensor, amax: Tensor) -> None:
+        """First pass over rows of one expert's shard, for scales that span several pieces."""
+
+    def finish_scales(self, amax: Tensor) -> None:
+        """Turn the maxima of the first pass into scales, in place."""
+
+    def setup_kernel(self, layer: nn.Module) -> None:
+        """The layer is complete: bring it into the layout its kernel wants."""
+
+
+def meta_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    """A parameter without storage, to be materialized when its first piece arrives."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)

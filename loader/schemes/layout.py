@@ -1,0 +1,141 @@
+"""Where the codes and scales of a quantized parameter lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.formats import WeightFormat
+from ..online.regions import Interval, Region
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a region inside one shard, with the slices of codes and scales that belong to it.
+
+    `rows` are relative to the region. `whole` says whether it covers whole scale blocks, so that its scales depend
+    on nothing else.
+    """
+
+    rows: Interval
+    code_index: tuple[slice, slice]
+    scale_index: tuple[slice, slice]
+    whole: bool
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """Codes and scales of one parameter: `experts` matrices (None: one), each a stack of `shards` of `columns`.
+
+    `shards` are (shard_id, rows) from top to bottom, such as `(("w1", I), ("w3", I))`; every shard is quantized on
+    its own, so no scale block reaches over its border. Orientation is canonical, [N, K], whatever the module has.
+    """
+
+    format: WeightFormat
+    experts: int | None
+    shards: tuple[tuple[str, int], ...]
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        """Output features of one matrix."""
+        return sum(rows for _, rows in self.shards)
+
+    @property
+    def numel(self) -> int:
+        """Weights, all experts together."""
+        return (self.experts or 1) * self.rows * self.columns
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of the codes, experts first."""
+        return (*self._leading, self.rows, self.format.code_shape(1, self.columns)[1])
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of the scales, experts first."""
+        return (*self._leading, sum(self._scale_rows(rows) for _, rows in self.shards), self._scale_columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        codes, scales = torch.Size(self.code_shape).numel(), torch.Size(self.scale_shape).numel()
+        return codes * self.format.code_dtype.itemsize + scales * self.format.scale_dtype.itemsize
+
+    @property
+    def scales_follow_rows(self) -> bool:
+        """Whether a scale row belongs to a fixed number of rows all through, across shard borders too."""
+        block = self.format.block_rows
+        return len(self.shards) == 1 or (block > 0 and all(rows % block == 0 for _, rows in self.shards))
+
+    def shard_rows(self, shard_id: str | None) -> Interval:
+        """Rows of a shard; `None` means all of them. Raises `KeyError` for a shard that is not there."""
+        if shard_id is None:
+            return 0, self.rows
+        at = 0
+        for name, rows in self.shards:
+            if name == shard_id:
+                return at, at + rows
+            at += rows
+        raise KeyError(f"no shard {shard_id!r}; there are {', '.join(repr(name) for name, _ in self.shards)}")
+
+    def shard_borders(self) -> list[int]:
+        """Rows at which a shard begins, the end included."""
+        borders = [0]
+        for _, rows in self.shards:
+            borders.append(borders[-1] + rows)
+        return borders
+
+    def blocks(self, region: Region) -> Iterator[Block]:
+        """Cut a region at the shard borders."""
+        first, last = region.rows
+        shard_start = scale_start = 0
+        for _, rows in self.shards:
+            low, high = max(first, shard_start), min(last, shard_start + rows)
+            if low < high:
+                yield self._block(region, (low, high), (shard_start, shard_start + rows), scale_start)
+            shard_start += rows
+            scale_start += self._scale_rows(rows)
+
+    def whole(self, region: Region) -> bool:
+        """Whether the region covers whole scale blocks only."""
+        return all(block.whole for block in self.blocks(region))
+
+    def code_aligned(self, region: Region) -> bool:
+        """Whether the region begins and ends at a byte of codes, and at a scale where scales cannot be revised."""
+        step = self.format.block_cols if self.format.codes_per_byte > 1 else 1
+        low, high = region.columns
+        return low % step == 0 and (high % step == 0 or high == self.columns)
+
+    def _block(self, region: Region, rows: Interval, shard: Interval, scale_start: int) -> Block:
+        fmt, (first, last) = self.format, region.columns
+        per_byte, last_code = fmt.codes_per_byte, self.code_shape[-1]
+        code_columns = slice(first // per_byte, last_code if last == self.columns else last // per_byte)
+        row_blocks, rows_whole = _cover(rows[0] - shard[0], rows[1] - shard[0], shard[1] - shard[0], fmt.block_rows)
+        column_blocks, columns_whole = _cover(first, last, self.columns, fmt.block_cols)
+        return Block(
+            rows=(rows[0] - region.rows[0], rows[1] - region.rows[0]),
+            code_index=(slice(*rows), code_columns),
+            scale_index=(slice(scale_start + row_blocks[0], scale_start + row_blocks[1]), slice(*column_blocks)),
+            whole=rows_whole and columns_whole,
+        )
+
+    @property
+    def _leading(self) -> tuple[int, ...]:
+        return () if self.experts is None else (self.experts,)
+
+    @property
+    def _scale_columns(self) -> int:
+        return self.format.scale_shape(1, self.columns)[1]
+
+    def _scale_rows(self, rows: int) -> int:
+        return self.format.scale_shape(rows, self.columns)[0]
+
+
+def _cover(first: int, last: int, extent: int, block: int) -> tuple[Interval, bool]:
+    """Scale indices that elements `first:last` of `extent` touch, and whether they fill them; block 0: one scale."""
+    size = block or max(extent, 1)
+    whole = first % size == 0 and (last % size == 0 or last == extent)
+    return (first // size, -(-last // size)), whole

@@ -1,0 +1,42 @@
+"""The linear scheme for every format whose kernels follow `quantload.kernels`: codes, scales, one matmul."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import LinearScheme, meta_parameter
+from .layout import WeightLayout
+
+
+class QuantizedLinearScheme(LinearScheme):
+    """Weight-only quantization of a linear layer in `format_name`."""
+
+    def create_weights(self, layer: nn.Module, *, in_features: int, out_features: int) -> None:
+        """Register `weight` (codes [N, K/codes per byte]) and `weight_scale`, both on the meta device."""
+        layout = WeightLayout(self.kernels.format, None, (("", out_features),), in_features)
+        layer.weight_layout = layout
+        layer.register_parameter("weight", meta_parameter(layout.code_shape, layout.format.code_dtype))
+        layer.register_parameter("weight_scale", meta_parameter(layout.scale_shape, layout.format.scale_dtype))
+
+    def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
+        """The layout of `weight`."""
+        layout: WeightLayout = layer.weight_layout  # type: ignore[assignment]
+        return {"weight": layout}
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` [..., K] times the layer's weight, plus bias; [..., N] in the dtype of `x`."""
+        layout = self.layouts(layer)["weight"]
+        codes, scales = layer._parameters["weight"], layer._parameters["weight_scale"]
+        flat = x.reshape(-1, layout.columns)
+        out: Tensor = self.kernels.linear(flat, codes, scales, bias, layout.rows, layout.columns)
+        return out.view(*x.shape[:-1], layout.rows)
+
+    def dequantize(self, layer: nn.Module, name: str) -> Tensor:
+        """float32 [N, K]."""
+        layout = self.layouts(layer)[name]
+        codes, scales = layer._parameters[name], layer._parameters[f"{name}_scale"]
+        assert codes is not None
+        out = torch.empty(layout.rows, layout.columns, dtype=torch.float32, device=codes.device)
+        self.kernels.dequantize(codes, scales, out)
+        return out

@@ -1,0 +1,138 @@
+"""The MoE scheme for every format whose kernels follow `quantload.kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import MoEScheme, TensorStats, meta_parameter
+from .layout import WeightLayout
+
+
+class QuantizedMoEScheme(MoEScheme):
+    """Weight-only quantization of fused experts in `format_name`; also the callbacks of `MoeOnlineWeightLoader`."""
+
+    def create_weights(self, layer: nn.Module, **sizes: Any) -> None:
+        """Register codes and scales, on meta, for each weight in `sizes`: name -> (shards, columns), and `num_experts`.
+
+        `shards` are the (shard_id, rows) of one expert from top to bottom.
+        """
+        num_experts: int = sizes.pop("num_experts")
+        layer.weight_layouts = {
+            name: WeightLayout(self.kernels.format, num_experts, shards, columns)
+            for name, (shards, columns) in sizes.items()
+        }
+        for name, layout in self.layouts(layer).items():
+            layer.register_parameter(name, meta_parameter(layout.code_shape, self.get_quantized_dtype()))
+        self.create_scale_tensors(layer, num_experts)
+
+    def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
+        """The layout of each experts weight."""
+        layouts: dict[str, WeightLayout] = layer.weight_layouts  # type: ignore[assignment]
+        return layouts
+
+    # MoeQuantizationCallbacks
+
+    def get_quantized_dtype(self) -> torch.dtype:
+        """The dtype of the codes."""
+        return self.kernels.format.code_dtype
+
+    def create_scale_tensors(self, layer: nn.Module, num_experts: int) -> None:
+        """Register `<weight>_scale` beside each experts weight, on meta."""
+        for name, layout in self.layouts(layer).items():
+            layer.register_parameter(f"{name}_scale", meta_parameter(layout.scale_shape, layout.format.scale_dtype))
+
+    def quantize_expert(self, weight: Tensor, out: Tensor, scale: Tensor, *, scales_known: bool = False) -> TensorStats:
+        """Quantize rows [R, C] of one expert's shard into `out` and `scale`."""
+        return self.quantizer.quantize(weight, out, scale, scales_known=scales_known)
+
+    def observe_expert(self, weight: Tensor, amax: Tensor) -> None:
+        """First pass over rows of one expert's shard, for scales that span several pieces."""
+        self.quantizer.observe(weight, amax)
+
+    def finish_scales(self, amax: Tensor) -> None:
+        """Turn the maxima of the first pass into scales, in place."""
+        self.quantizer.finish_scales(amax)
+
+    def setup_kernel(self, layer: nn.Module) -> None:
+        """The canonical layout is the kernels' own: nothing to move."""
+        self.process_weights_after_loading(layer)
+
+    # forward
+
+    def apply(self, layer: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Experts forward: tokens grouped by expert; an expert nobody was routed to is not read.
+
+        `hidden_states` [T, H], `top_k_index` and `top_k_weights` [T, k]; returns [T, H] in the dtype of the input.
+        The weighted sum over a token's experts runs in float32, as in transformers' grouped forward.
+        """
+        tokens, top_k = top_k_index.shape
+        expert_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        grouped = hidden_states[order // top_k]
+        weights = top_k_weights.reshape(-1)[order]
+        out = torch.empty_like(grouped)
+        for expert, rows in _groups(expert_ids, int(layer.num_experts)):  # type: ignore[arg-type]
+            out[rows] = self._expert(layer, expert, grouped[rows])
+        weighted = out * weights.unsqueeze(-1)
+        if not bool((expert_ids < int(layer.num_experts)).all()):  # type: ignore[arg-type]
+            weighted[expert_ids >= int(layer.num_experts)] = 0  # type: ignore[arg-type]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        return weighted[back].view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def _expert(self, layer: Any, expert: int, x: Tensor) -> Tensor:
+        first = "gate_up_proj" if layer.has_gate else "up_proj"
+        hidden = self._linear(layer, first, expert, x)
+        hidden = layer._apply_gate(hidden) if layer.has_gate else layer.act_fn(hidden)
+        out = self._linear(layer, "down_proj", expert, hidden)
+        return layer.post_expert_norm(out) if getattr(layer, "has_post_expert_norm", False) else out
+
+    def _linear(self, layer: Any, name: str, expert: int, x: Tensor) -> Tensor:
+        layout = self.layouts(layer)[name]
+        codes, scales = layer._parameters[name][expert], layer._parameters[f"{name}_scale"][expert]
+        bias = getattr(layer, f"{name}_bias")[expert] if layer.has_bias else None
+        parts = []
+        for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
+            shard_bias = None if bias is None else bias[shard]
+            rows = shard.stop - shard.start
+            parts.append(self.kernels.linear(x, shard_codes, shard_scales, shard_bias, rows, layout.columns))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def dequantize(self, layer: nn.Module, name: str) -> Tensor:
+        """float32 [E, N, K], or [E, K, N] where the unquantized module keeps its experts transposed."""
+        layout = self.layouts(layer)[name]
+        codes, scales = layer._parameters[name], layer._parameters[f"{name}_scale"]
+        assert codes is not None
+        assert scales is not None
+        assert layout.experts is not None
+        out = torch.empty(layout.experts, layout.rows, layout.columns, dtype=torch.float32, device=codes.device)
+        for expert in range(layout.experts):
+            for shard, shard_codes, shard_scales in self._shards(layout, codes[expert], scales[expert]):
+                self.kernels.dequantize(shard_codes, shard_scales, out[expert, shard])
+        return out.transpose(1, 2) if getattr(layer, "is_transposed", False) else out
+
+    @staticmethod
+    def _shards(layout: WeightLayout, codes: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, codes and scales of the parts of one expert that one kernel call can take."""
+        borders = layout.shard_borders()
+        if layout.scales_follow_rows:
+            yield slice(0, layout.rows), codes, scales
+            return
+        at = 0
+        for low, high in zip(borders, borders[1:], strict=False):
+            count = layout.format.scale_shape(high - low, layout.columns)[0]
+            yield slice(low, high), codes[low:high], scales[at : at + count]
+            at += count
+
+
+def _groups(expert_ids: Tensor, num_experts: int) -> Iterator[tuple[int, slice]]:
+    """Runs of equal ids in a sorted vector; ids past the last expert mean nobody."""
+    experts, counts = torch.unique_consecutive(expert_ids, return_counts=True)
+    at = 0
+    for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+        if expert < num_experts:
+            yield expert, slice(at, at + count)
+        at += count

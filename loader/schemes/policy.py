@@ -1,0 +1,114 @@
+"""Which scheme each module of a model gets, or why it gets none."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ..errors import PolicyError, UnmatchedPatternError
+from ..options import QuantizationPolicy
+from .base import LinearScheme, MoEScheme
+from .registry import SchemeFactory, get_entry
+
+logger = logging.getLogger("quantload")
+
+ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "gating", "router_proj", "classifier"})
+EMBEDDING_NAMES = frozenset({"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings"})
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a module name fits a pattern: `re:` and a regular expression (full match), a glob, or the name."""
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise PolicyError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A scheme, or the reason why a module stays as stored."""
+
+    scheme: LinearScheme | MoEScheme | None
+    reason: str = ""
+
+
+class Policy:
+    """A `QuantizationPolicy` at work on the modules of one model; remembers which patterns matched."""
+
+    def __init__(self, policy: QuantizationPolicy, factory: SchemeFactory) -> None:
+        self._policy = policy
+        self._factory = factory
+        self.name = get_entry(policy.linear).name
+        if policy.experts is not None and get_entry(policy.experts).name != self.name:
+            self.name = f"{self.name}+{get_entry(policy.experts).name}"
+        self._unused = {*policy.ignore, *(pattern for pattern, _ in policy.overrides)}
+        for scheme in (policy.linear, policy.experts or policy.linear, *(scheme for _, scheme in policy.overrides)):
+            factory.linear(scheme)  # a name that does not exist, or has no kernel, is an error before anything is read
+            factory.experts(scheme)
+
+    def linear(self, name: str, built_in_reason: str | None) -> Choice:
+        """The choice for a linear layer. `built_in_reason` says why the model itself wants it kept, if it does."""
+        scheme_name, reason = self._scheme_name(name, self._policy.linear, built_in_reason)
+        scheme = None if scheme_name is None else self._factory.linear(scheme_name)
+        return Choice(scheme, reason or f"{scheme_name} leaves linear layers as stored")
+
+    def experts(self, name: str, built_in_reason: str | None) -> Choice:
+        """The choice for a fused experts module."""
+        default = self._policy.experts if self._policy.experts is not None else self._policy.linear
+        scheme_name, reason = self._scheme_name(name, default, built_in_reason)
+        scheme = None if scheme_name is None else self._factory.experts(scheme_name)
+        return Choice(scheme, reason or f"{scheme_name} leaves experts as stored")
+
+    def check_patterns(self, strict: bool) -> None:
+        """Warn about patterns that matched no module; in strict mode raise `UnmatchedPatternError`."""
+        if not self._unused:
+            return
+        message = (
+            f"patterns that match no linear or experts module: {', '.join(sorted(map(repr, self._unused)))}; "
+            f"module names look like 'model.layers.0.self_attn.q_proj', and a regular expression begins with 're:'"
+        )
+        if strict:
+            raise UnmatchedPatternError(message)
+        logger.warning(message)
+
+    def _scheme_name(self, name: str, default: str, built_in_reason: str | None) -> tuple[str | None, str]:
+        for pattern, scheme in self._policy.overrides:
+            if matches(pattern, name):
+                self._unused.discard(pattern)
+                return scheme, ""
+        ignored = self._first(self._policy.ignore, name)
+        if ignored is not None:
+            return None, f"ignored by pattern {ignored!r}"
+        if built_in_reason is not None and self._policy.default_ignore:
+            return None, built_in_reason
+        return default, ""
+
+    def _first(self, patterns: Iterable[str], name: str) -> str | None:
+        found = None
+        for pattern in patterns:
+            if matches(pattern, name):
+                self._unused.discard(pattern)
+                found = found or pattern
+        return found
+
+
+def choose_policy(quantization: str, policy: QuantizationPolicy | None) -> QuantizationPolicy:
+    """The policy to follow: a scheme name other than `auto` is the policy's scheme for linears."""
+    if policy is None:
+        return QuantizationPolicy(linear=get_entry(quantization).name)
+    return policy if quantization == "auto" else replace(policy, linear=get_entry(quantization).name)
+
+
+def name_reason(name: str) -> str | None:
+    """Why a linear of this name is kept by default: routers, gates and embeddings."""
+    last = name.rpartition(".")[2]
+    if last in ROUTER_NAMES:
+        return "router or gate"
+    if last in EMBEDDING_NAMES:
+        return "embedding"
+    return None

@@ -1,0 +1,113 @@
+"""The schemes a user can name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from ..errors import NoKernelError, PolicyError, UnknownSchemeError
+from ..kernels import registry as kernel_registry
+from ..options import LoadOptions
+from .base import LinearScheme, MoEScheme, Quantizer
+from .fp8 import (
+    Fp8PerBlockLinear,
+    Fp8PerBlockMoE,
+    Fp8PerChannelLinear,
+    Fp8PerChannelMoE,
+    Fp8PerTensorLinear,
+    Fp8PerTensorMoE,
+)
+from .int8 import Int8PerChannelLinear, Int8PerChannelMoE
+from .mxfp4 import QuarkMxfp4Linear, QuarkMxfp4MoE
+
+DEFAULT = "quark_mxfp4"
+
+_S = TypeVar("_S", LinearScheme, MoEScheme)
+
+
+@dataclass(frozen=True)
+class SchemeEntry:
+    """A name, and the scheme it stands for on linears and on experts; `None` leaves that kind as stored."""
+
+    name: str
+    linear: type[LinearScheme] | None
+    experts: type[MoEScheme] | None
+    weights: str
+    scale: str
+    aliases: tuple[str, ...] = ()
+
+
+ENTRIES = (
+    SchemeEntry("quark_mxfp4", QuarkMxfp4Linear, QuarkMxfp4MoE, "E2M1", "E8M0 per 32 along K, EVEN"),
+    SchemeEntry("fp8_per_tensor", Fp8PerTensorLinear, Fp8PerTensorMoE, "E4M3", "float32 per tensor, amax/448"),
+    SchemeEntry(
+        "fp8_per_channel", Fp8PerChannelLinear, Fp8PerChannelMoE, "E4M3", "float32 per row, amax/448", ("ptpc_fp8",)
+    ),
+    SchemeEntry("fp8_per_block", Fp8PerBlockLinear, Fp8PerBlockMoE, "E4M3", "float32 per 128x128, amax/448"),
+    SchemeEntry("int8_per_channel", Int8PerChannelLinear, Int8PerChannelMoE, "INT8", "float32 per row, amax/127"),
+    SchemeEntry("experts_int8", None, Int8PerChannelMoE, "INT8", "float32 per row, amax/127; experts only"),
+    SchemeEntry("none", None, None, "as stored", "-"),
+)
+
+_BY_NAME = {name: entry for entry in ENTRIES for name in (entry.name, *entry.aliases)}
+
+
+def scheme_names() -> list[str]:
+    """Every name `--quantization` takes, aliases included."""
+    return ["auto", *_BY_NAME]
+
+
+def get_entry(name: str) -> SchemeEntry:
+    """The entry of a scheme name; `UnknownSchemeError` lists the names there are."""
+    try:
+        return _BY_NAME[DEFAULT if name == "auto" else name]
+    except (KeyError, TypeError):
+        raise UnknownSchemeError(f"unknown scheme {name!r}; choose one of {', '.join(scheme_names())}") from None
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The torch device of a name; `auto` is the accelerator if quantload has kernels for it, else the CPU."""
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise PolicyError(f"device is {device!r}; choose auto, cpu, or a torch device such as cuda:0") from error
+    own = (kernel.device_type == "cuda" for kernel, _ in kernel_registry.candidates("quantize", "mxfp4", "cuda"))
+    return torch.device("cuda" if torch.cuda.is_available() and any(own) else "cpu")
+
+
+class SchemeFactory:
+    """Makes the schemes of one load: one instance for each name and kind, with kernels for one device."""
+
+    def __init__(self, device: str | torch.device, options: LoadOptions) -> None:
+        self.device = choose_device(device)
+        self._options = options
+        self._made: dict[Any, Any] = {}
+
+    def linear(self, name: str) -> LinearScheme | None:
+        """The linear scheme of a name, `None` where it leaves linears as stored."""
+        cls = get_entry(name).linear
+        return None if cls is None else self._make(cls)
+
+    def experts(self, name: str) -> MoEScheme | None:
+        """The MoE scheme of a name, `None` where it leaves experts as stored."""
+        cls = get_entry(name).experts
+        return None if cls is None else self._make(cls)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile, or fetch from the disk cache, what weights of `dtype` will call."""
+        for scheme in self._made.values():
+            kernel_registry.warm_up(scheme.format_name, self.device, dtype, self._options.stats)
+
+    def _make(self, cls: Callable[[Quantizer], _S]) -> _S:
+        if cls not in self._made:
+            format_name: str = cls.format_name  # type: ignore[attr-defined]
+            try:
+                kernels = kernel_registry.kernel_set(format_name, self.device, self._options.kernels)
+            except LookupError as error:
+                raise NoKernelError(str(error)) from error
+            self._made[cls] = cls(Quantizer(kernels, self._options.stats))
+        return self._made[cls]

@@ -52,8 +52,8 @@ class MemoryLog:
     """The numbers of one load's log lines; None for a line that was not there.
 
     Sizes are bytes, accurate to the digits of the log (0.0005 GiB). `kind` is `GPU` or `CPU`, `rank` what SGLang
-    writes after the time on more than one device, such as `TP4` or `DP0 TP1`. Where a load used several schemes, `scheme`
-    names them with commas between, `quantized_layers` is their sum and `layer_types` has the types of all.
+    writes after the time on more than one device, such as `TP4` or `DP0 TP1`. Where a load used several schemes,
+    `scheme` names them with commas between, `quantized_layers` is their sum and `layer_types` has the types of all.
     """
 
     kind: str | None = None
@@ -133,7 +133,7 @@ def parse(text: str) -> MemoryLog:
             "no load in this log: none of its lines reads like 'Memory increase during load_weights: 5.755 GiB';"
             " log at INFO (SGLang: --log-level debug) and give the whole text"
         )
-    return max(last.values(), key=lambda load: load.reference_bytes or 0)
+    return max(last.values(), key=lambda load: load.reference_bytes or load.increase_bytes or 0)
 
 
 def parse_all(text: str) -> tuple[MemoryLog, ...]:

@@ -110,9 +110,9 @@ class Batch:
     pieces: list[Piece]
 
 
-def plan_batches(pieces: Sequence[Piece], slot_bytes: int) -> list[Batch]:
+def plan_batches(pieces: Sequence[Piece], slot_bytes: int, read_bytes: int = MAX_SHARED_READ) -> list[Batch]:
     """Batches in the order of the pieces; small neighbours of one shard share a batch, the rest stand alone."""
-    limit = min(MAX_SHARED_READ, slot_bytes // 2)
+    limit = min(MAX_SHARED_READ, read_bytes, slot_bytes // 2)
     batches: list[Batch] = []
     joinable: Batch | None = None
     for piece in pieces:

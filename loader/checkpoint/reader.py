@@ -23,7 +23,7 @@ _READAHEAD_BATCHES = 4
 
 @dataclass(frozen=True, slots=True)
 class ReadTotals:
-    """What a run read: bytes, seconds, and the most bytes of the arena that were ever touched."""
+    """What a run read: bytes of its pieces, seconds, and the most bytes of the arena that were ever touched."""
 
     bytes_read: int
     seconds: float
@@ -75,7 +75,9 @@ class PieceReader:
         start = time.perf_counter()
         arena = Arena(self._staging_bytes, self._chunk_bytes)
         try:
-            work = _Work(self._source, self._paths, arena, plan_batches(pieces, arena.slot_bytes))
+            work = _Work(
+                self._source, self._paths, arena, plan_batches(pieces, arena.slot_bytes, self._source.read_bytes)
+            )
             crew = Crew(min(self.workers, max(1, len(work.batches))), work.take_part, self._cancel)
             report = self._on_progress
             crew.work(None if report is None else lambda: report(work.bytes_read))
@@ -172,8 +174,11 @@ class _Worker:
     def _handle_shared(self, batch: Batch) -> None:
         path, span = self._work.paths[batch.shard], batch.stop - batch.offset
         shared = self._slot.first(span)
-        self._fill(path, ((batch.offset, span),), self._slot.memory)
-        self._source.release(path, batch.offset, span)
+        if self._crew.stopping:
+            raise Stopped
+        self._source.read_into(path, batch.offset, self._slot.memory[:span])
+        if all(piece.signal is None for piece in batch.pieces):
+            self._source.release(path, batch.offset, span)
         # A batch takes at most half of the slot, so that the other half can align its pieces.
         half = self._work.arena.slot_bytes // 2
         for piece in batch.pieces:
@@ -184,6 +189,7 @@ class _Worker:
                 buffer = _checked(piece.target(), nbytes).copy_(buffer)
             elif position % ALIGNMENT:
                 buffer = self._slot.first(half + nbytes)[half:].copy_(buffer)
+            self.bytes_read += nbytes
             self._deliver(piece, buffer)
 
     def _fill(self, path: str, extents: tuple[tuple[int, int], ...], memory: memoryview) -> None:

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from quantload.checkpoint.crew import Crew, Stopped
+from quantload.errors import LoadCancelledError
+
+
+def alive() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("quantload-reader")]
+
+
+def wait_for_stop(crew: Crew, number: int) -> None:
+    deadline = time.monotonic() + 30
+    while not crew.stopping:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    raise Stopped
+
+
+def test_runs_every_worker_under_its_name():
+    names: set[str] = set()
+    Crew(3, lambda crew, number: names.add(f"{number} {threading.current_thread().name}"), None).work()
+    assert names == {f"{number} quantload-reader-{number}" for number in range(3)}
+    assert alive() == []
+
+
+def test_the_first_error_stops_the_others():
+    def body(crew: Crew, number: int) -> None:
+        if number == 1:
+            raise KeyError("what went wrong")
+        wait_for_stop(crew, number)
+
+    with pytest.raises(KeyError, match="what went wrong") as caught:
+        Crew(3, body, None).work()
+    assert caught.traceback[-1].name == "body", "the traceback leads to the place in the worker"
+    assert alive() == []
+
+
+def test_later_errors_become_notes():
+    def body(crew: Crew, number: int) -> None:
+        if number == 0:
+            raise ValueError("first")
+        try:
+            wait_for_stop(crew, number)
+        except Stopped:
+            raise OSError(f"worker {number}") from None
+
+    with pytest.raises(ValueError, match="first") as caught:
+        Crew(3, body, None).work()
+    assert sorted(caught.value.__notes__) == [f"another reader failed too: OSError: worker {n}" for n in (1, 2)]
+
+
+def test_cancel():
+    cancel = threading.Event()
+    threading.Timer(0.05, cancel.set).start()
+    with pytest.raises(LoadCancelledError, match="start it again"):
+        Crew(2, wait_for_stop, cancel).work()
+    assert alive() == []
+
+
+def test_cancel_after_the_work_is_done_changes_nothing():
+    cancel = threading.Event()
+    cancel.set()
+    Crew(2, lambda crew, number: None, cancel).work()
+
+
+def test_ticks_in_the_calling_thread_and_their_errors_stop_the_work():
+    def tick() -> None:
+        assert threading.current_thread() is threading.main_thread()
+        raise RuntimeError("display is gone")
+
+    with pytest.raises(RuntimeError, match="display is gone"):
+        Crew(2, wait_for_stop, None).work(tick)
+    assert alive() == []
+
+
+def test_threads_that_cannot_start(monkeypatch: pytest.MonkeyPatch):
+    crew = Crew(3, wait_for_stop, None)
+
+    def refuse() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(crew._threads[1], "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        crew.work()
+    assert alive() == []
+
+
+def test_torch_runs_on_one_thread_inside_and_as_before_outside():
+    before = torch.get_num_threads()
+    inside: list[int] = []
+    ones = torch.ones(1 << 20)
+
+    def body(crew: Crew, number: int) -> None:
+        ones.add(1).sum()  # torch sets up a thread when it first has work for it
+        inside.append(torch.get_num_threads())
+
+    torch.set_num_threads(3)
+    try:
+        Crew(2, body, None).work()
+        assert inside == [1, 1]
+        assert torch.get_num_threads() == 3
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert later == [3]
+    finally:
+        torch.set_num_threads(before)

@@ -44,7 +44,7 @@ def create_app(state: ServerState, api_key: str | None = None) -> Starlette:
         await asyncio.to_thread(state.stop)
 
     endpoints = _Endpoints(state)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/completions", endpoints.completions, methods=["POST"]),
             Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
@@ -57,6 +57,8 @@ def create_app(state: ServerState, api_key: str | None = None) -> Starlette:
         exception_handlers={ApiError: on_api_error, HTTPException: on_http_exception, Exception: on_crash},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # one spelling each: anything else is a 404
+    return app
 
 
 class _Endpoints:

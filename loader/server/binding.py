@@ -14,14 +14,16 @@ class BindError(QuantloadError):
 
 def bind_socket(host: str, port: int) -> socket.socket:
     """A listening TCP socket on `host`:`port` (port 0: any free one). Raises `BindError`."""
+    if not 0 <= port <= 65535:
+        raise BindError(f"there is no port {port}; choose another, from 1 to 65535, or 0 for any free one")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
         raise BindError(
-            f"cannot listen on {host}:{port}: {reason}; stop what holds the port, or choose another host or port"
+            f"cannot listen on {host}:{port}: {error.strerror or error}; "
+            "stop what holds the port, or choose another host or port"
         ) from error
 
 

@@ -25,8 +25,11 @@ class GenerationFailed(Exception):
     """`generate` raised while its text was being streamed; the message is that of the error."""
 
 
-class RequestGone(Exception):
-    """Nobody waits for the answer any more."""
+class RequestCancelled(Exception):
+    """The answer is not wanted any more: its client hung up, or the server is stopping."""
+
+    def __init__(self) -> None:
+        super().__init__("cancelled, because the client hung up or the server is stopping")
 
 
 def apply_request(config: GenerationConfig, request: GenerationRequest) -> None:
@@ -203,7 +206,7 @@ class _WatchedModel:
         """Run when the request's turn has come, on the thread that runs all of them."""
         request = self._request
         if request.cancelled.is_set():
-            raise RequestGone("the client went away while its request waited")
+            raise RequestCancelled
         if request.seed is not None:
             torch.manual_seed(request.seed)
         prompt_tokens = kwargs["input_ids"].shape[-1]
@@ -217,7 +220,7 @@ class _WatchedModel:
 
 
 class _Watch(StoppingCriteria):  # type: ignore[misc]
-    """Ends a generation at a stop string or when the client is gone.
+    """Ends a generation at a stop string; raises `RequestCancelled` when it is not wanted any more.
 
     Where the text ended by itself on the very last token allowed, it takes the limit off the handler's copy of the
     configuration, because the handler reads "length" out of the number of tokens alone.
@@ -236,12 +239,15 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
         self.tail = max((len(stop.encode()) for stop in request.stop), default=0) + 4
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done = self.request.cancelled.is_set()
+        if self.request.cancelled.is_set():
+            raise RequestCancelled
         ended = int(input_ids[0, -1]) in self.eos
-        if self.request.stop and not done:
+        done = False
+        if self.request.stop:
             recent = input_ids[0, max(self.prompt_tokens, input_ids.shape[-1] - self.tail) :]
             text = self.tokenizer.decode(recent, skip_special_tokens=True)
-            done = ended = first_stop(text, self.request.stop) is not None or ended
+            done = first_stop(text, self.request.stop) is not None
+            ended |= done
         if ended:
             self.config.max_new_tokens = None
         return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)

@@ -24,6 +24,7 @@ Progress = Callable[[int, int], None]
 Load = Callable[[Progress, threading.Event], Any]
 
 LOAD_STOP_SECONDS = 10.0
+CANCEL_SECONDS = 5.0  # between telling generations to end and cutting their connections
 
 
 def serve(
@@ -61,9 +62,9 @@ def serve(
         log_level=log_level,
         log_config=_log_to_stderr(),
         lifespan="on",
-        timeout_graceful_shutdown=max(1, round(shutdown_grace)),
+        timeout_graceful_shutdown=round(shutdown_grace + CANCEL_SECONDS),
     )
-    server = _Server(config, state)
+    server = _Server(config, state, shutdown_grace)
     loading = threading.Thread(
         target=_load, args=(state, server, load, load_processor, exit_on_load_error), name="quantload-load", daemon=True
     )
@@ -71,6 +72,7 @@ def serve(
         logger.info("Listening on %s, loading %s", url, model_name)
         loading.start()
         server.run(sockets=[bound])
+    server.deadline.cancel()
     state.cancel.set()
     loading.join(LOAD_STOP_SECONDS)
     if loading.is_alive():
@@ -80,15 +82,19 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, telling the load of a signal at once."""
+    """uvicorn, telling the load of a signal at once, and the generations after the grace period."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+    def __init__(self, config: uvicorn.Config, state: ServerState, grace: float) -> None:
         super().__init__(config)
         self.state = state
+        self.deadline = threading.Timer(grace, state.stop)
+        self.deadline.daemon = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop: no new connections, and no more loading."""
         self.state.cancel.set()
+        if not self.should_exit:
+            self.deadline.start()
         super().handle_exit(sig, frame)
 
 

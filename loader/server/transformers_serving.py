@@ -17,7 +17,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from starlette.responses import Response
-from transformers import PreTrainedTokenizerBase
+from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -30,9 +30,12 @@ from transformers.cli.serving.utils import (
 )
 
 from .api_errors import ApiError, bad_request
-from .generation import GuardedManager, RequestGone, context_length
+from .generation import GuardedManager, RequestCancelled, context_length
 from .generation_request import GenerationRequest
 from .messages import has_media
+
+CB_BLOCK_TOKENS = 256  # transformers' default size of a block of its paged cache
+CPU_BATCH_CONTEXT = 4096
 
 # The handlers log every request as a warning; uvicorn's access log says the same.
 logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
@@ -101,6 +104,12 @@ class _UnparsedModel:
         return getattr(self.real, name)
 
 
+def _cpu_batch(context: int | None) -> ContinuousBatchingConfig:
+    """Room for eight full contexts, 32768 tokens at most: left to itself, transformers takes most of the memory."""
+    tokens = min(8 * (context or CPU_BATCH_CONTEXT), 8 * CPU_BATCH_CONTEXT)
+    return ContinuousBatchingConfig(num_blocks=max(16, tokens // CB_BLOCK_TOKENS), max_batch_tokens=512)
+
+
 class _PinnedModel:
     """Makes a handler use the one model, under its own name."""
 
@@ -152,8 +161,9 @@ class ServedModel:
         self.name = name
         self.model = model
         self.manager = LoadedModelManager(model, processor, name)
-        self.state = GenerationState(continuous_batching=continuous_batching)
         self.context = context_length(model.config)
+        batch = _cpu_batch(self.context) if model.device.type == "cpu" else None
+        self.state = GenerationState(continuous_batching=continuous_batching, cb_config=batch)
         self._requests: weakref.WeakSet[GenerationRequest] = weakref.WeakSet()
         self._stopping = threading.Event()
         self._settle(processor)
@@ -177,7 +187,7 @@ class ServedModel:
             response: Response = await handler.handle_request(dict(request.body), request_id)
         except CBWorkerDeadError as error:
             raise ApiError(503, str(error), code="worker_dead") from error
-        except RequestGone as error:
+        except RequestCancelled as error:
             raise ApiError(503, str(error), code="request_cancelled") from error
         except TemplateError as error:
             raise bad_request(f"the chat template refused the messages: {error}", "messages") from error

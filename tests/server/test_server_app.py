@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from quantload.server import ServerState, create_app
+from server_harness import Client, running
+
+OPEN_ROUTES = {
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/load_report",
+    "/metrics",
+    "/health",
+}
+
+
+class FixedMetrics:
+    def render(self) -> bytes:
+        return b"quantload_load_seconds 1.5\n"
+
+
+def error_of(reply: Any) -> dict[str, Any]:
+    assert set(reply.json) == {"error"}
+    assert set(reply.json["error"]) == {"message", "type", "param", "code"}
+    return reply.json["error"]
+
+
+def test_the_routes_are_exactly_these() -> None:
+    app = create_app(ServerState("tiny"))
+    assert {route.path for route in app.routes} == OPEN_ROUTES
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/load_model"),
+        ("POST", "/reset"),
+        ("POST", "/v1/audio/transcriptions"),
+        ("POST", "/v1/systemone"),
+        ("GET", "/docs"),
+        ("GET", "/openapi.json"),
+        ("GET", "/v1/completions/"),
+        ("GET", "/metrics"),  # this state was given no metrics
+    ],
+)
+def test_nothing_else_is_there(client: Client, method: str, path: str) -> None:
+    reply = client.get(path) if method == "GET" else client.post(path, {"model": "tiny"})
+    assert reply.status == 404
+    assert path in error_of(reply)["message"]
+
+
+def test_a_wrong_method_is_refused(client: Client) -> None:
+    reply = client.get("/v1/completions")
+    assert (reply.status, reply.headers["allow"]) == (405, "POST")
+    error_of(reply)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'{"prompt": NaN}', b"\xff\xfe", b"[" * 100_000, b'"x"'])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_what_is_no_json_object_is_a_400(client: Client, path: str, body: bytes) -> None:
+    reply = client.post(path, body)
+    assert reply.status == 400
+    assert error_of(reply)["type"] == "invalid_request_error"
+
+
+def test_a_huge_body_is_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantload.server.app.MAX_BODY_BYTES", 1000)
+    assert client.post("/v1/completions", {"prompt": "x" * 2000}).status == 413
+
+
+def test_another_model_is_a_404(client: Client) -> None:
+    reply = client.post("/v1/completions", {"model": "gpt-4", "prompt": "x"})
+    assert (reply.status, error_of(reply)["code"]) == (404, "model_not_found")
+
+
+def test_models_lists_the_one(client: Client) -> None:
+    data = client.get("/v1/models").json["data"]
+    assert [(entry["id"], entry["object"]) for entry in data] == [("tiny", "model")]
+
+
+def test_before_the_model_is_there() -> None:
+    state = ServerState("tiny")
+    state.progress(42, 100)
+    with running(state) as client:
+        health = client.get("/health")
+        assert health.status == 503
+        assert health.json["status"] == "loading"
+        assert health.json["progress"] == 0.42
+        assert int(health.headers["retry-after"]) >= 1
+        for reply in (
+            client.post("/v1/completions", {"prompt": "x"}),
+            client.post("/v1/chat/completions", {}),
+            client.get("/v1/models"),
+            client.get("/load_report"),
+        ):
+            assert (reply.status, error_of(reply)["code"]) == (503, "model_loading")
+            assert int(reply.headers["retry-after"]) >= 1
+
+
+def test_after_the_load_failed() -> None:
+    state = ServerState("tiny")
+    state.fail(ValueError("shard 2 is truncated"))
+    with running(state) as client:
+        health = client.get("/health")
+        assert (health.status, health.json["status"]) == (500, "failed")
+        assert health.json["error"] == {"type": "ValueError", "message": "shard 2 is truncated"}
+        reply = client.post("/v1/completions", {"prompt": "x"})
+        assert (reply.status, error_of(reply)["code"]) == (500, "model_load_failed")
+
+
+def test_report_and_metrics(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Report:
+        def to_dict(self) -> dict[str, int]:
+            return {"final_bytes": 7}
+
+    monkeypatch.setattr(model, "load_report", Report(), raising=False)
+    state = ServerState("tiny", metrics=FixedMetrics())
+    with running(state) as client:
+        metrics = client.get("/metrics")
+        assert metrics.text == "quantload_load_seconds 1.5\n"
+        assert metrics.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        state.finish(model, tokenizer)
+        assert client.get("/load_report").json == {"final_bytes": 7}
+        assert client.get("/health").json == {"status": "ok", "model": "tiny"}
+
+
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong", "Bearer", "Basic sésame", "sésame", "Bearer sésam", "Bearer sésamee"]
+)
+@pytest.mark.parametrize("path", [*sorted(OPEN_ROUTES - {"/health"}), "/nowhere", "/health/", "//health"])
+def test_a_key_protects_everything_but_health(path: str, header: str | None) -> None:
+    assert asyncio.run(status_of(create_app(ServerState("tiny"), "sésame"), path, header)) == 401
+
+
+@pytest.mark.parametrize("header", ["Bearer sésame", "bearer  sésame"])
+def test_the_key_opens(header: str) -> None:
+    app = create_app(ServerState("tiny"), "sésame")
+    assert asyncio.run(status_of(app, "/v1/models", header)) == 503  # still loading
+    assert asyncio.run(status_of(app, "/health", None)) == 503
+
+
+def test_a_wrong_key_is_told_in_openais_words(state: ServerState) -> None:
+    with running(ServerState("tiny"), api_key="k") as client:
+        reply = client.get("/v1/models", Authorization="Bearer x")
+        assert error_of(reply)["code"] == "invalid_api_key"
+        assert reply.headers["www-authenticate"] == "Bearer"
+
+
+def test_an_empty_key_is_no_key_at_all() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        create_app(ServerState("tiny"), "").build_middleware_stack()
+
+
+async def status_of(app: Any, path: str, authorization: str | None) -> int:
+    """The status the application answers a GET with, without a network."""
+    headers = [] if authorization is None else [(b"authorization", authorization.encode())]
+    scope = {"type": "http", "method": "GET", "path": path, "headers": headers, "query_string": b""}
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app({**scope, "root_path": "", "http_version": "1.1", "scheme": "http"}, receive, send)
+    return int(sent[0]["status"])

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 _NEEDED = ("fastapi", "uvicorn", "pydantic", "openai")
 _MISSING = [name for name in _NEEDED if find_spec(name) is None]
 if _MISSING:
-    raise ImportError(f"the server needs {', '.join(_MISSING)}: pip install 'quantload[serve]'")
+    raise ImportError(f"the server needs {', '.join(_MISSING)}: pip install 'quantload[serve]'", name=_MISSING[0])
 
 from .app import create_app  # noqa: E402  (after the check, so that its message is what the user sees)
 from .binding import BindError  # noqa: E402

@@ -85,11 +85,12 @@ class _Endpoints:
         self.state.served()
         return JSONResponse(self.state.report)
 
-    async def metrics(self, _request: Request) -> Response:
-        if self.state.metrics is None:
+    async def metrics(self, request: Request) -> Response:
+        metrics, accept = self.state.metrics, request.headers.get("accept", "")
+        if metrics is None:
             raise HTTPException(404)
-        text = await asyncio.to_thread(self.state.metrics.render)
-        return Response(text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        text = await asyncio.to_thread(metrics.render, accept)
+        return Response(text, headers={"Content-Type": metrics.content_type(accept)})
 
     async def health(self, _request: Request) -> Response:
         status, body = self.state.health()

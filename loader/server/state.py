@@ -13,10 +13,13 @@ Status = Literal["loading", "ready", "failed"]
 
 
 class MetricsSource(Protocol):
-    """What `/metrics` shows."""
+    """What `/metrics` shows, in the format an Accept header asks for."""
 
-    def render(self) -> bytes:
-        """The Prometheus text exposition, version 0.0.4, UTF-8."""
+    def render(self, accept: str = "") -> bytes:
+        """The Prometheus text, UTF-8."""
+
+    def content_type(self, accept: str = "") -> str:
+        """Its Content-Type."""
 
 
 class ServerState:

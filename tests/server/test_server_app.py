@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from quantload.memory.metrics import LoadMetrics
 from quantload.server import ServerState, create_app
 from server_harness import Client, running
 
@@ -15,11 +16,6 @@ OPEN_ROUTES = {
     "/metrics",
     "/health",
 }
-
-
-class FixedMetrics:
-    def render(self) -> bytes:
-        return b"quantload_load_seconds 1.5\n"
 
 
 def error_of(reply: Any) -> dict[str, Any]:
@@ -117,11 +113,13 @@ def test_report_and_metrics(model: Any, tokenizer: Any, monkeypatch: pytest.Monk
             return {"final_bytes": 7}
 
     monkeypatch.setattr(model, "load_report", Report(), raising=False)
-    state = ServerState("tiny", metrics=FixedMetrics())
+    state = ServerState("tiny", metrics=LoadMetrics())
     with running(state) as client:
-        metrics = client.get("/metrics")
-        assert metrics.text == "quantload_load_seconds 1.5\n"
-        assert metrics.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        plain, openmetrics = client.get("/metrics"), client.get("/metrics", Accept="application/openmetrics-text")
+        assert "quantload_load_progress_ratio 0.0\n" in plain.text
+        assert plain.headers["content-type"].startswith("text/plain")
+        assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
+        assert openmetrics.text.endswith("# EOF\n")
         state.finish(model, tokenizer)
         assert client.get("/load_report").json == {"final_bytes": 7}
         assert client.get("/health").json == {"status": "ok", "model": "tiny"}

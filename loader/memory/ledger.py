@@ -54,8 +54,8 @@ class Ledger:
             self.record(self._bytes_read)
             self._seconds = self.seconds
             self._increase = self.probe.sample() - self.baseline_bytes
-            self.probe.stop()
             self._peak = self._measured_peak()
+            self.probe.stop()
 
     def __enter__(self) -> Self:
         self.start()

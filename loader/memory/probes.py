@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import sys
 import threading
 import time
-import weakref
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
@@ -92,6 +92,7 @@ class AnonymousRssProbe:
         if thread is not None:
             thread.join()
             self.sample()
+        self._counter.close()
 
     def _run(self) -> None:
         # A plain sleep costs two thirds of an Event with a timeout, and this runs beside the quantizing threads.
@@ -160,21 +161,26 @@ def probe_for(device: torch.device | str) -> MemoryProbe:
 
 
 class _StatmCounter:
-    """Reads `/proc/self/statm` through a descriptor that stays open: one system call a reading."""
+    """Reads `/proc/self/statm` through a descriptor that stays open until `close`: one system call a reading."""
 
     def __init__(self) -> None:
-        self._open()
-
-    def _open(self) -> None:
-        self._pid = os.getpid()
-        self._fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._fd).atexit = False  # a daemon thread may still read at exit
+        self._pid = -1
+        self._file: io.FileIO | None = None
 
     def read(self) -> int:
-        if self._pid != os.getpid():  # after a fork the old descriptor still tells about the parent
-            self._open()
-        fields = os.pread(self._fd, 128, 0).split(maxsplit=3)
+        pid = os.getpid()
+        file = self._file
+        if file is None or self._pid != pid:  # after a fork the old descriptor still tells about the parent
+            file = self._file = open("/proc/self/statm", "rb", buffering=0)  # noqa: SIM115  # closed by `close`
+            self._pid = pid
+        fields = os.pread(file.fileno(), 128, 0).split(maxsplit=3)
         return (int(fields[1]) - int(fields[2])) * mmap.PAGESIZE
+
+    def close(self) -> None:
+        """Give the descriptor back; a later reading opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class _UniqueSetCounter:
@@ -185,3 +191,6 @@ class _UniqueSetCounter:
 
     def read(self) -> int:
         return int(self._process.memory_full_info().uss)
+
+    def close(self) -> None:
+        """There is nothing to close."""

@@ -61,10 +61,12 @@ class QuantizedLinearReadByDtype(QuantizedLinear):
 
     compute_dtype: torch.dtype
 
-    def __getattribute__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)  # parameters are no instance attributes: they are always found here
         if name != "weight":
-            return super().__getattribute__(name)
-        facade = self._parameters["weight"].as_subclass(DtypeFacade)  # type: ignore[union-attr]
+            return found
+        facade = found.as_subclass(DtypeFacade)
+        facade.__dict__.update(found.__dict__)
         facade.compute_dtype = self.compute_dtype
         return facade
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -135,13 +136,13 @@ def _convert(
         mapped.not_expressible.append(conversion)
         return dict.fromkeys(_targets(mapped, conversion))
     except (ValueError, IndexError, KeyError, RuntimeError) as error:
-        _explain_missing(mapped, conversion)
+        _explain(mapped, conversion)
         shapes = {name: tensors[name].shape for name in names[:NAMES_SHOWN]}
         raise ShapeMismatchError(f"{conversion.target} cannot be made from {shapes}: {error}") from error
     for name, coordinates in converted.items():
         expected = mapped.shapes.tensors.get(name)
         if expected is not None and coordinates.shape != expected.shape:
-            _explain_missing(mapped, conversion)
+            _explain(mapped, conversion)
             raise ShapeMismatchError(
                 f"{name}: the checkpoint gives shape {tuple(coordinates.shape)} (from {_some(names)}), the model has "
                 f"{tuple(expected.shape)}; is config.json the one of this checkpoint?"
@@ -160,20 +161,22 @@ def _targets(mapped: CheckpointMap, conversion: Conversion) -> Iterator[str]:
         yield conversion.target
 
 
-def _explain_missing(mapped: CheckpointMap, conversion: Conversion) -> None:
-    """Raise `MissingWeightsError` if what is wrong with a conversion is that some of its tensors are not there."""
+def _explain(mapped: CheckpointMap, conversion: Conversion) -> None:
+    """Raise the right error if what is wrong with a conversion is that tensors are absent, or too many."""
     expected = mapped.shapes.tensors.get(conversion.target)
     if conversion.converter is None or expected is None:
         return
     absent = [p for p in conversion.converter.source_patterns if p not in conversion.sources]
-    numbered = {pattern: _numbered(names) for pattern, names in conversion.sources.items()}
+    surplus: list[str] = []
     everyone = range(expected.shape[0]) if any("*" in p for p in conversion.converter.source_patterns) else range(0)
-    for names in numbered.values():
-        template = next(iter(names.values()), None)
-        at = next(iter(names), None)
-        if template is None or at is None:
-            continue
-        absent += [_renumber(template, at, i) for i in everyone if i not in names]
+    for names in map(_numbered, conversion.sources.values()):
+        absent += [_renumber(*next(iter(names.items())), i) for i in everyone if names and i not in names]
+        surplus += [name for i, name in names.items() if everyone and i not in everyone]
+    if surplus:
+        raise UnexpectedWeightsError(
+            f"{conversion.target} has {len(everyone)} experts, the checkpoint has more: {_some(surplus)}; "
+            f"is config.json the one of this checkpoint?"
+        )
     if absent:
         raise MissingWeightsError(
             f"{conversion.target} needs {len(absent)} more checkpoint tensors: {_some(absent)}; "
@@ -190,7 +193,7 @@ def _numbered(names: list[str]) -> dict[int, str]:
     return {}
 
 
-def _renumber(template: str, number: int, wanted: int) -> str:
+def _renumber(number: int, template: str, wanted: int) -> str:
     head, _, tail = template.rpartition(f".{number}.")
     return f"{head}.{wanted}.{tail}"
 
@@ -267,4 +270,4 @@ def _turned(box: Box, transposed: bool) -> Box:
 def _at_shard_borders(rows: tuple[int, int], layout: WeightLayout | None) -> Iterator[tuple[int, int]]:
     borders = [] if layout is None else layout.shard_borders()
     edges = [rows[0], *(border for border in borders if rows[0] < border < rows[1]), rows[1]]
-    yield from zip(edges, edges[1:], strict=False)
+    yield from itertools.pairwise(edges)

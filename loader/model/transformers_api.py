@@ -37,7 +37,7 @@ def load_config(root: Path, trust_remote_code: bool) -> Any:
     """The transformers config of the checkpoint folder `root`; whatever is wrong with it is a `CheckpointError`."""
     try:
         return AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # config classes validate in many ways, each with exceptions of its own
         raise CheckpointError(
             f"config.json of {root.name!r} does not describe a model this transformers ({transformers.__version__}) "
             f"knows: {error}"
@@ -88,6 +88,7 @@ def settle_dtype(config: Any, stored: Iterable[torch.dtype]) -> torch.dtype:
         dtype = dtype.get("", torch.get_default_dtype())
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    settled: torch.dtype
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         settled = dtype
     else:
@@ -105,7 +106,13 @@ def meta_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> P
     with contextlib.ExitStack() as stack:
         for context in cls.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
-        model = cls(config)
+        try:
+            model = cls(config)
+        except Exception as error:  # what a model class makes of impossible sizes is its own affair
+            raise CheckpointError(
+                f"config.json describes no {cls.__name__} that can be built: {type(error).__name__}: {error}; "
+                f"compare it with the original of this checkpoint"
+            ) from error
         patch_output_recorders(model)
     return model
 

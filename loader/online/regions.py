@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -133,7 +134,7 @@ class RegionTracker:
 
     def _gaps(self, expert: int | None, seen: list[_Rectangle]) -> Iterator[Region]:
         edges = sorted({0, self._rows, *(edge for r in seen for edge in r.rows)})
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in itertools.pairwise(edges):
             at = 0
             for start, stop in sorted(r.columns for r in seen if r.rows[0] <= low and high <= r.rows[1]):
                 if at < start:

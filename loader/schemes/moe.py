@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,7 +123,7 @@ class QuantizedMoEScheme(MoEScheme):
             yield slice(0, layout.rows), codes, scales
             return
         at = 0
-        for low, high in zip(borders, borders[1:], strict=False):
+        for low, high in itertools.pairwise(borders):
             count = layout.format.scale_shape(high - low, layout.columns)[0]
             yield slice(low, high), codes[low:high], scales[at : at + count]
             at += count

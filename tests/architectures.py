@@ -439,6 +439,7 @@ ALL = (
             mamba_dt_rank=4,
         ),
         _text,
+        kept=r"\.dt_proj$",  # the model multiplies by its weight instead of calling it
     ),
     Architecture(
         "qwen2_moe",
@@ -471,6 +472,7 @@ ALL = (
             moe_shared_expert_intermediate_size=32,
         ),
         _text,
+        kept=r"\.out_proj$",  # a fused kernel of the model reads its weight
     ),
     # One checkpoint tensor for q, k and v: a Chunk into three parameters.
     Architecture(

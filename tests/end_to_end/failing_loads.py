@@ -1,15 +1,18 @@
-"""Runs loads that fail, in a process of its own, and prints as JSON what each leaves behind.
+"""Runs loads that do not finish, in a process of its own, and prints as JSON what each leaves behind.
 
-Arguments: a tiny good checkpoint to warm up on, then JSON `[[folder, how], ...]`, where `how` is `plain`, `shrink`
-(the shard is truncated while it is read) or `budget`.
+Arguments: a tiny good checkpoint to warm up on, then JSON `[[folder, how], ...]`, where `how` is `plain`, `budget`,
+`shrink` (the shard is truncated while it is read) or `interrupt` (Ctrl-C while slow reads go on).
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
+import signal
 import sys
+import time
 from typing import Any
 
 from process_state import descriptors, status_bytes, threads
@@ -17,6 +20,8 @@ from quantload import LoadOptions, load_quantized
 from quantload.errors import QuantloadError
 
 real_preadv = os.preadv
+calls = itertools.count(1)
+interrupted_at = 0.0
 
 
 def shrinking_preadv(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
@@ -25,19 +30,33 @@ def shrinking_preadv(fd: int, buffers: list[memoryview], offset: int, flags: int
     return real_preadv(fd, buffers, offset, flags)
 
 
-def attempt(folder: str, how: str) -> tuple[str, str]:
-    options = LoadOptions(chunk_bytes=1 << 20, workers=2, max_memory=50 << 20 if how == "budget" else None)
-    os.preadv = shrinking_preadv if how == "shrink" else real_preadv
+def interrupted_preadv(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+    """Reads that would take many seconds, and Ctrl-C in the middle of them."""
+    global interrupted_at
+    if next(calls) == 40:
+        interrupted_at = time.monotonic()
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.05)
+    return real_preadv(fd, buffers, offset, flags)
+
+
+PREADV = {"shrink": shrinking_preadv, "interrupt": interrupted_preadv}
+
+
+def attempt(folder: str, how: str) -> dict[str, Any]:
+    options = LoadOptions(chunk_bytes=256 << 10, workers=2, max_memory=50 << 20 if how == "budget" else None)
+    os.preadv = PREADV.get(how, real_preadv)
     try:
         load_quantized(folder, "quark_mxfp4", options=options)
-    except QuantloadError as error:
-        return type(error).__name__, str(error)
+    except (QuantloadError, KeyboardInterrupt) as error:
+        seconds = time.monotonic() - interrupted_at
+        return {"error": type(error).__name__, "message": str(error), "seconds_to_stop": seconds}
     finally:
         os.preadv = real_preadv
-    return "", "no error"
+    return {"error": None, "message": "the load succeeded"}
 
 
-def state() -> dict[str, Any]:
+def state() -> dict[str, int]:
     gc.collect()
     return {
         "anonymous": status_bytes("RssAnon"),
@@ -54,8 +73,8 @@ def main() -> None:
     attempt(*loads[0])  # the first error imports modules of its own
     for folder, how in loads:
         before = state()
-        kind, message = attempt(folder, how)
-        results.append({"error": kind, "message": message, "before": before, "after": state()})
+        result = attempt(folder, how)
+        results.append({**result, "before": before, "after": state()})
     print(json.dumps(results))
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,7 +48,7 @@ def variant(big: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]],
     return folder
 
 
-def test_errors_leave_nothing_behind(big: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_errors_and_interrupts_leave_nothing_behind(big: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
     last_weight = "model.layers.2.mlp.down_proj.weight"
     shrinking = variant(big, tmp_path / "shrinking")
     loads = [
@@ -59,6 +57,7 @@ def test_errors_leave_nothing_behind(big: Path, checkpoint: Checkpoint, tmp_path
         (variant(big, tmp_path / "shape", lambda t: t.update({last_weight: t[last_weight].t()})), "plain"),
         (big, "budget"),
         (shrinking, "shrink"),
+        (big, "interrupt"),
     ]
     # Only the copied shard may shrink: the others are shared with `big`.
     for file in sorted(shrinking.glob("*.safetensors"))[:-1]:
@@ -71,14 +70,16 @@ def test_errors_leave_nothing_behind(big: Path, checkpoint: Checkpoint, tmp_path
         checkpoint("llama"),
         json.dumps([(str(p), h) for p, h in loads]),
     ]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
-    results = json.loads(output.splitlines()[-1])
+    child = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert child.returncode == 0, child.stderr
+    results = json.loads(child.stdout.splitlines()[-1])
     assert [result["error"] for result in results] == [
         "NonFiniteWeightError",
         "MissingWeightsError",
         "ShapeMismatchError",
         "MemoryBudgetError",
         "TruncatedShardError",
+        "KeyboardInterrupt",
     ], [result["message"] for result in results]
     for result in results:
         before, after = result["before"], result["after"]
@@ -86,22 +87,4 @@ def test_errors_leave_nothing_behind(big: Path, checkpoint: Checkpoint, tmp_path
         assert after["descriptors"] <= before["descriptors"], result
         assert after["threads"] <= before["threads"], result
         assert after["tasks"] <= before["tasks"], result
-
-
-def test_interrupt_ends_the_load_at_once(big: Path, checkpoint: Checkpoint) -> None:
-    command = [sys.executable, "-u", HERE / "interrupted_load.py", checkpoint("llama"), big]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline().strip() == "reading"
-        sent = time.monotonic()
-        child.send_signal(signal.SIGINT)
-        assert child.stdout.readline().strip() == "stopped"
-        seconds = time.monotonic() - sent
-        result = json.loads(child.stdout.readline())
-        assert child.wait(60) == 0
-    assert result["error"] == "KeyboardInterrupt"
-    assert seconds < 2
-    (anonymous, descriptors, threads), after = result["before"], result["after"]
-    assert after[0] <= anonymous + SLACK
-    assert after[1] <= descriptors
-    assert after[2] <= threads
+    assert results[-1]["seconds_to_stop"] < 2

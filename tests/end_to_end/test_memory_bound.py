@@ -85,13 +85,14 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_big_tensor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer whose three MLP matrices are 100 MB each, and a 40 MB embedding that is kept."""
+    """One layer whose three MLP matrices are 100 MB each, and 20 MB of embedding and head that are kept."""
     folder = tmp_path_factory.mktemp("wide") / "llama"
-    sizes = {"hidden_size": 256, "intermediate_size": 200_000, "num_hidden_layers": 1, "vocab_size": 40_000}
+    sizes = {"hidden_size": 256, "intermediate_size": 200_000, "num_hidden_layers": 1, "vocab_size": 20_000}
     return big_checkpoints.llama(folder, **sizes)
 
 
 def assert_bounded(measured: Measured, staging: int) -> None:
+    """The bound on the peak and the plan's predictions, in any process."""
     report = measured.report
     bound = report["final_bytes"] + staging + SLACK
     sizes = {k: report[k] for k in report if k.endswith("_bytes")}
@@ -99,19 +100,23 @@ def assert_bounded(measured: Measured, staging: int) -> None:
     assert measured.peak <= bound, f"peak {measured.peak / MIB:.1f} MiB, bound {bound / MIB:.1f} MiB, {sizes}"
     assert measured.peak <= report["predicted_peak_bytes"], sizes
     assert report["predicted_final_bytes"] == pytest.approx(report["final_bytes"], rel=0.02)
-    # The report's own measurement: not below what was seen from outside, but for its last sampling interval.
-    assert report["peak_bytes"] >= measured.peak - 8 * MIB, f"peak {measured.peak}, {sizes}"
-    assert report["peak_bytes"] <= bound, sizes
-    # Nothing of the checkpoint stays mapped; libraries touched for the first time may be a few MB.
-    assert measured.file_pages < 48 * MIB
-    # The model itself is there, in memory of its own.
+    # The model is there, in memory of its own.
     assert measured.increase >= report["final_bytes"] - 8 * MIB
+
+
+def assert_well_measured(measured: Measured) -> None:
+    """In a process that has compiled and imported everything, the load takes what its report says and no more."""
+    report = measured.report
+    sizes = {k: report[k] for k in report if k.endswith("_bytes")}
+    assert report["peak_bytes"] == pytest.approx(measured.peak, abs=8 * MIB), f"peak {measured.peak}, {sizes}"
+    assert measured.increase <= report["final_bytes"] + 16 * MIB
+    assert measured.file_pages < 16 * MIB, "pages of the checkpoint stay mapped"
 
 
 LOG_LINES = (
     r"Peak CPU memory before loading weights: \d+\.\d{3} GiB",
     r"Memory increase during load_weights: (?P<increase>\d+\.\d{3}) GiB",
-    r"Online quark_mxfp4 quantization: quantized 63 layers of types: (?P<types>\[.*\])",
+    r"Online quark_mxfp4 quantization: quantized 7 layers of types: (?P<types>\[.*\])",
     r"Peak CPU memory during load_weights: (?P<peak>\d+\.\d{3}) GiB "
     r"\(final (?P<final>\d+\.\d{3}) GiB, staging (?P<staging>\d+\.\d{3}) GiB\)",
     r"Loaded (?P<read>\d+\.\d{2}) GiB in (?P<seconds>\d+\.\d) s \(\d+\.\d{2} GiB/s\)",
@@ -132,35 +137,36 @@ def assert_log(measured: Measured) -> None:
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert numbers["types"] == str(sorted(projections))
     parsed = logs.parse(measured.log)
-    assert (parsed.kind, parsed.scheme, parsed.quantized_layers) == ("CPU", "quark_mxfp4", 63)
+    assert (parsed.kind, parsed.scheme, parsed.quantized_layers) == ("CPU", "quark_mxfp4", 7)
     assert parsed.peak_bytes == pytest.approx(report["peak_bytes"], abs=gib / 1000)
-    assert parsed.increase_bytes == pytest.approx(measured.increase, abs=gib / 50)
+    assert parsed.increase_bytes == pytest.approx(report["final_bytes"], abs=16 * MIB)
 
 
-def test_dense_model_from_a_cold_process(dense: Path) -> None:
+def test_one_big_tensor_from_a_cold_process(one_big_tensor: Path) -> None:
     """Nothing is imported or compiled beforehand: this is what `quantload load` needs."""
-    measured = measure(dense, "quark_mxfp4", {"staging_bytes": STAGING, "workers": 2})
+    measured = measure(one_big_tensor, "quark_mxfp4", {"staging_bytes": STAGING, "workers": 2})
     assert_bounded(measured, STAGING)
     assert_log(measured)
 
 
-def test_one_big_tensor(one_big_tensor: Path, checkpoint: Checkpoint) -> None:
-    measured = measure(one_big_tensor, "quark_mxfp4", {"staging_bytes": STAGING, "workers": 2}, checkpoint("llama"))
-    assert_bounded(measured, STAGING)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel", "none"])
+@pytest.mark.parametrize(
+    "scheme", ["quark_mxfp4", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel", "none"]
+)
 @pytest.mark.parametrize("name", ["dense", "one_big_tensor"])
-def test_other_schemes(name: str, scheme: str, checkpoint: Checkpoint, request: pytest.FixtureRequest) -> None:
+def test_every_scheme_is_bounded(
+    name: str, scheme: str, checkpoint: Checkpoint, request: pytest.FixtureRequest
+) -> None:
     path = request.getfixturevalue(name)
     measured = measure(path, scheme, {"staging_bytes": STAGING, "workers": 2}, checkpoint("llama"))
     assert_bounded(measured, STAGING)
+    assert_well_measured(measured)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("staging", [1, 8, 64])
 def test_the_arena_is_what_the_user_sets(staging: int, one_big_tensor: Path, checkpoint: Checkpoint) -> None:
-    options = {"staging_bytes": staging * MIB, "chunk_bytes": min(8, staging) * MIB // 2, "workers": 2}
+    options = {"staging_bytes": staging * MIB, "chunk_bytes": min(8, staging) * MIB // 4, "workers": 2}
     measured = measure(one_big_tensor, "quark_mxfp4", options, checkpoint("llama"))
     assert_bounded(measured, staging * MIB)
+    assert_well_measured(measured)

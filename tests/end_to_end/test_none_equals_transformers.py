@@ -88,7 +88,7 @@ def test_names_of_old_checkpoints_are_understood(checkpoint: Checkpoint, tmp_pat
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("gpt2", "transformer.h.0.attn.masked_bias"),
+        ("gpt2", "transformer.h.0.attn.bias"),
         ("t5", "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"),
         ("llama_tied", "lm_head.weight"),
     ],

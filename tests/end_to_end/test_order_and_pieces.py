@@ -36,7 +36,7 @@ def expected(checkpoint: Checkpoint) -> Callable[[str, str], dict[str, bytes]]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     chunk_bytes=st.one_of(st.just(4096), st.integers(4096, 64 << 10), st.integers(64 << 10, 1 << 20)),
     workers=st.integers(1, 4),
@@ -67,11 +67,12 @@ def test_result_does_not_depend_on_how_it_arrives(
 def test_a_tensor_larger_than_the_arena_gives_the_same_bytes(
     name: str, scheme: str, checkpoint: Checkpoint, expected: Callable[[str, str], dict[str, bytes]]
 ) -> None:
-    """With two 4 KiB buffers nearly every tensor is larger than its share and per-tensor scales take two passes."""
-    options = LoadOptions(chunk_bytes=4096, workers=1, staging_bytes=8192)
+    """With 4 KiB pieces nearly every tensor is larger than its share and per-tensor scales take two passes."""
+    staging = 32768 if scheme == "fp8_per_block" else 8192  # a piece holds whole 128 x 128 blocks
+    options = LoadOptions(chunk_bytes=4096, workers=1, staging_bytes=staging)
     model = load_quantized(checkpoint(name), scheme, options=options)
     assert state_bytes(model) == expected(name, scheme)
-    assert model.load_report.staging_peak_bytes <= 8192
+    assert model.load_report.staging_peak_bytes <= staging
 
 
 @pytest.mark.parametrize("stats", [True, False])

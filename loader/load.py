@@ -42,8 +42,8 @@ def load_quantized(
     `model_id` is a folder or a hub id, `quantization` a scheme name (`auto`: `quark_mxfp4`), `device` a torch device
     (`auto`: the first that has kernels). `policy` says in detail which module gets which scheme; a scheme name other
     than `auto` then replaces its `linear`. `options` say how the load runs. `progress(bytes_read, bytes_total)` is
-    called in this thread; what it raises cancels the load. The model has `.load_report`. Raises a `QuantloadError`;
-    afterwards threads, files and memory are as before.
+    called in this thread; what it raises cancels the load. The model has `.load_report` and `.load_plan`. Raises a
+    `QuantloadError`; afterwards threads, files and memory are as before.
     """
     options = options or LoadOptions()
     schemes = SchemeFactory(device, options)
@@ -70,6 +70,7 @@ def load_quantized(
         transformers_api.finish(model, draft.mapped.missing, draft.mapped.weight_conversions, storage.device)
         transformers_api.adopt_generation_config(model, checkpoint.root)
     model.load_report = recorder.report(model, checkpoint.model_id, rules.name, draft.assignments, plan, totals)
+    model.load_plan = plan.memory
     return model
 
 

@@ -31,7 +31,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., K] to [..., N], in the dtype of `x`."""
-        return self.scheme.apply(self, x, self.bias)
+        return self.scheme.apply(self, x, self._parameters["bias"])
 
     def dequantize(self, name: str = "weight") -> Tensor:
         """The float32 values the codes stand for: [N, K], or [K, N] where the module it stands for has that."""
@@ -62,7 +62,7 @@ class QuantizedLinearReadByDtype(QuantizedLinear):
     compute_dtype: torch.dtype
 
     def __getattr__(self, name: str) -> Any:
-        found = super().__getattr__(name)  # parameters are no instance attributes: they are always found here
+        found: Any = super().__getattr__(name)  # parameters are no instance attributes: they are always found here
         if name != "weight":
             return found
         facade = found.as_subclass(DtypeFacade)
@@ -74,8 +74,9 @@ class QuantizedLinearReadByDtype(QuantizedLinear):
 def quantize_experts(module: Any, scheme: MoEScheme) -> None:
     """Turn a fused experts module, in place, into one that holds codes and scales.
 
-    It keeps its class, its biases and its gate; whoever calls this also routes its forward to the scheme. Weights [E, N, K] (or [E, K, N] where `is_transposed`) become
-    canonical codes [E, N, ...] under the same name, and `<name>_scale`.
+    It keeps its class, its biases and its gate; whoever calls this also routes its forward to the scheme. Weights
+    [E, N, K] (or [E, K, N] where `is_transposed`) become canonical codes [E, N, ...] under the same name, and
+    `<name>_scale`.
     """
     sizes: dict[str, Any] = {}
     for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):

@@ -203,7 +203,9 @@ class DtypePlan:
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         plan = model._get_dtype_plan(dtype)
-        self._patterns = [(re.compile(name.replace("*", r".*")), wanted) for name, wanted in plan.items()]
+        self._patterns: list[tuple[re.Pattern[str], torch.dtype]] = [
+            (re.compile(name.replace("*", r".*")), wanted) for name, wanted in plan.items()
+        ]
 
     def __call__(self, name: str, created: torch.dtype) -> torch.dtype:
         for pattern, wanted in self._patterns:

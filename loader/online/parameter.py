@@ -18,12 +18,11 @@ def materialize(module: nn.Module, name: str, storage: FinalStorage, dtype: torc
 
     What was attached to it, such as `weight_loader`, moves over. A tensor that is real already is returned as it is.
     """
-    old = module._parameters.get(name)
-    held: dict[str, Any] = module._parameters if old is not None else module._buffers
-    old = held[name]
+    held: dict[str, Any] = module._parameters if module._parameters.get(name) is not None else module._buffers
+    old: Tensor = held[name]
     if not old.is_meta:
         return old
-    new = storage.empty(tuple(old.shape), dtype or old.dtype)
+    new: Tensor = storage.empty(tuple(old.shape), dtype or old.dtype)
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
     new.__dict__.update(old.__dict__)

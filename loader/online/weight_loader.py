@@ -265,7 +265,7 @@ def _check_shape(name: str, got: int, expected: int, shape: torch.Size) -> None:
 
 
 def _held(module: nn.Module, name: str) -> Tensor:
-    tensor = module._parameters.get(name)
-    tensor = tensor if tensor is not None else module._buffers[name]
+    tensor: Tensor | None = module._parameters.get(name)
+    tensor = module._buffers[name] if tensor is None else tensor
     assert tensor is not None
     return tensor

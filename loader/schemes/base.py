@@ -81,8 +81,8 @@ class _Scheme(ABC):
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:
         """The float32 values the codes of one parameter stand for, shaped as in the unquantized module."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Bring codes and scales into the layout the kernel wants; the canonical one unless a scheme says otherwise."""
+    def process_weights_after_loading(self, layer: nn.Module) -> None:  # noqa: B027  # canonical needs nothing
+        """Bring codes and scales into the layout the kernel wants: the canonical one unless overridden."""
 
 
 class LinearScheme(_Scheme):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -15,14 +17,13 @@ class QuantizedLinearScheme(LinearScheme):
     def create_weights(self, layer: nn.Module, *, in_features: int, out_features: int) -> None:
         """Register `weight` (codes [N, K/codes per byte]) and `weight_scale`, both on the meta device."""
         layout = WeightLayout(self.kernels.format, None, (("", out_features),), in_features)
-        layer.weight_layout = layout
+        layer.weight_layout = layout  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         layer.register_parameter("weight", meta_parameter(layout.code_shape, layout.format.code_dtype))
         layer.register_parameter("weight_scale", meta_parameter(layout.scale_shape, layout.format.scale_dtype))
 
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
         """The layout of `weight`."""
-        layout: WeightLayout = layer.weight_layout  # type: ignore[assignment]
-        return {"weight": layout}
+        return {"weight": cast("WeightLayout", layer.weight_layout)}
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [..., K] times the layer's weight, plus bias; [..., N] in the dtype of `x`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,14 @@ class QuantizedMoEScheme(MoEScheme):
         layer.weight_layouts = {
             name: WeightLayout(self.kernels.format, num_experts, shards, columns)
             for name, (shards, columns) in sizes.items()
-        }
+        }  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         for name, layout in self.layouts(layer).items():
             layer.register_parameter(name, meta_parameter(layout.code_shape, self.get_quantized_dtype()))
         self.create_scale_tensors(layer, num_experts)
 
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
         """The layout of each experts weight."""
-        layouts: dict[str, WeightLayout] = layer.weight_layouts  # type: ignore[assignment]
-        return layouts
+        return cast("dict[str, WeightLayout]", layer.weight_layouts)
 
     # MoeQuantizationCallbacks
 

@@ -110,4 +110,5 @@ class SchemeFactory:
             except LookupError as error:
                 raise NoKernelError(str(error)) from error
             self._made[cls] = cls(Quantizer(kernels, self._options.stats))
-        return self._made[cls]
+        made: _S = self._made[cls]
+        return made

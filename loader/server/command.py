@@ -51,6 +51,7 @@ def serve_model(
         except BaseException:
             metrics.on_failure(cancelled=cancel.is_set())
             raise
+        metrics.on_plan(model.load_plan)
         metrics.on_report(model.load_report)
         render(model.load_report, Console(stderr=True))
         return model

@@ -23,7 +23,7 @@ from . import fp8, int8
 from . import statistics as st
 from .mxfp4_ir import RUN_BLOCKS, dequantize_run, quantize_bf16_run, quantize_wide_run
 from .scaled_ir import TILE_ELEMENTS, amax_tile, count_above, dequantize_tile, magnitude_to_f32, quantize_tile
-from .vector_ir import F32, F64, I8, INFINITY_BITS, ITEM_BYTES, load_scalar, store_scalar
+from .vector_ir import F32, F64, I8, INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE, load_scalar, store_scalar
 
 logger = logging.getLogger("quantload")
 _compiling = threading.RLock()
@@ -101,6 +101,7 @@ add_count_and_amax = nb.njit(nogil=True)(_add_count_and_amax)
 
 def _mxfp4_quantize(kind: str, measure: bool) -> KernelFunction:
     fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
+    finite = np.float32(LARGEST_FINITE[kind])
     fast, run_blocks = kind == "bf16", RUN_BLOCKS
 
     def quantize(source, source_stride, codes, codes_stride, scales, scales_stride, rows, cols, known, out):  # type: ignore[no-untyped-def]
@@ -125,7 +126,7 @@ def _mxfp4_quantize(kind: str, measure: bool) -> KernelFunction:
                 largest = max(largest, bits)
                 first += count
         if largest >= infinity:
-            return count_above(source, source_stride, rows, cols, np.float32(3.4028235e38), kind)
+            return count_above(source, source_stride, rows, cols, finite, kind)
         if measure:
             add_count_and_amax(out, rows * cols, magnitude_to_f32(largest, kind))
             if rest:
@@ -174,10 +175,11 @@ TARGETS = {"fp8_channel": "fp8_divide", "fp8_tensor": "fp8_divide", "fp8_block":
 
 def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
     fingerprint, width, infinity, target = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind], TARGETS[rule]
+    finite = np.float32(LARGEST_FINITE[kind])
     limit = np.float32((int8.LARGEST if rule == "int8_channel" else fp8.LARGEST) * (1.0 + st.SATURATION_SLACK))
     tile_elements = TILE_ELEMENTS
 
-    def quantize(
+    def quantize(  # type: ignore[no-untyped-def]
         source,
         source_stride,
         codes,
@@ -190,7 +192,7 @@ def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
         out,
         block_rows,
         block_cols,
-    ):  # type: ignore[no-untyped-def]
+    ):
         len(fingerprint)
         largest, saturated = 0, 0
         for r in range(0, rows, block_rows):
@@ -227,7 +229,7 @@ def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
                             out,
                         )
         if largest >= infinity:
-            return count_above(source, source_stride, rows, cols, np.float32(3.4028235e38), kind)
+            return count_above(source, source_stride, rows, cols, finite, kind)
         if measure:
             add_count_and_amax(out, rows * cols, magnitude_to_f32(largest, kind))
             write_f64(out + 8 * st.SATURATED, read_f64(out + 8 * st.SATURATED) + saturated)
@@ -238,6 +240,7 @@ def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
 
 def _observe(kind: str) -> KernelFunction:
     fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
+    finite = np.float32(LARGEST_FINITE[kind])
 
     def observe(source, source_stride, amax, amax_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
         len(fingerprint)
@@ -250,7 +253,7 @@ def _observe(kind: str) -> KernelFunction:
                 a = amax + r // block_rows * amax_stride + c // block_cols * 4
                 write_f32(a, max(read_f32(a), magnitude_to_f32(bits, kind)))
         if largest >= infinity:
-            return count_above(source, source_stride, rows, cols, np.float32(3.4028235e38), kind)
+            return count_above(source, source_stride, rows, cols, finite, kind)
         return 0
 
     return _jit(observe, types.int64(*[_i64] * 8))

@@ -13,7 +13,6 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from . import statistics as st
 from .mxfp4 import EMAX, T_EVEN
@@ -31,6 +30,7 @@ from .vector_ir import (
     accumulate_product,
     constant,
     count_to,
+    emitted,
     load,
     load_scalar,
     magnitudes,
@@ -48,7 +48,7 @@ FAST_AMAX = (127 - 30) << 7, (127 + 60) << 7
 """BF16 bits between which a run's amax must lie for its squares to be summed in float32."""
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def quantize_bf16_run(
     typing: Any, source: Any, codes: Any, scales: Any, blocks: Any, measure: Any, out: Any
 ) -> tuple[Any, Codegen]:
@@ -128,7 +128,7 @@ def _add_bf16_statistics(acc: Accumulators, blocks: ir.Value, out: ir.Value) -> 
     add_f64(b, out, st.ZERO, b.sitofp(zeros, F64))
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def quantize_wide_run(
     typing: Any, source: Any, codes: Any, scales: Any, blocks: Any, known: Any, kind: Any, measure: Any, out: Any
 ) -> tuple[Any, Codegen]:
@@ -223,7 +223,7 @@ def _add_wide_statistics(acc: Accumulators, out: ir.Value) -> None:
     add_f64(b, out, st.ZERO, b.sitofp(acc.get("zero").reduce("add"), F64))
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def dequantize_run(typing: Any, codes: Any, scales: Any, out: Any, blocks: Any, kind: Any) -> tuple[Any, Codegen]:
     """(codes, scales, out addresses, blocks, kind "bf16" or "f32"): whole blocks of 32 values."""
     out_kind = str(kind.literal_value)

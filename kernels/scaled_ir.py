@@ -15,7 +15,6 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from . import statistics as st
 from .mxfp4_ir import add_f64, max_f64
@@ -33,6 +32,7 @@ from .vector_ir import (
     accumulate_product,
     constant,
     count_to,
+    emitted,
     fused,
     has_fma,
     load,
@@ -52,7 +52,7 @@ MIN_CORRECTED_SCALE = 2.0**-60
 """Below this the correction of a reciprocal could underflow: divide."""
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def amax_tile(typing: Any, source: Any, stride: Any, rows: Any, cols: Any, kind: Any) -> tuple[Any, Codegen]:
     """Largest magnitude bits of `rows` x `cols` elements whose rows lie `stride` bytes apart (0 for none)."""
     source_kind = str(kind.literal_value)
@@ -85,7 +85,7 @@ def amax_tile(typing: Any, source: Any, stride: Any, rows: Any, cols: Any, kind:
     return types.int64(source, stride, rows, cols, kind), codegen
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def magnitude_to_f32(typing: Any, bits: Any, kind: Any) -> tuple[Any, Codegen]:
     """The float32 value of magnitude bits (int64) of a source element."""
     source_kind = str(kind.literal_value)
@@ -96,7 +96,7 @@ def magnitude_to_f32(typing: Any, bits: Any, kind: Any) -> tuple[Any, Codegen]:
     return types.float32(bits, kind), codegen
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def count_above(
     typing: Any, source: Any, stride: Any, rows: Any, cols: Any, limit: Any, kind: Any
 ) -> tuple[Any, Codegen]:
@@ -117,7 +117,7 @@ def count_above(
     return types.int64(source, stride, rows, cols, limit, kind), codegen
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def quantize_tile(
     typing: Any,
     source: Any,
@@ -311,7 +311,7 @@ def _round_to_e4m3(y: Vector) -> tuple[Vector, Vector]:
     return code, total - anchor.cast(F32)
 
 
-@intrinsic(prefer_literal=True)
+@emitted
 def dequantize_tile(
     typing: Any,
     codes: Any,

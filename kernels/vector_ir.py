@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, config
+from numba.extending import intrinsic
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F32, F64 = ir.FloatType(), ir.DoubleType()
@@ -21,6 +22,19 @@ ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 """Bytes per element of each kind of source."""
 INFINITY_BITS = {"bf16": 0x7F80, "f16": 0x7C00, "f32": 0x7F800000}
 """Magnitude bits from which on an element of that kind is infinite or NaN."""
+LARGEST_FINITE = {"bf16": 3.4028235e38, "f16": 65504.0, "f32": 3.4028235e38}
+"""float32 that every finite element of that kind stays at or below."""
+
+
+Codegen = Callable[[Any, ir.IRBuilder, Any, Sequence[ir.Value]], ir.Value]
+"""What an emitted function returns beside its signature."""
+Emitted = TypeVar("Emitted", bound=Callable[..., tuple[Any, Codegen]])
+
+
+def emitted(function: Emitted) -> Emitted:
+    """Make numba kernels able to call `function`, which gets their literal arguments as literal types."""
+    result: Emitted = intrinsic(prefer_literal=True)(function)
+    return result
 
 
 def has_fma() -> bool:
@@ -263,7 +277,3 @@ def widen(magnitude: Vector, kind: str) -> Vector:
     if kind == "f16":
         return (magnitude << 13).cast(F32) * 2.0**112
     return magnitude.cast(F32)
-
-
-Codegen = Callable[[Any, ir.IRBuilder, Any, Sequence[ir.Value]], ir.Value]
-"""What a numba intrinsic returns beside its signature."""

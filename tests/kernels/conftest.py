@@ -1,0 +1,87 @@
+"""Every kernel that the registry says can run here, as a parametrized fixture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from quantload.kernels.formats import FORMATS, WeightFormat
+from quantload.kernels.registry import OPERATIONS, KernelSet, candidates, kernel_set
+
+PLAIN = ("torch", "cpu")
+"""The kernels that the `contender` fixture leaves out, because it is compared with them."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """The operations of one format by one backend on one device, with outputs as CPU tensors of bytes."""
+
+    kernels: KernelSet
+    device: str
+
+    @property
+    def format(self) -> WeightFormat:
+        return self.kernels.format
+
+    def empty(self, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.full(self.format.code_shape(rows, cols), 77, dtype=torch.uint8, device=self.device)
+        scales = torch.full(self.format.scale_shape(rows, cols), 77, device=self.device)
+        return codes.view(self.format.code_dtype), scales.to(self.format.scale_dtype)
+
+    def quantize(self, source: torch.Tensor, statistics: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        codes, scales = self.empty(*source.shape)
+        assert self.kernels.quantize(source.to(self.device), codes, scales, statistics) == 0
+        return codes.cpu(), scales.cpu()
+
+    def dequantize(
+        self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        out = torch.full(shape, 77.0, dtype=dtype, device=self.device)
+        self.kernels.dequantize(codes.to(self.device), scales.to(self.device), out)
+        return out.cpu()
+
+
+def runners() -> list[Runner]:
+    found = []
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for name in FORMATS:
+            can_run = [{k.name for k, reason in candidates(op, name, device) if reason is None} for op in OPERATIONS]
+            for kernel in sorted(set.intersection(*can_run)):
+                found.append(Runner(kernel_set(name, device, dict.fromkeys(OPERATIONS, kernel)), device))
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for fixture in {"runner", "contender"} & set(metafunc.fixturenames):
+        family = metafunc.function.__name__.split("_")[1]  # test_mxfp4_..., test_fp8_..., test_int8_...: those only
+        prefix = family if family in ("mxfp4", "fp8", "int8") else ""
+        params = [
+            pytest.param(r, id=f"{r.format.name}-{r.kernels.names['quantize']}-{r.device}")
+            for r in runners()
+            if r.format.name.startswith(prefix)
+            and (fixture == "runner" or (r.kernels.names["quantize"], r.device) != PLAIN)
+        ]
+        metafunc.parametrize(fixture, params)
+
+
+@pytest.fixture(scope="session")
+def vectors(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
+    """The golden vectors (see tests/data/README.md)."""
+    with np.load(request.config.rootpath / "tests" / "data" / "vectors.npz") as stored:
+        return dict(stored)
+
+
+@pytest.fixture(scope="session")
+def all_bf16() -> torch.Tensor:
+    """Every finite BF16 value, both zeros included: 65280 of them."""
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    return values[torch.isfinite(values)]
+
+
+@pytest.fixture(scope="session")
+def all_f16() -> torch.Tensor:
+    """Every finite FP16 value: 63488 of them."""
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    return values[torch.isfinite(values)]

@@ -1,0 +1,174 @@
+"""Every kernel gives the bytes of the plain arithmetic, for every value a source type can hold."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from quantload.kernels.registry import kernel_set
+
+GRID = [Fraction(n, 2) for n in (0, 1, 2, 3, 4, 6, 8, 12)]
+
+
+def plain(contender, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales by the torch reference on the CPU."""
+    codes, scales = (t.cpu() for t in contender.empty(*source.shape))
+    assert kernel_set(contender.format.name, "cpu", {"quantize": "torch"}).quantize(source, codes, scales) == 0
+    return codes, scales
+
+
+def assert_same_bytes(contender, source: torch.Tensor) -> None:
+    codes, scales = contender.quantize(source)
+    want_codes, want_scales = plain(contender, source)
+    assert torch.equal(scales.view(torch.uint8), want_scales.view(torch.uint8))
+    assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
+
+
+def blocks_of_each_value(values: torch.Tensor) -> torch.Tensor:
+    """Rows of 32: runs of neighbours, random mixtures, and each value under every block maximum of its scale range."""
+    generator = torch.Generator().manual_seed(0)
+    padded = torch.cat((values, values.new_zeros(-len(values) % 32)))
+    neighbours = padded.view(-1, 32)
+    mixed = padded[torch.randperm(len(padded), generator=generator)].view(-1, 32)
+    parts = [neighbours, mixed]
+    for lift in (0, 1, 2, 3, 5):
+        lifted = neighbours.clone()
+        top = lifted[:, 31].float().abs() * 2.0**lift
+        lifted[:, 0] = top.clamp(max=torch.finfo(values.dtype).max).to(values.dtype)
+        parts.append(lifted)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_mxfp4_of_every_value(contender, all_bf16, all_f16, dtype):
+    source = blocks_of_each_value(all_bf16 if dtype == "bf16" else all_f16)
+    assert_same_bytes(contender, source)
+    assert_same_bytes(contender, source.view(8, -1))
+
+
+def test_mxfp4_is_the_nearest_value_with_ties_to_even(runner):
+    """Against exact rational arithmetic: thresholds, their neighbours, and random values, at small and large scales."""
+    steps = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 6.5])
+    near = torch.cat((steps, steps * (1 + 2.0**-7), steps * (1 - 2.0**-8), torch.zeros(4)))
+    block = torch.cat((near, torch.tensor([6.9375]))).bfloat16()
+    for exponent in (-133, -128, -126, -125, -124, -60, 0, 60, 120, 125):
+        source = (block.double() * 2.0**exponent).to(torch.bfloat16).view(1, 32)
+        codes, scales = runner.quantize(source)
+        byte = int(scales[0, 0])
+        for k, value in enumerate(source[0].double().tolist()):
+            exact = Fraction(abs(value)) / Fraction(2) ** (byte - 127)
+            best = min(range(8), key=lambda c: (abs(GRID[c] - exact), c % 2))
+            code = int(codes[0, k // 2]) >> (4 * (k % 2)) & 15
+            assert code & 7 == best, (exponent, k, value, byte)
+            assert (code >> 3 == 1) == (value < 0)
+
+
+def test_mxfp4_zero_blocks(runner):
+    source = torch.zeros(2, 96, dtype=torch.bfloat16)
+    source[0, 3] = -0.0
+    source[1, 40] = 1.0
+    codes, scales = runner.quantize(source)
+    assert scales.tolist() == [[0, 0, 0], [0, 125, 0]]
+    assert codes[0, 1] == 0x80
+    assert int(codes.ne(0).sum()) == 2
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_fp8_of_every_value_under_many_scales(contender, all_bf16, all_f16, dtype):
+    assert_same_bytes_under_many_maxima(contender, all_bf16 if dtype == "bf16" else all_f16)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_int8_of_every_value_under_many_scales(contender, all_bf16, all_f16, dtype):
+    assert_same_bytes_under_many_maxima(contender, all_bf16 if dtype == "bf16" else all_f16)
+
+
+def assert_same_bytes_under_many_maxima(contender, values: torch.Tensor) -> None:
+    """Rows (or matrices, or blocks) that hold all values up to one maximum, for maxima over the whole range."""
+    magnitudes = values[values >= 0].unique()
+    generator = torch.Generator().manual_seed(1)
+    chosen = magnitudes[torch.randint(1, len(magnitudes), (16,), generator=generator)].tolist()
+    for top in [*chosen, float(magnitudes[1]), float(magnitudes[-1]), 1.0, 0.875, 127.0, 254.0]:
+        below = values[values.abs() <= top]
+        side = below if len(below) > 128 else below.repeat(2)
+        assert_same_bytes(contender, side.view(1, -1))
+        if contender.format.block_rows == 128:
+            near = side[side.abs() >= top / 1024]
+            assert_same_bytes(contender, near[: len(near) // 32 * 32].view(32, -1))
+
+
+@pytest.mark.parametrize("exponent", [-40, -20, 0, 20, 100])
+def test_float32_sources(contender, exponent):
+    generator = torch.Generator().manual_seed(exponent)
+    source = torch.randn(64, 512, generator=generator) * 2.0**exponent
+    assert_same_bytes(contender, source)
+    if (
+        contender.format.name == "mxfp4"
+    ):  # exactly on and next to a threshold, where rounding to BF16 first would be wrong
+        ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 4.0]).repeat(4) * 2.0**exponent
+        nudged = torch.nextafter(ties, torch.tensor(torch.inf))
+        assert_same_bytes(contender, torch.stack((ties, nudged, torch.nextafter(ties, torch.tensor(0.0)))))
+
+
+def test_float32_bit_patterns(contender):
+    generator = torch.Generator().manual_seed(3)
+    bits = torch.randint(-(2**31), 2**31, (256, 384), generator=generator, dtype=torch.int64).to(torch.int32)
+    source = bits.view(torch.float32)
+    assert_same_bytes(contender, torch.where(torch.isfinite(source), source, 0.0))
+
+
+@pytest.mark.parametrize("cols", [1, 2, 15, 31, 32, 33, 63, 100, 129, 257])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_odd_sizes(contender, cols, dtype):
+    source = torch.randn(3, cols, generator=torch.Generator().manual_seed(cols)).to(dtype)
+    assert_same_bytes(contender, source)
+
+
+def test_zero_rows_have_finite_scales(runner):
+    source = torch.zeros(130, 160, dtype=torch.bfloat16)
+    codes, scales = runner.quantize(source)
+    assert torch.isfinite(scales.float()).all()
+    values = runner.dequantize(codes, scales, (130, 160))
+    assert torch.equal(values, torch.zeros(130, 160))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (130, 200), (128, 256)])
+def test_dequantize(contender, shape, dtype):
+    generator = torch.Generator().manual_seed(4)
+    codes, scales = contender.empty(*shape)
+    codes.view(torch.uint8).copy_(torch.randint(0, 256, codes.shape, generator=generator))
+    if contender.format.code_dtype == torch.float8_e4m3fn:
+        codes.view(torch.uint8)[(codes.view(torch.uint8) & 127) == 127] = 3
+    if contender.format.scale_dtype == torch.uint8:
+        scales.copy_(torch.randint(0, 252, scales.shape, generator=generator))
+    else:
+        scales.copy_(torch.rand(scales.shape, generator=generator))
+    want = torch.empty(shape, dtype=dtype)
+    plain_set = kernel_set(contender.format.name, "cpu", {"dequantize": "torch"})
+    plain_set.dequantize(codes.cpu(), scales.cpu(), want)
+    got = contender.dequantize(codes, scales, shape, dtype)
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_every_code_byte_dequantizes_to_its_meaning(runner):
+    """All 256 bytes against tables built here from the definition of the format."""
+    if runner.format.name == "mxfp4":
+        codes, scales = torch.arange(256, dtype=torch.uint8).view(16, 16), torch.full((16, 1), 128, dtype=torch.uint8)
+        want = [[float(GRID[c & 7] * 2) * (-1 if c & 8 else 1) for c in (b & 15, b >> 4)] for b in range(256)]
+        got = runner.dequantize(codes, scales, (16, 32))
+    elif runner.format.name == "int8_channel":
+        codes, scales = torch.arange(-128, 128).to(torch.int8).view(1, 256), torch.full((1, 1), 2.0)
+        want, got = [2.0 * c for c in range(-128, 128)], runner.dequantize(codes, scales, (1, 256))
+    else:
+        finite = [b for b in range(256) if b & 127 != 127]
+        codes = torch.tensor(finite, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, -1)
+        scales = torch.full(runner.format.scale_shape(1, 254), 2.0)
+        want = []
+        for b in finite:
+            exponent, fraction = b >> 3 & 15, b & 7
+            size = (8 + fraction) * 2.0 ** (exponent - 10) if exponent else fraction * 2.0**-9
+            want.append(2 * size * (-1 if b & 128 else 1))
+        got = runner.dequantize(codes, scales, (1, 254))
+    assert torch.equal(got.flatten(), torch.tensor(want).flatten())

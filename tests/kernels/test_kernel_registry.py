@@ -1,0 +1,73 @@
+"""The registry: order, reasons, overrides, cheap import, warm-up from several threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from quantload.kernels.formats import FORMATS
+from quantload.kernels.registry import OPERATIONS, NoKernel, candidates, kernel_set, select, warm_up
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_cpu_prefers_numba_and_can_fall_back_to_torch(name, operation):
+    found = candidates(operation, name, "cpu")
+    assert [kernel.name for kernel, reason in found if reason is None] == ["numba", "torch"]
+    assert select(operation, name, "cpu").name == "numba"
+    assert select(operation, name, torch.device("cpu"), "torch").name == "torch"
+
+
+def test_the_error_lists_every_candidate_with_its_reason():
+    with pytest.raises(NoKernel) as error:
+        select("quantize", "mxfp4", "cuda", "numba")
+    assert "numba: runs on cpu only, not on cuda" in str(error.value)
+    assert "torch: can run" in str(error.value)
+    with pytest.raises(NoKernel, match="meta device holds no data"):
+        select("quantize", "mxfp4", "meta")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(NoKernel, match="mxfp4"):
+        candidates("quantize", "mxfp5", "cpu")
+    with pytest.raises(NoKernel, match="dequantize"):
+        candidates("quantise", "mxfp4", "cpu")
+    with pytest.raises(NoKernel, match="overrides"):
+        kernel_set("mxfp4", "cpu", {"matmul": "torch"})
+
+
+def test_overrides_choose_by_operation():
+    kernels = kernel_set("int8_channel", "cpu", {"linear": "torch"})
+    assert kernels.names["linear"] == "torch"
+    assert kernels.names["quantize"] == "numba"
+    assert kernels.format is FORMATS["int8_channel"]
+
+
+def test_importing_the_registry_does_not_import_numba():
+    code = "import sys, quantload.kernels.registry as r; r.kernel_set('mxfp4', 'cpu'); print('numba' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_warm_up_from_several_threads_compiles_once():
+    from quantload.kernels import cpu_build
+
+    errors: list[BaseException] = []
+
+    def warm() -> None:
+        try:
+            warm_up("int8_channel", "cpu", torch.bfloat16)
+        except BaseException as error:  # so that the main thread can report it
+            errors.append(error)
+
+    threads = [threading.Thread(target=warm) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    function = cpu_build.scaled_quantize("int8_channel", "bf16", True)
+    assert function is cpu_build.scaled_quantize("int8_channel", "bf16", True)

@@ -1,0 +1,122 @@
+"""What the kernels measure equals a float64 computation from the source and the dequantized codes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from quantload.kernels import statistics as stats
+
+
+def measured(runner, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the kernel says, what float64 says), entry SATURATED left out."""
+    got = stats.new_statistics(runner.device)
+    codes, scales = runner.quantize(source, got)
+    values = runner.dequantize(codes, scales, tuple(source.shape)).double()
+    x = source.double()
+    error = (x - values).abs()
+    want = stats.new_statistics()
+    want[stats.COUNT] = x.numel()
+    want[stats.SIGNAL] = x.square().sum()
+    want[stats.NOISE] = error.square().sum()
+    want[stats.MAX_ERROR] = error.max()
+    want[stats.AMAX] = x.abs().max()
+    want[stats.ZERO] = (values == 0).sum()
+    want[stats.SATURATED] = got[stats.SATURATED]
+    return got.cpu(), want
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 32), (5, 70), (130, 300), (3, 20000)])
+def test_against_float64(runner, dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    source = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+    source[0, :7] = 0
+    got, want = measured(runner, source)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    assert got[stats.COUNT] == want[stats.COUNT]
+    assert got[stats.ZERO] == want[stats.ZERO]
+    assert got[stats.AMAX] == want[stats.AMAX]
+
+
+@pytest.mark.parametrize("exponent", [-70, -35, 65, 100, 119])
+def test_magnitudes_whose_squares_leave_float32(contender, exponent):
+    generator = torch.Generator().manual_seed(1)
+    source = (torch.randn(128, 256, generator=generator) * 2.0**exponent).bfloat16()
+    got, want = measured(contender, source)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
+def test_statistics_accumulate(runner):
+    source = torch.randn(4, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    once, twice = stats.new_statistics(runner.device), stats.new_statistics(runner.device)
+    runner.quantize(source, once)
+    runner.quantize(source, twice)
+    runner.quantize(source, twice)
+    want = once.clone()
+    stats.merge(want, once)
+    torch.testing.assert_close(twice, want, rtol=1e-12, atol=0)
+    assert want[stats.AMAX] == once[stats.AMAX]
+    assert want[stats.COUNT] == 2 * 256
+
+
+def test_mxfp4_counts_what_lies_above_the_largest_value(runner):
+    block = torch.zeros(1, 32, dtype=torch.bfloat16)
+    block[0, :4] = torch.tensor([6.0, 6.5, -6.9375, 5.9])
+    got = stats.new_statistics(runner.device)
+    runner.quantize(block, got)
+    assert got[stats.SATURATED] == 2
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_fp8_saturation_under_known_scales(runner, factor):
+    check_saturation(runner, 448.0, factor)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_int8_saturation_under_known_scales(runner, factor):
+    check_saturation(runner, 127.0, factor)
+
+
+def check_saturation(runner, largest: float, factor: float) -> None:
+    source = torch.linspace(-1, 1, 128 * 7).view(7, 128).bfloat16().to(runner.device)
+    codes, scales = runner.empty(7, 128)
+    amax = torch.zeros(scales.shape, device=runner.device)
+    runner.kernels.observe(source, amax)
+    scales.copy_(runner.kernels.finish_scales(amax) * factor)
+    got = stats.new_statistics(runner.device)
+    assert runner.kernels.quantize(source, codes, scales, got, scales_known=True) == 0
+    above = source.double().abs() > scales.double() * largest * (1 + stats.SATURATION_SLACK)
+    assert got[stats.SATURATED] == above.sum()
+    assert bool(above.any()) == (factor < 1)
+    values = runner.dequantize(codes.cpu(), scales.cpu(), (7, 128))
+    assert (values.abs() <= largest * scales.cpu() * (1 + 2.0**-20)).all()
+
+
+def test_sqnr():
+    vector = stats.new_statistics()
+    assert math.isnan(stats.sqnr_db(vector))
+    vector[stats.SIGNAL] = 1000.0
+    assert stats.sqnr_db(vector) == math.inf
+    vector[stats.NOISE] = 1.0
+    assert stats.sqnr_db(vector) == pytest.approx(30.0)
+
+
+def gaussian_sqnr(runner) -> float:
+    source = (torch.randn(256, 2048, generator=torch.Generator().manual_seed(5)) * 0.02).bfloat16()
+    got = stats.new_statistics(runner.device)
+    runner.quantize(source, got)
+    return stats.sqnr_db(got.cpu())
+
+
+def test_mxfp4_sqnr_of_gaussian_weights(runner):
+    assert gaussian_sqnr(runner) == pytest.approx(19.0, abs=0.2)
+
+
+def test_fp8_sqnr_of_gaussian_weights(runner):
+    assert gaussian_sqnr(runner) == pytest.approx(31.5, abs=0.3)
+
+
+def test_int8_sqnr_of_gaussian_weights(runner):
+    assert gaussian_sqnr(runner) == pytest.approx(41.0, abs=1.0)

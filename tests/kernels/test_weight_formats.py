@@ -1,0 +1,30 @@
+"""Shapes, alignments and sizes of the formats."""
+
+from __future__ import annotations
+
+import pytest
+from quantload.kernels.formats import FORMATS
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "codes", "scales", "size", "align"),
+    [
+        ("mxfp4", (3, 64), (3, 32), (3, 2), 102, (1, 32)),
+        ("mxfp4", (3, 65), (3, 48), (3, 3), 153, (1, 32)),
+        ("mxfp4", (3, 1), (3, 16), (3, 1), 51, (1, 32)),
+        ("fp8_channel", (5, 7), (5, 7), (5, 1), 55, (1, None)),
+        ("fp8_tensor", (5, 7), (5, 7), (1, 1), 39, (None, None)),
+        ("fp8_block", (129, 128), (129, 128), (2, 1), 129 * 128 + 8, (128, 128)),
+        ("int8_channel", (5, 7), (5, 7), (5, 1), 55, (1, None)),
+    ],
+)
+def test_layout(name, shape, codes, scales, size, align):
+    fmt = FORMATS[name]
+    assert fmt.code_shape(*shape) == codes
+    assert fmt.scale_shape(*shape) == scales
+    assert fmt.bytes(*shape) == size
+    assert (fmt.row_align, fmt.col_align) == align
+
+
+def test_names_are_the_keys():
+    assert all(fmt.name == name for name, fmt in FORMATS.items())

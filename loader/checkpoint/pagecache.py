@@ -14,6 +14,11 @@ _MIN_WINDOW = 4 << 20
 _MAX_WINDOWS = 64
 _SAMPLES = 2
 _PAGE = 4096
+# The kernel cuts one request off at the device's readahead or largest transfer, of which 128 KiB is the usual least.
+_READAHEAD = 128 << 10
+# From here on the kernel's own readahead keeps a disk busy, and costs a third of the CPU time: it fills large folios,
+# a request only single pages.
+_ENOUGH_READAHEAD = 1 << 20
 # Filesystems and kernels that cannot say: their files are left alone.
 _CANNOT_TELL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -33,9 +38,10 @@ class CacheWindows:
     read that very page, and the next load must not take it for a warm window.
     """
 
-    __slots__ = ("_cold", "_size", "_window", "any_cold", "used")
+    __slots__ = ("_ask_ahead", "_cold", "_size", "_window", "any_cold", "used")
 
-    def __init__(self, size: int, policy: PageCache, fd: int, calls: ProbeCalls) -> None:
+    def __init__(self, size: int, policy: PageCache, fd: int, calls: ProbeCalls, device: int | None = None) -> None:
+        self._ask_ahead = kernel_readahead(device) < _ENOUGH_READAHEAD
         self._size = size
         self._window = max(_MIN_WINDOW, -(-size // _MAX_WINDOWS))
         count = -(-size // self._window)
@@ -67,7 +73,7 @@ class CacheWindows:
                 raise
             self._cold = [False] * len(self._cold)
         finally:
-            calls.advise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            calls.advise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL if self._ask_ahead else os.POSIX_FADV_NORMAL)
 
     def cold_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """The (offset, length) parts of a byte range that lie in cold windows, neighbours joined."""
@@ -85,10 +91,13 @@ class CacheWindows:
             yield start, stop - start
 
     def prefetch(self, fd: int, offset: int, length: int, calls: ProbeCalls) -> None:
-        """Starts reading the cold parts of a byte range in the background."""
+        """Starts reading the cold parts of a byte range in the background, unless the kernel does so by itself."""
+        if not self._ask_ahead:
+            return
         for begin, count in self.cold_ranges(offset, length):
             self.used = True
-            calls.advise(fd, begin, count, os.POSIX_FADV_WILLNEED)
+            for start in range(begin, begin + count, _READAHEAD):
+                calls.advise(fd, start, min(_READAHEAD, begin + count - start), os.POSIX_FADV_WILLNEED)
 
     def release(self, fd: int, offset: int, length: int, calls: ProbeCalls) -> None:
         """Drops the pages of the cold parts of a byte range; a page shared with the next range stays until `sweep`."""
@@ -103,3 +112,17 @@ class CacheWindows:
             for begin, count in self.cold_ranges(0, self._size):
                 calls.advise(fd, begin, count, os.POSIX_FADV_DONTNEED)
         self.used = False
+
+
+def kernel_readahead(device: int | None) -> int:
+    """Bytes the kernel reads ahead on a device (`st_dev`); 0 where it does not say."""
+    if device is None:
+        return 0
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for folder in (f"/sys/class/bdi/{number}", f"/sys/dev/block/{number}/queue", f"/sys/dev/block/{number}/../queue"):
+        try:
+            with open(f"{folder}/read_ahead_kb") as file:
+                return int(file.read()) << 10
+        except (OSError, ValueError):
+            continue
+    return 0

@@ -218,7 +218,7 @@ class FileSource:
                 raise CheckpointError(f"{file.path}: not a regular file ({file.location}); give the file itself")
             if file.cache is None:
                 # Here, because after the first read nobody can tell what was warm before.
-                file.cache = CacheWindows(status.st_size, self._policy, fd, self._calls)
+                file.cache = CacheWindows(status.st_size, self._policy, fd, self._calls, status.st_dev)
         except BaseException:
             self._calls.close(fd)
             raise

@@ -163,11 +163,10 @@ def peak_rss_mib(reset: bool = False) -> int:
         (b'{"a":[', b"[],", b"[]]}"),
         (b'{"__metadata__":{"a":[', b"{},", b"{}]}}"),
         (b'{"a":{"dtype":"U8","shape":[', b"1,", b'1],"data_offsets":[0,1]}}'),
-        (b'{"a":{"dtype":"U8","shape":[', b"1", b'],"data_offsets":[0,1]}}'),
         (b'{"', b"a", b'":{}}'),
         (b"{", b'"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},', b'"b":{}}'),
     ],
-    ids=["nested", "wide", "metadata", "shape", "digits", "name", "repeats"],
+    ids=["nested", "wide", "metadata", "shape", "name", "repeats"],
 )
 def test_100_mb_of_hostile_json_costs_little(start: bytes, unit: bytes, end: bytes):
     header = start + unit * ((MAX_HEADER_BYTES - len(start) - len(end)) // len(unit)) + end

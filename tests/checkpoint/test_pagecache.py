@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from quantload.checkpoint import FileSource
-from quantload.checkpoint.pagecache import CacheWindows
+from quantload.checkpoint import FileSource, pagecache
+from quantload.checkpoint.pagecache import CacheWindows, kernel_readahead
 from quantload.checkpoint.source import FileCalls
 
 MIB = 1 << 20
@@ -69,14 +69,35 @@ def test_cold_ranges_are_prefetched_dropped_and_swept():
     windows = CacheWindows(8 * MIB, "drop", 0, kernel)
     windows.sweep(0, kernel)
     assert kernel.advice == [], "nothing was read, so nothing is dropped"
-    windows.prefetch(0, 100, 5000, kernel)
+    windows.prefetch(0, 100, 200 * 1024, kernel)
     windows.release(0, 5000, 5000, kernel)
     windows.sweep(0, kernel)
     assert kernel.advice == [
-        (100, 5000, os.POSIX_FADV_WILLNEED),
+        (100, 128 * 1024, os.POSIX_FADV_WILLNEED),
+        (100 + 128 * 1024, 72 * 1024, os.POSIX_FADV_WILLNEED),
         (4096, 5904, os.POSIX_FADV_DONTNEED),
         (0, 8 * MIB, os.POSIX_FADV_DONTNEED),
     ]
+
+
+def test_a_kernel_that_reads_ahead_far_is_not_asked_to(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pagecache, "kernel_readahead", lambda device: {5: 1 << 20, 6: 128 << 10}[device])
+    for device, asked in ((5, 0), (6, 1)):
+        kernel = Kernel()
+        windows = CacheWindows(8 * MIB, "drop", 0, kernel, device)
+        windows.prefetch(0, 0, 4096, kernel)
+        assert len(kernel.advice) == asked
+
+
+def test_readahead_of_a_device(tmp_path: Path):
+    assert kernel_readahead(None) == 0
+    assert kernel_readahead(os.makedev(4095, 1 << 19)) == 0
+    folders = [folder for folder in Path("/sys/class/bdi").glob("[0-9]*:*") if (folder / "read_ahead_kb").exists()]
+    if not folders:
+        pytest.skip("no device says how far it reads ahead")
+    major, minor = folders[0].name.split(":")
+    expected = int((folders[0] / "read_ahead_kb").read_text()) * 1024
+    assert kernel_readahead(os.makedev(int(major), int(minor))) == expected
 
 
 def resident_share(path: Path, size: int) -> float:

@@ -41,8 +41,8 @@ from .vector_ir import (
     widen,
 )
 
-RUN_BLOCKS = 256
-"""Blocks a call may take: float32 sums stay accurate and 16-bit counters cannot overflow."""
+RUN_BLOCKS = 128
+"""Blocks a call may take: float32 sums stay accurate and 8-bit counters cannot overflow."""
 MIN_FAST_BYTE = 3
 FAST_AMAX = (127 - 30) << 7, (127 + 60) << 7
 """BF16 bits between which a run's amax must lie for its squares to be summed in float32."""
@@ -66,8 +66,7 @@ def quantize_bf16_run(
         if with_statistics:
             for name in ("signal0", "signal1", "noise0", "noise1", "error"):
                 acc.start(name, constant(b, F32, 16, 0.0))
-            for name in ("nonzero", "saturated"):
-                acc.start(name, constant(b, I16, 32, 0))
+            acc.start("counts", constant(b, I16, 32, 0))
         with count_to(b, blocks) as i:
             bits = load(b, b.add(source, b.mul(i, I64(64))), I16, 32)
             magnitude = magnitudes(bits, "bf16")
@@ -83,12 +82,15 @@ def quantize_bf16_run(
             above_quarter, above_three_quarters = v.gt(0), v.ge(192)
             w = v.max(256)
             rounded = w + ((w >> 6) & 1) + (31 - 128)
-            code = above_three_quarters.select(rounded >> 6, above_quarter.select(constant(b, I16, 32, 1), 0))
+            nonzero = v.call("llvm.umin", constant(b, I16, 32, 1))
+            code = above_three_quarters.select(rounded >> 6, nonzero)
             _store_pairs(code | ((bits >> 12) & 8), b.add(codes, b.mul(i, I64(16))))
             if with_statistics:
                 half = quarter + 128
                 decoded = above_three_quarters.select((rounded & 0xFFC0) + half, above_quarter.select(half, 0))
-                _measure_bf16(acc, magnitude, decoded, above_quarter, v.gt(256 + 256 + 64))
+                saturated = v.gt(256 + 256 + 64)
+                acc.update("counts", lambda a: a + saturated.select(constant(b, I16, 32, 257), nonzero))
+                _measure_bf16(acc, magnitude, decoded)
         result = b.load(largest)
         unfit = b.icmp_unsigned("!=", b.load(odd_block), I32(0))
         if with_statistics:
@@ -103,7 +105,7 @@ def quantize_bf16_run(
     return types.int64(source, codes, scales, blocks, measure, out), codegen
 
 
-def _measure_bf16(acc: Accumulators, magnitude: Vector, decoded: Vector, nonzero: Vector, saturated: Vector) -> None:
+def _measure_bf16(acc: Accumulators, magnitude: Vector, decoded: Vector) -> None:
     """Even and odd lanes become float32 by a shift and a mask; the order of a sum's terms does not matter."""
     x, q = magnitude.cast(I32), decoded.cast(I32)
     errors = []
@@ -114,8 +116,6 @@ def _measure_bf16(acc: Accumulators, magnitude: Vector, decoded: Vector, nonzero
         acc.update(f"noise{lane}", lambda a, e=error: accumulate_product(e, e, a))  # type: ignore[misc]
         errors.append(error.call("llvm.fabs"))
     acc.update("error", lambda a: a.max(errors[0]).max(errors[1]))
-    acc.update("nonzero", lambda a: nonzero.select(a + 1, a))
-    acc.update("saturated", lambda a: saturated.select(a + 1, a))
 
 
 def _add_bf16_statistics(acc: Accumulators, blocks: ir.Value, out: ir.Value) -> None:
@@ -123,8 +123,9 @@ def _add_bf16_statistics(acc: Accumulators, blocks: ir.Value, out: ir.Value) -> 
     add_f64(b, out, st.SIGNAL, b.fpext((acc.get("signal0") + acc.get("signal1")).sum(), F64))
     add_f64(b, out, st.NOISE, b.fpext((acc.get("noise0") + acc.get("noise1")).sum(), F64))
     max_f64(b, out, st.MAX_ERROR, b.fpext(acc.get("error").reduce("fmax"), F64))
-    add_f64(b, out, st.SATURATED, b.sitofp(acc.get("saturated").zext(I32).reduce("add"), F64))
-    zeros = b.sub(b.trunc(b.mul(blocks, I64(32)), I32), acc.get("nonzero").zext(I32).reduce("add"))
+    counts = acc.get("counts").zext(I32)  # nonzero codes in the low byte, saturated ones in the high byte
+    add_f64(b, out, st.SATURATED, b.sitofp((counts >> 8).reduce("add"), F64))
+    zeros = b.sub(b.trunc(b.mul(blocks, I64(32)), I32), (counts & 255).reduce("add"))
     add_f64(b, out, st.ZERO, b.sitofp(zeros, F64))
 
 

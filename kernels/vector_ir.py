@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -28,13 +28,11 @@ LARGEST_FINITE = {"bf16": 3.4028235e38, "f16": 65504.0, "f32": 3.4028235e38}
 
 Codegen = Callable[[Any, ir.IRBuilder, Any, Sequence[ir.Value]], ir.Value]
 """What an emitted function returns beside its signature."""
-Emitted = TypeVar("Emitted", bound=Callable[..., tuple[Any, Codegen]])
 
 
-def emitted(function: Emitted) -> Emitted:
+def emitted(function: Callable[..., tuple[Any, Codegen]]) -> Any:
     """Make numba kernels able to call `function`, which gets their literal arguments as literal types."""
-    result: Emitted = intrinsic(prefer_literal=True)(function)
-    return result
+    return intrinsic(prefer_literal=True)(function)
 
 
 def has_fma() -> bool:

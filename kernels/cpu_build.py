@@ -172,12 +172,17 @@ def _scale_of(rule: str, amax: Any) -> Any:
 scale_of = nb.njit(nogil=True, error_model="numpy")(_scale_of)
 TARGETS = {"fp8_channel": "fp8_divide", "fp8_tensor": "fp8_divide", "fp8_block": "fp8_multiply", "int8_channel": "int8"}
 
+GROUP_COLS = 2048
+"""Columns whose blocks are worked on together, so that a block's short rows do not jump through memory."""
+STRIP_ROWS = 8
+"""Rows of a block that are worked on before going to the block beside it."""
+
 
 def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
     fingerprint, width, infinity, target = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind], TARGETS[rule]
     finite = np.float32(LARGEST_FINITE[kind])
     limit = np.float32((int8.LARGEST if rule == "int8_channel" else fp8.LARGEST) * (1.0 + st.SATURATION_SLACK))
-    tile_elements = TILE_ELEMENTS
+    tile_elements, group_cols, strip_rows = TILE_ELEMENTS, GROUP_COLS, STRIP_ROWS
 
     def quantize(  # type: ignore[no-untyped-def]
         source,
@@ -195,34 +200,43 @@ def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
     ):
         len(fingerprint)
         largest, saturated = 0, 0
+        across_step = min(block_cols, 4096)
+        down_step = strip_rows if block_cols < cols else max(1, tile_elements // across_step)
+        group = max(1, group_cols // block_cols) * block_cols
+        block_bits = np.empty(group // block_cols, np.int64)
         for r in range(0, rows, block_rows):
             height = min(block_rows, rows - r)
-            for c in range(0, cols, block_cols):
-                across = min(block_cols, cols - c)
-                s, q = source + r * source_stride + c * width, codes + r * codes_stride + c
-                e = scales + r // block_rows * scales_stride + c // block_cols * 4
-                bits = amax_tile(s, source_stride, height, across, kind)
-                largest = max(largest, bits)
-                if bits >= infinity:
+            for left in range(0, cols, group):
+                right = min(left + group, cols)
+                block_bits[:] = 0
+                for y in range(r, r + height, down_step):
+                    for c in range(left, right, block_cols):
+                        s, down = source + y * source_stride + c * width, min(down_step, r + height - y)
+                        bits = amax_tile(s, source_stride, down, min(block_cols, right - c), kind)
+                        block_bits[(c - left) // block_cols] = max(block_bits[(c - left) // block_cols], bits)
+                worst = block_bits.max()
+                largest = max(largest, worst)
+                if worst >= infinity:
                     continue
-                amax = magnitude_to_f32(bits, kind)
-                if known == 0:
-                    write_f32(e, scale_of(rule, amax))
-                scale = read_f32(e)
-                if measure and amax > limit * scale:
-                    saturated += count_above(s, source_stride, height, across, limit * scale, kind)
-                across_step = min(across, 4096)
-                down_step = max(1, tile_elements // across_step)
-                for y in range(0, height, down_step):
-                    for x in range(0, across, across_step):
+                for c in range(left, right, block_cols):
+                    e = scales + r // block_rows * scales_stride + c // block_cols * 4
+                    amax = magnitude_to_f32(block_bits[(c - left) // block_cols], kind)
+                    if known == 0:
+                        write_f32(e, scale_of(rule, amax))
+                    above = limit * read_f32(e)
+                    if measure and amax > above:
+                        s, across = source + r * source_stride + c * width, min(block_cols, right - c)
+                        saturated += count_above(s, source_stride, height, across, above, kind)
+                for y in range(r, r + height, down_step):
+                    for x in range(left, right, across_step):
                         quantize_tile(
-                            s + y * source_stride + x * width,
+                            source + y * source_stride + x * width,
                             source_stride,
-                            q + y * codes_stride + x,
+                            codes + y * codes_stride + x,
                             codes_stride,
-                            min(down_step, height - y),
-                            min(across_step, across - x),
-                            scale,
+                            min(down_step, r + height - y),
+                            min(across_step, right - x),
+                            read_f32(scales + r // block_rows * scales_stride + x // block_cols * 4),
                             target,
                             kind,
                             measure,
@@ -260,20 +274,21 @@ def _observe(kind: str) -> KernelFunction:
 
 
 def _scaled_dequantize(target: str, kind: str) -> KernelFunction:
-    fingerprint, width = FINGERPRINT, ITEM_BYTES[kind]
+    fingerprint, width, strip_rows = FINGERPRINT, ITEM_BYTES[kind], STRIP_ROWS
 
     def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
         len(fingerprint)
-        for r in range(0, rows, block_rows):
+        down_step = strip_rows if block_cols < cols else block_rows
+        for y in range(0, rows, down_step):
             for c in range(0, cols, block_cols):
                 dequantize_tile(
-                    codes + r * codes_stride + c,
+                    codes + y * codes_stride + c,
                     codes_stride,
-                    out + r * out_stride + c * width,
+                    out + y * out_stride + c * width,
                     out_stride,
-                    min(block_rows, rows - r),
+                    min(down_step, rows - y),
                     min(block_cols, cols - c),
-                    read_f32(scales + r // block_rows * scales_stride + c // block_cols * 4),
+                    read_f32(scales + y // block_rows * scales_stride + c // block_cols * 4),
                     target,
                     kind,
                 )

@@ -14,6 +14,7 @@ import argparse
 import fnmatch
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def _arguments() -> argparse.Namespace:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--cold", action="store_true", help="only the cold runs")
     only.add_argument("--warm", action="store_true", help="only the warm runs")
+    parser.add_argument("--no-generate", action="store_true", help="skip the eight tokens")
     parser.add_argument("--no-warm-up", action="store_true", help="time the first load of each process")
     options = parser.parse_args()
     if not any(fnmatch.fnmatch(name, pattern) for name in LOADERS for pattern in options.loaders):
@@ -91,8 +93,8 @@ class Bench:
         for loader in self._turns(loaders, cold, done):
             cached = set_page_cache(files, cold)
             python = self.options.peers_python if loader.family == "peer" else sys.executable
-            first = not done[loader.name]
-            run = run_loader(python, loader.name, folder, warm_up, self.limits, generate=first and not cold)
+            generate = not (done[loader.name] or cold or self.options.no_generate)
+            run = run_loader(python, loader.name, folder, warm_up, self.limits, generate)
             done[loader.name].append(run)
             self._note(checkpoint, loader, cold, cached, run)
         size = sum(path.stat().st_size for path in files)
@@ -151,6 +153,7 @@ def save(bench: Bench, machine: dict[str, Any], goals: list[Any], options: argpa
 def main() -> None:
     """Run what the command line asks for, print the tables and goals, write the JSON."""
     options = _arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     machine = describe_machine()
     if os.getloadavg()[0] > 1:
         print(f"the load average is {os.getloadavg()[0]:.1f}: times will not be the machine's best", file=sys.stderr)

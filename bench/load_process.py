@@ -210,7 +210,10 @@ def run_loader(python: str, loader: str, folder: Path, warm_up: Path | None, lim
             env={**os.environ, **QUIET},
         )
         with process:
-            run = _Watcher(process, limits).watch()
+            try:
+                run = _Watcher(process, limits).watch()
+            finally:
+                process.kill()  # it has ended, unless the watching was interrupted
         if run.status == "failed" and not run.detail:
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()

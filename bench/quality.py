@@ -13,6 +13,7 @@ import argparse
 import importlib
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,6 +116,7 @@ def measure_perplexity(folder: Path, text: str) -> list[Perplexity]:
     transformers = importlib.import_module("transformers")
     quantload = importlib.import_module("quantload")
     registry = importlib.import_module("quantload.schemes.registry")
+    transformers.logging.disable_progress_bar()
     validation_loss = importlib.import_module("train_demo").validation_loss
     ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", verbose=False)["input_ids"][0]
     found: list[Perplexity] = []
@@ -128,6 +130,7 @@ def measure_perplexity(folder: Path, text: str) -> list[Perplexity]:
         report = getattr(model, "load_report", None)
         layers = report.layers if report is not None else []
         perplexity = math.exp(loss / tokens)
+        print(f"{scheme}: perplexity {perplexity:.3f}", file=sys.stderr, flush=True)
         found.append(
             Perplexity(
                 scheme=scheme,

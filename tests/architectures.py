@@ -368,6 +368,21 @@ ALL = (
         ),
         _text,
     ),
+    # Transposed, interleaved experts whose sizes are no multiples of 32.
+    Architecture(
+        "gpt_oss_odd",
+        "GptOssForCausalLM",
+        _config(
+            "GptOssConfig",
+            **{**_LLAMA, "hidden_size": 48, "intermediate_size": 40},
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        _text,
+    ),
     Architecture(
         "olmoe", "OlmoeForCausalLM", _config("OlmoeConfig", **_LLAMA, num_experts=4, num_experts_per_tok=2), _text
     ),
@@ -452,6 +467,39 @@ ALL = (
         "GraniteMoeForCausalLM",
         _config("GraniteMoeConfig", **_LLAMA, num_local_experts=4, num_experts_per_tok=2),
         _text,
+    ),
+    # Routers that are linears called `router.layer`, in attention too.
+    Architecture(
+        "jetmoe",
+        "JetMoeForCausalLM",
+        _config(
+            "JetMoeConfig",
+            **{**_DECODER, "num_key_value_heads": 2},
+            kv_channels=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        ),
+        _text,
+    ),
+    # Equal hidden and embedding sizes give the head a parameter without a single element.
+    Architecture(
+        "mobilebert",
+        "MobileBertForMaskedLM",
+        _config(
+            "MobileBertConfig",
+            vocab_size=VOCAB,
+            hidden_size=64,
+            embedding_size=64,
+            true_hidden_size=64,
+            intra_bottleneck_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+        ),
+        _text,
+        generates=False,
+        kept=r"\.predictions\.dense$",
     ),
     # Experts without a gate half, and Mamba-2 layers.
     Architecture(

@@ -30,7 +30,7 @@ SCHEMES = {
     "int8_per_channel": 38.0,
     "experts_int8": 38.0,
 }
-BFLOAT16 = named("llama", "llama_odd", "qwen3_moe", "qwen3_moe_odd", "gpt_oss", "gpt2")
+BFLOAT16 = named("llama", "llama_odd", "qwen3_moe", "qwen3_moe_odd", "gpt_oss", "gpt_oss_odd", "gpt2")
 OTHER_DTYPES = named("llama_float16", "llama_float32", "qwen3_moe_float16", "qwen3_moe_float32")
 
 

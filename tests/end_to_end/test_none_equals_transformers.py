@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -105,6 +107,52 @@ def test_tensors_that_transformers_ignores_are_no_error(
     got = load_quantized(path, "none")
     assert_same_bytes(got.state_dict().items(), want.state_dict().items())
     assert storage_groups(got.state_dict(keep_vars=True)) == storage_groups(want.state_dict(keep_vars=True))
+
+
+def _norms_in_float32(folder: Path, tensors: dict[str, Tensor]) -> None:
+    tensors.update({name: tensor.float() for name, tensor in tensors.items() if "norm" in name})
+
+
+def _config_without_dtype(folder: Path, tensors: dict[str, Tensor]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _weights_wider_than_the_config_says(folder: Path, tensors: dict[str, Tensor]) -> None:
+    tensors.update({name: tensor.float() for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        (_norms_in_float32,),
+        (_config_without_dtype,),
+        (_weights_wider_than_the_config_says,),
+        (_config_without_dtype, _weights_wider_than_the_config_says),
+    ],
+    ids=lambda change: " and ".join(part.__name__.strip("_") for part in change),
+)
+def test_dtype_is_chosen_as_transformers_does(
+    name: str, change: tuple[Callable[[Path, dict[str, Tensor]], None], ...], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(checkpoint(name), tmp_path / "changed"))
+    tensors = raw_checkpoint.read(path)
+    for part in change:
+        part(path, tensors)
+    raw_checkpoint.write_shard(path / raw_checkpoint.SINGLE, tensors)
+    want = reference(path, BY_NAME[name])
+    got = load_quantized(path, "none")
+    assert got.dtype == want.dtype
+    assert_same_bytes(got.state_dict().items(), want.state_dict().items())
+    inputs = BY_NAME[name].inputs()
+    assert torch.equal(logits(got, inputs), logits(want, inputs))
+    # Quantized, it computes in the same dtype, and what is kept is the same.
+    quantized = load_quantized(path, "quark_mxfp4")
+    assert logits(quantized, inputs).dtype == logits(want, inputs).dtype
+    norm = next(key for key in want.state_dict() if "norm" in key or "ln_f" in key)
+    assert_same_bytes([(norm, quantized.state_dict()[norm])], [(norm, want.state_dict()[norm])])
 
 
 def test_base_model_checkpoint_names_take_the_prefix(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -108,9 +108,13 @@ class _Line:
 def _line(span: Span, align: tuple[int, int]) -> _Line:
     rows, columns = span.region.rows[1] - span.region.rows[0], span.region.columns[1] - span.region.columns[0]
     along_rows = columns == 1 or (span.row_stride >= span.column_stride and rows > 0) or rows == 1
-    if along_rows:
-        return _Line(span, True, rows, span.row_stride, columns, span.column_stride, *align)
-    return _Line(span, False, columns, span.column_stride, rows, span.row_stride, *align[::-1])
+    line = (rows, span.row_stride, columns, span.column_stride)
+    outer, outer_stride, inner, inner_stride = line if along_rows else (*line[2:], *line[:2])
+    # A dimension of one may come with any stride, 0 where a conversion added it; what is read depends on them.
+    inner_stride = 1 if inner == 1 else inner_stride
+    if outer == 1:
+        outer_stride = max(outer_stride, (inner - 1) * inner_stride + 1)
+    return _Line(span, along_rows, outer, outer_stride, inner, inner_stride, *(align if along_rows else align[::-1]))
 
 
 def cut_tensor(entry: TensorEntry, spans: Sequence[Span], sinks: Mapping[str, Sink], chunk_bytes: int) -> Iterator[Cut]:

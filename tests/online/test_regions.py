@@ -40,7 +40,9 @@ def cases(draw: st.DrawFn) -> tuple[int | None, int, int, list[Region]]:
     rng = random.Random(draw(st.integers(0, 1 << 30)))
     matrices = [None] if experts is None else range(experts)
     parts = [
-        part for expert in matrices for part in partition(Region(expert, (0, rows), (0, columns)), rng, rng.randrange(5))
+        part
+        for expert in matrices
+        for part in partition(Region(expert, (0, rows), (0, columns)), rng, rng.randrange(5))
     ]
     rng.shuffle(parts)
     return experts, rows, columns, parts
@@ -110,9 +112,7 @@ def test_an_overlap_is_refused_and_changes_nothing(
     bottom, right = data.draw(st.integers(top + 1, rows)), data.draw(st.integers(left + 1, columns))
     tried = Region(parts[-1].expert, (top, bottom), (left, right))
     (free,) = [parts[-1]]
-    inside = (
-        free.rows[0] <= top and bottom <= free.rows[1] and free.columns[0] <= left and right <= free.columns[1]
-    )
+    inside = free.rows[0] <= top and bottom <= free.rows[1] and free.columns[0] <= left and right <= free.columns[1]
     if inside:
         tracker.claim(tried)
         return
@@ -182,7 +182,9 @@ def test_messages_name_the_parameter_and_the_region() -> None:
     tracker = RegionTracker("layers.0.experts.down_proj", 2, 4, 8)
     region = Region(1, (0, 2), (0, 8))
     tracker.claim(region)
-    with pytest.raises(RouteError, match=r"layers\.0\.experts\.down_proj: expert 1, rows 0:2, columns 0:8 arrived twice"):
+    with pytest.raises(
+        RouteError, match=r"layers\.0\.experts\.down_proj: expert 1, rows 0:2, columns 0:8 arrived twice"
+    ):
         tracker.claim(region)
     assert str(Region(None, (0, 2), (3, 8))) == "rows 0:2, columns 3:8"
 

@@ -218,12 +218,15 @@ def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
                 largest = max(largest, worst)
                 if worst >= infinity:
                     continue
+                inside = 1
                 for c in range(left, right, block_cols):
                     e = scales + r // block_rows * scales_stride + c // block_cols * 4
                     amax = magnitude_to_f32(block_bits[(c - left) // block_cols], kind)
                     if known == 0:
                         write_f32(e, scale_of(rule, amax))
                     above = limit * read_f32(e)
+                    if amax > above:
+                        inside = 0
                     if measure and amax > above:
                         s, across = source + r * source_stride + c * width, min(block_cols, right - c)
                         saturated += count_above(s, source_stride, height, across, above, kind)
@@ -237,6 +240,7 @@ def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
                             min(down_step, r + height - y),
                             min(across_step, right - x),
                             read_f32(scales + r // block_rows * scales_stride + x // block_cols * 4),
+                            inside,
                             target,
                             kind,
                             measure,

@@ -127,6 +127,7 @@ def quantize_tile(
     rows: Any,
     cols: Any,
     scale: Any,
+    inside: Any,
     target: Any,
     kind: Any,
     measure: Any,
@@ -134,19 +135,23 @@ def quantize_tile(
 ) -> tuple[Any, Codegen]:
     """Codes of a finite tile of at most TILE_ELEMENTS under one scale; strides in bytes; statistics added to `out`.
 
+    `inside` nonzero promises that no |x| / scale exceeds the largest code by more than rounding.
+
     `target`: "fp8_divide" (code of x / scale), "fp8_multiply" (code of x * (1 / scale)) or "int8" (x / scale).
     """
     settings = str(target.literal_value), str(kind.literal_value), bool(measure.literal_value)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        source, source_stride, codes, codes_stride, rows, cols, scale, _, _, _, out = args
-        tile = _Tile(b, source, source_stride, codes, codes_stride, rows, cols, scale, *settings)
+        source, source_stride, codes, codes_stride, rows, cols, scale, inside, _, _, _, out = args
+        tile = _Tile(b, source, source_stride, codes, codes_stride, rows, cols, scale, inside, *settings)
         tile.emit()
         if settings[2]:
             tile.add_statistics(out)
         return context.get_dummy_value()
 
-    signature = types.void(source, source_stride, codes, codes_stride, rows, cols, scale, target, kind, measure, out)
+    signature = types.void(
+        source, source_stride, codes, codes_stride, rows, cols, scale, inside, target, kind, measure, out
+    )
     return signature, codegen
 
 
@@ -163,13 +168,14 @@ class _Tile:
         rows: ir.Value,
         cols: ir.Value,
         scale: ir.Value,
+        inside: ir.Value,
         target: str,
         kind: str,
         measure: bool,
     ) -> None:
         self.b, self.kind, self.target, self.measure = b, kind, target, measure
         self.source, self.source_stride, self.codes, self.codes_stride = source, source_stride, codes, codes_stride
-        self.rows, self.cols, self.scalar = rows, cols, scale
+        self.rows, self.cols, self.scalar, self.inside = rows, cols, scale, inside
         self.width = ITEM_BYTES[kind]
         self.acc = Accumulators(b)
         for name in ("signal", "noise", "error") if measure else ():
@@ -186,7 +192,7 @@ class _Tile:
             self._loops(corrected=False)
         elif self.target == "int8":
             enough = b.fcmp_ordered(">=", self.scalar, ir.Constant(F32, MIN_CORRECTED_SCALE))
-            with b.if_else(enough) as (then, otherwise):
+            with b.if_else(b.and_(enough, b.icmp_unsigned("!=", self.inside, I64(0)))) as (then, otherwise):
                 with then:
                     self._loops(corrected=True)
                 with otherwise:
@@ -217,7 +223,7 @@ class _Tile:
         results = []
         for x in _floats(bits, self.kind, signed):
             y = self._quotient(x, corrected)
-            code, decoded = _round_to_int8(y) if signed else _round_to_e4m3(y)
+            code, decoded = _round_to_int8(y, clamp=not corrected) if signed else _round_to_e4m3(y)
             results.append(code)
             if self.measure:
                 error = y - decoded
@@ -293,9 +299,10 @@ def _floats(bits: Vector, kind: str, signed: bool) -> list[Vector]:
     return result
 
 
-def _round_to_int8(y: Vector) -> tuple[Vector, Vector]:
+def _round_to_int8(y: Vector, clamp: bool) -> tuple[Vector, Vector]:
     """Codes (low byte of int32 lanes) and values nearest to y, ties to even, within +-127."""
-    total = y.min(127.0).max(-127.0) + 1.5 * 2.0**23
+    clamped = y.min(127.0).max(-127.0) if clamp else y
+    total = clamped + 1.5 * 2.0**23
     return total.cast(I32), total - 1.5 * 2.0**23
 
 

@@ -1,0 +1,75 @@
+"""The vector IR compiles for processors that are not here, and to vector instructions."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import llvmlite.binding as llvm
+import pytest
+from llvmlite import ir
+from numba import types
+from quantload.kernels import mxfp4_ir, scaled_ir
+from quantload.kernels.vector_ir import F32, I64
+
+ADDRESS = types.int64
+CONTEXT = SimpleNamespace(get_dummy_value=lambda: ir.Constant(I64, 0))
+TARGETS = {
+    "aarch64": ("aarch64-unknown-linux-gnu", "neoverse-n1", "fmla\tv"),
+    "avx512": ("x86_64-unknown-linux-gnu", "skylake-avx512", "ymm"),
+    "avx2": ("x86_64-unknown-linux-gnu", "haswell", "ymm"),
+    "sse2": ("x86_64-unknown-linux-gnu", "x86-64", "xmm"),
+}
+
+
+def literal(value: object) -> SimpleNamespace:
+    return SimpleNamespace(literal_value=value)
+
+
+EMITTED = {
+    "quantize_bf16_run": (mxfp4_ir.quantize_bf16_run, [ADDRESS] * 4, [literal(True)], 1),
+    "quantize_wide_run": (mxfp4_ir.quantize_wide_run, [ADDRESS] * 5, [literal("f16"), literal(True)], 1),
+    "quantize_fp8": (
+        scaled_ir.quantize_tile,
+        [ADDRESS] * 6 + [types.float32, ADDRESS],
+        ["fp8_divide", "bf16", True],
+        1,
+    ),
+    "quantize_int8": (scaled_ir.quantize_tile, [ADDRESS] * 6 + [types.float32, ADDRESS], ["int8", "bf16", True], 1),
+}
+
+
+def module_of(name: str) -> str:
+    """LLVM IR of a function that holds nothing but what the intrinsic emits."""
+    intrinsic, numbers, literals, last = EMITTED[name]
+    literals = [value if isinstance(value, SimpleNamespace) else literal(value) for value in literals]
+    _, codegen = intrinsic._defn(None, *numbers, *literals, *[ADDRESS] * last)
+    module = ir.Module(name)
+    arguments = [F32 if number is types.float32 else I64 for number in [*numbers, *[ADDRESS] * last]]
+    function = ir.Function(module, ir.FunctionType(I64, arguments), name)
+    b = ir.IRBuilder(function.append_basic_block())
+    given = list(function.args)
+    values = [*given[: len(numbers)], *[None] * len(literals), *given[len(numbers) :]]
+    b.ret(codegen(CONTEXT, b, None, values))
+    return str(module)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", EMITTED)
+def test_compiles_to_vector_instructions(name, target):
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    triple, cpu, register = TARGETS[target]
+    try:
+        backend = llvm.Target.from_triple(triple)
+    except RuntimeError as error:
+        pytest.skip(f"this LLVM has no {target} backend: {error}")
+    machine = backend.create_target_machine(cpu=cpu, opt=2)
+    module = llvm.parse_assembly(module_of(name))
+    module.triple, module.data_layout = triple, str(machine.target_data)
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    llvm.create_pass_builder(machine, options).getModulePassManager().run(
+        module, llvm.create_pass_builder(machine, options)
+    )
+    assembly = machine.emit_assembly(module)
+    assert register in assembly

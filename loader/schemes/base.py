@@ -61,17 +61,35 @@ class _Scheme(ABC):
 
     name: str
     format_name: str
+    can_emulate: bool = False
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, quantizer: Quantizer, emulate: bool = False) -> None:
         self.quantizer = quantizer
         self.kernels = quantizer.kernels
+        self.emulate = emulate
 
     @property
     def kernel_names(self) -> str:
-        """The kernels behind this scheme, for the report."""
+        """The kernels behind this scheme, for the report, and whether activations are emulated."""
         names: Mapping[str, str] = self.kernels.names
         distinct = list(dict.fromkeys(names.values()))
-        return distinct[0] if len(distinct) == 1 else ", ".join(f"{op}={name}" for op, name in names.items())
+        kernels = distinct[0] if len(distinct) == 1 else ", ".join(f"{op}={name}" for op, name in names.items())
+        return f"{kernels}, {self.format_name} activations emulated" if self.emulate else kernels
+
+    def activations(self, x: Tensor) -> Tensor:
+        """`x` [T, K] as the matmul is to see it: rounded to the format and back where activations are emulated.
+
+        NaN and Inf, which have no code, stay what they are.
+        """
+        if not self.emulate or not x.numel():
+            return x
+        fmt, finite = self.kernels.format, torch.isfinite(x)
+        codes = torch.empty(fmt.code_shape(*x.shape), dtype=fmt.code_dtype, device=x.device)
+        scales = torch.empty(fmt.scale_shape(*x.shape), dtype=fmt.scale_dtype, device=x.device)
+        rounded = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.kernels.quantize(torch.where(finite, x, 0).contiguous(), codes, scales)
+        self.kernels.dequantize(codes, scales, rounded)
+        return torch.where(finite, rounded, x)
 
     @abstractmethod
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:

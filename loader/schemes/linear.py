@@ -29,7 +29,7 @@ class QuantizedLinearScheme(LinearScheme):
         """`x` [..., K] times the layer's weight, plus bias; [..., N] in the dtype of `x`."""
         layout = self.layouts(layer)["weight"]
         codes, scales = layer._parameters["weight"], layer._parameters["weight_scale"]
-        flat = x.reshape(-1, layout.columns)
+        flat = self.activations(x.reshape(-1, layout.columns))
         out: Tensor = self.kernels.linear(flat, codes, scales, bias, layout.rows, layout.columns)
         return out.view(*x.shape[:-1], layout.rows)
 

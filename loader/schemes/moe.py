@@ -94,7 +94,7 @@ class QuantizedMoEScheme(MoEScheme):
         layout = self.layouts(layer)[name]
         codes, scales = layer._parameters[name][expert], layer._parameters[f"{name}_scale"][expert]
         bias = getattr(layer, f"{name}_bias")[expert] if layer.has_bias else None
-        parts = []
+        x, parts = self.activations(x), []
         for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
             shard_bias = None if bias is None else bias[shard]
             rows = shard.stop - shard.start

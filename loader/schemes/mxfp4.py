@@ -11,6 +11,7 @@ class QuarkMxfp4Linear(QuantizedLinearScheme):
 
     name = "quark_mxfp4"
     format_name = "mxfp4"
+    can_emulate = True
 
 
 class QuarkMxfp4MoE(QuantizedMoEScheme):
@@ -18,3 +19,4 @@ class QuarkMxfp4MoE(QuantizedMoEScheme):
 
     name = "quark_mxfp4"
     format_name = "mxfp4"
+    can_emulate = True

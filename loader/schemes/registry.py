@@ -102,13 +102,19 @@ class SchemeFactory:
         for scheme in self._made.values():
             kernel_registry.warm_up(scheme.format_name, self.device, dtype, self._options.stats)
 
-    def _make(self, cls: Callable[[Quantizer], _S]) -> _S:
+    def _make(self, cls: Callable[[Quantizer, bool], _S]) -> _S:
         if cls not in self._made:
             format_name: str = cls.format_name  # type: ignore[attr-defined]
+            emulate = self._options.activations == "emulate"
+            if emulate and not cls.can_emulate:  # type: ignore[attr-defined]
+                raise PolicyError(
+                    f"{cls.name} cannot emulate its activations; "  # type: ignore[attr-defined]
+                    f"leave activations at auto, or choose quark_mxfp4"
+                )
             try:
                 kernels = kernel_registry.kernel_set(format_name, self.device, self._options.kernels)
             except LookupError as error:
                 raise NoKernelError(str(error)) from error
-            self._made[cls] = cls(Quantizer(kernels, self._options.stats))
+            self._made[cls] = cls(Quantizer(kernels, self._options.stats), emulate)
         made: _S = self._made[cls]
         return made

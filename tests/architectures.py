@@ -403,10 +403,8 @@ ALL = (
         ),
         _text,
     ),
-    Architecture(
-        "llama4_text", "Llama4ForCausalLM", _config("Llama4TextConfig", **_LLAMA4_TEXT), _text, kept=r"\.experts$"
-    ),
-    Architecture("llama4", "Llama4ForConditionalGeneration", _llama4_conditional, _text, kept=r"\.experts$"),
+    Architecture("llama4_text", "Llama4ForCausalLM", _config("Llama4TextConfig", **_LLAMA4_TEXT), _text),
+    Architecture("llama4", "Llama4ForConditionalGeneration", _llama4_conditional, _text),
     Architecture("phi3", "Phi3ForCausalLM", _config("Phi3Config", **_LLAMA), _text),
     Architecture("gemma3_text", "Gemma3ForCausalLM", _config("Gemma3TextConfig", **_GEMMA3_TEXT), _text),
     Architecture("gemma3", "Gemma3ForConditionalGeneration", _gemma3_conditional, _gemma3_vision),

@@ -7,7 +7,7 @@ replaced when its first piece arrives, and the closure moves along, so that a re
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from ..errors import NonFiniteWeightError, ShapeMismatchError
 from ..kernels.statistics import merge, new_statistics
 from ..schemes.base import LinearScheme, NonFiniteError, TensorStats
 from .parameter import QuantizedParameter, materialize
-from .regions import Interval, Region, RegionTracker
+from .regions import Region, RegionTracker
 from .storage import FinalStorage
 
 
@@ -44,9 +44,9 @@ class DirectWeightLoader:
 
     def __init__(self, module: nn.Module, name: str, full_name: str, dtype: torch.dtype, storage: FinalStorage) -> None:
         self._module, self._name, self.dtype, self._storage = module, name, dtype, storage
-        shape = _held(module, name).shape
-        self.columns = int(shape[-1]) if len(shape) else 1
-        self.rows = shape.numel() // self.columns if self.columns else 0
+        self._shape = _held(module, name).shape
+        self.columns = int(self._shape[-1]) if len(self._shape) else 1
+        self.rows = self._shape.numel() // self.columns if self.columns else 0
         self.tracker = RegionTracker(full_name, None, self.rows, self.columns)
         self._lock = threading.Lock()
 
@@ -60,9 +60,11 @@ class DirectWeightLoader:
         region: Region | None = None,
     ) -> None:
         if region is None:
+            _check_shape(self.tracker.name, loaded_weight, self._shape)
             region = Region(None, (0, self.rows), (0, self.columns))
+        else:
+            _check_shape(self.tracker.name, loaded_weight, _extent(region))
         view = self._view(region)
-        _check_shape(self.tracker.name, loaded_weight.numel(), view.numel(), loaded_weight.shape)
         self.tracker.claim(region)
         view.copy_(loaded_weight.reshape(view.shape))
         self.tracker.commit(region)
@@ -197,7 +199,7 @@ class RegionQuantizer:
 
 
 class OnlineWeightLoader:
-    """The `weight_loader` of one parameter of a linear layer: quantizes what arrives."""
+    """The `weight_loader` of one quantized parameter, linear or experts: quantizes what arrives."""
 
     def __init__(self, name: str, quantizer: RegionQuantizer) -> None:
         self._name = name
@@ -213,18 +215,26 @@ class OnlineWeightLoader:
         expert_id: int | None = None,
         region: Region | None = None,
     ) -> None:
-        if region is None:
-            rows = shard_rows(self.parameter, shard_id)
-            region = Region(None, rows, (0, self.parameter.layout.columns))
-        self._quantizer.load(self._name, loaded_weight, region)
+        self._quantizer.load(self._name, loaded_weight, region or self._whole_shard(shard_id, expert_id))
 
     def observe(self, loaded_weight: Tensor, region: Region) -> None:
         """First pass over a piece of a matrix whose scales span several pieces."""
         self._quantizer.observe(self._name, loaded_weight, region)
 
     def reset(self) -> None:
-        """A reload begins."""
+        """Announce a reload of the layer: every region may, and must, arrive again."""
         self._quantizer.progress.reset()
+
+    def _whole_shard(self, shard_id: str | None, expert_id: int | None) -> Region:
+        layout, name = self.parameter.layout, self.parameter.full_name
+        if (expert_id is None) != (layout.experts is None):
+            wanted = "no expert_id" if layout.experts is None else f"an expert_id below {layout.experts}"
+            raise ShapeMismatchError(f"{name}: got expert_id {expert_id} with a whole shard, {wanted} is expected")
+        try:
+            rows = layout.shard_rows(shard_id)
+        except KeyError as error:
+            raise ShapeMismatchError(f"{name}: {error.args[0]}") from None
+        return Region(expert_id, rows, (0, layout.columns))
 
 
 def linear_quantizer(scheme: LinearScheme, progress: LayerProgress) -> RegionQuantizer:
@@ -232,14 +242,6 @@ def linear_quantizer(scheme: LinearScheme, progress: LayerProgress) -> RegionQua
     return RegionQuantizer(
         progress, scheme.quantizer.quantize, scheme.quantizer.observe, scheme.quantizer.finish_scales
     )
-
-
-def shard_rows(parameter: QuantizedParameter, shard_id: str | None) -> Interval:
-    """Rows of a shard; `ShapeMismatchError` names the shards there are."""
-    try:
-        return parameter.layout.shard_rows(shard_id)
-    except KeyError as error:
-        raise ShapeMismatchError(f"{parameter.full_name}: {error.args[0]}") from None
 
 
 def non_finite_error(name: str, weight: Tensor) -> NonFiniteWeightError:
@@ -253,15 +255,21 @@ def non_finite_error(name: str, weight: Tensor) -> NonFiniteWeightError:
     return error
 
 
+def _extent(region: Region) -> tuple[int, int]:
+    return region.rows[1] - region.rows[0], region.columns[1] - region.columns[0]
+
+
 def _check_region_shape(name: str, weight: Tensor, region: Region) -> None:
-    expected = (region.rows[1] - region.rows[0], region.columns[1] - region.columns[0])
+    expected = _extent(region)
     if tuple(weight.shape) != expected:
         raise ShapeMismatchError(f"{name}: got a piece of shape {tuple(weight.shape)} for {region}, shape {expected}")
 
 
-def _check_shape(name: str, got: int, expected: int, shape: torch.Size) -> None:
-    if got != expected:
-        raise ShapeMismatchError(f"{name}: got a tensor of shape {tuple(shape)} where {expected} elements belong")
+def _check_shape(name: str, loaded: Tensor, expected: Sequence[int]) -> None:
+    if tuple(loaded.shape) != tuple(expected):
+        raise ShapeMismatchError(
+            f"{name}: got a tensor of shape {tuple(loaded.shape)} where shape {tuple(expected)} belongs"
+        )
 
 
 def _held(module: nn.Module, name: str) -> Tensor:

@@ -174,7 +174,7 @@ def test_reset_announces_a_reload() -> None:
     ],
 )
 def test_a_region_outside_is_refused(experts: int | None, region: Region) -> None:
-    with pytest.raises(IndexError, match="w: .* lies outside of"):
+    with pytest.raises(IndexError, match=r"w: .* lies outside of"):
         RegionTracker("w", experts, 4, 4).claim(region)
 
 

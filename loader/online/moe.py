@@ -14,7 +14,7 @@ from ..schemes.layout import WeightLayout
 from .parameter import QuantizedParameter
 from .regions import Region
 from .storage import FinalStorage
-from .weight_loader import LayerProgress, RegionQuantizer, shard_rows
+from .weight_loader import LayerProgress, OnlineWeightLoader, RegionQuantizer
 
 SHARDS = {"w1": 0, "w3": 0, "w13": 0, "w2": 1}
 
@@ -58,32 +58,23 @@ class MoeOnlineWeightLoader:
         shard_id: str | None = None,
         expert_id: int | None = None,
         region: Region | None = None,
-        name: str | None = None,
     ) -> None:
         """Take a shard of one expert, whole, or the part `region` names.
 
-        Without `region`: `shard_id` is `w1` (gate), `w3` (up), `w2` (down) and `expert_id` the expert.
+        `shard_id` is `w1` (gate), `w3` (up), `w13` (both, in the order they lie) or `w2` (down), `expert_id` the
+        expert.
         """
-        name = name or self._name_of(shard_id)
-        if region is None:
-            parameter = self.progress.parameters[name]
-            if expert_id is None:
-                raise ShapeMismatchError(f"{parameter.full_name}: a whole shard needs an expert_id")
-            known = shard_id if shard_id in dict(parameter.layout.shards) else None
-            region = Region(expert_id, shard_rows(parameter, known), (0, parameter.layout.columns))
-        self._quantizer.load(name, loaded_weight, region)
-
-    def observe(self, name: str, loaded_weight: Tensor, region: Region) -> None:
-        """First pass over a piece of an expert whose scales span several pieces."""
-        self._quantizer.observe(name, loaded_weight, region)
+        bound = self.bound(self._name_of(shard_id))
+        fused = shard_id not in dict(bound.parameter.layout.shards)
+        bound(param, loaded_weight, shard_id=None if fused else shard_id, expert_id=expert_id, region=region)
 
     def reset(self) -> None:
         """Announce a reload: every region may, and must, arrive again."""
         self.progress.reset()
 
-    def bound(self, name: str) -> BoundMoeLoader:
-        """The `weight_loader` of one parameter."""
-        return BoundMoeLoader(self, name)
+    def bound(self, name: str) -> OnlineWeightLoader:
+        """The `weight_loader` of one parameter; all of a layer's share this loader's progress."""
+        return OnlineWeightLoader(name, self._quantizer)
 
     def _name_of(self, shard_id: str | None) -> str:
         if shard_id not in SHARDS:
@@ -94,31 +85,3 @@ class MoeOnlineWeightLoader:
         self._callbacks.setup_kernel(self._layer)
         if self._on_finished is not None:
             self._on_finished(statistics)
-
-
-class BoundMoeLoader:
-    """The closure attached to one experts parameter; all of a layer's share one `MoeOnlineWeightLoader`."""
-
-    def __init__(self, loader: MoeOnlineWeightLoader, name: str) -> None:
-        self._loader = loader
-        self._name = name
-        self.parameter = loader.progress.parameters[name]
-
-    def __call__(
-        self,
-        param: Tensor,
-        loaded_weight: Tensor,
-        *,
-        shard_id: str | None = None,
-        expert_id: int | None = None,
-        region: Region | None = None,
-    ) -> None:
-        self._loader(param, loaded_weight, shard_id=shard_id, expert_id=expert_id, region=region, name=self._name)
-
-    def observe(self, loaded_weight: Tensor, region: Region) -> None:
-        """First pass over a piece of an expert whose scales span several pieces."""
-        self._loader.observe(self._name, loaded_weight, region)
-
-    def reset(self) -> None:
-        """A reload of the layer begins."""
-        self._loader.reset()

@@ -227,7 +227,7 @@ class OnlineWeightLoader:
 
     def _whole_shard(self, shard_id: str | None, expert_id: int | None) -> Region:
         layout, name = self.parameter.layout, self.parameter.full_name
-        if (expert_id is None) != (layout.experts is None):
+        if expert_id not in ((None,) if layout.experts is None else range(layout.experts)):
             wanted = "no expert_id" if layout.experts is None else f"an expert_id below {layout.experts}"
             raise ShapeMismatchError(f"{name}: got expert_id {expert_id} with a whole shard, {wanted} is expected")
         try:

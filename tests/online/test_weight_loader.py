@@ -95,6 +95,11 @@ def test_a_fused_checkpoint_tensor_is_cut_at_the_shard_borders(scheme: str) -> N
     fused.check(*whole.split([Q, K, V]))
 
 
+def test_an_expert_of_a_layer_that_has_none_is_refused() -> None:
+    with pytest.raises(ShapeMismatchError, match=r"attn\.qkv\.weight: got expert_id 0 .* no expert_id is expected"):
+        Fused().load(weight(Q), shard_id="q", expert_id=0)
+
+
 def test_an_unknown_shard_names_those_there_are() -> None:
     with pytest.raises(ShapeMismatchError, match=r"attn\.qkv\.weight: no shard 'w1'; there are 'q', 'k', 'v'"):
         Fused().load(weight(Q), shard_id="w1")

@@ -65,7 +65,7 @@ END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 CONTEXT = 1024
-TOKENS_PER_STEP = 4096
+TOKENS_PER_STEP = 2048
 # (share of the run, sequence length): the long contexts come last.
 STAGES = ((0.70, 256), (0.90, 512), (1.00, 1024))
 WARMUP, STABLE = 0.01, 0.30
@@ -553,8 +553,8 @@ Greedy continuation of the first two lines by 96 tokens:
 
 - It imitates the style of the standard library; what it writes is usually not
   correct and often does not run.
-- It saw its small text several times over and can repeat passages of it
-  verbatim.
+- It was trained briefly on little text (see the table), repeats itself when
+  decoded greedily, and can reproduce passages of its training text verbatim.
 - It knows no dialogue and little natural language beyond docstrings. The chat
   template only joins the contents of the messages, and the model continues them
   as code.

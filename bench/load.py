@@ -170,6 +170,8 @@ def main() -> None:
     print_rows(bench.rows)
     goals = Goals(bench.rows).all()
     print_goals(goals)
+    if options.scale != 1:
+        print(f"(the goals are for the full size; this was --scale {options.scale:g})")
     print(f"\nwritten: {save(bench, machine, goals, options)}")
 
 

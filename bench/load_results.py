@@ -12,9 +12,11 @@ from loaders import LOADERS
 
 GB = 1e9
 MIB = 1 << 20
+Accept = Callable[[str], bool]
 PEAK_SLACK = 64 * MIB
 MIN_SHARE = 0.9  # a peer that leaves more than this in BF16 is not compared for speed
 FILE_PAGES_SLACK = MIB
+NOTE_LENGTH = 240
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def print_rows(rows: Iterable[Row]) -> None:
         print(table([_cells(row) for row in group], HEADER))
         for row in group:
             for note in filter(None, (row.detail, row.generate_detail)):
-                print(f"  {row.loader}: {note}")
+                print(f"  {row.loader}: {note[:NOTE_LENGTH]}")
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class Goals:
             if row.checkpoint == checkpoint and not row.cold and LOADERS[row.loader].family == "quantload"
         ]
 
-    def _peers(self, checkpoint: str, accept: Callable[[str], bool]) -> list[Row]:
+    def _peers(self, checkpoint: str, accept: Accept) -> list[Row]:
         found = []
         for row in self._rows.values():
             shares = [share for share in (row.linear_share, row.expert_share) if share is not None]
@@ -260,19 +262,26 @@ class Goals:
             goals += self._against(checkpoint, scheme, 4, "the fastest 8-bit peer", lambda n: LOADERS[n].bits == 8)
         return goals
 
-    def _against(
-        self, checkpoint: str, scheme: str, times: int, whom: str, accept: Callable[[str], bool]
-    ) -> list[Goal]:
+    def _against(self, checkpoint: str, scheme: str, times: int, whom: str, accept: Accept) -> list[Goal]:
         ours = self._rows.get((checkpoint, scheme, False))
         if ours is None or ours.seconds is None:
             return []
         name = f"{scheme}: >= {times}x {whom}"
         peers = self._peers(checkpoint, accept)
         if not peers:
-            return [Goal(name, checkpoint, None, "no such peer quantized everything here")]
+            return [Goal(name, checkpoint, None, self._why_no_peer(checkpoint, accept))]
         fastest = min(peers, key=lambda row: row.seconds or 0.0)
         factor = (fastest.seconds or 0.0) / ours.seconds
         return [Goal(name, checkpoint, factor >= times, f"{factor:.1f}x ({fastest.loader})")]
+
+    def _why_no_peer(self, checkpoint: str, accept: Accept) -> str:
+        problems = [
+            f"{row.loader} {row.detail or row.status}"
+            for row in self._rows.values()
+            if row.checkpoint == checkpoint and not row.cold and row.status != "ok"
+            if LOADERS[row.loader].family == "peer" and accept(row.loader)
+        ]
+        return "; ".join(problems)[:NOTE_LENGTH] or "no such peer quantized everything here"
 
     def _cold(self, checkpoint: str) -> list[Goal]:
         floor = self._rows.get((checkpoint, "read-only", True))

@@ -122,12 +122,16 @@ def numba_kernels(format_name: str) -> NumbaKernels:
     return NumbaKernels(FORMATS[format_name], references[format_name])
 
 
-def warm_up(format_name: str, source_dtype: torch.dtype, statistics: bool = True) -> None:
-    """Compile what loading weights of `source_dtype` into a format will call; safe from any thread, cheap again."""
+def warm_up(
+    format_name: str, source_dtype: torch.dtype, statistics: bool = True, activation_dtype: torch.dtype | None = None
+) -> None:
+    """Compile what loading weights of `source_dtype` into a format will call, and `linear` on `activation_dtype`."""
     fmt, kind = FORMATS[format_name], KINDS[source_dtype]
     _quantize_function(fmt, kind, statistics)
     if fmt.block_cols == 0:
         cpu_build.observe(kind)
+    if activation_dtype is not None:
+        _dequantize_function(fmt, "bf16" if activation_dtype == torch.bfloat16 else "f32")
 
 
 def _quantize_function(fmt: WeightFormat, kind: str, measure: bool) -> cpu_build.KernelFunction:

@@ -21,8 +21,10 @@ from numba.extending import intrinsic
 
 from . import fp8, int8
 from . import statistics as st
+from .magnitude_ir import amax_tile, count_above, magnitude_to_f32
 from .mxfp4_ir import RUN_BLOCKS, dequantize_run, quantize_bf16_run, quantize_wide_run
-from .scaled_ir import TILE_ELEMENTS, amax_tile, count_above, dequantize_tile, magnitude_to_f32, quantize_tile
+from .scaled_decode_ir import dequantize_tile
+from .scaled_ir import TILE_ELEMENTS, quantize_tile
 from .vector_ir import F32, F64, I8, INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE, load_scalar, store_scalar
 
 logger = logging.getLogger("quantload")

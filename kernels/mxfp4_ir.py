@@ -28,12 +28,14 @@ from .vector_ir import (
     Codegen,
     Vector,
     accumulate_product,
+    add_f64,
     constant,
     count_to,
     emitted,
     load,
     load_scalar,
     magnitudes,
+    max_f64,
     source_element,
     splat,
     store,
@@ -285,16 +287,3 @@ def _store_pairs(code: Vector, address: ir.Value) -> None:
     """32 codes in 16-bit lanes to 16 bytes, even lanes in the low nibbles."""
     pairs = code.cast(I32)
     store((pairs | (pairs >> 12)).trunc(I8), address)
-
-
-def add_f64(b: ir.IRBuilder, out: ir.Value, index: int, value: ir.Value) -> None:
-    """out[index] += value."""
-    address = b.add(out, I64(8 * index))
-    store_scalar(b, b.fadd(load_scalar(b, address, F64), value), address)
-
-
-def max_f64(b: ir.IRBuilder, out: ir.Value, index: int, value: ir.Value) -> None:
-    """out[index] = max(out[index], value)."""
-    address = b.add(out, I64(8 * index))
-    old = load_scalar(b, address, F64)
-    store_scalar(b, b.select(b.fcmp_ordered(">", value, old), value, old), address)

@@ -105,12 +105,21 @@ def kernel_set(
     return KernelSet(format=FORMATS[format_name], names=names, **functions)
 
 
-def warm_up(format_name: str, device: torch.device | str, source_dtype: torch.dtype, statistics: bool = True) -> None:
-    """Compile what a load of this source type into this format will call; from any thread; cheap when it is there."""
+def warm_up(
+    format_name: str,
+    device: torch.device | str,
+    source_dtype: torch.dtype,
+    statistics: bool = True,
+    activation_dtype: torch.dtype | None = None,
+) -> None:
+    """Compile ahead what a load of `source_dtype` weights will call, and `linear` on `activation_dtype` where given.
+
+    Safe from any thread; returns at once where there is nothing to compile or it is compiled already.
+    """
     if select("quantize", format_name, device).name == "numba":
         from . import cpu
 
-        cpu.warm_up(format_name, source_dtype, statistics)
+        cpu.warm_up(format_name, source_dtype, statistics, activation_dtype)
 
 
 def _reason(kernel: Kernel, device: torch.device) -> str | None:

@@ -17,7 +17,6 @@ from numba import types
 from numba.core import cgutils
 
 from . import statistics as st
-from .mxfp4_ir import add_f64, max_f64
 from .vector_ir import (
     F32,
     F64,
@@ -30,6 +29,7 @@ from .vector_ir import (
     Codegen,
     Vector,
     accumulate_product,
+    add_f64,
     constant,
     count_to,
     emitted,
@@ -38,6 +38,7 @@ from .vector_ir import (
     load,
     load_scalar,
     magnitudes,
+    max_f64,
     source_element,
     splat,
     store,
@@ -50,71 +51,6 @@ TILE_ELEMENTS = 16384
 """Elements a quantize call may take: float32 sums stay accurate and 16-bit counters cannot overflow."""
 MIN_CORRECTED_SCALE = 2.0**-60
 """Below this the correction of a reciprocal could underflow: divide."""
-
-
-@emitted
-def amax_tile(typing: Any, source: Any, stride: Any, rows: Any, cols: Any, kind: Any) -> tuple[Any, Codegen]:
-    """Largest magnitude bits of `rows` x `cols` elements whose rows lie `stride` bytes apart (0 for none)."""
-    source_kind = str(kind.literal_value)
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        source, stride, rows, cols, _ = args
-        element, width = source_element(source_kind), ITEM_BYTES[source_kind]
-        lanes = 64 // width * 2
-        acc = Accumulators(b)
-        for name in ("a", "b"):
-            acc.start(name, constant(b, element, lanes // 2, 0))
-        tail = cgutils.alloca_once_value(b, ir.Constant(element, 0))
-        groups, rest = b.udiv(cols, I64(lanes)), b.urem(cols, I64(lanes))
-        with count_to(b, rows) as row:
-            start = b.add(source, b.mul(row, stride))
-            with count_to(b, groups) as i:
-                bits = load(b, b.add(start, b.mul(i, I64(lanes * width))), element, lanes)
-                magnitude = magnitudes(bits, source_kind)
-                acc.update("a", lambda a, m=magnitude: a.max(m.half(False)))  # type: ignore[misc]
-                acc.update("b", lambda a, m=magnitude: a.max(m.half(True)))  # type: ignore[misc]
-            end = b.add(start, b.mul(groups, I64(lanes * width)))
-            with count_to(b, rest) as i:
-                one = load_scalar(b, b.add(end, b.mul(i, I64(width))), element)
-                one = b.and_(one, ir.Constant(element, 0x7FFFFFFF if source_kind == "f32" else 0x7FFF))
-                old = b.load(tail)
-                b.store(b.select(b.icmp_unsigned(">", one, old), one, old), tail)
-        whole, old = acc.get("a").max(acc.get("b")).reduce("umax"), b.load(tail)
-        return b.zext(b.select(b.icmp_unsigned(">", whole, old), whole, old), I64)
-
-    return types.int64(source, stride, rows, cols, kind), codegen
-
-
-@emitted
-def magnitude_to_f32(typing: Any, bits: Any, kind: Any) -> tuple[Any, Codegen]:
-    """The float32 value of magnitude bits (int64) of a source element."""
-    source_kind = str(kind.literal_value)
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return b.extract_element(widen(splat(b, b.trunc(args[0], I32), 1), source_kind).value, I32(0))
-
-    return types.float32(bits, kind), codegen
-
-
-@emitted
-def count_above(
-    typing: Any, source: Any, stride: Any, rows: Any, cols: Any, limit: Any, kind: Any
-) -> tuple[Any, Codegen]:
-    """Elements of a tile with |x| > limit (float32), NaN included."""
-    source_kind = str(kind.literal_value)
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        source, stride, rows, cols, limit, _ = args
-        total = cgutils.alloca_once_value(b, I64(0))
-        with count_to(b, rows) as row, count_to(b, cols) as col:
-            address = b.add(b.add(source, b.mul(row, stride)), b.mul(col, I64(ITEM_BYTES[source_kind])))
-            bits = magnitudes(load(b, address, source_element(source_kind), 1), source_kind)
-            value = widen(bits if source_kind == "f32" else bits.zext(I32), source_kind)
-            above = b.fcmp_unordered(">", b.extract_element(value.value, I32(0)), limit)
-            b.store(b.add(b.load(total), b.zext(above, I64)), total)
-        return b.load(total)
-
-    return types.int64(source, stride, rows, cols, limit, kind), codegen
 
 
 @emitted
@@ -316,56 +252,3 @@ def _round_to_e4m3(y: Vector) -> tuple[Vector, Vector]:
     total = clamped + anchor.cast(F32)
     code = (total.cast(I32) - anchor) + ((anchor >> 20) - ((121 + 20) << 3))
     return code, total - anchor.cast(F32)
-
-
-@emitted
-def dequantize_tile(
-    typing: Any,
-    codes: Any,
-    codes_stride: Any,
-    out: Any,
-    out_stride: Any,
-    rows: Any,
-    cols: Any,
-    scale: Any,
-    target: Any,
-    kind: Any,
-) -> tuple[Any, Codegen]:
-    """float32 code * scale of a tile, rounded to `kind` "bf16" or kept as "f32"; strides in bytes."""
-    target_name, out_kind = str(target.literal_value), str(kind.literal_value)
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        codes, codes_stride, out, out_stride, rows, cols, scale, _, _ = args
-        width = ITEM_BYTES[out_kind]
-        groups, rest = b.udiv(cols, I64(16)), b.urem(cols, I64(16))
-        with count_to(b, rows) as row:
-            source = b.add(codes, b.mul(row, codes_stride))
-            target_row = b.add(out, b.mul(row, out_stride))
-            for lanes, count in ((16, groups), (1, rest)):
-                done = I64(0) if lanes == 16 else b.mul(groups, I64(16))
-                with count_to(b, count) as i:
-                    at = b.add(done, b.mul(i, I64(lanes)))
-                    value = _decode(load(b, b.add(source, at), I8, lanes), target_name) * splat(b, scale, lanes)
-                    rounded = value if out_kind == "f32" else to_bf16(value)
-                    store(rounded, b.add(target_row, b.mul(at, I64(width))))
-        return context.get_dummy_value()
-
-    return types.void(codes, codes_stride, out, out_stride, rows, cols, scale, target, kind), codegen
-
-
-def _decode(codes: Vector, target: str) -> Vector:
-    """float32 values of byte codes."""
-    if target == "int8":
-        return codes.sext(I32).to_float(F32)
-    wide = codes.zext(I32)
-    magnitude = wide & 0x7F
-    normal = (magnitude << 20) + (120 << 23)
-    subnormal = (magnitude.to_float(F32) * 2.0**-9).cast(I32)
-    chosen = magnitude.gt(7).select(normal, subnormal)
-    return (chosen | ((wide & 0x80) << 24)).cast(F32)
-
-
-def to_bf16(value: Vector) -> Vector:
-    """BF16 bits nearest to finite float32 values, ties to even."""
-    bits = value.cast(I32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).trunc(I16)

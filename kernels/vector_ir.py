@@ -275,3 +275,16 @@ def widen(magnitude: Vector, kind: str) -> Vector:
     if kind == "f16":
         return (magnitude << 13).cast(F32) * 2.0**112
     return magnitude.cast(F32)
+
+
+def add_f64(b: ir.IRBuilder, out: ir.Value, index: int, value: ir.Value) -> None:
+    """out[index] += value."""
+    address = b.add(out, I64(8 * index))
+    store_scalar(b, b.fadd(load_scalar(b, address, F64), value), address)
+
+
+def max_f64(b: ir.IRBuilder, out: ir.Value, index: int, value: ir.Value) -> None:
+    """out[index] = max(out[index], value)."""
+    address = b.add(out, I64(8 * index))
+    old = load_scalar(b, address, F64)
+    store_scalar(b, b.select(b.fcmp_ordered(">", value, old), value, old), address)

@@ -68,7 +68,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def vectors(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
-    """The golden vectors (see tests/data/README.md)."""
+    """What reference tools make of the same BF16 bits: `set|in`, `set|tool:format|mode|c` (codes), `...|s` (scales).
+
+    AMD Quark, torchao (0.18 and a later head), compressed-tensors, AMD aiter, vLLM and SGLang, run on a CPU;
+    `quark_llama:*` are two weights of a tiny checkpoint that Quark exported.
+    """
     with np.load(request.config.rootpath / "tests" / "data" / "vectors.npz") as stored:
         return dict(stored)
 

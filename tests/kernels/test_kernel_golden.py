@@ -1,4 +1,4 @@
-"""Bytes equal those of the reference tools (tests/data/vectors.npz)."""
+"""Bytes equal those of the reference tools (tests/data/vectors.npz, see the `vectors` fixture)."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_warm_up_from_several_threads_compiles_once():
 
     def warm() -> None:
         try:
-            warm_up("int8_channel", "cpu", torch.bfloat16)
+            warm_up("int8_channel", "cpu", torch.bfloat16, activation_dtype=torch.bfloat16)
         except BaseException as error:  # so that the main thread can report it
             errors.append(error)
 

@@ -8,7 +8,7 @@ adapter here, or stays as stored with a reason in the report.
 from __future__ import annotations
 
 import copy
-import types
+import functools
 from typing import Any
 
 import torch
@@ -60,9 +60,9 @@ def registered_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, 
 def _convert_llama4(module: Any, scheme: MoEScheme) -> None:
     """Llama-4 sends every expert all tokens, scaled by the router: zeros where a token was not routed."""
     module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated = True, False, True, True
-    module._apply_gate = types.MethodType(_llama4_gate, module)
+    module._apply_gate = functools.partial(_llama4_gate, module)
     quantize_experts(module, scheme)
-    module.forward = types.MethodType(_llama4_forward, module)
+    module.forward = functools.partial(_llama4_forward, module)
 
 
 def _llama4_gate(module: Any, gate_up: Tensor) -> Tensor:

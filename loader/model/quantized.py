@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-import types
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..schemes.base import LinearScheme, MoEScheme
+
+Apply = Callable[[Tensor], Tensor]
+
+
+def apply_keeping_codes(module: Any, fn: Apply, recurse: bool = True) -> Any:
+    """`nn.Module._apply` for a module with a scheme: codes and scales move, and keep their dtype.
+
+    What is behind `.to()`, `.half()` and `.cuda()`: FP8 codes and float32 scales are no numbers to be rounded.
+    """
+    layouts = module.scheme.layouts(module)
+    codes = {id(module._parameters[key]) for name in layouts for key in (name, f"{name}_scale")}
+
+    def moved(tensor: Tensor) -> Tensor:
+        if id(tensor) in codes:
+            empty = fn(tensor[:0])
+            if empty.dtype != tensor.dtype:
+                return tensor.to(empty.device)
+        return fn(tensor)
+
+    return nn.Module._apply(module, moved, recurse)
 
 
 class QuantizedLinear(nn.Module):
@@ -38,6 +59,10 @@ class QuantizedLinear(nn.Module):
         weight = self.scheme.dequantize(self, name)
         return weight.T if self.transposed else weight
 
+    def _apply(self, fn: Apply, recurse: bool = True) -> Self:
+        applied: Self = apply_keeping_codes(self, fn, recurse)
+        return applied
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={self.scheme.name}"
 
@@ -60,6 +85,10 @@ class QuantizedLinearReadByDtype(QuantizedLinear):
     """
 
     compute_dtype: torch.dtype
+
+    def _apply(self, fn: Apply, recurse: bool = True) -> Self:
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return super()._apply(fn, recurse)
 
     def __getattr__(self, name: str) -> Any:
         found: Any = super().__getattr__(name)  # parameters are no instance attributes: they are always found here
@@ -87,7 +116,9 @@ def quantize_experts(module: Any, scheme: MoEScheme) -> None:
     module.num_experts = int(module._parameters["down_proj"].shape[0])
     scheme.create_weights(module, num_experts=module.num_experts, **sizes)
     module.scheme = scheme
-    module.dequantize = types.MethodType(_dequantize, module)
+    # Not methods: a bound method that its class does not have cannot be pickled.
+    module.dequantize = functools.partial(_dequantize, module)
+    module._apply = functools.partial(apply_keeping_codes, module)
 
 
 def _dequantize(module: Any, name: str = "gate_up_proj") -> Tensor:

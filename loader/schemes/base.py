@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.registry import KernelSet
+from ..kernels.registry import KernelSet, kernel_set
 from ..kernels.statistics import new_statistics
 from .layout import WeightLayout
 
@@ -30,11 +30,21 @@ class TensorStats:
 
 
 class Quantizer:
-    """Quantizes pieces with one kernel set; has no state of its own, so every thread may use it."""
+    """Quantizes pieces with one kernel set; has no state of its own, so every thread and copy may use it.
 
-    def __init__(self, kernels: KernelSet, stats: bool = True) -> None:
+    `device` is the one the kernels were chosen for. A pickled quantizer chooses the same kernels where it is unpickled.
+    """
+
+    def __init__(self, kernels: KernelSet, stats: bool = True, device: torch.device | str = "cpu") -> None:
         self.kernels = kernels
         self.stats = stats
+        self.device = torch.device(device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Quantizer], tuple[Any, ...]]:
+        return _chosen_again, (type(self), self.kernels.format.name, dict(self.kernels.names), self.stats, self.device)
 
     def quantize(self, weight: Tensor, out: Tensor, scale: Tensor, *, scales_known: bool = False) -> TensorStats:
         """Write the codes of `weight` [R, C] to `out`, and the scales unless they are known already.
@@ -56,6 +66,12 @@ class Quantizer:
         self.kernels.finish_scales(amax)
 
 
+def _chosen_again(
+    cls: type[Quantizer], format_name: str, names: dict[str, str], stats: bool, device: torch.device
+) -> Quantizer:
+    return cls(kernel_set(format_name, device, names), stats, device)
+
+
 class _Scheme(ABC):
     """What linear and MoE schemes share: a name, a format, a quantizer."""
 
@@ -65,8 +81,12 @@ class _Scheme(ABC):
 
     def __init__(self, quantizer: Quantizer, emulate: bool = False) -> None:
         self.quantizer = quantizer
-        self.kernels = quantizer.kernels
         self.emulate = emulate
+
+    @property
+    def kernels(self) -> KernelSet:
+        """The kernels this scheme runs on."""
+        return self.quantizer.kernels
 
     @property
     def kernel_names(self) -> str:

@@ -13,17 +13,18 @@ from .checkpoint.index import CheckpointIndex, read_index
 from .checkpoint.reader import PieceReader
 from .checkpoint.resolve import Checkpoint, resolve
 from .checkpoint.source import FileSource
+from .kernels import cpu  # noqa: F401  # numba comes in with the package, not in the middle of the first load
 from .memory.budget import check_budget
 from .model import transformers_api
-from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint
-from .model.skeleton import Assignment, ModelRecipe, assign_schemes, find_model
+from .model.routes import CheckpointMap, build_routes, map_checkpoint
+from .model.skeleton import Assignment, assign_schemes, find_model
 from .online.attach import OnFinished, WeightLoaders, attach_weight_loaders
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy
 from .plan import LoadPlan, loaded_parameters, plan_load
 from .recording import Progress, Recorder
 from .schemes.policy import Policy, choose_policy
-from .schemes.registry import SchemeFactory
+from .schemes.registry import SchemeFactory, choose_device
 
 
 def load_quantized(
@@ -46,17 +47,13 @@ def load_quantized(
     `QuantloadError`; afterwards threads, files and memory are as before.
     """
     options = options or LoadOptions()
-    schemes = SchemeFactory(device, options)
-    rules = Policy(choose_policy(quantization, policy), schemes)
-    checkpoint = resolve(model_id, revision)
-    recipe = find_model(checkpoint, trust_remote_code)
-    schemes.warm_up(recipe.dtype)
-    storage = FinalStorage(schemes.device)
-    with Recorder(schemes.device, options.stats, progress) as recorder, storage:
-        draft = draft_load(checkpoint, recipe, rules, options, storage, recorder.on_layer)
+    storage = FinalStorage(choose_device(device))
+    with Recorder(storage.device, options.stats, progress) as recorder, storage:
+        checkpoint = resolve(model_id, revision)
+        draft = draft_load(checkpoint, quantization, policy, options, storage, recorder.on_layer, trust_remote_code)
         model, plan = draft.model, draft.plan
+        recorder.expect(plan, draft.assignments)
         check_budget(plan.memory, options.max_memory)
-        recorder.expect(plan)
         reader = PieceReader(
             FileSource(checkpoint.root, page_cache=options.page_cache, retries=options.retries),
             draft.index.shards,
@@ -69,7 +66,7 @@ def load_quantized(
         draft.loaders.check_complete(loaded_parameters(draft.mapped, draft.loaders))
         transformers_api.finish(model, draft.mapped.missing, draft.mapped.weight_conversions, storage.device)
         transformers_api.adopt_generation_config(model, checkpoint.root)
-    model.load_report = recorder.report(model, checkpoint.model_id, rules.name, draft.assignments, plan, totals)
+    model.load_report = recorder.report(model, checkpoint.model_id, draft.rules.name, totals)
     model.load_plan = plan.memory
     return model
 
@@ -80,22 +77,27 @@ class Draft:
 
     index: CheckpointIndex
     model: Any
+    rules: Policy
     mapped: CheckpointMap
     assignments: list[Assignment]
     loaders: WeightLoaders
-    routes: Routes
     plan: LoadPlan
 
 
 def draft_load(
     checkpoint: Checkpoint,
-    recipe: ModelRecipe,
-    rules: Policy,
+    quantization: str,
+    policy: QuantizationPolicy | None,
     options: LoadOptions,
     storage: FinalStorage,
     on_layer: OnFinished,
+    trust_remote_code: bool,
 ) -> Draft:
-    """Everything before the first weight: index, skeleton, routes, plan."""
+    """Everything before the first weight: schemes and kernels, index, skeleton, routes, plan."""
+    schemes = SchemeFactory(storage.device, options)
+    rules = Policy(choose_policy(quantization, policy), schemes)
+    recipe = find_model(checkpoint, trust_remote_code)
+    schemes.warm_up(recipe.dtype)
     index = read_index(checkpoint)
     model, dtype = recipe.build(index)
     mapped = map_checkpoint(model, index.tensors)
@@ -104,7 +106,7 @@ def draft_load(
     loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
     routes = build_routes(mapped, loaders.landing)
     plan = plan_load(model, index, mapped, routes, loaders, assignments, options)
-    return Draft(index, model, mapped, assignments, loaders, routes, plan)
+    return Draft(index, model, rules, mapped, assignments, loaders, plan)
 
 
 def plan_quantized(
@@ -122,10 +124,8 @@ def plan_quantized(
     `.plan.memory` is the prediction. Raises what `load_quantized` would raise up to there, the budget included.
     """
     options = options or LoadOptions()
-    schemes = SchemeFactory(device, options)
-    rules = Policy(choose_policy(quantization, policy), schemes)
+    storage = FinalStorage(choose_device(device))
     checkpoint = resolve(model_id, revision)
-    recipe = find_model(checkpoint, trust_remote_code)
-    draft = draft_load(checkpoint, recipe, rules, options, FinalStorage(schemes.device), lambda *_: None)
+    draft = draft_load(checkpoint, quantization, policy, options, storage, lambda *_: None, trust_remote_code)
     check_budget(draft.plan.memory, options.max_memory)
     return draft

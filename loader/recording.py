@@ -34,6 +34,7 @@ class Recorder:
         self._layers: dict[str, LayerReport] = {}
         self._lock = threading.Lock()
         self._plan: LoadPlan | None = None
+        self._assignments: dict[str, Assignment] = {}
         self.ledger = Ledger(probe_for(device))
 
     def __enter__(self) -> Self:
@@ -46,9 +47,10 @@ class Recorder:
     ) -> None:
         self.ledger.stop()
 
-    def expect(self, plan: LoadPlan) -> None:
+    def expect(self, plan: LoadPlan, assignments: list[Assignment]) -> None:
         """What is going to be loaded."""
         self._plan = plan
+        self._assignments = {assignment.name: assignment for assignment in assignments}
 
     def on_bytes(self, bytes_read: int) -> None:
         """So many bytes have been read."""
@@ -56,8 +58,11 @@ class Recorder:
         if self._progress is not None and self._plan is not None:
             self._progress(bytes_read, self._plan.bytes_total)
 
-    def on_layer(self, assignment: Assignment, statistics: Tensor) -> None:
-        """A layer is complete; called once a layer from any thread."""
+    def on_layer(self, name: str, statistics: Tensor) -> None:
+        """A layer is complete; called once a layer from any thread. After the load, when one is reloaded, ignored."""
+        assignment = self._assignments.get(name)
+        if assignment is None:
+            return
         assert assignment.scheme is not None
         assert self._plan is not None
         layouts = assignment.scheme.layouts(assignment.module).values()
@@ -79,11 +84,11 @@ class Recorder:
         model: nn.Module,
         name: str,
         quantization: str,
-        assignments: list[Assignment],
-        plan: LoadPlan,
         totals: ReadTotals,
     ) -> LoadReport:
-        """The report of a finished load, also written to the log."""
+        """The report of a finished load, also written to the log; the plan is let go."""
+        plan, assignments = self._plan, self._assignments.values()
+        assert plan is not None
         final_bytes = tensor_bytes(model)
         report = LoadReport(
             model=name,
@@ -104,6 +109,7 @@ class Recorder:
             timeline=self.ledger.timeline,
         )
         self._log(report)
+        self._plan, self._assignments = None, {}
         return report
 
     def _log(self, report: LoadReport) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,16 +17,9 @@ from ..checkpoint.resolve import Checkpoint
 from ..errors import UnsupportedCheckpointError
 from ..schemes.base import LinearScheme, MoEScheme
 from ..schemes.policy import Policy, name_reason
-from . import transformers_api
+from . import modeling_code, transformers_api
 from .experts import convert_experts, is_fused_experts, unsupported_reason
 from .quantized import QuantizedLinear, QuantizedLinearReadByDtype
-
-# A method that only initializes or ties does not read a weight while the model runs.
-_NOT_RUNNING = frozenset({"__init__", "_init_weights", "tie_weights", "_tie_weights", "reset_parameters"})
-_READS_WEIGHT = re.compile(
-    r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|ndim|is_meta)\b)(?!\s*=[^=])"
-)
-_READS_DTYPE = re.compile(r"\bself\.(\w+)\.weight\.dtype\b")
 
 
 @dataclass(frozen=True)
@@ -64,8 +55,9 @@ class ModelRecipe:
 def find_model(checkpoint: Checkpoint, trust_remote_code: bool) -> ModelRecipe:
     """The model a checkpoint's config names; raises `CheckpointError` or `UnsupportedCheckpointError`."""
     stored = checkpoint.config()
-    if stored.get("quantization_config") is not None:
-        method = stored["quantization_config"].get("quant_method", "unknown")
+    quantized = stored.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise UnsupportedCheckpointError(
             f"{checkpoint.model_id!r} is quantized already ({method}); quantload quantizes BF16, FP16 and FP32 "
             f"checkpoints: give the original one"
@@ -79,15 +71,13 @@ def find_model(checkpoint: Checkpoint, trust_remote_code: bool) -> ModelRecipe:
 def assign_schemes(model: PreTrainedModel, policy: Policy, dtype: torch.dtype, strict: bool) -> list[Assignment]:
     """Give every linear and experts module of `model` a scheme or a reason, and replace those with a scheme.
 
-    A module that appears under several names is decided once, by its first name.
+    `dtype` is the one activations have. A module that appears under several names is decided once, by its first.
     """
-    head, tied = transformers_api.output_head(model), transformers_api.tied_parameters(model)
-    assignments = []
-    for name, module, parent in list(_candidates(model)):
-        if is_fused_experts(module):
-            assignments.append(_assign_experts(name, module, policy))
-        else:
-            assignments.append(_assign_linear(name, module, parent, policy, dtype, module is head, tied))
+    assigner = _Assigner(model, policy, dtype)
+    assignments = [
+        assigner.experts(name, module) if is_fused_experts(module) else assigner.linear(name, module, parent)
+        for name, module, parent in list(_candidates(model))
+    ]
     policy.check_patterns(strict)
     return assignments
 
@@ -100,59 +90,59 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
             yield name, module, parents[name.rpartition(".")[0]]
 
 
-def _assign_experts(name: str, module: Any, policy: Policy) -> Assignment:
-    impossible = unsupported_reason(module)
-    choice = policy.experts(name, None)
-    if impossible is not None or choice.scheme is None:
-        return Assignment(name, "experts", module, None, impossible or choice.reason)
-    assert isinstance(choice.scheme, MoEScheme)
-    convert_experts(module, choice.scheme)
-    return Assignment(name, "experts", module, choice.scheme, "")
+class _Assigner:
+    """Decides about the modules of one model, one by one."""
+
+    def __init__(self, model: PreTrainedModel, policy: Policy, dtype: torch.dtype) -> None:
+        self._model, self._policy, self._dtype = model, policy, dtype
+        self._head = transformers_api.output_head(model)
+        self._tied = transformers_api.tied_parameters(model)
+
+    def experts(self, name: str, module: Any) -> Assignment:
+        impossible = unsupported_reason(module)
+        choice = self._policy.experts(name, None)
+        if impossible is not None or choice.scheme is None:
+            return Assignment(name, "experts", module, None, impossible or choice.reason)
+        assert isinstance(choice.scheme, MoEScheme)
+        convert_experts(module, choice.scheme)
+        return Assignment(name, "experts", module, choice.scheme, "")
+
+    def linear(self, name: str, module: Any, parent: nn.Module) -> Assignment:
+        child = name.rpartition(".")[2]
+        choice = self._policy.linear(name, "output head" if module is self._head else name_reason(name))
+        impossible = self._impossible(name, module, parent, child)
+        if impossible is not None or choice.scheme is None:
+            return Assignment(name, "linear", module, None, impossible or choice.reason)
+        assert isinstance(choice.scheme, LinearScheme)
+        quantized = self._quantized(module, choice.scheme, modeling_code.reads_dtype(parent, child))
+        setattr(parent, child, quantized)
+        if modeling_code.reads_weight(parent, child):
+            _tell_quantized(parent)
+        return Assignment(name, "linear", quantized, choice.scheme, "")
+
+    def _quantized(self, module: Any, scheme: LinearScheme, read_by_dtype: bool) -> QuantizedLinear:
+        transposed = isinstance(module, Conv1D)
+        rows, columns = reversed(module.weight.shape) if transposed else module.weight.shape
+        sizes = (int(columns), int(rows), module.bias, transposed)
+        if not read_by_dtype:
+            return QuantizedLinear(scheme, *sizes).train(module.training)
+        quantized = QuantizedLinearReadByDtype(scheme, *sizes).train(module.training)
+        quantized.compute_dtype = self._dtype
+        return quantized
+
+    def _impossible(self, name: str, module: nn.Module, parent: nn.Module, child: str) -> str | None:
+        if f"{name}.weight" in self._tied:
+            return "its weight is tied to another parameter"
+        if type(module) not in (nn.Linear, Conv1D):
+            return f"{type(module).__name__} is a linear layer with code of its own"
+        if modeling_code.reads_weight(parent, child) and not modeling_code.asks_if_quantized(parent):
+            return f"the forward of {type(parent).__name__} reads its weight instead of calling it"
+        if modeling_code.writes_weight(self._model, child):
+            return f"{type(self._model).__name__} changes its weight in place"
+        return None
 
 
-def _assign_linear(
-    name: str, module: Any, parent: nn.Module, policy: Policy, dtype: torch.dtype, is_head: bool, tied: set[str]
-) -> Assignment:
-    child = name.rpartition(".")[2]
-    choice = policy.linear(name, "output head" if is_head else name_reason(name))
-    impossible = "its weight is tied to another parameter" if f"{name}.weight" in tied else None
-    impossible = impossible or _impossible(module, parent, child)
-    if impossible is not None or choice.scheme is None:
-        return Assignment(name, "linear", module, None, impossible or choice.reason)
-    assert isinstance(choice.scheme, LinearScheme)
-    transposed = isinstance(module, Conv1D)
-    rows, columns = reversed(module.weight.shape) if transposed else module.weight.shape
-    cls = QuantizedLinearReadByDtype if _is_read(_READS_DTYPE, parent, child) else QuantizedLinear
-    quantized = cls(choice.scheme, int(columns), int(rows), module.bias, transposed)
-    if isinstance(quantized, QuantizedLinearReadByDtype):
-        quantized.compute_dtype = dtype
-    quantized.training = module.training
-    setattr(parent, child, quantized)
-    return Assignment(name, "linear", quantized, choice.scheme, "")
-
-
-def _impossible(module: nn.Module, parent: nn.Module, child: str) -> str | None:
-    if type(module) not in (nn.Linear, Conv1D):
-        return f"{type(module).__name__} is a linear layer with code of its own"
-    if _is_read(_READS_WEIGHT, parent, child):
-        return f"the forward of {type(parent).__name__} reads its weight instead of calling it"
-    return None
-
-
-def _is_read(pattern: re.Pattern[str], parent: nn.Module, child: str) -> bool:
-    return any(
-        child in _names_read(pattern, cls) for cls in type(parent).__mro__ if cls.__module__ != nn.Module.__module__
-    )
-
-
-@functools.cache
-def _names_read(pattern: re.Pattern[str], cls: type) -> frozenset[str]:
-    names: set[str] = set()
-    for name, method in vars(cls).items():
-        if inspect.isfunction(method) and name not in _NOT_RUNNING:
-            try:
-                source = inspect.getsource(inspect.unwrap(method))
-            except (OSError, TypeError):  # made at run time: there is no text to look into
-                continue
-            names.update(pattern.findall(source))
-    return frozenset(names)
+def _tell_quantized(parent: Any) -> None:
+    """Send modeling code that has a branch for quantized weights into it; the config it asks is its own from now on."""
+    parent.config = copy.copy(parent.config)
+    parent.config._is_quantized = True

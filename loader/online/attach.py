@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,7 +17,7 @@ from ..model.routes import Landing
 from ..model.skeleton import Assignment
 from ..schemes.base import LinearScheme
 from .moe import MoeOnlineWeightLoader
-from .parameter import QuantizedParameter
+from .parameter import QuantizedParameter, alive
 from .pieces import Sink
 from .storage import FinalStorage
 from .weight_loader import DirectWeightLoader, LayerProgress, OnlineWeightLoader, linear_quantizer
@@ -23,7 +25,7 @@ from .weight_loader import DirectWeightLoader, LayerProgress, OnlineWeightLoader
 NAMES_SHOWN = 8
 
 DtypeOf = Callable[[str, torch.dtype], torch.dtype]
-OnFinished = Callable[[Assignment, Tensor], None]
+OnFinished = Callable[[str, Tensor], None]
 
 
 class WeightLoaders:
@@ -73,7 +75,7 @@ def attach_weight_loaders(
 ) -> WeightLoaders:
     """Closures for every parameter and persistent buffer; quantizing ones for modules with a scheme.
 
-    `on_finished(assignment, statistics)` runs once a layer, in the thread that brought its last piece.
+    `on_finished(module name, statistics)` runs once a layer, in the thread that brought its last piece.
     """
     loaders = WeightLoaders()
     for assignment in assignments:
@@ -96,13 +98,8 @@ def _attach_quantized(
     if isinstance(module, QuantizedLinear):
         _attach_linear(loaders, assignment, module, storage, on_finished)
         return
-    loader = MoeOnlineWeightLoader(
-        module,
-        module.scheme,
-        name=assignment.name,
-        storage=storage,
-        on_finished=lambda statistics: on_finished(assignment, statistics),
-    )
+    finished = functools.partial(on_finished, assignment.name)
+    loader = MoeOnlineWeightLoader(module, module.scheme, name=assignment.name, storage=storage, on_finished=finished)
     for name, layout in module.weight_layouts.items():
         full_name = f"{assignment.name}.{name}"
         landing = Landing(layout.experts, layout.rows, layout.columns, module.is_transposed, layout)
@@ -118,16 +115,17 @@ def _attach_linear(
     on_finished: OnFinished,
 ) -> None:
     scheme: LinearScheme = module.scheme
+    layer, name = weakref.ref(module), assignment.name  # the closure must not keep its own layer alive
 
     def finish(statistics: Tensor) -> None:
-        scheme.process_weights_after_loading(module)
-        on_finished(assignment, statistics)
+        scheme.process_weights_after_loading(alive(layer))
+        on_finished(name, statistics)
 
-    for name, layout in scheme.layouts(module).items():
-        full_name = f"{assignment.name}.{name}"
-        parameter = QuantizedParameter(module, name, full_name, layout, storage)
-        loader = OnlineWeightLoader(name, linear_quantizer(scheme, LayerProgress({name: parameter}, finish)))
-        param = module._parameters[name]
+    for attribute, layout in scheme.layouts(module).items():
+        full_name = f"{name}.{attribute}"
+        parameter = QuantizedParameter(module, attribute, full_name, layout, storage)
+        loader = OnlineWeightLoader(attribute, linear_quantizer(scheme, LayerProgress({attribute: parameter}, finish)))
+        param = module._parameters[attribute]
         assert param is not None
         landing = Landing(None, layout.rows, layout.columns, module.transposed, layout)
         loaders.add(full_name, param, loader, landing, [full_name, f"{full_name}_scale"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..errors import ShapeMismatchError
 from ..schemes.base import MoeQuantizationCallbacks
 from ..schemes.layout import WeightLayout
-from .parameter import QuantizedParameter
+from .parameter import QuantizedParameter, alive
 from .regions import Region
 from .storage import FinalStorage
 from .weight_loader import LayerProgress, OnlineWeightLoader, RegionQuantizer
@@ -41,7 +42,7 @@ class MoeOnlineWeightLoader:
         storage = storage or FinalStorage(torch.device("cpu"))
         layouts: dict[str, WeightLayout] = layer.weight_layouts
         self._names = list(layouts)
-        self._layer, self._callbacks, self._on_finished = layer, callbacks, on_finished
+        self._layer, self._callbacks, self._on_finished = weakref.ref(layer), callbacks, on_finished
         parameters = {
             key: QuantizedParameter(layer, key, f"{name}.{key}", layout, storage) for key, layout in layouts.items()
         }
@@ -65,8 +66,7 @@ class MoeOnlineWeightLoader:
         expert.
         """
         bound = self.bound(self._name_of(shard_id))
-        fused = shard_id not in dict(bound.parameter.layout.shards)
-        bound(param, loaded_weight, shard_id=None if fused else shard_id, expert_id=expert_id, region=region)
+        bound(param, loaded_weight, shard_id=shard_id, expert_id=expert_id, region=region)
 
     def reset(self) -> None:
         """Announce a reload: every region may, and must, arrive again."""
@@ -82,6 +82,6 @@ class MoeOnlineWeightLoader:
         return self._names[SHARDS[shard_id]]
 
     def _finish(self, statistics: Tensor) -> None:
-        self._callbacks.setup_kernel(self._layer)
+        self._callbacks.setup_kernel(alive(self._layer))
         if self._on_finished is not None:
             self._on_finished(statistics)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+import weakref
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from ..schemes.layout import Block, WeightLayout
 from .regions import Region, RegionTracker
 from .storage import FinalStorage
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def materialize(module: nn.Module, name: str, storage: FinalStorage, dtype: torch.dtype | None = None) -> Tensor:
@@ -31,6 +34,14 @@ def materialize(module: nn.Module, name: str, storage: FinalStorage, dtype: torc
     return new
 
 
+def alive(module: weakref.ref[M]) -> M:
+    """The module behind a weak reference; raises `ReferenceError` if it is gone."""
+    found = module()
+    if found is None:
+        raise ReferenceError("the model was deleted while it was being loaded")
+    return found
+
+
 class QuantizedParameter:
     """The codes and scales of one parameter while they are being written, from any number of threads."""
 
@@ -40,7 +51,7 @@ class QuantizedParameter:
         self.full_name = full_name
         self.layout = layout
         self.tracker = RegionTracker(full_name, layout.experts, layout.rows, layout.columns)
-        self._module, self._name, self._storage = module, name, storage
+        self._module, self._name, self._storage = weakref.ref(module), name, storage
         self._lock = threading.Lock()
         self._codes: Tensor | None = None
         self._scales: Tensor | None = None
@@ -51,8 +62,9 @@ class QuantizedParameter:
         """Codes and scales, materialized by the first caller."""
         with self._lock:
             if self._codes is None or self._scales is None:
-                self._codes = materialize(self._module, self._name, self._storage).data
-                self._scales = materialize(self._module, f"{self._name}_scale", self._storage).data
+                module = alive(self._module)
+                self._codes = materialize(module, self._name, self._storage).data
+                self._scales = materialize(module, f"{self._name}_scale", self._storage).data
         return self._codes, self._scales
 
     def views(self, region: Region, block: Block) -> tuple[Tensor, Tensor]:

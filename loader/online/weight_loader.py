@@ -7,16 +7,17 @@ replaced when its first piece arrives, and the closure moves along, so that a re
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import NonFiniteWeightError, ShapeMismatchError
+from ..errors import NonFiniteWeightError, RouteError, ShapeMismatchError
 from ..kernels.statistics import merge, new_statistics
 from ..schemes.base import LinearScheme, NonFiniteError, TensorStats
-from .parameter import QuantizedParameter, materialize
+from .parameter import QuantizedParameter, alive, materialize
 from .regions import Region, RegionTracker
 from .storage import FinalStorage
 
@@ -36,6 +37,18 @@ class WeightLoader(Protocol):
         """Take a whole shard (`region=None`), or the rows and columns `region` names, in checkpoint precision."""
 
 
+class DetachedWeightLoader:
+    """What stands on the parameters of a copied or unpickled model: a copy has the weights, not the way they came."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise RouteError(f"{self._name} belongs to a copy of a loaded model; load into the original, or load anew")
+
+    observe = reset = __call__
+
+
 class DirectWeightLoader:
     """Writes pieces of one parameter or buffer that is kept as stored, converting the dtype where it differs.
 
@@ -43,12 +56,15 @@ class DirectWeightLoader:
     """
 
     def __init__(self, module: nn.Module, name: str, full_name: str, dtype: torch.dtype, storage: FinalStorage) -> None:
-        self._module, self._name, self.dtype, self._storage = module, name, dtype, storage
+        # A closure hangs on its parameter and so on its module: a strong reference back would keep both alive.
+        self._module, self._name, self.dtype, self._storage = weakref.ref(module), name, dtype, storage
         self._shape = _held(module, name).shape
         self.columns = int(self._shape[-1]) if len(self._shape) else 1
         self.rows = self._shape.numel() // self.columns if self.columns else 0
         self.tracker = RegionTracker(full_name, None, self.rows, self.columns)
         self._lock = threading.Lock()
+        if not self._shape.numel():  # no piece will ever come for it
+            materialize(module, name, storage, dtype)
 
     def __call__(
         self,
@@ -89,7 +105,7 @@ class DirectWeightLoader:
 
     def _view(self, region: Region) -> Tensor:
         with self._lock:
-            tensor = materialize(self._module, self._name, self._storage, self.dtype)
+            tensor = materialize(alive(self._module), self._name, self._storage, self.dtype)
         flat = tensor.data.view(self.rows, self.columns)
         return flat[slice(*region.rows), slice(*region.columns)]
 
@@ -205,6 +221,9 @@ class OnlineWeightLoader:
         self._name = name
         self._quantizer = quantizer
         self.parameter = quantizer.progress.parameters[name]
+
+    def __reduce__(self) -> tuple[type[DetachedWeightLoader], tuple[str]]:
+        return DetachedWeightLoader, (self.parameter.full_name,)
 
     def __call__(
         self,

@@ -71,8 +71,11 @@ class WeightLayout:
         return len(self.shards) == 1 or (block > 0 and all(rows % block == 0 for _, rows in self.shards))
 
     def shard_rows(self, shard_id: str | None) -> Interval:
-        """Rows of a shard; `None` means all of them. Raises `KeyError` for a shard that is not there."""
-        if shard_id is None:
+        """Rows of a shard; `None`, or `w13` for gate and up together, means all of them.
+
+        Raises `KeyError` for a shard that is not there.
+        """
+        if shard_id is None or (shard_id == "w13" and self.shards[0][0] == "w1"):
             return 0, self.rows
         at = 0
         for name, rows in self.shards:

@@ -8,12 +8,12 @@ import torch
 
 from ..errors import NoKernelError
 from ..options import LoadOptions
-from .registry import ENTRIES, SchemeEntry, SchemeFactory
+from .registry import ENTRIES, SchemeEntry, SchemeFactory, choose_device
 
 
 def list_schemes(device: str | torch.device) -> list[dict[str, Any]]:
     """One row a scheme: name, aliases, what it applies to, format, scale rule, kernels or why there are none."""
-    factory = SchemeFactory(device, LoadOptions())
+    factory = SchemeFactory(choose_device(device), LoadOptions())
     return [
         {
             "name": entry.name,

@@ -15,7 +15,8 @@ from .registry import SchemeFactory, get_entry
 
 logger = logging.getLogger("quantload")
 
-ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "gating", "router_proj", "classifier"})
+ROUTER_NAMES = frozenset({"gate", "shared_expert_gate", "gating", "router_proj"})
+HEAD_NAMES = frozenset({"lm_head", "classifier", "score", "qa_outputs"})
 EMBEDDING_NAMES = frozenset({"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings"})
 
 
@@ -105,10 +106,10 @@ def choose_policy(quantization: str, policy: QuantizationPolicy | None) -> Quant
 
 
 def name_reason(name: str) -> str | None:
-    """Why a linear of this name is kept by default: routers, gates and embeddings."""
-    last = name.rpartition(".")[2]
-    if last in ROUTER_NAMES:
+    """Why a linear of this name is kept by default: routers, gates, embeddings, output heads."""
+    parts = name.split(".")
+    if "router" in parts or parts[-1] in ROUTER_NAMES:
         return "router or gate"
-    if last in EMBEDDING_NAMES:
+    if parts[-1] in EMBEDDING_NAMES:
         return "embedding"
-    return None
+    return "output head" if parts[-1] in HEAD_NAMES else None

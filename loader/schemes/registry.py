@@ -82,8 +82,8 @@ def choose_device(device: str | torch.device) -> torch.device:
 class SchemeFactory:
     """Makes the schemes of one load: one instance for each name and kind, with kernels for one device."""
 
-    def __init__(self, device: str | torch.device, options: LoadOptions) -> None:
-        self.device = choose_device(device)
+    def __init__(self, device: torch.device, options: LoadOptions) -> None:
+        self.device = device
         self._options = options
         self._made: dict[Any, Any] = {}
 
@@ -115,6 +115,6 @@ class SchemeFactory:
                 kernels = kernel_registry.kernel_set(format_name, self.device, self._options.kernels)
             except LookupError as error:
                 raise NoKernelError(str(error)) from error
-            self._made[cls] = cls(Quantizer(kernels, self._options.stats), emulate)
+            self._made[cls] = cls(Quantizer(kernels, self._options.stats, self.device), emulate)
         made: _S = self._made[cls]
         return made

@@ -78,11 +78,10 @@ class Policy:
         logger.warning(message)
 
     def _scheme_name(self, name: str, default: str, built_in_reason: str | None) -> tuple[str | None, str]:
-        for pattern, scheme in self._policy.overrides:
-            if matches(pattern, name):
-                self._unused.discard(pattern)
-                return scheme, ""
+        override = self._first([pattern for pattern, _ in self._policy.overrides], name)
         ignored = self._first(self._policy.ignore, name)
+        if override is not None:
+            return dict(reversed(self._policy.overrides))[override], ""
         if ignored is not None:
             return None, f"ignored by pattern {ignored!r}"
         if built_in_reason is not None and self._policy.default_ignore:
@@ -90,6 +89,7 @@ class Policy:
         return default, ""
 
     def _first(self, patterns: Iterable[str], name: str) -> str | None:
+        """The first pattern that fits; all that fit count as used, those in its shadow too."""
         found = None
         for pattern in patterns:
             if matches(pattern, name):

@@ -1,0 +1,138 @@
+"""The names a user can give, and the kernels behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from quantload.errors import NoKernelError, PolicyError, UnknownSchemeError
+from quantload.kernels import registry as kernel_registry
+from quantload.options import LoadOptions
+from quantload.schemes.base import LinearScheme, MoeQuantizationCallbacks, MoEScheme
+from quantload.schemes.listing import list_schemes
+from quantload.schemes.registry import ENTRIES, SchemeFactory, choose_device, get_entry, scheme_names
+
+CPU = torch.device("cpu")
+META = torch.device("meta")
+
+
+def factory(**options: Any) -> SchemeFactory:
+    return SchemeFactory(CPU, LoadOptions(**options))
+
+
+def test_names_and_aliases() -> None:
+    assert scheme_names() == [
+        "auto", "quark_mxfp4", "fp8_per_tensor", "fp8_per_channel", "ptpc_fp8", "fp8_per_block", "int8_per_channel",
+        "experts_int8", "none",
+    ]  # fmt: skip
+    assert get_entry("auto") is get_entry("quark_mxfp4")
+    assert get_entry("ptpc_fp8") is get_entry("fp8_per_channel")
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "", "QUARK_MXFP4", None, ["none"]])
+def test_an_unknown_name_lists_those_there_are(name: Any) -> None:
+    with pytest.raises(UnknownSchemeError) as caught:
+        get_entry(name)
+    assert repr(name) in str(caught.value)
+    assert all(known in str(caught.value) for known in scheme_names())
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_every_entry_makes_what_it_says(entry: Any) -> None:
+    linear, experts = factory().linear(entry.name), factory().experts(entry.name)
+    assert (linear is None) == (entry.linear is None)
+    assert (experts is None) == (entry.experts is None)
+    assert linear is None or isinstance(linear, LinearScheme)
+    if experts is not None:
+        assert isinstance(experts, MoEScheme)
+        assert isinstance(experts, MoeQuantizationCallbacks)
+    if entry.name != "experts_int8" and linear is not None:
+        assert linear.name == entry.name
+        assert experts is not None
+        assert experts.format_name == linear.format_name
+
+
+def test_one_instance_a_name_and_kind() -> None:
+    schemes = factory()
+    assert schemes.linear("fp8_per_channel") is schemes.linear("ptpc_fp8")
+    assert schemes.experts("int8_per_channel") is schemes.experts("experts_int8")
+    assert schemes.linear("int8_per_channel") is not schemes.linear("fp8_per_channel")
+
+
+def test_a_device_without_kernels_gets_every_candidate_with_its_reason() -> None:
+    with pytest.raises(NoKernelError) as caught:
+        SchemeFactory(META, LoadOptions()).linear("quark_mxfp4")
+    message = str(caught.value)
+    candidates = kernel_registry.candidates("quantize", "mxfp4", "meta")
+    assert candidates
+    for kernel, reason in candidates:
+        assert reason is not None
+        assert f"{kernel.name}: {reason}" in message
+    assert "quantize of mxfp4 on meta" in message
+
+
+def test_a_kernel_can_be_chosen_by_hand() -> None:
+    names = factory(kernels={"quantize": "torch"}).linear("quark_mxfp4")
+    assert names is not None
+    assert names.kernels.names["quantize"] == "torch"
+    assert names.kernels.names["linear"] == "numba"
+    assert names.kernel_names.startswith("quantize=torch, ")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [
+        ({"quantize": "aiter"}, r"no kernel 'aiter' for quantize .* numba: can run; torch: can run"),
+        ({"multiply": "torch"}, r"unknown operations \['multiply'\]"),
+    ],
+)
+def test_a_kernel_that_is_not_there(kernels: dict[str, str], message: str) -> None:
+    with pytest.raises(NoKernelError, match=message):
+        factory(kernels=kernels).linear("quark_mxfp4")
+
+
+def test_activations_that_cannot_be_emulated() -> None:
+    with pytest.raises(PolicyError, match="fp8_per_channel cannot emulate its activations"):
+        factory(activations="emulate").linear("fp8_per_channel")
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device("cpu") == CPU
+    assert choose_device(META) == META
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_auto_takes_the_accelerator_only_where_it_has_kernels(
+    has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = kernel_registry.candidates("quantize", "mxfp4", "cpu")[0][0]
+    device_type = "cuda" if has_kernels else "cpu"
+    own = kernel_registry.Kernel("own", "quantize", "mxfp4", device_type, kernel.function, lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_registry, "candidates", lambda *_: [(own, None)])
+    assert choose_device("auto").type == device_type
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", ""])
+def test_a_device_that_is_none(device: str) -> None:
+    with pytest.raises(PolicyError, match="choose auto, cpu, or a torch device"):
+        choose_device(device)
+
+
+def test_the_listing_has_a_row_for_every_scheme() -> None:
+    rows = list_schemes("cpu")
+    assert [row["name"] for row in rows] == [entry.name for entry in ENTRIES]
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["quark_mxfp4"]["kernels"] == "numba"
+    assert by_name["fp8_per_channel"]["aliases"] == ["ptpc_fp8"]
+    assert by_name["none"]["kernels"] == "-"
+    assert (by_name["experts_int8"]["linear"], by_name["experts_int8"]["experts"]) == (False, True)
+
+
+def test_the_listing_says_why_a_device_has_none() -> None:
+    (row, *_) = list_schemes("meta")
+    assert row["kernels"].startswith("none: no kernel for quantize of mxfp4 on meta; candidates:")

@@ -8,7 +8,6 @@ adapter here, or stays as stored with a reason in the report.
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..schemes.base import MoEScheme
-from .quantized import quantize_experts
+from .quantized import GivenMethod, quantize_experts
 
 IMPLEMENTATION = "quantload"
 INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
@@ -60,9 +59,9 @@ def registered_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, 
 def _convert_llama4(module: Any, scheme: MoEScheme) -> None:
     """Llama-4 sends every expert all tokens, scaled by the router: zeros where a token was not routed."""
     module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated = True, False, True, True
-    module._apply_gate = functools.partial(_llama4_gate, module)
+    module._apply_gate = GivenMethod(_llama4_gate, module)
     quantize_experts(module, scheme)
-    module.forward = functools.partial(_llama4_forward, module)
+    module.forward = GivenMethod(_llama4_forward, module)
 
 
 def _llama4_gate(module: Any, gate_up: Tensor) -> Tensor:

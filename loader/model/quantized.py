@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -30,6 +30,24 @@ def apply_keeping_codes(module: Any, fn: Apply, recurse: bool = True) -> Any:
         return fn(tensor)
 
     return nn.Module._apply(module, moved, recurse)
+
+
+class GivenMethod:
+    """A method that one module has and its class has not.
+
+    Unlike a bound method it does not keep its module alive, and goes where the module goes when that is copied or
+    pickled.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self._function = function
+        self._module = weakref.ref(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._module(), *args, **kwargs)
+
+    def __reduce__(self) -> tuple[type[GivenMethod], tuple[Any, ...]]:
+        return GivenMethod, (self._function, self._module())
 
 
 class QuantizedLinear(nn.Module):
@@ -116,9 +134,8 @@ def quantize_experts(module: Any, scheme: MoEScheme) -> None:
     module.num_experts = int(module._parameters["down_proj"].shape[0])
     scheme.create_weights(module, num_experts=module.num_experts, **sizes)
     module.scheme = scheme
-    # Not methods: a bound method that its class does not have cannot be pickled.
-    module.dequantize = functools.partial(_dequantize, module)
-    module._apply = functools.partial(apply_keeping_codes, module)
+    module.dequantize = GivenMethod(_dequantize, module)
+    module._apply = GivenMethod(apply_keeping_codes, module)
 
 
 def _dequantize(module: Any, name: str = "gate_up_proj") -> Tensor:

@@ -66,6 +66,9 @@ class DirectWeightLoader:
         if not self._shape.numel():  # no piece will ever come for it
             materialize(module, name, storage, dtype)
 
+    def __reduce__(self) -> tuple[type[DetachedWeightLoader], tuple[str]]:
+        return DetachedWeightLoader, (self.tracker.name,)
+
     def __call__(
         self,
         param: Tensor,

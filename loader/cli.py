@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from .errors import CheckpointError, MemoryBudgetError, PolicyError, QuantloadError
@@ -25,7 +24,10 @@ EXIT_USAGE, EXIT_CHECKPOINT, EXIT_BUDGET, EXIT_OTHER = 2, 3, 4, 1
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
 app = typer.Typer(
-    help="Stream a checkpoint straight into a quantized model.", no_args_is_help=True, add_completion=False
+    help="Stream a checkpoint straight into a quantized model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # an API key may be among them
 )
 console = Console(stderr=True)
 
@@ -76,6 +78,8 @@ def load(
     """Load a model, and say what was quantized, what it lost and how much memory it took."""
     policy = _policy(experts, ignore, override, no_default_ignore)
     options = _options(max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations)
+    if report is not None:
+        _check_writable(report)
     from .load import load_quantized
 
     with _progress_bar() as progress:
@@ -84,7 +88,7 @@ def load(
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if report is not None:
-        loaded.load_report.save(report)
+        _save(loaded.load_report, report)
     if as_json:
         _print_json(loaded.load_report.to_dict())
     else:
@@ -218,14 +222,27 @@ def main() -> None:
     try:
         app()
     except QuantloadError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        _print_error(str(error))
         sys.exit(_exit_code(error))
     except KeyboardInterrupt:
         console.print("interrupted", style="red")
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(EXIT_OTHER)
+    except OSError as error:  # standard output on a full disk, for one
+        _drop_stdout()
+        _print_error(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        sys.exit(EXIT_OTHER)
+
+
+def _print_error(message: str) -> None:
+    console.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def _drop_stdout() -> None:
+    """What is still buffered for a standard output that takes nothing would raise again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit_code(error: QuantloadError) -> int:
@@ -284,11 +301,31 @@ def _pair(text: str, option: str, form: str) -> tuple[str, str]:
     return left, right
 
 
+def _check_writable(path: Path) -> None:
+    """Raise before a load whose report could not be written after it."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise QuantloadError(f"{path} cannot be written: give --report a file in a folder that you may write to")
+
+
+def _save(report: Any, path: Path) -> None:
+    try:
+        report.save(path)
+    except OSError as error:
+        raise QuantloadError(f"{path} cannot be written: {error.strerror}; the model was loaded") from error
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints log lines above a progress bar, never wrapped: programs read them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), highlight=False, markup=False, soft_wrap=True)
+
+
 def _set_up_logging() -> None:
-    handler = RichHandler(console=console, show_path=False, show_level=False, show_time=False, markup=False)
     logger = logging.getLogger("quantload")
     logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(_ConsoleHandler())
 
 
 @contextmanager
@@ -305,7 +342,7 @@ def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, allow_nan=False))
+    print(json.dumps(value, allow_nan=False), flush=True)
 
 
 def _render(report: Any) -> None:

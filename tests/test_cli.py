@@ -1,0 +1,307 @@
+"""The command line: what is on stdout, what the exit code says, and that no error is a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from quantload import cli
+from quantload.errors import (
+    CheckpointError,
+    LoadCancelledError,
+    MemoryBudgetError,
+    NoKernelError,
+    PolicyError,
+    QuantloadError,
+    RouteError,
+    UnknownSchemeError,
+    UnsafePathError,
+    UnsupportedCheckpointError,
+)
+from quantload.memory import logs
+from quantload.memory.report import LoadReport
+
+Checkpoint = Callable[[str], Path]
+FULL_DISK = Path("/dev/full")
+
+
+class Command:
+    """Runs `quantload` in this process, as its entry point does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capfd = monkeypatch, capfd
+
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr: what reaches the file descriptors, not only what Python printed."""
+        self._monkeypatch.setattr(sys, "argv", ["quantload", *map(str, arguments)])
+        self._capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        out, err = self._capfd.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    def json(self, *arguments: str | Path) -> dict[str, Any]:
+        """What a run with --json printed, and nothing else may have been."""
+        code, out, err = self(*arguments, "--json")
+        assert code == 0, err
+        assert out.endswith("}\n")
+        assert out.count("\n") == 1
+        value: dict[str, Any] = json.loads(out)
+        return value
+
+
+@pytest.fixture
+def quantload(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    return Command(monkeypatch, capfd)
+
+
+# load
+
+
+def test_load_prints_the_report_as_one_json_object(quantload: Command, checkpoint: Checkpoint) -> None:
+    report = quantload.json("load", checkpoint("qwen3_moe"), "--quantization", "quark_mxfp4", "--workers", "1")
+    assert LoadReport.from_dict(report).to_dict() == report
+    assert report["quantization"] == "quark_mxfp4"
+    assert report["device"] == "cpu"
+    assert {layer["kind"] for layer in report["layers"]} == {"linear", "experts"}
+    assert {"name": "lm_head", "reason": "output head"}.items() <= report["kept"][-1].items()
+
+
+def test_log_lines_and_tables_go_to_stderr(quantload: Command, checkpoint: Checkpoint) -> None:
+    code, out, err = quantload("load", checkpoint("llama"))
+    assert (code, out) == (0, "")
+    assert "Online quark_mxfp4 quantization: quantized 14 layers of types:" in err
+    assert "Peak CPU memory during load_weights" in err
+
+
+def test_log_lines_are_not_wrapped(quantload: Command, checkpoint: Checkpoint) -> None:
+    """A log that was written to a file can be parsed, whatever the width of the terminal it was not written to."""
+    _, out, _ = quantload("load", checkpoint("qwen3_moe"), "--json")
+    _, _, err = quantload("load", checkpoint("qwen3_moe"))
+    report = json.loads(out)
+    parsed = logs.parse(err)
+    assert parsed.quantized_layers == len(report["layers"])
+
+
+def test_load_without_a_model_takes_the_bundled_one(quantload: Command) -> None:
+    report = quantload.json("load", "--stats", "off")
+    assert report["quantization"] == "quark_mxfp4"
+    assert len(report["layers"]) > 10
+    assert all(layer["sqnr_db"] is None for layer in report["layers"])
+
+
+def test_the_options_reach_the_load(quantload: Command, checkpoint: Checkpoint) -> None:
+    report = quantload.json(
+        "load", checkpoint("qwen3_moe"), "-q", "fp8_per_channel", "--experts", "int8_per_channel",
+        "--ignore", "*.q_proj", "--ignore", "*.k_proj", "--override", "re:.*v_proj=none",
+        "--override", "*.o_proj=fp8_per_block", "--no-default-ignore", "--chunk", "16KiB", "--staging", "1MiB",
+        "--kernel", "quantize=torch", "--page-cache", "keep", "--max-memory", "1GiB", "--strict",
+    )  # fmt: skip
+    schemes = {(layer["kind"], layer["scheme"]) for layer in report["layers"]}
+    assert schemes == {("linear", "fp8_per_channel"), ("linear", "fp8_per_block"), ("experts", "int8_per_channel")}
+    assert "lm_head" in {layer["name"] for layer in report["layers"]}
+    reasons = {kept["name"].rpartition(".")[2]: kept["reason"] for kept in report["kept"]}
+    assert reasons["q_proj"] == "ignored by pattern '*.q_proj'"
+    assert reasons["k_proj"] == "ignored by pattern '*.k_proj'"
+    assert reasons["v_proj"].startswith("none leaves")
+    assert all("quantize=torch" in layer["kernel"] for layer in report["layers"])
+    assert report["staging_peak_bytes"] <= 1 << 20
+
+
+# plan, schemes, report
+
+
+def test_plan_says_what_load_does(quantload: Command, checkpoint: Checkpoint) -> None:
+    path = checkpoint("qwen3_moe")
+    plan, report = quantload.json("plan", path), quantload.json("load", path)
+    assert plan["final_bytes"] == report["predicted_final_bytes"]
+    assert plan["fallback_conversions"] == report["fallback_conversions"] == 0
+    planned = {module["name"]: module["scheme"] for module in plan["modules"]}
+    assert {name for name, scheme in planned.items() if scheme} == {layer["name"] for layer in report["layers"]}
+    assert {name for name, scheme in planned.items() if not scheme} == {kept["name"] for kept in report["kept"]}
+
+
+def test_plan_for_people(quantload: Command) -> None:
+    code, out, err = quantload("plan")
+    assert (code, out) == (0, "")
+    assert "Predicted memory" in err
+    assert "tied to another parameter" in err
+
+
+def test_schemes(quantload: Command) -> None:
+    value = quantload.json("schemes")
+    assert value["device"] == "cpu"
+    assert [row["name"] for row in value["schemes"]][:2] == ["quark_mxfp4", "fp8_per_tensor"]
+    code, out, _ = quantload("schemes")
+    assert code == 0
+    assert "ptpc_fp8" in out
+
+
+def test_a_saved_report_can_be_shown(quantload: Command, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    printed = quantload.json("load", checkpoint("llama"), "--report", path)
+    assert json.loads(path.read_text()) == printed
+    assert quantload.json("report", path) == printed
+    code, out, err = quantload("report", path)
+    assert (code, out) == (0, "")
+    assert "quark_mxfp4" in err
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["load", "--no-such-option"],
+        ["lode"],
+        ["load", "--workers", "many"],
+        ["load", "--workers", "0"],
+        ["load", "-q", "mxfp5"],
+        ["load", "--override", "q_proj"],
+        ["load", "--kernel", "=torch"],
+        ["load", "--stats", "maybe"],
+        ["load", "--page-cache", "burn"],
+        ["load", "--chunk", "8 parsecs"],
+        ["load", "--chunk", "1"],
+        ["load", "--max-memory", "-1"],
+        ["load", "--device", "gpu"],
+        ["load", "--ignore", "nothing.*", "--strict"],
+        ["load", "--ignore", "re:("],
+        ["schemes", "--device", "gpu"],
+        ["report", "/no/such/report.json"],
+    ],
+    ids=" ".join,
+)
+def test_usage_is_2(arguments: list[str], quantload: Command) -> None:
+    code, out, err = quantload(*arguments)
+    assert (code, out) == (2, "")
+    assert err.strip()
+
+
+def test_a_bad_checkpoint_is_3(quantload: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    code, out, err = quantload("load", tmp_path, "--json")
+    assert (code, out) == (3, "")
+    assert "error: " in err
+
+
+def test_out_of_budget_is_4(quantload: Command) -> None:
+    for command in ("load", "plan"):
+        code, out, err = quantload(command, "--max-memory", "1MiB")
+        assert (code, out) == (4, "")
+        assert "the limit is 1.000 MiB" in err
+
+
+def test_anything_else_is_1(quantload: Command, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    for content in ("[]", "{}", "not json"):
+        other.write_text(content)
+        code, out, err = quantload("report", other)
+        assert (code, out) == (1, "")
+        assert "not a load report" in err
+    code, _, err = quantload("load", "--kernel", "quantize=aiter")
+    assert code == 1
+    assert "numba: can run" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(CheckpointError, 3), (UnsafePathError, 3), (MemoryBudgetError, 4), (PolicyError, 2), (UnknownSchemeError, 2),
+     (RouteError, 1), (NoKernelError, 1), (UnsupportedCheckpointError, 1), (LoadCancelledError, 1),
+     (QuantloadError, 1)],
+)  # fmt: skip
+def test_the_code_of_every_kind_of_error(
+    error: type[QuantloadError], code: int, quantload: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise error("what was [given]")
+
+    monkeypatch.setattr(cli, "app", fail)
+    got, out, err = quantload()
+    assert (got, out) == (code, "")
+    assert "error: what was [given]" in err  # brackets are no markup here
+
+
+def test_an_interrupt_is_130(quantload: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantload.load.load_quantized", interrupted)
+    code, out, _ = quantload("load")
+    assert (code, out) == (130, "")
+
+
+# Places that cannot be written to
+
+
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
+def test_a_report_on_a_full_disk_is_an_error_without_a_traceback(quantload: Command, checkpoint: Checkpoint) -> None:
+    code, out, err = quantload("load", checkpoint("llama"), "--report", FULL_DISK, "--json")
+    assert code == 1
+    assert out == ""
+    assert "/dev/full" in err
+    assert "No space left" in err
+
+
+def test_a_report_that_cannot_be_written_is_an_error_before_the_load(
+    quantload: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("loaded for nothing")
+
+    monkeypatch.setattr("quantload.load.load_quantized", loaded)
+    for path in (tmp_path / "no" / "such" / "folder.json", tmp_path):
+        code, out, err = quantload("load", "--report", path)
+        assert (code, out) == (1, "")
+        assert str(path) in err
+
+
+def run(*arguments: str, stdout: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "quantload.cli", *arguments],
+        stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
+def test_stdout_on_a_full_disk(tmp_path: Path) -> None:
+    saved = tmp_path / "report.json"
+    values = dict.fromkeys(
+        ("seconds", "bytes_read", "checkpoint_bytes", "final_bytes", "peak_bytes", "staging_peak_bytes",
+         "baseline_bytes", "predicted_final_bytes", "predicted_peak_bytes"), 1,
+    )  # fmt: skip
+    saved.write_text(json.dumps({"model": "m", "quantization": "none", "device": "cpu", **values}))
+    with FULL_DISK.open("w") as full:
+        done = run("report", str(saved), "--json", stdout=full)
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+# Startup
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, quantload.cli; print(sorted({'torch', 'transformers', 'numba'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "[]\n"
+
+
+def test_help_lists_every_command() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    for command in ("load", "plan", "serve", "schemes", "report"):
+        assert f" {command} " in done.stdout

@@ -1,0 +1,74 @@
+"""Options and policies: frozen, checked, and strict about what they do not know."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import pytest
+from quantload import LoadOptions, QuantizationPolicy
+from quantload.errors import PolicyError
+
+
+def test_defaults() -> None:
+    options = LoadOptions()
+    assert options.chunk_bytes == 8 << 20
+    assert (options.staging_bytes, options.max_memory, options.workers) == (None, None, None)
+    assert options.worker_count() == len(os.sched_getaffinity(0))
+    assert LoadOptions(workers=3).worker_count() == 3
+    assert QuantizationPolicy() == QuantizationPolicy("quark_mxfp4", None, (), (), True)
+
+
+@pytest.mark.parametrize("cls", [LoadOptions, QuantizationPolicy])
+def test_frozen(cls: Any) -> None:
+    value = cls()
+    for field in dataclasses.fields(cls):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, field.name, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"chunk_bytes": 4095}, "chunk_bytes is 4095; give at least 4096"),
+        ({"workers": 0}, "workers is 0"),
+        ({"page_cache": "burn"}, "page_cache is 'burn'; choose auto, keep or drop"),
+        ({"activations": "some"}, "activations is 'some'; choose auto, none or emulate"),
+        ({"retries": -1}, "retries is -1"),
+        ({"staging_bytes": 0}, "staging_bytes is 0; give a positive number"),
+        ({"max_memory": -5}, "max_memory is -5"),
+    ],
+)
+def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        LoadOptions(**values)
+    with pytest.raises(PolicyError, match=message):
+        LoadOptions.from_mapping(values)
+
+
+@pytest.mark.parametrize("cls", [LoadOptions, QuantizationPolicy])
+def test_an_unknown_key_is_an_error_that_lists_the_known_ones(cls: Any) -> None:
+    with pytest.raises(PolicyError) as caught:
+        cls.from_mapping({"chunk": 1, "lineer": 2})
+    message = str(caught.value)
+    assert message.startswith(f"{cls.__name__} does not know 'chunk', 'lineer'; it knows ")
+    assert all(field.name in message for field in dataclasses.fields(cls))
+
+
+def test_options_from_a_mapping() -> None:
+    assert LoadOptions.from_mapping({}) == LoadOptions()
+    assert LoadOptions.from_mapping({"workers": 2, "stats": False}) == LoadOptions(workers=2, stats=False)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"a": "none", "b": "fp8_per_block"}, [["a", "none"], ["b", "fp8_per_block"]]],
+    ids=["mapping", "pairs"],
+)
+def test_a_policy_from_parsed_json(overrides: Any) -> None:
+    policy = QuantizationPolicy.from_mapping({"linear": "none", "ignore": ["x", "y"], "overrides": overrides})
+    assert policy == QuantizationPolicy(
+        linear="none", ignore=("x", "y"), overrides=(("a", "none"), ("b", "fp8_per_block"))
+    )
+    assert hash(policy) == hash(policy)

@@ -1,0 +1,111 @@
+"""The names users may rely on, and what they take."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+
+import pytest
+import quantload
+from quantload import errors
+
+
+def test_what_the_package_offers() -> None:
+    assert sorted(quantload.__all__) == [
+        "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantloadError", "load_quantized", "plan_quantized",
+    ]  # fmt: skip
+    assert dir(quantload) == sorted(quantload.__all__)
+    for name in quantload.__all__:
+        assert getattr(quantload, name).__name__ == name
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="module 'quantload' has no attribute 'load_quantised'"):
+        _ = quantload.load_quantised
+
+
+def signature(function: object) -> list[tuple[str, bool, object]]:
+    """(name, keyword only, default) of every parameter."""
+    parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    return [(p.name, p.kind is p.KEYWORD_ONLY, p.default) for p in parameters]
+
+
+COMMON = [
+    ("model_id", False, inspect.Parameter.empty),
+    ("quantization", False, "auto"),
+    ("device", True, "auto"),
+    ("policy", True, None),
+    ("options", True, None),
+    ("revision", True, None),
+    ("trust_remote_code", True, False),
+]
+
+
+def test_load_quantized() -> None:
+    assert signature(quantload.load_quantized) == [*COMMON, ("progress", True, None)]
+
+
+def test_plan_quantized() -> None:
+    assert signature(quantload.plan_quantized) == COMMON
+
+
+def fields(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def test_the_fields_of_a_report() -> None:
+    assert fields(quantload.LoadReport) == [
+        "model", "quantization", "device", "seconds", "bytes_read", "checkpoint_bytes", "final_bytes", "peak_bytes",
+        "staging_peak_bytes", "baseline_bytes", "predicted_final_bytes", "predicted_peak_bytes",
+        "fallback_conversions", "layers", "kept", "timeline",
+    ]  # fmt: skip
+
+
+def test_the_fields_of_its_parts() -> None:
+    from quantload.memory.report import KeptReport, LayerReport, TimelinePoint
+
+    assert fields(LayerReport) == [
+        "name", "kind", "scheme", "kernel", "bytes_in", "bytes_out", "numel", "sqnr_db", "max_abs_error", "amax",
+        "saturated_fraction", "zero_fraction",
+    ]  # fmt: skip
+    assert fields(KeptReport) == ["name", "reason", "bytes"]
+    assert fields(TimelinePoint) == ["seconds", "bytes_read", "memory"]
+
+
+def test_policy_fields() -> None:
+    assert fields(quantload.QuantizationPolicy) == ["linear", "experts", "ignore", "overrides", "default_ignore"]
+
+
+TREE = {
+    "CheckpointError": ["TruncatedShardError", "CorruptHeaderError", "MissingShardError", "UnsafePathError",
+                        "NonFiniteWeightError"],
+    "RouteError": ["MissingWeightsError", "UnexpectedWeightsError", "ShapeMismatchError"],
+    "PolicyError": ["UnknownSchemeError", "UnmatchedPatternError"],
+    "QuantloadError": ["CheckpointError", "RouteError", "PolicyError", "MemoryBudgetError", "NoKernelError",
+                       "UnsupportedCheckpointError"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("parent", "child"), [(p, c) for p, children in TREE.items() for c in children])
+def test_the_error_tree(parent: str, child: str) -> None:
+    assert getattr(errors, child).__bases__ == (getattr(errors, parent),)
+
+
+def test_the_drawing_of_the_tree_is_complete() -> None:
+    drawn = errors.__doc__ or ""
+    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    for cls in classes:
+        (line,) = [line for line in drawn.splitlines() if cls.__name__ in line.split()]
+        assert line.index(cls.__name__) == 4 * (len(cls.__mro__) - len(errors.QuantloadError.__mro__)), cls
+
+
+@pytest.mark.parametrize(
+    "module", ["quantload", "quantload.errors", "quantload.options", "quantload.memory.logs",
+               "quantload.memory.pytest_plugin", "quantload.memory.report"],
+)  # fmt: skip
+def test_a_light_import_does_not_bring_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'numba', 'triton'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,112 @@
+"""Conversions that compute instead of moving: transformers' own operation on whole tensors, and the report says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import BY_NAME, logits, reference
+from quantload import LoadOptions, load_quantized, plan_quantized
+from quantload.errors import NonFiniteWeightError
+from safetensors.torch import load_file, save_file
+from transformers import conversion_mapping
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+
+Checkpoint = Callable[[str], Path]
+
+
+class Halve(ConversionOps):
+    """Arithmetic: no movement of elements describes it."""
+
+    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return {name: self._half(value) for name, value in input_dict.items()}
+
+    def _half(self, value: Any) -> Any:
+        return [x * 0.5 for x in value] if isinstance(value, list) else value * 0.5
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def halving(monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint) -> None:
+    """While this lasts, Qwen3-MoE checkpoints hold experts and key projections of twice their size."""
+    checkpoint("qwen3_moe")  # is written with the mapping that transformers has
+    mapping = [
+        WeightConverter(
+            ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            "mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1), Halve()],
+        ),
+        WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]),
+        WeightConverter("self_attn.k_proj.weight", "self_attn.k_proj.weight", operations=[Halve()]),
+        WeightConverter("self_attn.k_norm.weight", "self_attn.k_norm.weight", operations=[Halve()]),
+    ]
+    cache = conversion_mapping._checkpoint_conversion_mapping_cache
+    monkeypatch.setitem(cache, "qwen3_moe", mapping)
+
+
+GROUPS = 2 * 3
+"""Two layers, each with gate-up, key projection and key norm; what only moves, down_proj, is not among them."""
+
+
+@pytest.mark.usefixtures("halving")
+def test_the_model_is_the_one_transformers_makes(checkpoint: Checkpoint) -> None:
+    path, architecture = checkpoint("qwen3_moe"), BY_NAME["qwen3_moe"]
+    want = reference(path, architecture)
+    got = load_quantized(path, "none")
+    assert list(got.state_dict()) == list(want.state_dict())
+    for name, tensor in want.state_dict().items():
+        assert torch.equal(got.state_dict()[name], tensor), name
+    assert torch.equal(logits(got, architecture.inputs()), logits(want, architecture.inputs()))
+    assert got.load_report.fallback_conversions == GROUPS
+
+
+@pytest.mark.usefixtures("halving")
+@pytest.mark.parametrize("scheme", ["quark_mxfp4", "fp8_per_tensor", "fp8_per_block"])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_its_codes_are_those_of_the_converted_weights(scheme: str, workers: int, checkpoint: Checkpoint) -> None:
+    path = checkpoint("qwen3_moe")
+    want = reference(path, BY_NAME["qwen3_moe"])
+    got = load_quantized(path, scheme, options=LoadOptions(workers=workers, chunk_bytes=4096))
+    assert got.load_report.fallback_conversions == GROUPS
+    experts = "model.layers.1.mlp.experts"
+    for name, parameter in ((experts, "gate_up_proj"), ("model.layers.0.self_attn.k_proj", "weight")):
+        module = got.get_submodule(name)
+        values = module.dequantize(parameter)
+        converted = want.get_submodule(name).get_parameter(parameter).float()
+        assert float((values - converted).norm() / converted.norm()) < 0.15
+        assert float((values - 2 * converted).norm() / converted.norm()) > 0.5
+
+
+@pytest.mark.usefixtures("halving")
+def test_the_plan_knows_and_its_peak_has_room_for_the_group(checkpoint: Checkpoint) -> None:
+    path = checkpoint("qwen3_moe")
+    with_groups = plan_quantized(path).plan
+    assert with_groups.whole_conversions == GROUPS
+    gate_up = 4 * 2 * 32 * 64 * 2
+    assert with_groups.memory.slack_bytes >= (64 << 20) + 2 * gate_up
+
+
+def test_without_such_a_conversion_there_is_no_fallback(checkpoint: Checkpoint) -> None:
+    assert load_quantized(checkpoint("qwen3_moe")).load_report.fallback_conversions == 0
+
+
+@pytest.mark.usefixtures("halving")
+def test_a_weight_of_a_group_that_is_not_finite_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = checkpoint("qwen3_moe")
+    for file in source.glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    (shard,) = source.glob("*.safetensors")
+    tensors = load_file(shard)
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, tmp_path / shard.name, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteWeightError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        load_quantized(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3_moe"

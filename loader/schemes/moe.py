@@ -81,7 +81,7 @@ class QuantizedMoEScheme(MoEScheme):
             weighted[expert_ids >= int(layer.num_experts)] = 0  # type: ignore[arg-type]
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
-        return weighted[back].view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+        return weighted[back].view(tokens, top_k, hidden_states.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
     def _expert(self, layer: Any, expert: int, x: Tensor) -> Tensor:
         first = "gate_up_proj" if layer.has_gate else "up_proj"

@@ -50,6 +50,9 @@ class Coordinates(torch.Tensor):
 
     boxes: list[Box]
 
+    def __repr__(self, **_: Any) -> str:
+        return f"Coordinates({list(self.shape)}, {self.dtype}, {len(self.boxes)} boxes)"
+
     @classmethod
     def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype) -> Coordinates:
         """The identity map of the source tensor `name`."""

@@ -63,9 +63,7 @@ def test_moves_as_data_does(operation: Operation, shapes: list[tuple[int, ...]])
     check(operation, *shapes)
 
 
-@given(
-    st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.permutations([0, 1, 2]), st.permutations([0, 1, 2])
-)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.permutations([0, 1, 2]), st.permutations([0, 1, 2]))
 def test_reshape_of_any_permutation(a: int, b: int, c: int, first: list[int], second: list[int]) -> None:
     check(lambda x: x.permute(first).reshape(a * b, c).reshape(c, a, b).permute(second).reshape(-1), (a, b, c))
 
@@ -84,4 +82,10 @@ def test_a_box_across_a_reshaped_border_is_cut() -> None:
 def test_too_many_boxes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantload.model.coordinates.MAX_BOXES", 8)
     with pytest.raises(NotExpressible, match="8 boxes"):
-        Coordinates.of("t", (16, 2), torch.float32).T.reshape(32).reshape(16, 2).T.reshape(-1)
+        Coordinates.of("t", (2, 16), torch.float32).T.reshape(32)
+
+
+def test_it_can_be_printed() -> None:
+    moved = torch.cat([Coordinates.of("a", (2, 3), torch.float32), Coordinates.of("b", (4, 3), torch.float32)])
+    assert repr(moved) == "Coordinates([6, 3], torch.float32, 2 boxes)"
+    assert str([moved]) == f"[{moved!r}]"

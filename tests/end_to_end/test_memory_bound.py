@@ -139,7 +139,8 @@ def assert_log(measured: Measured) -> None:
     parsed = logs.parse(measured.log)
     assert (parsed.kind, parsed.scheme, parsed.quantized_layers) == ("CPU", "quark_mxfp4", 7)
     assert parsed.peak_bytes == pytest.approx(report["peak_bytes"], abs=gib / 1000)
-    assert parsed.increase_bytes == pytest.approx(report["final_bytes"], abs=16 * MIB)
+    # In a cold process modeling code and compiled kernels come with the model, and stay.
+    assert parsed.increase_bytes == pytest.approx(report["final_bytes"], abs=40 * MIB)
 
 
 def test_one_big_tensor_from_a_cold_process(one_big_tensor: Path) -> None:

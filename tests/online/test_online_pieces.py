@@ -92,6 +92,7 @@ class World:
     sinks: dict[str, Sink] = dataclasses.field(default_factory=dict)
     spans: dict[str, list[Span]] = dataclasses.field(default_factory=dict)
     whole: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    modules: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def entries(self) -> list[TensorEntry]:
         at, found = 0, []
@@ -116,7 +117,7 @@ class World:
     def direct(self, name: str, operation: Operation) -> None:
         """A parameter kept as stored."""
         moved, self.whole[name] = operation(self.coordinates()), operation(self.data)
-        module = nn.Module()
+        module = self.modules[name] = nn.Module()
         module.register_parameter("p", nn.Parameter(torch.empty(self.whole[name].shape, device="meta")))
         loader = DirectWeightLoader(module, "p", name, torch.float32, FinalStorage(torch.device("cpu")))
         self.sinks[name] = Sink(torch.empty(0), loader)
@@ -144,7 +145,7 @@ class World:
         for name, sink in self.sinks.items():
             if sink.direct:
                 assert sink.loader.tracker.complete, name
-                assert torch.equal(sink.loader._module.p, self.whole[name]), name
+                assert torch.equal(self.modules[name].p, self.whole[name]), name
             else:
                 sink.loader.check_done()
         return pieces
@@ -301,7 +302,7 @@ def test_another_dtype_is_converted_on_the_way() -> None:
     world.direct("p", lambda t: t["t0"])
     pieces = world.run(32)
     assert all(piece.target is None for piece in pieces)
-    assert world.sinks["p"].loader._module.p.dtype == torch.float32
+    assert world.modules["p"].p.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

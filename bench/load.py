@@ -17,11 +17,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from checkpoints import RECIPES, WORK_FOLDER, make, shards_of
-from load_process import Limits, Run, run_loader, set_page_cache
+from load_process import Limits, Run, run_loader, set_page_cache, touch_memory
 from load_results import Goals, Row, print_goals, print_rows, summarize
 from loaders import LOADERS, Loader
 from machine import describe_machine, headline
@@ -30,6 +31,7 @@ WARM_UP_SCALE = 0.002
 COLD_LOADERS = ("read-only", "quark_mxfp4", "fp8_per_channel", "int8_per_channel")
 COLD_REPEATS = 3
 MEMORY_SHARE = 0.8
+TOUCH_FACTOR = {"floor": 0.1, "quantload": 1.0, "peer": 2.5}  # of the checkpoint: what each may need at its peak
 
 
 def _arguments() -> argparse.Namespace:
@@ -45,6 +47,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--slow", type=float, default=60, help="a loader slower than this is not repeated (seconds)")
     parser.add_argument("--timeout", type=float, default=900, help="limit for imports and load of one run (seconds)")
     parser.add_argument("--generate-timeout", type=float, default=180, help="limit for the eight tokens (seconds)")
+    parser.add_argument("--no-touch", action="store_true", help="do not touch free memory before each load")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--cold", action="store_true", help="only the cold runs")
     only.add_argument("--warm", action="store_true", help="only the warm runs")
@@ -90,15 +93,31 @@ class Bench:
         files = shards_of(folder)
         loaders = self.loaders_for(checkpoint, cold)
         done: dict[str, list[Run]] = {loader.name: [] for loader in loaders}
+        size = sum(path.stat().st_size for path in files)
+
         for loader in self._turns(loaders, cold, done):
-            cached = set_page_cache(files, cold)
             python = self.options.peers_python if loader.family == "peer" else sys.executable
             generate = not (done[loader.name] or cold or self.options.no_generate)
-            run = run_loader(python, loader.name, folder, warm_up, self.limits, generate)
+            run = run_loader(
+                python,
+                loader.name,
+                folder,
+                warm_up=warm_up,
+                limits=self.limits,
+                generate=generate,
+                before_load=partial(self._set_scene, files, cold, TOUCH_FACTOR[loader.family]),
+            )
             done[loader.name].append(run)
-            self._note(checkpoint, loader, cold, cached, run)
-        size = sum(path.stat().st_size for path in files)
+            self._note(checkpoint, loader, cold, run)
         self.rows += [summarize(checkpoint, name, cold, size, runs) for name, runs in done.items()]
+
+    def _set_scene(self, files: list[Path], cold: bool, touch_factor: float) -> dict[str, Any]:
+        cached = set_page_cache(files, cold)
+        rate = None
+        if not self.options.no_touch:
+            size = int(touch_factor * sum(path.stat().st_size for path in files))
+            rate = touch_memory(min(size, self.limits.memory_bytes // 2))
+        return {"cached_before": cached, "first_touch_bytes_per_second": rate}
 
     def _turns(self, loaders: Sequence[Loader], cold: bool, done: dict[str, list[Run]]) -> Iterator[Loader]:
         repeats = {
@@ -114,8 +133,8 @@ class Bench:
                 if turn < repeats[loader.name] and not settled:
                     yield loader
 
-    def _note(self, checkpoint: str, loader: Loader, cold: bool, cached: float, run: Run) -> None:
-        record = {"checkpoint": checkpoint, "loader": loader.name, "cold": cold, "cached_before": cached}
+    def _note(self, checkpoint: str, loader: Loader, cold: bool, run: Run) -> None:
+        record = {"checkpoint": checkpoint, "loader": loader.name, "cold": cold}
         self.runs.append({**record, **run.to_dict()})
         seconds = run.facts.get("seconds")
         outcome = run.detail if seconds is None else f"{seconds:.3f} s"
@@ -136,12 +155,17 @@ def save(bench: Bench, machine: dict[str, Any], goals: list[Any], options: argpa
     options.results.mkdir(parents=True, exist_ok=True)
     reduced = "" if options.scale == 1 else f"-scale{options.scale:g}"
     path: Path = options.results / f"load-{machine['date'][:10]}{reduced}.json"
-    settings = {"scale": options.scale, "warm_up": not options.no_warm_up, "repeats": options.repeats}
+    settings = {"scale": options.scale, "warm_up": not options.no_warm_up, "touch": not options.no_touch}
     for run in bench.runs:
         run.pop("versions", None)
     result = {
         "machine": machine,
-        "settings": {**settings, "peer_repeats": options.peer_repeats, "cold_repeats": COLD_REPEATS},
+        "settings": {
+            **settings,
+            "repeats": options.repeats,
+            "peer_repeats": options.peer_repeats,
+            "cold_repeats": COLD_REPEATS,
+        },
         "rows": [row.to_dict() for row in bench.rows],
         "goals": [vars(goal) for goal in goals],
         "runs": bench.runs,

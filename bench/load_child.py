@@ -14,6 +14,7 @@ import importlib
 import json
 import math
 import os
+import resource
 import sys
 import time
 import traceback
@@ -223,6 +224,16 @@ def measure(model: Any, folder: Path, baseline: dict[str, int]) -> dict[str, Any
     return facts
 
 
+def _spent(before: resource.struct_rusage) -> dict[str, float]:
+    """Processor time and page faults of this process since `before`: tells a busy machine from a slow loader."""
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "user_seconds": now.ru_utime - before.ru_utime,
+        "system_seconds": now.ru_stime - before.ru_stime,
+        "page_faults": now.ru_minflt - before.ru_minflt,
+    }
+
+
 def run(events: Events, loader: Loader, folder: Path, warm_up: Path | None, with_generate: bool) -> None:
     """The whole life of this process, told in events."""
     phase = "import"
@@ -233,10 +244,11 @@ def run(events: Events, loader: Loader, folder: Path, warm_up: Path | None, with
         baseline = process_memory()
         events.send("ready", versions=library_versions(), baseline=baseline, **facts)
         sys.stdin.readline()
+        before = resource.getrusage(resource.RUSAGE_SELF)
         start = time.perf_counter()
         model = load(folder)
         seconds = time.perf_counter() - start
-        events.send("loaded", seconds=seconds)
+        events.send("loaded", seconds=seconds, **_spent(before))
         phase = "measure"
         events.send("measured", **measure(model, folder, baseline))
         if with_generate and model is not None:

@@ -32,6 +32,7 @@ class Row:
     seconds: float | None = None
     seconds_all: tuple[float, ...] = ()
     checkpoint_bytes: int = 0
+    cpu_seconds: float | None = None
     warm_up_seconds: float | None = None
     final_bytes: int | None = None
     peak_anon: int | None = None
@@ -74,6 +75,7 @@ def summarize(checkpoint: str, loader: str, cold: bool, checkpoint_bytes: int, r
         return Row(checkpoint, loader, cold, bad[0].status, bad[0].detail, len(runs), checkpoint_bytes=checkpoint_bytes)
     seconds = tuple(run.facts["seconds"] for run in good)
     warm_ups = [run.facts["warm_up_seconds"] for run in good if "warm_up_seconds" in run.facts]
+    cpu = [run.facts["user_seconds"] + run.facts["system_seconds"] for run in good if "user_seconds" in run.facts]
     shares = good[0].facts.get("quantized", {})
     generates, problem = _generate_verdict(good)
     return Row(
@@ -86,6 +88,7 @@ def summarize(checkpoint: str, loader: str, cold: bool, checkpoint_bytes: int, r
         seconds=statistics.median(seconds),
         seconds_all=seconds,
         checkpoint_bytes=checkpoint_bytes,
+        cpu_seconds=statistics.median(cpu) if cpu else None,
         warm_up_seconds=statistics.median(warm_ups) if warm_ups else None,
         final_bytes=_worst(good, "final_bytes"),
         peak_anon=_worst(good, "peak_anon"),
@@ -128,6 +131,7 @@ HEADER = (
     "runs",
     "seconds",
     "GB/s",
+    "cpu s",
     "start-up s",
     "final GB",
     "peak anon GB",
@@ -149,6 +153,7 @@ def _cells(row: Row) -> list[str]:
         str(row.runs),
         f"{row.seconds:.3f}",
         _gb(row.rate),
+        "-" if row.cpu_seconds is None else f"{row.cpu_seconds:.2f}",
         "-" if row.warm_up_seconds is None else f"{row.warm_up_seconds:.1f}",
         _gb(row.final_bytes, 3),
         _gb(row.peak_anon, 3),

@@ -109,7 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_process_tells_time_memory_and_what_it_quantized(folder: Path) -> None:
-    run = load_process.run_loader(sys.executable, "quark_mxfp4", folder, None, LIMITS, generate=False)
+    run = load_process.run_loader(sys.executable, "quark_mxfp4", folder, limits=LIMITS)
     assert run.status == "ok", run.detail
     assert run.facts["quantized"] == {"linear": 1.0, "expert": 1.0}
     assert run.facts["final_bytes"] == run.facts["report"]["final_bytes"]
@@ -119,13 +119,13 @@ def test_a_process_tells_time_memory_and_what_it_quantized(folder: Path) -> None
 
 def test_a_load_over_the_memory_limit_is_stopped(folder: Path) -> None:
     limits = Limits(load_seconds=120, generate_seconds=120, memory_bytes=-1)
-    run = load_process.run_loader(sys.executable, "read-only", folder, None, limits, generate=False)
+    run = load_process.run_loader(sys.executable, "read-only", folder, limits=limits)
     assert (run.status, "anonymous memory" in run.detail) == ("killed", True)
 
 
 def test_a_load_over_its_time_is_stopped(folder: Path) -> None:
     limits = Limits(load_seconds=0, generate_seconds=120, memory_bytes=8 << 30)
-    run = load_process.run_loader(sys.executable, "read-only", folder, None, limits, generate=False)
+    run = load_process.run_loader(sys.executable, "read-only", folder, limits=limits)
     assert (run.status, run.detail) == ("timeout", "over 0 s")
 
 
@@ -138,5 +138,5 @@ def test_an_interpreter_that_cannot_start_is_reported_with_its_last_words(folder
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho no such interpreter >&2\nexit 3\n")
     broken.chmod(0o755)
-    run = load_process.run_loader(str(broken), "read-only", folder, None, LIMITS, generate=False)
+    run = load_process.run_loader(str(broken), "read-only", folder, limits=LIMITS)
     assert (run.status, run.detail) == ("failed", "exit code 3: no such interpreter")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.reader import ReadTotals
+from .errors import PolicyError
 from .memory import logs
 from .memory.ledger import Ledger
 from .memory.probes import probe_for
@@ -35,6 +36,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._plan: LoadPlan | None = None
         self._assignments: dict[str, Assignment] = {}
+        _check_usable(device)
         self.ledger = Ledger(probe_for(device))
 
     def __enter__(self) -> Self:
@@ -122,6 +124,18 @@ class Recorder:
         kind = self.ledger.probe.kind
         logs.log_peak(kind, report.peak_bytes, report.final_bytes, report.staging_peak_bytes)
         logs.log_loaded(report.bytes_read, report.seconds)
+
+
+def _check_usable(device: torch.device) -> None:
+    """Raise `PolicyError` for a device that torch knows and nothing can be loaded onto here."""
+    if device.type not in ("cpu", "cuda"):
+        raise PolicyError(f"device is {str(device)!r}; quantload loads onto cpu and cuda (CUDA or ROCm)")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise PolicyError(
+            f"device is {str(device)!r}; torch {torch.__version__} sees {count} CUDA or ROCm devices here: "
+            f"choose one of those, or cpu"
+        )
 
 
 def tensor_bytes(module: nn.Module) -> int:

@@ -91,6 +91,8 @@ def test_log_lines_are_not_wrapped(quantload: Command, checkpoint: Checkpoint) -
     report = json.loads(out)
     parsed = logs.parse(err)
     assert parsed.quantized_layers == len(report["layers"])
+    assert sorted(parsed.layer_types or ()) == sorted({layer["name"].rpartition(".")[2] for layer in report["layers"]})
+    assert max(map(len, err.splitlines())) > 80
 
 
 def test_load_without_a_model_takes_the_bundled_one(quantload: Command) -> None:
@@ -176,6 +178,8 @@ def test_a_saved_report_can_be_shown(quantload: Command, checkpoint: Checkpoint,
         ["load", "--chunk", "1"],
         ["load", "--max-memory", "-1"],
         ["load", "--device", "gpu"],
+        ["load", "--device", "cuda:99"],
+        ["load", "--device", "meta"],
         ["load", "--ignore", "nothing.*", "--strict"],
         ["load", "--ignore", "re:("],
         ["schemes", "--device", "gpu"],

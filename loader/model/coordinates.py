@@ -50,7 +50,7 @@ class Coordinates(torch.Tensor):
 
     boxes: list[Box]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Coordinates({list(self.shape)}, {self.dtype}, {len(self.boxes)} boxes)"
 
     @classmethod

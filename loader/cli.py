@@ -15,7 +15,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import CheckpointError, MemoryBudgetError, PolicyError, QuantloadError
+from .errors import (
+    CheckpointError,
+    MemoryBudgetError,
+    PolicyError,
+    QuantloadError,
+    RouteError,
+    UnsupportedCheckpointError,
+)
 
 if TYPE_CHECKING:
     from .options import LoadOptions, QuantizationPolicy
@@ -246,7 +253,7 @@ def _drop_stdout() -> None:
 
 
 def _exit_code(error: QuantloadError) -> int:
-    if isinstance(error, CheckpointError):
+    if isinstance(error, (CheckpointError, RouteError, UnsupportedCheckpointError)):
         return EXIT_CHECKPOINT
     if isinstance(error, MemoryBudgetError):
         return EXIT_BUDGET

@@ -222,7 +222,7 @@ def test_anything_else_is_1(quantload: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [(CheckpointError, 3), (UnsafePathError, 3), (MemoryBudgetError, 4), (PolicyError, 2), (UnknownSchemeError, 2),
-     (RouteError, 1), (NoKernelError, 1), (UnsupportedCheckpointError, 1), (LoadCancelledError, 1),
+     (RouteError, 3), (NoKernelError, 1), (UnsupportedCheckpointError, 3), (LoadCancelledError, 1),
      (QuantloadError, 1)],
 )  # fmt: skip
 def test_the_code_of_every_kind_of_error(

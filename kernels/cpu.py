@@ -147,7 +147,11 @@ def _dequantize_function(fmt: WeightFormat, kind: str) -> cpu_build.KernelFuncti
 
 
 def _address(tensor: torch.Tensor) -> tuple[int, int]:
-    """Address of the first element and bytes between rows."""
+    """Address of the first element and bytes between rows; what is handed over is read without another look."""
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"a CPU kernel was given a tensor on {tensor.device}; move the whole layer, or its input, to cpu"
+        )
     return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +35,7 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 app = typer.Typer(
     help="Stream a checkpoint straight into a quantized model.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_show_locals=False,  # an API key may be among them
 )
@@ -57,6 +60,21 @@ Activations = Annotated[str, typer.Option(help="auto, none or emulate.")]
 Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code the checkpoint ships.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(metadata.version("quantload"))
+        raise typer.Exit
+
+
+@app.callback(epilog="Exit codes: 0; 2 usage; 3 bad checkpoint; 4 out of budget; 1 other.")
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Stream a checkpoint straight into a quantized model."""
 
 
 @app.command()
@@ -146,7 +164,7 @@ def serve(
     model: Model = None,
     quantization: Quantization = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="QUANTLOAD_API_KEY", help="Required of every request but /health.")
     ] = None,
@@ -172,6 +190,7 @@ def serve(
     trust_remote_code: Trust = False,
 ) -> None:
     """Load a model and serve it over an OpenAI-compatible API, with /metrics, /health and /load_report."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the server takes over as soon as it listens
     policy = _policy(experts, ignore, override, no_default_ignore)
     options = _options(max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations)
     try:
@@ -355,7 +374,7 @@ def _print_json(value: dict[str, Any]) -> None:
 def _render(report: Any) -> None:
     from .memory.report import render
 
-    render(report, console)
+    render(report, Console())
 
 
 def _render_plan(memory: Any, modules: list[dict[str, Any]]) -> None:
@@ -370,7 +389,8 @@ def _render_plan(memory: Any, modules: list[dict[str, Any]]) -> None:
         ("peak", memory.peak_bytes),
     ):
         table.add_row(label, format_bytes(size))
-    console.print(table)
+    out = Console()
+    out.print(table)
     counted: dict[tuple[str, str, str], int] = {}
     for module in modules:
         key = (module["kind"], module["scheme"] or "as stored", module["reason"])
@@ -378,7 +398,7 @@ def _render_plan(memory: Any, modules: list[dict[str, Any]]) -> None:
     decisions = Table("modules", "kind", "scheme", "reason")
     for (kind, scheme, reason), count in counted.items():
         decisions.add_row(str(count), kind, scheme, reason)
-    console.print(decisions)
+    out.print(decisions)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def load_quantized(
             draft.index.shards,
             workers=plan.workers,
             chunk_bytes=plan.chunk_bytes,
-            staging_bytes=options.staging_bytes,
+            staging_bytes=plan.memory.staging_bytes,
             on_progress=recorder.on_bytes,
         )
         totals = reader.run(plan.pieces)

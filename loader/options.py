@@ -48,6 +48,7 @@ class LoadOptions:
     kernels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.chunk_bytes < 4096:
             raise PolicyError(f"chunk_bytes is {self.chunk_bytes}; give at least 4096")
         if self.workers is not None and self.workers < 1:
@@ -62,6 +63,18 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise PolicyError(f"{name} is {value}; give a positive number of bytes")
+
+    def _check_types(self) -> None:
+        for name in ("chunk_bytes", "retries", "staging_bytes", "max_memory", "workers"):
+            value = getattr(self, name)
+            may_be_none = name not in ("chunk_bytes", "retries")
+            if not (isinstance(value, int) and not isinstance(value, bool)) and not (value is None and may_be_none):
+                raise PolicyError(f"{name} is {value!r}; give a whole number")
+        for name in ("stats", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise PolicyError(f"{name} is {getattr(self, name)!r}; give True or False")
+        if not isinstance(self.kernels, Mapping):
+            raise PolicyError(f"kernels is {self.kernels!r}; give a mapping of operation to kernel name")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -90,15 +103,21 @@ class QuantizationPolicy:
     overrides: tuple[tuple[str, str], ...] = ()
     default_ignore: bool = True
 
+    def __post_init__(self) -> None:
+        given: object = self.ignore
+        if isinstance(given, str):
+            raise PolicyError(f"ignore is the string {self.ignore!r}; give a tuple of patterns, ({self.ignore!r},)")
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        if not all(isinstance(pattern, str) for pattern in self.ignore):
+            raise PolicyError(f"ignore is {self.ignore!r}; give patterns as strings")
+        overrides = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
+        pairs = tuple(tuple(pair) if not isinstance(pair, str) else (pair,) for pair in overrides)
+        if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs):
+            raise PolicyError(f"overrides is {self.overrides!r}; give (pattern, scheme) pairs or a mapping")
+        object.__setattr__(self, "overrides", pairs)
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Policy from a mapping such as parsed JSON; an unknown key raises `PolicyError`."""
-        values = dict(values)
-        if "ignore" in values:
-            values["ignore"] = tuple(values["ignore"])
-        if "overrides" in values:
-            overrides = values["overrides"]
-            pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
-            values["overrides"] = tuple((str(pattern), str(scheme)) for pattern, scheme in pairs)
         policy: Self = _from_mapping(cls, values)
         return policy

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from .checkpoint.arena import rounded_slot
 from .checkpoint.headers import TensorEntry
 from .checkpoint.index import CheckpointIndex
 from .checkpoint.pieces import Piece
-from .errors import UnsupportedCheckpointError
+from .errors import PolicyError, UnsupportedCheckpointError
 from .memory.planner import MemoryPlan, ParameterSize, plan_memory
 from .model.routes import CheckpointMap, Routes
 from .model.skeleton import Assignment
@@ -62,8 +63,7 @@ def plan_load(
     pieces += plan_whole(routes.whole, index.tensors, mapped.shapes, loaders.sinks, loaders.landing)
     chunk = max((piece.nbytes for piece in pieces if piece.target is None), default=MIN_CHUNK)
     chunk = max(chunk, min(options.chunk_bytes, 1 << 20))
-    workers = min(options.worker_count(), max(len(pieces), 1))
-    staging = options.staging_bytes or 2 * workers * chunk
+    workers, staging = _staging(options, chunk, len(pieces))
     bytes_in = dict(_bytes_in(mapped, assignments))
     memory = plan_memory(
         _sizes(mapped, loaders, assignments),
@@ -75,6 +75,20 @@ def plan_load(
     return LoadPlan(pieces, chunk, workers, memory, sum(piece.nbytes for piece in pieces), bytes_in, len(routes.whole))
 
 
+def _staging(options: LoadOptions, chunk: int, pieces: int) -> tuple[int, int]:
+    """Workers, and bytes of the arena: two buffers each, and never more than they can use."""
+    workers, pair = min(options.worker_count(), max(pieces, 1)), 2 * rounded_slot(chunk)
+    if options.staging_bytes is None:
+        return workers, workers * pair
+    if options.staging_bytes < pair:
+        raise PolicyError(
+            f"staging is {options.staging_bytes} bytes; one worker needs two buffers of {chunk}, {pair} bytes: "
+            f"give that much, or a smaller chunk"
+        )
+    workers = min(workers, options.staging_bytes // pair)
+    return workers, workers * pair
+
+
 def _check_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoaders) -> None:
     for entry in entries:
         if entry.dtype not in QUANTIZABLE:
@@ -83,7 +97,7 @@ def _check_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoa
                     raise UnsupportedCheckpointError(
                         f"checkpoint tensor {entry.name} is {entry.dtype}; only "
                         f"{', '.join(str(dtype).removeprefix('torch.') for dtype in QUANTIZABLE)} can be quantized: "
-                        f"leave {span.parameter} as stored with an ignore pattern"
+                        f"leave {span.parameter.rpartition('.')[0]} as stored with an ignore pattern"
                     )
 
 

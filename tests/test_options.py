@@ -72,3 +72,30 @@ def test_a_policy_from_parsed_json(overrides: Any) -> None:
         linear="none", ignore=("x", "y"), overrides=(("a", "none"), ("b", "fp8_per_block"))
     )
     assert hash(policy) == hash(policy)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"workers": "2"}, {"workers": 2.5}, {"workers": True}, {"chunk_bytes": "8MiB"}, {"chunk_bytes": None},
+        {"max_memory": "1GiB"}, {"retries": None}, {"stats": "off"}, {"strict": "no"}, {"kernels": None},
+    ],
+)  # fmt: skip
+def test_values_of_the_wrong_type(values: dict[str, Any]) -> None:
+    with pytest.raises(PolicyError, match=next(iter(values))):
+        LoadOptions(**values)
+
+
+def test_a_pattern_is_not_taken_apart_into_letters() -> None:
+    with pytest.raises(PolicyError, match="give a tuple of patterns"):
+        QuantizationPolicy(ignore="*q_proj")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("overrides", [("a=b",), (("a",),), (("a", 3),)])
+def test_overrides_that_are_no_pairs(overrides: Any) -> None:
+    with pytest.raises(PolicyError, match="pairs or a mapping"):
+        QuantizationPolicy(overrides=overrides)
+
+
+def test_overrides_may_be_a_mapping() -> None:
+    assert QuantizationPolicy(overrides={"*": "none"}).overrides == (("*", "none"),)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedCheckpointError
 from ..schemes.base import LinearScheme, MoEScheme
 
 Apply = Callable[[Tensor], Tensor]
@@ -48,6 +49,14 @@ class GivenMethod:
 
     def __reduce__(self) -> tuple[type[GivenMethod], tuple[Any, ...]]:
         return GivenMethod, (self._function, self._module())
+
+
+def refuse_to_save(model: nn.Module, *_: Any, **__: Any) -> None:
+    """Stands for `save_pretrained`, whose folder nothing could read: no config would say what the codes mean."""
+    raise UnsupportedCheckpointError(
+        f"this {type(model).__name__} is quantized and quantload does not write checkpoints yet; "
+        f"keep the original and load it again, or store the codes with torch.save(model.state_dict(), path)"
+    )
 
 
 class QuantizedLinear(nn.Module):

@@ -19,7 +19,7 @@ from ..schemes.base import LinearScheme, MoEScheme
 from ..schemes.policy import Policy, name_reason
 from . import modeling_code, transformers_api
 from .experts import convert_experts, is_fused_experts, unsupported_reason
-from .quantized import QuantizedLinear, QuantizedLinearReadByDtype
+from .quantized import GivenMethod, QuantizedLinear, QuantizedLinearReadByDtype, refuse_to_save
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ModelRecipe:
     def dtype(self) -> torch.dtype:
         """The dtype the config names, which most of its weights will have; BF16 if it names none."""
         dtype = getattr(self.config, "dtype", None)
-        return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
 
     def build(self, index: CheckpointIndex) -> tuple[PreTrainedModel, torch.dtype]:
         """The model on the meta device, and the dtype of what is not quantized."""
@@ -79,6 +79,8 @@ def assign_schemes(model: PreTrainedModel, policy: Policy, dtype: torch.dtype, s
         for name, module, parent in list(_candidates(model))
     ]
     policy.check_patterns(strict)
+    if any(assignment.scheme is not None for assignment in assignments):
+        model.save_pretrained = GivenMethod(refuse_to_save, model)
     return assignments
 
 

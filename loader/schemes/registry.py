@@ -83,6 +83,10 @@ class SchemeFactory:
     """Makes the schemes of one load: one instance for each name and kind, with kernels for one device."""
 
     def __init__(self, device: torch.device, options: LoadOptions) -> None:
+        unknown = sorted(set(options.kernels) - set(kernel_registry.OPERATIONS))
+        if unknown:
+            known = ", ".join(kernel_registry.OPERATIONS)
+            raise PolicyError(f"unknown kernel operations: {', '.join(unknown)}; operations are {known}")
         self.device = device
         self._options = options
         self._made: dict[Any, Any] = {}

@@ -6,16 +6,20 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import AutoProcessor
 
-from ..checkpoint.resolve import resolve
-from ..errors import LoadCancelledError
+from ..checkpoint.resolve import Checkpoint, resolve
+from ..errors import CheckpointError, LoadCancelledError, PolicyError, UnsupportedCheckpointError
 from ..load import load_quantized
 from ..memory.metrics import LoadMetrics
 from ..memory.report import render
+from ..model.skeleton import find_model
 from ..options import LoadOptions, QuantizationPolicy
 from .serve import Progress, serve
+
+SHUTDOWN_SECONDS = 5.0
 
 
 def serve_model(
@@ -34,6 +38,13 @@ def serve_model(
     continuous_batching: bool,
 ) -> None:
     """Load `model_id` in the background and serve it until SIGTERM or SIGINT."""
+    if api_key is not None and not api_key.strip():
+        raise PolicyError("the API key is empty; give one, or leave --api-key and QUANTLOAD_API_KEY out")
+    checkpoint = resolve(model_id, revision)
+    if not find_model(checkpoint, trust_remote_code).cls.can_generate():
+        raise UnsupportedCheckpointError(
+            f"{checkpoint.model_id!r} is no model that generates text; it can be loaded, not served"
+        )
     metrics = LoadMetrics()
 
     def load(progress: Progress, cancel: threading.Event) -> Any:
@@ -54,15 +65,34 @@ def serve_model(
         metrics.on_plan(model.load_plan)
         metrics.on_report(model.load_report)
         render(model.load_report, Console(stderr=True))
+        _first_tokens(model)
         return model
 
     serve(
         load,
-        lambda: AutoProcessor.from_pretrained(resolve(model_id, revision).root, trust_remote_code=trust_remote_code),
+        lambda: _load_processor(checkpoint, trust_remote_code),
         model_name=served_model_name,
         host=host,
         port=port,
         api_key=api_key,
         continuous_batching=continuous_batching,
         metrics=metrics,
+        shutdown_grace=SHUTDOWN_SECONDS,
     )
+
+
+def _load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)
+    except Exception as error:  # processor classes fail in ways of their own
+        raise CheckpointError(
+            f"{checkpoint.model_id!r} has no tokenizer or processor that can be loaded ({error}); "
+            f"put its tokenizer.json and tokenizer_config.json into the folder"
+        ) from error
+
+
+def _first_tokens(model: Any) -> None:
+    """Generate a little before the server says it is ready: the first forward compiles its kernels."""
+    if model.main_input_name == "input_ids":
+        prompt = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from architectures import BY_NAME, logits
 from quantload import load_quantized
-from quantload.errors import RouteError
+from quantload.errors import RouteError, UnsupportedCheckpointError
 from quantload.model.quantized import DtypeFacade, QuantizedLinear, QuantizedLinearReadByDtype
 from quantload.options import LoadOptions
 from quantload.schemes.registry import SchemeFactory
@@ -266,3 +266,18 @@ def test_a_model_goes_with_its_last_reference(name: str, checkpoint: Checkpoint)
         assert [path for path, module in modules.items() if module() is not None] == []
     finally:
         gc.enable()
+
+
+def test_saving_would_write_what_nothing_reads(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = load_quantized(checkpoint("llama"), "quark_mxfp4")
+    with pytest.raises(UnsupportedCheckpointError, match=r"torch\.save"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    load_quantized(checkpoint("llama"), "none").save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_layer_whose_data_is_elsewhere_is_not_read(checkpoint: Checkpoint) -> None:
+    model = load_quantized(checkpoint("llama"), "quark_mxfp4").to("meta")
+    with pytest.raises(ValueError, match="on meta"):
+        model(torch.zeros(1, 4, dtype=torch.long, device="meta"))

@@ -84,12 +84,16 @@ def test_a_kernel_can_be_chosen_by_hand() -> None:
     ("kernels", "message"),
     [
         ({"quantize": "aiter"}, r"no kernel 'aiter' for quantize .* numba: can run; torch: can run"),
-        ({"multiply": "torch"}, r"unknown operations \['multiply'\]"),
     ],
 )
 def test_a_kernel_that_is_not_there(kernels: dict[str, str], message: str) -> None:
     with pytest.raises(NoKernelError, match=message):
         factory(kernels=kernels).linear("quark_mxfp4")
+
+
+def test_a_kernel_operation_that_is_not_there() -> None:
+    with pytest.raises(PolicyError, match="unknown kernel operations: multiply"):
+        factory(kernels={"multiply": "torch"})
 
 
 def test_activations_that_cannot_be_emulated() -> None:

@@ -156,7 +156,9 @@ def plan(
     if as_json:
         _print_json(summary)
     else:
-        _render_plan(draft.plan.memory, modules)
+        from .memory.summary import print_plan
+
+        print_plan(draft.plan.memory, modules, Console())
 
 
 @app.command()
@@ -375,30 +377,6 @@ def _render(report: Any) -> None:
     from .memory.report import render
 
     render(report, Console())
-
-
-def _render_plan(memory: Any, modules: list[dict[str, Any]]) -> None:
-    from .memory.budget import format_bytes
-
-    table = Table("", "bytes", title="Predicted memory", title_justify="left")
-    for label, size in (
-        ("checkpoint", memory.checkpoint_bytes),
-        ("model", memory.final_bytes),
-        ("staging arena", memory.staging_bytes),
-        ("overhead allowance", memory.slack_bytes),
-        ("peak", memory.peak_bytes),
-    ):
-        table.add_row(label, format_bytes(size))
-    out = Console()
-    out.print(table)
-    counted: dict[tuple[str, str, str], int] = {}
-    for module in modules:
-        key = (module["kind"], module["scheme"] or "as stored", module["reason"])
-        counted[key] = counted.get(key, 0) + 1
-    decisions = Table("modules", "kind", "scheme", "reason")
-    for (kind, scheme, reason), count in counted.items():
-        decisions.add_row(str(count), kind, scheme, reason)
-    out.print(decisions)
 
 
 if __name__ == "__main__":

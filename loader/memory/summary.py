@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .budget import GIB, format_bytes
+from .planner import MemoryPlan
 from .report import KeptReport, LayerReport, LoadReport
 
 WORST_LAYERS = 5
@@ -36,6 +38,28 @@ def print_summary(report: LoadReport, console: Console | None = None) -> None:
         f" ({report.bytes_per_second / GIB:.2f} GiB/s){conversions}",
         highlight=False,
     )
+
+
+def print_plan(plan: MemoryPlan, modules: Iterable[Mapping[str, Any]], console: Console) -> None:
+    """Print what a load would take, and what was decided about its modules.
+
+    A module is a mapping with `kind`, `scheme` (None: kept as stored) and `reason`.
+    """
+    table = Table("", "bytes", title="Predicted memory", title_justify="left")
+    for label, size in (
+        ("checkpoint", plan.checkpoint_bytes),
+        ("model", plan.final_bytes),
+        ("staging arena", plan.staging_bytes),
+        ("overhead allowance", plan.slack_bytes),
+        ("peak", plan.peak_bytes),
+    ):
+        table.add_row(label, format_bytes(size))
+    console.print(table)
+    counted = Counter((m["kind"], m["scheme"] or "as stored", m["reason"]) for m in modules)
+    decisions = Table("modules", "kind", "scheme", "reason")
+    for (kind, scheme, reason), count in counted.items():
+        decisions.add_row(str(count), kind, scheme, reason)
+    console.print(decisions)
 
 
 def mean_and_min_sqnr(layers: Iterable[LayerReport]) -> tuple[float, float] | None:

@@ -13,6 +13,7 @@ from .checkpoint.index import CheckpointIndex, read_index
 from .checkpoint.reader import PieceReader
 from .checkpoint.resolve import Checkpoint, resolve
 from .checkpoint.source import FileSource
+from .collector import collector_paused
 from .kernels import cpu  # noqa: F401  # numba comes in with the package, not in the middle of the first load
 from .memory.budget import check_budget
 from .model import transformers_api
@@ -98,14 +99,15 @@ def draft_load(
     rules = Policy(choose_policy(quantization, policy), schemes)
     recipe = find_model(checkpoint, trust_remote_code)
     schemes.warm_up(recipe.dtype)
-    index = read_index(checkpoint)
-    model, dtype = recipe.build(index)
-    mapped = map_checkpoint(model, index.tensors)
-    dtype_of = transformers_api.DtypePlan(model, dtype)
-    assignments = assign_schemes(model, rules, dtype, options.strict)
-    loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
-    routes = build_routes(mapped, loaders.landing)
-    plan = plan_load(model, index, mapped, routes, loaders, assignments, options)
+    with collector_paused():
+        index = read_index(checkpoint)
+        model, dtype = recipe.build(index)
+        mapped = map_checkpoint(model, index.tensors)
+        dtype_of = transformers_api.DtypePlan(model, dtype)
+        assignments = assign_schemes(model, rules, dtype, options.strict)
+        loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
+        routes = build_routes(mapped, loaders.landing)
+        plan = plan_load(model, index, mapped, routes, loaders, assignments, options)
     return Draft(index, model, rules, mapped, assignments, loaders, plan)
 
 

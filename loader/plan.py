@@ -14,6 +14,7 @@ from .checkpoint.index import CheckpointIndex
 from .checkpoint.pieces import Piece
 from .errors import PolicyError, UnsupportedCheckpointError
 from .memory.planner import MemoryPlan, ParameterSize, plan_memory
+from .model import transformers_api
 from .model.routes import CheckpointMap, Routes
 from .model.skeleton import Assignment
 from .online.attach import WeightLoaders
@@ -123,7 +124,7 @@ def loaded_parameters(mapped: CheckpointMap, loaders: WeightLoaders) -> list[str
 
 def _unrouted(model: PreTrainedModel, loaders: WeightLoaders, mapped: CheckpointMap) -> Iterator[torch.Tensor]:
     """Non-persistent buffers, and what is initialized because the model class allows it to be missing."""
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    tied = transformers_api.tied_names(model)
     persistent: Mapping[str, object] = model.state_dict()
     for name, buffer in model.named_buffers():
         if name not in persistent:

@@ -7,7 +7,6 @@ adapter here, or stays as stored with a reason in the report.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..schemes.base import MoEScheme
+from . import transformers_api
 from .quantized import GivenMethod, quantize_experts
 
 IMPLEMENTATION = "quantload"
@@ -46,8 +46,7 @@ def convert_experts(module: Any, scheme: MoEScheme) -> None:
         adapter(module, scheme)
         return
     quantize_experts(module, scheme)
-    module.config = copy.copy(module.config)
-    module.config._experts_implementation_internal = IMPLEMENTATION
+    transformers_api.choose_experts_forward(module, IMPLEMENTATION)
 
 
 def registered_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

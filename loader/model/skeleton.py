@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -119,7 +118,7 @@ class _Assigner:
         quantized = self._quantized(module, choice.scheme, modeling_code.reads_dtype(parent, child))
         setattr(parent, child, quantized)
         if modeling_code.reads_weight(parent, child):
-            _tell_quantized(parent)
+            transformers_api.tell_quantized(parent)
         return Assignment(name, "linear", quantized, choice.scheme, "")
 
     def _quantized(self, module: Any, scheme: LinearScheme, read_by_dtype: bool) -> QuantizedLinear:
@@ -142,9 +141,3 @@ class _Assigner:
         if modeling_code.writes_weight(self._model, child):
             return f"{type(self._model).__name__} changes its weight in place"
         return None
-
-
-def _tell_quantized(parent: Any) -> None:
-    """Send modeling code that has a branch for quantized weights into it; the config it asks is its own from now on."""
-    parent.config = copy.copy(parent.config)
-    parent.config._is_quantized = True

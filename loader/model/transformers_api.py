@@ -6,6 +6,7 @@ Everything here is tested on the oldest and the newest transformers the package 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import re
 from collections.abc import Iterable, Mapping
@@ -265,6 +266,18 @@ def adopt_generation_config(model: PreTrainedModel, root: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(
             root, config_file_name="config.json", _from_model_config=True
         )
+
+
+def choose_experts_forward(module: Any, implementation: str) -> None:
+    """Run one experts module with a registered forward; the config it asks is its own from now on."""
+    module.config = copy.copy(module.config)
+    module.config._experts_implementation_internal = implementation
+
+
+def tell_quantized(module: Any) -> None:
+    """Send modeling code that has a branch for quantized weights into it; the config it asks is its own from now on."""
+    module.config = copy.copy(module.config)
+    module.config._is_quantized = True
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_results import table
+from goals import columns
 from machine import describe_machine, headline
 from quantload.kernels import statistics as stats
 from quantload.kernels.formats import FORMATS
@@ -130,7 +130,7 @@ def main() -> None:
             met = "-" if goal is None else f"{goal:.0f}{'' if found['+ stats'] >= goal else ' (missed)'}"
             lines.append([f"{name} {str(dtype)[6:]}", *(f"{value:.1f}" for value in found.values()), met])
     print("\nGB/s of source per core, hot 8 MiB piece")
-    print(table(lines, ["kernel", "memcpy", "quantize", "+ stats", "amax", "dequantize", "goal"]))
+    print(columns(lines, ["kernel", "memcpy", "quantize", "+ stats", "amax", "dequantize", "goal"]))
     result["calls"] = measure_calls(options.formats)
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"kernels_cpu-{machine['date'][:10]}.json"
@@ -150,7 +150,7 @@ def measure_calls(formats: list[str]) -> list[dict[str, Any]]:
             cells += [f"{row[state]['seconds']:.2f}", f"{row[state]['anonymous_bytes'] / 2**20:.0f}"]
         lines.append([name, *cells])
     print("\na call on 2 x 128, and warming up a fresh process (numba's own import included)")
-    print(table(lines, ["kernel", "us", "compile s", "MiB", "cached s", "MiB"]))
+    print(columns(lines, ["kernel", "us", "compile s", "MiB", "cached s", "MiB"]))
     return rows
 
 

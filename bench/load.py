@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import os
 import signal
 import sys
@@ -22,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import RECIPES, WORK_FOLDER, make, shards_of
+from goals import print_goals
 from load_process import Limits, Run, run_loader, set_page_cache, touch_memory
-from load_results import Goals, Row, print_goals, print_rows, summarize
+from load_results import Goals, Row, print_rows, summarize
 from loaders import LOADERS, Loader
 from machine import describe_machine, headline
+from result_files import RESULTS, write_result
 
+CHECKPOINTS = ("dense", "moe", "huge", "tiny")
 WARM_UP_SCALE = 0.002
 COLD_LOADERS = ("read-only", "quark_mxfp4", "fp8_per_channel", "int8_per_channel")
 COLD_REPEATS = 3
@@ -37,11 +39,11 @@ TOUCH_FACTOR = {"floor": 0.1, "quantload": 1.0, "peer": 2.5}  # of the checkpoin
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter for the peers (default: this)")
-    parser.add_argument("--checkpoints", nargs="+", choices=sorted(RECIPES), default=list(RECIPES))
+    parser.add_argument("--checkpoints", nargs="+", choices=sorted(RECIPES), default=list(CHECKPOINTS))
     parser.add_argument("--loaders", nargs="+", default=["*"], metavar="GLOB", help="rows to run (default all)")
     parser.add_argument("--scale", type=float, default=1.0, help="size relative to the full checkpoints (default 1)")
     parser.add_argument("--work", type=Path, default=WORK_FOLDER, help="where the checkpoints are made")
-    parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--repeats", type=int, default=5, help="warm runs of each of quantload's rows (default 5)")
     parser.add_argument("--peer-repeats", type=int, default=2, help="warm runs of each peer (default 2)")
     parser.add_argument("--slow", type=float, default=60, help="a loader slower than this is not repeated (seconds)")
@@ -152,9 +154,6 @@ class Bench:
 
 def save(bench: Bench, machine: dict[str, Any], goals: list[Any], options: argparse.Namespace) -> Path:
     """Write the dated JSON and return its path; a reduced size is part of the name."""
-    options.results.mkdir(parents=True, exist_ok=True)
-    reduced = "" if options.scale == 1 else f"-scale{options.scale:g}"
-    path: Path = options.results / f"load-{machine['date'][:10]}{reduced}.json"
     settings = {"scale": options.scale, "warm_up": not options.no_warm_up, "touch": not options.no_touch}
     for run in bench.runs:
         run.pop("versions", None)
@@ -170,8 +169,7 @@ def save(bench: Bench, machine: dict[str, Any], goals: list[Any], options: argpa
         "goals": [vars(goal) for goal in goals],
         "runs": bench.runs,
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+    return write_result("load", result, options.results, "" if options.scale == 1 else f"scale{options.scale:g}")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from checkpoints import drop_files
 
 BENCH = Path(__file__).resolve().parent
 PAGE = mmap.PAGESIZE
@@ -65,17 +66,6 @@ def read_files(files: list[Path]) -> None:
                 pass
 
 
-def drop_files(files: list[Path]) -> None:
-    """Drop the files' clean pages from the page cache."""
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
 def cached_share(files: list[Path]) -> float:
     """Share of the files' pages in the page cache, as mincore(2) tells."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -90,7 +80,7 @@ def cached_share(files: list[Path]) -> float:
             if libc.mincore(address, ctypes.c_size_t(size), states) != 0:
                 raise OSError(ctypes.get_errno(), f"mincore of {path}")
             del anchor
-            cached += sum(state & 1 for state in bytes(states))
+            cached += int(np.count_nonzero(np.frombuffer(states, dtype=np.uint8) & 1))
             pages += count
     return cached / pages
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from goals import Goal, at_least, at_most, columns
 from load_process import Run
 from loaders import LOADERS
 
@@ -14,6 +15,7 @@ GB = 1e9
 MIB = 1 << 20
 Accept = Callable[[str], bool]
 PEAK_SLACK = 64 * MIB
+COLD_GOAL = 1.1
 MIN_SHARE = 0.9  # a peer that leaves more than this in BF16 is not compared for speed
 FILE_PAGES_SLACK = MIB
 NOTE_LENGTH = 240
@@ -103,17 +105,6 @@ def summarize(checkpoint: str, loader: str, cold: bool, checkpoint_bytes: int, r
     )
 
 
-def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Plain text columns: the first left, the others right aligned."""
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
-    lines = []
-    for line in (header, ["-" * width for width in widths], *rows):
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def _gb(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value / GB:.{digits}f}"
 
@@ -174,20 +165,10 @@ def print_rows(rows: Iterable[Row]) -> None:
     for (checkpoint, cold), group in groups.items():
         size = f"{group[0].checkpoint_bytes / GB:.2f} GB of BF16, page cache {'cold' if cold else 'warm'}"
         print(f"\n{checkpoint}: {size}")
-        print(table([_cells(row) for row in group], HEADER))
+        print(columns([_cells(row) for row in group], HEADER))
         for row in group:
             for note in filter(None, (row.detail, row.generate_detail)):
                 print(f"  {row.loader}: {note[:NOTE_LENGTH]}")
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One goal on one checkpoint. `met` is None when this run lacks what it takes to tell."""
-
-    name: str
-    checkpoint: str
-    met: bool | None
-    reached: str
 
 
 class Goals:
@@ -260,8 +241,7 @@ class Goals:
         goals = []
         mxfp4 = self._rows.get((checkpoint, "quark_mxfp4", False))
         if mxfp4 is not None and mxfp4.rate is not None and checkpoint != "tiny":
-            reached = f"{mxfp4.rate / GB:.2f} GB/s"
-            goals.append(Goal("quark_mxfp4: >= 5 GB/s", checkpoint, mxfp4.rate >= 5 * GB, reached))
+            goals.append(at_least("quark_mxfp4: >= 12 GB/s", checkpoint, mxfp4.rate / GB, 12, " GB/s"))
         goals += self._against(checkpoint, "quark_mxfp4", 20, "torchao's MXFP4", lambda n: LOADERS[n].format == "mxfp4")
         for scheme in ("int8_per_channel", "fp8_per_channel", "fp8_per_tensor", "fp8_per_block"):
             goals += self._against(checkpoint, scheme, 4, "the fastest 8-bit peer", lambda n: LOADERS[n].bits == 8)
@@ -296,9 +276,8 @@ class Goals:
         for row in self._rows.values():
             ours = LOADERS[row.loader].family == "quantload"
             if row.checkpoint == checkpoint and row.cold and ours and row.seconds is not None:
-                ratio = row.seconds / floor.seconds
-                name = f"{row.loader}: cold within 1.2x of reading and doing nothing"
-                goals.append(Goal(name, checkpoint, ratio <= 1.2, f"{ratio:.2f}x"))
+                name = f"{row.loader}: cold within {COLD_GOAL}x of reading and doing nothing"
+                goals.append(at_most(name, checkpoint, row.seconds / floor.seconds, COLD_GOAL, "x"))
         return goals
 
     def _experts_rate(self) -> list[Goal]:
@@ -308,13 +287,3 @@ class Goals:
         ratio = moe.rate / dense.rate
         name = "quark_mxfp4: experts at the same rate as dense (>= 0.9x)"
         return [Goal(name, "moe", ratio >= 0.9, f"{ratio:.2f}x")]
-
-
-def print_goals(goals: Sequence[Goal]) -> None:
-    """The goals, met or by how far not."""
-    words = {True: "met", False: "NOT met", None: "unknown"}
-    print("\nGoals")
-    rows = [[goal.name, goal.checkpoint, words[goal.met], goal.reached] for goal in goals]
-    print(table(rows, ("goal", "checkpoint", "", "reached")))
-    met = sum(goal.met is True for goal in goals)
-    print(f"{met} of {len(goals)} met, {sum(goal.met is None for goal in goals)} unknown")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_results import table
+from goals import columns
 from machine import describe_machine, headline
+from result_files import RESULTS, write_result
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,7 +192,7 @@ def print_perplexity(rows: Sequence[Perplexity]) -> None:
         for row in rows
     ]
     print("\nDemo model on the held-out text")
-    print(table(cells, ("scheme", "perplexity", "change", "bits/byte", "MB", "SQNR dB", "quantized modules")))
+    print(columns(cells, ("scheme", "perplexity", "change", "bits/byte", "MB", "SQNR dB", "quantized modules")))
 
 
 def print_sqnr(rows: Sequence[Sqnr]) -> None:
@@ -201,7 +201,7 @@ def print_sqnr(rows: Sequence[Sqnr]) -> None:
     formats = list(dict.fromkeys(row.format for row in rows))
     cells = [[name, *(f"{by_key[name, distribution].db:.2f}" for distribution in DISTRIBUTIONS)] for name in formats]
     print(f"\nSQNR in dB of {ROWS}x{COLUMNS} BF16 weights")
-    print(table(cells, ("format", *DISTRIBUTIONS)))
+    print(columns(cells, ("format", *DISTRIBUTIONS)))
     for row in rows:
         if row.expected_db is not None:
             verdict = "met" if row.met else "NOT met"
@@ -215,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "loader" / "demo_model", help="folder of the demo model")
     parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "stdlib_validation.txt")
-    parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seed", type=int, default=0, help="of the weights the SQNR is measured on")
     parser.add_argument("--only", choices=("perplexity", "sqnr"), help="one of the two tables")
     options = parser.parse_args()
@@ -230,10 +230,7 @@ def main() -> None:
         sqnrs = measure_sqnr(options.seed)
         print_sqnr(sqnrs)
         result["sqnr"] = [{**asdict(row), "met": row.met} for row in sqnrs]
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"quality-{machine['date'][:10]}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten: {path}")
+    print(f"\nwritten: {write_result('quality', result, options.results)}")
 
 
 if __name__ == "__main__":

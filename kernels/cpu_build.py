@@ -1,96 +1,25 @@
-"""Compile the numba CPU kernels: one function per (operation, format family, element kind), made once, cached on disk.
+"""Compile the numba kernels that quantize: one function per (operation, format family, element kind).
 
-The functions take addresses and byte strides, so that calling one costs about a microsecond. They are closures over
-constants only: numba's disk cache keys closures by the values they close over, and `FINGERPRINT` among them makes an
-upgrade of any kernel source miss the old entries (numba itself looks only at the file that holds the function).
+The functions take addresses and byte strides, so that calling one costs about a microsecond.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import threading
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba as nb
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
 
 from . import fp8, int8
 from . import statistics as st
+from .compiled import FINGERPRINT, KernelFunction, jit, locked, read_f32, read_f64, read_u8, write_f32, write_f64
 from .magnitude_ir import amax_tile, count_above, magnitude_to_f32
-from .mxfp4_ir import RUN_BLOCKS, dequantize_run, quantize_bf16_run, quantize_wide_run
-from .scaled_decode_ir import dequantize_tile
+from .mxfp4_ir import RUN_BLOCKS, quantize_bf16_run, quantize_wide_run
 from .scaled_ir import TILE_ELEMENTS, quantize_tile
-from .vector_ir import F32, F64, I8, INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE, load_scalar, store_scalar
+from .vector_ir import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
 
-logger = logging.getLogger("quantload")
-_compiling = threading.RLock()
-KernelFunction = Callable[..., int]
-
-
-def _fingerprint() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-FINGERPRINT = _fingerprint()
 _i64 = types.int64
-
-
-def _memory_access(element: Any, numba_type: Any) -> tuple[Any, Any]:
-    def read(typing: Any, address: Any) -> Any:
-        """The scalar at an address."""
-        return numba_type(address), lambda context, b, signature, args: load_scalar(b, args[0], element)
-
-    def write(typing: Any, address: Any, value: Any) -> Any:
-        """Store a scalar at an address."""
-
-        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            store_scalar(b, args[1], args[0])
-            return context.get_dummy_value()
-
-        return types.void(address, numba_type), codegen
-
-    return intrinsic(read), intrinsic(write)
-
-
-read_u8, write_u8 = _memory_access(I8, types.uint8)
-read_f32, write_f32 = _memory_access(F32, types.float32)
-read_f64, write_f64 = _memory_access(F64, types.float64)
-
-
-def _jit(function: Callable[..., Any], signature: Any) -> KernelFunction:
-    """Compile for `signature`, from numba's disk cache where there is one."""
-    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
-    try:
-        return nb.njit(signature, cache=True, **options)(function)  # type: ignore[no-any-return]
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
-            raise
-        logger.info("numba has no folder to cache compiled kernels in, every process compiles them: %s", error)
-        return nb.njit(signature, **options)(function)  # type: ignore[no-any-return]
-
-
-def _locked(build: Callable[..., KernelFunction]) -> Callable[..., KernelFunction]:
-    """Make and keep one function per argument tuple; threads that need one that is being made wait for it."""
-    made: dict[tuple[Any, ...], KernelFunction] = {}
-
-    def get(*key: Any) -> KernelFunction:
-        function = made.get(key)
-        if function is None:
-            with _compiling:
-                function = made.get(key)
-                if function is None:
-                    function = made[key] = build(*key)
-        return function
-
-    return get
 
 
 def _add_count_and_amax(out: int, count: int, amax: float) -> None:
@@ -135,26 +64,7 @@ def _mxfp4_quantize(kind: str, measure: bool) -> KernelFunction:
                 write_f64(out + 8 * st.ZERO, read_f64(out + 8 * st.ZERO) - rows * (32 - rest))
         return 0
 
-    return _jit(quantize, types.int64(*[_i64] * 10))
-
-
-def _mxfp4_dequantize(kind: str) -> KernelFunction:
-    fingerprint, width = FINGERPRINT, ITEM_BYTES[kind]
-
-    def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols):  # type: ignore[no-untyped-def]
-        len(fingerprint)
-        blocks, rest = cols // 32, cols % 32
-        last = np.empty(32 * width, np.uint8)
-        for row in range(rows):
-            c, e, o = codes + row * codes_stride, scales + row * scales_stride, out + row * out_stride
-            dequantize_run(c, e, o, blocks, kind)
-            if rest:
-                dequantize_run(c + blocks * 16, e + blocks, np.int64(last.ctypes.data), 1, kind)
-                for i in range(rest * width):
-                    write_u8(o + blocks * 32 * width + i, last[i])
-        return 0
-
-    return _jit(dequantize, types.int64(*[_i64] * 8))
+    return jit(quantize, types.int64(*[_i64] * 10))
 
 
 def _scale_of(rule: str, amax: Any) -> Any:
@@ -255,7 +165,7 @@ def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
             write_f64(out + 8 * st.SATURATED, read_f64(out + 8 * st.SATURATED) + saturated)
         return 0
 
-    return _jit(quantize, types.int64(*[_i64] * 12))
+    return jit(quantize, types.int64(*[_i64] * 12))
 
 
 def _observe(kind: str) -> KernelFunction:
@@ -276,35 +186,9 @@ def _observe(kind: str) -> KernelFunction:
             return count_above(source, source_stride, rows, cols, finite, kind)
         return 0
 
-    return _jit(observe, types.int64(*[_i64] * 8))
+    return jit(observe, types.int64(*[_i64] * 8))
 
 
-def _scaled_dequantize(target: str, kind: str) -> KernelFunction:
-    fingerprint, width, strip_rows = FINGERPRINT, ITEM_BYTES[kind], STRIP_ROWS
-
-    def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
-        len(fingerprint)
-        down_step = strip_rows if block_cols < cols else block_rows
-        for y in range(0, rows, down_step):
-            for c in range(0, cols, block_cols):
-                dequantize_tile(
-                    codes + y * codes_stride + c,
-                    codes_stride,
-                    out + y * out_stride + c * width,
-                    out_stride,
-                    min(down_step, rows - y),
-                    min(block_cols, cols - c),
-                    read_f32(scales + y // block_rows * scales_stride + c // block_cols * 4),
-                    target,
-                    kind,
-                )
-        return 0
-
-    return _jit(dequantize, types.int64(*[_i64] * 10))
-
-
-mxfp4_quantize = _locked(_mxfp4_quantize)
-mxfp4_dequantize = _locked(_mxfp4_dequantize)
-scaled_quantize = _locked(_scaled_quantize)
-scaled_dequantize = _locked(_scaled_dequantize)
-observe = _locked(_observe)
+mxfp4_quantize = locked(_mxfp4_quantize)
+scaled_quantize = locked(_scaled_quantize)
+observe = locked(_observe)

@@ -226,45 +226,6 @@ def _add_wide_statistics(acc: Accumulators, out: ir.Value) -> None:
     add_f64(b, out, st.ZERO, b.sitofp(acc.get("zero").reduce("add"), F64))
 
 
-@emitted
-def dequantize_run(typing: Any, codes: Any, scales: Any, out: Any, blocks: Any, kind: Any) -> tuple[Any, Codegen]:
-    """(codes, scales, out addresses, blocks, kind "bf16" or "f32"): whole blocks of 32 values."""
-    out_kind = str(kind.literal_value)
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        codes, scales, out, blocks, _ = args
-        with count_to(b, blocks) as i:
-            pairs = load(b, b.add(codes, b.mul(i, I64(16))), I8, 16).zext(I32)
-            code = ((pairs & 15) | ((pairs >> 4) << 16)).cast(I16)
-            byte = b.zext(load_scalar(b, b.add(scales, i), I8), I32)
-            half = b.trunc(b.shl(b.sub(byte, I32(1)), I32(7)), I16)
-            magnitude = code & 7
-            tiny = b.icmp_unsigned("<", byte, I32(2))
-            base = splat(b, half, 32)
-            normal = magnitude.gt(1).select((magnitude << 6) + base, magnitude.eq(1).select(base, 0))
-            # Below 2^-125 halves are BF16 subnormals: a multiple of 2^-133, in units of 32 (byte 0) or 64 (byte 1).
-            subnormal = _small_bits(b, magnitude, byte)
-            bits = Vector(b, b.select(tiny, subnormal.value, normal.value)) | ((code & 8) << 12)
-            if out_kind == "bf16":
-                store(bits, b.add(out, b.mul(i, I64(64))))
-            else:
-                store(bits.zext(I32) << 16, b.add(out, b.mul(i, I64(128))))
-        return context.get_dummy_value()
-
-    return types.void(codes, scales, out, blocks, kind), codegen
-
-
-def _small_bits(b: ir.IRBuilder, magnitude: Vector, byte: ir.Value) -> Vector:
-    """BF16 bits of E2M1 `magnitude` times 2^(byte - 127) for byte 0 or 1, through exact float32 products."""
-    value = magnitude.gt(1).select((magnitude << 6) + (126 << 7), magnitude.eq(1).select(_bf16(b, 126 << 7), 0))
-    scale = splat(b, b.bitcast(power_of_two_bits(b, byte), F32), 32)
-    return ((value.zext(I32) << 16).cast(F32) * scale).cast(I32).__rshift__(16).trunc(I16)
-
-
-def _bf16(b: ir.IRBuilder, bits: int) -> Vector:
-    return constant(b, I16, 32, bits)
-
-
 def _even_byte(b: ir.IRBuilder, amax: ir.Value, mantissa_bits: int) -> ir.Value:
     """EVEN scale byte from the i32 magnitude bits of a block's amax (8 exponent bits above `mantissa_bits`)."""
     # Adding what T_even lacks to the next power of two carries into the exponent exactly when m >= T_even.

@@ -51,7 +51,7 @@ def dequantize_tile(
                 done = I64(0) if lanes == 16 else b.mul(groups, I64(16))
                 with count_to(b, count) as i:
                     at = b.add(done, b.mul(i, I64(lanes)))
-                    value = _decode(load(b, b.add(source, at), I8, lanes), target_name) * splat(b, scale, lanes)
+                    value = decode(load(b, b.add(source, at), I8, lanes), target_name) * splat(b, scale, lanes)
                     rounded = value if out_kind == "f32" else to_bf16(value)
                     store(rounded, b.add(target_row, b.mul(at, I64(width))))
         return context.get_dummy_value()
@@ -59,7 +59,7 @@ def dequantize_tile(
     return types.void(codes, codes_stride, out, out_stride, rows, cols, scale, target, kind), codegen
 
 
-def _decode(codes: Vector, target: str) -> Vector:
+def decode(codes: Vector, target: str) -> Vector:
     """float32 values of byte codes."""
     if target == "int8":
         return codes.sext(I32).to_float(F32)

@@ -17,6 +17,7 @@ from numba import types
 from numba.core import cgutils
 
 from . import statistics as st
+from .processor import has
 from .vector_ir import (
     F32,
     F64,
@@ -34,7 +35,6 @@ from .vector_ir import (
     count_to,
     emitted,
     fused,
-    has_fma,
     load,
     load_scalar,
     magnitudes,
@@ -123,7 +123,7 @@ class _Tile:
 
     def emit(self) -> None:
         b = self.b
-        corrected = has_fma() and self.kind != "f32" and self.target != "fp8_multiply"
+        corrected = has("fma") and self.kind != "f32" and self.target != "fp8_multiply"
         if not corrected:
             self._loops(corrected=False)
         elif self.target == "int8":

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import cgutils, config
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
@@ -33,24 +32,6 @@ Codegen = Callable[[Any, ir.IRBuilder, Any, Sequence[ir.Value]], ir.Value]
 def emitted(function: Callable[..., tuple[Any, Codegen]]) -> Any:
     """Make numba kernels able to call `function`, which gets their literal arguments as literal types."""
     return intrinsic(prefer_literal=True)(function)
-
-
-def has_fma() -> bool:
-    """Whether the processor compiled for has a fused multiply-add instruction."""
-    if llvm.get_process_triple().startswith(("aarch64", "arm64")):
-        return True
-    features, name = config.CPU_FEATURES, config.CPU_NAME or "host"
-    if features is None or (not features and name == "host"):
-        return bool(llvm.get_host_cpu_features().get("fma", False))
-    return "+fma" in features or name in (
-        "haswell",
-        "broadwell",
-        "x86-64-v3",
-        "x86-64-v4",
-        "znver1",
-        "znver2",
-        "znver3",
-    )
 
 
 class Vector:
@@ -161,6 +142,22 @@ class Vector:
         fn = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(self.type, [a.type for a in args]), full)
         return self.new(self.b.call(fn, args))
 
+    def permuted(self, lanes: Vector) -> Vector:
+        """Lane i is self[lanes[i] mod 32], for 32 lanes of 16 bits; needs avx512bw."""
+        kind = ir.FunctionType(self.type, [self.type, self.type])
+        fn = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512.permvar.hi.512")
+        return self.new(self.b.call(fn, [self.value, lanes.value]))
+
+    def add_bf16_products(self, x: Vector, y: Vector) -> Vector:
+        """self[i] + x[2i] * y[2i] + x[2i + 1] * y[2i + 1]: float32 sums of BF16 bits; needs avx512bf16.
+
+        The instruction reads subnormal inputs as zero.
+        """
+        pairs = ir.VectorType(I32, self.type.count)
+        kind = ir.FunctionType(self.type, [self.type, pairs, pairs])
+        fn = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        return self.new(self.b.call(fn, [self.value, x.cast(I32).value, y.cast(I32).value]))
+
     def minus_saturating(self, other: Vector) -> Vector:
         """max(self - other, 0) on unsigned lanes."""
         return self.call("llvm.usub.sat", other)
@@ -201,7 +198,7 @@ def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> Vector:
 
 
 def fused(a: Vector, x: Vector, y: Vector) -> Vector:
-    """a * x + y with one rounding; only where `has_fma`, elsewhere it would be a library call per lane."""
+    """a * x + y with one rounding; for processors with `fma`, elsewhere it would be a library call a lane."""
     return a.call("llvm.fma", x, y)
 
 

@@ -1,0 +1,93 @@
+"""Values of quantized weights on a CPU, by one thread or by those of torch."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from . import linear_build, team
+from .compiled import CFunction
+from .formats import MXFP4, WeightFormat
+from .reference import scale_rows
+
+ALONE_ELEMENTS = 1 << 18
+"""Weights below which one thread is done before a second one has started."""
+WIDEN_ELEMENTS = 1 << 15
+"""Elements of float32 scratch when a result is rounded to float16 by torch."""
+
+
+def dequantize(
+    fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, threads: int = 1
+) -> None:
+    """Values of whole scale blocks into `out` [R, C], by up to so many of torch's threads (see `registry`)."""
+    rows, cols = out.shape
+    if not rows or not cols:
+        return
+    if out.dtype == torch.float16:
+        _dequantize_f16(fmt, codes, scales, out, threads)
+        return
+    function = dequantize_function(fmt, out.dtype)
+    blocks = fmt.block_rows or rows, fmt.block_cols or cols
+    if threads == 1 or rows * cols < ALONE_ELEMENTS:
+        function.ctypes(*address(codes), *address(scales), *address(out), rows, cols, *blocks)
+        return
+    task, step = linear_build.dequantize_task(), max(fmt.block_rows, -(-rows // (4 * threads)))
+    if fmt.block_rows == 0:
+        step = -(-rows // (4 * threads))
+    run_task(task, codes, scales, blocks, out, rows, cols, step, threads, 0, 0, function.address)
+
+
+def dequantize_function(fmt: WeightFormat, dtype: torch.dtype) -> CFunction:
+    """The compiled function that dequantizes to `dtype`, bfloat16 or float32."""
+    return linear_build.dequantize(family(fmt), "bf16" if dtype == torch.bfloat16 else "f32")
+
+
+def family(fmt: WeightFormat) -> str:
+    """Which decoding a format's codes need."""
+    if fmt is MXFP4:
+        return "mxfp4"
+    return "int8" if fmt.code_dtype == torch.int8 else "fp8"
+
+
+def run_task(
+    task: CFunction,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    blocks: tuple[int, int],
+    out: torch.Tensor,
+    rows: int,
+    cols: int,
+    step: int,
+    threads: int,
+    *rest: int,
+) -> None:
+    """Run a task of `linear_build`; its arguments stand in a vector whose first element the threads count up."""
+    values = (0, rows, step, *address(codes), *address(scales), *blocks, *address(out), cols, *rest)
+    arguments = (ctypes.c_int64 * len(linear_build.ARGUMENTS))(*values)
+    team.run(task, ctypes.addressof(arguments), threads)
+
+
+def address(tensor: torch.Tensor) -> tuple[int, int]:
+    """Address of the first element and bytes between rows; what is handed over is read without another look."""
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"a CPU kernel was given a tensor on {tensor.device}; move the whole layer, or its input, to cpu"
+        )
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+
+
+def _dequantize_f16(
+    fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, threads: int
+) -> None:
+    """Through float32 scratch: not every processor converts to float16, and torch always can."""
+    rows, cols = out.shape
+    step = max(1, threads * WIDEN_ELEMENTS // max(cols, 1))
+    if fmt.block_rows > 1:
+        step = -(-step // fmt.block_rows) * fmt.block_rows
+    scratch = torch.empty(min(step, rows), cols)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        part = scratch[: stop - start]
+        dequantize(fmt, codes[start:stop], scale_rows(fmt, scales, start, stop), part, threads)
+        out[start:stop].copy_(part)

@@ -1,0 +1,155 @@
+"""Dot products of rows of quantized weights with a few vectors of activations, in vector IR.
+
+Weights are decoded 32 at a time in registers, used for all tokens, and never stored. What differs between formats is
+a `Decoder`: how 32 codes become factors, and how their products are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from .mxfp4_decode_ir import decode_block, look_up_block
+from .scaled_decode_ir import decode
+from .vector_ir import (
+    F32,
+    I8,
+    I64,
+    Accumulators,
+    Codegen,
+    Vector,
+    accumulate_product,
+    constant,
+    count_to,
+    emitted,
+    load,
+    load_scalar,
+    splat,
+    store_scalar,
+)
+
+BLOCK = 32
+"""Weights that are decoded together; the K of a call is a multiple of it."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How 32 weights are decoded and multiplied."""
+
+    code_bytes: int
+    """Bytes of 32 codes."""
+    x_bytes: int
+    """Bytes of the 32 activations that they meet."""
+    block_scales: bool
+    """Whether each 32 weights have a scale byte; else a segment of a row has a float32 scale."""
+    decode: Callable[[ir.IRBuilder, ir.Value, ir.Value], list[Vector]]
+    """(builder, address of the codes, address of the block's scale byte) -> factors."""
+    accumulate: Callable[[Vector, list[Vector], ir.Value], Vector]
+    """(16 float32 sums, factors, address of the activations) -> the sums with the products added."""
+
+
+def _f32_products(sums: Vector, factors: list[Vector], x: ir.Value) -> Vector:
+    b = sums.b
+    for number, factor in enumerate(factors):
+        sums = accumulate_product(factor, load(b, b.add(x, I64(64 * number)), F32, 16), sums)
+    return sums
+
+
+def _bf16_products(sums: Vector, factors: list[Vector], x: ir.Value) -> Vector:
+    (factor,) = factors
+    return sums.add_bf16_products(factor, load(sums.b, x, factor.type.element, 32))
+
+
+def _mxfp4_values(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
+    """The 16 even weights, then the 16 odd ones."""
+    pairs = decode_block(b, codes, scale).cast(ir.IntType(32))
+    return [(pairs << 16).cast(F32), (pairs & 0xFFFF0000).cast(F32)]
+
+
+def _mxfp4_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
+    return [look_up_block(b, codes, scale)]
+
+
+def _scaled_values(target: str) -> Callable[[ir.IRBuilder, ir.Value, ir.Value], list[Vector]]:
+    return lambda b, codes, scale: [decode(load(b, b.add(codes, I64(at)), I8, 16), target) for at in (0, 16)]
+
+
+DECODERS: Mapping[str, Decoder] = {
+    "mxfp4_bf16": Decoder(16, 64, True, _mxfp4_bits, _bf16_products),  # activations: BF16; needs avx512bf16
+    "mxfp4_f32": Decoder(16, 128, True, _mxfp4_values, _f32_products),  # activations: float32, 16 even, 16 odd
+    "fp8": Decoder(32, 128, False, _scaled_values("fp8"), _f32_products),  # activations: float32
+    "int8": Decoder(32, 128, False, _scaled_values("int8"), _f32_products),
+}
+
+
+@emitted
+def dot_rows(
+    typing: Any,
+    codes: Any,
+    codes_stride: Any,
+    scales: Any,
+    scales_stride: Any,
+    x: Any,
+    x_stride: Any,
+    blocks: Any,
+    segment_blocks: Any,
+    out: Any,
+    out_stride: Any,
+    rows: Any,
+    tokens: Any,
+    decoder: Any,
+) -> tuple[Any, Codegen]:
+    """out[t][r] = sum over k of weight[r][k] * x[t][k], float32, for `rows` rows and `tokens` tokens (literals).
+
+    Addresses and strides in bytes; `segment_blocks` blocks share a float32 scale where blocks have no scale bytes.
+    """
+    n_rows, n_tokens = int(rows.literal_value), int(tokens.literal_value)
+    kind = DECODERS[str(decoder.literal_value)]
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        codes, codes_stride, scales, scales_stride, x, x_stride, blocks, segment_blocks, out, out_stride, *_ = args
+        acc = Accumulators(b)
+        cells = [(row, token) for row in range(n_rows) for token in range(n_tokens)]
+        for row, token in cells:
+            acc.start(f"sum {row} {token}", constant(b, F32, 16, 0.0))
+        code_rows = [b.add(codes, b.mul(codes_stride, I64(row))) for row in range(n_rows)]
+        scale_rows = [b.add(scales, b.mul(scales_stride, I64(row))) for row in range(n_rows)]
+        x_rows = [b.add(x, b.mul(x_stride, I64(token))) for token in range(n_tokens)]
+
+        def add_block(block: ir.Value, sums: str) -> None:
+            at, x_at = b.mul(block, I64(kind.code_bytes)), b.mul(block, I64(kind.x_bytes))
+            for row in range(n_rows):
+                factors = kind.decode(b, b.add(code_rows[row], at), b.add(scale_rows[row], block))
+                for token in range(n_tokens):
+                    address = b.add(x_rows[token], x_at)
+                    acc.update(f"{sums} {row} {token}", lambda a, f=factors, x=address: kind.accumulate(a, f, x))  # type: ignore[misc]
+
+        if kind.block_scales:
+            with count_to(b, blocks) as block:
+                add_block(block, "sum")
+        else:
+            segments = b.udiv(b.add(blocks, b.sub(segment_blocks, I64(1))), segment_blocks)
+            with count_to(b, segments) as segment:
+                first = b.mul(segment, segment_blocks)
+                left = b.sub(blocks, first)
+                for row, token in cells:
+                    acc.start(f"part {row} {token}", constant(b, F32, 16, 0.0))
+                with count_to(b, b.select(b.icmp_unsigned("<", left, segment_blocks), left, segment_blocks)) as i:
+                    add_block(b.add(first, i), "part")
+                for row in range(n_rows):
+                    address = b.add(scale_rows[row], b.mul(segment, I64(4)))
+                    scale = splat(b, load_scalar(b, address, F32), 16)
+                    for token in range(n_tokens):
+                        part = acc.get(f"part {row} {token}")
+                        acc.update(f"sum {row} {token}", lambda a, p=part, s=scale: accumulate_product(p, s, a))  # type: ignore[misc]
+        for row, token in cells:
+            address = b.add(b.add(out, b.mul(out_stride, I64(token))), I64(4 * row))
+            store_scalar(b, acc.get(f"sum {row} {token}").sum(), address)
+        return context.get_dummy_value()
+
+    addresses = (codes, codes_stride, scales, scales_stride, x, x_stride, blocks, segment_blocks, out, out_stride)
+    return types.void(*addresses, rows, tokens, decoder), codegen

@@ -1,0 +1,206 @@
+"""Compile what a matmul with quantized weights needs: dequantized rows, dot products, and tasks that threads share.
+
+A task is a C function of one address, where its arguments stand as int64 (`ARGUMENTS`). Each thread takes some rows
+until there are none left, so a slow core holds up nobody.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .compiled import FINGERPRINT, CFunction, c_function, locked, read_f32, read_i64, write_u8
+from .cpu_build import STRIP_ROWS
+from .dot_ir import dot_rows
+from .mxfp4_decode_ir import dequantize_run
+from .scaled_decode_ir import dequantize_tile
+from .vector_ir import I64, ITEM_BYTES
+
+_i64 = types.int64
+DEQUANTIZE = types.int64(*[_i64] * 10)
+TASK = types.void(_i64)
+GROUP_ROWS = {1: 4, 2: 4, 4: 4, 8: 2}
+"""Rows of weights whose dot products are made together, by tokens: as many sums as there are registers for."""
+
+
+ARGUMENTS = (
+    "next_row",
+    "rows",
+    "step",
+    "codes",
+    "codes_stride",
+    "scales",
+    "scales_stride",
+    "block_rows",
+    "block_cols",
+    "out",
+    "out_stride",
+    "cols",
+    "x",
+    "x_stride",
+    "dequantize",
+)
+"""The arguments of a task in order; strides are bytes between rows, `x` and `dequantize` are used by one task each."""
+
+
+def _take(typing: Any, address: Any, count: Any) -> Any:
+    """Add `count` to the int64 at an address, atomically, and return what was there."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return b.atomic_rmw("add", b.inttoptr(args[0], I64.as_pointer()), args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+def _call_dequantize(
+    typing: Any,
+    function: Any,
+    codes: Any,
+    codes_stride: Any,
+    scales: Any,
+    scales_stride: Any,
+    out: Any,
+    out_stride: Any,
+    rows: Any,
+    cols: Any,
+    block_rows: Any,
+    block_cols: Any,
+) -> Any:
+    """Call the C function at an address, one of those that `dequantize` makes."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        pointer = b.inttoptr(args[0], ir.FunctionType(I64, [I64] * 10).as_pointer())
+        return b.call(pointer, list(args[1:]))
+
+    return types.int64(*[types.int64] * 11), codegen
+
+
+take = intrinsic(_take)
+call_dequantize = intrinsic(_call_dequantize)
+
+
+def _dequantize(family: str, kind: str) -> CFunction:
+    """C function (codes, scales, out: address and stride each; rows, cols, block_rows, block_cols) for a tile."""
+    return c_function((_mxfp4_dequantize if family == "mxfp4" else _scaled_dequantize)(family, kind), DEQUANTIZE)
+
+
+def _mxfp4_dequantize(family: str, kind: str) -> Any:
+    fingerprint, width = FINGERPRINT, ITEM_BYTES[kind]
+
+    def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
+        len(fingerprint)
+        blocks, rest = cols // 32, cols % 32
+        last = np.empty(32 * width, np.uint8)
+        for row in range(rows):
+            c, e, o = codes + row * codes_stride, scales + row * scales_stride, out + row * out_stride
+            dequantize_run(c, e, o, blocks, kind)
+            if rest:
+                dequantize_run(c + blocks * 16, e + blocks, np.int64(last.ctypes.data), 1, kind)
+                for i in range(rest * width):
+                    write_u8(o + blocks * 32 * width + i, last[i])
+        return 0
+
+    return dequantize
+
+
+def _scaled_dequantize(family: str, kind: str) -> Any:
+    fingerprint, width, strip_rows = FINGERPRINT, ITEM_BYTES[kind], STRIP_ROWS
+
+    def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
+        len(fingerprint)
+        down_step = strip_rows if block_cols < cols else block_rows
+        for y in range(0, rows, down_step):
+            for c in range(0, cols, block_cols):
+                dequantize_tile(
+                    codes + y * codes_stride + c,
+                    codes_stride,
+                    out + y * out_stride + c * width,
+                    out_stride,
+                    min(down_step, rows - y),
+                    min(block_cols, cols - c),
+                    read_f32(scales + y // block_rows * scales_stride + c // block_cols * 4),
+                    family,
+                    kind,
+                )
+        return 0
+
+    return dequantize
+
+
+def _argument(data: int, index: int) -> int:
+    return read_i64(data + 8 * index)  # type: ignore[no-any-return]
+
+
+argument = nb.njit(nogil=True)(_argument)
+
+
+def _dequantize_task() -> CFunction:
+    fingerprint = FINGERPRINT
+
+    def task(data: int) -> None:
+        len(fingerprint)
+        rows, step, cols = argument(data, 1), argument(data, 2), argument(data, 11)
+        codes, codes_stride = argument(data, 3), argument(data, 4)
+        scales, scales_stride = argument(data, 5), argument(data, 6)
+        block_rows, block_cols = argument(data, 7), argument(data, 8)
+        out, out_stride = argument(data, 9), argument(data, 10)
+        start = take(data, step)
+        while start < rows:
+            call_dequantize(
+                argument(data, 14),
+                codes + start * codes_stride,
+                codes_stride,
+                scales + start // block_rows * scales_stride,
+                scales_stride,
+                out + start * out_stride,
+                out_stride,
+                min(step, rows - start),
+                cols,
+                block_rows,
+                block_cols,
+            )
+            start = take(data, step)
+
+    return c_function(task, TASK)
+
+
+def _dot_task(decoder: str, tokens: int) -> CFunction:
+    """The products of all rows with `tokens` tokens: out[t][row], float32."""
+    fingerprint, group = FINGERPRINT, GROUP_ROWS[tokens]
+
+    def task(data: int) -> None:
+        len(fingerprint)
+        rows, step, blocks = argument(data, 1), argument(data, 2), argument(data, 11) // 32
+        codes, codes_stride = argument(data, 3), argument(data, 4)
+        scales, scales_stride = argument(data, 5), argument(data, 6)
+        block_rows, segment = argument(data, 7), argument(data, 8) // 32
+        out, out_stride = argument(data, 9), argument(data, 10)
+        x, x_stride = argument(data, 12), argument(data, 13)
+        stride = scales_stride if block_rows == 1 else 0
+        start = take(data, step)
+        while start < rows:
+            stop = min(start + step, rows)
+            row = start
+            while row + group <= stop:
+                c, s, o = codes + row * codes_stride, scales + row // block_rows * scales_stride, out + row * 4
+                dot_rows(
+                    c, codes_stride, s, stride, x, x_stride, blocks, segment, o, out_stride, group, tokens, decoder
+                )
+                row += group
+            while row < stop:
+                c, s, o = codes + row * codes_stride, scales + row // block_rows * scales_stride, out + row * 4
+                dot_rows(c, codes_stride, s, stride, x, x_stride, blocks, segment, o, out_stride, 1, tokens, decoder)
+                row += 1
+            start = take(data, step)
+
+    return c_function(task, TASK)
+
+
+dequantize = locked(_dequantize)
+dequantize_task = locked(_dequantize_task)
+dot_task = locked(_dot_task)

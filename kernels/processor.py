@@ -1,0 +1,40 @@
+"""What the processor that numba compiles for can do beyond what every LLVM target can.
+
+`NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` are honoured, as they decide what numba compiles for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import llvmlite.binding as llvm
+from numba.core import config
+
+FEATURES_OF = {
+    "haswell": ("fma",),
+    "broadwell": ("fma",),
+    "znver1": ("fma",),
+    "znver2": ("fma",),
+    "znver3": ("fma",),
+    "x86-64-v3": ("fma",),
+    "skylake-avx512": ("fma", "avx512bw"),
+    "icelake-server": ("fma", "avx512bw"),
+    "x86-64-v4": ("fma", "avx512bw"),
+    "cooperlake": ("fma", "avx512bw", "avx512bf16"),
+    "sapphirerapids": ("fma", "avx512bw", "avx512bf16"),
+    "graniterapids": ("fma", "avx512bw", "avx512bf16"),
+    "znver4": ("fma", "avx512bw", "avx512bf16"),
+    "znver5": ("fma", "avx512bw", "avx512bf16"),
+}
+"""LLVM features, of those this package asks for, by the processor names that people pass to numba."""
+
+
+@cache
+def has(feature: str) -> bool:
+    """Whether the processor compiled for has an LLVM feature: `fma`, `avx512bw` or `avx512bf16`."""
+    if llvm.get_process_triple().startswith(("aarch64", "arm64")):
+        return feature == "fma"
+    features, name = config.CPU_FEATURES, config.CPU_NAME or "host"
+    if features is None or (not features and name == "host"):
+        return bool(llvm.get_host_cpu_features().get(feature, False))
+    return f"+{feature}" in features.split(",") or feature in FEATURES_OF.get(name, ())

@@ -1,8 +1,9 @@
 """How fast the CPU kernels quantize: GB/s of source per core on a hot 8 MiB piece, against memcpy of the same piece.
 
-Everything runs on one thread, interleaved in one process, so that whatever else the machine does hits all alike;
-the figure is the best of the repeats. "quantize" is without statistics, "+ stats" with them, "amax" the first pass of a
-two-pass weight. Also: seconds and anonymous memory that compiling costs, and microseconds of a call on a tiny matrix.
+Everything runs on one thread, interleaved in one process, so that whatever else the machine does hits all alike; the
+figure is the best of the repeats. "quantize" is without statistics, "+ stats" with them, also as a share of memcpy,
+which says what the machine at hand could do at best; "amax" is the first pass of a two-pass weight. Also: seconds and
+anonymous memory that compiling costs, and microseconds of a call on a tiny matrix.
 
     python bench/kernels_cpu.py
 """
@@ -21,17 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from goals import columns
+from goals import Goal, at_least, columns, print_goals
 from machine import describe_machine, headline
+from markdown import markdown
 from quantload.kernels import statistics as stats
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import kernel_set, warm_up
+from result_files import RESULTS, write_result
 
 PIECE_BYTES = 8 << 20
 COLUMNS = 4096
 SOURCES = (torch.bfloat16, torch.float16, torch.float32)
 GOALS = {"mxfp4": 12.0, "int8_channel": 15.0, "fp8_channel": 8.0, "fp8_tensor": 8.0, "fp8_block": 8.0}
-"""GB/s of BF16 per core with statistics, on an idle AVX-512 machine."""
+"""GB/s of BF16 per core with statistics, on an idle AVX-512 machine that copies 54 GB/s a core."""
+COLUMNS_TIMED = ("memcpy", "quantize", "+ stats", "amax", "dequantize")
 COMPILE = """
 import json, sys, time, torch
 import quantload.kernels.registry as registry
@@ -107,35 +111,64 @@ def compile_cost(name: str, cache_folder: str) -> dict[str, Any]:
     return {"compiled": found[0], "cached": found[1]}
 
 
+def measure_rates(formats: list[str], repeats: int) -> list[dict[str, Any]]:
+    """GB/s of every format and source type."""
+    found = []
+    for name in formats:
+        for dtype in SOURCES:
+            warm_up(name, "cpu", dtype)
+            goal = GOALS.get(name) if dtype == torch.bfloat16 else None
+            row = {"format": name, "source": str(dtype), "gb_per_second": rates(name, dtype, repeats), "goal": goal}
+            found.append(row)
+    return found
+
+
+def render(result: dict[str, Any], source: str | None = None) -> str:
+    """The rates as a table; `source` keeps only one source type."""
+    lines = []
+    for row in result["rates"]:
+        if source in (None, row["source"]):
+            found = row["gb_per_second"]
+            share = f"{found['+ stats'] / found['memcpy']:.0%}"
+            cells = [*(f"{value:.1f}" for value in found.values()), share]
+            lines.append([f"{row['format']} {row['source'].removeprefix('torch.')}", *cells])
+    return markdown(lines, ("GB/s of source a core", *COLUMNS_TIMED, "+ stats / memcpy"))
+
+
+def goals_of(result: dict[str, Any]) -> list[Goal]:
+    """The goals of the formats that have one."""
+    return [
+        at_least(
+            f"with statistics: >= {row['goal']:g} GB/s a core",
+            row["format"],
+            row["gb_per_second"]["+ stats"],
+            row["goal"],
+            " GB/s",
+        )
+        for row in result["rates"]
+        if row["goal"] is not None
+    ]
+
+
 def main() -> None:
-    """Measure, print the tables, write the dated JSON."""
+    """Measure, print the tables and goals, write the dated JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
-    parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe_machine()
     print(headline(machine))
     if machine["load_average"][0] > 1:
         print("warning: the machine is not idle; compare the rates with the memcpy column only")
-    result: dict[str, Any] = {"machine": machine, "piece_bytes": PIECE_BYTES, "rates": [], "calls": []}
-    lines = []
-    for name in options.formats:
-        for dtype in SOURCES:
-            warm_up(name, "cpu", dtype)
-            found = rates(name, dtype, options.repeats)
-            goal = GOALS[name] if dtype == torch.bfloat16 else None
-            result["rates"].append({"format": name, "source": str(dtype), "gb_per_second": found, "goal": goal})
-            met = "-" if goal is None else f"{goal:.0f}{'' if found['+ stats'] >= goal else ' (missed)'}"
-            lines.append([f"{name} {str(dtype)[6:]}", *(f"{value:.1f}" for value in found.values()), met])
-    print("\nGB/s of source per core, hot 8 MiB piece")
-    print(columns(lines, ["kernel", "memcpy", "quantize", "+ stats", "amax", "dequantize", "goal"]))
+    result: dict[str, Any] = {"machine": machine, "piece_bytes": PIECE_BYTES}
+    result["rates"] = measure_rates(options.formats, options.repeats)
+    print(f"\nhot 8 MiB piece\n{render(result)}")
+    print_goals(goals_of(result))
     result["calls"] = measure_calls(options.formats)
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"kernels_cpu-{machine['date'][:10]}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten: {path}")
+    reduced = "" if set(options.formats) == set(FORMATS) else "part"
+    print(f"\nwritten: {write_result('kernels_cpu', result, options.results, reduced)}")
 
 
 def measure_calls(formats: list[str]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from result_files import RESULTS, write_result
 
 CHECKPOINTS = ("dense", "moe", "huge", "tiny")
 WARM_UP_SCALE = 0.002
-COLD_LOADERS = ("read-only", "quark_mxfp4", "fp8_per_channel", "int8_per_channel")
+COLD_LOADERS = ("read-only", "read-drop", "quark_mxfp4", "fp8_per_channel", "int8_per_channel")
 COLD_REPEATS = 3
 MEMORY_SHARE = 0.8
 TOUCH_FACTOR = {"floor": 0.1, "quantload": 1.0, "peer": 2.5}  # of the checkpoint: what each may need at its peak
@@ -84,7 +84,7 @@ class Bench:
             loader
             for loader in LOADERS.values()
             if (not loader.only or checkpoint in loader.only)
-            and (not cold or loader.name in COLD_LOADERS)
+            and (loader.name in COLD_LOADERS if cold else loader.name != "read-drop")
             and any(fnmatch.fnmatch(loader.name, pattern) for pattern in self.options.loaders)
         ]
 

@@ -221,6 +221,7 @@ def measure(model: Any, folder: Path, baseline: dict[str, int]) -> dict[str, Any
         if report is not None:
             values = report.to_dict()
             facts["report"] = {name: values[name] for name in REPORT_FIELDS if name in values}
+            facts["layers_quantized"] = len(values["layers"])
     return facts
 
 

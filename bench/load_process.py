@@ -112,10 +112,12 @@ def touch_memory(size: int) -> float:
         with contextlib.suppress(OSError):  # a kernel without huge pages
             view.madvise(mmap.MADV_HUGEPAGE)
         pages = np.frombuffer(view, dtype=np.uint8)[::PAGE]
-        start = time.perf_counter()
-        pages[:] = 1
-        seconds = time.perf_counter() - start
-        del pages  # it holds the mapping
+        try:
+            start = time.perf_counter()
+            pages[:] = 1
+            seconds = time.perf_counter() - start
+        finally:
+            del pages  # it holds the mapping, also when this is interrupted
     return size / seconds
 
 

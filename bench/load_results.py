@@ -269,15 +269,16 @@ class Goals:
         return "; ".join(problems)[:NOTE_LENGTH] or "no such peer quantized everything here"
 
     def _cold(self, checkpoint: str) -> list[Goal]:
-        floor = self._rows.get((checkpoint, "read-only", True))
-        if floor is None or floor.seconds is None:
+        floors = [self._rows.get((checkpoint, name, True)) for name in ("read-only", "read-drop")]
+        fastest = min((row.seconds for row in floors if row is not None and row.seconds), default=None)
+        if fastest is None:
             return []
         goals = []
         for row in self._rows.values():
             ours = LOADERS[row.loader].family == "quantload"
             if row.checkpoint == checkpoint and row.cold and ours and row.seconds is not None:
                 name = f"{row.loader}: cold within {COLD_GOAL}x of reading and doing nothing"
-                goals.append(at_most(name, checkpoint, row.seconds / floor.seconds, COLD_GOAL, "x"))
+                goals.append(at_most(name, checkpoint, row.seconds / fastest, COLD_GOAL, "x"))
         return goals
 
     def _experts_rate(self) -> list[Goal]:

@@ -1,10 +1,11 @@
-"""The loaders `bench/load.py` compares: quantload's schemes, transformers' on-the-fly quantizers, and two yardsticks.
+"""The loaders `bench/load.py` compares: quantload's schemes, transformers' on-the-fly quantizers, and yardsticks.
 
 Nothing is imported before a loader is built, so this file can be read by an interpreter that has only some of them.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -119,47 +120,57 @@ def _bitsandbytes(**settings: Any) -> Callable[[], Load]:
     return _transformers(make_config)
 
 
-def _build_floor() -> Load:
-    """Read every byte of the files into one reused buffer a thread, and do nothing with it."""
+def _floor(drop: bool) -> Callable[[], Load]:
+    """Reads every byte of the files into one reused buffer a thread, and does nothing with it.
 
-    def load(folder: Path) -> None:
-        pieces = [
-            (path, offset)
-            for path in sorted(folder.glob("*.safetensors"))
-            for offset in range(0, path.stat().st_size, READ_BYTES)
-        ]
-        remaining = iter(pieces)
-        lock = threading.Lock()
-        failures: list[BaseException] = []
+    With `drop` every piece leaves the page cache when it was read: filling it has a price too, and a load from cold
+    files does not fill it.
+    """
 
-        def read() -> None:
-            buffer = bytearray(READ_BYTES)
-            files: dict[Path, int] = {}
-            try:
-                while True:
-                    with lock:
-                        piece = next(remaining, None)
-                    if piece is None:
-                        return
-                    path, offset = piece
-                    if path not in files:
-                        files[path] = os.open(path, os.O_RDONLY)
-                    os.preadv(files[path], [buffer], offset)
-            except BaseException as error:
-                failures.append(error)
-            finally:
-                for descriptor in files.values():
-                    os.close(descriptor)
+    def build() -> Load:
+        return functools.partial(_read_all, drop)
 
-        threads = [threading.Thread(target=read) for _ in range(READ_THREADS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
+    return build
 
-    return load
+
+def _read_all(drop: bool, folder: Path) -> None:
+    pieces = [
+        (path, offset)
+        for path in sorted(folder.glob("*.safetensors"))
+        for offset in range(0, path.stat().st_size, READ_BYTES)
+    ]
+    remaining = iter(pieces)
+    lock = threading.Lock()
+    failures: list[BaseException] = []
+
+    def read() -> None:
+        buffer = bytearray(READ_BYTES)
+        files: dict[Path, int] = {}
+        try:
+            while True:
+                with lock:
+                    piece = next(remaining, None)
+                if piece is None:
+                    return
+                path, offset = piece
+                if path not in files:
+                    files[path] = os.open(path, os.O_RDONLY)
+                os.preadv(files[path], [buffer], offset)
+                if drop:
+                    os.posix_fadvise(files[path], offset, READ_BYTES, os.POSIX_FADV_DONTNEED)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            for descriptor in files.values():
+                os.close(descriptor)
+
+    threads = [threading.Thread(target=read) for _ in range(READ_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 _AO = ("transformers", "torchao")
@@ -170,7 +181,8 @@ _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dt
 LOADERS: dict[str, Loader] = {
     loader.name: loader
     for loader in (
-        Loader("read-only", "floor", "bytes", _build_floor),
+        Loader("read-only", "floor", "bytes", _floor(drop=False)),
+        Loader("read-drop", "floor", "bytes", _floor(drop=True)),
         Loader("quark_mxfp4", "quantload", "mxfp4", _quantload("quark_mxfp4"), ("quantload",)),
         Loader("fp8_per_channel", "quantload", "fp8", _quantload("fp8_per_channel"), ("quantload",)),
         Loader("fp8_per_block", "quantload", "fp8", _quantload("fp8_per_block"), ("quantload",)),

@@ -6,7 +6,8 @@ Four parts, each with its sides taking turns in one process; figures are medians
   checkpoint of 3 GB and on one of 11 GB, where what a load costs once weighs less;
 - many: the same bytes in 51,000 tensors and in 66;
 - index: planning a checkpoint of 102,000 tensors, of which only the headers exist;
-- cold: the whole load against reading the same files and doing nothing, each after dropping them from the page cache.
+- cold: the whole load against reading the same files and doing nothing (leaving what was read in the page cache, or
+  dropping it behind as the load does), each after dropping them from the page cache.
 
     python bench/pipeline.py
     python bench/pipeline.py --parts warm --checkpoints dense --repeats 3
@@ -20,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +119,9 @@ class Bench:
         for name in self.options.cold_checkpoints:
             folder = self.make(name)
             sides: dict[str, Callable[[], float]] = {
-                "read": lambda folder=folder: _seconds(LOADERS["read-only"].build(), folder),  # type: ignore[misc]
-                "load": lambda folder=folder: load_whole(folder)["total"],  # type: ignore[misc]
+                "read": partial(_seconds, LOADERS["read-only"].build(), folder),
+                "read, drop": partial(_seconds, LOADERS["read-drop"].build(), folder),
+                "load": partial(_seconds, load_whole, folder),
             }
             turns: list[dict[str, float]] = []
             for number in range(self.options.repeats):
@@ -129,7 +132,7 @@ class Bench:
                     set_page_cache(shards_of(folder), cold=True)
                     turn[side] = sides[side]()
                 turns.append(turn)
-                _note(f"cold {name}: read {turn['read']:.2f} s, load {turn['load']:.2f} s")
+                _note(f"cold {name}: " + ", ".join(f"{side} {seconds:.2f} s" for side, seconds in turn.items()))
             rows.append({"checkpoint": name, "bytes": _size(folder), "seconds": _medians(turns), "turns": turns})
         return rows
 

@@ -9,6 +9,7 @@ import torch
 from . import linear_build, team
 from .compiled import CFunction
 from .formats import MXFP4, WeightFormat
+from .processor import has
 from .reference import scale_rows
 
 ALONE_ELEMENTS = 1 << 18
@@ -40,7 +41,8 @@ def dequantize(
 
 def dequantize_function(fmt: WeightFormat, dtype: torch.dtype) -> CFunction:
     """The compiled function that dequantizes to `dtype`, bfloat16 or float32."""
-    return linear_build.dequantize(family(fmt), "bf16" if dtype == torch.bfloat16 else "f32")
+    target = "fp8_f16c" if family(fmt) == "fp8" and has("f16c") else family(fmt)
+    return linear_build.dequantize(target, "bf16" if dtype == torch.bfloat16 else "f32")
 
 
 def family(fmt: WeightFormat) -> str:

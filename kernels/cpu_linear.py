@@ -15,8 +15,10 @@ from .formats import MXFP4, WeightFormat
 from .processor import has
 from .reference import check_linear, scale_rows, tile_rows
 
-DECODE_TOKENS = 8
-"""Most tokens that are multiplied with weights in registers; from there on a tile is used often enough to be stored."""
+TOKENS = 8
+"""Most tokens whose products with weights in registers are made together."""
+DECODE_TOKENS = 24
+"""Most tokens worth decoding the weights anew for every `TOKENS`; with more, a tile is stored and used by all."""
 ROW_STEP = 8
 """Threads take rows in multiples of it: of the rows that are worked on together, inside blocks of rows."""
 
@@ -37,7 +39,8 @@ def linear(
     if not x.shape[0] or not n_rows or not k:
         return F.linear(x, x.new_zeros(n_rows, k), bias)
     if x.shape[0] <= DECODE_TOKENS and (fmt is MXFP4 or k % BLOCK == 0):
-        return _few_tokens(fmt, x, codes, scales, bias, n_rows, k)
+        parts = [_few_tokens(fmt, part, codes, scales, bias, n_rows, k) for part in torch.split(x, TOKENS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     return _many_tokens(fmt, x, codes, scales, bias, n_rows, k)
 
 
@@ -92,7 +95,7 @@ def _activations(x: torch.Tensor, slots: int, decoder: str) -> torch.Tensor:
     """`x` as the kernel reads it: [slots, K'] with rows of zeros for the slots that no token has, K' whole blocks."""
     tokens, k = x.shape
     cols = -(-k // BLOCK) * BLOCK
-    dtype = torch.bfloat16 if decoder == "mxfp4_bf16" else torch.float32
+    dtype = torch.bfloat16 if decoder.endswith("_bf16") else torch.float32
     if (tokens, k) != (slots, cols):
         padded = x.new_zeros(slots, cols, dtype=dtype)
         padded[:tokens, :k] = x
@@ -103,9 +106,11 @@ def _activations(x: torch.Tensor, slots: int, decoder: str) -> torch.Tensor:
 
 
 def _decoder(fmt: WeightFormat, dtype: torch.dtype) -> str:
-    if fmt is MXFP4:
-        return "mxfp4_bf16" if dtype == torch.bfloat16 and has("avx512bw") and has("avx512bf16") else "mxfp4_f32"
-    return family(fmt)
+    """The best of `dot_ir.DECODERS` for this processor."""
+    kind = family(fmt)
+    if dtype == torch.bfloat16 and has("avx512bw") and has("avx512bf16"):
+        return f"{kind}_bf16"
+    return "fp8_f16c" if kind == "fp8" and has("f16c") else f"{kind}_f32"
 
 
 def _slots(tokens: int) -> int:

@@ -14,10 +14,12 @@ from llvmlite import ir
 from numba import types
 
 from .mxfp4_decode_ir import decode_block, look_up_block
-from .scaled_decode_ir import decode
+from .scaled_decode_ir import HALF_UNIT, decode, decode_with_halves
 from .vector_ir import (
     F32,
     I8,
+    I16,
+    I32,
     I64,
     Accumulators,
     Codegen,
@@ -44,12 +46,14 @@ class Decoder:
     """Bytes of 32 codes."""
     x_bytes: int
     """Bytes of the 32 activations that they meet."""
-    block_scales: bool
-    """Whether each 32 weights have a scale byte; else a segment of a row has a float32 scale."""
     decode: Callable[[ir.IRBuilder, ir.Value, ir.Value], list[Vector]]
     """(builder, address of the codes, address of the block's scale byte) -> factors."""
     accumulate: Callable[[Vector, list[Vector], ir.Value], Vector]
     """(16 float32 sums, factors, address of the activations) -> the sums with the products added."""
+    block_scales: bool = False
+    """Whether each 32 weights have a scale byte; else a segment of a row has a float32 scale."""
+    unit: float = 1.0
+    """What a factor of 1 stands for, beside its scale."""
 
 
 def _f32_products(sums: Vector, factors: list[Vector], x: ir.Value) -> Vector:
@@ -66,7 +70,7 @@ def _bf16_products(sums: Vector, factors: list[Vector], x: ir.Value) -> Vector:
 
 def _mxfp4_values(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
     """The 16 even weights, then the 16 odd ones."""
-    pairs = decode_block(b, codes, scale).cast(ir.IntType(32))
+    pairs = decode_block(b, codes, scale).cast(I32)
     return [(pairs << 16).cast(F32), (pairs & 0xFFFF0000).cast(F32)]
 
 
@@ -75,15 +79,41 @@ def _mxfp4_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vecto
 
 
 def _scaled_values(target: str) -> Callable[[ir.IRBuilder, ir.Value, ir.Value], list[Vector]]:
-    return lambda b, codes, scale: [decode(load(b, b.add(codes, I64(at)), I8, 16), target) for at in (0, 16)]
+    return lambda b, codes, scale: [decode(load(b, b.add(codes, I64(at)), I8, 16).sext(I32), target) for at in (0, 16)]
+
+
+def _fp8_halves(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
+    return [decode_with_halves(load(b, b.add(codes, I64(at)), I8, 16).sext(I16)) for at in (0, 16)]
+
+
+def _fp8_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
+    pairs = load(b, codes, I16, 16)
+    even, odd = (pairs << 8).shift_right_signed(8), pairs.shift_right_signed(8)
+    return [_interleave(decode_with_halves(even), decode_with_halves(odd))]
+
+
+def _int8_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
+    pairs = load(b, codes, I16, 16).zext(I32)
+    even, odd = (pairs << 24).shift_right_signed(24), (pairs << 16).shift_right_signed(24)
+    return [_interleave(decode(even, "int8"), decode(odd, "int8"))]
+
+
+def _interleave(even: Vector, odd: Vector) -> Vector:
+    """BF16 bits of float32 values that have no more than eight significant bits: even lanes, odd lanes."""
+    return ((even.cast(I32) >> 16) | (odd.cast(I32) & 0xFFFF0000)).cast(I16)
 
 
 DECODERS: Mapping[str, Decoder] = {
-    "mxfp4_bf16": Decoder(16, 64, True, _mxfp4_bits, _bf16_products),  # activations: BF16; needs avx512bf16
-    "mxfp4_f32": Decoder(16, 128, True, _mxfp4_values, _f32_products),  # activations: float32, 16 even, 16 odd
-    "fp8": Decoder(32, 128, False, _scaled_values("fp8"), _f32_products),  # activations: float32
-    "int8": Decoder(32, 128, False, _scaled_values("int8"), _f32_products),
+    "mxfp4_bf16": Decoder(16, 64, _mxfp4_bits, _bf16_products, block_scales=True),
+    "mxfp4_f32": Decoder(16, 128, _mxfp4_values, _f32_products, block_scales=True),
+    "fp8_bf16": Decoder(32, 64, _fp8_bits, _bf16_products, unit=HALF_UNIT),
+    "fp8_f16c": Decoder(32, 128, _fp8_halves, _f32_products, unit=HALF_UNIT),
+    "fp8_f32": Decoder(32, 128, _scaled_values("fp8"), _f32_products),
+    "int8_bf16": Decoder(32, 64, _int8_bits, _bf16_products),
+    "int8_f32": Decoder(32, 128, _scaled_values("int8"), _f32_products),
 }
+"""`_bf16`: activations in BF16, needs avx512bw and avx512bf16. Others: activations in float32, for MXFP4 the 16 even
+ones of a block before the 16 odd ones; `_f16c` needs f16c."""
 
 
 @emitted
@@ -142,7 +172,7 @@ def dot_rows(
                     add_block(b.add(first, i), "part")
                 for row in range(n_rows):
                     address = b.add(scale_rows[row], b.mul(segment, I64(4)))
-                    scale = splat(b, load_scalar(b, address, F32), 16)
+                    scale = splat(b, b.fmul(load_scalar(b, address, F32), F32(kind.unit)), 16)
                     for token in range(n_tokens):
                         part = acc.get(f"part {row} {token}")
                         acc.update(f"sum {row} {token}", lambda a, p=part, s=scale: accumulate_product(p, s, a))  # type: ignore[misc]

@@ -11,27 +11,27 @@ import llvmlite.binding as llvm
 from numba.core import config
 
 FEATURES_OF = {
-    "haswell": ("fma",),
-    "broadwell": ("fma",),
-    "znver1": ("fma",),
-    "znver2": ("fma",),
-    "znver3": ("fma",),
-    "x86-64-v3": ("fma",),
-    "skylake-avx512": ("fma", "avx512bw"),
-    "icelake-server": ("fma", "avx512bw"),
-    "x86-64-v4": ("fma", "avx512bw"),
-    "cooperlake": ("fma", "avx512bw", "avx512bf16"),
-    "sapphirerapids": ("fma", "avx512bw", "avx512bf16"),
-    "graniterapids": ("fma", "avx512bw", "avx512bf16"),
-    "znver4": ("fma", "avx512bw", "avx512bf16"),
-    "znver5": ("fma", "avx512bw", "avx512bf16"),
+    "haswell": ("fma", "f16c"),
+    "broadwell": ("fma", "f16c"),
+    "znver1": ("fma", "f16c"),
+    "znver2": ("fma", "f16c"),
+    "znver3": ("fma", "f16c"),
+    "x86-64-v3": ("fma", "f16c"),
+    "skylake-avx512": ("fma", "f16c", "avx512bw"),
+    "icelake-server": ("fma", "f16c", "avx512bw"),
+    "x86-64-v4": ("fma", "f16c", "avx512bw"),
+    "cooperlake": ("fma", "f16c", "avx512bw", "avx512bf16"),
+    "sapphirerapids": ("fma", "f16c", "avx512bw", "avx512bf16"),
+    "graniterapids": ("fma", "f16c", "avx512bw", "avx512bf16"),
+    "znver4": ("fma", "f16c", "avx512bw", "avx512bf16"),
+    "znver5": ("fma", "f16c", "avx512bw", "avx512bf16"),
 }
 """LLVM features, of those this package asks for, by the processor names that people pass to numba."""
 
 
 @cache
 def has(feature: str) -> bool:
-    """Whether the processor compiled for has an LLVM feature: `fma`, `avx512bw` or `avx512bf16`."""
+    """Whether the processor compiled for has an LLVM feature: `fma`, `f16c`, `avx512bw` or `avx512bf16`."""
     if llvm.get_process_triple().startswith(("aarch64", "arm64")):
         return feature == "fma"
     features, name = config.CPU_FEATURES, config.CPU_NAME or "host"

@@ -16,7 +16,7 @@ dequantize(codes, scales, out) -> None
     Into `out` [R, C] float32, bfloat16 or float16; float32 arithmetic, rounded once to the type of `out`.
 linear(x, codes, scales, bias, n_rows, k) -> Tensor
     x [T, k] times the transposed weight [n_rows, k], plus bias [n_rows] or None: [T, n_rows] in the type of x. The
-    weight is dequantized to the type of x in cache-sized tiles, never whole.
+    weight is decoded in registers or, to the type of x, in cache-sized tiles; never whole.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba import types
 
 from .vector_ir import (
+    F16,
     F32,
     I8,
     I16,
@@ -22,6 +23,9 @@ from .vector_ir import (
     splat,
     store,
 )
+
+HALF_UNIT = 256.0
+"""What 1 stands for in the values of `decode_with_halves`."""
 
 
 @emitted
@@ -43,6 +47,7 @@ def dequantize_tile(
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         codes, codes_stride, out, out_stride, rows, cols, scale, _, _ = args
         width = ITEM_BYTES[out_kind]
+        unit = b.fmul(scale, F32(HALF_UNIT)) if target_name == "fp8_f16c" else scale
         groups, rest = b.udiv(cols, I64(16)), b.urem(cols, I64(16))
         with count_to(b, rows) as row:
             source = b.add(codes, b.mul(row, codes_stride))
@@ -51,7 +56,7 @@ def dequantize_tile(
                 done = I64(0) if lanes == 16 else b.mul(groups, I64(16))
                 with count_to(b, count) as i:
                     at = b.add(done, b.mul(i, I64(lanes)))
-                    value = decode(load(b, b.add(source, at), I8, lanes), target_name) * splat(b, scale, lanes)
+                    value = _values(load(b, b.add(source, at), I8, lanes), target_name) * splat(b, unit, lanes)
                     rounded = value if out_kind == "f32" else to_bf16(value)
                     store(rounded, b.add(target_row, b.mul(at, I64(width))))
         return context.get_dummy_value()
@@ -59,16 +64,28 @@ def dequantize_tile(
     return types.void(codes, codes_stride, out, out_stride, rows, cols, scale, target, kind), codegen
 
 
+def _values(codes: Vector, target: str) -> Vector:
+    """float32 values of byte codes: `int8`, `fp8`, or in units of `HALF_UNIT` `fp8_f16c`."""
+    return decode_with_halves(codes.sext(I16)) if target == "fp8_f16c" else decode(codes.sext(I32), target)
+
+
 def decode(codes: Vector, target: str) -> Vector:
-    """float32 values of byte codes."""
+    """float32 values of codes that were sign-extended to 32 bits."""
     if target == "int8":
-        return codes.sext(I32).to_float(F32)
-    wide = codes.zext(I32)
-    magnitude = wide & 0x7F
+        return codes.to_float(F32)
+    magnitude = codes & 0x7F
     normal = (magnitude << 20) + (120 << 23)
     subnormal = (magnitude.to_float(F32) * 2.0**-9).cast(I32)
-    chosen = magnitude.gt(7).select(normal, subnormal)
-    return (chosen | ((wide & 0x80) << 24)).cast(F32)
+    return (magnitude.gt(7).select(normal, subnormal) | (codes & 0x80000000)).cast(F32)
+
+
+def decode_with_halves(codes: Vector) -> Vector:
+    """float32 E4M3 values, in units of `HALF_UNIT`, of codes sign-extended to 16 bits; needs f16c.
+
+    A byte moved up by seven bits is an FP16 number, subnormals included, whose exponent is less by eight.
+    """
+    bits = (codes << 7) & 0xBFFF
+    return bits.cast(F16).to_float(F32)
 
 
 def to_bf16(value: Vector) -> Vector:

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
-F32, F64 = ir.FloatType(), ir.DoubleType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 """Bytes per element of each kind of source."""
@@ -46,7 +46,7 @@ class Vector:
 
     @property
     def is_float(self) -> bool:
-        return isinstance(self.type.element, (ir.FloatType, ir.DoubleType))
+        return self.type.element in (F16, F32, F64)
 
     def like(self, other: Vector | float | int) -> ir.Value:
         if isinstance(other, Vector):
@@ -83,6 +83,10 @@ class Vector:
     def __rshift__(self, other: int) -> Vector:
         """Logical shift right."""
         return self.new(self.b.lshr(self.value, self.like(other)))
+
+    def shift_right_signed(self, bits: int) -> Vector:
+        """Arithmetic shift right."""
+        return self.new(self.b.ashr(self.value, self.like(bits)))
 
     def gt(self, other: Vector | float | int) -> Vector:
         """Lane mask; unsigned for integers, ordered for floats."""
@@ -177,11 +181,11 @@ class Vector:
 
 
 def _width(element: ir.Type) -> int:
-    return {F32: 32, F64: 64}.get(element) or int(element.width)
+    return {F16: 16, F32: 32, F64: 64}.get(element) or int(element.width)
 
 
 def _mangled(vector: ir.VectorType) -> str:
-    prefix = "f" if isinstance(vector.element, (ir.FloatType, ir.DoubleType)) else "i"
+    prefix = "f" if vector.element in (F16, F32, F64) else "i"
     return f"v{vector.count}{prefix}{_width(vector.element)}"
 
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
+from quantload.kernels import cpu_dequantize, cpu_linear, linear_build, processor, team
+from quantload.kernels.formats import FORMATS
+from quantload.kernels.registry import kernel_set
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("tokens", "n_rows", "k"), [(1, 96, 128), (3, 600, 100), (17, 1025, 320), (0, 40, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "n_rows", "k"), [(1, 96, 128), (3, 600, 100), (8, 257, 96), (17, 1025, 320), (26, 40, 64), (0, 40, 64)]
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows, k, with_bias):
     generator = torch.Generator().manual_seed(tokens)
@@ -36,3 +55,92 @@ def test_arguments_that_do_not_fit_are_named(runner):
         runner.kernels.linear(x, codes, scales, None, 9, 64)
     with pytest.raises(ValueError, match="bias"):
         runner.kernels.linear(x, codes, scales, torch.ones(3, device=runner.device), 8, 64)
+
+
+def quantized(kernels, n_rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    fmt = kernels.format
+    weight = torch.randn(n_rows, k, generator=torch.Generator().manual_seed(1)).bfloat16()
+    codes = torch.zeros(fmt.code_shape(n_rows, k), dtype=torch.uint8).view(fmt.code_dtype)
+    scales = torch.zeros(fmt.scale_shape(n_rows, k), dtype=fmt.scale_dtype)
+    assert kernels.quantize(weight, codes, scales) == 0
+    return codes, scales
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 30])
+def test_the_number_of_threads_changes_nothing(fmt, tokens):
+    kernels = kernel_set(fmt, "cpu")
+    codes, scales = quantized(kernels, 1030, 512)  # enough weights for several threads
+    x = torch.randn(tokens, 512).bfloat16()
+    results = []
+    for threads in (1, 2, 5):
+        with torch_threads(threads):
+            results.append(kernels.linear(x, codes, scales, None, 1030, 512))
+    if tokens < 30:  # torch's own matmul of a tile may sum in another order
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_team_takes_every_row_once(threads):
+    task = linear_build.dequantize_task()
+    kernels = kernel_set("int8_channel", "cpu")
+    codes, scales = quantized(kernels, 600, 512)
+    want, got = torch.empty(600, 512), torch.full((600, 512), 77.0)
+    kernels.dequantize(codes, scales, want)
+    cpu_dequantize.dequantize(kernels.format, codes, scales, got, threads)
+    assert torch.equal(got, want)
+    assert task is linear_build.dequantize_task()
+
+
+def test_without_the_runtime_of_torch_one_thread_does_it(monkeypatch, caplog):
+    monkeypatch.setattr(team, "_runtime", lambda: None)
+    team._parallel.cache_clear()
+    try:
+        kernels = kernel_set("mxfp4", "cpu")
+        codes, scales = quantized(kernels, 1030, 512)
+        x = torch.randn(1, 512).bfloat16()
+        with caplog.at_level("INFO", "quantload"), torch_threads(2):
+            alone = kernels.linear(x, codes, scales, None, 1030, 512)
+        assert "OpenMP runtime was not found" in caplog.text
+    finally:
+        team._parallel.cache_clear()
+    with torch_threads(2):
+        assert torch.equal(kernels.linear(x, codes, scales, None, 1030, 512), alone)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which libraries a process has loaded")
+def test_the_runtime_of_torch_is_found():
+    path = team._runtime()
+    assert path is not None
+    assert path.name.startswith(team.RUNTIMES)
+
+
+@pytest.mark.parametrize("decoder", ["mxfp4_f32", "fp8_f32", "int8_f32", "fp8_f16c"])
+def test_decoders_of_other_processors(decoder, monkeypatch):
+    if decoder == "fp8_f16c" and not processor.has("f16c"):
+        pytest.skip("this processor has no f16c")
+    monkeypatch.setattr(cpu_linear, "_decoder", lambda fmt, dtype: decoder)
+    fmt = {"mxfp4": "mxfp4", "fp8": "fp8_block", "int8": "int8_channel"}[decoder.split("_")[0]]
+    kernels = kernel_set(fmt, "cpu")
+    codes, scales = quantized(kernels, 261, 224)
+    dequantized = torch.empty(261, 224)
+    kernels.dequantize(codes, scales, dequantized)
+    for tokens in (1, 3, 8):
+        x = torch.randn(tokens, 224).bfloat16()
+        want = F.linear(x.double(), dequantized.double()).bfloat16()
+        torch.testing.assert_close(kernels.linear(x, codes, scales, None, 261, 224), want, rtol=0.008, atol=1e-4)
+
+
+def test_weights_without_a_normal_bf16_count_as_zero_and_others_do_not():
+    kernels = kernel_set("mxfp4", "cpu")
+    codes = torch.full((8, 16), 0x77, dtype=torch.uint8)  # 6 everywhere
+    scales = torch.tensor([0, 1, 2, 3, 64, 127, 200, 240], dtype=torch.uint8)[:, None]
+    out = kernels.linear(torch.full((1, 32), 0.5), codes, scales, None, 8, 32).double()
+    exact = 0.5 * 32 * 6 * torch.pow(2.0, scales[:, 0].double() - 127)
+    torch.testing.assert_close(out[0], exact, rtol=1e-6, atol=0)
+    rounded = kernels.linear(torch.full((1, 32), 0.5).bfloat16(), codes, scales, None, 8, 32).double()
+    torch.testing.assert_close(rounded[0, 2:], exact[2:], rtol=0.004, atol=0)
+    assert bool((rounded[0, :2] <= exact[:2] * 1.004).all())

@@ -31,7 +31,7 @@ from load_process import set_page_cache, touch_memory
 from loaders import LOADERS
 from machine import describe_machine, headline
 from pipeline_parts import load_whole, plan_alone, quantize_alone, read_alone
-from pipeline_results import goals_of, render_index, render_many, render_pipeline
+from pipeline_results import PARTS, goals_of, render_counts, render_pipeline
 from recipes import many
 from result_files import RESULTS, write_result
 
@@ -39,7 +39,6 @@ WARM_UP_SCALE = 0.002
 WARM_CHECKPOINTS, COLD_CHECKPOINTS = ("dense", "large"), ("dense", "moe")
 TOUCH_SHARE = 0.5
 """Of the checkpoint: memory that is touched and freed before a load; MXFP4 takes less than this."""
-PARTS = ("warm", "many", "index", "cold")
 
 
 def _note(text: str) -> None:
@@ -171,11 +170,10 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine, "repeats": options.repeats, "settings": {"scale": options.scale}}
     for part in options.parts:
         result[part] = getattr(bench, part)()
-    for render in (render_pipeline, render_many, render_index):
-        print(f"\n{render(result)}")
+    print("\n" + "\n\n".join(filter(None, (render_pipeline(result), render_counts(result)))))
     print_goals(goals_of(result))
-    whole = len(options.parts) == len(PARTS) and len(options.checkpoints) == len(WARM_CHECKPOINTS)
-    reduced = f"scale{options.scale:g}" if options.scale != 1 else "" if whole else "-".join(options.parts)
+    whole = set(options.checkpoints) >= set(WARM_CHECKPOINTS) and set(options.cold_checkpoints) >= set(COLD_CHECKPOINTS)
+    reduced = f"scale{options.scale:g}" if options.scale != 1 else "" if whole else "part"
     print(f"\nwritten: {write_result('pipeline', result, options.results, reduced)}")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from goals import Goal, at_least, at_most
 from markdown import markdown
 
+PARTS = ("warm", "many", "index", "cold")
 GB = 1e9
 RATE_GOAL, NEARNESS_GOAL, MANY_GOAL, COLD_GOAL, INDEX_GOAL = 12.0, 0.8, 1.5, 1.1, 3.0
 INDEX_STEPS = ("read_index", "map_checkpoint", "build_routes")
@@ -82,6 +83,11 @@ def render_index(result: dict[str, Any]) -> str:
     lines += [["the rest (building the skeleton)", f"{rest:.2f}"], ["everything before the first weight", ""]]
     lines[-1][1] = f"{seconds['total']:.2f}"
     return markdown(lines, (f"{seconds['tensors']:,.0f} tensors", "s"))
+
+
+def render_counts(result: dict[str, Any]) -> str:
+    """Both tables about the number of tensors."""
+    return "\n\n".join(filter(None, (render_many(result), render_index(result))))
 
 
 def goals_of(result: dict[str, Any]) -> list[Goal]:

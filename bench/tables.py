@@ -1,0 +1,91 @@
+"""Every table of `bench/README.md` and `bench/NOTES.md`, from the newest full-size result of each benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bigger_than_memory
+import kernels_cpu
+import load_tables
+import matmul_cpu
+import pipeline_results
+import profile_load
+from goals import Goal
+from markdown import fill, goal_table, source_line
+from result_files import RESULTS, results_of
+
+BENCH = Path(__file__).resolve().parent
+DOCUMENTS = (BENCH / "README.md", BENCH / "NOTES.md")
+MISSING = "No full-size result yet."
+Result = dict[str, Any]
+
+
+def _newest(results: list[Result], part: str | None = None) -> Result | None:
+    return next((result for result in results if part is None or part in result), None)
+
+
+def _section(result: Result | None, render: Callable[[Result], str], goals: Callable[[Result], list[Goal]]) -> str:
+    if result is None:
+        return MISSING
+    parts = [render(result), source_line(result)]
+    found = goals(result)
+    return "\n\n".join([*parts, goal_table(found)] if found else parts)
+
+
+def _no_goals(result: Result) -> list[Goal]:
+    return []
+
+
+def _pipeline(results: list[Result], *parts: str, render: Callable[[Result], str]) -> str:
+    """A table of the parts of the pipeline benchmark, each from the newest result that has it."""
+    sections: dict[str, list[str]] = {}
+    for part in parts:
+        result = _newest(results, part)
+        if result is not None:
+            sections.setdefault(result["file"], []).append(part)
+    by_file = {result["file"]: result for result in results}
+    found = []
+    for file, names in sections.items():
+        result = {key: value for key, value in by_file[file].items() if key not in pipeline_results.PARTS}
+        found.append(_section(result | {p: by_file[file][p] for p in names}, render, pipeline_results.goals_of))
+    return "\n\n".join(found) or MISSING
+
+
+def render_all(folder: Path = RESULTS) -> dict[str, str]:
+    """Markdown of every table by its name."""
+    loads, pipelines = results_of("load", folder), results_of("pipeline", folder)
+    return {
+        "kernels_cpu": _section(
+            _newest(results_of("kernels_cpu", folder)),
+            lambda result: kernels_cpu.render(result, "torch.bfloat16"),
+            kernels_cpu.goals_of,
+        ),
+        "matmul": _section(_newest(results_of("matmul_cpu", folder)), matmul_cpu.render, matmul_cpu.goals_of),
+        "pipeline": _pipeline(pipelines, "warm", "cold", render=pipeline_results.render_pipeline),
+        "load_warm": load_tables.warm(loads) or MISSING,
+        "load_cold": load_tables.cold(loads) or MISSING,
+        "many": _pipeline(pipelines, "many", "index", render=pipeline_results.render_counts),
+        "bigger_than_memory": _section(
+            _newest(results_of("bigger_than_memory", folder)), bigger_than_memory.render, bigger_than_memory.goals_of
+        ),
+        "peers": load_tables.peers(loads) or MISSING,
+        "profile": _section(_newest(results_of("profile_load", folder)), profile_load.render, _no_goals),
+    }
+
+
+def rendered(document: Path, folder: Path = RESULTS) -> str:
+    """What a document reads when its tables are made from the results in `folder`."""
+    return fill(document.read_text(), render_all(folder))
+
+
+def write(documents: tuple[Path, ...] = DOCUMENTS, folder: Path = RESULTS) -> list[Path]:
+    """Put the newest tables into the documents; returns those that changed."""
+    changed = []
+    for document in documents:
+        text = rendered(document, folder)
+        if text != document.read_text():
+            document.write_text(text)
+            changed.append(document)
+    return changed

@@ -19,11 +19,18 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.monkey_patching import patch_output_recorders
 
 from ..errors import CheckpointError, UnsupportedCheckpointError
+from .name_families import Member, families, rename_family
 
 AUTO_CLASSES = (
     "AutoModelForCausalLM",
@@ -32,6 +39,9 @@ AUTO_CLASSES = (
     "AutoModelForMaskedLM",
     "AutoModel",
 )
+
+# What these make of a name depends on the name alone; others may remember what they have seen.
+FORGETFUL = (WeightRenaming, PrefixChange, WeightConverter)
 
 
 def load_config(root: Path, trust_remote_code: bool) -> Any:
@@ -123,15 +133,31 @@ class Conversion:
     """Checkpoint tensors that become parameters together.
 
     `sources` maps a source pattern to checkpoint names in the order transformers would collect them. Without a
-    `converter` there is one name, copied as it is.
+    `converter` there is one name, copied as it is. `mixed` are the patterns whose names came in several sorted parts.
     """
 
     target: str
     converter: Any | None
     sources: dict[str, list[str]] = field(default_factory=dict)
+    mixed: set[str] = field(default_factory=set)
 
     def names(self) -> list[str]:
         return [name for names in self.sources.values() for name in names]
+
+    def add(self, pattern: str | None, names: list[str]) -> None:
+        """Take sources, sorted among themselves."""
+        for key, group in ((pattern, names),) if pattern is not None else ((name, [name]) for name in names):
+            held = self.sources.setdefault(key, [])
+            held += group
+            if len(held) > len(group):
+                self.mixed.add(key)
+
+    def sort(self) -> None:
+        """Bring the sources into transformers' order, whatever order they were found in."""
+        for pattern in self.mixed:
+            self.sources[pattern].sort(key=dot_natural_key)
+        if len(self.sources) > 1:
+            self.sources = dict(sorted(self.sources.items(), key=lambda source: dot_natural_key(source[1][0])))
 
 
 @dataclass(slots=True)
@@ -144,28 +170,41 @@ class NamePlan:
 
 
 def plan_names(model: PreTrainedModel, names: Iterable[str]) -> NamePlan:
-    """Rename and group checkpoint names as transformers would, without a tensor.
-
-    Names go through in transformers' own sorted order, since one of its renamings remembers what it has seen.
-    """
+    """Rename and group checkpoint names as transformers would, without a tensor."""
     mapping = get_model_conversion_mapping(model) or []
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, meta = model.base_model_prefix, model.state_dict()
-    conversions: dict[str, Conversion] = {}
-    unexpected = []
-    for name in sorted(names, key=dot_natural_key):
+
+    def rename(name: str) -> tuple[str, str | None]:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, meta)
         if renamed not in meta and name in meta:
             renamed, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=meta)
-        if renamed not in meta:
-            unexpected.append(name)
-            continue
-        converter = None if pattern is None else by_pattern[pattern]
-        conversion = conversions.setdefault(renamed, Conversion(renamed, converter))
-        conversion.sources.setdefault(name if pattern is None else pattern, []).append(name)
+        return renamed, pattern
+
+    conversions: dict[str, Conversion] = {}
+    unexpected: list[str] = []
+    for members in _families(names, mapping):
+        gathered: dict[tuple[str, str | None], list[str]] = {}
+        for name, renamed in rename_family(members, rename, meta):
+            gathered.setdefault(renamed, []).append(name)
+        for (target, pattern), found in gathered.items():
+            if target not in meta:
+                unexpected += found
+                continue
+            converter = None if pattern is None else by_pattern[pattern]
+            conversions.setdefault(target, Conversion(target, converter)).add(pattern, found)
+    for conversion in conversions.values():
+        conversion.sort()
     return NamePlan(list(conversions.values()), unexpected, [entry for entry in mapping if entry.was_used()])
+
+
+def _families(names: Iterable[str], mapping: Iterable[Any]) -> Iterable[list[Member]]:
+    """Names by family; each alone, and in transformers' order, if a renaming remembers those it has seen."""
+    if all(type(entry) in FORGETFUL for entry in mapping):
+        return sorted(families(names), key=lambda members: dot_natural_key(members[0][1]))
+    return [[([], name)] for name in sorted(names, key=dot_natural_key)]
 
 
 def convert(model: PreTrainedModel, conversion: Conversion, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def checkpoint(recipe: Recipe, folder: Path, keep: bool) -> Iterator[Path]:
     layers = recipe.config["num_hidden_layers"]
     kept = folder / f"{PREFIX}-{layers}-layers"
     home = kept if keep or (kept / KEPT).exists() else folder / f"{PREFIX}-{layers}-layers-{os.getpid()}"
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
         home.mkdir(parents=True, exist_ok=True)
         (home / OWNER).write_text(str(os.getpid()))
@@ -95,6 +95,8 @@ def checkpoint(recipe: Recipe, folder: Path, keep: bool) -> Iterator[Path]:
     finally:
         if not (home / KEPT).exists():
             shutil.rmtree(home, ignore_errors=True)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def available_bytes() -> int:

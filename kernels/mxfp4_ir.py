@@ -73,12 +73,12 @@ def quantize_bf16_run(
             bits = load(b, b.add(source, b.mul(i, I64(64))), I16, 32)
             magnitude = magnitudes(bits, "bf16")
             amax = b.zext(magnitude.reduce("umax"), I32)
-            b.store(_umax(b, b.load(largest), amax), largest)
-            byte = _even_byte(b, amax, 7)
+            b.store(umax(b, b.load(largest), amax), largest)
+            byte = even_byte(b, amax, 7)
             slow = b.and_(b.icmp_unsigned("<", byte, I32(MIN_FAST_BYTE)), b.icmp_unsigned("!=", amax, I32(0)))
             b.store(b.or_(b.load(odd_block), b.zext(slow, I32)), odd_block)
             store_scalar(b, b.trunc(byte, I8), b.add(scales, i))
-            used = _umax(b, byte, I32(MIN_FAST_BYTE))
+            used = umax(b, byte, I32(MIN_FAST_BYTE))
             quarter = splat(b, b.trunc(b.shl(b.sub(used, I32(2)), I32(7)), I16), 32)
             v = magnitude.minus_saturating(quarter)
             above_quarter, above_three_quarters = v.gt(0), v.ge(192)
@@ -86,7 +86,7 @@ def quantize_bf16_run(
             rounded = w + ((w >> 6) & 1) + (31 - 128)
             nonzero = v.call("llvm.umin", constant(b, I16, 32, 1))
             code = above_three_quarters.select(rounded >> 6, nonzero)
-            _store_pairs(code | ((bits >> 12) & 8), b.add(codes, b.mul(i, I64(16))))
+            store_pairs(code | ((bits >> 12) & 8), b.add(codes, b.mul(i, I64(16))))
             if with_statistics:
                 half = quarter + 128
                 decoded = above_three_quarters.select((rounded & 0xFFC0) + half, above_quarter.select(half, 0))
@@ -158,12 +158,12 @@ def quantize_wide_run(
             magnitude = magnitudes(bits, source_kind)
             amax = magnitude.reduce("umax")
             wide_amax = amax if amax.type == I32 else b.zext(amax, I32)
-            b.store(_umax(b, b.load(largest), wide_amax), largest)
+            b.store(umax(b, b.load(largest), wide_amax), largest)
             address = b.add(scales, i)
             b.store(b.zext(load_scalar(b, address, I8), I32), byte_slot)
             with b.if_then(b.icmp_unsigned("==", known, I64(0))):
                 lanes = widen(splat(b, wide_amax, 16), source_kind).cast(I32)
-                computed = _even_byte(b, b.extract_element(lanes.value, I32(0)), 23)
+                computed = even_byte(b, b.extract_element(lanes.value, I32(0)), 23)
                 b.store(computed, byte_slot)
                 store_scalar(b, b.trunc(computed, I8), address)
             byte = b.load(byte_slot)
@@ -179,7 +179,7 @@ def quantize_wide_run(
                 halves.append((y, decoded, code))
             code = parts[0].shuffle(range(32), parts[1]).trunc(I16)
             sign = (bits >> 28).trunc(I16) if source_kind == "f32" else bits >> 12
-            _store_pairs(code | (sign & 8), b.add(codes, b.mul(i, I64(16))))
+            store_pairs(code | (sign & 8), b.add(codes, b.mul(i, I64(16))))
             if with_statistics:
                 _measure_wide(acc, halves, unit, byte)
         if with_statistics:
@@ -226,7 +226,7 @@ def _add_wide_statistics(acc: Accumulators, out: ir.Value) -> None:
     add_f64(b, out, st.ZERO, b.sitofp(acc.get("zero").reduce("add"), F64))
 
 
-def _even_byte(b: ir.IRBuilder, amax: ir.Value, mantissa_bits: int) -> ir.Value:
+def even_byte(b: ir.IRBuilder, amax: ir.Value, mantissa_bits: int) -> ir.Value:
     """EVEN scale byte from the i32 magnitude bits of a block's amax (8 exponent bits above `mantissa_bits`)."""
     # Adding what T_even lacks to the next power of two carries into the exponent exactly when m >= T_even.
     carry = (0x800000 - T_EVEN) >> (23 - mantissa_bits)
@@ -240,11 +240,11 @@ def power_of_two_bits(b: ir.IRBuilder, biased: ir.Value) -> ir.Value:
     return b.select(b.icmp_unsigned("==", biased, I32(0)), I32(0x400000), b.shl(biased, I32(23)))
 
 
-def _umax(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+def umax(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.icmp_unsigned(">", x, y), x, y)
 
 
-def _store_pairs(code: Vector, address: ir.Value) -> None:
+def store_pairs(code: Vector, address: ir.Value) -> None:
     """32 codes in 16-bit lanes to 16 bytes, even lanes in the low nibbles."""
     pairs = code.cast(I32)
     store((pairs | (pairs >> 12)).trunc(I8), address)

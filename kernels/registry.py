@@ -29,9 +29,15 @@ from typing import Any
 
 import torch
 
+from .experts import ExpertsByLinear
 from .formats import FORMATS, WeightFormat
+from .gpu_matmul import gpu_matmuls
+from .gpu_quantize import gpu_quantizers, stored_format
 
-OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear")
+OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear", "experts")
+
+
+NUMBA_FORMATS = ("mxfp4", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel")
 
 
 class NoKernel(LookupError):
@@ -64,6 +70,7 @@ class KernelSet:
     finish_scales: Callable[..., torch.Tensor]
     dequantize: Callable[..., None]
     linear: Callable[..., torch.Tensor]
+    experts: Callable[..., torch.Tensor]
     names: Mapping[str, str] = field(default_factory=dict)
     """Kernel name by operation."""
 
@@ -95,11 +102,22 @@ def select(operation: str, format_name: str, device: torch.device | str, name: s
 def kernel_set(
     format_name: str, device: torch.device | str, overrides: Mapping[str, str] = MappingProxyType({})
 ) -> KernelSet:
-    """The best kernel of every operation; `overrides` maps operations to the names of kernels to use instead."""
+    """The best kernel of every operation; `overrides` maps operations to the names of kernels to use instead.
+
+    The format of the set is the one that is stored on the device: E4M3 FNUZ for FP8 on gfx942.
+
+    A name for `linear` is taken for `experts` too, where that has such a kernel and is given no name of its own.
+    """
+    format_name = stored_format(format_name, torch.device(device))
     unknown = sorted(set(overrides) - set(OPERATIONS))
     if unknown:
         raise NoKernel(f"unknown operations {unknown} in overrides; operations are {', '.join(OPERATIONS)}")
-    chosen = {op: select(op, format_name, device, overrides.get(op)) for op in OPERATIONS}
+    wanted = dict(overrides)
+    if "linear" in wanted and "experts" not in wanted:
+        found = candidates("experts", format_name, device)
+        if (wanted["linear"], None) in [(kernel.name, reason) for kernel, reason in found]:
+            wanted["experts"] = wanted["linear"]
+    chosen = {op: select(op, format_name, device, wanted.get(op)) for op in OPERATIONS}
     names = MappingProxyType({op: kernel.name for op, kernel in chosen.items()})
     functions: dict[str, Any] = {op: kernel.function for op, kernel in chosen.items()}
     return KernelSet(format=FORMATS[format_name], names=names, **functions)
@@ -116,6 +134,7 @@ def warm_up(
 
     Safe from any thread; returns at once where there is nothing to compile or it is compiled already.
     """
+    format_name = stored_format(format_name, torch.device(device))
     if select("quantize", format_name, device).name == "numba":
         from . import cpu
 
@@ -132,9 +151,23 @@ def _reason(kernel: Kernel, device: torch.device) -> str | None:
 def _kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
     """All kernels of an operation of a format, best first; a backend for another device is one more entry here."""
     return (
-        Kernel("numba", operation, format_name, "cpu", _Numba(operation, format_name), _numba_unavailable),
+        *_gpu_kernels(operation, format_name),
+        Kernel("numba", operation, format_name, "cpu", _numba_function(operation, format_name), _numba_reason(format_name)),
         Kernel("torch", operation, format_name, None, _torch_function(operation, format_name), _torch_unavailable),
     )
+
+
+def _gpu_kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
+    return tuple(
+        Kernel(kernel.name, operation, format_name, "cuda", kernel, kernel.unavailable)
+        for kernel in (*gpu_matmuls(operation, FORMATS[format_name]), *gpu_quantizers(operation, FORMATS[format_name]))
+    )
+
+
+def _numba_function(operation: str, format_name: str) -> Callable[..., Any]:
+    if operation == "experts":
+        return ExpertsByLinear(FORMATS[format_name], _Numba("linear", format_name))
+    return _Numba(operation, format_name)
 
 
 class _Numba:
@@ -153,11 +186,24 @@ class _Numba:
 
 
 def _torch_function(operation: str, format_name: str) -> Callable[..., Any]:
-    from . import fp8, int8, mxfp4
+    from . import fp8, int8, mx, mxfp4
 
-    references = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references}
-    function: Callable[..., Any] = getattr(references[format_name], operation)
+    references = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references, **mx.references}
+    reference = references[format_name]
+    function: Callable[..., Any] = (
+        ExpertsByLinear(reference.codec.format, reference.linear)
+        if operation == "experts"
+        else getattr(reference, operation)
+    )
     return function
+
+
+def _numba_reason(format_name: str) -> Callable[[torch.device], str | None]:
+    return _numba_unavailable if format_name in NUMBA_FORMATS else _no_numba_kernels
+
+
+def _no_numba_kernels(device: torch.device) -> str | None:
+    return "has no kernels for this format"
 
 
 @cache

@@ -64,41 +64,39 @@ class QuantizedMoEScheme(MoEScheme):
     # forward
 
     def apply(self, layer: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Experts forward: tokens grouped by expert; an expert nobody was routed to is not read.
+        """Experts forward: tokens grouped by expert, an expert nobody was routed to is not read, no word to the host.
 
         `hidden_states` [T, H], `top_k_index` and `top_k_weights` [T, k]; returns [T, H] in the dtype of the input.
         The weighted sum over a token's experts runs in float32, as in transformers' grouped forward.
         """
+        module: Any = layer
         tokens, top_k = top_k_index.shape
         expert_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        grouped = hidden_states[order // top_k]
-        weights = top_k_weights.reshape(-1)[order]
-        out = torch.empty_like(grouped)
-        for expert, rows in _groups(expert_ids, int(layer.num_experts)):  # type: ignore[arg-type]
-            out[rows] = self._expert(layer, expert, grouped[rows])
-        weighted = out * weights.unsqueeze(-1)
-        if not bool((expert_ids < int(layer.num_experts)).all()):  # type: ignore[arg-type]
-            weighted[expert_ids >= int(layer.num_experts)] = 0  # type: ignore[arg-type]
+        borders = torch.arange(int(module.num_experts) + 1, dtype=expert_ids.dtype, device=expert_ids.device)
+        offsets = torch.searchsorted(expert_ids, borders, out_int32=True)
+        hidden = self._experts(
+            module, "gate_up_proj" if module.has_gate else "up_proj", hidden_states[order // top_k], offsets
+        )
+        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+        out = self._experts(module, "down_proj", hidden, offsets)
+        if getattr(module, "has_post_expert_norm", False):
+            out = module.post_expert_norm(out)
+        weighted = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        weighted.masked_fill_((expert_ids >= int(module.num_experts)).unsqueeze(-1), 0)  # ids past the last mean nobody
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
         return weighted[back].view(tokens, top_k, hidden_states.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
-    def _expert(self, layer: Any, expert: int, x: Tensor) -> Tensor:
-        first = "gate_up_proj" if layer.has_gate else "up_proj"
-        hidden = self._linear(layer, first, expert, x)
-        hidden = layer._apply_gate(hidden) if layer.has_gate else layer.act_fn(hidden)
-        out = self._linear(layer, "down_proj", expert, hidden)
-        return layer.post_expert_norm(out) if getattr(layer, "has_post_expert_norm", False) else out
-
-    def _linear(self, layer: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    def _experts(self, layer: Any, name: str, x: Tensor, offsets: Tensor) -> Tensor:
+        """`x` [T, K], grouped by `offsets`, times one weight of each expert."""
         layout = self.layouts(layer)[name]
-        codes, scales = layer._parameters[name][expert], layer._parameters[f"{name}_scale"][expert]
-        bias = getattr(layer, f"{name}_bias")[expert] if layer.has_bias else None
+        codes, scales = layer._parameters[name], layer._parameters[f"{name}_scale"]
+        bias = getattr(layer, f"{name}_bias") if layer.has_bias else None
         x, parts = self.activations(x), []
         for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
-            shard_bias = None if bias is None else bias[shard]
+            shard_bias = None if bias is None else bias[:, shard]
             rows = shard.stop - shard.start
-            parts.append(self.kernels.linear(x, shard_codes, shard_scales, shard_bias, rows, layout.columns))
+            parts.append(self.kernels.experts(x, shard_codes, shard_scales, shard_bias, offsets, rows, layout.columns))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:
@@ -109,14 +107,14 @@ class QuantizedMoEScheme(MoEScheme):
         assert scales is not None
         assert layout.experts is not None
         out = torch.empty(layout.experts, layout.rows, layout.columns, dtype=torch.float32, device=codes.device)
-        for expert in range(layout.experts):
-            for shard, shard_codes, shard_scales in self._shards(layout, codes[expert], scales[expert]):
-                self.kernels.dequantize(shard_codes, shard_scales, out[expert, shard])
+        for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
+            for expert in range(layout.experts):
+                self.kernels.dequantize(shard_codes[expert], shard_scales[expert], out[expert, shard])
         return out.transpose(1, 2) if getattr(layer, "is_transposed", False) else out
 
     @staticmethod
     def _shards(layout: WeightLayout, codes: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, codes and scales of the parts of one expert that one kernel call can take."""
+        """Rows, codes and scales of the parts of all experts that one kernel call can take."""
         borders = layout.shard_borders()
         if layout.scales_follow_rows:
             yield slice(0, layout.rows), codes, scales
@@ -124,15 +122,5 @@ class QuantizedMoEScheme(MoEScheme):
         at = 0
         for low, high in itertools.pairwise(borders):
             count = layout.format.scale_shape(high - low, layout.columns)[0]
-            yield slice(low, high), codes[low:high], scales[at : at + count]
+            yield slice(low, high), codes[:, low:high], scales[:, at : at + count]
             at += count
-
-
-def _groups(expert_ids: Tensor, num_experts: int) -> Iterator[tuple[int, slice]]:
-    """Runs of equal ids in a sorted vector; ids past the last expert mean nobody."""
-    experts, counts = torch.unique_consecutive(expert_ids, return_counts=True)
-    at = 0
-    for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-        if expert < num_experts:
-            yield expert, slice(at, at + count)
-        at += count

@@ -1,0 +1,102 @@
+"""The `linear` and `experts` kernels there are for GPUs, and why each cannot serve on one that lacks what it needs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from .formats import FORMATS, MXFP4, WeightFormat
+from .gpu_target import GpuTarget, gpu_target
+
+Reason = Callable[[WeightFormat, GpuTarget], str | None]
+
+
+@dataclass(frozen=True)
+class GpuMatmul:
+    """One of them; its module, which imports Triton, is imported when it is first called."""
+
+    name: str
+    format: WeightFormat
+    module: str
+    attribute: str
+    arguments: tuple[Any, ...]
+    lacks: Reason
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result: torch.Tensor = _made(self.module, self.attribute, self.format.name, self.arguments)(*args, **kwargs)
+        return result
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why the kernel cannot run on a device, or None when it can."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        target = gpu_target(device)
+        if target is None:
+            return "torch finds no GPU (torch.cuda.is_available() is False)"
+        if target.capability and target.capability < 80:
+            return f"needs sm_80 or newer, this GPU is {target.name}"
+        return self.lacks(self.format, target)
+
+
+def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
+    """Kernels of `linear` or `experts` for a format on GPUs, best first; none for other operations.
+
+    Activations are quantized too where that is what the format is for (FP8, and MXFP4 with matrix instructions for
+    it); INT8 only on request, because its activations lose more than its weights.
+    """
+    attributes = {"linear": ("triton_linear", "TritonLinear"), "experts": ("triton_experts", "TritonExperts")}
+    if operation not in attributes or (fmt is not MXFP4 and fmt.scale_dtype != torch.float32):
+        return []
+    module, attribute = attributes[operation]
+    weight_only = GpuMatmul("triton", fmt, module, attribute, (False,), _lacks_nothing)
+    if fmt is MXFP4:
+        return [GpuMatmul("triton_w4a4", fmt, module, attribute, (True,), _lacks_mx), weight_only]
+    both = GpuMatmul("triton_w8a8", fmt, module, attribute, (True,), _lacks_fp8)
+    if fmt.code_dtype == torch.int8:
+        return [weight_only, both]
+    if operation == "linear" and fmt.code_dtype == torch.float8_e4m3fn:
+        return [GpuMatmul("scaled_mm", fmt, "scaled_mm", "ScaledMmLinear", (), _lacks_scaled_mm), both, weight_only]
+    return [both, weight_only]
+
+
+@cache
+def _made(module: str, attribute: str, format_name: str, arguments: tuple[Any, ...]) -> Callable[..., torch.Tensor]:
+    made: Callable[..., torch.Tensor] = getattr(importlib.import_module(f".{module}", __package__), attribute)(
+        FORMATS[format_name], *arguments
+    )
+    return made
+
+
+def _lacks_nothing(fmt: WeightFormat, target: GpuTarget) -> str | None:
+    return None
+
+
+def _lacks_mx(fmt: WeightFormat, target: GpuTarget) -> str | None:
+    return None if target.native_mx else f"{target.name} has no matrix instructions for MXFP4; gfx950 and sm_100 have"
+
+
+def _lacks_fp8(fmt: WeightFormat, target: GpuTarget) -> str | None:
+    if fmt.code_dtype == torch.int8:
+        return None
+    if not target.native_fp8:
+        return f"{target.name} has no matrix instructions for FP8; sm_89, gfx942 and newer have"
+    wanted = torch.float8_e4m3fnuz if target.fnuz else torch.float8_e4m3fn
+    if fmt.code_dtype != wanted:
+        return f"the matrix instructions of {target.name} take {wanted}, and {fmt.name} is {fmt.code_dtype}"
+    return None
+
+
+def _lacks_scaled_mm(fmt: WeightFormat, target: GpuTarget) -> str | None:
+    if not hasattr(torch, "_scaled_mm"):
+        return "this torch has no _scaled_mm"
+    if target.is_amd or target.capability < 90:
+        return f"used on sm_90 and newer, this GPU is {target.name}"
+    if fmt.block_rows > 1:
+        return "what torch._scaled_mm takes as 128 x 128 scales depends on its version and the GPU"
+    return _lacks_fp8(fmt, target)

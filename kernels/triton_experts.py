@@ -1,0 +1,96 @@
+"""Fused experts on quantized weights through Triton: every expert's tokens in one launch, without asking the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from .experts import check_experts
+from .formats import MXFP4, WeightFormat
+from .gpu_target import GpuTarget
+from .jit.mxfp4_matmul import mxfp4_experts
+from .jit.scaled_matmul import scaled_experts
+from .triton_linear import Operands, check_rows, code_bits, constants, on_device, operands, target_of, tiles_for
+from .triton_tiles import Tiles
+
+
+@dataclass(frozen=True)
+class TritonExperts:
+    """`experts` of one format (see `registry`); `quantized` activations are rounded to the weight's type first.
+
+    `target` is that of the device of x unless given.
+    """
+
+    format: WeightFormat
+    quantized: bool = False
+    target: GpuTarget | None = None
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        offsets: torch.Tensor,
+        n_rows: int,
+        k: int,
+    ) -> torch.Tensor:
+        check_experts(self.format, x, codes, scales, bias, offsets, n_rows, k)
+        check_rows(self.format, codes, scales)
+        out = x.new_empty(x.shape[0], n_rows)
+        if not out.numel():
+            return out
+        target = self.target or target_of(x)
+        per_expert = -(-x.shape[0] // max(codes.shape[0], 1))
+        tiles = tiles_for(self.format, target, x, per_expert, self.quantized)
+        with on_device(x):
+            given = operands(self.format, target, x, self.quantized)
+            self._launch(given, codes, scales, bias, offsets, out, k, tiles)
+        return out
+
+    def _launch(
+        self,
+        given: Operands,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        offsets: torch.Tensor,
+        out: torch.Tensor,
+        k: int,
+        tiles: Tiles,
+    ) -> None:
+        tokens, n_rows = out.shape
+        experts = codes.shape[0]
+        kernel = mxfp4_experts if self.format is MXFP4 else scaled_experts
+        kernel[(most_blocks(tokens, experts, tiles.tokens), triton.cdiv(n_rows, tiles.rows))](
+            given.x,
+            given.scales,
+            code_bits(codes),
+            scales,
+            out if bias is None else bias,
+            out,
+            offsets,
+            experts,
+            tokens,
+            n_rows,
+            k,
+            given.x.stride(0),
+            given.scale_stride,
+            codes.stride(1),
+            codes.stride(0),
+            scales.stride(1) if self.format.block_rows else 0,
+            scales.stride(0),
+            0 if bias is None else bias.stride(0),
+            n_rows,
+            **given.constants,
+            **constants(tiles, k),
+            HAS_BIAS=bias is not None,
+            EXPERTS=triton.next_power_of_2(experts + 1),
+        )
+
+
+def most_blocks(tokens: int, experts: int, block: int) -> int:
+    """Blocks of tokens there can be at most, each of one expert or of nobody, however the tokens are routed."""
+    return min(tokens, tokens // block + experts + 1)

@@ -1,0 +1,176 @@
+"""Linear layers on quantized weights through Triton: launches `jit/mxfp4_matmul.py` and `jit/scaled_matmul.py`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from .formats import MXFP4, WeightFormat
+from .gpu_target import GpuTarget, gpu_target
+from .jit.mxfp4_matmul import mxfp4_linear
+from .jit.scaled_matmul import scaled_linear
+from .jit.tile_matmul import sum_parts
+from .reference import check_linear
+from .triton_activations import quantize_mxfp4_activations, quantize_scaled_activations
+from .triton_tiles import FEW_TOKENS, Tiles, mxfp4_tiles, scaled_tiles, split_of_k
+
+CODE_NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e4m3fnuz: "fnuz"}
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Activations as a kernel takes them, and the constants that say so."""
+
+    x: torch.Tensor
+    scales: torch.Tensor
+    scale_stride: int
+    constants: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TritonLinear:
+    """`linear` of one format (see `registry`); `quantized` activations are rounded to the weight's type first.
+
+    `target` is that of the device of x unless given.
+    """
+
+    format: WeightFormat
+    quantized: bool = False
+    target: GpuTarget | None = None
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        n_rows: int,
+        k: int,
+    ) -> torch.Tensor:
+        check_linear(self.format, x, codes, scales, bias, n_rows, k)
+        check_rows(self.format, codes, scales)
+        out = x.new_empty(x.shape[0], n_rows)
+        if not out.numel():
+            return out
+        target = self.target or target_of(x)
+        tiles = tiles_for(self.format, target, x, x.shape[0], self.quantized)
+        with on_device(x):
+            given = operands(self.format, target, x, self.quantized)
+            self._launch(given, codes, scales, bias, out, k, tiles, target)
+        return out
+
+    def _launch(
+        self,
+        given: Operands,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        k: int,
+        tiles: Tiles,
+        target: GpuTarget,
+    ) -> None:
+        tokens, n_rows = out.shape
+        tiles_t, tiles_n = triton.cdiv(tokens, tiles.tokens), triton.cdiv(n_rows, tiles.rows)
+        step = split_of_k(target, tiles_t * tiles_n, tiles, tokens, k)
+        parts = max(1, triton.cdiv(k, step))
+        written = out if parts == 1 else torch.empty(parts, tokens, n_rows, dtype=torch.float32, device=out.device)
+        kernel = mxfp4_linear if self.format is MXFP4 else scaled_linear
+        kernel[(tiles_t, tiles_n, parts)](
+            given.x,
+            given.scales,
+            code_bits(codes),
+            scales,
+            out if bias is None else bias,
+            written,
+            tokens,
+            n_rows,
+            k,
+            step,
+            given.x.stride(0),
+            given.scale_stride,
+            codes.stride(0),
+            scales.stride(0) if self.format.block_rows else 0,
+            n_rows,
+            **given.constants,
+            **constants(tiles, k),
+            HAS_BIAS=bias is not None and parts == 1,
+        )
+        if parts > 1:
+            grid = (triton.cdiv(out.numel(), 1024),)
+            has_bias, given_bias = bias is not None, out if bias is None else bias
+            sum_parts[grid](written, out, given_bias, out.numel(), n_rows, PARTS=parts, HAS_BIAS=has_bias, BLOCK=1024)
+
+
+def operands(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, quantized: bool) -> Operands:
+    """Activations x [T, k] for the kernels of a format: as they are, or quantized in a launch of their own.
+
+    Few tokens are quantized to MXFP4 inside the matmul instead.
+    """
+    x = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    if fmt is MXFP4:
+        if not quantized:
+            return Operands(x, x, 0, {"ACTIVATIONS": _float_kind(target, x.dtype)})
+        if x.shape[0] <= FEW_TOKENS:
+            return Operands(x, x, 0, {"ACTIVATIONS": "quantize"})
+        codes, scales = quantize_mxfp4_activations(x)
+        return Operands(codes, scales, scales.stride(0), {"ACTIVATIONS": "codes"})
+    kinds = {"CODE": CODE_NAMES[fmt.code_dtype], "X_CODES": quantized, "BLOCKS": fmt.block_rows > 1}
+    if not quantized:
+        return Operands(x, x, 0, kinds)
+    codes, scales = quantize_scaled_activations(x, fmt)
+    return Operands(code_bits(codes), scales, scales.stride(0) if fmt.block_rows else 0, kinds)
+
+
+def tiles_for(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, tokens: int, quantized: bool) -> Tiles:
+    """The tile sizes for x [..., k]; `tokens` is how many of its rows meet one weight."""
+    choose = mxfp4_tiles if fmt is MXFP4 else scaled_tiles
+    return choose(target, tokens, x.shape[1], quantized, x.dtype.itemsize)
+
+
+def constants(tiles: Tiles, k: int) -> dict[str, Any]:
+    """What the tile sizes mean to a kernel and its launch."""
+    return {
+        "EVEN_K": tiles.even(k),
+        "BT": tiles.tokens,
+        "BN": tiles.rows,
+        "BK": tiles.columns,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+
+
+def code_bits(codes: torch.Tensor) -> torch.Tensor:
+    """FP8 codes as bytes: not every GPU has a type for them."""
+    return codes.view(torch.uint8) if codes.dtype.is_floating_point else codes
+
+
+def check_rows(fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """Raise ValueError unless each row of codes and of scales lies in one piece."""
+    for name, tensor in (("codes", codes), ("scales", scales)):
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{fmt.name}: rows of {name} must be contiguous, got strides {tensor.stride()}")
+
+
+def target_of(x: torch.Tensor) -> GpuTarget:
+    """The GPU that holds x; ValueError if none does."""
+    target = gpu_target(x.device)
+    if target is None:
+        raise ValueError(f"a GPU kernel was given a tensor on {x.device}; move the whole layer, or its input, to a GPU")
+    return target
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Launch on the GPU that holds x, whichever is the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _float_kind(target: GpuTarget, dtype: torch.dtype) -> str:
+    """How MXFP4 weights meet activations of a type: Triton decodes to FP16 only where there is FP8 (sm_89), else we."""
+    if dtype == torch.bfloat16:
+        return "bf16"
+    return "fp16" if dtype == torch.float16 and (target.is_amd or target.capability >= 89) else "decode"

@@ -1,0 +1,80 @@
+"""Tile sizes of the matmul kernels: few tokens read weights as fast as memory goes, many tokens fill the matrix units.
+
+Chosen so that no default spills registers on any target (`tests/kernels/test_triton_linear.py` compiles them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .gpu_target import GpuTarget
+
+FEW_TOKENS = 32
+"""Up to here a product is limited by reading the weight, and is split along K to keep every processor busy."""
+LARGEST_SPLIT = 16
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tokens, weight rows and columns of a tile, and how many warps and pipeline stages work on it."""
+
+    tokens: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    def even(self, k: int) -> bool:
+        """Whether k columns are whole steps."""
+        return k % self.columns == 0
+
+
+def mxfp4_tiles(target: GpuTarget, tokens: int, k: int, quantized: bool, itemsize: int = 2) -> Tiles:
+    """Tiles for an MXFP4 weight; `quantized` activations go through the matrix instructions for MXFP4.
+
+    Blackwell has those for 128 weight rows only, gfx950 for 128 columns.
+    """
+    few, stages = tokens <= FEW_TOKENS, 2 if target.is_amd else 3
+    if itemsize == 4 and not quantized:
+        return Tiles(16 if few else 64, 64, 64, 4, 2)
+    if quantized:
+        rows = 128 if target.capability else 64
+        tiles = Tiles(_fitting(tokens, 32), rows, 256, 4, stages) if few else Tiles(128, 128, 128, 8, stages)
+        return tiles if tokens > 64 or few else replace(tiles, tokens=64, warps=4)
+    if few:
+        return _dividing(Tiles(_fitting(tokens, 32), 64, 256, 4, stages), k, 64)
+    wide = tokens > 64
+    return _dividing(Tiles(128 if wide else 64, 128, 64, 8 if wide else 4, stages), k, 32)
+
+
+def scaled_tiles(target: GpuTarget, tokens: int, k: int, quantized: bool, itemsize: int = 2) -> Tiles:
+    """Tiles for a weight of one byte per element; rows and columns divide 128, the side of an FP8 scale block."""
+    few, stages = tokens <= FEW_TOKENS, 2 if target.is_amd else 3
+    if itemsize == 4 and not quantized:
+        return Tiles(16 if few else 64, 64, 64, 4, 2)
+    if few:
+        return _dividing(Tiles(_fitting(tokens, 32), 64, 128, 4, stages), k, 64)
+    wide = tokens > 64
+    return _dividing(Tiles(128 if wide else 64, 128, 128 if quantized else 64, 8 if wide else 4, stages), k, 64)
+
+
+def split_of_k(target: GpuTarget, programs: int, tiles: Tiles, tokens: int, k: int) -> int:
+    """Columns each part of a product sums, in whole steps: all of k where there are programs enough."""
+    steps = max(1, -(-k // tiles.columns))
+    parts = min(2 * target.processors // max(programs, 1), LARGEST_SPLIT, steps // 2)
+    if tokens > FEW_TOKENS or parts < 2:
+        return steps * tiles.columns
+    return -(-steps // parts) * tiles.columns
+
+
+def _fitting(tokens: int, largest: int) -> int:
+    """The smallest tile of a power of two, at least 16, that holds the tokens."""
+    return min(largest, max(16, 1 << max(tokens - 1, 0).bit_length()))
+
+
+def _dividing(tiles: Tiles, k: int, least: int) -> Tiles:
+    """The tiles with fewer columns where that leaves no incomplete step."""
+    columns = tiles.columns
+    while columns > least and k % columns:
+        columns //= 2
+    return replace(tiles, columns=columns) if k % columns == 0 else tiles

@@ -1,0 +1,159 @@
+"""Matmul kernels under Triton's interpreter, against the torch references; `test_triton_linear.py` runs this file.
+
+The interpreter multiplies in float32, so only the order of additions and one rounding of the result are tolerated,
+except where said. Codes and scales of activations are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import interpreter_fixes
+import pytest
+import torch
+import torch.nn.functional as F
+from quantload.kernels import fp8, int8, mxfp4
+from quantload.kernels.formats import FORMATS
+from quantload.kernels.gpu_target import GpuTarget
+from quantload.kernels.triton_activations import quantize_mxfp4_activations, quantize_scaled_activations
+from quantload.kernels.triton_experts import TritonExperts
+from quantload.kernels.triton_linear import TritonLinear
+
+interpreter_fixes.apply()
+
+REFERENCES = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references}
+GFX950, SM_80 = GpuTarget("gfx950", 4), GpuTarget("sm_80", 4)
+SHAPES = [(1, 70, 128), (3, 64, 2048), (17, 130, 100), (40, 33, 320), (130, 129, 192)]
+"""One token split along K, ragged edges, K that is no multiple of a block, more tokens than a tile holds."""
+
+
+def quantized(name: str, n_rows: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantized_matrix(name, torch.randn(n_rows, k, generator=torch.Generator().manual_seed(seed)) * 0.05)
+
+
+def quantized_matrix(name: str, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    fmt = FORMATS[name]
+    codes = torch.zeros(fmt.code_shape(*matrix.shape), dtype=torch.uint8).view(fmt.code_dtype)
+    scales = torch.zeros(fmt.scale_shape(*matrix.shape)).to(fmt.scale_dtype)
+    assert REFERENCES[name].quantize(matrix, codes, scales) == 0
+    return codes, scales
+
+
+def dequantized(name: str, codes: torch.Tensor, scales: torch.Tensor, n_rows: int, k: int) -> torch.Tensor:
+    out = torch.empty(n_rows, k)
+    REFERENCES[name].dequantize(codes, scales, out)
+    return out.double()
+
+
+def rounded(name: str, x: torch.Tensor) -> torch.Tensor:
+    """The values that activations have once they are codes of a format; scales per token, tensor or 1 x 128."""
+    if name.startswith("fp8_block"):
+        blocks = F.pad(x.float(), (0, -x.shape[1] % 128)).view(-1, 128)
+        scale = blocks.abs().amax(1, keepdim=True).clamp(min=fp8.BLOCK_MIN_AMAX) / fp8.LARGEST
+        codes = (blocks * scale.reciprocal()).to(torch.float8_e4m3fn)
+        return (codes.float() * scale).view(x.shape[0], -1)[:, : x.shape[1]].double()
+    return dequantized(name, *quantized_matrix(name, x), *x.shape)
+
+
+def activations(tokens: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor) -> None:
+    """One rounding to the type of `got`, and a float32 sum: `magnitude` is the sum of |products|."""
+    bound = want.abs() * torch.finfo(got.dtype).eps + magnitude * 64 * torch.finfo(torch.float32).eps + 1e-30
+    worst = ((got.double() - want).abs() / bound).max()
+    assert worst < 1, f"off by {float(worst)} of what rounding allows"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("tokens", "n_rows", "k"), SHAPES)
+@pytest.mark.parametrize("name", REFERENCES)
+def test_weight_only(record_property, name, tokens, n_rows, k, dtype):
+    record_property("kernel", f"{name} linear, weight-only")
+    record_property("result", "close")
+    if dtype != torch.bfloat16 and tokens not in (1, 17):
+        pytest.skip("one shape each is enough for the other types")
+    codes, scales = quantized(name, n_rows, k)
+    x, bias = activations(tokens, k, dtype), torch.randn(n_rows).to(dtype)
+    weight = dequantized(name, codes, scales, n_rows, k)
+    want = F.linear(x.double(), weight, bias.double())
+    for target in (GFX950, SM_80):
+        got = TritonLinear(FORMATS[name], target=target)(x, codes, scales, bias, n_rows, k)
+        assert got.dtype == dtype
+        assert_close(got, want, F.linear(x.double().abs(), weight.abs()))
+
+
+@pytest.mark.parametrize(("tokens", "n_rows", "k"), SHAPES)
+@pytest.mark.parametrize("name", REFERENCES)
+def test_quantized_activations(record_property, name, tokens, n_rows, k):
+    record_property("kernel", f"{name} linear, activations too")
+    record_property("result", "close")
+    codes, scales = quantized(name, n_rows, k)
+    x = activations(tokens, k, torch.bfloat16)
+    weight, seen = dequantized(name, codes, scales, n_rows, k), rounded(name, x)
+    got = TritonLinear(FORMATS[name], True, GFX950)(x, codes, scales, None, n_rows, k)
+    assert_close(got, F.linear(seen, weight), F.linear(seen.abs(), weight.abs()))
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_activations_are_quantized_as_weights_are(record_property, name):
+    record_property("kernel", f"{name} activations")
+    if name.startswith("fp8_block"):
+        pytest.skip("128 x 128 blocks for weights, 1 x 128 for activations: test_quantized_activations compares values")
+    finite = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    finite = finite[torch.isfinite(finite)]
+    every = torch.cat([finite, finite[torch.randperm(len(finite), generator=torch.Generator().manual_seed(0))]])
+    ties = torch.tensor(
+        [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -5.0, 6.0, 0.0, -0.0, 448.0, 2.0**-9, 2.0**-10, 100]
+    )
+    for x in (every.view(-1, 480), ties.repeat(3, 7)[:, :100].bfloat16(), torch.zeros(2, 64, dtype=torch.float16)):
+        want_codes, want_scales = quantized_matrix(name, x)
+        codes, scales = (
+            quantize_mxfp4_activations(x) if name == "mxfp4" else quantize_scaled_activations(x, FORMATS[name])
+        )
+        assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
+        assert torch.equal(scales, want_scales)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_what_is_not_finite_stays_visible(name, bad):
+    codes, scales = quantized(name, 16, 256)
+    x = activations(40, 256, torch.bfloat16)
+    x[3, 5] = bad
+    out = TritonLinear(FORMATS[name], True, GFX950)(x, codes, scales, None, 16, 256)
+    assert not torch.isfinite(out[3]).any()
+    assert torch.isfinite(out[:3]).all() or name.startswith("fp8_tensor")
+
+
+def routed(experts: int, counts: list[int], nobody: int) -> tuple[torch.Tensor, int]:
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+    assert len(offsets) == experts + 1
+    return offsets, int(offsets[-1]) + nobody
+
+
+@pytest.mark.parametrize("counts", [[0, 5, 0, 33, 1], [0, 0, 0, 0, 0], [130, 0, 17, 64, 16], [1, 0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("is_quantized", [False, True], ids=["weight-only", "activations too"])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_experts(record_property, name, is_quantized, counts):
+    """Each expert's tokens as `linear` computes them; rows of nobody are 0; an idle expert is not read."""
+    record_property("kernel", f"{name} experts, {'activations too' if is_quantized else 'weight-only'}")
+    record_property("result", "close")
+    fmt, n_rows, k = FORMATS[name], 70, 192
+    pairs = [quantized(name, n_rows, k, seed) for seed in range(5)]
+    codes, scales = (torch.stack(t) for t in zip(*pairs, strict=True))
+    offsets, tokens = routed(5, counts, nobody=3)
+    idle = [e for e, count in enumerate(counts) if not count]
+    if scales.dtype == torch.float32:
+        scales[idle] = float("nan")
+    else:
+        scales[idle] = 255
+    x, bias = activations(tokens, k, torch.bfloat16), torch.randn(5, n_rows).bfloat16()
+    out = TritonExperts(fmt, is_quantized, GFX950)(x, codes, scales, bias, offsets, n_rows, k)
+    seen = rounded(name, x) if is_quantized else x.double()
+    for expert, (start, stop) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
+        if start < stop:
+            weight = dequantized(name, codes[expert], scales[expert], n_rows, k)
+            rows = seen[start:stop]
+            want = F.linear(rows, weight, bias[expert].double())
+            assert_close(out[start:stop], want, F.linear(rows.abs(), weight.abs()) + 4)
+    assert not out[offsets[-1] :].any()

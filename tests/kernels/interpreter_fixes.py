@@ -1,0 +1,50 @@
+"""What Triton's interpreter gets wrong about BF16, put right for tests that run under it.
+
+It multiplies the bits of BF16 operands of `tl.dot` instead of their values, makes BF16 of an integer likewise, cuts off
+where it should round, and loses subnormals. The conversions here are torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_convert = interpreter._convert_float
+_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def _convert_float(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+    if source == tl.bfloat16:
+        wide = _widen(data)
+        return wide.view(np.uint32) if target == tl.float32 else _convert(wide, tl.float32, target, rounding)
+    if source == tl.float32 and target == tl.bfloat16:
+        rounded = torch.from_numpy(np.ascontiguousarray(data.view(np.float32))).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+    converted: np.ndarray = _convert(data, source, target, rounding)
+    return converted
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    wide = [interpreter.TensorHandle(_widen(t.data), tl.float32) if t.dtype == tl.bfloat16 else t for t in (a, b)]
+    return _create_dot(self, *wide, d, input_precision, max_num_imprecise_acc)
+
+
+def _integer_to_float(self: Any, source: Any, target: Any) -> Any:
+    if target.scalar == tl.bfloat16:
+        return self.cast_impl(self.cast_impl(source, tl.float32), target)
+    return self.cast_impl(source, target)
+
+
+def apply() -> None:
+    """Patch the interpreter of this process."""
+    interpreter._convert_float = _convert_float
+    interpreter.InterpreterBuilder.create_dot = _dot
+    interpreter.InterpreterBuilder.create_si_to_fp = _integer_to_float

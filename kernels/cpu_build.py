@@ -15,8 +15,8 @@ from . import fp8, int8
 from . import statistics as st
 from .compiled import FINGERPRINT, KernelFunction, jit, locked, read_f32, read_f64, read_u8, write_f32, write_f64
 from .magnitude_ir import amax_tile, count_above, magnitude_to_f32
-from .mxfp4_ir import RUN_BLOCKS, quantize_bf16_run, quantize_wide_run
-from .mxfp4_table_ir import largest_error_run, quantize_bf16_tables
+from .mxfp4_ir import RUN_BLOCKS, quantize_wide_run
+from .mxfp4_table_ir import largest_error_run, quantize_bf16_run
 from .processor import has
 from .scaled_ir import TILE_ELEMENTS, quantize_tile
 from .vector_ir import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
@@ -47,7 +47,6 @@ def _mxfp4_quantize(kind: str, measure: bool) -> KernelFunction:
     finite = np.float32(LARGEST_FINITE[kind])
     fast, run_blocks = kind == "bf16", RUN_BLOCKS
     tables = has("avx512bw") and (has("avx512bf16") or not measure)
-    bf16_run = quantize_bf16_tables if tables else quantize_bf16_run
 
     def quantize(source, source_stride, codes, codes_stride, scales, scales_stride, rows, cols, known, out):  # type: ignore[no-untyped-def]
         len(fingerprint)
@@ -65,7 +64,7 @@ def _mxfp4_quantize(kind: str, measure: bool) -> KernelFunction:
                         padded[i] = read_u8(s + blocks * 32 * width + i)
                 bits = -1
                 if fast and known == 0:
-                    bits = bf16_run(here, c + first * 16, e + first, count, measure, out)
+                    bits = quantize_bf16_run(here, c + first * 16, e + first, count, measure, tables, out)
                     if tables and measure and bits > 0:
                         worst = np.float32(read_f64(out + 8 * st.MAX_ERROR))
                         if largest_possible_error(bits) > worst:

@@ -50,61 +50,57 @@ FAST_AMAX = (127 - 30) << 7, (127 + 60) << 7
 """BF16 bits between which a run's amax must lie for its squares to be summed in float32."""
 
 
-@emitted
-def quantize_bf16_run(
-    typing: Any, source: Any, codes: Any, scales: Any, blocks: Any, measure: Any, out: Any
-) -> tuple[Any, Codegen]:
-    """(source, codes, scales, blocks, measure, statistics addresses) -> largest amax bits, or -1: take the other path.
-
-    The scale bytes are computed and stored. -1 comes after codes were written, never after statistics were.
-    """
-    with_statistics = bool(measure.literal_value)
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        source, codes, scales, blocks, _, out = args
-        acc = Accumulators(b)
-        largest = cgutils.alloca_once_value(b, I32(0))
-        odd_block = cgutils.alloca_once_value(b, I32(0))
+def emit_bf16_run(
+    b: ir.IRBuilder,
+    source: ir.Value,
+    codes: ir.Value,
+    scales: ir.Value,
+    blocks: ir.Value,
+    out: ir.Value,
+    with_statistics: bool,
+) -> ir.Value:
+    """What `mxfp4_table_ir.quantize_bf16_run` does, for any processor."""
+    acc = Accumulators(b)
+    largest = cgutils.alloca_once_value(b, I32(0))
+    odd_block = cgutils.alloca_once_value(b, I32(0))
+    if with_statistics:
+        for name in ("signal0", "signal1", "noise0", "noise1", "error"):
+            acc.start(name, constant(b, F32, 16, 0.0))
+        acc.start("counts", constant(b, I16, 32, 0))
+    with count_to(b, blocks) as i:
+        bits = load(b, b.add(source, b.mul(i, I64(64))), I16, 32)
+        magnitude = magnitudes(bits, "bf16")
+        amax = b.zext(magnitude.reduce("umax"), I32)
+        b.store(umax(b, b.load(largest), amax), largest)
+        byte = even_byte(b, amax, 7)
+        slow = b.and_(b.icmp_unsigned("<", byte, I32(MIN_FAST_BYTE)), b.icmp_unsigned("!=", amax, I32(0)))
+        b.store(b.or_(b.load(odd_block), b.zext(slow, I32)), odd_block)
+        store_scalar(b, b.trunc(byte, I8), b.add(scales, i))
+        used = umax(b, byte, I32(MIN_FAST_BYTE))
+        quarter = splat(b, b.trunc(b.shl(b.sub(used, I32(2)), I32(7)), I16), 32)
+        v = magnitude.minus_saturating(quarter)
+        above_quarter, above_three_quarters = v.gt(0), v.ge(192)
+        w = v.max(256)
+        rounded = w + ((w >> 6) & 1) + (31 - 128)
+        nonzero = v.call("llvm.umin", constant(b, I16, 32, 1))
+        code = above_three_quarters.select(rounded >> 6, nonzero)
+        store_pairs(code | ((bits >> 12) & 8), b.add(codes, b.mul(i, I64(16))))
         if with_statistics:
-            for name in ("signal0", "signal1", "noise0", "noise1", "error"):
-                acc.start(name, constant(b, F32, 16, 0.0))
-            acc.start("counts", constant(b, I16, 32, 0))
-        with count_to(b, blocks) as i:
-            bits = load(b, b.add(source, b.mul(i, I64(64))), I16, 32)
-            magnitude = magnitudes(bits, "bf16")
-            amax = b.zext(magnitude.reduce("umax"), I32)
-            b.store(umax(b, b.load(largest), amax), largest)
-            byte = even_byte(b, amax, 7)
-            slow = b.and_(b.icmp_unsigned("<", byte, I32(MIN_FAST_BYTE)), b.icmp_unsigned("!=", amax, I32(0)))
-            b.store(b.or_(b.load(odd_block), b.zext(slow, I32)), odd_block)
-            store_scalar(b, b.trunc(byte, I8), b.add(scales, i))
-            used = umax(b, byte, I32(MIN_FAST_BYTE))
-            quarter = splat(b, b.trunc(b.shl(b.sub(used, I32(2)), I32(7)), I16), 32)
-            v = magnitude.minus_saturating(quarter)
-            above_quarter, above_three_quarters = v.gt(0), v.ge(192)
-            w = v.max(256)
-            rounded = w + ((w >> 6) & 1) + (31 - 128)
-            nonzero = v.call("llvm.umin", constant(b, I16, 32, 1))
-            code = above_three_quarters.select(rounded >> 6, nonzero)
-            store_pairs(code | ((bits >> 12) & 8), b.add(codes, b.mul(i, I64(16))))
-            if with_statistics:
-                half = quarter + 128
-                decoded = above_three_quarters.select((rounded & 0xFFC0) + half, above_quarter.select(half, 0))
-                saturated = v.gt(256 + 256 + 64)
-                acc.update("counts", lambda a: a + saturated.select(constant(b, I16, 32, 257), nonzero))
-                _measure_bf16(acc, magnitude, decoded)
-        result = b.load(largest)
-        unfit = b.icmp_unsigned("!=", b.load(odd_block), I32(0))
-        if with_statistics:
-            outside = b.or_(
-                b.icmp_unsigned("<", result, I32(FAST_AMAX[0])), b.icmp_unsigned(">", result, I32(FAST_AMAX[1]))
-            )
-            unfit = b.or_(unfit, b.and_(outside, b.icmp_unsigned("!=", result, I32(0))))
-            with b.if_then(b.not_(unfit)):
-                _add_bf16_statistics(acc, blocks, out)
-        return b.select(unfit, I64(-1), b.zext(result, I64))
-
-    return types.int64(source, codes, scales, blocks, measure, out), codegen
+            half = quarter + 128
+            decoded = above_three_quarters.select((rounded & 0xFFC0) + half, above_quarter.select(half, 0))
+            saturated = v.gt(256 + 256 + 64)
+            acc.update("counts", lambda a: a + saturated.select(constant(b, I16, 32, 257), nonzero))
+            _measure_bf16(acc, magnitude, decoded)
+    result = b.load(largest)
+    unfit = b.icmp_unsigned("!=", b.load(odd_block), I32(0))
+    if with_statistics:
+        outside = b.or_(
+            b.icmp_unsigned("<", result, I32(FAST_AMAX[0])), b.icmp_unsigned(">", result, I32(FAST_AMAX[1]))
+        )
+        unfit = b.or_(unfit, b.and_(outside, b.icmp_unsigned("!=", result, I32(0))))
+        with b.if_then(b.not_(unfit)):
+            _add_bf16_statistics(acc, blocks, out)
+    return b.select(unfit, I64(-1), b.zext(result, I64))
 
 
 def _measure_bf16(acc: Accumulators, magnitude: Vector, decoded: Vector) -> None:
@@ -135,7 +131,7 @@ def _add_bf16_statistics(acc: Accumulators, blocks: ir.Value, out: ir.Value) -> 
 def quantize_wide_run(
     typing: Any, source: Any, codes: Any, scales: Any, blocks: Any, known: Any, kind: Any, measure: Any, out: Any
 ) -> tuple[Any, Codegen]:
-    """Like `quantize_bf16_run` for any source and scale -> the largest magnitude bits of the source.
+    """Like `mxfp4_table_ir.quantize_bf16_run` for any source and scale -> the largest magnitude bits of the source.
 
     `known` nonzero reads the scale bytes instead of setting them.
     """

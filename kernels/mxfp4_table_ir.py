@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 
 from . import statistics as st
-from .mxfp4_ir import FAST_AMAX, MIN_FAST_BYTE, even_byte, power_of_two_bits, store_pairs, umax
+from .mxfp4_ir import FAST_AMAX, MIN_FAST_BYTE, emit_bf16_run, even_byte, power_of_two_bits, store_pairs, umax
 from .vector_ir import (
     F32,
     F64,
@@ -48,62 +48,79 @@ MIN_NOISE = 2.0**-10
 
 
 @emitted
-def quantize_bf16_tables(
-    typing: Any, source: Any, codes: Any, scales: Any, blocks: Any, measure: Any, out: Any
+def quantize_bf16_run(
+    typing: Any, source: Any, codes: Any, scales: Any, blocks: Any, measure: Any, tables: Any, out: Any
 ) -> tuple[Any, Codegen]:
-    """Like `mxfp4_ir.quantize_bf16_run`, without the largest error; needs avx512bw, and avx512bf16 to measure."""
+    """(source, codes, scales, blocks, measure, tables, statistics) -> largest amax bits, or -1: take the other path.
+
+    The scale bytes are computed and stored. -1 comes after codes were written, never after statistics were. With
+    `tables`, which need avx512bw, and avx512bf16 to measure, the largest error is left to `largest_error_run`.
+    """
     with_statistics = bool(measure.literal_value)
+    emit = _emit_with_tables if bool(tables.literal_value) else emit_bf16_run
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        source, codes, scales, blocks, _, out = args
-        acc = Accumulators(b)
-        largest, odd_block = cgutils.alloca_once_value(b, I32(0)), cgutils.alloca_once_value(b, I32(0))
-        counts = {name: cgutils.alloca_once_value(b, I32(0)) for name in ("nonzero", "saturated")}
-        for name in ("signal", "cross", "decoded"):
-            acc.start(name, constant(b, F32, 16, 0.0))
-        with count_to(b, blocks) as i:
-            bits = load(b, b.add(source, b.mul(i, I64(64))), I16, LANES)
-            magnitude = magnitudes(bits, "bf16")
-            amax = b.zext(magnitude.reduce("umax"), I32)
-            b.store(umax(b, b.load(largest), amax), largest)
-            byte = even_byte(b, amax, 7)
-            slow = b.and_(b.icmp_unsigned("<", byte, I32(MIN_FAST_BYTE)), b.icmp_unsigned("!=", amax, I32(0)))
-            b.store(b.or_(b.load(odd_block), b.zext(slow, I32)), odd_block)
-            store_scalar(b, b.trunc(byte, I8), b.add(scales, i))
-            quarter = b.shl(b.sub(umax(b, byte, I32(MIN_FAST_BYTE)), I32(2)), I32(7))
-            below = splat(b, b.trunc(b.sub(quarter, I32(31)), I16), LANES)
-            above = magnitude.minus_saturating(below)
-            index = (above + ((magnitude >> 6) & 1)) >> 5
-            code = _table(b, CODES).permuted(index)
-            store_pairs(code | ((bits >> 12) & 8), b.add(codes, b.mul(i, I64(16))))
-            if with_statistics:
-                nonzero = index.gt(0)
-                decoded = _decoded(b, index, nonzero, below)
-                acc.update("signal", lambda a: a.add_bf16_products(magnitude, magnitude))
-                acc.update("cross", lambda a: a.add_bf16_products(magnitude, decoded))
-                acc.update("decoded", lambda a: a.add_bf16_products(decoded, decoded))
-                _count(b, counts["nonzero"], nonzero)
-                _count(b, counts["saturated"], above.gt(31 + 576))
-        result = b.load(largest)
-        unfit = b.icmp_unsigned("!=", b.load(odd_block), I32(0))
-        if with_statistics:
-            low, high = FAST_AMAX
-            outside = b.icmp_unsigned(">", b.sub(result, I32(low)), I32(high - low))
-            unfit = b.or_(unfit, b.and_(outside, b.icmp_unsigned("!=", result, I32(0))))
-            signal, cross, decoded = (b.fpext(acc.get(name).sum(), F64) for name in ("signal", "cross", "decoded"))
-            noise = b.fadd(b.fsub(signal, b.fmul(F64(2.0), cross)), decoded)
-            exact = b.fcmp_ordered("==", noise, F64(0.0))
-            large = b.fcmp_ordered(">", noise, b.fmul(F64(MIN_NOISE), signal))
-            unfit = b.or_(unfit, b.not_(b.or_(exact, large)))
-            with b.if_then(b.not_(unfit)):
-                add_f64(b, out, st.SIGNAL, signal)
-                add_f64(b, out, st.NOISE, noise)
-                add_f64(b, out, st.SATURATED, b.sitofp(b.load(counts["saturated"]), F64))
-                zeros = b.sub(b.trunc(b.mul(blocks, I64(LANES)), I32), b.load(counts["nonzero"]))
-                add_f64(b, out, st.ZERO, b.sitofp(zeros, F64))
-        return b.select(unfit, I64(-1), b.zext(result, I64))
+        source, codes, scales, blocks, _, _, out = args
+        return emit(b, source, codes, scales, blocks, out, with_statistics)
 
-    return types.int64(source, codes, scales, blocks, measure, out), codegen
+    return types.int64(source, codes, scales, blocks, measure, tables, out), codegen
+
+
+def _emit_with_tables(
+    b: ir.IRBuilder,
+    source: ir.Value,
+    codes: ir.Value,
+    scales: ir.Value,
+    blocks: ir.Value,
+    out: ir.Value,
+    with_statistics: bool,
+) -> ir.Value:
+    acc = Accumulators(b)
+    largest, odd_block = cgutils.alloca_once_value(b, I32(0)), cgutils.alloca_once_value(b, I32(0))
+    counts = {name: cgutils.alloca_once_value(b, I32(0)) for name in ("nonzero", "saturated")}
+    for name in ("signal", "cross", "decoded"):
+        acc.start(name, constant(b, F32, 16, 0.0))
+    with count_to(b, blocks) as i:
+        bits = load(b, b.add(source, b.mul(i, I64(64))), I16, LANES)
+        magnitude = magnitudes(bits, "bf16")
+        amax = b.zext(magnitude.reduce("umax"), I32)
+        b.store(umax(b, b.load(largest), amax), largest)
+        byte = even_byte(b, amax, 7)
+        slow = b.and_(b.icmp_unsigned("<", byte, I32(MIN_FAST_BYTE)), b.icmp_unsigned("!=", amax, I32(0)))
+        b.store(b.or_(b.load(odd_block), b.zext(slow, I32)), odd_block)
+        store_scalar(b, b.trunc(byte, I8), b.add(scales, i))
+        quarter = b.shl(b.sub(umax(b, byte, I32(MIN_FAST_BYTE)), I32(2)), I32(7))
+        below = splat(b, b.trunc(b.sub(quarter, I32(31)), I16), LANES)
+        above = magnitude.minus_saturating(below)
+        index = (above + ((magnitude >> 6) & 1)) >> 5
+        code = _table(b, CODES).permuted(index)
+        store_pairs(code | ((bits >> 12) & 8), b.add(codes, b.mul(i, I64(16))))
+        if with_statistics:
+            nonzero = index.gt(0)
+            decoded = _decoded(b, index, nonzero, below)
+            acc.update("signal", lambda a: a.add_bf16_products(magnitude, magnitude))
+            acc.update("cross", lambda a: a.add_bf16_products(magnitude, decoded))
+            acc.update("decoded", lambda a: a.add_bf16_products(decoded, decoded))
+            _count(b, counts["nonzero"], nonzero)
+            _count(b, counts["saturated"], above.gt(31 + 576))
+    result = b.load(largest)
+    unfit = b.icmp_unsigned("!=", b.load(odd_block), I32(0))
+    if with_statistics:
+        low, high = FAST_AMAX
+        outside = b.icmp_unsigned(">", b.sub(result, I32(low)), I32(high - low))
+        unfit = b.or_(unfit, b.and_(outside, b.icmp_unsigned("!=", result, I32(0))))
+        signal, cross, decoded = (b.fpext(acc.get(name).sum(), F64) for name in ("signal", "cross", "decoded"))
+        noise = b.fadd(b.fsub(signal, b.fmul(F64(2.0), cross)), decoded)
+        exact = b.fcmp_ordered("==", noise, F64(0.0))
+        large = b.fcmp_ordered(">", noise, b.fmul(F64(MIN_NOISE), signal))
+        unfit = b.or_(unfit, b.not_(b.or_(exact, large)))
+        with b.if_then(b.not_(unfit)):
+            add_f64(b, out, st.SIGNAL, signal)
+            add_f64(b, out, st.NOISE, noise)
+            add_f64(b, out, st.SATURATED, b.sitofp(b.load(counts["saturated"]), F64))
+            zeros = b.sub(b.trunc(b.mul(blocks, I64(LANES)), I32), b.load(counts["nonzero"]))
+            add_f64(b, out, st.ZERO, b.sitofp(zeros, F64))
+    return b.select(unfit, I64(-1), b.zext(result, I64))
 
 
 @emitted

@@ -9,7 +9,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 from numba import types
-from quantload.kernels import dot_ir, mxfp4_decode_ir, mxfp4_ir, scaled_decode_ir, scaled_ir
+from quantload.kernels import dot_ir, mxfp4_decode_ir, mxfp4_ir, mxfp4_table_ir, scaled_decode_ir, scaled_ir
 from quantload.kernels.vector_ir import F32, I64
 
 ADDRESS = types.int64
@@ -27,7 +27,7 @@ def literal(value: object) -> SimpleNamespace:
 
 
 EMITTED = {
-    "quantize_bf16_run": (mxfp4_ir.quantize_bf16_run, [ADDRESS] * 4, [literal(True)], 1),
+    "quantize_bf16_run": (mxfp4_table_ir.quantize_bf16_run, [ADDRESS] * 4, [literal(True), literal(False)], 1),
     "quantize_wide_run": (mxfp4_ir.quantize_wide_run, [ADDRESS] * 5, [literal("f16"), literal(True)], 1),
     "quantize_fp8": (
         scaled_ir.quantize_tile,

@@ -98,8 +98,7 @@ def draft_load(
     schemes = SchemeFactory(storage.device, options)
     rules = Policy(choose_policy(quantization, policy), schemes)
     recipe = find_model(checkpoint, trust_remote_code)
-    schemes.warm_up(recipe.dtype)
-    with collector_paused():
+    with schemes.compiling(recipe.dtype), collector_paused():
         index = read_index(checkpoint)
         model, dtype = recipe.build(index)
         mapped = map_checkpoint(model, index.tensors)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +27,7 @@ from .fp8 import (
 from .int8 import Int8PerChannelLinear, Int8PerChannelMoE
 from .mxfp4 import QuarkMxfp4Linear, QuarkMxfp4MoE
 
+logger = logging.getLogger("quantload")
 DEFAULT = "quark_mxfp4"
 
 _S = TypeVar("_S", LinearScheme, MoEScheme)
@@ -101,10 +106,22 @@ class SchemeFactory:
         cls = get_entry(name).experts
         return None if cls is None else self._make(cls)
 
-    def warm_up(self, dtype: torch.dtype) -> None:
-        """Compile, or fetch from the disk cache, what weights of `dtype` will call."""
+    @contextmanager
+    def compiling(self, dtype: torch.dtype) -> Iterator[None]:
+        """Meanwhile, compile in another thread, or fetch from the disk cache, what weights of `dtype` will call.
+
+        Ends when both are done, with the first error of either.
+        """
+        with ThreadPoolExecutor(1, "quantload-compile") as pool:
+            compiled = pool.submit(self._compile, dtype)
+            yield
+            compiled.result()
+
+    def _compile(self, dtype: torch.dtype) -> None:
+        start = time.perf_counter()
         for scheme in self._made.values():
             kernel_registry.warm_up(scheme.format_name, self.device, dtype, self._options.stats)
+        logger.debug("Kernels were ready after %.3f s", time.perf_counter() - start)
 
     def _make(self, cls: Callable[[Quantizer, bool], _S]) -> _S:
         if cls not in self._made:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -140,3 +141,36 @@ def test_the_listing_has_a_row_for_every_scheme() -> None:
 def test_the_listing_says_why_a_device_has_none() -> None:
     (row, *_) = list_schemes("meta")
     assert row["kernels"].startswith("none: no kernel for quantize of mxfp4 on meta; candidates:")
+
+
+def test_kernels_are_compiled_in_another_thread_meanwhile(monkeypatch):
+    seen: list[tuple[str, int]] = []
+    started, planned = threading.Event(), threading.Event()
+
+    def warm_up(format_name, device, dtype, statistics):
+        started.set()
+        assert planned.wait(10)
+        seen.append((format_name, threading.get_ident()))
+
+    monkeypatch.setattr(kernel_registry, "warm_up", warm_up)
+    schemes = factory()
+    schemes.linear("quark_mxfp4")
+    schemes.experts("experts_int8")
+    with schemes.compiling(torch.bfloat16):
+        assert started.wait(10)
+        planned.set()
+    assert [name for name, _ in seen] == ["mxfp4", "int8_channel"]
+    assert threading.get_ident() not in {thread for _, thread in seen}
+
+
+def test_what_goes_wrong_while_compiling_is_raised(monkeypatch):
+    def warm_up(*arguments):
+        raise OSError("no compiler today")
+
+    monkeypatch.setattr(kernel_registry, "warm_up", warm_up)
+    schemes = factory()
+    schemes.linear("quark_mxfp4")
+    before = threading.active_count()
+    with pytest.raises(OSError, match="no compiler today"), schemes.compiling(torch.bfloat16):
+        pass
+    assert threading.active_count() == before

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 
@@ -58,8 +59,7 @@ _ENTRY = re.compile(
 _NULL = re.compile(rb"null")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """Where one checkpoint tensor lies: `offset` in bytes from the start of shard number `shard`, `nbytes` long.
 
     `shape` is torch's: for F4 the last dimension counts bytes of two codes.

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,15 +21,14 @@ class NotExpressible(Exception):
     """An operation does something that moving strided boxes around cannot describe."""
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """A block of a tensor whose elements lie on a strided grid of one source tensor.
 
     `start` and `shape` place the block in the tensor; element `i` of the block is element
-    `offset + sum(i * strides)` of the flattened source named `source`. All in elements.
+    `offset + sum(i * strides)` of the flattened source number `source`. All in elements.
     """
 
-    source: str
+    source: int
     start: tuple[int, ...]
     shape: tuple[int, ...]
     offset: int
@@ -54,10 +52,10 @@ class Coordinates(torch.Tensor):
         return f"Coordinates({list(self.shape)}, {self.dtype}, {len(self.boxes)} boxes)"
 
     @classmethod
-    def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype) -> Coordinates:
-        """The identity map of the source tensor `name`."""
+    def of(cls, source: int, shape: Sequence[int], dtype: torch.dtype) -> Coordinates:
+        """The identity map of source tensor number `source`."""
         shape = tuple(shape)
-        box = Box(name, (0,) * len(shape), shape, 0, contiguous_strides(shape))
+        box = Box(source, (0,) * len(shape), shape, 0, contiguous_strides(shape))
         return cls.build(shape, dtype, [box] if math.prod(shape) else [])
 
     @classmethod

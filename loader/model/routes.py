@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from .transformers_api import Conversion
 NAMES_SHOWN = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """A block of one checkpoint tensor that lands in one region.
 
     Element (row, column) of the region is element `offset + row * row_stride + column * column_stride` of the
@@ -65,7 +64,11 @@ class ModelShapes:
 
 @dataclass
 class CheckpointMap:
-    """The checkpoint's tensors on the coordinates of the unquantized model."""
+    """The checkpoint's tensors on the coordinates of the unquantized model.
+
+    A parameter's coordinates name its sources by their place in the conversion. `templates` are the results that
+    conversions of the same shapes share, one layer's with the next one's.
+    """
 
     shapes: ModelShapes
     conversions: list[Conversion]
@@ -74,6 +77,7 @@ class CheckpointMap:
     ignored: list[str]
     missing: set[str]
     weight_conversions: list[Any]
+    templates: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -129,9 +133,8 @@ def _convert(
     names = conversion.names()
     if conversion.converter is None and len(names) > 1:
         raise UnexpectedWeightsError(f"checkpoint tensors {_some(names)} all go to {conversion.target}; keep one")
-    sources = {name: Coordinates.of(name, tensors[name].shape, tensors[name].dtype) for name in names}
     try:
-        converted = transformers_api.convert(mapped.shapes, conversion, sources)
+        converted = transformers_api.full_names(conversion, _operate(mapped, conversion, tensors))
     except NotExpressible:
         mapped.not_expressible.append(conversion)
         return dict.fromkeys(_targets(mapped, conversion))
@@ -148,6 +151,28 @@ def _convert(
                 f"{tuple(expected.shape)}; is config.json the one of this checkpoint?"
             )
     return dict(converted)
+
+
+def _operate(mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
+    """The results of a conversion on coordinates, or those of an earlier one that differs in its names only."""
+    if not transformers_api.asks_for_shapes_only(conversion):
+        return transformers_api.operate(mapped.shapes, conversion, _identities(conversion, tensors))
+    counts = tuple([(pattern, len(names)) for pattern, names in conversion.sources.items()])
+    key = (
+        None if conversion.converter is None else (id(conversion.converter), counts),
+        tuple([mapped.shapes.tensors[name].shape for name in _targets(mapped, conversion)]),
+        tuple([(tensors[name].shape, tensors[name].dtype) for name in conversion.names()]),
+    )
+    if key not in mapped.templates:
+        sources = _identities(conversion, tensors)
+        mapped.templates[key] = transformers_api.operate(mapped.shapes, conversion, sources)
+    return mapped.templates[key]
+
+
+def _identities(conversion: Conversion, tensors: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
+    """The sources of a conversion as coordinates, numbered in order."""
+    entries = [tensors[name] for name in conversion.names()]
+    return {entry.name: Coordinates.of(i, entry.shape, entry.dtype) for i, entry in enumerate(entries)}
 
 
 def _targets(mapped: CheckpointMap, conversion: Conversion) -> Iterator[str]:
@@ -211,32 +236,49 @@ def build_routes(mapped: CheckpointMap, landing_of: LandingOf) -> Routes:
     """
     routes = Routes(whole=list(mapped.not_expressible))
     whole = {id(conversion) for conversion in routes.whole}
-    spans: list[tuple[str, Span, Conversion]] = []
+    # Layers share their coordinates, and so their patterns.
+    patterns: dict[tuple[int, Landing], _Pattern] = {}
     for name, (coordinates, conversion) in mapped.coordinates.items():
         landing = landing_of(name)
-        for source, span in _spans(name, coordinates, landing):
-            spans.append((source, span, conversion))
-            cut = landing.layout is not None and not landing.layout.code_aligned(span.region)
-            if cut and id(conversion) not in whole:
-                whole.add(id(conversion))
-                routes.whole.append(conversion)
-    for source, span, conversion in spans:
-        if id(conversion) not in whole:
-            routes.spans.setdefault(source, []).append(span)
+        key = (id(coordinates), landing)
+        if key not in patterns:
+            patterns[key] = _Pattern(list(_spans(coordinates, landing)), landing)
+        if patterns[key].cuts_codes and id(conversion) not in whole:
+            whole.add(id(conversion))
+            routes.whole.append(conversion)
+    for name, (coordinates, conversion) in mapped.coordinates.items():
+        if id(conversion) in whole:
+            continue
+        names = conversion.names()
+        for span in patterns[id(coordinates), landing_of(name)].spans:
+            routes.spans.setdefault(names[span[0]], []).append(Span(name, *span[1:]))
     return routes
 
 
-def _spans(name: str, coordinates: Coordinates, landing: Landing) -> Iterator[tuple[str, Span]]:
+class _Pattern:
+    """Spans without the names of their parameter and sources."""
+
+    def __init__(self, spans: list[_NamelessSpan], landing: Landing) -> None:
+        self.spans = spans
+        regions = (region for _, region, *_ in spans)
+        self.cuts_codes = landing.layout is not None and not all(map(landing.layout.code_aligned, regions))
+
+
+_NamelessSpan = tuple[int, Region, int, int, int]
+
+
+def _spans(coordinates: Coordinates, landing: Landing) -> Iterator[_NamelessSpan]:
+    """Number of the source, region, offset and strides of every span."""
     with torch._C.DisableTorchFunctionSubclass():
         shape = tuple(coordinates.shape)
     for box in coordinates.boxes:
         for expert, matrix in _matrices(box, shape, landing):
+            row_stride, column_stride = matrix.strides
             rows = (matrix.start[0], matrix.start[0] + matrix.shape[0])
             columns = (matrix.start[1], matrix.start[1] + matrix.shape[1])
             for low, high in _at_shard_borders(rows, landing.layout):
-                offset = matrix.offset + (low - rows[0]) * matrix.strides[0]
-                region = Region(expert, (low, high), columns)
-                yield matrix.source, Span(name, region, offset, matrix.strides[0], matrix.strides[1])
+                offset = matrix.offset + (low - rows[0]) * row_stride
+                yield matrix.source, Region(expert, (low, high), columns), offset, row_stride, column_stride
 
 
 def _matrices(box: Box, shape: tuple[int, ...], landing: Landing) -> Iterator[tuple[int | None, Box]]:

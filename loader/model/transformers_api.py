@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    ConversionOps,
     PrefixChange,
     WeightConverter,
     WeightRenaming,
@@ -212,9 +213,14 @@ def convert(model: PreTrainedModel, conversion: Conversion, tensors: Mapping[str
 
     The tensors may be real or `Coordinates`.
     """
+    return full_names(conversion, operate(model, conversion, tensors))
+
+
+def operate(model: PreTrainedModel, conversion: Conversion, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The operations of `convert`: their results by the part of the target's name that they stand for."""
     if conversion.converter is None:
         # Two checkpoint names for one parameter: transformers lets the first one in sorted order win.
-        return {conversion.target: tensors[conversion.names()[0]]}
+        return {"": tensors[conversion.names()[0]]}
     converter = conversion.converter
     collected: dict[str, Any] = {
         pattern: [tensors[name] for name in names] for pattern, names in conversion.sources.items()
@@ -229,13 +235,28 @@ def convert(model: PreTrainedModel, conversion: Conversion, tensors: Mapping[str
             config=model.config,
             missing_keys=None,
         )
-    collected = {name: value[0] if isinstance(value, list) else value for name, value in collected.items()}
+    return {name: value[0] if isinstance(value, list) else value for name, value in collected.items()}
+
+
+def full_names(conversion: Conversion, results: dict[str, Any]) -> dict[str, Any]:
+    """What `operate` returns, by the full names of the parameters."""
+    if conversion.converter is None:
+        return {conversion.target: results[""]}
     full = conversion.target.replace("*.", "0.")
-    for key in collected:
+    for key in results:
         if key in full:
             before, _, after = full.partition(key)
-            return {before + name + after: value for name, value in collected.items()}
-    return collected
+            return {before + name + after: value for name, value in results.items()}
+    return results
+
+
+def asks_for_shapes_only(conversion: Conversion) -> bool:
+    """Whether `operate` does the same for all targets whose sources and parameters have the same shapes.
+
+    True of transformers' general operations; one that a model brings along may ask for its layer's number.
+    """
+    operations = () if conversion.converter is None else conversion.converter.operations
+    return all(type(operation).__module__ == ConversionOps.__module__ for operation in operations)
 
 
 class DtypePlan:

@@ -7,14 +7,14 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import RepeatedRegionError
 
 Interval = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """Rows and columns of one matrix of a parameter, in checkpoint-precision coordinates.
 
     `expert` is the index into the leading dimension of an experts parameter, `None` elsewhere. `rows` and `columns`

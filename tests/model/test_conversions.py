@@ -83,10 +83,11 @@ def run(converter: WeightConverter, names: dict[str, list[str]], tensors: dict[s
 
 def gather(moved: Coordinates, tensors: dict[str, Tensor]) -> Tensor:
     """The data that coordinates stand for."""
+    sources = list(tensors.values())
     with torch._C.DisableTorchFunctionSubclass():
         out = torch.full(tuple(moved.shape), -1.0)
     for box in moved.boxes:
-        values = torch.as_strided(tensors[box.source].flatten(), box.shape, box.strides, box.offset)
+        values = torch.as_strided(sources[box.source].flatten(), box.shape, box.strides, box.offset)
         out[tuple(slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True))] = values
     return out
 
@@ -103,7 +104,9 @@ def check(converter: WeightConverter, label: str = "") -> bool:
         if not all(isinstance(value, Tensor) for value in want.values()):
             continue
         fits = True
-        moved = run(converter, names, {n: Coordinates.of(n, t.shape, t.dtype) for n, t in tensors.items()})
+        moved = run(
+            converter, names, {n: Coordinates.of(i, t.shape, t.dtype) for i, (n, t) in enumerate(tensors.items())}
+        )
         assert moved.keys() == want.keys(), label
         for name, value in want.items():
             assert torch.equal(gather(moved[name], tensors), value), (label, shape, name)

@@ -13,7 +13,7 @@ from quantload.model.coordinates import Coordinates, NotExpressible
 Operation = Callable[..., torch.Tensor]
 
 
-def gather(x: Coordinates, sources: dict[str, torch.Tensor]) -> torch.Tensor:
+def gather(x: Coordinates, sources: list[torch.Tensor]) -> torch.Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         out = torch.full(tuple(x.shape), -1)
     for box in x.boxes:
@@ -23,13 +23,13 @@ def gather(x: Coordinates, sources: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def check(operation: Operation, *shapes: tuple[int, ...]) -> None:
-    sources, at = {}, 0
-    for i, shape in enumerate(shapes):
+    sources, at = [], 0
+    for shape in shapes:
         n = torch.Size(shape).numel()
-        sources[f"t{i}"] = torch.arange(at, at + n).reshape(shape)
+        sources.append(torch.arange(at, at + n).reshape(shape))
         at += n
-    expected = operation(*sources.values())
-    moved = operation(*(Coordinates.of(name, t.shape, t.dtype) for name, t in sources.items()))
+    expected = operation(*sources)
+    moved = operation(*(Coordinates.of(i, t.shape, t.dtype) for i, t in enumerate(sources)))
     assert isinstance(moved, Coordinates)
     assert torch.equal(gather(moved, sources), expected)
 
@@ -71,7 +71,7 @@ def test_reshape_of_any_permutation(a: int, b: int, c: int, first: list[int], se
 @pytest.mark.parametrize("operation", [lambda a: a + 1, lambda a: a.to(torch.float64), lambda a: a[[0, 1]]])
 def test_arithmetic_is_refused(operation: Operation) -> None:
     with pytest.raises(NotExpressible):
-        operation(Coordinates.of("t", (4, 4), torch.float32))
+        operation(Coordinates.of(0, (4, 4), torch.float32))
 
 
 def test_a_box_across_a_reshaped_border_is_cut() -> None:
@@ -82,10 +82,10 @@ def test_a_box_across_a_reshaped_border_is_cut() -> None:
 def test_too_many_boxes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantload.model.coordinates.MAX_BOXES", 8)
     with pytest.raises(NotExpressible, match="8 boxes"):
-        Coordinates.of("t", (2, 16), torch.float32).T.reshape(32)
+        Coordinates.of(0, (2, 16), torch.float32).T.reshape(32)
 
 
 def test_it_can_be_printed() -> None:
-    moved = torch.cat([Coordinates.of("a", (2, 3), torch.float32), Coordinates.of("b", (4, 3), torch.float32)])
+    moved = torch.cat([Coordinates.of(0, (2, 3), torch.float32), Coordinates.of(1, (4, 3), torch.float32)])
     assert repr(moved) == "Coordinates([6, 3], torch.float32, 2 boxes)"
     assert str([moved]) == f"[{moved!r}]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from quantload.kernels.formats import FP8_BLOCK, MXFP4
 from quantload.model.coordinates import Coordinates
 from quantload.model.routes import CheckpointMap, Landing, build_routes, map_checkpoint
 from quantload.model.skeleton import find_model
+from quantload.model.transformers_api import Conversion
 from quantload.schemes.layout import WeightLayout
 from transformers import PreTrainedModel
 
@@ -123,7 +123,7 @@ def test_a_surplus_expert_is_named(qwen3_moe: tuple[PreTrainedModel, Entries]) -
     for projection in ("gate_proj", "up_proj", "down_proj"):
         like = entries[f"model.layers.1.mlp.experts.0.{projection}.weight"]
         name = f"model.layers.1.mlp.experts.4.{projection}.weight"
-        entries[name] = dataclasses.replace(like, name=name)
+        entries[name] = like._replace(name=name)
     with pytest.raises(UnexpectedWeightsError, match=r"has 4 experts, the checkpoint has more: .*experts\.4\."):
         map_checkpoint(model, entries)
 
@@ -156,7 +156,7 @@ def test_another_shape_is_named(
     name: str, shape: tuple[int, ...], message: str, qwen3_moe: tuple[PreTrainedModel, Entries]
 ) -> None:
     model, entries = qwen3_moe
-    entries[name] = dataclasses.replace(entries[name], shape=shape)
+    entries[name] = entries[name]._replace(shape=shape)
     with pytest.raises(ShapeMismatchError, match=message):
         map_checkpoint(model, entries)
 
@@ -165,7 +165,7 @@ def test_experts_all_of_another_shape(qwen3_moe: tuple[PreTrainedModel, Entries]
     model, entries = qwen3_moe
     for expert in range(4):
         name = f"model.layers.0.mlp.experts.{expert}.down_proj.weight"
-        entries[name] = dataclasses.replace(entries[name], shape=(32, 64))
+        entries[name] = entries[name]._replace(shape=(32, 64))
     with pytest.raises(ShapeMismatchError, match=r"gives shape \(4, 32, 64\) .* the model has \(4, 64, 32\)"):
         map_checkpoint(model, entries)
 
@@ -173,7 +173,7 @@ def test_experts_all_of_another_shape(qwen3_moe: tuple[PreTrainedModel, Entries]
 def test_what_the_class_allows_to_be_missing_or_surplus_is_no_error(checkpoint: Checkpoint) -> None:
     model, entries = open_checkpoint(checkpoint("llama_tied"))
     assert "lm_head.weight" not in entries
-    inv_freq = dataclasses.replace(entries["model.norm.weight"], name="model.layers.0.self_attn.rotary_emb.inv_freq")
+    inv_freq = entries["model.norm.weight"]._replace(name="model.layers.0.self_attn.rotary_emb.inv_freq")
     mapped = map_checkpoint(model, {**entries, inv_freq.name: inv_freq})
     assert mapped.ignored == [inv_freq.name]
     assert mapped.missing == {"lm_head.weight"}
@@ -184,7 +184,8 @@ def test_what_the_class_allows_to_be_missing_or_surplus_is_no_error(checkpoint: 
 
 def one(coordinates: Coordinates, landing: Landing) -> tuple[list[Any], list[Any]]:
     """Spans of one parameter `p`, sorted, and whole conversions."""
-    mapped = CheckpointMap(None, [], {"p": (coordinates, object())}, [], [], set(), [])  # type: ignore[arg-type]
+    conversion = Conversion("p", None, {name: [name] for name in ("t", "u")})
+    mapped = CheckpointMap(None, [], {"p": (coordinates, conversion)}, [], [], set(), [])  # type: ignore[arg-type]
     routes = build_routes(mapped, lambda _: landing)
     spans = [
         (source, span.region.expert, span.region.rows, span.region.columns, span.offset, span.row_stride)
@@ -196,7 +197,7 @@ def one(coordinates: Coordinates, landing: Landing) -> tuple[list[Any], list[Any
 
 def test_spans_are_cut_at_shard_borders_and_experts() -> None:
     layout = WeightLayout(FP8_BLOCK, 2, (("w1", 3), ("w3", 3)), 8)
-    spans, whole = one(Coordinates.of("t", (2, 6, 8), torch.float32), Landing(2, 6, 8, layout=layout))
+    spans, whole = one(Coordinates.of(0, (2, 6, 8), torch.float32), Landing(2, 6, 8, layout=layout))
     assert whole == []
     assert spans == [
         ("t", 0, (0, 3), (0, 8), 0, 8),
@@ -208,12 +209,12 @@ def test_spans_are_cut_at_shard_borders_and_experts() -> None:
 
 def test_a_transposed_landing_turns_its_spans() -> None:
     layout = WeightLayout(FP8_BLOCK, None, (("", 4),), 6)
-    spans, _ = one(Coordinates.of("t", (6, 4), torch.float32), Landing(None, 4, 6, True, layout))
+    spans, _ = one(Coordinates.of(0, (6, 4), torch.float32), Landing(None, 4, 6, True, layout))
     assert spans == [("t", None, (0, 4), (0, 6), 0, 1)]
 
 
 def test_a_span_through_a_byte_of_codes_makes_its_conversion_whole() -> None:
-    parts = [Coordinates.of("a", (4, 16), torch.float32), Coordinates.of("b", (4, 48), torch.float32)]
+    parts = [Coordinates.of(0, (4, 16), torch.float32), Coordinates.of(1, (4, 48), torch.float32)]
     joined: Any = torch.cat(parts, dim=1)  # type: ignore[arg-type]
     layout = WeightLayout(MXFP4, None, (("", 4),), 64)
     spans, whole = one(joined, Landing(None, 4, 64, layout=layout))
@@ -221,7 +222,7 @@ def test_a_span_through_a_byte_of_codes_makes_its_conversion_whole() -> None:
     assert len(whole) == 1
     bytewise = WeightLayout(FP8_BLOCK, None, (("", 4),), 64)
     spans, whole = one(joined, Landing(None, 4, 64, layout=bytewise))
-    assert [(source, columns) for source, _, _, columns, _, _ in spans] == [("a", (0, 16)), ("b", (16, 64))]
+    assert [(source, columns) for source, _, _, columns, _, _ in spans] == [("t", (0, 16)), ("u", (16, 64))]
     assert whole == []
 
 
@@ -229,7 +230,7 @@ def test_a_span_through_a_byte_of_codes_makes_its_conversion_whole() -> None:
 def test_what_is_kept_lands_in_two_dimensions(shape: tuple[int, ...]) -> None:
     columns = shape[-1] if shape else 1
     rows = torch.Size(shape).numel() // columns
-    spans, _ = one(Coordinates.of("t", shape, torch.float32), Landing(None, rows, columns))
+    spans, _ = one(Coordinates.of(0, shape, torch.float32), Landing(None, rows, columns))
     ((source, expert, found_rows, found_columns, offset, stride),) = spans
     assert (source, expert, found_rows, found_columns, offset) == ("t", None, (0, rows), (0, columns), 0)
     assert rows == 1 or stride == columns

@@ -102,7 +102,9 @@ class World:
         return found
 
     def coordinates(self) -> dict[str, Coordinates]:
-        return {name: Coordinates.of(name, tensor.shape, tensor.dtype) for name, tensor in self.data.items()}
+        return {
+            name: Coordinates.of(i, tensor.shape, tensor.dtype) for i, (name, tensor) in enumerate(self.data.items())
+        }
 
     def quantized(self, name: str, fmt: WeightFormat, operation: Operation, shards: int, transposed: bool) -> None:
         """A parameter quantized in `fmt`: two-dimensional, or experts of it."""
@@ -124,9 +126,11 @@ class World:
         self._route(name, moved, Landing(None, loader.rows, loader.columns))
 
     def _route(self, name: str, moved: Any, landing: Landing) -> None:
-        for source, span in _spans(name, moved, landing):
+        names = list(self.data)
+        for source, *place in _spans(moved, landing):
+            span = Span(name, *place)
             assert landing.layout is None or landing.layout.code_aligned(span.region)
-            self.spans.setdefault(source, []).append(span)
+            self.spans.setdefault(names[source], []).append(span)
 
     def run(self, chunk_bytes: int) -> list[Piece]:
         """Read and deliver every piece, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,6 +15,7 @@ class WeightFormat:
     """How a matrix [rows, cols] of weights is stored as codes and scales.
 
     `block_rows` x `block_cols` elements share one scale; 0 means the whole extent of that dimension.
+    A code takes `code_bits` bits; codes of fewer than eight are packed into bytes, the first in the lowest bits.
     `pads_cols` says that the codes of an incomplete last block are stored too (as zeros).
     """
 
@@ -22,13 +24,22 @@ class WeightFormat:
     scale_dtype: torch.dtype
     block_rows: int
     block_cols: int
-    codes_per_byte: int
+    code_bits: int
     pads_cols: bool = False
 
     def code_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Shape of the code tensor of a matrix whose true size is [rows, cols]."""
         padded = _ceil_div(cols, self.block_cols) * self.block_cols if self.pads_cols else cols
-        return rows, _ceil_div(padded, self.codes_per_byte)
+        return rows, _ceil_div(padded * self.code_bits, 8)
+
+    def code_column(self, col: int) -> int:
+        """Where in a row of the code tensor the code of column `col` begins; `col` is a multiple of `packed`."""
+        return col * self.code_bits // 8
+
+    @property
+    def packed(self) -> int:
+        """Codes that are packed together into whole bytes: 2 of four bits, 4 of six, 1 of eight."""
+        return 8 // math.gcd(8, self.code_bits)
 
     def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Shape of the scale tensor of a matrix whose true size is [rows, cols]."""
@@ -58,13 +69,34 @@ def _ceil_div(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
-MXFP4 = WeightFormat("mxfp4", torch.uint8, torch.uint8, 1, 32, 2, pads_cols=True)
-FP8_CHANNEL = WeightFormat("fp8_channel", torch.float8_e4m3fn, torch.float32, 1, 0, 1)
-FP8_TENSOR = WeightFormat("fp8_tensor", torch.float8_e4m3fn, torch.float32, 0, 0, 1)
-FP8_BLOCK = WeightFormat("fp8_block", torch.float8_e4m3fn, torch.float32, 128, 128, 1)
-INT8_CHANNEL = WeightFormat("int8_channel", torch.int8, torch.float32, 1, 0, 1)
+MXFP4 = WeightFormat("mxfp4", torch.uint8, torch.uint8, 1, 32, 4, pads_cols=True)
+MXFP6_E2M3 = WeightFormat("mxfp6_e2m3", torch.uint8, torch.uint8, 1, 32, 6, pads_cols=True)
+MXFP6_E3M2 = WeightFormat("mxfp6_e3m2", torch.uint8, torch.uint8, 1, 32, 6, pads_cols=True)
+MXFP8 = WeightFormat("mxfp8", torch.float8_e4m3fn, torch.uint8, 1, 32, 8, pads_cols=True)
+FP8_CHANNEL = WeightFormat("fp8_channel", torch.float8_e4m3fn, torch.float32, 1, 0, 8)
+FP8_TENSOR = WeightFormat("fp8_tensor", torch.float8_e4m3fn, torch.float32, 0, 0, 8)
+FP8_BLOCK = WeightFormat("fp8_block", torch.float8_e4m3fn, torch.float32, 128, 128, 8)
+INT8_CHANNEL = WeightFormat("int8_channel", torch.int8, torch.float32, 1, 0, 8)
+FP8_CHANNEL_FNUZ = WeightFormat("fp8_channel_fnuz", torch.float8_e4m3fnuz, torch.float32, 1, 0, 8)
+FP8_TENSOR_FNUZ = WeightFormat("fp8_tensor_fnuz", torch.float8_e4m3fnuz, torch.float32, 0, 0, 8)
+FP8_BLOCK_FNUZ = WeightFormat("fp8_block_fnuz", torch.float8_e4m3fnuz, torch.float32, 128, 128, 8)
+
+MX = (MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8)
+"""The formats with one power of two per 32 elements along K."""
+
+FNUZ: Mapping[str, str] = MappingProxyType(
+    {fmt.name: f"{fmt.name}_fnuz" for fmt in (FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK)}
+)
+"""What an FP8 format is stored as where the matrix instructions take E4M3 FNUZ (gfx942), by its name."""
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
-    {fmt.name: fmt for fmt in (MXFP4, FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK, INT8_CHANNEL)}
+    {
+        fmt.name: fmt
+        for fmt in (
+            *MX,
+            *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK, INT8_CHANNEL),
+            *(FP8_CHANNEL_FNUZ, FP8_TENSOR_FNUZ, FP8_BLOCK_FNUZ),
+        )
+    }
 )
 """Every format by its name."""

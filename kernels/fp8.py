@@ -4,13 +4,16 @@ The scale rules are the float32 ones of the serving engines, because their bytes
 per row, vLLM's `scaled_fp8_quant`: max(amax / 448, 1 / (448 * 512)), code of x / scale;
 per tensor, SGLang's and vLLM's `input_to_float8`: 1 / (448 * (1 / max(amax, 1e-12))), code of x / scale;
 per block, DeepGEMM's `per_block_cast_to_fp8`: max(amax, 1e-4) / 448, code of x * (1 / scale).
+
+Where the hardware takes E4M3 FNUZ (gfx942) the same bits are stored, which stand for half as much there, with twice
+the scale; the one code that means something else, negative zero, becomes zero.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, WeightFormat
+from .formats import FNUZ, FORMATS, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, WeightFormat
 from .reference import Reference
 
 LARGEST = 448.0
@@ -30,10 +33,10 @@ class Fp8Codec:
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
         """float32 scales; finite and positive for every finite amax."""
         if self.format is FP8_CHANNEL:
-            return (amax / LARGEST).clamp(min=CHANNEL_MIN_SCALE)
+            return divided(amax, LARGEST).clamp(min=CHANNEL_MIN_SCALE)
         if self.format is FP8_TENSOR:
             return (amax.clamp(min=TENSOR_MIN_AMAX).reciprocal() * LARGEST).reciprocal()
-        return amax.clamp(min=BLOCK_MIN_AMAX) / LARGEST
+        return divided(amax.clamp(min=BLOCK_MIN_AMAX), LARGEST)
 
     def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return values * scales.reciprocal() if self.format is FP8_BLOCK else values / scales
@@ -46,4 +49,37 @@ class Fp8Codec:
         return codes.float() * scales
 
 
-references = {fmt.name: Reference(Fp8Codec(fmt)) for fmt in (FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK)}
+class FnuzCodec:
+    """The codes and scales of an `Fp8Codec` as E4M3 FNUZ."""
+
+    largest: float = LARGEST
+
+    def __init__(self, fmt: WeightFormat, ocp: Fp8Codec) -> None:
+        self.format = fmt
+        self.ocp = ocp
+
+    def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
+        return self.ocp.scales_from_amax(amax) * 2
+
+    def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return self.ocp.ratio(values, scales * 0.5)
+
+    def encode(self, ratio: torch.Tensor) -> torch.Tensor:
+        codes = self.ocp.encode(ratio).view(torch.uint8)
+        return torch.where(codes == 0x80, 0, codes).view(torch.float8_e4m3fnuz)
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor:
+        return codes.float() * scales
+
+
+def divided(amax: torch.Tensor, divisor: float) -> torch.Tensor:
+    """amax / divisor, rounded once: by a number of its own, a GPU multiplies with the reciprocal instead."""
+    return amax / amax.new_full((), divisor)
+
+
+_codecs = {fmt.name: Fp8Codec(fmt) for fmt in (FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK)}
+
+references = {
+    **{name: Reference(codec) for name, codec in _codecs.items()},
+    **{fnuz: Reference(FnuzCodec(FORMATS[fnuz], _codecs[name])) for name, fnuz in FNUZ.items()},
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .formats import INT8_CHANNEL, WeightFormat
+from .fp8 import divided
 from .reference import Reference
 
 LARGEST = 127.0
@@ -18,7 +19,7 @@ class Int8Codec:
 
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
         """amax / 127; 1 where that is zero, so that a row of zeros has a usable scale."""
-        scales = amax / LARGEST
+        scales = divided(amax, LARGEST)
         return torch.where(scales == 0, 1.0, scales)
 
     def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -31,9 +31,13 @@ import torch
 
 from .experts import ExpertsByLinear
 from .formats import FORMATS, WeightFormat
-from .gpu_matmul import gpu_matmuls
+from .gpu_matmul import GpuMatmul, gpu_matmuls
+from .gpu_quantize import GpuQuantize, gpu_quantizers, stored_format
 
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear", "experts")
+
+
+NUMBA_FORMATS = ("mxfp4", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel")
 
 
 class NoKernel(LookupError):
@@ -100,8 +104,11 @@ def kernel_set(
 ) -> KernelSet:
     """The best kernel of every operation; `overrides` maps operations to the names of kernels to use instead.
 
+    The format of the set is the one that is stored on the device: E4M3 FNUZ for FP8 on gfx942.
+
     A name for `linear` is taken for `experts` too, where that has such a kernel and is given no name of its own.
     """
+    format_name = stored_format(format_name, torch.device(device))
     unknown = sorted(set(overrides) - set(OPERATIONS))
     if unknown:
         raise NoKernel(f"unknown operations {unknown} in overrides; operations are {', '.join(OPERATIONS)}")
@@ -127,6 +134,7 @@ def warm_up(
 
     Safe from any thread; returns at once where there is nothing to compile or it is compiled already.
     """
+    format_name = stored_format(format_name, torch.device(device))
     if select("quantize", format_name, device).name == "numba":
         from . import cpu
 
@@ -144,16 +152,17 @@ def _kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
     """All kernels of an operation of a format, best first; a backend for another device is one more entry here."""
     return (
         *_gpu_kernels(operation, format_name),
-        Kernel("numba", operation, format_name, "cpu", _numba_function(operation, format_name), _numba_unavailable),
+        Kernel(
+            "numba", operation, format_name, "cpu", _numba_function(operation, format_name), _numba_reason(format_name)
+        ),
         Kernel("torch", operation, format_name, None, _torch_function(operation, format_name), _torch_unavailable),
     )
 
 
 def _gpu_kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
-    return tuple(
-        Kernel(kernel.name, operation, format_name, "cuda", kernel, kernel.unavailable)
-        for kernel in gpu_matmuls(operation, FORMATS[format_name])
-    )
+    fmt = FORMATS[format_name]
+    found: list[GpuMatmul | GpuQuantize] = [*gpu_matmuls(operation, fmt), *gpu_quantizers(operation, fmt)]
+    return tuple(Kernel(k.name, operation, format_name, "cuda", k, k.unavailable) for k in found)
 
 
 def _numba_function(operation: str, format_name: str) -> Callable[..., Any]:
@@ -178,9 +187,9 @@ class _Numba:
 
 
 def _torch_function(operation: str, format_name: str) -> Callable[..., Any]:
-    from . import fp8, int8, mxfp4
+    from . import fp8, int8, mx, mxfp4
 
-    references = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references}
+    references = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references, **mx.references}
     reference = references[format_name]
     function: Callable[..., Any] = (
         ExpertsByLinear(reference.codec.format, reference.linear)
@@ -188,6 +197,14 @@ def _torch_function(operation: str, format_name: str) -> Callable[..., Any]:
         else getattr(reference, operation)
     )
     return function
+
+
+def _numba_reason(format_name: str) -> Callable[[torch.device], str | None]:
+    return _numba_unavailable if format_name in NUMBA_FORMATS else _no_numba_kernels
+
+
+def _no_numba_kernels(device: torch.device) -> str | None:
+    return "has no kernels for this format"
 
 
 @cache

@@ -108,14 +108,14 @@ class WeightLayout:
 
     def code_aligned(self, region: Region) -> bool:
         """Whether the region begins and ends at a byte of codes, and at a scale where scales cannot be revised."""
-        step = self.format.block_cols if self.format.codes_per_byte > 1 else 1
+        step = self.format.block_cols if self.format.packed > 1 else 1
         low, high = region.columns
         return low % step == 0 and (high % step == 0 or high == self.columns)
 
     def _block(self, region: Region, rows: Interval, shard: Interval, scale_start: int) -> Block:
         fmt, (first, last) = self.format, region.columns
-        per_byte, last_code = fmt.codes_per_byte, self.code_shape[-1]
-        code_columns = slice(first // per_byte, last_code if last == self.columns else last // per_byte)
+        last_code = self.code_shape[-1] if last == self.columns else fmt.code_column(last)
+        code_columns = slice(fmt.code_column(first), last_code)
         row_blocks, rows_whole = _cover(rows[0] - shard[0], rows[1] - shard[0], shard[1] - shard[0], fmt.block_rows)
         column_blocks, columns_whole = _cover(first, last, self.columns, fmt.block_cols)
         return Block(

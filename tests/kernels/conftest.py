@@ -57,7 +57,7 @@ def runners() -> list[Runner]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture in {"runner", "contender"} & set(metafunc.fixturenames):
         family = metafunc.function.__name__.split("_")[1]  # test_mxfp4_..., test_fp8_..., test_int8_...: those only
-        prefix = family if family in ("mxfp4", "fp8", "int8") else ""
+        prefix = family if family in ("mxfp4", "mxfp6", "mxfp8", "fp8", "int8") else ""
         params = [
             pytest.param(r, id=f"{r.format.name}-{r.kernels.names['quantize']}-{r.device}")
             for r in runners()
@@ -72,10 +72,13 @@ def vectors(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     """What reference tools make of the same BF16 bits: `set|in`, `set|tool:format|mode|c` (codes), `...|s` (scales).
 
     AMD Quark, torchao (0.18 and a later head), compressed-tensors, AMD aiter, vLLM and SGLang, run on a CPU;
-    `quark_llama:*` are two weights of a tiny checkpoint that Quark exported.
+    `quark_llama:*` are two weights of a tiny checkpoint that Quark exported. MXFP6 and MXFP8 have a file of their own.
     """
-    with np.load(request.config.rootpath / "tests" / "data" / "vectors.npz") as stored:
-        return dict(stored)
+    found: dict[str, np.ndarray] = {}
+    for name in ("vectors.npz", "vectors_mx.npz"):
+        with np.load(request.config.rootpath / "tests" / "data" / name) as stored:
+            found.update(stored)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
 
 import pytest
@@ -153,22 +154,41 @@ def test_dequantize(contender, shape, dtype):
 
 
 def test_every_code_byte_dequantizes_to_its_meaning(runner):
-    """All 256 bytes against tables built here from the definition of the format."""
-    if runner.format.name == "mxfp4":
-        codes, scales = torch.arange(256, dtype=torch.uint8).view(16, 16), torch.full((16, 1), 128, dtype=torch.uint8)
-        want = [[float(GRID[c & 7] * 2) * (-1 if c & 8 else 1) for c in (b & 15, b >> 4)] for b in range(256)]
-        got = runner.dequantize(codes, scales, (16, 32))
-    elif runner.format.name == "int8_channel":
-        codes, scales = torch.arange(-128, 128).to(torch.int8).view(1, 256), torch.full((1, 1), 2.0)
-        want, got = [2.0 * c for c in range(-128, 128)], runner.dequantize(codes, scales, (1, 256))
+    """All codes but NaN against tables built here from the definition of the format."""
+    fmt = runner.format
+    if fmt.name == "int8_channel":
+        codes, values = torch.arange(-128, 128).to(torch.int8), [float(c) for c in range(-128, 128)]
+    elif fmt.name == "mxfp4":
+        codes, values = torch.arange(256, dtype=torch.uint8), small_floats(2, 1, 1)
+        values = [values[c] for byte in range(256) for c in (byte & 15, byte >> 4)]
+    elif fmt.code_bits == 6:
+        codes, values = six_bit_bytes(range(64)), small_floats(*((2, 3, 1) if fmt.name == "mxfp6_e2m3" else (3, 2, 3)))
     else:
-        finite = [b for b in range(256) if b & 127 != 127]
-        codes = torch.tensor(finite, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, -1)
-        scales = torch.full(runner.format.scale_shape(1, 254), 2.0)
-        want = []
-        for b in finite:
-            exponent, fraction = b >> 3 & 15, b & 7
-            size = (8 + fraction) * 2.0 ** (exponent - 10) if exponent else fraction * 2.0**-9
-            want.append(2 * size * (-1 if b & 128 else 1))
-        got = runner.dequantize(codes, scales, (1, 254))
-    assert torch.equal(got.flatten(), torch.tensor(want).flatten())
+        fnuz = fmt.code_dtype == torch.float8_e4m3fnuz
+        values = small_floats(4, 3, 8 if fnuz else 7)
+        for nan in [0x80] if fnuz else [0x7F, 0xFF]:
+            values[nan] = values[0]
+        bits = torch.arange(256, dtype=torch.uint8)
+        codes = torch.where(bits == 0x80 if fnuz else bits & 0x7F == 0x7F, 0, bits).view(fmt.code_dtype)
+    scales = torch.full(fmt.scale_shape(1, len(values)), 2.0)
+    if fmt.scale_dtype == torch.uint8:
+        scales = torch.full(scales.shape, 128, dtype=torch.uint8)
+    got = runner.dequantize(codes.view(1, -1), scales, (1, len(values)))
+    want = 2 * torch.tensor([values])
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32))
+
+
+def small_floats(exponent_bits: int, mantissa_bits: int, bias: int) -> list[float]:
+    """What the codes of a small float mean, the negative ones last; special codes are not known here."""
+    values = []
+    for code in range(1 << exponent_bits + mantissa_bits):
+        exponent, mantissa = divmod(code, 1 << mantissa_bits)
+        fraction = mantissa / (1 << mantissa_bits) + (exponent > 0)
+        values.append(fraction * 2.0 ** (max(exponent, 1) - bias))
+    return values + [-v for v in values]
+
+
+def six_bit_bytes(codes: Iterable[int]) -> torch.Tensor:
+    """Six-bit codes as one little-endian number, in bytes."""
+    number = sum(code << 6 * i for i, code in enumerate(codes))
+    return torch.tensor(list(number.to_bytes(number.bit_length() + 7 >> 3, "little")), dtype=torch.uint8)

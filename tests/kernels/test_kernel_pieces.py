@@ -32,7 +32,7 @@ def block_range(start: int, stop: int, block: int) -> slice:
 
 
 def code_range(fmt, start: int, stop: int) -> slice:
-    return slice(start // fmt.codes_per_byte, fmt.code_shape(1, stop)[1])
+    return slice(fmt.code_column(start), fmt.code_shape(1, stop)[1])
 
 
 FRACTIONS = st.lists(st.floats(0, 1), max_size=4)

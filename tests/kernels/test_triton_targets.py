@@ -1,4 +1,4 @@
-"""The harness finds what it is there to find: spills, native instructions, compile errors, failures when interpreted."""
+"""The harness finds what it is for: spills, native instructions, compile errors, failures in the interpreter."""
 
 from __future__ import annotations
 

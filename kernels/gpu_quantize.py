@@ -1,0 +1,63 @@
+"""The kernels for GPUs that have no matmul in them, and why they cannot serve where they cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from .formats import FNUZ, WeightFormat
+from .gpu_target import gpu_target
+
+OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize")
+
+
+@dataclass(frozen=True)
+class GpuQuantize:
+    """One operation in Triton, which is imported when it is first called."""
+
+    operation: str
+    format: WeightFormat
+    name: str = "triton"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    @cached_property
+    def _function(self) -> Any:
+        from .triton_quantize import triton_quantize
+
+        return getattr(triton_quantize(self.format.name), self.operation)
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why the kernel cannot run on a device, or None when it can."""
+        return triton_unavailable(device)
+
+
+def gpu_quantizers(operation: str, fmt: WeightFormat) -> list[GpuQuantize]:
+    """The kernels of an operation of a format, best first; none for operations with a matmul."""
+    return [GpuQuantize(operation, fmt)] if operation in OPERATIONS else []
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on a device, or None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "TRITON_INTERPRET is set, so Triton would interpret the kernels on the CPU; unset it"
+    target = gpu_target(device)
+    if target is None:
+        return "torch finds no GPU (torch.cuda.is_available() is False)"
+    if target.capability and target.capability < 80:
+        return f"needs sm_80 or newer, this GPU is {target.name}"
+    return None
+
+
+def stored_format(format_name: str, device: torch.device) -> str:
+    """The name of the format that `format_name` is stored as on a device: FP8 as E4M3 FNUZ on gfx942."""
+    target = gpu_target(device)
+    return FNUZ.get(format_name, format_name) if target is not None and target.fnuz else format_name

@@ -44,7 +44,9 @@ RUNS = {
         quick=("--formats", "mxfp4", "--shapes", "4096x4096", "768x2048", "--tokens", "1", "512", "--turns", "3"),
     ),
     "pipeline": Run("pipeline.py", quick=("--scale", "0.05", "--repeats", "2"), work="--work"),
-    "load": Run("load.py", OWN, (*OWN, "--scale", "0.02", "--repeats", "1"), "--work"),
+    "load": Run(
+        "load.py", OWN, (*OWN, "--warm", "--scale", "0.02", "--repeats", "1", "--checkpoints", "moe"), "--work"
+    ),
     "peers": Run(
         "load.py",
         (*BOTH, "--repeats", "3", "--peer-repeats", "1"),

@@ -45,6 +45,7 @@ PEAK_GOAL = 16.1
 """GiB. SGLang publishes 15.975 GiB final for this model under a limit of 17 GiB, which does not see transients."""
 COLD_GOAL = 1.1
 MEMORY_SHARE = 0.95
+"""Of what is free: where a load is stopped before the machine kills something at random."""
 WARM_UP_SCALE = 0.002
 TOUCH_SHARE = {"floor": 1.0, "quantload": 0.4, "peer": 1.0}
 """Of the checkpoint: memory touched before a run, as far as there is any; a raw read fills the page cache."""

@@ -20,12 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpoints import RECIPES, WORK_FOLDER, make, shards_of
+from checkpoints import WORK_FOLDER, make, shards_of
 from goals import print_goals
 from load_process import Limits, Run, run_loader, set_page_cache, touch_memory
 from load_results import Goals, Row, print_rows, summarize
 from loaders import LOADERS, Loader
 from machine import describe_machine, headline
+from recipes import RECIPES
 from result_files import RESULTS, write_result
 
 CHECKPOINTS = ("dense", "moe", "huge", "tiny")

@@ -80,7 +80,7 @@ def cached_share(files: list[Path]) -> float:
             if libc.mincore(address, ctypes.c_size_t(size), states) != 0:
                 raise OSError(ctypes.get_errno(), f"mincore of {path}")
             del anchor
-            cached += int(np.count_nonzero(np.frombuffer(states, dtype=np.uint8) & 1))
+            cached += int(np.count_nonzero(np.frombuffer(bytes(states), dtype=np.uint8) & 1))
             pages += count
     return cached / pages
 

@@ -155,7 +155,7 @@ def measure_peak(format_name: str, shape: tuple[int, int], tokens: int) -> int:
     x = torch.ones(tokens, cols).bfloat16()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of VmRSS
     before = process_memory()["total"]
-    out = kernels.linear(x, codes, scales, None, rows, cols)
+    out: Tensor = kernels.linear(x, codes, scales, None, rows, cols)
     return process_memory()["peak_total"] - before - out.nbytes
 
 

@@ -20,7 +20,7 @@ from quantload.kernels.registry import kernel_set
 from quantload.options import LoadOptions
 from stopwatch import Stopwatch
 
-load_module = importlib.import_module("quantload.load")
+load_module: Any = importlib.import_module("quantload.load")
 
 SCHEME, FORMAT = "quark_mxfp4", "mxfp4"
 PIECE_BYTES = 8 << 20

@@ -85,7 +85,8 @@ def part_of(chain: list[str]) -> str:
 
 def chains(script: Iterable[str]) -> Iterator[tuple[float, list[str]]]:
     """Time and call chain of every sample in the output of `perf script -F time,ip,sym,dso`."""
-    moment, chain = 0.0, []
+    moment = 0.0
+    chain: list[str] = []
     for line in (*script, ""):
         head, _, rest = line.strip().partition(" ")
         if not head and chain:
@@ -158,8 +159,8 @@ def spy(py_spy: str, profiled: Profiled) -> tuple[dict[str, float], list[float],
         loads = profiled.run(command)
         stacks: collections.Counter[str] = collections.Counter()
         for line in path.read_text().splitlines():
-            stack, _, count = line.rpartition(" ")
-            stacks[stack.partition("profiled_loads")[2].partition(";")[2] or stack] += int(count)
+            stack, _, samples = line.rpartition(" ")
+            stacks[stack.partition("profiled_loads")[2].partition(";")[2] or stack] += int(samples)
     stages: collections.Counter[str] = collections.Counter()
     for stack, count in stacks.items():
         stages[stage_of(stack)] += count
@@ -209,7 +210,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        _child(*options.child, options.loads)
+        folder, warm_up = options.child
+        _child(folder, warm_up, options.loads)
         return
     py_spy = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
     if py_spy is None:

@@ -61,6 +61,7 @@ def load_quantized(
             workers=plan.workers,
             chunk_bytes=plan.chunk_bytes,
             staging_bytes=plan.memory.staging_bytes,
+            device=storage.device,
             on_progress=recorder.on_bytes,
         )
         totals = reader.run(plan.pieces)
@@ -106,7 +107,7 @@ def draft_load(
         assignments = assign_schemes(model, rules, dtype, options.strict)
         loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
         routes = build_routes(mapped, loaders.landing)
-        plan = plan_load(model, index, mapped, routes, loaders, assignments, options)
+        plan = plan_load(model, index, mapped, routes, loaders, assignments, options, storage.device)
     return Draft(index, model, rules, mapped, assignments, loaders, plan)
 
 

@@ -12,6 +12,7 @@ from .checkpoint.arena import rounded_slot
 from .checkpoint.headers import TensorEntry
 from .checkpoint.index import CheckpointIndex
 from .checkpoint.pieces import Piece
+from .checkpoint.working_memory import slots_per_worker
 from .errors import PolicyError, UnsupportedCheckpointError
 from .memory.planner import MemoryPlan, ParameterSize, plan_memory
 from .model import transformers_api
@@ -52,6 +53,7 @@ def plan_load(
     loaders: WeightLoaders,
     assignments: list[Assignment],
     options: LoadOptions,
+    device: torch.device,
 ) -> LoadPlan:
     """Cut every route into pieces and add up what will be held at once."""
     whole_names = {name for conversion in routes.whole for name in conversion.names()}
@@ -64,7 +66,7 @@ def plan_load(
     pieces += plan_whole(routes.whole, index.tensors, mapped.shapes, loaders.sinks, loaders.landing)
     chunk = max((piece.nbytes for piece in pieces if piece.target is None), default=MIN_CHUNK)
     chunk = max(chunk, min(options.chunk_bytes, 1 << 20))
-    workers, staging = _staging(options, chunk, len(pieces))
+    workers, staging = _staging(options, chunk, len(pieces), slots_per_worker(device))
     bytes_in = dict(_bytes_in(mapped, assignments))
     memory = plan_memory(
         _sizes(mapped, loaders, assignments),
@@ -76,18 +78,18 @@ def plan_load(
     return LoadPlan(pieces, chunk, workers, memory, sum(piece.nbytes for piece in pieces), bytes_in, len(routes.whole))
 
 
-def _staging(options: LoadOptions, chunk: int, pieces: int) -> tuple[int, int]:
-    """Workers, and bytes of the arena: two buffers each, and never more than they can use."""
-    workers, pair = min(options.worker_count(), max(pieces, 1)), 2 * rounded_slot(chunk)
+def _staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) -> tuple[int, int]:
+    """Workers, and bytes of the arena: so many buffers each, and never more than they can use."""
+    workers, each = min(options.worker_count(), max(pieces, 1)), buffers * rounded_slot(chunk)
     if options.staging_bytes is None:
-        return workers, workers * pair
-    if options.staging_bytes < pair:
+        return workers, workers * each
+    if options.staging_bytes < each:
         raise PolicyError(
-            f"staging is {options.staging_bytes} bytes; one worker needs two buffers of {chunk}, {pair} bytes: "
+            f"staging is {options.staging_bytes} bytes; one worker needs {buffers} buffers of {chunk}, {each} bytes: "
             f"give that much, or a smaller chunk"
         )
-    workers = min(workers, options.staging_bytes // pair)
-    return workers, workers * pair
+    workers = min(workers, options.staging_bytes // each)
+    return workers, workers * each
 
 
 def _check_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoaders) -> None:

@@ -2,11 +2,12 @@
 
 from .headers import ShardHeader, TensorEntry, read_header
 from .index import CheckpointIndex, Shard, read_index
-from .pieces import Barrier, Piece, Workspace
+from .pieces import Barrier, Piece
 from .reader import PieceReader, ReadTotals
 from .resolve import Checkpoint, resolve
 from .source import FileSource, Source
 from .stream import StreamEntry, read_stream
+from .workspace import Workspace
 
 __all__ = [
     "Barrier",

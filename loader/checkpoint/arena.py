@@ -52,6 +52,8 @@ class Arena:
         base = torch.frombuffer(self._map, dtype=torch.uint8)
         start = -base.data_ptr() % self._granule
         slots = range(start, start + count * self.slot_bytes, self.slot_bytes)
+        self.tensor = base[start : start + count * self.slot_bytes]
+        """All slots, as uint8."""
         self._slots = [Slot(base[at : at + self.slot_bytes], self._memory[at : at + self.slot_bytes]) for at in slots]
         self._free = self._slots[::-1]
         self._lock = threading.Lock()
@@ -96,6 +98,7 @@ class Arena:
         for slot in self._slots:
             slot.memory.release()
             slot.tensor = torch.empty(0, dtype=torch.uint8)
+        self.tensor = torch.empty(0, dtype=torch.uint8)
         self._memory.release()
         self._map = self._memory = None
 

@@ -8,47 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .arena import Arena, Slot
+from .workspace import Workspace
 
 SMALL_PIECE = 256 << 10
 SMALL_TARGET = 64 << 10
 MAX_GAP = 16 << 10
 MAX_SHARED_READ = 1 << 20
-ALIGNMENT = 16
-
-
-class Workspace:
-    """What a piece's `deliver` sees: `buffer`, a uint8 tensor of exactly the piece's bytes, 16-byte aligned.
-
-    Both `buffer` and what `scratch` returns are overwritten after `deliver` returns: copy what must stay.
-    """
-
-    __slots__ = ("_arena", "_scratch", "buffer", "slot")
-
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        self._scratch: Slot | None = None
-        self.slot = arena.acquire()
-        self.buffer: Tensor = self.slot.tensor[:0]
-
-    def scratch(self, nbytes: int) -> Tensor:
-        """A second uint8 tensor of `nbytes` bytes, at most one slot; its content is undefined.
-
-        Raises `ValueError` for more bytes.
-        """
-        if nbytes > self._arena.slot_bytes:
-            raise ValueError(f"scratch of {nbytes} bytes asked for; a buffer of the arena has {self._arena.slot_bytes}")
-        if self._scratch is None:
-            self._scratch = self._arena.acquire()
-        return self._scratch.first(nbytes)
-
-    def close(self) -> None:
-        """Gives both buffers back to the arena."""
-        self.buffer = self.slot.tensor[:0]
-        self._arena.release(self.slot)
-        if self._scratch is not None:
-            self._arena.release(self._scratch)
-            self._scratch = None
 
 
 class Barrier:

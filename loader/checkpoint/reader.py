@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from .arena import Arena, rounded_slot
+from .arena import rounded_slot
 from .crew import Crew, Stopped
 from .index import Shard
-from .pieces import ALIGNMENT, Batch, Piece, Workspace, check_barriers, plan_batches, sub_reads
+from .pieces import Batch, Piece, check_barriers, plan_batches, sub_reads
 from .source import Source
+from .working_memory import CPU, slots_per_worker, working_memory
+from .workspace import ALIGNMENT, WorkingMemory, Workspace
 
 _BARRIER_POLL = 0.05
 _READAHEAD_BATCHES = 4
@@ -33,10 +35,11 @@ class ReadTotals:
 class PieceReader:
     """Reads pieces of `shards` through `source` with up to `workers` threads.
 
-    Each worker owns one buffer of `chunk_bytes` and, if it asks for it, one scratch buffer of the same size; both
-    come out of `staging_bytes` (default: exactly that much), and fewer workers run when it holds fewer pairs. Raises
-    `PolicyError` when it holds none. `cancel` ends a run with `LoadCancelledError`; `on_progress` gets the bytes read
-    so far, in the thread that called `run`, ten times a second and once at the end.
+    On a CPU each worker owns one buffer of `chunk_bytes` and, if it asks for it, one scratch buffer of the same size.
+    For another `device`, pieces are worked on there, in two buffers and a scratch buffer, behind two on the host. All
+    of them come out of `staging_bytes` (default: exactly that much; for the host as for the device), and fewer workers
+    run when it holds fewer. Raises `PolicyError` when it holds none. `cancel` ends a run with `LoadCancelledError`;
+    `on_progress` gets the bytes read so far, in the thread that called `run`, ten times a second and once at the end.
     """
 
     def __init__(
@@ -47,17 +50,19 @@ class PieceReader:
         workers: int = 1,
         chunk_bytes: int = 8 << 20,
         staging_bytes: int | None = None,
+        device: torch.device = CPU,
         cancel: threading.Event | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        minimum = 2 * rounded_slot(chunk_bytes)
-        self._staging_bytes = workers * minimum if staging_bytes is None else staging_bytes
-        if self._staging_bytes < minimum:
+        minimum = slots_per_worker(device) * rounded_slot(chunk_bytes)
+        staging_bytes = workers * minimum if staging_bytes is None else staging_bytes
+        if staging_bytes < minimum:
             raise PolicyError(
                 f"staging_bytes is {staging_bytes}; pieces of {chunk_bytes} bytes need at least {minimum}: "
                 "give more staging_bytes or a smaller chunk_bytes"
             )
-        self.workers = max(1, min(workers, self._staging_bytes // minimum))
+        self.workers = max(1, min(workers, staging_bytes // minimum))
+        self._device = device
         self._source = source
         self._paths = [shard.path for shard in shards]
         self._chunk_bytes = chunk_bytes
@@ -73,19 +78,17 @@ class PieceReader:
         check_barriers(pieces)
         self._check_sizes(pieces)
         start = time.perf_counter()
-        arena = Arena(self._staging_bytes, self._chunk_bytes)
         try:
-            work = _Work(
-                self._source, self._paths, arena, plan_batches(pieces, arena.slot_bytes, self._source.read_bytes)
-            )
-            crew = Crew(min(self.workers, max(1, len(work.batches))), work.take_part, self._cancel)
-            report = self._on_progress
-            crew.work(None if report is None else lambda: report(work.bytes_read))
-            if report is not None:
-                report(work.bytes_read)
-            return ReadTotals(work.bytes_read, time.perf_counter() - start, arena.peak_bytes)
+            with working_memory(self._device, self.workers, self._chunk_bytes) as memory:
+                batches = plan_batches(pieces, memory.slot_bytes, self._source.read_bytes)
+                work = _Work(self._source, self._paths, memory, batches)
+                crew = Crew(min(self.workers, max(1, len(batches))), work.take_part, self._cancel)
+                report = self._on_progress
+                crew.work(None if report is None else lambda: report(work.bytes_read))
+                if report is not None:
+                    report(work.bytes_read)
+                return ReadTotals(work.bytes_read, time.perf_counter() - start, memory.peak_bytes)
         finally:
-            arena.close()
             self._source.close()
 
     def _check_sizes(self, pieces: Sequence[Piece]) -> None:
@@ -102,10 +105,10 @@ class PieceReader:
 class _Work:
     """What the workers of one run share."""
 
-    def __init__(self, source: Source, paths: list[str], arena: Arena, batches: list[Batch]) -> None:
+    def __init__(self, source: Source, paths: list[str], memory: WorkingMemory, batches: list[Batch]) -> None:
         self.source = source
         self.paths = paths
-        self.arena = arena
+        self.memory = memory
         self.batches = batches
         # Threads share the iterator: the interpreter makes each step of it atomic.
         self.numbers = iter(range(len(batches)))
@@ -118,8 +121,7 @@ class _Work:
 
     def take_part(self, crew: Crew, number: int) -> None:
         """Takes batches in order until there are none left."""
-        workspace = Workspace(self.arena)
-        try:
+        with self.memory.workspace() as workspace:
             worker = _Worker(self, crew, workspace)
             self._workers.append(worker)
             for index in self.numbers:
@@ -127,8 +129,6 @@ class _Work:
                     raise Stopped
                 worker.read_ahead(index)
                 worker.handle(self.batches[index])
-        finally:
-            workspace.close()
 
 
 class _Worker:
@@ -139,7 +139,6 @@ class _Worker:
         self._crew = crew
         self._source = work.source
         self._workspace = workspace
-        self._slot = workspace.slot
         self.bytes_read = 0
 
     def read_ahead(self, index: int) -> None:
@@ -158,8 +157,8 @@ class _Worker:
     def _handle_single(self, batch: Batch, piece: Piece) -> None:
         path, nbytes = self._work.paths[batch.shard], piece.nbytes
         if piece.target is None:
-            buffer = self._slot.first(nbytes)
-            self._fill(path, piece.extents, self._slot.memory)
+            self._fill(path, piece.extents, self._workspace.next_slot().memory)
+            buffer = self._workspace.landed(nbytes)
         else:
             buffer = _checked(piece.target(), nbytes)
             if buffer.device.type == "cpu":
@@ -173,14 +172,12 @@ class _Worker:
 
     def _handle_shared(self, batch: Batch) -> None:
         path, span = self._work.paths[batch.shard], batch.stop - batch.offset
-        shared = self._slot.first(span)
         if self._crew.stopping:
             raise Stopped
-        self._source.read_into(path, batch.offset, self._slot.memory[:span])
+        self._source.read_into(path, batch.offset, self._workspace.next_slot().memory[:span])
+        shared = self._workspace.landed(span)
         if all(piece.signal is None for piece in batch.pieces):
             self._source.release(path, batch.offset, span)
-        # A batch takes at most half of the slot, so that the other half can align its pieces.
-        half = self._work.arena.slot_bytes // 2
         for piece in batch.pieces:
             ((offset, nbytes),) = piece.extents
             position = offset - batch.offset
@@ -188,7 +185,7 @@ class _Worker:
             if piece.target is not None:
                 buffer = _checked(piece.target(), nbytes).copy_(buffer)
             elif position % ALIGNMENT:
-                buffer = self._slot.first(half + nbytes)[half:].copy_(buffer)
+                buffer = self._workspace.aligned(buffer)
             self.bytes_read += nbytes
             self._deliver(piece, buffer)
 
@@ -200,12 +197,11 @@ class _Worker:
             self.bytes_read += count
 
     def _fill_device(self, path: str, extents: tuple[tuple[int, int], ...], target: Tensor) -> None:
-        for position, offset, count in sub_reads(extents, min(self._source.read_bytes, self._work.arena.slot_bytes)):
+        for position, offset, count in sub_reads(extents, min(self._source.read_bytes, self._work.memory.slot_bytes)):
             if self._crew.stopping:
                 raise Stopped
-            staged = self._slot.first(count)
-            self._source.read_into(path, offset, self._slot.memory[:count])
-            target[position : position + count].copy_(staged)
+            self._source.read_into(path, offset, self._workspace.next_slot().memory[:count])
+            self._workspace.write(target[position : position + count], count)
             self.bytes_read += count
 
     def _deliver(self, piece: Piece, buffer: Tensor) -> None:
@@ -215,6 +211,7 @@ class _Worker:
                     raise Stopped
         self._workspace.buffer = buffer
         piece.deliver(self._workspace)
+        self._workspace.delivered()
         if piece.signal is not None:
             piece.signal.signal()
 

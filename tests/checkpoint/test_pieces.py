@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from quantload.checkpoint import Barrier, Piece, Workspace
+from quantload.checkpoint import Barrier, Piece
 from quantload.checkpoint.arena import Arena
 from quantload.checkpoint.pieces import MAX_GAP, SMALL_PIECE, SMALL_TARGET, check_barriers, plan_batches, sub_reads
+from quantload.checkpoint.workspace import HostWorkspace
 
 SLOT = 8 << 20
 
@@ -70,14 +71,14 @@ def test_a_barrier_opens_at_the_last_signal():
 
 def test_scratch_is_a_second_buffer_taken_when_asked_for():
     with Arena(8192, 4096) as arena:
-        workspace = Workspace(arena)
-        workspace.slot.first(4096).fill_(1)
+        workspace = HostWorkspace(arena)
+        workspace.landed(4096).fill_(1)
         assert arena.peak_bytes == 4096
         workspace.scratch(100).fill_(2)
         assert workspace.scratch(4096).data_ptr() == workspace.scratch(1).data_ptr()
-        assert workspace.slot.tensor.eq(1).all()
+        assert workspace.landed(4096).eq(1).all()
         assert arena.peak_bytes == 8192
         with pytest.raises(ValueError, match="has 4096"):
             workspace.scratch(4097)
-        workspace.close()
+        workspace.__exit__()
         assert [arena.acquire(), arena.acquire()]

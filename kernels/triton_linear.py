@@ -114,7 +114,7 @@ def operands(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, quantized: b
     x = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
     if fmt is MXFP4:
         if not quantized:
-            return Operands(x, x, 0, {"ACTIVATIONS": _float_kind(target, x.dtype)})
+            return Operands(x, x, 0, {"ACTIVATIONS": float_kind(target, x.dtype)})
         if x.shape[0] <= FEW_TOKENS:
             return Operands(x, x, 0, {"ACTIVATIONS": "quantize"})
         codes, scales = quantize_mxfp4_activations(x)
@@ -128,8 +128,9 @@ def operands(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, quantized: b
 
 def tiles_for(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, tokens: int, quantized: bool) -> Tiles:
     """The tile sizes for x [..., k]; `tokens` is how many of its rows meet one weight."""
-    choose = mxfp4_tiles if fmt is MXFP4 else scaled_tiles
-    return choose(target, tokens, x.shape[1], quantized, x.dtype.itemsize)
+    if fmt is MXFP4:
+        return mxfp4_tiles(target, tokens, x.shape[1], quantized, x.dtype.itemsize)
+    return scaled_tiles(target, tokens, x.shape[1], quantized, x.dtype.itemsize, fmt.block_rows > 1)
 
 
 def constants(tiles: Tiles, k: int) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _float_kind(target: GpuTarget, dtype: torch.dtype) -> str:
+def float_kind(target: GpuTarget, dtype: torch.dtype) -> str:
     """How MXFP4 weights meet activations of a type: Triton decodes to FP16 only where there is FP8 (sm_89), else we."""
     if dtype == torch.bfloat16:
         return "bf16"

@@ -36,7 +36,7 @@ def mxfp4_tiles(target: GpuTarget, tokens: int, k: int, quantized: bool, itemsiz
     """
     few, stages = tokens <= FEW_TOKENS, 2 if target.is_amd else 3
     if itemsize == 4 and not quantized:
-        return Tiles(16 if few else 64, 64, 64, 4, 2)
+        return Tiles(16 if few else 32, 64, 64, 4, 2)
     if quantized:
         rows = 128 if target.capability else 64
         tiles = Tiles(_fitting(tokens, 32), rows, 256, 4, stages) if few else Tiles(128, 128, 128, 8, stages)
@@ -47,13 +47,20 @@ def mxfp4_tiles(target: GpuTarget, tokens: int, k: int, quantized: bool, itemsiz
     return _dividing(Tiles(128 if wide else 64, 128, 64, 8 if wide else 4, stages), k, 32)
 
 
-def scaled_tiles(target: GpuTarget, tokens: int, k: int, quantized: bool, itemsize: int = 2) -> Tiles:
-    """Tiles for a weight of one byte per element; rows and columns divide 128, the side of an FP8 scale block."""
+def scaled_tiles(
+    target: GpuTarget, tokens: int, k: int, quantized: bool, itemsize: int = 2, blocks: bool = False
+) -> Tiles:
+    """Tiles for a weight of one byte per element; rows and columns divide 128, the side of an FP8 scale block.
+
+    With `blocks` of scales along K too, each step's sum needs registers of its own.
+    """
     few, stages = tokens <= FEW_TOKENS, 2 if target.is_amd else 3
     if itemsize == 4 and not quantized:
-        return Tiles(16 if few else 64, 64, 64, 4, 2)
+        return Tiles(16 if few else 32, 64, 64, 4, 2)
     if few:
         return _dividing(Tiles(_fitting(tokens, 32), 64, 128, 4, stages), k, 64)
+    if quantized and blocks:
+        return _dividing(Tiles(64, 128, 128, 8, stages), k, 64)
     wide = tokens > 64
     return _dividing(Tiles(128 if wide else 64, 128, 128 if quantized else 64, 8 if wide else 4, stages), k, 64)
 

@@ -1,0 +1,160 @@
+"""The linear kernels: compiled for every GPU we name, and interpreted; what their launchers decide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is on Linux only")
+
+import torch
+from gpu_targets import TABLE, TARGETS, compile_for, interpret
+from matmul_kernels import MANY, check
+from quantload.kernels import triton_tiles
+from quantload.kernels.formats import FORMATS
+from quantload.kernels.gpu_matmul import gpu_matmuls
+from quantload.kernels.gpu_target import GpuTarget, gpu_target
+from quantload.kernels.jit.mxfp4_matmul import mxfp4_quantize_tokens
+from quantload.kernels.jit.scaled_matmul import quantize_tokens
+from quantload.kernels.jit.tile_matmul import sum_parts
+from quantload.kernels.triton_linear import TritonLinear
+
+NATIVE_FP8 = {"gfx942": "fp8_block_fnuz", "gfx950": "fp8_block", "sm_90": "fp8_block", "sm_100": "fp8_block"}
+
+
+@pytest.mark.parametrize("tokens", [1, MANY])
+@pytest.mark.parametrize("target", TARGETS)
+def test_mxfp4_weight_only(target: str, tokens: int) -> None:
+    check("linear", "mxfp4", target, tokens, False)
+
+
+@pytest.mark.parametrize("tokens", [1, MANY])
+@pytest.mark.parametrize("target", ["gfx950", "sm_100"])
+def test_mxfp4_activations_too(target: str, tokens: int) -> None:
+    check("linear", "mxfp4", target, tokens, True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["fp8_channel", "int8_channel"])
+def test_scaled_weight_only(name: str, target: str) -> None:
+    check("linear", name, target, 1, False)
+
+
+@pytest.mark.parametrize("target", NATIVE_FP8)
+def test_fp8_activations_too(target: str) -> None:
+    check("linear", NATIVE_FP8[target], target, 1, True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_int8_activations_too(target: str) -> None:
+    check("linear", "int8_channel", target, 1, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["fp8_channel", "fp8_tensor", "fp8_block", "int8_channel"])
+def test_every_other_tile_size(name: str, target: str) -> None:
+    native = name if name.startswith("int8") else NATIVE_FP8.get(target, "").replace("fp8_block", name)
+    for tokens in (1, 32, 64, MANY):
+        check("linear", name, target, tokens, False)
+        if native:
+            check("linear", native, target, tokens, True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_activations_and_sums(target: str) -> None:
+    kernels = [
+        (mxfp4_quantize_tokens, {"x": "*bf16", "codes": "*u8", "scales": "*u8"}, {"BT": 16, "BK": 256}),
+        (sum_parts, {"parts": "*fp32", "out": "*bf16", "bias": "*bf16"}, {"PARTS": 8, "HAS_BIAS": True, "BLOCK": 1024}),
+        (
+            quantize_tokens,
+            {"x": "*bf16", "amax": "*fp32", "codes": "*u8", "scales": "*fp32"},
+            {"RULE": "fp8_block", "FNUZ": target == "gfx942", "BK": 4096},
+        ),
+    ]
+    for kernel, pointers, constants in kernels:
+        given = {name: f"{kind}:16" for name, kind in pointers.items()}
+        signature = given | {name: "i32:16" for name in kernel.arg_names if name not in {*pointers, *constants}}
+        built = compile_for(kernel, signature, target, constants=constants, enable_fp_fusion=True)
+        TABLE.add(f"{kernel.__name__} {constants.get('RULE', '')}".strip(), built)
+        assert built.spills == 0
+
+
+def test_arithmetic_in_the_interpreter() -> None:
+    results = interpret(Path(__file__).parent / "interpreted_linear.py")
+    assert len(results) > 50
+    assert not [result for result in results if result.failure]
+
+
+def test_few_tokens_are_split_along_k_and_many_are_not() -> None:
+    target = GpuTarget("sm_90", 132)
+    tiles = triton_tiles.mxfp4_tiles(target, 1, 4096, False)
+    step = triton_tiles.split_of_k(target, programs=64, tiles=tiles, tokens=1, k=4096)
+    assert step % tiles.columns == 0
+    assert -(-4096 // step) == 4
+    assert triton_tiles.split_of_k(target, programs=1000, tiles=tiles, tokens=1, k=4096) == 4096
+    many = triton_tiles.mxfp4_tiles(target, 512, 4096, False)
+    assert triton_tiles.split_of_k(target, programs=4, tiles=many, tokens=512, k=4096) == 4096
+
+
+@pytest.mark.parametrize("k", [32, 96, 100, 2880, 4096])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 17, 33, 64, 65, 10000])
+@pytest.mark.parametrize("target", TARGETS)
+def test_tiles_are_what_the_kernels_can_take(target: str, tokens: int, k: int) -> None:
+    for quantized in (False, True):
+        for itemsize in (2, 4):
+            mx = triton_tiles.mxfp4_tiles(GpuTarget(target), tokens, k, quantized, itemsize)
+            assert mx.columns % (128 if quantized else 32) == 0
+            assert mx.rows == 128 or not (quantized and target == "sm_100")
+            scaled = triton_tiles.scaled_tiles(GpuTarget(target), tokens, k, quantized, itemsize)
+            assert 128 % scaled.rows == 128 % scaled.columns == 0
+            for tiles in (mx, scaled):
+                assert tiles.tokens >= min(tokens, 16)
+
+
+def test_a_tensor_that_is_on_no_gpu_is_named() -> None:
+    assert gpu_target(torch.device("cpu")) is None
+    codes, scales = torch.zeros(8, 32, dtype=torch.uint8), torch.zeros(8, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="tensor on cpu; move the whole layer"):
+        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), codes, scales, None, 8, 64)
+    with pytest.raises(ValueError, match="rows of codes must be contiguous"):
+        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), codes.T.contiguous().T, scales, None, 8, 64)
+    with pytest.raises(ValueError, match=r"x of shape \[T, 32\]"):
+        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), codes, scales, None, 8, 32)
+
+
+CHOICES = {
+    ("mxfp4", "gfx950"): "triton_w4a4",
+    ("mxfp4", "sm_100"): "triton_w4a4",
+    ("mxfp4", "sm_90"): "triton",
+    ("mxfp4", "gfx942"): "triton",
+    ("fp8_channel", "sm_80"): "triton",
+    ("fp8_channel", "sm_90"): "scaled_mm",
+    ("fp8_channel", "gfx950"): "triton_w8a8",
+    ("fp8_channel", "gfx942"): "triton",
+    ("fp8_channel_fnuz", "gfx942"): "triton_w8a8",
+    ("fp8_block", "sm_90"): "triton_w8a8",
+    ("int8_channel", "sm_80"): "triton",
+}
+
+
+@pytest.mark.parametrize(("name", "target"), CHOICES)
+def test_the_best_kernel_of_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str, target: str) -> None:
+    monkeypatch.setattr("quantload.kernels.gpu_matmul.gpu_target", lambda device: GpuTarget(target))
+    kernels = gpu_matmuls("linear", FORMATS[name])
+    able = [kernel.name for kernel in kernels if kernel.unavailable(torch.device("cuda")) is None]
+    assert able[0] == CHOICES[name, target]
+    for kernel in kernels:
+        reason = kernel.unavailable(torch.device("cuda"))
+        assert reason is None or target in reason or "128 x 128" in reason
+
+
+def test_what_no_gpu_kernel_can_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in gpu_matmuls("linear", FORMATS["mxfp4"]):
+        if not torch.cuda.is_available():
+            assert "no GPU" in (kernel.unavailable(torch.device("cuda")) or "")
+        monkeypatch.setattr("quantload.kernels.gpu_matmul.gpu_target", lambda device: GpuTarget("sm_75"))
+        assert "needs sm_80 or newer" in (kernel.unavailable(torch.device("cuda")) or "")
+        monkeypatch.undo()
+    assert gpu_matmuls("quantize", FORMATS["mxfp4"]) == []

@@ -16,9 +16,9 @@ from ..model.quantized import QuantizedLinear
 from ..model.routes import Landing
 from ..model.skeleton import Assignment
 from ..schemes.base import LinearScheme
+from .cuts import Sink
 from .moe import MoeOnlineWeightLoader
 from .parameter import QuantizedParameter, alive
-from .pieces import Sink
 from .storage import FinalStorage
 from .weight_loader import DirectWeightLoader, LayerProgress, OnlineWeightLoader, linear_quantizer
 

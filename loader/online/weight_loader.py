@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..errors import NonFiniteWeightError, RouteError, ShapeMismatchError
 from ..kernels.statistics import merge, new_statistics
 from ..schemes.base import LinearScheme, NonFiniteError, TensorStats
+from ..schemes.layout import WeightLayout
 from .parameter import QuantizedParameter, alive, materialize
-from .regions import Region, RegionTracker
+from .regions import Interval, Region, RegionTracker
 from .storage import FinalStorage
 
 
@@ -198,6 +199,30 @@ class RegionQuantizer:
                 raise non_finite_error(parameter.full_name, weight) from None
         self.progress.commit(name, region)
 
+    def load_experts(self, name: str, weights: Tensor, experts: range, rows: Interval, columns: Interval) -> None:
+        """Quantize the same rows and columns of several experts, `weights` [experts, rows, columns], into place.
+
+        In one call where rows may be laid end to end because no scale reaches over the end of a row. Raises as `load`.
+        """
+        parameter = self.progress.parameters[name]
+        regions = [Region(expert, rows, columns) for expert in experts]
+        if not _rows_can_be_joined(parameter.layout, columns):
+            for weight, region in zip(weights, regions, strict=True):
+                self.load(name, weight, region)
+            return
+        for region in regions:
+            _check_region_shape(parameter.full_name, weights[0], region)
+            parameter.tracker.claim(region)
+        where = slice(experts.start, experts.stop, experts.step), slice(*rows)
+        codes, scales = (tensor[where].flatten(1) for tensor in parameter.tensors())
+        weight = weights.flatten(1).to(codes.device)
+        try:
+            self.progress.add(self._quantize(weight, codes, scales))
+        except NonFiniteError:
+            raise non_finite_error(parameter.full_name, weight) from None
+        for region in regions:
+            self.progress.commit(name, region)
+
     def observe(self, name: str, weight: Tensor, region: Region) -> None:
         """First pass over a piece of a matrix whose scales span several pieces."""
         parameter = self.progress.parameters[name]
@@ -239,6 +264,10 @@ class OnlineWeightLoader:
     ) -> None:
         self._quantizer.load(self._name, loaded_weight, region or self._whole_shard(shard_id, expert_id))
 
+    def load_experts(self, weights: Tensor, experts: range, rows: Interval, columns: Interval) -> None:
+        """Take the same rows and columns of several experts at once: `weights` [experts, rows, columns]."""
+        self._quantizer.load_experts(self._name, weights, experts, rows, columns)
+
     def observe(self, loaded_weight: Tensor, region: Region) -> None:
         """First pass over a piece of a matrix whose scales span several pieces."""
         self._quantizer.observe(self._name, loaded_weight, region)
@@ -275,6 +304,12 @@ def non_finite_error(name: str, weight: Tensor) -> NonFiniteWeightError:
     )
     error.position = (row, column)
     return error
+
+
+def _rows_can_be_joined(layout: WeightLayout, columns: Interval) -> bool:
+    """Whether rows laid end to end have the codes and scales they have one below the other."""
+    fmt, whole = layout.format, columns == (0, layout.columns)
+    return whole and fmt.block_rows == 1 and fmt.block_cols > 0 and layout.columns % fmt.block_cols == 0
 
 
 def _extent(region: Region) -> tuple[int, int]:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.headers import TensorEntry
-from ..checkpoint.pieces import Piece, Workspace
+from ..checkpoint.pieces import Piece
+from ..checkpoint.workspace import Workspace
 from ..errors import UnexpectedWeightsError
 from ..model import transformers_api
 from ..model.routes import Landing, ModelShapes
 from ..model.transformers_api import Conversion
-from .pieces import Sink
+from .cuts import Sink
 from .regions import Region
 
 

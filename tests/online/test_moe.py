@@ -21,8 +21,8 @@ from quantload.schemes.layout import WeightLayout
 from torch import Tensor, nn
 
 EXPERTS, INTERMEDIATE, HIDDEN = 4, 6, 8
-FORMAT = WeightFormat("rows of bytes", torch.uint8, torch.float32, 1, 0, 1)
-TENSOR = WeightFormat("tensors of bytes", torch.uint8, torch.float32, 0, 0, 1)
+FORMAT = WeightFormat("rows of bytes", torch.uint8, torch.float32, 1, 0, 8)
+TENSOR = WeightFormat("tensors of bytes", torch.uint8, torch.float32, 0, 0, 8)
 
 
 class FakeCallbacks:

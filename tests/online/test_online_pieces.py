@@ -16,8 +16,9 @@ from quantload.errors import NonFiniteWeightError
 from quantload.kernels.formats import FP8_CHANNEL, FP8_TENSOR, WeightFormat
 from quantload.model.coordinates import Coordinates
 from quantload.model.routes import Landing, Span, _spans
-from quantload.online.pieces import Sink, cut_tensor, plan_pieces
-from quantload.online.regions import Region
+from quantload.online.cuts import Sink, cut_tensor
+from quantload.online.pieces import plan_pieces
+from quantload.online.regions import Interval, Region
 from quantload.online.storage import FinalStorage
 from quantload.online.weight_loader import DirectWeightLoader
 from quantload.schemes.layout import WeightLayout
@@ -28,8 +29,8 @@ U8 = torch.uint8
 FORMATS = {
     "row": FP8_CHANNEL,
     "tensor": FP8_TENSOR,
-    "nibbles": WeightFormat("nibbles", U8, U8, 1, 4, 2, pads_cols=True),
-    "block": WeightFormat("block", U8, torch.float32, 3, 4, 1),
+    "nibbles": WeightFormat("nibbles", U8, U8, 1, 4, 4, pads_cols=True),
+    "block": WeightFormat("block", U8, torch.float32, 3, 4, 8),
 }
 
 
@@ -65,6 +66,11 @@ class CheckingLoader:
             assert (self.observed[expert] == 1).all(), "its scales are not known yet"
         self._check(piece, region)
         self._part(self.arrived, region).add_(1)
+
+    def load_experts(self, pieces: Tensor, experts: range, rows: Interval, columns: Interval) -> None:
+        assert len(pieces) == len(experts) > 1
+        for piece, expert in zip(pieces, experts, strict=True):
+            self(torch.empty(0), piece, region=Region(expert, rows, columns))
 
     def observe(self, piece: Tensor, region: Region) -> None:
         self._check(piece, region)

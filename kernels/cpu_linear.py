@@ -15,10 +15,8 @@ from .formats import MXFP4, WeightFormat
 from .processor import has
 from .reference import check_linear, scale_rows, tile_rows
 
-TOKENS = 8
-"""Most tokens whose products with weights in registers are made together."""
-DECODE_TOKENS = 24
-"""Most tokens worth decoding the weights anew for every `TOKENS`; with more, a tile is stored and used by all."""
+DECODES = 3
+"""Times that decoding the weights anew is worth it, for `linear_build.most_tokens` each; else a tile is stored."""
 ROW_STEP = 8
 """Threads take rows in multiples of it: of the rows that are worked on together, inside blocks of rows."""
 
@@ -38,8 +36,9 @@ def linear(
     check_linear(fmt, x, codes, scales, bias, n_rows, k)
     if not x.shape[0] or not n_rows or not k:
         return F.linear(x, x.new_zeros(n_rows, k), bias)
-    if x.shape[0] <= DECODE_TOKENS and (fmt is MXFP4 or k % BLOCK == 0):
-        parts = [_few_tokens(fmt, part, codes, scales, bias, n_rows, k) for part in torch.split(x, TOKENS)]
+    together = linear_build.most_tokens()
+    if x.shape[0] <= DECODES * together and (fmt is MXFP4 or k % BLOCK == 0):
+        parts = [_few_tokens(fmt, part, codes, scales, bias, n_rows, k) for part in torch.split(x, together)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     return _many_tokens(fmt, x, codes, scales, bias, n_rows, k)
 

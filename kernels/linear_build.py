@@ -18,16 +18,13 @@ from .compiled import FINGERPRINT, CFunction, c_function, locked, read_f32, read
 from .cpu_build import STRIP_ROWS
 from .dot_ir import dot_rows
 from .mxfp4_decode_ir import dequantize_run
+from .processor import has
 from .scaled_decode_ir import dequantize_tile
 from .vector_ir import I64, ITEM_BYTES
 
 _i64 = types.int64
 DEQUANTIZE = types.int64(*[_i64] * 10)
 TASK = types.void(_i64)
-GROUP_ROWS = {1: 4, 2: 4, 4: 4, 8: 2}
-"""Rows of weights whose dot products are made together, by tokens: as many sums as there are registers for."""
-
-
 ARGUMENTS = (
     "next_row",
     "rows",
@@ -132,6 +129,16 @@ def _scaled_dequantize(family: str, kind: str) -> Any:
     return dequantize
 
 
+def most_tokens() -> int:
+    """Tokens whose sums for one row, each of sixteen lanes, fit the processor's registers."""
+    return 8 if has("avx512bw") else 4
+
+
+def _group_rows(tokens: int) -> int:
+    """Rows of weights whose dot products are made together: as many sums as there are registers for, at most four."""
+    return min(4, (16 if has("avx512bw") else 4) // tokens)
+
+
 def _argument(data: int, index: int) -> int:
     return read_i64(data + 8 * index)  # type: ignore[no-any-return]
 
@@ -171,7 +178,7 @@ def _dequantize_task() -> CFunction:
 
 def _dot_task(decoder: str, tokens: int) -> CFunction:
     """The products of all rows with `tokens` tokens: out[t][row], float32."""
-    fingerprint, group = FINGERPRINT, GROUP_ROWS[tokens]
+    fingerprint, group = FINGERPRINT, _group_rows(tokens)
 
     def task(data: int) -> None:
         len(fingerprint)

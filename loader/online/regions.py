@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..errors import RepeatedRegionError
@@ -34,8 +32,7 @@ class Region(NamedTuple):
         return f"{where}rows {self.rows[0]}:{self.rows[1]}, columns {self.columns[0]}:{self.columns[1]}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Rectangle:
+class _Rectangle(NamedTuple):
     rows: Interval
     columns: Interval
 
@@ -69,7 +66,7 @@ class RegionTracker:
         self._experts = experts
         self._rows, self._columns = rows, columns
         self._missing = (experts or 1) * rows * columns
-        self._claimed: dict[int | None, list[_Rectangle]] = defaultdict(list)
+        self._claimed: dict[int | None, list[_Rectangle]] = {}
         self._lock = threading.Lock()
 
     def claim(self, region: Region) -> None:
@@ -77,21 +74,27 @@ class RegionTracker:
 
         Raises `RepeatedRegionError` if a part of it was claimed already, `IndexError` if it lies outside.
         """
-        self._check_inside(region)
-        new = _Rectangle(region.rows, region.columns)
-        with self._lock:
-            claimed = self._claimed[region.expert]
-            if any(new.meets(old) for old in claimed):
-                raise RepeatedRegionError(
-                    f"{self.name}: {region} arrived twice; a part is written once in a load. "
-                    f"Announce a reload first, or remove the second tensor"
-                )
-            self._insert(claimed, new)
+        self.claim_each((region.expert,), region.rows, region.columns)
 
-    def commit(self, region: Region) -> bool:
-        """Record that a claimed region is written; True when it was the last one."""
+    def claim_each(self, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
+        """Reserve the same rows and columns of several experts, whose ids rise or fall."""
+        for expert in (experts[0], experts[-1]):
+            self._check_inside(Region(expert, rows, columns))
+        new = _Rectangle(rows, columns)
         with self._lock:
-            self._missing -= region.numel
+            for expert in experts:
+                claimed = self._claimed.setdefault(expert, [])
+                if any(new.meets(old) for old in claimed):
+                    raise RepeatedRegionError(
+                        f"{self.name}: {Region(expert, rows, columns)} arrived twice; a part is written once in a "
+                        f"load. Announce a reload first, or remove the second tensor"
+                    )
+                self._insert(claimed, new)
+
+    def commit(self, numel: int) -> bool:
+        """Record that so many claimed elements are written; True when they were the last ones."""
+        with self._lock:
+            self._missing -= numel
             return self._missing == 0
 
     @property

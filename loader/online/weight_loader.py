@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteWeightError, RouteError, ShapeMismatchError
-from ..kernels.statistics import merge, new_statistics
+from ..kernels.statistics import MAXIMA, merge, new_statistics
 from ..schemes.base import LinearScheme, NonFiniteError, TensorStats
 from ..schemes.layout import WeightLayout
 from .parameter import QuantizedParameter, alive, materialize
 from .regions import Interval, Region, RegionTracker
 from .storage import FinalStorage
+
+MERGED_AT_ONCE = 64
+"""Pieces whose statistics are merged in one go."""
 
 
 class WeightLoader(Protocol):
@@ -87,7 +90,7 @@ class DirectWeightLoader:
         view = self._view(region)
         self.tracker.claim(region)
         view.copy_(loaded_weight.reshape(view.shape))
-        self.tracker.commit(region)
+        self.tracker.commit(region.numel)
 
     def direct_target(self, region: Region) -> Tensor:
         """The uint8 view of the final storage that whole rows of the stored dtype can be read into."""
@@ -96,7 +99,7 @@ class DirectWeightLoader:
 
     def direct_done(self, region: Region) -> None:
         """What `direct_target` gave out has been read into."""
-        self.tracker.commit(region)
+        self.tracker.commit(region.numel)
 
     def accepts_bytes(self, dtype: torch.dtype, region: Region) -> bool:
         """Whether a region stored as `dtype` is contiguous in the final tensor and needs no conversion."""
@@ -122,7 +125,8 @@ class LayerProgress:
 
     def __init__(self, parameters: dict[str, QuantizedParameter], finish: Callable[[Tensor], None]) -> None:
         self.parameters = parameters
-        self.statistics = new_statistics()
+        self._statistics = new_statistics()
+        self._to_merge: list[Tensor] = []
         self._finish = finish
         self._incomplete = set(parameters)
         self._lock = threading.Lock()
@@ -131,25 +135,38 @@ class LayerProgress:
         """Add the statistics of one piece."""
         if stats.values is not None:
             with self._lock:
-                merge(self.statistics, stats.values)
+                self._to_merge.append(stats.values)
+                if len(self._to_merge) == MERGED_AT_ONCE:
+                    self._merge()
 
-    def commit(self, name: str, region: Region) -> None:
-        """A region of a parameter is written."""
-        if not self.parameters[name].tracker.commit(region):
+    def commit(self, name: str, numel: int) -> None:
+        """So many elements of a parameter are written."""
+        if not self.parameters[name].tracker.commit(numel):
             return
         with self._lock:
             self._incomplete.discard(name)
             last = not self._incomplete
+            if last and self._to_merge:
+                self._merge()
         if last:
-            self._finish(self.statistics)
+            self._finish(self._statistics)
 
     def reset(self) -> None:
         """A reload begins."""
         with self._lock:
             self._incomplete = set(self.parameters)
-            self.statistics = new_statistics()
+            self._statistics = new_statistics()
+            self._to_merge.clear()
         for parameter in self.parameters.values():
             parameter.reset()
+
+    def _merge(self) -> None:
+        """Add up what has come since the last time; merging vectors one by one takes as long as a small piece."""
+        together = torch.stack(self._to_merge).to(self._statistics.device)
+        total = together.sum(0)
+        total[list(MAXIMA)] = together[:, list(MAXIMA)].amax(0)
+        merge(self._statistics, total)
+        self._to_merge.clear()
 
 
 class Quantize(Protocol):
@@ -183,21 +200,22 @@ class RegionQuantizer:
         """
         parameter = self.progress.parameters[name]
         _check_region_shape(parameter.full_name, weight, region)
+        blocks = list(parameter.layout.blocks(region))
         known = region.expert in parameter.scales_known
-        if not known and not parameter.layout.whole(region):
+        if not known and not all(block.whole for block in blocks):
             raise ValueError(
                 f"{parameter.full_name}: {region} cuts through scale blocks of {parameter.layout.format.name}; "
                 f"hand over whole blocks, or observe every piece first"
             )
         parameter.tracker.claim(region)
-        for block in parameter.layout.blocks(region):
+        for block in blocks:
             codes, scales = parameter.views(region, block)
             part = weight[slice(*block.rows)].to(codes.device)
             try:
                 self.progress.add(self._quantize(part, codes, scales, scales_known=known))
             except NonFiniteError:
                 raise non_finite_error(parameter.full_name, weight) from None
-        self.progress.commit(name, region)
+        self.progress.commit(name, region.numel)
 
     def load_experts(self, name: str, weights: Tensor, experts: range, rows: Interval, columns: Interval) -> None:
         """Quantize the same rows and columns of several experts, `weights` [experts, rows, columns], into place.
@@ -205,14 +223,13 @@ class RegionQuantizer:
         In one call where rows may be laid end to end because no scale reaches over the end of a row. Raises as `load`.
         """
         parameter = self.progress.parameters[name]
-        regions = [Region(expert, rows, columns) for expert in experts]
         if not _rows_can_be_joined(parameter.layout, columns):
-            for weight, region in zip(weights, regions, strict=True):
-                self.load(name, weight, region)
+            for weight, expert in zip(weights, experts, strict=True):
+                self.load(name, weight, Region(expert, rows, columns))
             return
-        for region in regions:
-            _check_region_shape(parameter.full_name, weights[0], region)
-            parameter.tracker.claim(region)
+        region = Region(experts[0], rows, columns)
+        _check_region_shape(parameter.full_name, weights[0], region)
+        parameter.tracker.claim_each(experts, rows, columns)
         where = slice(experts.start, experts.stop, experts.step), slice(*rows)
         codes, scales = (tensor[where].flatten(1) for tensor in parameter.tensors())
         weight = weights.flatten(1).to(codes.device)
@@ -220,8 +237,7 @@ class RegionQuantizer:
             self.progress.add(self._quantize(weight, codes, scales))
         except NonFiniteError:
             raise non_finite_error(parameter.full_name, weight) from None
-        for region in regions:
-            self.progress.commit(name, region)
+        self.progress.commit(name, len(experts) * region.numel)
 
     def observe(self, name: str, weight: Tensor, region: Region) -> None:
         """First pass over a piece of a matrix whose scales span several pieces."""

@@ -66,7 +66,7 @@ def test_a_partition_completes_exactly_once_from_several_threads(
         completed = 0
         for region in mine:
             tracker.claim(region)
-            completed += tracker.commit(region)
+            completed += tracker.commit(region.numel)
         return completed
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -88,7 +88,7 @@ def test_missing_names_exactly_what_is_absent(
     canvas = torch.zeros(experts or 1, rows, columns, dtype=torch.int)
     for region in arrived:
         tracker.claim(region)
-        assert not tracker.commit(region)
+        assert not tracker.commit(region.numel)
         paint(canvas, region)
     assert not tracker.complete
     for region in tracker.missing():
@@ -107,7 +107,7 @@ def test_an_overlap_is_refused_and_changes_nothing(
     tracker = RegionTracker("w", experts, rows, columns)
     for region in parts[:-1]:
         tracker.claim(region)
-        tracker.commit(region)
+        tracker.commit(region.numel)
     top, left = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
     bottom, right = data.draw(st.integers(top + 1, rows)), data.draw(st.integers(left + 1, columns))
     tried = Region(parts[-1].expert, (top, bottom), (left, right))
@@ -119,7 +119,7 @@ def test_an_overlap_is_refused_and_changes_nothing(
     with pytest.raises(RepeatedRegionError, match="arrived twice"):
         tracker.claim(tried)
     tracker.claim(free)
-    assert tracker.commit(free)
+    assert tracker.commit(free.numel)
 
 
 def test_two_threads_cannot_claim_the_same_region() -> None:
@@ -143,7 +143,7 @@ def test_a_claim_is_not_an_arrival() -> None:
     tracker = RegionTracker("w", None, 2, 2)
     tracker.claim(Region(None, (0, 2), (0, 2)))
     assert not tracker.complete
-    assert tracker.commit(Region(None, (0, 2), (0, 2)))
+    assert tracker.commit(4)
 
 
 def test_reset_announces_a_reload() -> None:
@@ -152,7 +152,7 @@ def test_reset_announces_a_reload() -> None:
     for _ in range(2):
         for region in everything:
             tracker.claim(region)
-            tracker.commit(region)
+            tracker.commit(region.numel)
         assert tracker.complete
         with pytest.raises(RepeatedRegionError):
             tracker.claim(everything[0])

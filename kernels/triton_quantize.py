@@ -93,7 +93,7 @@ class TritonQuantize:
             partials = launch(self.format, source, codes, scales, counted, statistics is not None, scales_known)
             if statistics is not None:
                 measure.merge_partials[(st.STATS,)](
-                    partials, statistics, partials.shape[1], source.numel(), BLOCK=MERGE, num_warps=4
+                    partials, statistics, partials.shape[1], source.numel(), BLOCK=MERGE, num_warps=4, **EXACT
                 )
 
     def enqueue_observe(self, source: torch.Tensor, amax: torch.Tensor, nonfinite: torch.Tensor) -> None:
@@ -107,13 +107,13 @@ class TritonQuantize:
             if self.format in MX:
                 tile = _block_tile(rows, cols)
                 mx.observe_mx[_grid(rows, cols, tile["R"], 32 * tile["B"])](
-                    _bits(source), amax.view(torch.int32), nonfinite, rows, cols, *strides, **tile, num_warps=4
+                    _bits(source), amax.view(torch.int32), nonfinite, rows, cols, *strides, **tile, num_warps=4, **EXACT
                 )
                 return
             tile, warps = _scaled_tile(self.format, cols)
             scaled.observe_scaled[_grid(rows, cols, tile["R"], tile["C"])](
                 _bits(source), amax.view(torch.int32), nonfinite, rows, cols, *strides,
-                GROUP=_group(self.format), **tile, num_warps=warps,
+                GROUP=_group(self.format), **tile, num_warps=warps, **EXACT,
             )  # fmt: skip
 
     def finish_scales(self, amax: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -130,7 +130,7 @@ class TritonQuantize:
                 element = ELEMENTS[self.format.name]
                 mx.scales_mx[grid](
                     flat[0].view(torch.int32), flat[1], *sizes,
-                    EMAX=element.emax, THRESHOLD=element.threshold, N=SCALES, num_warps=4,
+                    EMAX=element.emax, THRESHOLD=element.threshold, N=SCALES, num_warps=4, **EXACT,
                 )  # fmt: skip
             else:
                 scaled.scales_scaled[grid](*flat, *sizes, **_rule(self.format), N=SCALES, num_warps=4, **EXACT)

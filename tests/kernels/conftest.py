@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from quantload.kernels.formats import FORMATS, WeightFormat
 from quantload.kernels.registry import OPERATIONS, KernelSet, candidates, kernel_set
+
+INTERPRETED = ("quantize", "observe", "finish_scales", "dequantize")
+"""The operations that the tests here check in Triton's interpreter as well."""
+_called: set[str] = set()
 
 PLAIN = ("torch", "cpu")
 """The kernels that the `contender` fixture leaves out, because it is compared with them."""
@@ -45,13 +53,45 @@ class Runner:
 
 
 def runners() -> list[Runner]:
-    found = []
+    found = interpreted()
+    if found:
+        return found
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for name in FORMATS:
             can_run = [{k.name for k, reason in candidates(op, name, device) if reason is None} for op in OPERATIONS]
             for kernel in sorted(set.intersection(*can_run)):
                 found.append(Runner(kernel_set(name, device, dict.fromkeys(OPERATIONS, kernel)), device))
     return found
+
+
+def interpreted() -> list[Runner]:
+    """The Triton kernels on the CPU, where this process was started to interpret them; see `gpu_targets.interpret`."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "0":
+        return []
+    from quantload.kernels.triton_quantize import triton_quantize
+
+    found = []
+    for name in FORMATS:
+        plain, own = kernel_set(name, "cpu", dict.fromkeys(OPERATIONS, "torch")), triton_quantize(name)
+        functions = {op: partial(_noted, f"{op} {name}", getattr(own, op)) for op in INTERPRETED}
+        found.append(
+            Runner(replace(plain, names={**plain.names, **dict.fromkeys(INTERPRETED, "triton")}, **functions), "cpu")
+        )
+    return found
+
+
+def _noted(label: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    _called.add(label)
+    return function(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def called_kernels(record_property: Callable[[str, object], None]) -> Iterator[None]:
+    """The interpreted kernels that a test called, in its report."""
+    _called.clear()
+    yield
+    for label in sorted(_called):
+        record_property("kernel", label)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,19 +188,23 @@ class Interpreted:
     failure: str | None
 
 
-def interpret(file: Path, table: Table = TABLE, timeout: float = 240.0) -> list[Interpreted]:
-    """Run the tests of a file in another process under Triton's interpreter, and record them in `table`.
+def interpret(
+    *files: Path, table: Table = TABLE, arguments: Sequence[str] = (), timeout: float = 280.0
+) -> list[Interpreted]:
+    """Run the tests of files in another process under Triton's interpreter, and record them in `table`.
 
-    The interpreter must be chosen before Triton is imported, hence the process. The tests of the file name what they
-    check by `record_property("kernel", label)`; they must compare bit for bit, or say so in `record_property("result",
-    ...)`.
+    The interpreter must be chosen before Triton is imported, hence the process. The tests name what they check by
+    `record_property("kernel", label)`; they must compare bit for bit, or say so in `record_property("result", ...)`.
+    `arguments` go to pytest.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+        command = [sys.executable, "-m", "pytest", *map(str, files), *options]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        root = files[0].parents[2]
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=timeout, check=False, cwd=file.parents[2]
+            command, env=environment, capture_output=True, text=True, timeout=timeout, check=False, cwd=root
         )
         if not report.exists():
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")

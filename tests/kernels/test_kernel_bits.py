@@ -140,8 +140,11 @@ def test_dequantize(contender, shape, dtype):
     generator = torch.Generator().manual_seed(4)
     codes, scales = contender.empty(*shape)
     codes.view(torch.uint8).copy_(torch.randint(0, 256, codes.shape, generator=generator))
+    raw = codes.view(torch.uint8)
     if contender.format.code_dtype == torch.float8_e4m3fn:
-        codes.view(torch.uint8)[(codes.view(torch.uint8) & 127) == 127] = 3
+        raw[(raw & 127) == 127] = 3
+    elif contender.format.code_dtype == torch.float8_e4m3fnuz:
+        raw[raw == 128] = 3
     if contender.format.scale_dtype == torch.uint8:
         scales.copy_(torch.randint(0, 252, scales.shape, generator=generator))
     else:

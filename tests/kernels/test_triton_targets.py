@@ -65,7 +65,7 @@ def test_interpreted_failures_are_seen(tmp_path: Path):
         "    record_property('kernel', 'b')\n"
         "    assert 1 == 2\n"
     )
-    good, bad = interpret(file, Table())
+    good, bad = interpret(file, table=Table())
     assert (good.kernels, good.failure) == (("a",), None)
     assert bad.failure is not None
     assert "1 == 2" in bad.failure

@@ -1,0 +1,89 @@
+"""What the tests of every kernel do not ask of the Triton ones; run by `test_triton_quantize.py` in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantload.kernels.formats import FORMATS
+from quantload.kernels.registry import kernel_set
+from quantload.kernels.triton_quantize import triton_quantize
+
+ROWS, COLS = 130, 200
+
+
+def plain(name: str):
+    return kernel_set(name, "cpu", dict.fromkeys(("quantize", "observe", "finish_scales", "dequantize"), "torch"))
+
+
+def weights(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(ROWS, COLS, generator=generator) * torch.exp(4 * torch.randn(ROWS, 1, generator=generator))
+    source[3], source[4, ::2] = 0, -0.0
+    return source.to(dtype)
+
+
+def outputs(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    fmt = FORMATS[name]
+    codes = torch.full(fmt.code_shape(ROWS, COLS), 77, dtype=torch.uint8).view(fmt.code_dtype)
+    return codes, torch.full(fmt.scale_shape(ROWS, COLS), 7, dtype=fmt.scale_dtype)
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_two_passes(name, record_property):
+    """Maxima in two parts, scales from them, codes under scales that are known: the bytes of one pass in torch."""
+    record_property("kernel", f"finish_scales {name}")
+    fmt, kernels, source = FORMATS[name], triton_quantize(name), weights()
+    want = outputs(name)
+    assert plain(name).quantize(source, *want) == 0
+    amax = torch.zeros(fmt.scale_shape(ROWS, COLS))
+    cut = 128
+    parts = (slice(0, cut), slice(cut, ROWS))
+    for rows in parts:
+        blocks = slice(rows.start // fmt.block_rows, -(-rows.stop // fmt.block_rows)) if fmt.block_rows else slice(0, 1)
+        assert kernels.observe(source[rows], amax[blocks]) == 0
+    codes, scales = outputs(name)
+    assert kernels.finish_scales(amax, scales) is scales
+    assert same(scales, want[1])
+    for rows in parts:
+        blocks = slice(rows.start // fmt.block_rows, -(-rows.stop // fmt.block_rows)) if fmt.block_rows else slice(0, 1)
+        assert kernels.quantize(source[rows], codes[rows], scales[blocks], scales_known=True) == 0
+    assert same(codes, want[0])
+    assert same(scales, want[1])
+    if fmt.scale_dtype == torch.float32:
+        assert kernels.finish_scales(amax) is amax
+        assert same(amax, scales)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_scales_of_every_exponent(name, record_property):
+    record_property("kernel", f"finish_scales {name}")
+    exponents = torch.arange(255, dtype=torch.int32)
+    significands = torch.tensor([0, 1, 0x400000, 0x400001, 0x5FFFFF, 0x600000, 0x600001, 0x700000, 0x780000, 0x7FFFFF])
+    amax = (exponents[:, None] << 23 | significands[None, :].int()).view(torch.float32)
+    got, want = (torch.zeros(amax.shape, dtype=FORMATS[name].scale_dtype) for _ in range(2))
+    triton_quantize(name).finish_scales(amax, got)
+    plain(name).finish_scales(amax, want)
+    assert same(got, want)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].code_bits == 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_byte_under_large_and_small_scales(name, dtype, record_property):
+    """NaN codes, results that are subnormal, and results too large for the type."""
+    record_property("kernel", f"dequantize {name}")
+    fmt = FORMATS[name]
+    codes = torch.arange(256, dtype=torch.uint8).view(fmt.code_dtype).view(1, 256)
+    for exponent in (-126, -30, -8, 0, 9, 120):
+        scales = torch.full(fmt.scale_shape(1, 256), 1.25 * 2.0**exponent)
+        if fmt.scale_dtype == torch.uint8:
+            scales = torch.full(scales.shape, 127 + exponent, dtype=torch.uint8)
+        got, want = (torch.zeros(1, 256, dtype=dtype) for _ in range(2))
+        triton_quantize(name).dequantize(codes, scales, got)
+        plain(name).dequantize(codes, scales, want)
+        finite = ~want.isnan()
+        assert torch.equal(got.isnan(), want.isnan())
+        assert same(got[finite], want[finite])

@@ -1,0 +1,255 @@
+"""The Triton kernels without a matmul: bits in the interpreter, code for every target, nothing flushed or fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from quantload.kernels import statistics as st
+from quantload.kernels.formats import FNUZ, FORMATS
+
+pytest.importorskip("triton", reason="Triton is on Linux only")
+
+from gpu_targets import TABLE, TARGETS, Compiled, compile_for, interpret
+from quantload.kernels import gpu_quantize, triton_quantize
+from quantload.kernels.jit import measure, mx, scaled
+
+HERE = Path(__file__).parent
+POINTERS = MappingProxyType(
+    {
+        torch.int16: "*i16",
+        torch.float16: "*fp16",
+        torch.float32: "*fp32",
+        torch.float64: "*fp64",
+        torch.uint8: "*u8",
+        torch.int8: "*i8",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+    }
+)
+QUANTIZE = ("quantize_mx", "quantize_rows", "quantize_tiles")
+OPTIONS = ("num_warps", "enable_fp_fusion")
+QUICK = """
+interpreted_quantize
+or (kernel_golden and not float32 and not nonfinite)
+or (kernel_mx and not float32 and not (mxfp8 and nearest))
+or (kernel_bits and (code_byte or (bit_patterns and not fnuz) or (test_dequantize and shape1)
+    or (of_every_value and bf16 and (mxfp4 or channel) and not fnuz)))
+or (kernel_statistics and ((saturation and not fnuz) or (against_float64 and shape1 and bfloat16)))
+or (kernel_pieces and ((strided and 200 and bfloat16) or (nonfinite and where0 and bfloat16) or empty or named))
+"""
+"""Tests of every kernel, chosen for what they cover in the interpreter within seconds; the slow group runs them all."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher would have started: a kernel, its grid, tensors and numbers, constants and options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def compile(self, target: str) -> Compiled:
+        """The specialisation that Triton would compile for these arguments."""
+        signature, constants = {}, dict(self.constants)
+        for name, value in self.arguments.items():
+            if isinstance(value, torch.Tensor):
+                signature[name] = POINTERS[value.dtype] + (":16" if value.data_ptr() % 16 == 0 else "")
+            elif value == 1:
+                constants[name] = 1
+            else:
+                signature[name] = ("i64" if value >= 1 << 31 else "i32") + (":16" if value % 16 == 0 else "")
+        return compile_for(self.kernel, signature, target, constants=constants, **self.options)
+
+
+class Recorder:
+    """Stands in for a kernel, and keeps what it was launched with."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            arguments = dict(zip(self.kernel.arg_names, args, strict=False))
+            arguments |= {name: kwargs.pop(name) for name in list(kwargs) if name.islower() and name not in OPTIONS}
+            options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+            assert {*arguments, *kwargs} == set(self.kernel.arg_names)
+            self.launches.append(Launch(self.kernel, grid, arguments, kwargs, options))
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Kernels are not launched but listed here."""
+    found: list[Launch] = []
+    for module, names in (
+        (mx, ("quantize_mx", "observe_mx", "scales_mx", "dequantize_mx")),
+        (scaled, ("quantize_rows", "quantize_tiles", "observe_scaled", "scales_scaled", "dequantize_scaled")),
+        (measure, ("merge_partials",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
+    return found
+
+
+def outputs(name: str, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+    fmt = FORMATS[name]
+    codes = torch.zeros(fmt.code_shape(rows, cols), dtype=torch.uint8).view(fmt.code_dtype)
+    return codes, torch.zeros(fmt.scale_shape(rows, cols), dtype=fmt.scale_dtype)
+
+
+def compile_all(launches: list[Launch], operation: str, target: str, name: str) -> None:
+    """Compile what was launched, and add it to the table; every kernel without spills and subnormals kept."""
+    assert launches
+    for launch in launches:
+        built = launch.compile(target)
+        assert built.spills == 0
+        assert_keeps_subnormals(built)
+        if launch.kernel.__name__ != "merge_partials":
+            TABLE.add(f"{operation} {name}", built, native_of(built))
+    launches.clear()
+
+
+def assert_keeps_subnormals(built: Compiled) -> None:
+    if built.target.startswith("gfx"):
+        assert built.find(r"float_denorm_mode_32 3"), built.kernel
+    else:
+        assert built.find(r"\.ftz") is None, built.kernel
+        assert built.find(r"div\.(full|approx)\S+") is None, built.kernel
+        assert built.find(r"fma\.rn\.f32") is None, built.kernel
+
+
+def native_of(built: Compiled) -> str | None:
+    """The widest loads there are: what a kernel that only moves bytes can have of native instructions."""
+    return built.find(r"global_load_dwordx4|buffer_load_dwordx4|ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64")
+
+
+def pairs(*quick: str) -> list[Any]:
+    """Formats with the targets that store them: FNUZ is for gfx942 alone. All but the `quick` ones are slow.
+
+    Formats that are not named compile the same kernel with other numbers.
+    """
+    return [
+        pytest.param(name, target, id=f"{name}-{target}", marks=[] if name in quick else [pytest.mark.slow])
+        for name in FORMATS
+        for target in TARGETS
+        if target == "gfx942" or name not in FNUZ.values()
+    ]
+
+
+@pytest.mark.parametrize(("name", "target"), pairs(*(name for name in FORMATS if name != "mxfp6_e3m2")))
+def test_quantize_compiles(launches, name, target):
+    source, kernels = torch.zeros(64, 4096, dtype=torch.bfloat16), triton_quantize.triton_quantize(name)
+    assert kernels.quantize(source, *outputs(name, 64, 4096), st.new_statistics()) == 0
+    made = [launch for launch in launches if launch.kernel.__name__ in ("merge_partials", *QUANTIZE)]
+    assert len(made) == 2
+    compile_all(made, "quantize", target, name)
+    assert TABLE.rows[f"quantize {name}", target].native != "-"
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    pairs("mxfp4", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block", "fp8_channel_fnuz", "int8_channel"),
+)
+def test_dequantize_compiles(launches, name, target):
+    out = torch.zeros(64, 4096, dtype=torch.bfloat16)
+    triton_quantize.triton_quantize(name).dequantize(*outputs(name, 64, 4096), out)
+    compile_all(launches, "dequantize", target, name)
+
+
+@pytest.mark.parametrize(("name", "target"), pairs("mxfp4", "fp8_tensor", "int8_channel", "fp8_block"))
+def test_observe_and_finish_compile(launches, name, target):
+    source, kernels = torch.zeros(64, 4096, dtype=torch.bfloat16), triton_quantize.triton_quantize(name)
+    amax = torch.zeros(FORMATS[name].scale_shape(64, 4096))
+    assert kernels.observe(source, amax) == 0
+    compile_all(launches, "observe", target, name)
+    kernels.finish_scales(amax, outputs(name, 64, 4096)[1])
+    compile_all(launches, "finish_scales", target, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "dtype"), [("mxfp4", "sm_80", torch.float32), ("fp8_channel", "gfx950", torch.float16)], ids=str
+)
+def test_other_sources_odd_sizes_and_known_scales_compile(launches, name, target, dtype):
+    source, kernels = torch.zeros(130, 333, dtype=dtype), triton_quantize.triton_quantize(name)
+    codes, scales = outputs(name, 130, 333)
+    assert kernels.quantize(source, codes, scales, st.new_statistics(), True) == 0
+    kernels.dequantize(codes, scales, source)
+    assert {launch.kernel.__name__ for launch in launches} > {"merge_partials"}
+    for launch in launches:
+        assert launch.compile(target).spills == 0
+
+
+def test_a_piece_is_one_launch_and_one_for_statistics(launches):
+    """8 MiB of BF16; tensors with one scale are gone over twice."""
+    source = torch.zeros(1024, 4096, dtype=torch.bfloat16)
+    for name, fmt in FORMATS.items():
+        kernels, made = triton_quantize.triton_quantize(name), outputs(name, 1024, 4096)
+        twice = 2 if fmt.block_rows == 0 else 0
+        kernels.quantize(source, *made)
+        assert len(launches) == 1 + twice
+        kernels.quantize(source, *made, st.new_statistics())
+        assert len(launches) == 3 + 2 * twice
+        kernels.quantize(source, *made, scales_known=True)
+        assert len(launches) == 4 + 2 * twice
+        assert min(launch.grid[0] for launch in launches if launch.kernel.__name__ in QUANTIZE) >= 256
+        launches.clear()
+
+
+def test_enqueueing_reads_nothing_back(launches, monkeypatch):
+    """Reading a tensor on the host waits for the device; `enqueue_...` may not, `quantize` does once."""
+    reads: list[str] = []
+
+    def read(tensor: torch.Tensor) -> int:
+        reads.append(str(tensor.dtype))
+        return 0
+
+    monkeypatch.setattr(torch.Tensor, "__int__", read)
+    monkeypatch.setattr(torch.Tensor, "item", read)
+    source, count = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
+    for name, fmt in FORMATS.items():
+        kernels, made = triton_quantize.triton_quantize(name), outputs(name, 64, 256)
+        kernels.enqueue_quantize(source, *made, count, st.new_statistics())
+        kernels.enqueue_observe(source, torch.zeros(fmt.scale_shape(64, 256)), count)
+        assert reads == []
+        kernels.quantize(source, *made, st.new_statistics())
+        assert reads == ["torch.int64"]
+        reads.clear()
+
+
+def files(*names: str) -> list[Path]:
+    return [HERE / "interpreted_quantize.py", *(HERE / f"test_kernel_{name}.py" for name in names)]
+
+
+def test_interpreted_bits() -> None:
+    """The tests of every kernel, on the Triton ones in the interpreter: those that take seconds."""
+    results = interpret(
+        *files("golden", "mx", "bits", "statistics", "pieces"), arguments=["-k", " ".join(QUICK.split())]
+    )
+    check(results)
+    labels = {label for result in results for label in result.kernels}
+    assert {f"{op} {name}" for op in gpu_quantize.OPERATIONS for name in FORMATS} <= labels
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_interpreted_bits_of_everything() -> None:
+    results = interpret(
+        *files("golden", "mx", "bits", "statistics", "pieces"), arguments=["-k", "not one"], timeout=1500
+    )
+    check(results)
+    assert len(results) > 900
+
+
+def check(results: list[Any]) -> None:
+    failed = [f"{result.test}:\n{result.failure}" for result in results if result.failure]
+    assert not failed, "\n\n".join(failed)
+    assert len(results) > 100

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +10,10 @@ from typing import Any
 
 import torch
 
+from . import aiter
+from .arrangement import Arrangement
 from .formats import FORMATS, MXFP4, WeightFormat
+from .gpu_quantize import triton_unavailable
 from .gpu_target import GpuTarget, gpu_target
 
 Reason = Callable[[WeightFormat, GpuTarget], str | None]
@@ -27,6 +29,7 @@ class GpuMatmul:
     attribute: str
     arguments: tuple[Any, ...]
     lacks: Reason
+    arrangement: Arrangement | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         result: torch.Tensor = _made(self.module, self.attribute, self.format.name, self.arguments)(*args, **kwargs)
@@ -34,13 +37,9 @@ class GpuMatmul:
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why the kernel cannot run on a device, or None when it can."""
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        target = gpu_target(device)
-        if target is None:
-            return "torch finds no GPU (torch.cuda.is_available() is False)"
-        if target.capability and target.capability < 80:
-            return f"needs sm_80 or newer, this GPU is {target.name}"
+        reason, target = triton_unavailable(device), gpu_target(device)
+        if reason is not None or target is None:
+            return reason
         return self.lacks(self.format, target)
 
 
@@ -56,13 +55,20 @@ def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
     module, attribute = attributes[operation]
     weight_only = GpuMatmul("triton", fmt, module, attribute, (False,), _lacks_nothing)
     if fmt is MXFP4:
-        return [GpuMatmul("triton_w4a4", fmt, module, attribute, (True,), _lacks_mx), weight_only]
+        w4a4 = GpuMatmul("triton_w4a4", fmt, module, attribute, (True,), _lacks_mx)
+        return [_through_aiter(operation, fmt, w4a4), w4a4, weight_only]
     both = GpuMatmul("triton_w8a8", fmt, module, attribute, (True,), _lacks_fp8)
     if fmt.code_dtype == torch.int8:
         return [weight_only, both]
     if operation == "linear" and fmt.code_dtype == torch.float8_e4m3fn:
         return [GpuMatmul("scaled_mm", fmt, "scaled_mm", "ScaledMmLinear", (), _lacks_scaled_mm), both, weight_only]
     return [both, weight_only]
+
+
+def _through_aiter(operation: str, fmt: WeightFormat, w4a4: GpuMatmul) -> GpuMatmul:
+    """aiter fuses a whole experts layer; layers it cannot fuse stay canonical and multiply through Triton."""
+    made = ("aiter", "aiter_linear", ()) if operation == "linear" else (w4a4.module, w4a4.attribute, w4a4.arguments)
+    return GpuMatmul("aiter", fmt, *made, lambda _, target: aiter.why_not(target), aiter.ARRANGEMENT)
 
 
 @cache

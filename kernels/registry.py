@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from .arrangement import Arrangement
 from .experts import ExpertsByLinear
 from .formats import FORMATS, WeightFormat
 from .gpu_matmul import GpuMatmul, gpu_matmuls
@@ -55,6 +56,8 @@ class Kernel:
     function: Callable[..., Any]
     unavailable: Callable[[torch.device], str | None]
     """Why the kernel cannot run on a device, or None when it can."""
+    arrangement: Arrangement | None = None
+    """What loaded weights go through for `linear` or `experts`; None: they stay canonical."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -73,6 +76,8 @@ class KernelSet:
     experts: Callable[..., torch.Tensor]
     names: Mapping[str, str] = field(default_factory=dict)
     """Kernel name by operation."""
+    arrangements: Mapping[str, Arrangement] = field(default_factory=dict)
+    """What loaded weights go through, by operation; the canonical ones need nothing."""
 
 
 def candidates(operation: str, format_name: str, device: torch.device | str) -> list[tuple[Kernel, str | None]]:
@@ -120,7 +125,8 @@ def kernel_set(
     chosen = {op: select(op, format_name, device, wanted.get(op)) for op in OPERATIONS}
     names = MappingProxyType({op: kernel.name for op, kernel in chosen.items()})
     functions: dict[str, Any] = {op: kernel.function for op, kernel in chosen.items()}
-    return KernelSet(format=FORMATS[format_name], names=names, **functions)
+    arrangements = {op: kernel.arrangement for op, kernel in chosen.items() if kernel.arrangement is not None}
+    return KernelSet(format=FORMATS[format_name], names=names, arrangements=MappingProxyType(arrangements), **functions)
 
 
 def warm_up(
@@ -162,7 +168,9 @@ def _kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
 def _gpu_kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
     fmt = FORMATS[format_name]
     found: list[GpuMatmul | GpuQuantize] = [*gpu_matmuls(operation, fmt), *gpu_quantizers(operation, fmt)]
-    return tuple(Kernel(k.name, operation, format_name, "cuda", k, k.unavailable) for k in found)
+    return tuple(
+        Kernel(k.name, operation, format_name, "cuda", k, k.unavailable, getattr(k, "arrangement", None)) for k in found
+    )
 
 
 def _numba_function(operation: str, format_name: str) -> Callable[..., Any]:

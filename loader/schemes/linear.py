@@ -25,6 +25,13 @@ class QuantizedLinearScheme(LinearScheme):
         """The layout of `weight`."""
         return {"weight": cast("WeightLayout", layer.weight_layout)}
 
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Bring the weight to where the kernel of `linear` wants it, in place."""
+        arrangement, layout = self.kernels.arrangements.get("linear"), self.layouts(layer)["weight"]
+        codes, scales = layer._parameters["weight"], layer._parameters["weight_scale"]
+        if arrangement is not None and codes is not None and scales is not None:
+            arrangement.arrange(codes.data, scales.data, layout.rows, layout.columns)
+
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [..., K] times the layer's weight, plus bias; [..., N] in the dtype of `x`."""
         layout = self.layouts(layer)["weight"]
@@ -36,8 +43,10 @@ class QuantizedLinearScheme(LinearScheme):
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:
         """float32 [N, K]."""
         layout = self.layouts(layer)[name]
-        codes, scales = layer._parameters[name], layer._parameters[f"{name}_scale"]
-        assert codes is not None
+        codes, scales = (cast("Tensor", layer._parameters[each]) for each in (name, f"{name}_scale"))
+        arrangement = self.kernels.arrangements.get("linear")
+        if arrangement is not None:
+            codes, scales = arrangement.canonical(codes, scales, layout.rows, layout.columns)
         out = torch.empty(layout.rows, layout.columns, dtype=torch.float32, device=codes.device)
         self.kernels.dequantize(codes, scales, out)
         return out

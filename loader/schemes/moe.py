@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.arrangement import Arrangement
 from .base import MoEScheme, TensorStats, meta_parameter
 from .layout import WeightLayout
 
@@ -61,6 +63,32 @@ class QuantizedMoEScheme(MoEScheme):
         """The canonical layout is the kernels' own: nothing to move."""
         self.process_weights_after_loading(layer)
 
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Bring the weights to where a kernel for the whole layer wants them, in place, if there is one for it."""
+        arrangement = self.kernels.arrangements.get("experts")
+        fused = arrangement is not None and self._can_be_fused(layer, arrangement)
+        layer.experts_are_fused = fused  # type: ignore[assignment]  # torch types every attribute as tensor or module
+        if arrangement is None or not fused:
+            return
+        for name, layout in self.layouts(layer).items():
+            codes, scales = self._weight(layer, name)
+            arrangement.arrange(codes.data, scales.data, layout.rows, layout.columns)
+
+    def _can_be_fused(self, layer: Any, arrangement: Arrangement) -> bool:
+        """Whether the layer is a plain SwiGLU over all its experts, with weights that fit."""
+        plain = layer.has_gate and layer.is_concatenated and not layer.has_bias and not self.emulate
+        special = getattr(layer, "has_post_expert_norm", False) or getattr(layer, "_is_expert_parallel", False)
+        layouts = self.layouts(layer)
+        if not plain or special or not all(arrangement.fits(each.rows, each.columns) for each in layouts.values()):
+            return False
+        probe = torch.linspace(-4, 4, 4 * layouts["gate_up_proj"].rows).view(2, -1)
+        gate, up = probe.chunk(2, dim=-1)
+        return torch.allclose(layer._apply_gate(probe), F.silu(gate) * up)
+
+    @staticmethod
+    def _weight(layer: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+        return cast("Tensor", layer._parameters[name]), cast("Tensor", layer._parameters[f"{name}_scale"])
+
     # forward
 
     def apply(self, layer: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -70,6 +98,11 @@ class QuantizedMoEScheme(MoEScheme):
         The weighted sum over a token's experts runs in float32, as in transformers' grouped forward.
         """
         module: Any = layer
+        if getattr(module, "experts_are_fused", False):
+            fused = self.kernels.arrangements["experts"].fused_moe
+            assert fused is not None
+            weights = self._weight(layer, "gate_up_proj"), self._weight(layer, "down_proj")
+            return fused(hidden_states, *weights, top_k_index, top_k_weights)
         tokens, top_k = top_k_index.shape
         expert_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
         borders = torch.arange(int(module.num_experts) + 1, dtype=expert_ids.dtype, device=expert_ids.device)
@@ -90,7 +123,7 @@ class QuantizedMoEScheme(MoEScheme):
     def _experts(self, layer: Any, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         """`x` [T, K], grouped by `offsets`, times one weight of each expert."""
         layout = self.layouts(layer)[name]
-        codes, scales = layer._parameters[name], layer._parameters[f"{name}_scale"]
+        codes, scales = self._weight(layer, name)
         bias = getattr(layer, f"{name}_bias") if layer.has_bias else None
         x, parts = self.activations(x), []
         for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
@@ -102,10 +135,10 @@ class QuantizedMoEScheme(MoEScheme):
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:
         """float32 [E, N, K], or [E, K, N] where the unquantized module keeps its experts transposed."""
         layout = self.layouts(layer)[name]
-        codes, scales = layer._parameters[name], layer._parameters[f"{name}_scale"]
-        assert codes is not None
-        assert scales is not None
+        codes, scales = self._weight(layer, name)
         assert layout.experts is not None
+        if getattr(layer, "experts_are_fused", False):
+            codes, scales = self.kernels.arrangements["experts"].canonical(codes, scales, layout.rows, layout.columns)
         out = torch.empty(layout.experts, layout.rows, layout.columns, dtype=torch.float32, device=codes.device)
         for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
             for expert in range(layout.experts):

@@ -51,7 +51,7 @@ class Quantizer:
 
         Raises `NonFiniteError` if an element is NaN or Inf.
         """
-        values = new_statistics() if self.stats else None
+        values = new_statistics(weight.device) if self.stats else None
         if self.kernels.quantize(weight, out, scale, values, scales_known=scales_known):
             raise NonFiniteError
         return TensorStats(values)

@@ -38,7 +38,7 @@ class TritonExperts:
         k: int,
     ) -> torch.Tensor:
         check_experts(self.format, x, codes, scales, bias, offsets, n_rows, k)
-        check_rows(self.format, codes, scales)
+        check_rows(self.format, codes, scales, bias)
         out = x.new_empty(x.shape[0], n_rows)
         if not out.numel():
             return out

@@ -52,7 +52,7 @@ class TritonLinear:
         k: int,
     ) -> torch.Tensor:
         check_linear(self.format, x, codes, scales, bias, n_rows, k)
-        check_rows(self.format, codes, scales)
+        check_rows(self.format, codes, scales, bias)
         out = x.new_empty(x.shape[0], n_rows)
         if not out.numel():
             return out
@@ -150,10 +150,10 @@ def code_bits(codes: torch.Tensor) -> torch.Tensor:
     return codes.view(torch.uint8) if codes.dtype.is_floating_point else codes
 
 
-def check_rows(fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """Raise ValueError unless each row of codes and of scales lies in one piece."""
-    for name, tensor in (("codes", codes), ("scales", scales)):
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+def check_rows(fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise ValueError unless each row of codes, scales and bias lies in one piece."""
+    for name, tensor in (("codes", codes), ("scales", scales), ("bias", bias)):
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{fmt.name}: rows of {name} must be contiguous, got strides {tensor.stride()}")
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from quantload.kernels import fp8, int8, mxfp4
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.gpu_target import GpuTarget
+from quantload.kernels.scaled_mm import ScaledMmLinear
 from quantload.kernels.triton_activations import quantize_mxfp4_activations, quantize_scaled_activations
 from quantload.kernels.triton_experts import TritonExperts
 from quantload.kernels.triton_linear import TritonLinear
@@ -110,11 +111,11 @@ def test_activations_are_quantized_as_weights_are(record_property, name):
         pytest.skip("128 x 128 blocks for weights, 1 x 128 for activations: test_quantized_activations compares values")
     finite = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     finite = finite[torch.isfinite(finite)]
-    every = torch.cat([finite, finite[torch.randperm(len(finite), generator=torch.Generator().manual_seed(0))]])
+    every = finite[torch.randperm(len(finite), generator=torch.Generator().manual_seed(0))]
     ties = torch.tensor(
         [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -5.0, 6.0, 0.0, -0.0, 448.0, 2.0**-9, 2.0**-10, 100]
     )
-    for x in (every.view(16, -1), ties.repeat(3, 7)[:, :100].bfloat16(), torch.zeros(2, 64, dtype=torch.float16)):
+    for x in (every.view(8, -1), ties.repeat(3, 7)[:, :100].bfloat16(), torch.zeros(2, 64, dtype=torch.float16)):
         want_codes, want_scales = quantized_matrix(name, x)
         codes, scales = (
             quantize_mxfp4_activations(x) if name == "mxfp4" else quantize_scaled_activations(x, FORMATS[name])
@@ -135,13 +136,30 @@ def test_what_is_not_finite_stays_visible(name, bad):
     assert torch.isfinite(out[:3]).all() or name.startswith("fp8_tensor")
 
 
+@pytest.mark.parametrize(
+    ("tokens", "n_rows", "dtype"), [(40, 48, torch.bfloat16), (40, 48, torch.float32), (3, 50, torch.bfloat16)]
+)
+@pytest.mark.parametrize("name", ["fp8_channel", "fp8_tensor"])
+def test_through_torch_scaled_mm(name, tokens, n_rows, dtype):
+    """torch's matmul of two FP8 operands, which it has for CPUs too, and Triton for what that does not take."""
+    codes, scales = quantized(name, n_rows, 160)
+    x, bias = activations(tokens, 160, dtype), torch.randn(n_rows).to(dtype)
+    linear = ScaledMmLinear(FORMATS[name], GFX950)
+    assert linear.takes(x, codes, n_rows, 160) is (tokens == 40 and (dtype == torch.bfloat16 or name == "fp8_tensor"))
+    weight, seen = dequantized(name, codes, scales, n_rows, 160), rounded(name, x)
+    got = linear(x, codes, scales, bias, n_rows, 160)
+    assert got.dtype == dtype
+    # the CPU's version scales the codes first, in float32: a rounding for every product
+    assert_close(got, F.linear(seen, weight, bias.double()), 4 * F.linear(seen.abs(), weight.abs()) + 4)
+
+
 def routed(experts: int, counts: list[int], nobody: int) -> tuple[torch.Tensor, int]:
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     assert len(offsets) == experts + 1
     return offsets, int(offsets[-1]) + nobody
 
 
-@pytest.mark.parametrize("counts", [[0, 5, 0, 33, 1], [0, 0, 0, 0, 0], [16, 0, 1, 0, 0]], ids=str)
+@pytest.mark.parametrize("counts", [[0, 5, 0, 33, 1], [0, 0, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize("is_quantized", [False, True], ids=["weight-only", "activations too"])
 @pytest.mark.parametrize("name", ["mxfp4", "fp8_channel", "fp8_tensor", "fp8_block_fnuz", "int8_channel"])
 def test_experts(record_property, name, is_quantized, counts):

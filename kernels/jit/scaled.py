@@ -40,7 +40,7 @@ def quantize_rows(
     row = first_row + tl.arange(0, R)
     row_inside = row < rows
     at = source + (row * source_stride)[:, None]
-    top = tl.zeros([R, C], tl.int32)
+    top = tl.zeros([R, C // 8], tl.int32)
     if KNOWN:
         scale = tl.load(scales + row * scale_stride, mask=row_inside, other=1.0)
         if FNUZ:
@@ -49,14 +49,14 @@ def quantize_rows(
         for start in range(0, cols, C):
             col = start + tl.arange(0, C)
             inside = row_inside[:, None] & (col < cols)[None, :]
-            top = tl.maximum(top, _magnitude(_bits(at + col[None, :], inside)))
+            top = tl.maximum(top, tl.max(_eights(_magnitude(_bits(at + col[None, :], inside))), 2))
         scale = scale_of(tl.max(top, 1).to(tl.float32, bitcast=True), RULE)
         tl.store(scales + row * scale_stride, scale * 2 if FNUZ else scale, mask=row_inside)
 
-    signal = tl.zeros([R, C], tl.float32)
-    noise = tl.zeros([R, C], tl.float32)
-    worst = tl.zeros([R, C], tl.float32)
-    counts = tl.zeros([R, C], tl.int32)
+    signal = tl.zeros([R, C // 8], tl.float32)
+    noise = tl.zeros([R, C // 8], tl.float32)
+    worst = tl.zeros([R, C // 8], tl.float32)
+    counts = tl.zeros([R, C // 8], tl.int32)
     for start in range(0, cols, C):
         col = start + tl.arange(0, C)
         inside = row_inside[:, None] & (col < cols)[None, :]
@@ -68,13 +68,13 @@ def quantize_rows(
             codes + (row * code_stride)[:, None] + col[None, :], _signed_code(code, signed, RULE, FNUZ), mask=inside
         )
         if KNOWN:
-            top = tl.maximum(top, bits)
+            top = tl.maximum(top, tl.max(_eights(bits), 2))
         if MEASURE:
             error = tl.abs(ratio - _decode(code, RULE))
-            signal += ratio * ratio
-            noise += error * error
-            worst = tl.maximum(worst, error)
-            counts += tl.where(inside, _saturated_and_zero(ratio, code, RULE), 0)
+            signal += tl.sum(_eights(ratio * ratio), 2)
+            noise += tl.sum(_eights(error * error), 2)
+            worst = tl.maximum(worst, tl.max(_eights(error), 2))
+            counts += tl.sum(_eights(tl.where(inside, _saturated_and_zero(ratio, code, RULE), 0)), 2)
 
     largest = tl.max(tl.max(top, 1), 0)
     if largest >= 0x7F800000:
@@ -262,6 +262,12 @@ def _tile(cols, R: tl.constexpr, C: tl.constexpr):
     across = tl.cdiv(cols, C)
     tile = tl.program_id(0)
     return (tile // across).to(tl.int64) * R, (tile % across) * C
+
+
+@triton.jit
+def _eights(values):
+    """[R, C] as [R, C / 8, 8]: what a thread loads at once, so that sums over the last are its own affair."""
+    return tl.reshape(values, [values.shape[0], values.shape[1] // 8, 8])
 
 
 @triton.jit

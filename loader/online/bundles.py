@@ -7,8 +7,9 @@ become one matrix, and the same rows of one expert after the other become one st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
@@ -16,9 +17,14 @@ from ..checkpoint.headers import TensorEntry
 from ..checkpoint.pieces import MAX_SHARED_READ, SMALL_PIECE, Piece
 from ..checkpoint.workspace import Workspace
 from ..errors import NonFiniteWeightError
-from .cuts import Cut, Part, Sink, is_dense
-from .delivery import Delivery, located, matrix
+from ..model.routes import Span
+from .cuts import Part, Sink, is_dense
+from .delivery import located, matrix
 from .regions import Interval, Region
+
+Member = tuple[TensorEntry, Span]
+
+_offset = attrgetter("offset")
 
 
 @dataclass(slots=True)
@@ -67,36 +73,63 @@ class Stack:
         return True
 
 
-class Bundle:
-    """Parts that fill a range of one file, one after the other; at most `limit` bytes."""
+class QuantizedAlone:
+    """Tells whether spans are quantized, and need nothing but themselves for it; experts differ in nothing there."""
 
-    def __init__(self, entry: TensorEntry, cut: Cut, limit: int) -> None:
-        self._shard, self._dtype, self._limit = entry.shard, entry.dtype, min(limit, MAX_SHARED_READ)
-        self._start = self._stop = _begin(entry, cut)
-        self._members: list[tuple[TensorEntry, Part]] = []
-        self.take(entry, cut)
+    def __init__(self, sinks: Mapping[str, Sink]) -> None:
+        self._sinks = sinks
+        self._known: dict[tuple[str, Interval, Interval], bool] = {}
 
-    def take(self, entry: TensorEntry, cut: Cut) -> bool:
-        """Put a cut at the end, if it follows on the disk and there is room."""
-        begin, (_, length) = _begin(entry, cut), cut.extents[0]
-        stop = begin + length * entry.dtype.itemsize
-        if begin != self._stop or entry.shard != self._shard or entry.dtype != self._dtype:
+    def __call__(self, parameter: str, region: Region) -> bool:
+        key = (parameter, region.rows, region.columns)
+        known = self._known.get(key)
+        if known is None:
+            sink = self._sinks[parameter]
+            known = self._known[key] = not sink.direct and sink.whole(region)
+        return known
+
+
+def may_be_bundled(entry: TensorEntry, spans: Sequence[Span], alone: QuantizedAlone, chunk_bytes: int) -> bool:
+    """Whether all of a tensor goes to small matrices without gaps, each to be quantized on its own."""
+    limit = min(SMALL_PIECE - 1, chunk_bytes) // entry.dtype.itemsize
+    return all(
+        is_dense(region, row_stride, column_stride, limit) and alone(parameter, region)
+        for parameter, region, _, row_stride, column_stride in spans
+    )
+
+
+class Bundler:
+    """Puts small tensors that follow each other in a file into pieces of at most `chunk_bytes`, and those in a list."""
+
+    def __init__(self, pieces: list[Piece], sinks: Mapping[str, Sink], chunk_bytes: int) -> None:
+        self._pieces, self._sinks, self._limit = pieces, sinks, min(chunk_bytes, MAX_SHARED_READ)
+        self._members: list[Member] = []
+        self._start = self._stop = 0
+
+    def add(self, entry: TensorEntry, spans: Sequence[Span]) -> None:
+        """The next tensor in the order of files and offsets."""
+        size = entry.dtype.itemsize
+        for span in spans if len(spans) == 1 else sorted(spans, key=_offset):
+            begin = entry.offset + span.offset * size
+            stop = begin + span.region.numel * size
+            if not (self._follows(entry, begin) and stop - self._start <= self._limit):
+                self.close()
+                self._start = begin
+            self._members.append((entry, span))
+            self._stop = stop
+
+    def _follows(self, entry: TensorEntry, begin: int) -> bool:
+        if not self._members or begin != self._stop:
             return False
-        if self._members and stop - self._start > self._limit:
-            return False
-        self._stop = stop
-        self._members.append((entry, cut.parts[0]))
-        return True
+        last = self._members[-1][0]
+        return entry.shard == last.shard and entry.dtype == last.dtype
 
-    def piece(self, sinks: Mapping[str, Sink]) -> Piece:
-        """The piece that reads all of it."""
-        deliver: BundleDelivery | Delivery
-        if len(self._members) == 1:
-            ((entry, part),) = self._members
-            deliver = Delivery(entry, [part], sinks, observe=False)
-        else:
-            deliver = BundleDelivery(self._members, sinks)
-        return Piece(self._shard, ((self._start, self._stop - self._start),), deliver)
+    def close(self) -> None:
+        """What comes next belongs to another piece."""
+        if self._members:
+            extents = ((self._start, self._stop - self._start),)
+            self._pieces.append(Piece(self._members[0][0].shard, extents, BundleDelivery(self._members, self._sinks)))
+            self._members = []
 
 
 class BundleDelivery:
@@ -104,9 +137,9 @@ class BundleDelivery:
 
     __slots__ = ("_calls", "_members")
 
-    def __init__(self, members: list[tuple[TensorEntry, Part]], sinks: Mapping[str, Sink]) -> None:
+    def __init__(self, members: list[Member], sinks: Mapping[str, Sink]) -> None:
         self._members = members
-        self._calls = [(stack, sinks[stack.parameter]) for stack in stacks([part for _, part in members])]
+        self._calls = [(stack, sinks[stack.parameter]) for stack in stacks([span for _, span in members])]
 
     def __call__(self, workspace: Workspace) -> None:
         elements = workspace.buffer.view(self._members[0][0].dtype)
@@ -127,29 +160,21 @@ class BundleDelivery:
     def _located(self, error: NonFiniteWeightError, workspace: Workspace) -> NonFiniteWeightError:
         """The same error for the first member that is not finite, in the checkpoint's own coordinates."""
         elements, at = workspace.buffer.view(self._members[0][0].dtype), 0
-        for entry, part in self._members:
-            bad = ~torch.isfinite(matrix(elements[at:], part._replace(offset=0), workspace))
+        for entry, span in self._members:
+            part = Part(span, span.region, at, span.region.columns[1] - span.region.columns[0], 1)
+            bad = ~torch.isfinite(matrix(elements, part, workspace))
             if bad.any():
                 row, column = bad.nonzero()[0].tolist()
                 error.position = (row, column)
                 return located(error, entry, part)
-            at += part.region.numel
+            at += span.region.numel
         return error
 
 
-def bundled(entry: TensorEntry, cut: Cut, sinks: Mapping[str, Sink]) -> bool:
-    """Whether a cut may be part of a bundle: small, without gaps, and to be quantized."""
-    if len(cut.parts) != 1 or len(cut.extents) != 1:
-        return False
-    part = cut.parts[0]
-    limit = (SMALL_PIECE - 1) // entry.dtype.itemsize
-    return is_dense(part.region, part.row_stride, part.column_stride, limit) and not sinks[part.span.parameter].direct
-
-
-def stacks(parts: list[Part]) -> Iterator[Stack]:
-    """The fewest calls that parts standing one after the other in a buffer can be handed over in."""
+def stacks(spans: list[Span]) -> Iterator[Stack]:
+    """The calls in which spans that stand one after the other in a buffer are handed over."""
     growing: dict[tuple[str, Interval, Interval], Stack] = {}
-    for parameter, region, offset in _joined(parts):
+    for parameter, region, offset in _joined(spans):
         key = (parameter, region.rows, region.columns)
         stack = growing.get(key)
         if stack is None or not stack.takes(region, offset):
@@ -159,12 +184,11 @@ def stacks(parts: list[Part]) -> Iterator[Stack]:
     yield from growing.values()
 
 
-def _joined(parts: list[Part]) -> Iterator[tuple[str, Region, int]]:
-    """Parameter, region and offset in the buffer of parts, those joined whose rows follow each other there as here."""
+def _joined(spans: list[Span]) -> Iterator[tuple[str, Region, int]]:
+    """Parameter, region and offset in the buffer of spans, those joined whose rows follow each other there as here."""
     held: tuple[str, Region, int] | None = None
     at = 0
-    for part in parts:
-        parameter, region = part.span.parameter, part.region
+    for parameter, region, *_ in spans:
         joined = None if held is None or held[0] != parameter else _below(held[1], region)
         if held is not None and joined is not None:
             held = parameter, joined, held[2]
@@ -183,7 +207,3 @@ def _below(region: Region, other: Region) -> Region | None:
     if other.expert != expert or other.columns != columns or other.rows[0] != rows[1]:
         return None
     return Region(expert, (rows[0], other.rows[1]), columns)
-
-
-def _begin(entry: TensorEntry, cut: Cut) -> int:
-    return entry.offset + cut.extents[0][0] * entry.dtype.itemsize

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,8 +15,6 @@ from ..checkpoint.headers import TensorEntry
 from ..model.routes import Span
 from .regions import Interval, Region
 from .weight_loader import DirectWeightLoader
-
-_offset = attrgetter("offset")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +109,6 @@ def _line(span: Span, align: tuple[int, int]) -> _Line:
 def cut_tensor(entry: TensorEntry, spans: Sequence[Span], sinks: Mapping[str, Sink], chunk_bytes: int) -> Iterator[Cut]:
     """Cuts of one checkpoint tensor, each at most `chunk_bytes` where the scale blocks allow it."""
     limit = max(chunk_bytes // entry.dtype.itemsize, 1)
-    if all(is_dense(span.region, span.row_stride, span.column_stride, limit) for span in spans):
-        for span in sorted(spans, key=_offset):
-            yield Cut(((span.offset, span.region.numel),), (Part(span, span.region, 0, *span[3:]),))
-        return
     lines = sorted((_line(span, sinks[span.parameter].align) for span in spans), key=lambda line: line.span.offset)
     for group in _groups(lines):
         step = max(line.outer_align for line in group)

@@ -16,10 +16,9 @@ from ..checkpoint.headers import TensorEntry
 from ..checkpoint.pieces import Barrier, Piece
 from ..checkpoint.workspace import Workspace
 from ..model.routes import Span
-from .bundles import Bundle, bundled
+from .bundles import Bundler, QuantizedAlone, may_be_bundled
 from .cuts import Cut, Sink, cut_tensor
 from .delivery import Delivery
-from .regions import Interval
 from .weight_loader import DirectWeightLoader
 
 Matrix = tuple[str, int | None]
@@ -32,41 +31,40 @@ def plan_pieces(
     chunk_bytes: int,
 ) -> list[Piece]:
     """Pieces of all tensors, by shard and offset; tensors that need two passes come first pass, second pass."""
-    cuts = {entry.name: list(cut_tensor(entry, spans[entry.name], sinks, chunk_bytes)) for entry in entries}
+    alone = QuantizedAlone(sinks)
+    small = {entry.name for entry in entries if may_be_bundled(entry, spans[entry.name], alone, chunk_bytes)}
+    cuts = {
+        entry.name: list(cut_tensor(entry, spans[entry.name], sinks, chunk_bytes))
+        for entry in entries
+        if entry.name not in small
+    }
     twice = _read_twice(cuts.values(), sinks)
+    for entry in entries if twice else ():
+        if entry.name in small and any((span.parameter, span.region.expert) in twice for span in spans[entry.name]):
+            small.remove(entry.name)
+            cuts[entry.name] = list(cut_tensor(entry, spans[entry.name], sinks, chunk_bytes))
     pieces: list[Piece] = []
-    bundle: Bundle | None = None
+    bundler = Bundler(pieces, sinks, chunk_bytes)
     for group in _together(entries, cuts, twice):
+        if group[0].name in small:
+            bundler.add(group[0], spans[group[0].name])
+            continue
+        bundler.close()
         barrier = _first_pass(group, cuts, twice, sinks, pieces)
-        for entry in group:
-            for cut in cuts[entry.name]:
-                small = barrier is None and bundled(entry, cut, sinks)
-                if small and bundle is not None and bundle.take(entry, cut):
-                    continue
-                if bundle is not None:
-                    pieces.append(bundle.piece(sinks))
-                bundle = Bundle(entry, cut, chunk_bytes) if small else None
-                if not small:
-                    pieces.append(_piece(entry, cut, sinks, barrier))
-    if bundle is not None:
-        pieces.append(bundle.piece(sinks))
+        pieces.extend(_piece(entry, cut, sinks, barrier) for entry in group for cut in cuts[entry.name])
+    bundler.close()
     return pieces
 
 
 def _read_twice(cuts: Iterable[list[Cut]], sinks: Mapping[str, Sink]) -> set[Matrix]:
     """Matrices with a part whose scales depend on what is not in it."""
-    whole: dict[tuple[str, Interval, Interval], bool] = {}
-    twice: set[Matrix] = set()
-    for tensor_cuts in cuts:
-        for cut in tensor_cuts:
-            for part in cut.parts:
-                name, (expert, rows, columns) = part.span.parameter, part.region
-                key = (name, rows, columns)
-                if key not in whole:
-                    whole[key] = sinks[name].whole(part.region)
-                if not whole[key]:
-                    twice.add((name, expert))
-    return twice
+    return {
+        (part.span.parameter, part.region.expert)
+        for tensor_cuts in cuts
+        for cut in tensor_cuts
+        for part in cut.parts
+        if not sinks[part.span.parameter].whole(part.region)
+    }
 
 
 def _first_pass(
@@ -77,7 +75,7 @@ def _first_pass(
     pieces: list[Piece],
 ) -> Barrier | None:
     first = []
-    for entry in group if twice else ():
+    for entry in group:
         for cut in cuts[entry.name]:
             parts = [part for part in cut.parts if (part.span.parameter, part.region.expert) in twice]
             if parts:
@@ -128,7 +126,7 @@ def _together(
     members: dict[Matrix, list[str]] = defaultdict(list)
     matrices: dict[str, set[Matrix]] = {}
     for entry in entries:
-        of_entry = {(part.span.parameter, part.region.expert) for cut in cuts[entry.name] for part in cut.parts}
+        of_entry = {(part.span.parameter, part.region.expert) for cut in cuts.get(entry.name, ()) for part in cut.parts}
         matrices[entry.name] = of_entry & twice
         for matrix in matrices[entry.name]:
             members[matrix].append(entry.name)

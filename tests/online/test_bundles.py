@@ -14,7 +14,7 @@ from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import kernel_set
 from quantload.model.routes import Span
 from quantload.online.bundles import stacks
-from quantload.online.cuts import Part, Sink
+from quantload.online.cuts import Sink
 from quantload.online.moe import MoeOnlineWeightLoader
 from quantload.online.pieces import plan_pieces
 from quantload.online.regions import Region
@@ -165,26 +165,25 @@ def test_a_stack_that_arrives_twice_is_an_error() -> None:
         checkpoint.load()
 
 
-def part(parameter: str, expert: int | None, rows: tuple[int, int], columns: tuple[int, int] = (0, 4)) -> Part:
-    region = Region(expert, rows, columns)
-    return Part(Span(parameter, region, 0, 4, 1), region, 0, 4, 1)
+def span(parameter: str, expert: int | None, rows: tuple[int, int], columns: tuple[int, int] = (0, 4)) -> Span:
+    return Span(parameter, Region(expert, rows, columns), 0, 4, 1)
 
 
 def test_what_makes_a_stack() -> None:
-    found = list(stacks([part("p", e, (0, 2)) for e in (3, 5, 7)]))
+    found = list(stacks([span("p", e, (0, 2)) for e in (3, 5, 7)]))
     assert [(s.experts, s.offset, s.pitch) for s in found] == [(range(3, 9, 2), 0, 8)]
-    falling = list(stacks([part("p", e, (0, 2)) for e in (5, 3)]))
+    falling = list(stacks([span("p", e, (0, 2)) for e in (5, 3)]))
     assert [s.region.expert for s in falling] == [5, 3]
-    uneven = list(stacks([part("p", 0, (0, 2)), part("p", 1, (0, 2)), part("q", 0, (0, 2)), part("p", 2, (0, 2))]))
+    uneven = list(stacks([span("p", 0, (0, 2)), span("p", 1, (0, 2)), span("q", 0, (0, 2)), span("p", 2, (0, 2))]))
     assert sorted((s.parameter, s.count) for s in uneven) == [("p", 1), ("p", 2), ("q", 1)]
-    other_rows = list(stacks([part("p", 0, (0, 2)), part("p", 1, (2, 4))]))
+    other_rows = list(stacks([span("p", 0, (0, 2)), span("p", 1, (2, 4))]))
     assert [s.count for s in other_rows] == [1, 1]
-    without_experts = list(stacks([part("p", None, (0, 2)), part("p", None, (4, 6))]))
+    without_experts = list(stacks([span("p", None, (0, 2)), span("p", None, (4, 6))]))
     assert [s.count for s in without_experts] == [1, 1]
 
 
 def test_what_is_joined() -> None:
-    (joined,) = stacks([part("p", None, (0, 2)), part("p", None, (2, 5))])
+    (joined,) = stacks([span("p", None, (0, 2)), span("p", None, (2, 5))])
     assert joined.region == Region(None, (0, 5), (0, 4))
-    apart = list(stacks([part("p", None, (0, 2)), part("p", None, (2, 4), (4, 8)), part("q", None, (4, 6))]))
+    apart = list(stacks([span("p", None, (0, 2)), span("p", None, (2, 4), (4, 8)), span("q", None, (4, 6))]))
     assert len(apart) == 3

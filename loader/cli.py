@@ -224,6 +224,12 @@ def schemes(
         kinds = ["yes" if row["linear"] else "-", "yes" if row["experts"] else "-"]
         table.add_row(names, *kinds, row["weights"], row["scale"], row["kernels"])
     Console().print(table)
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for kernel, reason in row["unavailable"].items():
+            reasons.setdefault(reason, []).append(kernel)
+    for reason, kernels in reasons.items():
+        Console().print(f"Not available on {device}: {', '.join(dict.fromkeys(kernels))} ({reason})")
 
 
 @app.command()

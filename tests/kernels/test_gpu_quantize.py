@@ -1,0 +1,53 @@
+"""Why Triton kernels can or cannot run on a device, and what FP8 is stored as there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantload.kernels import gpu_quantize
+from quantload.kernels.formats import FNUZ, FORMATS
+from quantload.kernels.gpu_target import GpuTarget
+from quantload.kernels.registry import kernel_set, select
+
+CUDA = torch.device("cuda")
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    target = None if name is None else GpuTarget(name)
+    monkeypatch.setattr(gpu_quantize, "gpu_target", lambda device: target if device.type == "cuda" else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("sm_75", "sm_80 or newer"), (None, "no GPU"), ("sm_80", None), ("sm_100", None), ("gfx942", None)],
+)
+def test_reasons(monkeypatch, name, reason):
+    pytest.importorskip("triton", reason="Triton is on Linux only")
+    pretend(monkeypatch, name)
+    found = gpu_quantize.triton_unavailable(CUDA)
+    assert found is None if reason is None else reason in (found or "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "unset it" in (gpu_quantize.triton_unavailable(CUDA) or "")
+    monkeypatch.setattr(gpu_quantize.importlib.util, "find_spec", lambda name: None)
+    assert gpu_quantize.triton_unavailable(CUDA) == "triton is not installed"
+
+
+@pytest.mark.parametrize("operation", gpu_quantize.OPERATIONS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_triton_comes_before_torch_on_a_gpu(monkeypatch, name, operation):
+    pytest.importorskip("triton", reason="Triton is on Linux only")
+    pretend(monkeypatch, "sm_90")
+    assert select(operation, name, CUDA).name == "triton"
+    assert select(operation, name, "cpu").name != "triton"
+
+
+def test_fp8_is_fnuz_on_gfx942_alone(monkeypatch):
+    for name in FORMATS:
+        pretend(monkeypatch, "gfx942")
+        assert gpu_quantize.stored_format(name, CUDA) == FNUZ.get(name, name)
+        assert gpu_quantize.stored_format(name, torch.device("cpu")) == name
+        pretend(monkeypatch, "gfx950")
+        assert gpu_quantize.stored_format(name, CUDA) == name
+    pretend(monkeypatch, "gfx942")
+    assert kernel_set("fp8_block", CUDA).format.code_dtype == torch.float8_e4m3fnuz
+    assert kernel_set("fp8_block_fnuz", CUDA).format.name == "fp8_block_fnuz"

@@ -79,17 +79,22 @@ class JsonScanner:
         """An object of at most `limit` strings at `position`, and the position after it; no name twice."""
         found: dict[str, str] = {}
         position, ended = self.open_object(position)
+        data, match_pair = self.data, _PAIR.match
+        raw_before, value = b"", ""  # one shard follows another a thousand times
         while not ended:
-            match = _PAIR.match(self.data, position)
+            match = match_pair(data, position)
             if match is None:
                 raise self.fail(position, "a name and a value, both in double quotes")
-            name = self.decode(match[1], position)
+            raw_name, raw_value, closing = match.groups()
+            name = self.decode(raw_name, position)
             if name in found:
                 raise self.error(f"{self.what}: {name[:200]!r} appears twice; write the file again")
             if len(found) == limit:
                 raise self.error(f"{self.what}: more than {limit:,} entries; this is no ordinary checkpoint")
-            found[name] = self.decode(match[2], match.start(2))
-            position, ended = match.end(), match[3] == b"}"
+            if raw_value != raw_before:
+                raw_before, value = raw_value, self.decode(raw_value, match.start(2))
+            found[name] = value
+            position, ended = match.end(), closing == b"}"
         return found, position
 
     def skip(self, position: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from architectures import ROUTERS, Architecture, Inputs, is_experts, logits, quantizable_modules, reference
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+Routing = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -85,6 +89,51 @@ def module_errors(quantized: PreTrainedModel, overwritten: PreTrainedModel, inpu
     return errors
 
 
+@contextmanager
+def recorded(model: nn.Module, routing: Routing) -> Iterator[None]:
+    """Note what every experts module of `model` is told beside its hidden states: whom to send them to."""
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            routing[name] = args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+        return hook
+
+    with hooked(model, record):
+        yield
+
+
+@contextmanager
+def replayed(model: nn.Module, routing: Routing) -> Iterator[None]:
+    """Tell every experts module of `model` what was recorded, in the dtypes it would have been told itself."""
+
+    def replace(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            positional, named = routing[name]
+            given = [like(old, new) for old, new in zip(args[1:], positional, strict=True)]
+            return (*args[:1], *given), {**kwargs, **{key: like(kwargs[key], new) for key, new in named.items()}}
+
+        return hook
+
+    with hooked(model, replace):
+        yield
+
+
+def like(old: Any, new: Any) -> Any:
+    """`new` in the dtype of `old`."""
+    return new.to(old.dtype) if isinstance(new, Tensor) else new
+
+
+@contextmanager
+def hooked(model: nn.Module, hook_for: Callable[[str], Any]) -> Iterator[None]:
+    """Run a forward pre-hook on every experts module, quantized or not."""
+    experts = [(name, module) for name, module in model.named_modules() if is_experts(module)]
+    handles = [module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in experts]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
 def assert_logits_match(quantized: PreTrainedModel, path: Path, architecture: Architecture) -> None:
     """The quantized model computes what the model with its dequantized weights computes, to rounding.
 
@@ -92,7 +141,8 @@ def assert_logits_match(quantized: PreTrainedModel, path: Path, architecture: Ar
     differ by about a third of its epsilon in the L2 norm; experts round their intermediate and every share as well.
     Then the whole model: through layers, softmaxes and routers BF16's own rounding grows to 1 or 2 percent, so the
     yardstick is what that rounding does to the overwritten model, measured against the same model in float32. The
-    quantized one may be at most twice as far from the float32 logits.
+    quantized one may be at most twice as far from the float32 logits. All three send their tokens to the experts that
+    the float32 model chose: the last bit of a router's input would otherwise decide between two that are as good.
     """
     inputs = architecture.inputs()
     overwritten = overwrite(reference(path, architecture), quantized)
@@ -101,9 +151,13 @@ def assert_logits_match(quantized: PreTrainedModel, path: Path, architecture: Ar
     for name, error in module_errors(quantized, overwritten, inputs).items():
         allowed = (2 if is_experts(overwritten.get_submodule(name)) else 0.75) * epsilon + 2e-6
         assert error < allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
-    want = logits(exact, inputs)
-    rounding = relative_error(logits(overwritten, inputs), want)
-    got = logits(quantized, inputs)
+    routing: Routing = {}
+    with recorded(exact, routing):
+        want = logits(exact, inputs)
+    with replayed(overwritten, routing):
+        rounding = relative_error(logits(overwritten, inputs), want)
+    with replayed(quantized, routing):
+        got = logits(quantized, inputs)
     assert torch.isfinite(got).all()
     error = relative_error(got, want)
     assert error <= 2 * rounding + 2e-5, f"relative error {error:.2e}; BF16 rounding alone {rounding:.2e}"

@@ -127,7 +127,7 @@ class Bench:
     def run(self, loader: str, python: str = sys.executable, generate: bool = False) -> Run:
         """One loader in a process of its own."""
         family = LOADERS[loader].family
-        warm_up = make("moe", WARM_UP_SCALE, self.options.dir) if family != "floor" else None
+        warm_up = make("moe", WARM_UP_SCALE, self.folder.parent) if family != "floor" else None
         run = run_loader(
             python,
             loader,

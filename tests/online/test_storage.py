@@ -50,6 +50,21 @@ def test_a_tensor_larger_than_a_slab_gets_one_of_its_own(monkeypatch: pytest.Mon
     assert (int(small.sum()), int(large[-1]), int(after.sum())) == (10, 2, 30)
 
 
+def test_mappings_grow_and_what_is_left_in_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "SLAB_BYTES", MIB)
+    monkeypatch.setattr(storage, "MAX_SLAB_BYTES", 4 * MIB)
+    final, sizes = FinalStorage(CPU), []
+    real = storage._map
+    monkeypatch.setattr(storage, "_map", lambda nbytes: sizes.append(nbytes) or real(nbytes))
+    tensors = [final.empty((MIB - 4096,), torch.uint8) for _ in range(20)]
+    assert sizes == [MIB, MIB, 2 * MIB, 4 * MIB, 4 * MIB, 4 * MIB, 4 * MIB]
+    tensors += [final.empty((4096,), torch.uint8) for _ in range(7)]
+    assert len(sizes) == 7
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
+
+
 def test_tensors_outlive_the_storage_object() -> None:
     final = FinalStorage(CPU)
     tensor = final.empty((1000,), torch.int32)

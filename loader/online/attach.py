@@ -19,8 +19,9 @@ from ..schemes.base import LinearScheme
 from .cuts import Sink
 from .moe import MoeOnlineWeightLoader
 from .parameter import QuantizedParameter, alive
+from .quantizing import LayerProgress, linear_quantizer
 from .storage import FinalStorage
-from .weight_loader import DirectWeightLoader, LayerProgress, OnlineWeightLoader, linear_quantizer
+from .weight_loader import DirectWeightLoader, OnlineWeightLoader
 
 NAMES_SHOWN = 8
 

@@ -13,9 +13,10 @@ from ..errors import ShapeMismatchError
 from ..schemes.base import MoeQuantizationCallbacks
 from ..schemes.layout import WeightLayout
 from .parameter import QuantizedParameter, alive
+from .quantizing import LayerProgress, RegionQuantizer
 from .regions import Region
 from .storage import FinalStorage
-from .weight_loader import LayerProgress, OnlineWeightLoader, RegionQuantizer
+from .weight_loader import OnlineWeightLoader
 
 SHARDS = {"w1": 0, "w3": 0, "w13": 0, "w2": 1}
 

@@ -67,11 +67,11 @@ class QuantizedParameter:
                 self._scales = materialize(module, f"{self._name}_scale", self._storage).data
         return self._codes, self._scales
 
-    def views(self, region: Region, block: Block) -> tuple[Tensor, Tensor]:
-        """The codes and scales of one block of a region, as views of the final tensors."""
+    def views(self, expert: int | None, block: Block) -> tuple[Tensor, Tensor]:
+        """The codes and scales of one block of an expert's matrix, as views of the final tensors."""
         codes, scales = self.tensors()
-        if region.expert is not None:
-            codes, scales = codes[region.expert], scales[region.expert]
+        if expert is not None:
+            codes, scales = codes[expert], scales[expert]
         return codes[block.code_index], scales[block.scale_index]
 
     def begin_observing(self, expert: int | None) -> None:

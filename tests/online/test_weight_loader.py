@@ -9,14 +9,10 @@ import torch
 from quantload.errors import NonFiniteWeightError, RepeatedRegionError, ShapeMismatchError
 from quantload.kernels import statistics
 from quantload.online.parameter import QuantizedParameter, materialize
+from quantload.online.quantizing import LayerProgress, linear_quantizer
 from quantload.online.regions import Region
 from quantload.online.storage import FinalStorage
-from quantload.online.weight_loader import (
-    DirectWeightLoader,
-    LayerProgress,
-    OnlineWeightLoader,
-    linear_quantizer,
-)
+from quantload.online.weight_loader import DirectWeightLoader, OnlineWeightLoader
 from quantload.options import LoadOptions
 from quantload.schemes.base import meta_parameter
 from quantload.schemes.layout import WeightLayout

@@ -15,7 +15,7 @@ from .formats import MXFP4, WeightFormat
 from .processor import has
 from .reference import check_linear, scale_rows, tile_rows
 
-DECODES = 3
+DECODES = 5
 """Times that decoding the weights anew is worth it, for `linear_build.most_tokens` each; else a tile is stored."""
 ROW_STEP = 8
 """Threads take rows in multiples of it: of the rows that are worked on together, inside blocks of rows."""

@@ -202,10 +202,13 @@ def check_linear(
 
 
 def tile_rows(fmt: WeightFormat, n_rows: int, k: int) -> int:
-    """Rows of a dequantized tile: about 1 MiB of 16-bit values, whole scale blocks, at least one block."""
-    rows = max(1, (1 << 19) // max(k, 1))
+    """Rows of a dequantized tile: about 4 MiB of 16-bit values, whole scale blocks, at least one block.
+
+    Larger than the caches next to a core, as what a matmul costs beside its arithmetic is paid once a tile.
+    """
+    rows = max(1, (1 << 21) // max(k, 1))
     step = max(fmt.block_rows, 32)
-    return max(step, min(rows // step * step, 512))
+    return max(step, min(rows // step * step, 2048))
 
 
 def scale_rows(fmt: WeightFormat, scales: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ def rename_family(
 
     What follows from the numbers is believed only where it is a `known` name; any other is asked about.
     """
-    witnesses = list(_witnesses(members))
+    witnesses = _witnesses(members)
     answers = [rename(name) for _, name in witnesses]
     rule = _learn([numbers for numbers, _ in witnesses], answers) if len(witnesses) < len(members) else None
     if rule is None:
@@ -52,14 +52,13 @@ def rename_family(
         yield name, renamed if renamed[0] in known else rename(name)
 
 
-def _witnesses(members: list[Member]) -> Iterator[Member]:
-    """Members that between them show every number in every place."""
-    seen: list[set[str]] = [set() for _ in members[0][0]]
-    for numbers, name in members:
-        if any(number not in place for number, place in zip(numbers, seen, strict=True)):
-            for number, place in zip(numbers, seen, strict=True):
-                place.add(number)
-            yield numbers, name
+def _witnesses(members: list[Member]) -> list[Member]:
+    """Members that between them show every number in every place: the first one of each."""
+    chosen = {0}
+    for place in range(len(members[0][0])):
+        first = {members[i][0][place]: i for i in range(len(members) - 1, -1, -1)}
+        chosen.update(first.values())
+    return [members[i] for i in sorted(chosen)]
 
 
 class _Rule:

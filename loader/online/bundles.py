@@ -104,6 +104,7 @@ class Bundler:
     def __init__(self, pieces: list[Piece], sinks: Mapping[str, Sink], chunk_bytes: int) -> None:
         self._pieces, self._sinks, self._limit = pieces, sinks, min(chunk_bytes, MAX_SHARED_READ)
         self._members: list[Member] = []
+        self._file: tuple[int, torch.dtype] | None = None
         self._start = self._stop = 0
 
     def add(self, entry: TensorEntry, spans: Sequence[Span]) -> None:
@@ -112,24 +113,19 @@ class Bundler:
         for span in spans if len(spans) == 1 else sorted(spans, key=_offset):
             begin = entry.offset + span.offset * size
             stop = begin + span.region.numel * size
-            if not (self._follows(entry, begin) and stop - self._start <= self._limit):
+            follows = begin == self._stop and (entry.shard, entry.dtype) == self._file
+            if not follows or stop - self._start > self._limit:
                 self.close()
-                self._start = begin
+                self._start, self._file = begin, (entry.shard, entry.dtype)
             self._members.append((entry, span))
             self._stop = stop
-
-    def _follows(self, entry: TensorEntry, begin: int) -> bool:
-        if not self._members or begin != self._stop:
-            return False
-        last = self._members[-1][0]
-        return entry.shard == last.shard and entry.dtype == last.dtype
 
     def close(self) -> None:
         """What comes next belongs to another piece."""
         if self._members:
             extents = ((self._start, self._stop - self._start),)
             self._pieces.append(Piece(self._members[0][0].shard, extents, BundleDelivery(self._members, self._sinks)))
-            self._members = []
+            self._members, self._file = [], None
 
 
 class BundleDelivery:

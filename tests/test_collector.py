@@ -41,11 +41,12 @@ def test_what_was_made_inside_counts_as_old() -> None:
 
 
 def test_what_somebody_else_froze_stays_frozen() -> None:
+    made: list[int] = []
     gc.freeze()
     try:
-        frozen = gc.get_freeze_count()
         with collector_paused():
             pass
-        assert gc.get_freeze_count() == frozen > 0
+        assert gc.get_freeze_count() > 0
+        assert not any(made is held for held in gc.get_objects())
     finally:
         gc.unfreeze()

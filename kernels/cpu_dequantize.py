@@ -87,7 +87,7 @@ def _dequantize_f16(
     step = max(1, threads * WIDEN_ELEMENTS // max(cols, 1))
     if fmt.block_rows > 1:
         step = -(-step // fmt.block_rows) * fmt.block_rows
-    scratch = torch.empty(min(step, rows), cols)
+    scratch = torch.empty(min(step, rows), cols, dtype=torch.float32)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         part = scratch[: stop - start]

@@ -59,7 +59,7 @@ def _few_tokens(
 ) -> torch.Tensor:
     tokens, slots = x.shape[0], _slots(x.shape[0])
     prepared = _activations(x, slots, _decoder(fmt, x.dtype))
-    out = torch.empty(slots, n_rows)
+    out = torch.empty(slots, n_rows, dtype=torch.float32)
     threads = torch.get_num_threads() if n_rows * k >= ALONE_ELEMENTS else 1
     step = max(1, n_rows // (8 * threads * ROW_STEP)) * ROW_STEP
     blocks = fmt.block_rows or n_rows, fmt.block_cols or k

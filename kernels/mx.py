@@ -63,7 +63,7 @@ class MxCodec:
         if self.format is MXFP8:
             codes = ratio.clamp(-self.largest, self.largest).to(torch.float8_e4m3fn)
             return F.pad(codes.view(torch.uint8), (0, -codes.shape[1] % BLOCK)).view(torch.float8_e4m3fn)
-        table = torch.tensor(code_values(self.element), device=ratio.device)
+        table = torch.tensor(code_values(self.element), dtype=torch.float32, device=ratio.device)
         midpoints = (table[1:] + table[:-1]) / 2
         magnitude = ratio.abs()
         code = torch.bucketize(magnitude, midpoints)  # the lower code on a midpoint
@@ -76,7 +76,7 @@ class MxCodec:
         if self.format is MXFP8:
             return codes[:, :cols].float() * _per_element(power_of_two(scales.int()), cols)
         values = code_values(self.element)
-        table = torch.tensor(values + tuple(-v for v in values), device=codes.device)
+        table = torch.tensor(values + tuple(-v for v in values), dtype=torch.float32, device=codes.device)
         return table[unpack_fp6(codes)[:, :cols]] * _per_element(power_of_two(scales.int()), cols)
 
 

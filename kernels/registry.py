@@ -16,7 +16,8 @@ dequantize(codes, scales, out) -> None
     Into `out` [R, C] float32, bfloat16 or float16; float32 arithmetic, rounded once to the type of `out`.
 linear(x, codes, scales, bias, n_rows, k) -> Tensor
     x [T, k] times the transposed weight [n_rows, k], plus bias [n_rows] or None: [T, n_rows] in the type of x. The
-    weight is decoded in registers or, to the type of x, in cache-sized tiles; never whole.
+    weight is decoded in registers or, to the type of x, in cache-sized tiles; never whole. In a kernel set it has a
+    gradient with respect to x and bias, and so has `experts`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from .arrangement import Arrangement
+from .differentiable import Experts, Linear
 from .experts import ExpertsByLinear
 from .formats import FORMATS, WeightFormat
 from .gpu_matmul import GpuMatmul, gpu_matmuls
@@ -126,7 +128,10 @@ def kernel_set(
     names = MappingProxyType({op: kernel.name for op, kernel in chosen.items()})
     functions: dict[str, Any] = {op: kernel.function for op, kernel in chosen.items()}
     arrangements = {op: kernel.arrangement for op, kernel in chosen.items() if kernel.arrangement is not None}
-    return KernelSet(format=FORMATS[format_name], names=names, arrangements=MappingProxyType(arrangements), **functions)
+    fmt, arranged = FORMATS[format_name], chosen["linear"].arrangement or chosen["experts"].arrangement
+    functions["linear"] = Linear(fmt, functions["linear"], functions["dequantize"], arranged)
+    functions["experts"] = Experts(functions["experts"], functions["linear"])
+    return KernelSet(format=fmt, names=names, arrangements=MappingProxyType(arrangements), **functions)
 
 
 def warm_up(

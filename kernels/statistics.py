@@ -44,8 +44,11 @@ def merge(into: torch.Tensor, other: torch.Tensor) -> None:
 
 
 def sqnr_db(statistics: torch.Tensor) -> float:
-    """Signal to quantization noise ratio in dB: 10 log10(signal / noise); inf without noise, nan without signal."""
+    """Signal to quantization noise ratio in dB: 10 log10(signal / noise); inf without noise, nan where all is zero.
+
+    0 where the squares of all elements vanish beside their scale: then every code is zero and everything is lost.
+    """
     signal, noise = float(statistics[SIGNAL]), float(statistics[NOISE])
     if signal == 0.0:
-        return math.nan
+        return math.nan if float(statistics[AMAX]) == 0.0 else 0.0
     return 10.0 * math.log10(signal / noise) if noise > 0.0 else math.inf

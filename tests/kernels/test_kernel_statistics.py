@@ -155,3 +155,15 @@ def test_mxfp4_little_noise_keeps_its_digits(contender, error):
     assert_measured(got, want)
     assert (want[stats.NOISE] > 0) == (error > 0)
     assert want[stats.NOISE] < 1e-3 * want[stats.SIGNAL]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-38])
+def test_what_is_lost_altogether_has_no_ratio_left(runner, size):
+    got = stats.new_statistics(runner.device)
+    source = (torch.randn(64, 256, generator=torch.Generator().manual_seed(5)) * size).bfloat16()
+    codes, scales = runner.quantize(source, got)
+    if bool((runner.dequantize(codes, scales, (64, 256)) == 0).all()):
+        assert stats.sqnr_db(got) == 0.0
+    else:
+        assert stats.sqnr_db(got) > 15.0
+    assert math.isnan(stats.sqnr_db(stats.new_statistics()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,9 @@ def _cached(compile_with: Callable[..., Any]) -> Any:
         if "cannot cache" not in str(error):
             raise
         logger.info("numba has no folder to cache compiled kernels in, every process compiles them: %s", error)
-        return compile_with(**options)
+    except (EOFError, pickle.UnpicklingError) as error:
+        logger.warning("numba's disk cache is damaged (%s); delete it (NUMBA_CACHE_DIR, or __pycache__)", error)
+    return compile_with(**options)
 
 
 def locked(build: Callable[..., Made]) -> Callable[..., Made]:

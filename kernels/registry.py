@@ -134,6 +134,12 @@ def kernel_set(
     return KernelSet(format=fmt, names=names, arrangements=MappingProxyType(arrangements), **functions)
 
 
+def weight_only(format_name: str, device: torch.device | str) -> dict[str, str]:
+    """Overrides that leave activations as they are, where the best matmul on a device would quantize them."""
+    found = candidates("linear", stored_format(format_name, torch.device(device)), device)
+    return {"linear": "triton"} if any(kernel.name == "triton" and reason is None for kernel, reason in found) else {}
+
+
 def warm_up(
     format_name: str,
     device: torch.device | str,
@@ -223,10 +229,13 @@ def _no_numba_kernels(device: torch.device) -> str | None:
 @cache
 def _numba_unavailable(device: torch.device) -> str | None:
     import importlib.util
+    import os
     import sys
 
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "NUMBA_DISABLE_JIT is set"
     if sys.byteorder != "little":
         return "the kernels assume a little-endian processor"
     return None

@@ -49,7 +49,7 @@ def load_quantized(
     """
     options = options or LoadOptions()
     storage = FinalStorage(choose_device(device))
-    with Recorder(storage.device, options.stats, progress) as recorder, storage:
+    with torch.inference_mode(False), Recorder(storage.device, options.stats, progress) as recorder, storage:
         checkpoint = resolve(model_id, revision)
         draft = draft_load(checkpoint, quantization, policy, options, storage, recorder.on_layer, trust_remote_code)
         model, plan = draft.model, draft.plan

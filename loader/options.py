@@ -27,13 +27,16 @@ def _from_mapping(cls: type[Any], values: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a load runs; nothing here changes the bytes that come out, except `scale_mode`.
+    """How a load runs; nothing here changes the bytes that come out.
 
     `chunk_bytes`: largest piece read at once (bytes). `staging_bytes`: size of the arena the pieces are read
     into (bytes; default two buffers a worker). `max_memory`: limit for the predicted peak (bytes, None = no limit).
     `workers`: reading and quantizing threads (None = one a core). `page_cache`: `auto` leaves warm files alone and
     drops cold ones behind the reader. `strict`: a pattern that matches nothing is an error, not a warning.
-    `kernels`: operation -> kernel name, to choose one by hand. Raises `PolicyError` for values out of range.
+    `stats`: measure what quantizing loses, in the kernels. `activations`: `auto` lets the kernels decide, `none` keeps
+    activations as they are, `emulate` rounds them to the scheme's format and back. `retries`: how often a failed read
+    is tried again. `kernels`: operation -> kernel name, to choose one by hand. Raises `PolicyError` for values
+    out of range.
     """
 
     chunk_bytes: int = 8 * MIB

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import inspect
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ from transformers.monkey_patching import patch_output_recorders
 
 from ..errors import CheckpointError, UnsupportedCheckpointError
 from .name_families import Member, families, rename_family
+
+_default_dtype = threading.Lock()
+"""Held while transformers builds on torch's default dtype, which it sets for the whole process: one load at a time."""
 
 AUTO_CLASSES = (
     "AutoModelForCausalLM",
@@ -115,7 +119,7 @@ def settle_dtype(config: Any, stored: Iterable[torch.dtype]) -> torch.dtype:
 
 def meta_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """An instance of `cls` on the meta device, as `from_pretrained` builds it."""
-    with contextlib.ExitStack() as stack:
+    with _default_dtype, contextlib.ExitStack() as stack:
         for context in cls.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         try:
@@ -311,7 +315,8 @@ def finish(model: PreTrainedModel, missing: Iterable[str], weight_conversions: l
     config = LoadStateDictConfig(
         pretrained_model_name_or_path=getattr(model.config, "name_or_path", None), device_map={"": device}
     )
-    type(model)._finalize_model_loading(model, config, info)
+    with _default_dtype:
+        type(model)._finalize_model_loading(model, config, info)
     model._weight_conversions = weight_conversions
     model.eval()
 

@@ -133,7 +133,10 @@ class SchemeFactory:
                     f"leave activations at auto, or choose quark_mxfp4"
                 )
             try:
-                kernels = kernel_registry.kernel_set(format_name, self.device, self._options.kernels)
+                overrides = dict(self._options.kernels)
+                if self._options.activations == "none":
+                    overrides = {**kernel_registry.weight_only(format_name, self.device), **overrides}
+                kernels = kernel_registry.kernel_set(format_name, self.device, overrides)
             except LookupError as error:
                 raise NoKernelError(str(error)) from error
             self._made[cls] = cls(Quantizer(kernels, self._options.stats, self.device), emulate)

@@ -1,4 +1,4 @@
-"""Run the benchmarks and put their tables into `bench/README.md` and `bench/NOTES.md`.
+"""Run the benchmarks and put their tables into `README.md`, `bench/README.md` and `bench/NOTES.md`.
 
 python bench/all.py --peers-python .peers/bin/python      # everything: hours, and 60 GiB of disk for the last one
 python bench/all.py pipeline matmul_cpu                   # some of them
@@ -43,6 +43,7 @@ RUNS = {
         "matmul_cpu.py",
         quick=("--formats", "mxfp4", "--shapes", "4096x4096", "768x2048", "--tokens", "1", "512", "--turns", "3"),
     ),
+    "kernels": Run("kernels.py", quick=("--quick",), work="--work"),  # says so and ends where there is no GPU
     "pipeline": Run("pipeline.py", quick=("--scale", "0.05", "--repeats", "2"), work="--work"),
     "load": Run(
         "load.py", OWN, (*OWN, "--warm", "--scale", "0.02", "--repeats", "1", "--checkpoints", "moe"), "--work"

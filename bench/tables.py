@@ -1,4 +1,4 @@
-"""Every table of `bench/README.md` and `bench/NOTES.md`, from the newest full-size result of each benchmark."""
+"""Every table of the READMEs and of `bench/NOTES.md`, from the newest full-size result of each benchmark."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import bigger_than_memory
+import gpu_tables
 import kernels_cpu
 import load_tables
 import matmul_cpu
@@ -17,7 +18,7 @@ from markdown import fill, goal_table, source_line
 from result_files import RESULTS, results_of
 
 BENCH = Path(__file__).resolve().parent
-DOCUMENTS = (BENCH / "README.md", BENCH / "NOTES.md")
+DOCUMENTS = (BENCH / "README.md", BENCH / "NOTES.md", BENCH.parent / "README.md")
 MISSING = "No full-size result yet."
 Result = dict[str, Any]
 
@@ -56,6 +57,7 @@ def _pipeline(results: list[Result], *parts: str, render: Callable[[Result], str
 def render_all(folder: Path = RESULTS) -> dict[str, str]:
     """Markdown of every table by its name."""
     loads, pipelines = results_of("load", folder), results_of("pipeline", folder)
+    on_gpus = results_of("kernels", folder)
     return {
         "kernels_cpu": _section(
             _newest(results_of("kernels_cpu", folder)),
@@ -63,6 +65,8 @@ def render_all(folder: Path = RESULTS) -> dict[str, str]:
             kernels_cpu.goals_of,
         ),
         "matmul": _section(_newest(results_of("matmul_cpu", folder)), matmul_cpu.render, matmul_cpu.goals_of),
+        "gpu": gpu_tables.section(on_gpus),
+        "gpu_goals": gpu_tables.summary(on_gpus),
         "pipeline": _pipeline(pipelines, "warm", "cold", render=pipeline_results.render_pipeline),
         "load_warm": load_tables.warm(loads) or MISSING,
         "load_cold": load_tables.cold(loads) or MISSING,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 import load_tables
 import pytest
 import tables
@@ -25,7 +26,7 @@ MACHINE = {
 }
 
 
-@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_the_documents_are_what_the_results_render(document: Path) -> None:
     assert tables.rendered(document) == document.read_text(), "run: python bench/all.py --tables-only"
 
@@ -109,7 +110,9 @@ def test_each_load_table_takes_the_newest_run_that_has_it() -> None:
 
 
 def test_without_results_a_table_says_so(tmp_path: Path) -> None:
-    assert set(tables.render_all(tmp_path).values()) == {tables.MISSING}
+    found = tables.render_all(tmp_path)
+    assert {name for name, text in found.items() if text == gpu_tables.NOT_RUN} == {"gpu", "gpu_goals"}
+    assert set(found.values()) == {tables.MISSING, gpu_tables.NOT_RUN}
 
 
 def test_a_place_is_filled_from_another_folder(tmp_path: Path) -> None:

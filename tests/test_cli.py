@@ -122,6 +122,20 @@ def test_the_options_reach_the_load(quantload: Command, checkpoint: Checkpoint) 
     assert report["staging_peak_bytes"] <= 1 << 20
 
 
+def test_a_kernel_is_chosen_by_operation(quantload: Command, checkpoint: Checkpoint) -> None:
+    path = checkpoint("qwen3_moe")
+    report = quantload.json("load", path, "--device", "cpu", "--kernel", "linear=torch", "--kernel", "observe=torch")
+    for layer in report["layers"]:
+        chosen = dict(part.split("=") for part in layer["kernel"].split(", "))
+        assert {operation for operation, name in chosen.items() if name == "torch"} == {"linear", "experts", "observe"}
+    for name in ("triton_w4a4", "no_such_kernel"):
+        code, out, err = quantload("load", path, "--device", "cpu", "--kernel", f"linear={name}")
+        assert (code, out) == (1, "")
+        assert f"no kernel '{name}' for linear of mxfp4 on cpu" in err
+        assert "triton_w4a4: runs on cuda only, not on cpu" in err
+        assert "numba: can run" in err
+
+
 # plan, schemes, report
 
 

@@ -7,6 +7,7 @@ prints at the end of the run.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -18,11 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
+from triton.runtime import interpreter
 
 TARGETS: Mapping[str, GPUTarget] = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -220,3 +223,13 @@ def interpret(
             said = next((value for name, value in properties if name == "result"), "bit for bit")
             table.add_interpreted(kernel, "FAILED" if failures else said)
     return results
+
+
+def interpreter_trouble() -> str | None:
+    """Why this Triton cannot interpret a loop: 3.6 makes numbers of arrays in a way that NumPy 2.4 no longer allows."""
+    try:
+        int(np.zeros(1, np.int32))  # type: ignore[call-overload]
+    except TypeError:
+        if "int(self.handle.data))" in inspect.getsource(interpreter):
+            return f"the interpreter of Triton {triton.__version__} cannot loop with NumPy {np.__version__}"
+    return None

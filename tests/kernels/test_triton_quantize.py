@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from quantload.kernels import statistics as st
@@ -17,11 +15,9 @@ from quantload.kernels.formats import FNUZ, FORMATS
 
 pytest.importorskip("triton", reason="Triton is on Linux only")
 
-import triton
-from gpu_targets import TABLE, TARGETS, Compiled, compile_for, interpret
+from gpu_targets import TABLE, TARGETS, Compiled, compile_for, interpret, interpreter_trouble
 from quantload.kernels import gpu_quantize, triton_quantize
 from quantload.kernels.jit import measure, mx, scaled
-from triton.runtime import interpreter
 
 HERE = Path(__file__).parent
 POINTERS = MappingProxyType(
@@ -231,16 +227,6 @@ def test_enqueueing_reads_nothing_back(launches, monkeypatch):
 
 def files(*names: str) -> list[Path]:
     return [HERE / "interpreted_quantize.py", *(HERE / f"test_kernel_{name}.py" for name in names)]
-
-
-def interpreter_trouble() -> str | None:
-    """Why this Triton cannot interpret a loop: 3.6 makes numbers of arrays in a way that NumPy 2.4 no longer allows."""
-    try:
-        int(np.zeros(1, np.int32))  # type: ignore[call-overload]
-    except TypeError:
-        if "int(self.handle.data))" in inspect.getsource(interpreter):
-            return f"the interpreter of Triton {triton.__version__} cannot loop with NumPy {np.__version__}"
-    return None
 
 
 @pytest.mark.skipif(interpreter_trouble() is not None, reason=interpreter_trouble() or "")

@@ -66,7 +66,7 @@ def _memory_access(element: Any, numba_type: Any) -> tuple[Any, Any]:
 read_u8, write_u8 = _memory_access(I8, types.uint8)
 read_f32, write_f32 = _memory_access(F32, types.float32)
 read_f64, write_f64 = _memory_access(F64, types.float64)
-read_i64, write_i64 = _memory_access(I64, types.int64)
+read_i64, _ = _memory_access(I64, types.int64)
 
 
 def jit(function: Callable[..., Any], signature: Any) -> KernelFunction:

@@ -33,9 +33,8 @@ def dequantize(
     if threads == 1 or rows * cols < ALONE_ELEMENTS:
         function.ctypes(*address(codes), *address(scales), *address(out), rows, cols, *blocks)
         return
-    task, step = linear_build.dequantize_task(), max(fmt.block_rows, -(-rows // (4 * threads)))
-    if fmt.block_rows == 0:
-        step = -(-rows // (4 * threads))
+    whole = max(fmt.block_rows, 1)  # a thread starts where a row of scales does
+    task, step = linear_build.dequantize_task(), -(-rows // (4 * threads * whole)) * whole
     run_task(task, codes, scales, blocks, out, rows, cols, step, threads, 0, 0, function.address)
 
 

@@ -122,5 +122,6 @@ def _scratch(dtype: torch.dtype, rows: int, cols: int) -> torch.Tensor:
     buffers: dict[torch.dtype, torch.Tensor] = _reused.__dict__.setdefault("buffers", {})
     buffer = buffers.get(dtype)
     if buffer is None or buffer.numel() < rows * cols:
-        buffer = buffers[dtype] = torch.empty(rows * cols, dtype=dtype)
+        with torch.inference_mode(False):  # it is written to in either mode
+            buffer = buffers[dtype] = torch.empty(rows * cols, dtype=dtype)
     return buffer[: rows * cols].view(rows, cols)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from quantload.kernels import cpu_dequantize, cpu_linear, linear_build, processor, team
 from quantload.kernels.formats import FORMATS
-from quantload.kernels.registry import kernel_set
+from quantload.kernels.registry import NUMBA_FORMATS, kernel_set
 
 
 @contextmanager
@@ -93,6 +93,28 @@ def test_a_team_takes_every_row_once(threads):
     cpu_dequantize.dequantize(kernels.format, codes, scales, got, threads)
     assert torch.equal(got, want)
     assert task is linear_build.dequantize_task()
+
+
+@pytest.mark.parametrize("fmt", NUMBA_FORMATS)
+@pytest.mark.parametrize(("threads", "rows"), [(2, 1500), (3, 2048), (5, 700)])
+def test_threads_start_where_scales_do(fmt, threads, rows):
+    kernels = kernel_set(fmt, "cpu")
+    codes, scales = quantized(kernels, rows, 1024)
+    want, got = torch.empty(rows, 1024), torch.empty(rows, 1024)
+    kernels.dequantize(codes, scales, want)
+    cpu_dequantize.dequantize(kernels.format, codes, scales, got, threads)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("tokens", [3, 60])
+def test_scratch_made_in_inference_mode_serves_outside_of_it(tokens):
+    kernels = kernel_set("int8_channel", "cpu")
+    codes, scales = quantized(kernels, 64, 96)
+    x = torch.randn(tokens, 96).half()
+    cpu_linear._reused.__dict__.clear()
+    with torch.inference_mode():
+        want = kernels.linear(x, codes, scales, None, 64, 96)
+    assert torch.equal(kernels.linear(x, codes, scales, None, 64, 96), want)
 
 
 def test_without_the_runtime_of_torch_one_thread_does_it(monkeypatch, caplog):

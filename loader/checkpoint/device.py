@@ -85,18 +85,15 @@ class DeviceMemory:
 
     def __init__(self, workers: int, slot_bytes: int, device: torch.device, streams: Streams | None = None) -> None:
         self.slot_bytes = rounded_slot(slot_bytes)
-        self._host = Arena(workers * SLOTS * self.slot_bytes, slot_bytes)
-        self._pinned = device.type == "cuda"
-        try:
-            if self._pinned:
+        with contextlib.ExitStack() as stack:
+            self._host = stack.enter_context(Arena(workers * SLOTS * self.slot_bytes, slot_bytes))
+            if device.type == "cuda":
                 pin(self._host.tensor)
+                stack.callback(unpin, self._host.tensor)
             self.streams = streams or CudaStreams(device)
-            self._device = torch.empty(
-                workers * self.slots_per_worker * self.slot_bytes, dtype=torch.uint8, device=device
-            )
-        except BaseException:
-            self._host.close()
-            raise
+            nbytes = workers * self.slots_per_worker * self.slot_bytes
+            self._device = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            self._open = stack.pop_all()
         self._free = list(torch.split(self._device, self.slot_bytes))
         self._lock = threading.Lock()
 
@@ -104,12 +101,8 @@ class DeviceMemory:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        try:
-            if self._pinned:
-                unpin(self._host.tensor)
-        finally:
-            self._free, self._device = [], torch.empty(0)
-            self._host.close()
+        self._free, self._device = [], torch.empty(0, dtype=torch.uint8)
+        self._open.close()
 
     @property
     def peak_bytes(self) -> int:

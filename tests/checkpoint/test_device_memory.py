@@ -218,3 +218,18 @@ def test_memory_that_cannot_be_pinned_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
     with pytest.raises(device_module.MemoryBudgetError, match="4096 bytes of staging could not be pinned"):
         device_module.pin(torch.zeros(4096, dtype=torch.uint8))
+
+
+def test_the_arena_is_let_go_where_the_device_has_no_memory_left(monkeypatch):
+    calls: list[str] = []
+    monkeypatch.setattr(device_module, "pin", lambda memory: calls.append("pin"))
+    monkeypatch.setattr(device_module, "unpin", lambda memory: calls.append("unpin"))
+
+    class Full:
+        def __init__(self, device):
+            raise torch.OutOfMemoryError("no streams today")
+
+    monkeypatch.setattr(device_module, "CudaStreams", Full)
+    with pytest.raises(torch.OutOfMemoryError):
+        DeviceMemory(1, 4096, torch.device("cuda"))
+    assert calls == ["pin", "unpin"]

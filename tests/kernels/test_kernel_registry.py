@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from quantload.kernels import registry
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import NUMBA_FORMATS, OPERATIONS, NoKernel, candidates, kernel_set, select, warm_up
 
@@ -72,3 +73,10 @@ def test_warm_up_from_several_threads_compiles_once():
     assert not errors
     function = cpu_build.scaled_quantize("int8_channel", "bf16", True)
     assert function is cpu_build.scaled_quantize("int8_channel", "bf16", True)
+
+
+def test_activations_stay_as_they_are_where_that_is_asked_for(monkeypatch):
+    assert registry.weight_only("mxfp4", "cpu") == {}  # all kernels there are weight-only
+    found = registry.candidates("linear", "mxfp4", "cuda")
+    monkeypatch.setattr(registry, "candidates", lambda *_: [(kernel, None) for kernel, _ in found])
+    assert registry.weight_only("mxfp4", "cuda") == {"linear": "triton"}

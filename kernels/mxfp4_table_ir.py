@@ -89,10 +89,7 @@ def _emit_with_tables(
         slow = b.and_(b.icmp_unsigned("<", byte, I32(MIN_FAST_BYTE)), b.icmp_unsigned("!=", amax, I32(0)))
         b.store(b.or_(b.load(odd_block), b.zext(slow, I32)), odd_block)
         store_scalar(b, b.trunc(byte, I8), b.add(scales, i))
-        quarter = b.shl(b.sub(umax(b, byte, I32(MIN_FAST_BYTE)), I32(2)), I32(7))
-        below = splat(b, b.trunc(b.sub(quarter, I32(31)), I16), LANES)
-        above = magnitude.minus_saturating(below)
-        index = (above + ((magnitude >> 6) & 1)) >> 5
+        below, above, index = _index(magnitude, byte)
         code = _table(b, CODES).permuted(index)
         store_pairs(code | ((bits >> 12) & 8), b.add(codes, b.mul(i, I64(16))))
         if with_statistics:
@@ -139,9 +136,7 @@ def largest_error_run(typing: Any, source: Any, scales: Any, blocks: Any, known:
             scale = b.bitcast(power_of_two_bits(b, byte), F32)
             with b.if_then(b.fcmp_ordered(">", scale, known), likely=False):
                 magnitude = magnitudes(load(b, b.add(source, b.mul(i, I64(64))), I16, LANES), "bf16")
-                quarter = b.shl(b.sub(umax(b, byte, I32(MIN_FAST_BYTE)), I32(2)), I32(7))
-                below = splat(b, b.trunc(b.sub(quarter, I32(31)), I16), LANES)
-                index = (magnitude.minus_saturating(below) + ((magnitude >> 6) & 1)) >> 5
+                below, _, index = _index(magnitude, byte)
                 x, q = magnitude.cast(I32), _decoded(b, index, index.gt(0), below).cast(I32)
                 for xf, qf in ((x << 16, q << 16), (x & 0xFFFF0000, q & 0xFFFF0000)):
                     error = (xf.cast(F32) - qf.cast(F32)).call("llvm.fabs")
@@ -150,6 +145,15 @@ def largest_error_run(typing: Any, source: Any, scales: Any, blocks: Any, known:
         return context.get_dummy_value()
 
     return types.void(source, scales, blocks, known, out), codegen
+
+
+def _index(magnitude: Vector, byte: ir.Value) -> tuple[Vector, Vector, Vector]:
+    """BF16 bits of scale/4 less 31 (a splat), how far |x| is above them, and the index of its code."""
+    b = magnitude.b
+    quarter = b.shl(b.sub(umax(b, byte, I32(MIN_FAST_BYTE)), I32(2)), I32(7))
+    below = splat(b, b.trunc(b.sub(quarter, I32(31)), I16), LANES)
+    above = magnitude.minus_saturating(below)
+    return below, above, (above + ((magnitude >> 6) & 1)) >> 5
 
 
 def _table(b: ir.IRBuilder, values: tuple[int, ...]) -> Vector:

@@ -16,7 +16,9 @@ class WeightFormat:
 
     `block_rows` x `block_cols` elements share one scale; 0 means the whole extent of that dimension.
     A code takes `code_bits` bits; codes of fewer than eight are packed into bytes, the first in the lowest bits.
-    `pads_cols` says that the codes of an incomplete last block are stored too (as zeros).
+    `pads_cols` says that the codes of an incomplete last block are stored too (as zeros). `scale_words` is how many
+    numbers stand side by side in the scale tensor for each block: 1, a scale; 2, a scale and a zero point, and a weight
+    is (code - zero point) * scale.
     """
 
     name: str
@@ -26,6 +28,7 @@ class WeightFormat:
     block_cols: int
     code_bits: int
     pads_cols: bool = False
+    scale_words: int = 1
 
     def code_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Shape of the code tensor of a matrix whose true size is [rows, cols]."""
@@ -45,7 +48,7 @@ class WeightFormat:
         """Shape of the scale tensor of a matrix whose true size is [rows, cols]."""
         return (
             _ceil_div(rows, self.block_rows) if self.block_rows else 1,
-            _ceil_div(cols, self.block_cols) if self.block_cols else 1,
+            self.scale_words * (_ceil_div(cols, self.block_cols) if self.block_cols else 1),
         )
 
     @property
@@ -80,6 +83,21 @@ INT8_CHANNEL = WeightFormat("int8_channel", torch.int8, torch.float32, 1, 0, 8)
 FP8_CHANNEL_FNUZ = WeightFormat("fp8_channel_fnuz", torch.float8_e4m3fnuz, torch.float32, 1, 0, 8)
 FP8_TENSOR_FNUZ = WeightFormat("fp8_tensor_fnuz", torch.float8_e4m3fnuz, torch.float32, 0, 0, 8)
 FP8_BLOCK_FNUZ = WeightFormat("fp8_block_fnuz", torch.float8_e4m3fnuz, torch.float32, 128, 128, 8)
+
+GROUPS = (16, 32, 64, 128, 256, 0)
+"""Columns that share a scale and a zero point in the integer formats; 0: the whole row."""
+
+INTEGERS = tuple(
+    WeightFormat(f"int{bits}_group{group}_{short}", torch.uint8, dtype, 1, group, bits, scale_words=2)
+    for bits in (4, 8)
+    for group in GROUPS
+    for short, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16), ("f32", torch.float32))
+)
+"""Unsigned codes with a scale and a zero point for each group of a row, side by side in one [rows, 2 * groups] tensor.
+
+The scale is of the dtype that the name ends in, as checkpoints store it, and so is the zero point, a whole number that
+each of them holds exactly. A symmetric format is one whose zero points are all 2^(bits - 1).
+"""
 
 MX = (MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8)
 """The formats with one power of two per 32 elements along K."""

@@ -118,10 +118,11 @@ class WeightLayout:
         code_columns = slice(fmt.code_column(first), last_code)
         row_blocks, rows_whole = _cover(rows[0] - shard[0], rows[1] - shard[0], shard[1] - shard[0], fmt.block_rows)
         column_blocks, columns_whole = _cover(first, last, self.columns, fmt.block_cols)
+        scale_columns = slice(column_blocks[0] * fmt.scale_words, column_blocks[1] * fmt.scale_words)
         return Block(
             rows=(rows[0] - region.rows[0], rows[1] - region.rows[0]),
             code_index=(slice(*rows), code_columns),
-            scale_index=(slice(scale_start + row_blocks[0], scale_start + row_blocks[1]), slice(*column_blocks)),
+            scale_index=(slice(scale_start + row_blocks[0], scale_start + row_blocks[1]), scale_columns),
             whole=rows_whole and columns_whole,
         )
 

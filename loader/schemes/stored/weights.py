@@ -1,0 +1,115 @@
+"""A quantized weight as a checkpoint stores it: several tensors that stand for one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.headers import TensorEntry
+from ...kernels.formats import WeightFormat
+
+Role = Literal["codes", "scale", "zero_point", "must_be_zero"]
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """One tensor of a stored weight, and how it becomes canonical.
+
+    The tensor is seen as a matrix: its leading dimensions are flattened, a scalar or vector has one column. One row of
+    it stands for `block` rows of the weight (columns, where the weight is cut along columns); 0: it has one row, for
+    everything. `convert` takes some of its rows, [n, ...] in the stored dtype, and returns what they are in the
+    canonical layout: codes [rows, code columns], or the values of one scale word, [scale rows, scale blocks], in the
+    dtype of the format's scales. `None`: the bytes are canonical as they are. A `must_be_zero` part is converted for
+    the error it raises.
+    """
+
+    role: Role
+    entry: TensorEntry
+    block: int = 1
+    convert: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class StoredActivations:
+    """What a config says about the input of a layer.
+
+    `format`: mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8, fp8 or int8. `granularity`: tensor, token or group (1 x `group`
+    elements). A static scale is `scale`, one number a tensor, in the checkpoint; a dynamic one is found in the forward.
+    """
+
+    format: str
+    dynamic: bool
+    granularity: Literal["tensor", "token", "group"]
+    group: int = 0
+    scale: TensorEntry | None = None
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Tensors that stand for the weight `name`, as one tensor that is not quantized.
+
+    `rows` and `columns` are those of the matrix [N, K] as its codes lie, `experts` how many of them there are (None:
+    one, without a dimension for it). `transposed` says that the model keeps it as [K, N]. `dtype` is that of the weight
+    it stands for. `along` is the dimension pieces are cut along, where `parts` lie contiguously, and `step` the rows or
+    columns a piece must come in multiples of. Without a `zero_point` part, all zero points are `zero_point`.
+    """
+
+    name: str
+    format: WeightFormat
+    experts: int | None
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    parts: tuple[StoredPart, ...]
+    transposed: bool = False
+    along: Literal["rows", "columns"] = "rows"
+    step: int = 1
+    zero_point: float = 0.0
+    activations: StoredActivations | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight it stands for, experts first."""
+        matrix = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+        return matrix if self.experts is None else (self.experts, *matrix)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Where the elements of `shape` stand in the matrices as they are stored, in elements."""
+        matrix = (1, self.columns) if self.transposed else (self.columns, 1)
+        return matrix if self.experts is None else (self.rows * self.columns, *matrix)
+
+    @property
+    def codes(self) -> StoredPart:
+        """The part with the codes."""
+        return next(part for part in self.parts if part.role == "codes")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts in the checkpoint."""
+        return sum(part.entry.nbytes for part in self.parts)
+
+    def entries(self) -> Iterator[TensorEntry]:
+        """The checkpoint tensors it is made of."""
+        yield from (part.entry for part in self.parts)
+        if self.activations is not None and self.activations.scale is not None:
+            yield self.activations.scale
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """The quantized weights of a checkpoint, and everything else in it.
+
+    `method` names the tool (quark, compressed-tensors, awq, mxfp4, fp8, modelopt). `weights` are by the name of the
+    weight they stand for, such as `model.layers.0.mlp.down_proj.weight`; `plain` are the tensors that are no part of
+    one. `unused` are tensors that nothing here reads, with the reason.
+    """
+
+    method: str
+    weights: Mapping[str, StoredWeight]
+    plain: Mapping[str, TensorEntry]
+    unused: Mapping[str, str] = field(default_factory=dict)

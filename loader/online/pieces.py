@@ -7,8 +7,7 @@ of that matrix go through twice: maxima first, then codes. Small neighbours are 
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -17,11 +16,10 @@ from ..checkpoint.pieces import Barrier, Piece
 from ..checkpoint.workspace import Workspace
 from ..model.routes import Span
 from .bundles import Bundler, QuantizedAlone, may_be_bundled
-from .cuts import Cut, Sink, cut_tensor
+from .cuts import Cut, Part, Sink, cut_tensor
 from .delivery import Delivery
+from .two_passes import first_pass, read_twice, together
 from .weight_loader import DirectWeightLoader
-
-Matrix = tuple[str, int | None]
 
 
 def plan_pieces(
@@ -38,55 +36,26 @@ def plan_pieces(
         for entry in entries
         if entry.name not in small
     }
-    twice = _read_twice(cuts.values(), sinks)
+    twice = read_twice(cuts.values(), sinks)
     for entry in entries if twice else ():
         if entry.name in small and any((span.parameter, span.region.expert) in twice for span in spans[entry.name]):
             small.remove(entry.name)
             cuts[entry.name] = list(cut_tensor(entry, spans[entry.name], sinks, chunk_bytes))
+
+    def observing(entry: TensorEntry, cut: Cut, parts: tuple[Part, ...]) -> Piece:
+        return Piece(entry.shard, _bytes(entry, cut), Delivery(entry, parts, sinks, observe=True))
+
     pieces: list[Piece] = []
     bundler = Bundler(pieces, sinks, chunk_bytes)
-    for group in _together(entries, cuts, twice):
+    for group in together(entries, cuts, twice):
         if group[0].name in small:
             bundler.add(group[0], spans[group[0].name])
             continue
         bundler.close()
-        barrier = _first_pass(group, cuts, twice, sinks, pieces)
+        barrier = first_pass(group, cuts, twice, observing, pieces)
         pieces.extend(_piece(entry, cut, sinks, barrier) for entry in group for cut in cuts[entry.name])
     bundler.close()
     return pieces
-
-
-def _read_twice(cuts: Iterable[list[Cut]], sinks: Mapping[str, Sink]) -> set[Matrix]:
-    """Matrices with a part whose scales depend on what is not in it."""
-    return {
-        (part.span.parameter, part.region.expert)
-        for tensor_cuts in cuts
-        for cut in tensor_cuts
-        for part in cut.parts
-        if not sinks[part.span.parameter].whole(part.region)
-    }
-
-
-def _first_pass(
-    group: Sequence[TensorEntry],
-    cuts: Mapping[str, list[Cut]],
-    twice: set[Matrix],
-    sinks: Mapping[str, Sink],
-    pieces: list[Piece],
-) -> Barrier | None:
-    first = []
-    for entry in group:
-        for cut in cuts[entry.name]:
-            parts = [part for part in cut.parts if (part.span.parameter, part.region.expert) in twice]
-            if parts:
-                first.append(Piece(entry.shard, _bytes(entry, cut), Delivery(entry, parts, sinks, observe=True)))
-    if not first:
-        return None
-    barrier = Barrier(len(first))
-    for piece in first:
-        piece.signal = barrier
-    pieces.extend(first)
-    return barrier
 
 
 def _piece(entry: TensorEntry, cut: Cut, sinks: Mapping[str, Sink], after: Barrier | None) -> Piece:
@@ -114,33 +83,3 @@ def _direct(
 def _bytes(entry: TensorEntry, cut: Cut) -> tuple[tuple[int, int], ...]:
     size = entry.dtype.itemsize
     return tuple((entry.offset + start * size, length * size) for start, length in cut.extents)
-
-
-def _together(
-    entries: Sequence[TensorEntry], cuts: Mapping[str, list[Cut]], twice: set[Matrix]
-) -> Iterator[list[TensorEntry]]:
-    """Tensors in order, those that share a two-pass matrix in one list."""
-    if not twice:
-        yield from ([entry] for entry in entries)
-        return
-    members: dict[Matrix, list[str]] = defaultdict(list)
-    matrices: dict[str, set[Matrix]] = {}
-    for entry in entries:
-        of_entry = {(part.span.parameter, part.region.expert) for cut in cuts.get(entry.name, ()) for part in cut.parts}
-        matrices[entry.name] = of_entry & twice
-        for matrix in matrices[entry.name]:
-            members[matrix].append(entry.name)
-    by_name = {entry.name: entry for entry in entries}
-    done: set[str] = set()
-    for entry in entries:
-        if entry.name in done:
-            continue
-        group, waiting = [], [entry.name]
-        done.add(entry.name)
-        while waiting:
-            name = waiting.pop()
-            group.append(by_name[name])
-            fresh = {other for matrix in matrices[name] for other in members[matrix]} - done
-            done |= fresh
-            waiting.extend(fresh)
-        yield sorted(group, key=lambda entry: (entry.shard, entry.offset))

@@ -1,0 +1,115 @@
+"""Matrices that are read twice, maxima first and then codes, because a scale needs more than one piece can hold."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from ..checkpoint.pieces import Barrier, Piece
+from ..model.routes import Span
+from .cuts import Sink
+from .regions import Region
+
+Matrix = tuple[str, int | None]
+
+
+class Landed(Protocol):
+    """A part of what is read at once: where it lands."""
+
+    @property
+    def span(self) -> Span: ...
+    @property
+    def region(self) -> Region: ...
+
+
+class Readable(Protocol):
+    """What is read at once, in parts."""
+
+    @property
+    def parts(self) -> tuple[Any, ...]: ...
+
+
+class Located(Protocol):
+    """A tensor of the checkpoint."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shard(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+
+
+E = TypeVar("E", bound=Located)
+C = TypeVar("C", bound=Readable)
+
+
+def read_twice(cuts: Iterable[Sequence[Readable]], sinks: Mapping[str, Sink]) -> set[Matrix]:
+    """Matrices with a part whose scales depend on what is not in it."""
+    return {
+        matrix_of(part)
+        for tensor_cuts in cuts
+        for cut in tensor_cuts
+        for part in cut.parts
+        if not sinks[part.span.parameter].whole(part.region)
+    }
+
+
+def matrix_of(part: Landed) -> Matrix:
+    """The parameter and expert a part lands in."""
+    return part.span.parameter, part.region.expert
+
+
+def first_pass(
+    group: Sequence[E],
+    cuts: Mapping[str, Sequence[C]],
+    twice: set[Matrix],
+    observing: Callable[[E, C, tuple[Any, ...]], Piece],
+    pieces: list[Piece],
+) -> Barrier | None:
+    """Append the pieces of the first pass over a group; the barrier that opens behind them, None if there are none.
+
+    `observing(entry, cut, parts)` makes the piece that observes these parts of a cut.
+    """
+    first = []
+    for entry in group:
+        for cut in cuts[entry.name]:
+            parts = tuple(part for part in cut.parts if matrix_of(part) in twice)
+            if parts:
+                first.append(observing(entry, cut, parts))
+    if not first:
+        return None
+    barrier = Barrier(len(first))
+    for piece in first:
+        piece.signal = barrier
+    pieces.extend(first)
+    return barrier
+
+
+def together(entries: Sequence[E], cuts: Mapping[str, Sequence[C]], twice: set[Matrix]) -> Iterator[list[E]]:
+    """Tensors in order, those that share a two-pass matrix in one list."""
+    if not twice:
+        yield from ([entry] for entry in entries)
+        return
+    members: dict[Matrix, list[str]] = defaultdict(list)
+    matrices: dict[str, set[Matrix]] = {}
+    for entry in entries:
+        of_entry = {matrix_of(part) for cut in cuts.get(entry.name, ()) for part in cut.parts}
+        matrices[entry.name] = of_entry & twice
+        for matrix in matrices[entry.name]:
+            members[matrix].append(entry.name)
+    by_name = {entry.name: entry for entry in entries}
+    done: set[str] = set()
+    for entry in entries:
+        if entry.name in done:
+            continue
+        group, waiting = [], [entry.name]
+        done.add(entry.name)
+        while waiting:
+            name = waiting.pop()
+            group.append(by_name[name])
+            fresh = {other for matrix in matrices[name] for other in members[matrix]} - done
+            done |= fresh
+            waiting.extend(fresh)
+        yield sorted(group, key=lambda entry: (entry.shard, entry.offset))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,17 +47,10 @@ class WeightLoaders:
 
     def check_complete(self, expected: Iterable[str]) -> None:
         """Raise `MissingWeightsError` naming every region of `expected` parameters that has not arrived."""
-        gaps = list(self._gaps(expected))
+        gaps = [gap for name in expected for gap in self.sinks[name].loader.missing()]
         if gaps:
             more = f" and {len(gaps) - NAMES_SHOWN} more" if len(gaps) > NAMES_SHOWN else ""
             raise MissingWeightsError(f"parts that never arrived: {'; '.join(gaps[:NAMES_SHOWN])}{more}")
-
-    def _gaps(self, expected: Iterable[str]) -> Iterator[str]:
-        for name in expected:
-            loader = self.sinks[name].loader
-            tracker = loader.tracker if isinstance(loader, DirectWeightLoader) else loader.parameter.tracker
-            if not tracker.complete:
-                yield from (f"{name} {region}" for region in tracker.missing())
 
     def add(self, name: str, param: Tensor, loader: Any, landing: Landing, stored: list[str]) -> None:
         """Attach a closure to a parameter and remember where it writes."""

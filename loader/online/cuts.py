@@ -32,14 +32,12 @@ class Sink:
     @property
     def align(self) -> tuple[int, int]:
         """Rows and columns a piece must come in multiples of, to hold whole scale blocks."""
-        if self.direct:
-            return 1, 1
-        fmt = self.loader.parameter.layout.format
-        return fmt.block_rows or 1, fmt.block_cols or 1
+        align: tuple[int, int] = self.loader.align
+        return align
 
     def whole(self, region: Region) -> bool:
-        """Whether the scales of a region depend on nothing outside of it."""
-        return self.direct or bool(self.loader.parameter.layout.whole(region))
+        """Whether what becomes of a region depends on nothing outside of it."""
+        return bool(self.loader.whole(region))
 
 
 class Part(NamedTuple):

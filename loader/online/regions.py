@@ -108,6 +108,11 @@ class RegionTracker:
             for expert in [None] if self._experts is None else range(self._experts):
                 yield from self._gaps(expert, self._claimed.get(expert, []))
 
+    def described_gaps(self) -> Iterator[str]:
+        """The regions that have not arrived, with the name of the parameter, for a message."""
+        if not self.complete:
+            yield from (f"{self.name} {region}" for region in self.missing())
+
     def reset(self) -> None:
         """Forget everything: a reload begins."""
         with self._lock:

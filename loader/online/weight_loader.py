@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RouteError, ShapeMismatchError
-from .parameter import alive, materialize
+from .parameter import QuantizedParameter, alive, materialize
 from .quantizing import RegionQuantizer
 from .regions import Interval, Region, RegionTracker
 from .storage import FinalStorage
@@ -101,6 +101,16 @@ class DirectWeightLoader:
         whole_rows = region.columns == (0, self.columns) or region.rows[1] - region.rows[0] == 1
         return whole_rows and dtype == self.dtype
 
+    align = 1, 1
+
+    def whole(self, region: Region) -> bool:
+        """Every element is written for itself."""
+        return True
+
+    def missing(self) -> Iterator[str]:
+        """What has not arrived."""
+        return self.tracker.described_gaps()
+
     def reset(self) -> None:
         """A reload begins."""
         self.tracker.reset()
@@ -132,7 +142,7 @@ class OnlineWeightLoader:
         expert_id: int | None = None,
         region: Region | None = None,
     ) -> None:
-        self._quantizer.load(self._name, loaded_weight, region or self._whole_shard(shard_id, expert_id))
+        self._quantizer.load(self._name, loaded_weight, region or whole_shard(self.parameter, shard_id, expert_id))
 
     def load_experts(self, weights: Tensor, experts: range, rows: Interval, columns: Interval) -> None:
         """Take the same rows and columns of several experts at once: `weights` [experts, rows, columns]."""
@@ -142,20 +152,35 @@ class OnlineWeightLoader:
         """First pass over a piece of a matrix whose scales span several pieces."""
         self._quantizer.observe(self._name, loaded_weight, region)
 
+    @property
+    def align(self) -> tuple[int, int]:
+        """Rows and columns of a scale block."""
+        return self.parameter.layout.align
+
+    def whole(self, region: Region) -> bool:
+        """Whether the scales of a region depend on nothing outside of it."""
+        return self.parameter.layout.whole(region)
+
+    def missing(self) -> Iterator[str]:
+        """What has not arrived."""
+        return self.parameter.tracker.described_gaps()
+
     def reset(self) -> None:
         """Announce a reload of the layer: every region may, and must, arrive again."""
         self._quantizer.progress.reset()
 
-    def _whole_shard(self, shard_id: str | None, expert_id: int | None) -> Region:
-        layout, name = self.parameter.layout, self.parameter.full_name
-        if expert_id not in ((None,) if layout.experts is None else range(layout.experts)):
-            wanted = "no expert_id" if layout.experts is None else f"an expert_id below {layout.experts}"
-            raise ShapeMismatchError(f"{name}: got expert_id {expert_id} with a whole shard, {wanted} is expected")
-        try:
-            rows = layout.shard_rows(shard_id)
-        except KeyError as error:
-            raise ShapeMismatchError(f"{name}: {error.args[0]}") from None
-        return Region(expert_id, rows, (0, layout.columns))
+
+def whole_shard(parameter: QuantizedParameter, shard_id: str | None, expert_id: int | None) -> Region:
+    """The region of a shard handed over whole; raises `ShapeMismatchError` for one that the parameter has not."""
+    layout, name = parameter.layout, parameter.full_name
+    if expert_id not in ((None,) if layout.experts is None else range(layout.experts)):
+        wanted = "no expert_id" if layout.experts is None else f"an expert_id below {layout.experts}"
+        raise ShapeMismatchError(f"{name}: got expert_id {expert_id} with a whole shard, {wanted} is expected")
+    try:
+        rows = layout.shard_rows(shard_id)
+    except KeyError as error:
+        raise ShapeMismatchError(f"{name}: {error.args[0]}") from None
+    return Region(expert_id, rows, (0, layout.columns))
 
 
 def _extent(region: Region) -> tuple[int, int]:

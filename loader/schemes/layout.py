@@ -65,6 +65,11 @@ class WeightLayout:
         return codes * self.format.code_dtype.itemsize + scales * self.format.scale_dtype.itemsize
 
     @property
+    def align(self) -> tuple[int, int]:
+        """Rows and columns that a piece must come in multiples of, to hold whole scale blocks where it can."""
+        return self.format.block_rows or 1, self.format.block_cols or 1
+
+    @property
     def scales_follow_rows(self) -> bool:
         """Whether a scale row belongs to a fixed number of rows all through, across shard borders too."""
         block = self.format.block_rows

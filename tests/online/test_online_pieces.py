@@ -56,6 +56,7 @@ class CheckingLoader:
 
     def __init__(self, layout: WeightLayout, expected: Tensor) -> None:
         self.parameter = FakeParameter(layout)
+        self.align, self.whole = layout.align, layout.whole
         self.expected = expected.reshape(layout.experts or 1, layout.rows, layout.columns)
         self.arrived = torch.zeros_like(self.expected, dtype=torch.int)
         self.observed = torch.zeros_like(self.expected, dtype=torch.int)

@@ -26,6 +26,8 @@ from .fp8 import (
 )
 from .int8 import Int8PerChannelLinear, Int8PerChannelMoE
 from .mxfp4 import QuarkMxfp4Linear, QuarkMxfp4MoE
+from .mxfp6 import Mxfp6E2m3Linear, Mxfp6E2m3MoE, Mxfp6E3m2Linear, Mxfp6E3m2MoE
+from .mxfp8 import Mxfp8Linear, Mxfp8MoE
 
 logger = logging.getLogger("quantload")
 DEFAULT = "quark_mxfp4"
@@ -47,6 +49,9 @@ class SchemeEntry:
 
 ENTRIES = (
     SchemeEntry("quark_mxfp4", QuarkMxfp4Linear, QuarkMxfp4MoE, "E2M1", "E8M0 per 32 along K, EVEN"),
+    SchemeEntry("mxfp6_e2m3", Mxfp6E2m3Linear, Mxfp6E2m3MoE, "E2M3", "E8M0 per 32 along K, EVEN"),
+    SchemeEntry("mxfp6_e3m2", Mxfp6E3m2Linear, Mxfp6E3m2MoE, "E3M2", "E8M0 per 32 along K, EVEN"),
+    SchemeEntry("mxfp8", Mxfp8Linear, Mxfp8MoE, "E4M3", "E8M0 per 32 along K, RCEIL"),
     SchemeEntry("fp8_per_tensor", Fp8PerTensorLinear, Fp8PerTensorMoE, "E4M3", "float32 per tensor, amax/448"),
     SchemeEntry(
         "fp8_per_channel", Fp8PerChannelLinear, Fp8PerChannelMoE, "E4M3", "float32 per row, amax/448", ("ptpc_fp8",)
@@ -57,6 +62,7 @@ ENTRIES = (
     SchemeEntry("none", None, None, "as stored", "-"),
 )
 
+_EMULATING = [entry.name for entry in ENTRIES if entry.linear is not None and entry.linear.can_emulate]
 _BY_NAME = {name: entry for entry in ENTRIES for name in (entry.name, *entry.aliases)}
 
 
@@ -130,7 +136,7 @@ class SchemeFactory:
             if emulate and not cls.can_emulate:  # type: ignore[attr-defined]
                 raise PolicyError(
                     f"{cls.name} cannot emulate its activations; "  # type: ignore[attr-defined]
-                    f"leave activations at auto, or choose quark_mxfp4"
+                    f"leave activations at auto, or choose one of {', '.join(_EMULATING)}"
                 )
             try:
                 overrides = dict(self._options.kernels)

@@ -336,7 +336,15 @@ def test_wrong_shape(
     assert all(str(size) in str(caught.value) for size in shape)
 
 
-SCHEMES = ["quark_mxfp4", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel"]
+SCHEMES = [
+    "quark_mxfp4",
+    "mxfp6_e2m3",
+    "mxfp8",
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_per_block",
+    "int8_per_channel",
+]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -9,16 +9,18 @@ import pytest
 import raw_checkpoint
 import torch
 from quantload import load_quantized
+from quantload.kernels.mx import unpack_fp6
 from torch import Tensor, nn
 
-BLOCK_BYTES = 16  # 32 FP4 codes
+BLOCK = 32
 
 
-def canonical(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """FP4 codes with -0 mapped to 0, and scales with those of all-zero blocks set to 0."""
-    low, high = codes & 0xF, codes >> 4
-    codes = torch.where(low == 8, 0, low) | (torch.where(high == 8, 0, high) << 4)
-    empty = (codes.unflatten(-1, (-1, BLOCK_BYTES)) == 0).all(-1)
+def canonical(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """One code an element with -0 mapped to 0, and scales with those of all-zero blocks set to 0."""
+    fp6 = packed.shape[-1] == scales.shape[-1] * BLOCK * 6 // 8
+    codes = unpack_fp6(packed) if fp6 else torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+    codes = torch.where(codes == (0x20 if fp6 else 8), 0, codes)
+    empty = (codes.unflatten(-1, (-1, BLOCK)) == 0).all(-1)
     return codes, scales.masked_fill(empty, 0)
 
 
@@ -40,15 +42,17 @@ def exported_layout(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("original", "export", "quantized_count"),
+    ("original", "export", "scheme", "quantized_count"),
     [
-        ("bf16_llama", "quark_llama_mxfp4", 2 * 7),
-        ("bf16_qwen3moe", "quark_qwen3moe_mxfp4", 2 * (4 + 4 * 3)),
+        ("bf16_llama", "quark_llama_mxfp4", "quark_mxfp4", 2 * 7),
+        ("bf16_qwen3moe", "quark_qwen3moe_mxfp4", "quark_mxfp4", 2 * (4 + 4 * 3)),
+        ("bf16_llama", "quark_llama_mxfp6_e2m3", "mxfp6_e2m3", 2 * 7),
+        ("bf16_llama", "quark_llama_mxfp6_e3m2", "mxfp6_e3m2", 2 * 7),
     ],
 )
-def test_bytes_equal_quark(original: str, export: str, quantized_count: int, golden: Path) -> None:
+def test_bytes_equal_quark(original: str, export: str, scheme: str, quantized_count: int, golden: Path) -> None:
     want = raw_checkpoint.read(golden / export)
-    got = {name: tensor.detach() for name, tensor in exported_layout(load_quantized(golden / original, "quark_mxfp4"))}
+    got = {name: tensor.detach() for name, tensor in exported_layout(load_quantized(golden / original, scheme))}
     assert set(got) == set(want)
     quantized = [name.removesuffix("_scale") for name in want if name.endswith("_scale")]
     assert len(quantized) == quantized_count
@@ -63,8 +67,12 @@ def test_bytes_equal_quark(original: str, export: str, quantized_count: int, gol
 
 
 def test_canonical_form_of_codes_and_scales() -> None:
-    codes = torch.tensor([[0x88] * BLOCK_BYTES + [0x81] + [0x08] * 15], dtype=torch.uint8)
+    codes = torch.tensor([[0x88] * 16 + [0x81] + [0x08] * 15], dtype=torch.uint8)
     scales = torch.tensor([[1, 120]], dtype=torch.uint8)
     got_codes, got_scales = canonical(codes, scales)
-    assert got_codes.tolist() == [[0] * BLOCK_BYTES + [1] + [0] * 15]
+    assert got_codes.tolist() == [[0] * BLOCK + [1] + [0] * (BLOCK - 1)]
+    assert got_scales.tolist() == [[0, 120]]
+    sixes = torch.tensor([[0x20, 0x08, 0x82] * 8 + [0x01, 0x08, 0x82] + [0] * 21], dtype=torch.uint8)
+    got_codes, got_scales = canonical(sixes, scales)
+    assert got_codes.tolist() == [[0] * BLOCK + [1] + [0] * (BLOCK - 1)]
     assert got_scales.tolist() == [[0, 120]]

@@ -17,7 +17,7 @@ from quantload import LoadOptions, load_quantized
 Checkpoint = Callable[[str], Path]
 
 # Two-pass schemes need the maximum of the whole tensor or block first; the others need only their own rows.
-SCHEMES = ("quark_mxfp4", "fp8_per_tensor", "fp8_per_block", "int8_per_channel")
+SCHEMES = ("quark_mxfp4", "mxfp6_e3m2", "mxfp8", "fp8_per_tensor", "fp8_per_block", "int8_per_channel")
 # Experts merged from many tensors; transposed experts; transposed linears; sizes that are not whole blocks; Chunk.
 ARCHITECTURES = ("qwen3_moe", "gpt_oss", "gpt_oss_odd", "gpt2", "qwen3_moe_odd", "nomic_bert", "qwen3_vl_moe")
 

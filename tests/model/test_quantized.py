@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
-SCHEMES = ["quark_mxfp4", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel"]
+SCHEMES = [
+    "quark_mxfp4",
+    "mxfp6_e2m3",
+    "mxfp8",
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_per_block",
+    "int8_per_channel",
+]
 
 Checkpoint = Callable[[str], Path]
 

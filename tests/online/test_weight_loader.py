@@ -22,7 +22,15 @@ from torch import Tensor, nn
 CPU = torch.device("cpu")
 Q, K, V = 24, 8, 8
 COLUMNS = 64
-SCHEMES = ["quark_mxfp4", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel"]
+SCHEMES = [
+    "quark_mxfp4",
+    "mxfp6_e2m3",
+    "mxfp8",
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_per_block",
+    "int8_per_channel",
+]
 
 
 class Fused:

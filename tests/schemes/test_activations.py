@@ -9,28 +9,32 @@ import quantload
 import torch
 from quantload import LoadOptions, load_quantized
 from quantload.errors import PolicyError
-from quantload.kernels import mxfp4
-from quantload.kernels.formats import MXFP4
+from quantload.kernels import mx, mxfp4
 from torch import Tensor
 
 DEMO_MODEL = Path(quantload.__file__).parent / "demo_model"
 
 
-def rounded(x: Tensor) -> Tensor:
-    codes, scales = torch.empty(MXFP4.code_shape(*x.shape), dtype=torch.uint8), torch.empty(0)
-    scales = torch.empty(MXFP4.scale_shape(*x.shape), dtype=torch.uint8)
+REFERENCES = {"quark_mxfp4": mxfp4.reference, **mx.references}
+
+
+def rounded(x: Tensor, scheme: str) -> Tensor:
+    fmt = REFERENCES[scheme].codec.format
+    codes = torch.empty(fmt.code_shape(*x.shape), dtype=fmt.code_dtype)
+    scales = torch.empty(fmt.scale_shape(*x.shape), dtype=fmt.scale_dtype)
     out = torch.empty_like(x)
-    mxfp4.reference.quantize(x, codes, scales)
-    mxfp4.reference.dequantize(codes, scales, out)
+    REFERENCES[scheme].quantize(x, codes, scales)
+    REFERENCES[scheme].dequantize(codes, scales, out)
     return out
 
 
-def test_linear_sees_rounded_activations() -> None:
-    plain = load_quantized(DEMO_MODEL, "quark_mxfp4")
-    emulating = load_quantized(DEMO_MODEL, "quark_mxfp4", options=LoadOptions(activations="emulate"))
+@pytest.mark.parametrize("scheme", REFERENCES)
+def test_linear_sees_rounded_activations(scheme: str) -> None:
+    plain = load_quantized(DEMO_MODEL, scheme)
+    emulating = load_quantized(DEMO_MODEL, scheme, options=LoadOptions(activations="emulate"))
     name = "model.layers.0.self_attn.q_proj"
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    expected = plain.get_submodule(name)(rounded(x))
+    expected = plain.get_submodule(name)(rounded(x, scheme))
     assert torch.equal(emulating.get_submodule(name)(x), expected)
     assert not torch.equal(plain.get_submodule(name)(x), expected)
     assert "activations emulated" in emulating.load_report.layers[0].kernel

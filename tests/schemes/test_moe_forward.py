@@ -15,7 +15,15 @@ from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm
 
 CPU = torch.device("cpu")
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 5, 64, 48, 2
-SCHEMES = ["quark_mxfp4", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel"]
+SCHEMES = [
+    "quark_mxfp4",
+    "mxfp6_e2m3",
+    "mxfp8",
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_per_block",
+    "int8_per_channel",
+]
 KINDS = {
     "gated": {},
     "without a gate": {"has_gate": False},

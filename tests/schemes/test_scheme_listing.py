@@ -17,4 +17,5 @@ def test_kernels_for_a_gpu_that_is_not_here_are_listed_with_the_reason():
 
 
 def test_nothing_for_a_cpu_is_unavailable_on_it():
-    assert all(row["unavailable"] == {} for row in list_schemes("cpu"))
+    reasons = {reason for row in list_schemes("cpu") for reason in row["unavailable"].values()}
+    assert reasons <= {"has no kernels for this format"}

@@ -24,8 +24,8 @@ def factory(**options: Any) -> SchemeFactory:
 
 def test_names_and_aliases() -> None:
     assert scheme_names() == [
-        "auto", "quark_mxfp4", "fp8_per_tensor", "fp8_per_channel", "ptpc_fp8", "fp8_per_block", "int8_per_channel",
-        "experts_int8", "none",
+        "auto", "quark_mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8_per_tensor", "fp8_per_channel", "ptpc_fp8",
+        "fp8_per_block", "int8_per_channel", "experts_int8", "none",
     ]  # fmt: skip
     assert get_entry("auto") is get_entry("quark_mxfp4")
     assert get_entry("ptpc_fp8") is get_entry("fp8_per_channel")

@@ -1,0 +1,76 @@
+"""Which modules a config means: by their names, by regular expressions, by globs."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Generic, TypeVar
+
+from ...errors import CheckpointError
+
+T = TypeVar("T")
+
+
+class Patterns:
+    """Names, regular expressions (`re:`, from the start of a name) and, if they are `globs`, globs."""
+
+    def __init__(self, patterns: Iterable[str], where: str, *, globs: bool = False) -> None:
+        listed = list(patterns)
+        self._names = {pattern for pattern in listed if not _is_pattern(pattern, globs)}
+        self._expressions = [
+            (pattern, compile_pattern(pattern, where)) for pattern in listed if _is_pattern(pattern, globs)
+        ]
+
+    def first(self, name: str) -> str | None:
+        """What names a module: its own name before any pattern, and of those the first."""
+        if name in self._names:
+            return name
+        return next((pattern for pattern, expression in self._expressions if expression.match(name)), None)
+
+
+class Lookup(Generic[T]):
+    """Values by module name or pattern; a name comes before any pattern, and of those the first that fits."""
+
+    def __init__(self, values: Mapping[str, T], where: str, *, globs: bool = False) -> None:
+        self._values = values
+        self._patterns = Patterns(values, where, globs=globs)
+
+    def find(self, name: str) -> tuple[str, T] | None:
+        """The pattern that fits a module, with its value."""
+        pattern = self._patterns.first(name)
+        return None if pattern is None else (pattern, self._values[pattern])
+
+
+class Prefixes:
+    """Module names or regular expressions that mean every module below them too, or stand at the end of a name.
+
+    The rule of transformers' `should_convert_module`, except that an ending must begin after a dot there as well.
+    """
+
+    def __init__(self, patterns: Iterable[str], where: str) -> None:
+        self._expressions = [
+            (pattern, compile_pattern(rf"re:(?:{pattern})(?:(?<=\.)|(?=\.|$))", where), f".{pattern}")
+            for pattern in patterns
+        ]
+
+    def first(self, name: str) -> str | None:
+        """The first pattern that means a module."""
+        for pattern, expression, ending in self._expressions:
+            if expression.match(name) or name.endswith(ending):
+                return pattern
+        return None
+
+
+def _is_pattern(pattern: str, globs: bool) -> bool:
+    return pattern.startswith("re:") or (globs and any(character in pattern for character in "*?["))
+
+
+def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
+    """What matches a whole name if `pattern` is a glob, and the start of one if it is a regular expression."""
+    try:
+        return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+    except re.error as error:
+        raise CheckpointError(
+            f"config.json: {where} has {pattern!r}, which is not a regular expression ({error}); correct the config"
+        ) from error

@@ -55,7 +55,8 @@ class StoredWeight:
     `rows` and `columns` are those of the matrix [N, K] as its codes lie, `experts` how many of them there are (None:
     one, without a dimension for it). `transposed` says that the model keeps it as [K, N]. `dtype` is that of the weight
     it stands for. `along` is the dimension pieces are cut along, where `parts` lie contiguously, and `step` the rows or
-    columns a piece must come in multiples of. Without a `zero_point` part, all zero points are `zero_point`.
+    columns a piece must come in multiples of. Without a `zero_point` part, all zero points are `zero_point`. `values`
+    are small tensors that were read with the config, such as a second scale: what they say is in the parts.
     """
 
     name: str
@@ -70,6 +71,7 @@ class StoredWeight:
     step: int = 1
     zero_point: float = 0.0
     activations: StoredActivations | None = None
+    values: tuple[TensorEntry, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,6 +98,7 @@ class StoredWeight:
     def entries(self) -> Iterator[TensorEntry]:
         """The checkpoint tensors it is made of."""
         yield from (part.entry for part in self.parts)
+        yield from self.values
         if self.activations is not None and self.activations.scale is not None:
             yield self.activations.scale
 

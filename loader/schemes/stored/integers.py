@@ -1,0 +1,145 @@
+"""How unsigned integer codes with scales and zero points for groups of a row lie in tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.headers import TensorEntry
+from ...errors import CheckpointError
+from ...kernels.formats import INTEGERS
+from .layouts import Layout, float32, zero_points
+from .modules import FLOATS, ONE, StoredModule
+from .packing import WORD, awq_codes, awq_values, plain_bytes, row_values
+from .weights import StoredPart, StoredWeight
+
+_WORDS = (torch.int32, torch.uint32)
+_FORMATS = {(fmt.code_bits, fmt.block_cols, fmt.scale_dtype): fmt for fmt in INTEGERS}
+GROUPS = tuple(sorted({fmt.block_cols for fmt in INTEGERS if fmt.block_cols}))
+"""Sizes of groups; 0, the whole row, aside."""
+
+
+def packed(bits: int, group: int, symmetric: bool) -> Layout:
+    """compressed-tensors' `weight_packed` [N, ceil(K * bits / 32)] words, `weight_scale` [N, K / group].
+
+    Asymmetric ones have `weight_zero_point` [N * bits / 32, K / group] words. A group of 0 is the whole row, and then
+    `weight_shape` says what K is.
+    """
+    per_word = 32 // bits
+    why = f"a weight packed in {bits} bits"
+
+    def read(module: StoredModule) -> StoredWeight:
+        codes = module.matrix("weight_packed", _WORDS, why=why)
+        rows, words = codes.shape
+        scales = module.matrix("weight_scale", FLOATS, why=why)
+        columns = group * scales.shape[1] if group else _stored_columns(module, rows, words, per_word)
+        _check_groups(scales, (rows, columns // group if group else 1), why)
+        if -(-columns // per_word) != words:
+            raise _wrong_columns(codes, words * per_word, scales, columns)
+        fmt = _FORMATS[bits, group, scales.dtype]
+        count = fmt.code_shape(rows, columns)[1]
+        parts = [
+            StoredPart("codes", codes, 1, None if count == 4 * words else plain_bytes(count)),
+            StoredPart("scale", scales),
+        ]
+        if symmetric:
+            parts += zero_points(module, "weight_zero_point", (scales.shape,), 1)
+            return module.weight(fmt, (rows, columns), tuple(parts), zero_point=float(1 << bits - 1))
+        if rows % per_word:
+            raise CheckpointError(
+                f"{codes.name} has {rows} rows; zero points are packed in words of {per_word} rows, and rows that do "
+                f"not fill them are not read; load the original checkpoint, which quantload quantizes while it loads"
+            )
+        shapes = ((rows // per_word, scales.shape[1]),)
+        zeros = module.shaped("weight_zero_point", _WORDS, shapes, why=f"a zero point of {why}")
+        parts.append(StoredPart("zero_point", zeros, per_word, row_values(bits, fmt.scale_dtype)))
+        return module.weight(fmt, (rows, columns), tuple(parts), step=per_word)
+
+    return read
+
+
+def awq(group: int, zero_point: bool) -> Layout:
+    """AWQ's GEMM layout: `qweight` [K, N / 8] words, `scales` [K / group, N], `qzeros` [K / group, N / 8] words."""
+    why = "a weight in AWQ's GEMM layout"
+
+    def read(module: StoredModule) -> StoredWeight:
+        codes = module.matrix("qweight", _WORDS, why=why)
+        columns, rows = codes.shape[0], codes.shape[1] * WORD
+        if columns % (group or 2):
+            raise CheckpointError(
+                f"{codes.name} has {columns} rows, the columns of its weight; {why} with group_size {group or -1} has "
+                f"a multiple of {group or 2}; the config is of another checkpoint, or the tensor is damaged"
+            )
+        groups = columns // group if group else 1
+        scales = module.shaped("scales", FLOATS, ((groups, rows),), why=why)
+        fmt = _FORMATS[4, group, scales.dtype]
+        parts = [
+            StoredPart("codes", codes, 1, awq_codes),
+            StoredPart("scale", scales, group, _transposed),
+        ]
+        if zero_point:
+            zeros = module.shaped("qzeros", _WORDS, ((groups, rows // WORD),), why=why)
+            parts.append(StoredPart("zero_point", zeros, group, lambda words: awq_values(words, fmt.scale_dtype)))
+        return module.weight(
+            fmt, (rows, columns), tuple(parts), along="columns", step=group or 2, zero_point=0.0 if zero_point else 8.0
+        )
+
+    return read
+
+
+def int4_fp8(unpack: Callable[[Tensor], Tensor]) -> Layout:
+    """AMD Quark's INT4 over FP8: `weight` [N, K / 8] words, `weight_scale` for all, `weight_scale_2` [N].
+
+    A weight is code * weight_scale_2 * weight_scale. The zero points it may store, eight to a word, must be 0.
+    """
+    why = "a weight in INT4 over FP8"
+
+    def read(module: StoredModule) -> StoredWeight:
+        codes = module.matrix("weight", _WORDS, why=why)
+        rows, columns = codes.shape[0], codes.shape[1] * WORD
+        outer = module.scalar("weight_scale", why=why)
+        scales = module.shaped("weight_scale_2", FLOATS, ((rows,), (rows, 1)), why=why)
+        parts = (
+            StoredPart("codes", codes, 1, unpack),
+            StoredPart("scale", scales, 1, lambda stored: float32(stored) * outer),
+            *zero_points(module, "weight_zero_point", ONE, 0),
+            *zero_points(module, "weight_zero_point_2", ((-(-rows // WORD),),), WORD),
+        )
+        step = max(part.block for part in parts)
+        return module.weight(_FORMATS[4, 0, torch.float32], (rows, columns), parts, step=step, zero_point=8.0)
+
+    return read
+
+
+def _transposed(stored: Tensor) -> Tensor:
+    return stored.t()
+
+
+def _stored_columns(module: StoredModule, rows: int, words: int, per_word: int) -> int:
+    """K of a weight with one group a row: between what fills all words but the last, and what fills all."""
+    entry = module.shaped("weight_shape", (torch.int64, torch.int32), ((2,),), why="a packed weight")
+    shape = [int(size) for size in module.value(entry)]
+    if shape[0] != rows or -(-shape[1] // per_word) != words:
+        raise CheckpointError(
+            f"{entry.name} says {shape}, but {module.name}.weight_packed has {rows} rows of {words} words of "
+            f"{per_word} codes; one of the two is damaged, or num_bits is wrong"
+        )
+    return shape[1]
+
+
+def _check_groups(scales: TensorEntry, shape: tuple[int, int], why: str) -> None:
+    if scales.shape != shape:
+        raise CheckpointError(
+            f"{scales.name} has the shape {list(scales.shape)}; {why} needs {list(shape)} to fit its codes; the config "
+            f"is of another checkpoint, or the tensor is damaged"
+        )
+
+
+def _wrong_columns(codes: TensorEntry, most: int, scales: TensorEntry, columns: int) -> CheckpointError:
+    return CheckpointError(
+        f"{codes.name} has room for {most} codes in a row, but {scales.name} has groups for {columns}: a group size "
+        f"that does not divide the row, another num_bits, or a damaged tensor; correct the config, or load the "
+        f"original checkpoint"
+    )

@@ -1,0 +1,137 @@
+"""How floating-point and INT8 weights lie in tensors: what each layout takes from a module, and what it makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, WeightFormat
+from .modules import FLOATS, ONE, StoredModule
+from .weights import StoredPart, StoredWeight
+
+Layout = Callable[[StoredModule], StoredWeight]
+"""Takes the tensors of one weight from its module, and says how they become canonical."""
+
+FP8 = (torch.float8_e4m3fn,)
+BYTES = (torch.uint8,)
+E8M0 = (torch.uint8, torch.float8_e8m0fnu)
+
+
+def mx(fmt: WeightFormat, codes: str = "weight", scale: str = "weight_scale") -> Layout:
+    """Codes as they are kept here [N, K * bits / 8], and one E8M0 byte for 32 of them [N, K / 32]."""
+    code_dtypes = (*BYTES, torch.float4_e2m1fn_x2) if fmt.code_bits == 4 else (fmt.code_dtype,)
+    why = f"a weight in {fmt.name}"
+
+    def read(module: StoredModule) -> StoredWeight:
+        entry = module.matrix(codes, code_dtypes, why=why)
+        rows, columns = entry.shape[0], entry.shape[1] * 8 // fmt.code_bits
+        if fmt.code_shape(rows, columns) != entry.shape or columns % fmt.block_cols:
+            raise CheckpointError(
+                f"{entry.name} has {entry.shape[1]} bytes in a row, which are {columns} codes; {why} has whole blocks "
+                f"of {fmt.block_cols} codes; the config is of another checkpoint, or the tensor is damaged"
+            )
+        scales = module.shaped(scale, E8M0, (fmt.scale_shape(rows, columns),), why=why)
+        return module.weight(fmt, (rows, columns), (StoredPart("codes", entry), StoredPart("scale", scales)))
+
+    return read
+
+
+def fp8_tensor(scale: str = "weight_scale") -> Layout:
+    """E4M3 codes [N, K] and one scale for all of them."""
+
+    def read(module: StoredModule) -> StoredWeight:
+        why = "a weight in FP8 with one scale"
+        codes = module.matrix("weight", FP8, why=why)
+        scales = StoredPart("scale", module.shaped(scale, FLOATS, ONE, why=why), 0, float32)
+        return module.weight(FP8_TENSOR, codes.shape, (StoredPart("codes", codes), scales))
+
+    return read
+
+
+def fp8_channel(scale: str = "weight_scale") -> Layout:
+    """E4M3 codes [N, K] and a scale for each row, [N] or [N, 1]."""
+    return _by_channel(FP8_CHANNEL, "a weight in FP8 with a scale for each row", scale)
+
+
+def fp8_block(scale: str = "weight_scale") -> Layout:
+    """E4M3 codes [N, K] and a scale for each 128 x 128 of them, [ceil(N / 128), ceil(K / 128)], E8M0 bytes as well."""
+
+    def read(module: StoredModule) -> StoredWeight:
+        why = "a weight in FP8 with a scale for 128 x 128 codes"
+        codes = module.matrix("weight", FP8, why=why)
+        scales = module.shaped(scale, (*FLOATS, *E8M0), (FP8_BLOCK.scale_shape(*codes.shape),), why=why)
+        parts = (StoredPart("codes", codes), StoredPart("scale", scales, FP8_BLOCK.block_rows, float32))
+        return module.weight(FP8_BLOCK, codes.shape, parts)
+
+    return read
+
+
+def int8_channel() -> Layout:
+    """INT8 codes [N, K] and a scale for each row, [N] or [N, 1]; zero points, where there are any, must be 0."""
+    return _by_channel(INT8_CHANNEL, "a weight in INT8 with a scale for each row", "weight_scale")
+
+
+def int8_tensor() -> Layout:
+    """INT8 codes [N, K] and one scale, which every row gets; a zero point, where there is one, must be 0."""
+
+    def read(module: StoredModule) -> StoredWeight:
+        why = "a weight in INT8 with one scale"
+        codes = module.matrix("weight", (torch.int8,), why=why)
+        rows = codes.shape[0]
+        scale = module.shaped("weight_scale", FLOATS, ONE, why=why)
+        parts = (
+            StoredPart("codes", codes),
+            StoredPart("scale", scale, 0, lambda stored: float32(stored).reshape(1, 1).repeat(rows, 1)),
+            *zero_points(module, "weight_zero_point", ONE, 0),
+        )
+        return module.weight(INT8_CHANNEL, codes.shape, parts)
+
+    return read
+
+
+def zero_points(
+    module: StoredModule, tensor: str, shapes: tuple[tuple[int, ...], ...], block: int
+) -> tuple[StoredPart, ...]:
+    """Zero points of a symmetric quantization, which some tools store: none, or one part that must be zero."""
+    if tensor not in module:
+        return ()
+    entry = module.shaped(tensor, _ZERO_POINTS, shapes, why="a zero point of a symmetric quantization")
+    return (StoredPart("must_be_zero", entry, block, _must_be_zero(entry.name)),)
+
+
+def float32(stored: Tensor) -> Tensor:
+    """Scales in float32, exactly: from float types, and from E8M0 bytes."""
+    exponents = stored.view(torch.float8_e8m0fnu) if stored.dtype is torch.uint8 else stored
+    return exponents.float().reshape(stored.shape[0] if stored.ndim else 1, -1)
+
+
+_ZERO_POINTS = (torch.int8, torch.uint8, torch.int32, torch.int64, *FLOATS, *FP8)
+
+
+def _by_channel(fmt: WeightFormat, why: str, scale: str) -> Layout:
+    def read(module: StoredModule) -> StoredWeight:
+        codes = module.matrix("weight", (fmt.code_dtype,), why=why)
+        rows = codes.shape[0]
+        parts = (
+            StoredPart("codes", codes),
+            StoredPart("scale", module.shaped(scale, FLOATS, ((rows,), (rows, 1)), why=why), 1, float32),
+            *zero_points(module, "weight_zero_point", ((rows,), (rows, 1)), 1),
+        )
+        return module.weight(fmt, codes.shape, parts)
+
+    return read
+
+
+def _must_be_zero(name: str) -> Callable[[Tensor], Tensor]:
+    def check(stored: Tensor) -> Tensor:
+        if bool(stored.float().any()):
+            raise CheckpointError(
+                f"{name} is not zero everywhere, but the config says that the quantization is symmetric; "
+                f"correct the config, or load the original checkpoint, which quantload quantizes while it loads"
+            )
+        return stored
+
+    return check

@@ -1,0 +1,84 @@
+"""Four-bit codes as tools pack them, and as they are kept here: unsigned, two in a byte, the first in the low bits.
+
+A 32-bit word of eight codes is seen as four bytes, its lowest first. In the order that AWQ and AMD Quark's `reorder`
+share, the code of column c stands in bits 4i to 4i + 3 of the word with i = 0, 4, 1, 5, 2, 6, 3, 7 for c = 0 .. 7: the
+four low nibbles hold the columns 0, 4, 1, 5, and the four high ones 2, 6, 3, 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+WORD = 8
+"""Codes of four bits in a word of 32."""
+
+_LOW_COLUMNS = (0, 4, 1, 5)
+_HIGH_COLUMNS = (2, 6, 3, 7)
+
+
+def awq_codes(words: Tensor) -> Tensor:
+    """AWQ's `qweight` [k, N / 8] to codes [N, k / 2]; k is even."""
+    k, groups = words.shape
+    first, second = _bytes(words)[0::2], _bytes(words)[1::2]
+    codes = torch.empty(groups, WORD, k // 2, dtype=torch.uint8)
+    codes[:, _LOW_COLUMNS] = ((first & 15) | (second << 4)).permute(1, 2, 0)
+    codes[:, _HIGH_COLUMNS] = ((first >> 4) | (second & 0xF0)).permute(1, 2, 0)
+    return codes.view(groups * WORD, k // 2)
+
+
+def awq_values(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """AWQ's `qzeros` [g, N / 8] to numbers [N, g] of `dtype`."""
+    return _columns(words).permute(1, 2, 0).reshape(-1, words.shape[0]).to(dtype)
+
+
+def reordered_codes(words: Tensor) -> Tensor:
+    """AMD Quark's `reorder` of signed codes, [n, K / 8] words, to unsigned ones, [n, K / 2]."""
+    columns = _columns(words)
+    return ((columns[..., 0::2] | (columns[..., 1::2] << 4)) ^ 0x88).view(words.shape[0], -1)
+
+
+def ordered_codes(words: Tensor) -> Tensor:
+    """Signed codes in the order of their columns, [n, K / 8] words, to unsigned ones, [n, K / 2]."""
+    return _bytes(words).view(words.shape[0], -1) ^ 0x88
+
+
+PACK_METHODS: dict[str, Callable[[Tensor], Tensor]] = {"reorder": reordered_codes, "order": ordered_codes}
+"""What undoes a `pack_method` of AMD Quark."""
+
+
+def plain_bytes(count: int) -> Callable[[Tensor], Tensor]:
+    """Unsigned codes in the order of their columns: the first `count` bytes of each row of words."""
+    return partial(_plain_bytes, count)
+
+
+def row_values(bits: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Numbers packed along the rows, [n * bits / 32, G] words, to [n, G] of `dtype`."""
+    return partial(_row_values, bits, dtype)
+
+
+def _plain_bytes(count: int, words: Tensor) -> Tensor:
+    return _bytes(words).view(words.shape[0], -1)[:, :count]
+
+
+def _row_values(bits: int, dtype: torch.dtype, words: Tensor) -> Tensor:
+    values = _bytes(words)
+    if bits == 4:
+        values = torch.stack((values & 15, values >> 4), dim=-1).flatten(2)
+    return values.transpose(1, 2).reshape(-1, words.shape[1]).to(dtype)
+
+
+def _columns(words: Tensor) -> Tensor:
+    """The codes of each word in the order of their columns, [rows, words, 8]."""
+    packed = _bytes(words)
+    columns = torch.empty(*words.shape, WORD, dtype=torch.uint8)
+    columns[..., _LOW_COLUMNS] = packed & 15
+    columns[..., _HIGH_COLUMNS] = packed >> 4
+    return columns
+
+
+def _bytes(words: Tensor) -> Tensor:
+    return words.contiguous().view(torch.uint8).view(*words.shape, 4)

@@ -1,0 +1,69 @@
+"""From a config and the tensors of a checkpoint to the weights it stores quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.headers import TensorEntry
+from ...errors import UnsupportedCheckpointError
+from .awq import Awq
+from .collect import collect
+from .compressed_tensors import CompressedTensors
+from .fp8 import Fp8
+from .gpt_oss import read_gpt_oss
+from .modules import Read
+from .quark import Quark
+from .settings import Settings
+from .weights import StoredCheckpoint
+
+Reader = Callable[[Settings, Mapping[str, TensorEntry], Read, torch.dtype], StoredCheckpoint]
+
+READERS: Mapping[str, Reader] = MappingProxyType(
+    {
+        "quark": partial(collect, Quark),
+        "compressed-tensors": partial(collect, CompressedTensors),
+        "awq": partial(collect, Awq),
+        "mxfp4": read_gpt_oss,
+        "fp8": partial(collect, Fp8),
+    }
+)
+"""What reads a checkpoint, by its `quant_method`."""
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def read_stored(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], read: Callable[[TensorEntry], Tensor]
+) -> StoredCheckpoint | None:
+    """The weights that a checkpoint stores quantized, by its `config.json` and its tensors; None: it says of none.
+
+    `read` fetches a small tensor, such as a second scale. Raises `UnsupportedCheckpointError` for a `quant_method` that
+    is not read here, and `CheckpointError` for a config or a tensor that is unknown, inconsistent or missing.
+    """
+    settings = Settings(config, "").section("quantization_config")
+    if settings is None:
+        return None
+    method = settings.get("quant_method")
+    if method not in READERS:
+        raise UnsupportedCheckpointError(
+            f"quantization_config.quant_method is {method!r}; read are {', '.join(map(repr, sorted(READERS)))}; load "
+            f"the original checkpoint, which quantload quantizes while it loads"
+        )
+    return READERS[method](settings, tensors, read, _dtype(config))
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the weights before they were quantized, as transformers finds it; BF16 if nothing says."""
+    text = config.get("text_config")
+    for values in (config, text if isinstance(text, Mapping) else {}):
+        for field in ("dtype", "torch_dtype"):
+            name = str(values.get(field)).removeprefix("torch.")
+            if name in _DTYPES:
+                return _DTYPES[name]
+    return torch.bfloat16

@@ -1,0 +1,63 @@
+"""Checkpoints made of tensors in memory, and the values that a stored weight stands for, each part converted whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from quantload.checkpoint.headers import TensorEntry
+from quantload.kernels.registry import kernel_set
+from quantload.schemes.stored.read import read_stored
+from quantload.schemes.stored.weights import StoredCheckpoint, StoredPart, StoredWeight
+from torch import Tensor
+
+
+def entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
+    """Tensors as an index has them; where they lie says nothing."""
+    return {name: TensorEntry(name, t.dtype, tuple(t.shape), 0, 0, t.nbytes) for name, t in tensors.items()}
+
+
+def read(quantization: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], **config: Any) -> StoredCheckpoint:
+    """What is read of a checkpoint with that `quantization_config` and other fields of its config."""
+    stored = read_stored(
+        {**config, "quantization_config": quantization}, entries(tensors), lambda entry: tensors[entry.name]
+    )
+    assert stored is not None
+    return stored
+
+
+def converted(part: StoredPart, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A whole part in the canonical layout."""
+    columns = part.entry.shape[-1] if len(part.entry.shape) > 1 else 1
+    matrix = tensors[part.entry.name].reshape(-1, columns)
+    return matrix if part.convert is None else part.convert(matrix)
+
+
+def dequantized(weight: StoredWeight, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The float32 values of a weight, in the shape it has in the model."""
+    fmt, experts = weight.format, weight.experts or 1
+    parts = {part.role: converted(part, tensors) for part in weight.parts}
+    codes = parts["codes"].view(fmt.code_dtype).reshape(experts, *fmt.code_shape(weight.rows, weight.columns))
+    scales = parts["scale"].view(torch.uint8) if fmt.scale_dtype is torch.uint8 else parts["scale"]
+    assert scales.dtype is fmt.scale_dtype
+    out = torch.empty(experts, weight.rows, weight.columns)
+    for e in range(experts):
+        if fmt.scale_words == 1:
+            matrix = scales.reshape(experts, *fmt.scale_shape(weight.rows, weight.columns))[e]
+            kernel_set(fmt.name, "cpu").dequantize(codes[e], matrix, out[e])
+        else:
+            zeros = parts.get("zero_point", torch.full_like(scales, weight.zero_point))
+            out[e] = _integers(weight, codes[e], scales, zeros)
+    return (out.transpose(1, 2) if weight.transposed else out).reshape(weight.shape)
+
+
+def _integers(weight: StoredWeight, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """(code - zero point) * scale, written out."""
+    fmt, group = weight.format, weight.format.block_cols or weight.columns
+    assert scales.shape == zeros.shape == (weight.rows, weight.columns // group)
+    assert zeros.dtype is fmt.scale_dtype
+    if fmt.code_bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : weight.columns]
+    spread = [numbers.float().repeat_interleave(group, dim=1) for numbers in (zeros, scales)]
+    return (codes.float() - spread[0]) * spread[1]

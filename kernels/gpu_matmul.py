@@ -30,6 +30,7 @@ class GpuMatmul:
     arguments: tuple[Any, ...]
     lacks: Reason
     arrangement: Arrangement | None = None
+    rounds_activations: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         result: torch.Tensor = _made(self.module, self.attribute, self.format.name, self.arguments)(*args, **kwargs)
@@ -55,20 +56,23 @@ def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
     module, attribute = attributes[operation]
     weight_only = GpuMatmul("triton", fmt, module, attribute, (False,), _lacks_nothing)
     if fmt is MXFP4:
-        w4a4 = GpuMatmul("triton_w4a4", fmt, module, attribute, (True,), _lacks_mx)
+        w4a4 = GpuMatmul("triton_w4a4", fmt, module, attribute, (True,), _lacks_mx, rounds_activations=True)
         return [_through_aiter(operation, fmt, w4a4), w4a4, weight_only]
-    both = GpuMatmul("triton_w8a8", fmt, module, attribute, (True,), _lacks_fp8)
+    both = GpuMatmul("triton_w8a8", fmt, module, attribute, (True,), _lacks_fp8, rounds_activations=True)
     if fmt.code_dtype == torch.int8:
         return [weight_only, both]
     if operation == "linear" and fmt.code_dtype == torch.float8_e4m3fn:
-        return [GpuMatmul("scaled_mm", fmt, "scaled_mm", "ScaledMmLinear", (), _lacks_scaled_mm), both, weight_only]
+        scaled_mm = GpuMatmul(
+            "scaled_mm", fmt, "scaled_mm", "ScaledMmLinear", (), _lacks_scaled_mm, rounds_activations=True
+        )
+        return [scaled_mm, both, weight_only]
     return [both, weight_only]
 
 
 def _through_aiter(operation: str, fmt: WeightFormat, w4a4: GpuMatmul) -> GpuMatmul:
     """aiter fuses a whole experts layer; layers it cannot fuse stay canonical and multiply through Triton."""
     made = ("aiter", "aiter_linear", ()) if operation == "linear" else (w4a4.module, w4a4.attribute, w4a4.arguments)
-    return GpuMatmul("aiter", fmt, *made, lambda _, target: aiter.why_not(target), aiter.ARRANGEMENT)
+    return GpuMatmul("aiter", fmt, *made, lambda _, target: aiter.why_not(target), aiter.ARRANGEMENT, True)
 
 
 @cache

@@ -60,6 +60,8 @@ class Kernel:
     """Why the kernel cannot run on a device, or None when it can."""
     arrangement: Arrangement | None = None
     """What loaded weights go through for `linear` or `experts`; None: they stay canonical."""
+    rounds_activations: bool = False
+    """Whether a matmul rounds its activations to what goes with the format, dynamically."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -135,9 +137,21 @@ def kernel_set(
 
 
 def weight_only(format_name: str, device: torch.device | str) -> dict[str, str]:
-    """Overrides that leave activations as they are, where the best matmul on a device would quantize them."""
+    """Overrides that leave activations as they are, where the best matmul on a device would round them."""
+    usable = _usable_matmuls(format_name, device)
+    plain = [kernel for kernel in usable if not kernel.rounds_activations]
+    return {"linear": plain[0].name} if plain and usable[0].rounds_activations else {}
+
+
+def quantizing(format_name: str, device: torch.device | str) -> dict[str, str]:
+    """Overrides for the best matmul that rounds activations on its own; none where a device has no such kernel."""
+    rounding = [kernel for kernel in _usable_matmuls(format_name, device) if kernel.rounds_activations]
+    return {"linear": rounding[0].name} if rounding else {}
+
+
+def _usable_matmuls(format_name: str, device: torch.device | str) -> list[Kernel]:
     found = candidates("linear", stored_format(format_name, torch.device(device)), device)
-    return {"linear": "triton"} if any(kernel.name == "triton" and reason is None for kernel, reason in found) else {}
+    return [kernel for kernel, reason in found if reason is None]
 
 
 def warm_up(
@@ -180,7 +194,17 @@ def _gpu_kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
     fmt = FORMATS[format_name]
     found: list[GpuMatmul | GpuQuantize] = [*gpu_matmuls(operation, fmt), *gpu_quantizers(operation, fmt)]
     return tuple(
-        Kernel(k.name, operation, format_name, "cuda", k, k.unavailable, getattr(k, "arrangement", None)) for k in found
+        Kernel(
+            k.name,
+            operation,
+            format_name,
+            "cuda",
+            k,
+            k.unavailable,
+            getattr(k, "arrangement", None),
+            getattr(k, "rounds_activations", False),
+        )
+        for k in found
     )
 
 

@@ -56,7 +56,7 @@ PageCacheOption = Annotated[str, typer.Option("--page-cache", help="auto, keep o
 Stats = Annotated[str, typer.Option(help="on or off: measure what quantization loses.")]
 Strict = Annotated[bool, typer.Option("--strict", help="A pattern that matches nothing is an error.")]
 Kernel = Annotated[list[str] | None, typer.Option(help="OPERATION=NAME to choose a kernel by hand. Repeatable.")]
-Activations = Annotated[str, typer.Option(help="auto, none or emulate.")]
+Activations = Annotated[str, typer.Option(help="auto, none, emulate, or a format such as mxfp4 or fp8.")]
 Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code the checkpoint ships.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]

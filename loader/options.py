@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from .errors import PolicyError
 
 MIB = 1 << 20
 
 PageCache = Literal["auto", "keep", "drop"]
-Activations = Literal["auto", "none", "emulate"]
+Activations = Literal["auto", "none", "emulate", "mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8", "fp8", "int8"]
 
 
 def _from_mapping(cls: type[Any], values: Mapping[str, Any]) -> Any:
@@ -34,9 +34,10 @@ class LoadOptions:
     `workers`: reading and quantizing threads (None = one a core). `page_cache`: `auto` leaves warm files alone and
     drops cold ones behind the reader. `strict`: a pattern that matches nothing is an error, not a warning.
     `stats`: measure what quantizing loses, in the kernels. `activations`: `auto` lets the kernels decide, `none` keeps
-    activations as they are, `emulate` rounds them to the scheme's format and back. `retries`: how often a failed read
-    is tried again. `kernels`: operation -> kernel name, to choose one by hand. Raises `PolicyError` for values
-    out of range.
+    activations as they are, `emulate` rounds them and back to what the checkpoint's config says or else to the scheme's
+    own format, and the name of a format to that one, in a kernel where there is one for it. `retries`: how often a
+    failed read is tried again. `kernels`: operation -> kernel name, to choose one by hand. Raises `PolicyError` for
+    values out of range.
     """
 
     chunk_bytes: int = 8 * MIB
@@ -58,8 +59,8 @@ class LoadOptions:
             raise PolicyError(f"workers is {self.workers}; give at least 1, or None for one a core")
         if self.page_cache not in ("auto", "keep", "drop"):
             raise PolicyError(f"page_cache is {self.page_cache!r}; choose auto, keep or drop")
-        if self.activations not in ("auto", "none", "emulate"):
-            raise PolicyError(f"activations is {self.activations!r}; choose auto, none or emulate")
+        if self.activations not in get_args(Activations):
+            raise PolicyError(f"activations is {self.activations!r}; choose one of {', '.join(get_args(Activations))}")
         if self.retries < 0:
             raise PolicyError(f"retries is {self.retries}; give 0 or more")
         for name in ("staging_bytes", "max_memory"):

@@ -34,7 +34,7 @@ def test_frozen(cls: Any) -> None:
         ({"chunk_bytes": 4095}, "chunk_bytes is 4095; give at least 4096"),
         ({"workers": 0}, "workers is 0"),
         ({"page_cache": "burn"}, "page_cache is 'burn'; choose auto, keep or drop"),
-        ({"activations": "some"}, "activations is 'some'; choose auto, none or emulate"),
+        ({"activations": "some"}, "activations is 'some'; choose one of auto, none, emulate, mxfp4, mxfp6_e3m2"),
         ({"retries": -1}, "retries is -1"),
         ({"staging_bytes": 0}, "staging_bytes is 0; give a positive number"),
         ({"max_memory": -5}, "max_memory is -5"),

@@ -20,11 +20,10 @@ def apply_keeping_codes(module: Any, fn: Apply, recurse: bool = True) -> Any:
 
     What is behind `.to()`, `.half()` and `.cuda()`: FP8 codes and float32 scales are no numbers to be rounded.
     """
-    layouts = module.scheme.layouts(module)
-    codes = {id(module._parameters[key]) for name in layouts for key in (name, f"{name}_scale")}
+    kept = {id(module._parameters[name]) for name in module.scheme.kept_exactly(module)}
 
     def moved(tensor: Tensor) -> Tensor:
-        if id(tensor) in codes:
+        if id(tensor) in kept:
             empty = fn(tensor[:0])
             if empty.dtype != tensor.dtype:
                 return tensor.to(empty.device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels.registry import KernelSet, kernel_set
 from ..kernels.statistics import new_statistics
+from .activations import Activation
 from .layout import WeightLayout
 
 
@@ -77,11 +78,10 @@ class _Scheme(ABC):
 
     name: str
     format_name: str
-    can_emulate: bool = False
 
-    def __init__(self, quantizer: Quantizer, emulate: bool = False) -> None:
+    def __init__(self, quantizer: Quantizer, activation: Activation | None = None) -> None:
         self.quantizer = quantizer
-        self.emulate = emulate
+        self.activation = activation
 
     @property
     def kernels(self) -> KernelSet:
@@ -94,22 +94,24 @@ class _Scheme(ABC):
         names: Mapping[str, str] = self.kernels.names
         distinct = list(dict.fromkeys(names.values()))
         kernels = distinct[0] if len(distinct) == 1 else ", ".join(f"{op}={name}" for op, name in names.items())
-        return f"{kernels}, {self.format_name} activations emulated" if self.emulate else kernels
+        return kernels if self.activation is None else f"{kernels}, {self.activation.format} activations emulated"
 
-    def activations(self, x: Tensor) -> Tensor:
-        """`x` [T, K] as the matmul is to see it: rounded to the format and back where activations are emulated.
+    def add_input_scale(self, layer: nn.Module, prefix: str = "") -> None:
+        """Register `<prefix>input_scale`, float32 [1] on meta, if activations have a static scale."""
+        if self.activation is not None and self.activation.static:
+            layer.register_parameter(f"{prefix}input_scale", meta_parameter((1,), torch.float32))
 
-        NaN and Inf, which have no code, stay what they are.
-        """
-        if not self.emulate or not x.numel():
+    def activations(self, layer: nn.Module, x: Tensor, prefix: str = "") -> Tensor:
+        """`x` [T, K] as the matmul is to see it: rounded where activations are emulated."""
+        if self.activation is None:
             return x
-        fmt, finite = self.kernels.format, torch.isfinite(x)
-        codes = torch.empty(fmt.code_shape(*x.shape), dtype=fmt.code_dtype, device=x.device)
-        scales = torch.empty(fmt.scale_shape(*x.shape), dtype=fmt.scale_dtype, device=x.device)
-        rounded = torch.empty_like(x, memory_format=torch.contiguous_format)
-        self.kernels.quantize(torch.where(finite, x, 0).contiguous(), codes, scales)
-        self.kernels.dequantize(codes, scales, rounded)
-        return torch.where(finite, rounded, x)
+        scale = layer._parameters[f"{prefix}input_scale"] if self.activation.static else None
+        return self.activation(x, scale)
+
+    def kept_exactly(self, layer: nn.Module) -> set[str]:
+        """The parameters that are no numbers to be rounded when the layer is cast: codes and their scales."""
+        names = {each for name in self.layouts(layer) for each in (name, f"{name}_scale")}
+        return names | {name for name in layer._parameters if name.endswith("input_scale")}
 
     @abstractmethod
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:

@@ -12,14 +12,15 @@ from .layout import WeightLayout
 
 
 class QuantizedLinearScheme(LinearScheme):
-    """Weight-only quantization of a linear layer in `format_name`."""
+    """A linear layer with codes in `format_name`, and activations as its `activation` says."""
 
     def create_weights(self, layer: nn.Module, *, in_features: int, out_features: int) -> None:
-        """Register `weight` (codes [N, K/codes per byte]) and `weight_scale`, both on the meta device."""
+        """Register `weight` (codes [N, K/codes per byte]), `weight_scale` and, where static, `input_scale`, on meta."""
         layout = WeightLayout(self.kernels.format, None, (("", out_features),), in_features)
         layer.weight_layout = layout  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         layer.register_parameter("weight", meta_parameter(layout.code_shape, layout.format.code_dtype))
         layer.register_parameter("weight_scale", meta_parameter(layout.scale_shape, layout.format.scale_dtype))
+        self.add_input_scale(layer)
 
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
         """The layout of `weight`."""
@@ -36,7 +37,7 @@ class QuantizedLinearScheme(LinearScheme):
         """`x` [..., K] times the layer's weight, plus bias; [..., N] in the dtype of `x`."""
         layout = self.layouts(layer)["weight"]
         codes, scales = layer._parameters["weight"], layer._parameters["weight_scale"]
-        flat = self.activations(x.reshape(-1, layout.columns))
+        flat = self.activations(layer, x.reshape(-1, layout.columns))
         out: Tensor = self.kernels.linear(flat, codes, scales, bias, layout.rows, layout.columns)
         return out.view(*x.shape[:-1], layout.rows)
 

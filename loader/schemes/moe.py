@@ -16,12 +16,13 @@ from .layout import WeightLayout
 
 
 class QuantizedMoEScheme(MoEScheme):
-    """Weight-only quantization of fused experts in `format_name`; also the callbacks of `MoeOnlineWeightLoader`."""
+    """Fused experts with codes in `format_name`; also the callbacks of `MoeOnlineWeightLoader`."""
 
     def create_weights(self, layer: nn.Module, **sizes: Any) -> None:
         """Register codes and scales, on meta, for each weight in `sizes`: name -> (shards, columns), and `num_experts`.
 
-        `shards` are the (shard_id, rows) of one expert from top to bottom.
+        `shards` are the (shard_id, rows) of one expert from top to bottom. A static scale of a weight's activations is
+        `<name>_input_scale`, one for all experts.
         """
         num_experts: int = sizes.pop("num_experts")
         layer.weight_layouts = {
@@ -30,6 +31,7 @@ class QuantizedMoEScheme(MoEScheme):
         }  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         for name, layout in self.layouts(layer).items():
             layer.register_parameter(name, meta_parameter(layout.code_shape, self.get_quantized_dtype()))
+            self.add_input_scale(layer, f"{name}_")
         self.create_scale_tensors(layer, num_experts)
 
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
@@ -76,7 +78,7 @@ class QuantizedMoEScheme(MoEScheme):
 
     def _can_be_fused(self, layer: Any, arrangement: Arrangement) -> bool:
         """Whether the layer is a plain SwiGLU over all its experts, with weights that fit."""
-        plain = layer.has_gate and layer.is_concatenated and not layer.has_bias and not self.emulate
+        plain = layer.has_gate and layer.is_concatenated and not layer.has_bias and self.activation is None
         special = getattr(layer, "has_post_expert_norm", False) or getattr(layer, "_is_expert_parallel", False)
         layouts = self.layouts(layer)
         if not plain or special or not all(arrangement.fits(each.rows, each.columns) for each in layouts.values()):
@@ -125,7 +127,7 @@ class QuantizedMoEScheme(MoEScheme):
         layout = self.layouts(layer)[name]
         codes, scales = self._weight(layer, name)
         bias = getattr(layer, f"{name}_bias") if layer.has_bias else None
-        x, parts = self.activations(x), []
+        x, parts = self.activations(layer, x, f"{name}_"), []
         for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
             shard_bias = None if bias is None else bias[:, shard]
             rows = shard.stop - shard.start

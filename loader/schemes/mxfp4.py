@@ -11,7 +11,6 @@ class QuarkMxfp4Linear(QuantizedLinearScheme):
 
     name = "quark_mxfp4"
     format_name = "mxfp4"
-    can_emulate = True
 
 
 class QuarkMxfp4MoE(QuantizedMoEScheme):
@@ -19,4 +18,3 @@ class QuarkMxfp4MoE(QuantizedMoEScheme):
 
     name = "quark_mxfp4"
     format_name = "mxfp4"
-    can_emulate = True

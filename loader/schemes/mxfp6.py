@@ -11,7 +11,6 @@ class Mxfp6E2m3Linear(QuantizedLinearScheme):
 
     name = "mxfp6_e2m3"
     format_name = "mxfp6_e2m3"
-    can_emulate = True
 
 
 class Mxfp6E2m3MoE(QuantizedMoEScheme):
@@ -19,7 +18,6 @@ class Mxfp6E2m3MoE(QuantizedMoEScheme):
 
     name = "mxfp6_e2m3"
     format_name = "mxfp6_e2m3"
-    can_emulate = True
 
 
 class Mxfp6E3m2Linear(QuantizedLinearScheme):
@@ -27,7 +25,6 @@ class Mxfp6E3m2Linear(QuantizedLinearScheme):
 
     name = "mxfp6_e3m2"
     format_name = "mxfp6_e3m2"
-    can_emulate = True
 
 
 class Mxfp6E3m2MoE(QuantizedMoEScheme):
@@ -35,4 +32,3 @@ class Mxfp6E3m2MoE(QuantizedMoEScheme):
 
     name = "mxfp6_e3m2"
     format_name = "mxfp6_e3m2"
-    can_emulate = True

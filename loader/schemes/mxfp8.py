@@ -11,7 +11,6 @@ class Mxfp8Linear(QuantizedLinearScheme):
 
     name = "mxfp8"
     format_name = "mxfp8"
-    can_emulate = True
 
 
 class Mxfp8MoE(QuantizedMoEScheme):
@@ -19,4 +18,3 @@ class Mxfp8MoE(QuantizedMoEScheme):
 
     name = "mxfp8"
     format_name = "mxfp8"
-    can_emulate = True

@@ -14,7 +14,9 @@ import torch
 
 from ..errors import NoKernelError, PolicyError, UnknownSchemeError
 from ..kernels import registry as kernel_registry
+from ..kernels.formats import FORMATS
 from ..options import LoadOptions
+from .activations import Activation, InputScales, choose_activations
 from .base import LinearScheme, MoEScheme, Quantizer
 from .fp8 import (
     Fp8PerBlockLinear,
@@ -62,7 +64,6 @@ ENTRIES = (
     SchemeEntry("none", None, None, "as stored", "-"),
 )
 
-_EMULATING = [entry.name for entry in ENTRIES if entry.linear is not None and entry.linear.can_emulate]
 _BY_NAME = {name: entry for entry in ENTRIES for name in (entry.name, *entry.aliases)}
 
 
@@ -99,6 +100,7 @@ class SchemeFactory:
             known = ", ".join(kernel_registry.OPERATIONS)
             raise PolicyError(f"unknown kernel operations: {', '.join(unknown)}; operations are {known}")
         self.device = device
+        self.input_scales = InputScales()
         self._options = options
         self._made: dict[Any, Any] = {}
 
@@ -129,22 +131,17 @@ class SchemeFactory:
             kernel_registry.warm_up(scheme.format_name, self.device, dtype, self._options.stats)
         logger.debug("Kernels were ready after %.3f s", time.perf_counter() - start)
 
-    def _make(self, cls: Callable[[Quantizer, bool], _S]) -> _S:
+    def _make(self, cls: Callable[[Quantizer, Activation | None], _S]) -> _S:
         if cls not in self._made:
-            format_name: str = cls.format_name  # type: ignore[attr-defined]
-            emulate = self._options.activations == "emulate"
-            if emulate and not cls.can_emulate:  # type: ignore[attr-defined]
-                raise PolicyError(
-                    f"{cls.name} cannot emulate its activations; "  # type: ignore[attr-defined]
-                    f"leave activations at auto, or choose one of {', '.join(_EMULATING)}"
-                )
+            name, format_name = cls.name, cls.format_name  # type: ignore[attr-defined]
             try:
-                overrides = dict(self._options.kernels)
-                if self._options.activations == "none":
-                    overrides = {**kernel_registry.weight_only(format_name, self.device), **overrides}
+                choice = choose_activations(
+                    FORMATS[format_name], None, self._options.activations, self.device, name=name
+                )
+                overrides = {**choice.kernels, **self._options.kernels}
                 kernels = kernel_registry.kernel_set(format_name, self.device, overrides)
             except LookupError as error:
                 raise NoKernelError(str(error)) from error
-            self._made[cls] = cls(Quantizer(kernels, self._options.stats, self.device), emulate)
+            self._made[cls] = cls(Quantizer(kernels, self._options.stats, self.device), choice.emulated)
         made: _S = self._made[cls]
         return made

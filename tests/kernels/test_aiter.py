@@ -19,11 +19,13 @@ from quantload.kernels.formats import MXFP4
 from quantload.kernels.gpu_matmul import gpu_matmuls
 from quantload.kernels.gpu_target import GpuTarget
 from quantload.kernels.registry import KernelSet, kernel_set
+from quantload.schemes.activations import Activation, ActivationFormat
 from quantload.schemes.base import Quantizer
 from quantload.schemes.mxfp4 import QuarkMxfp4Linear, QuarkMxfp4MoE
 from torch import Tensor, nn
 
 GFX950 = GpuTarget("gfx950")
+EMULATED = Activation(ActivationFormat("mxfp4", "group", 32), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +282,7 @@ def test_a_whole_experts_layer(stand_in: StandIn) -> None:
     assert (out.dtype, out.shape) == (torch.bfloat16, x.shape)
     assert stand_in.calls == ["fused_moe"]
 
-    plain, twin = QuarkMxfp4MoE(Quantizer(kernel_set("mxfp4", "cpu")), emulate=True), copy.deepcopy(layer)
+    plain, twin = QuarkMxfp4MoE(Quantizer(kernel_set("mxfp4", "cpu")), EMULATED), copy.deepcopy(layer)
     for name in weights:
         pair = aiter.canonical(
             layer._parameters[name],

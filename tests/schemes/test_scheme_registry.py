@@ -97,9 +97,9 @@ def test_a_kernel_operation_that_is_not_there() -> None:
         factory(kernels={"multiply": "torch"})
 
 
-def test_activations_that_cannot_be_emulated() -> None:
-    with pytest.raises(PolicyError, match="fp8_per_channel cannot emulate its activations"):
-        factory(activations="emulate").linear("fp8_per_channel")
+def test_activations_that_do_not_go_with_the_weights() -> None:
+    with pytest.raises(PolicyError, match="fp8_per_channel: fp8_channel weights do not go with mxfp4 activations"):
+        factory(activations="mxfp4").linear("fp8_per_channel")
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

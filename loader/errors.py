@@ -6,7 +6,8 @@ QuantloadError
 │   ├── CorruptHeaderError          a safetensors header breaks a rule of the format
 │   ├── MissingShardError           the index names a file that is not there
 │   ├── UnsafePathError             the index names a path outside the checkpoint folder
-│   └── NonFiniteWeightError        a weight is NaN or infinite
+│   ├── NonFiniteWeightError        a weight is NaN or infinite
+│   └── DamagedEntryError           an entry of the cache is not what was written; a load goes on without it
 ├── RouteError                      checkpoint tensors and model parameters do not match
 │   ├── MissingWeightsError         parameters, or regions of them, that nothing filled
 │   ├── UnexpectedWeightsError      checkpoint tensors with no parameter to go to
@@ -54,6 +55,10 @@ class NonFiniteWeightError(CheckpointError):
     """A weight to be quantized is NaN or infinite; `position` is its (row, column) in the piece that held it."""
 
     position: tuple[int, int] | None = None
+
+
+class DamagedEntryError(CheckpointError):
+    """An entry of the cache is not what was written; a load notices, warns and reads the checkpoint instead."""
 
 
 class RouteError(QuantloadError):

@@ -51,6 +51,11 @@ def read_index(checkpoint: Checkpoint, source: Source | None = None) -> Checkpoi
     return _read_index(checkpoint, source)
 
 
+def shard_names(checkpoint: Checkpoint, source: Source) -> list[str]:
+    """The paths of all shards, as `read_index` finds them, without a look into them."""
+    return _find_shards(checkpoint, source)[1]
+
+
 def _read_index(checkpoint: Checkpoint, source: Source) -> CheckpointIndex:
     index_name, names, listed = _find_shards(checkpoint, source)
     shards: list[Shard] = []

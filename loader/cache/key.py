@@ -1,0 +1,85 @@
+"""What an entry is found by: a digest of everything that decides about its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from ..checkpoint.index import shard_names
+from ..checkpoint.paths import locate
+from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.source import FileSource
+from ..options import QuantizationPolicy
+from ..schemes.registry import SchemeFactory, get_entry
+
+QUANTIZATION_VERSION = 1
+"""Of the rules that make codes and scales; raise it with every change after which a scheme gives other bytes."""
+STORED_VERSION = 1
+"""Of the layout of tensors in an entry, as `quantization_config` describes it."""
+_HEADER_AT_ONCE = 1 << 20
+
+
+def entry_key(
+    checkpoint: Checkpoint, policy: QuantizationPolicy, schemes: SchemeFactory, trust_remote_code: bool
+) -> str:
+    """The key of what a load of `checkpoint` leaves in memory: 64 hexadecimal digits.
+
+    The files of the checkpoint count with their headers, sizes and times of change (ns), not with their weights; the
+    folder they lie in does not count. How a load runs, which kernels, pieces and workers it uses and what it measures,
+    does not change a byte, and does not count either. Raises `CheckpointError` as `read_index` would.
+    """
+    facts = {
+        "versions": [STORED_VERSION, QUANTIZATION_VERSION, transformers.__version__],  # that one says what is fused how
+        "shards": list(_shards(checkpoint)),
+        "config": checkpoint.config(),
+        "code": _modeling_code(checkpoint.root) if trust_remote_code else None,
+        "policy": _policy(policy),
+        "formats": _formats(policy, schemes),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _shards(checkpoint: Checkpoint) -> Iterator[tuple[str, int, int]]:
+    with FileSource(checkpoint.root, page_cache="keep") as source:
+        for name in shard_names(checkpoint, source):
+            size, path = source.size(name), locate(checkpoint.root, name)
+            yield _header_digest(path), size, path.stat().st_mtime_ns
+
+
+def _header_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        length = file.read(8)
+        digest.update(length)
+        left = int.from_bytes(length, "little")
+        while left and (part := file.read(min(left, _HEADER_AT_ONCE))):
+            digest.update(part)
+            left -= len(part)
+    return digest.hexdigest()
+
+
+def _modeling_code(root: Path) -> Mapping[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.glob("*.py"))}
+
+
+def _policy(policy: QuantizationPolicy) -> dict[str, Any]:
+    """The policy with one spelling for what means the same; a field that is new some day counts as it is."""
+    return asdict(policy) | {
+        "linear": get_entry(policy.linear).name,
+        "experts": get_entry(policy.experts or policy.linear).name,
+        "ignore": sorted(set(policy.ignore)),
+        "overrides": [(pattern, get_entry(scheme).name) for pattern, scheme in policy.overrides],
+    }
+
+
+def _formats(policy: QuantizationPolicy, schemes: SchemeFactory) -> list[str | None]:
+    """How each scheme of the policy is stored on the device of this load: FP8 has two ways."""
+    names = (policy.linear, policy.experts or policy.linear, *(scheme for _, scheme in policy.overrides))
+    made = [scheme for name in names for scheme in (schemes.linear(name), schemes.experts(name))]
+    return [None if scheme is None else scheme.kernels.format.name for scheme in made]

@@ -1,0 +1,64 @@
+"""Locks on files that end with the process that holds them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Self
+
+
+class FileLock:
+    """A held `flock` on a file; it goes where the file goes when that is renamed, and ends with the process."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self._fd = fd
+
+    @classmethod
+    def shared(cls, path: Path, *, wait: bool = False) -> Self | None:
+        """A lock that others may share, or None where one holds it alone or the file is not there (any more)."""
+        return cls._take(path, os.O_RDONLY, fcntl.LOCK_SH, wait)
+
+    @classmethod
+    def exclusive(cls, path: Path, *, create: bool = False, wait: bool = False) -> Self | None:
+        """A lock that nobody shares, or None where somebody holds one or the file is not there (any more)."""
+        return cls._take(path, os.O_RDWR | (os.O_CREAT if create else 0), fcntl.LOCK_EX, wait)
+
+    @classmethod
+    def _take(cls, path: Path, flags: int, kind: int, wait: bool) -> Self | None:
+        try:
+            fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
+            if _same_file(fd, path):
+                return cls(path, fd)
+        except BlockingIOError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        return None
+
+    def release(self) -> None:
+        """Let go of it; a second time does nothing."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    """Whether the path still leads to the open file: it may have been renamed or removed before it was locked."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,207 @@
+"""A folder of entries: found by key, written under another name and renamed, the least recently used removed first.
+
+    <root>/<key>/                     a finished entry; its `lock` is held, shared, by those who read it
+    <root>/.quantload-writing-<key>/  an entry being written; its `lock` is held, alone, by the one who writes it
+    <root>/.quantload-removed-*/      on its way out
+    <root>/lock                       held, briefly, by the one who makes room
+
+A process that is killed leaves no lock, and at most a folder that the next writer clears away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..memory.budget import format_bytes
+from .checksums import Checksums
+from .entry import ENTRY, LOCK, Entry, write_description, write_file
+from .locks import FileLock
+
+WRITING, REMOVED = ".quantload-writing-", ".quantload-removed-"
+_KEY = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """An entry that is being written, which nobody else can see or remove."""
+
+    store: Store
+    folder: Path
+    key: str
+    lock: FileLock
+
+    def publish(self, small: Mapping[str, bytes], checksums: Mapping[str, Checksums]) -> None:
+        """Add the small files, and make it an entry: the files `checksums` are of must be on disk already."""
+        known = dict(checksums)
+        for name, data in small.items():
+            write_file(self.folder / name, data)
+            known[name] = Checksums((0, len(data)))
+            known[name].note(0, memoryview(data))
+        write_description(self.folder, known)
+        _sync(self.folder)
+        with self.store.alone():
+            final = self.store.root / self.key
+            _put_away(final)
+            self.folder.rename(final)
+            _sync(self.store.root)
+        self.lock.release()
+
+    def discard(self) -> None:
+        """Leave nothing of it; does nothing once it is published."""
+        _put_away(self.folder)
+        self.lock.release()
+
+
+class Store:
+    """The entries below `root`, together at most `limit` bytes (None: as many as the disk takes)."""
+
+    def __init__(self, root: Path, limit: int | None = None) -> None:
+        self.root = root
+        self._limit = limit
+
+    def find(self, key: str) -> Entry | None:
+        """The entry of a key, locked against removal, as just used.
+
+        Raises `DamagedEntryError` where it is there and its description is not what was written.
+        """
+        folder = self.root / key
+        lock = FileLock.shared(folder / LOCK)
+        if lock is None:
+            return None
+        try:
+            with contextlib.suppress(OSError):  # a cache that may only be read, where nothing is removed either
+                os.utime(folder / LOCK)
+            return Entry.open(folder, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    def reserve(self, key: str, nbytes: int) -> Unfinished | None:
+        """Room for an entry of `nbytes` that replaces any of its key, or None while another process writes it.
+
+        Removes the least recently used entries that nobody is reading. Raises `OSError` where the folder cannot be
+        written to, or cannot have that much room.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        folder = self.root / f"{WRITING}{key}"
+        folder.mkdir(exist_ok=True)
+        lock = FileLock.exclusive(folder / LOCK, create=True)
+        if lock is None:
+            return None
+        unfinished = Unfinished(self, folder, key, lock)
+        try:
+            _clear(folder)
+            with self.alone():
+                self._make_room(key, nbytes)
+                (folder / LOCK).write_text(str(nbytes))
+        except BaseException:
+            unfinished.discard()
+            raise
+        return unfinished
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Meanwhile nobody else adds or removes an entry."""
+        lock = FileLock.exclusive(self.root / LOCK, create=True, wait=True)
+        if lock is None:
+            raise FileNotFoundError(errno.ENOENT, f"{self.root / LOCK} was removed while it was waited for")
+        with lock:
+            yield
+
+    def _make_room(self, key: str, nbytes: int) -> None:
+        for path in self.root.glob(f"{REMOVED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.root.glob(f"{WRITING}*"):
+            _remove(path)  # what a killed process left: nobody holds its lock
+        _remove(self.root / key)
+        entries = sorted(self._entries(), key=_last_used)
+        self._check_possible(nbytes, sum(map(_size, entries)))
+        for path in entries:
+            if self._lack(nbytes) is None:
+                return
+            _remove(path)
+        problem = self._lack(nbytes)
+        if problem is not None:
+            raise OSError(errno.ENOSPC, f"{problem}; what it holds is in use")
+
+    def _check_possible(self, nbytes: int, removable: int) -> None:
+        """Raise `OSError` where removing all there is would not make room."""
+        if self._limit is not None and nbytes > self._limit:
+            raise OSError(
+                errno.ENOSPC,
+                f"an entry of {format_bytes(nbytes)} is larger than its limit, {format_bytes(self._limit)}",
+            )
+        free = shutil.disk_usage(self.root).free
+        if nbytes > free + removable:
+            raise OSError(
+                errno.ENOSPC, f"an entry of {format_bytes(nbytes)} needs more than the {format_bytes(free)} free there"
+            )
+
+    def _lack(self, nbytes: int) -> str | None:
+        """Why there is no room for `nbytes` more, or None."""
+        held = sum(map(_size, (*self._entries(), *self.root.glob(f"{WRITING}*"))))
+        free = shutil.disk_usage(self.root).free
+        if self._limit is not None and held + nbytes > self._limit:
+            return f"{format_bytes(nbytes)} beside {format_bytes(held)} are more than {format_bytes(self._limit)}"
+        return f"{format_bytes(nbytes)} are more than the {format_bytes(free)} free there" if nbytes > free else None
+
+    def _entries(self) -> list[Path]:
+        named = (path for path in self.root.iterdir() if _KEY.fullmatch(path.name))
+        return [path for path in named if any((path / name).is_file() for name in (LOCK, ENTRY))]
+
+
+def _remove(folder: Path) -> None:
+    """Remove an entry, finished or not, unless somebody is using it."""
+    lock = FileLock.exclusive(folder / LOCK, create=True)
+    if lock is not None:
+        with lock:
+            _put_away(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed process left of an entry, and what it had reserved."""
+    (folder / LOCK).write_text("")
+    for left in folder.iterdir():
+        if left.name != LOCK:
+            left.unlink()
+
+
+def _put_away(folder: Path) -> None:
+    """Take a folder out of sight at once, then remove it."""
+    away = folder.parent / f"{REMOVED}{uuid.uuid4().hex}"
+    try:
+        folder.rename(away)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def _last_used(folder: Path) -> int:
+    """Time in ns; 0 for a damaged entry."""
+    lock = folder / LOCK
+    return lock.stat().st_mtime_ns if lock.exists() else 0
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a finished entry; of an unfinished one those it has reserved."""
+    if not folder.name.startswith(WRITING):
+        return sum(path.stat().st_size for path in folder.iterdir())
+    with contextlib.suppress(FileNotFoundError):  # its writer has just given up
+        return int((folder / LOCK).read_text() or 0)
+    return 0
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

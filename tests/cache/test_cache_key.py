@@ -1,0 +1,201 @@
+"""The key of an entry: another one for everything that changes a byte, and for nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from quantload.cache import key as key_module
+from quantload.cache.key import entry_key
+from quantload.checkpoint.resolve import resolve
+from quantload.errors import MissingShardError
+from quantload.options import LoadOptions, QuantizationPolicy
+from quantload.schemes.registry import SchemeFactory
+from safetensors.torch import load_file, save_file
+
+POLICY = QuantizationPolicy(ignore=("a", "b"), overrides=(("c", "fp8_per_channel"), ("d", "none")))
+
+
+@pytest.fixture
+def folder(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))  # times of change stay
+
+
+def key_of(
+    folder: Path, policy: QuantizationPolicy = POLICY, options: LoadOptions | None = None, trust: bool = False
+) -> str:
+    schemes = SchemeFactory(torch.device("cpu"), options or LoadOptions())
+    return entry_key(resolve(folder), policy, schemes, trust)
+
+
+def shard(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+def touch(folder: Path) -> None:
+    os.utime(shard(folder), (1, 1))
+
+
+def rename_a_tensor(folder: Path) -> None:
+    status, data = shard(folder).stat(), shard(folder).read_bytes()
+    shard(folder).write_bytes(data.replace(b"layers.0", b"layers.7", 1))
+    os.utime(shard(folder), ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def grow(folder: Path) -> None:
+    status = shard(folder).stat()
+    with shard(folder).open("ab") as file:
+        file.write(b"\0")
+    os.utime(shard(folder), ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def split(folder: Path) -> None:
+    tensors = list(load_file(shard(folder)).items())
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    weight_map = {}
+    for name, part in zip(names, (tensors[:3], tensors[3:]), strict=True):
+        save_file(dict(part), folder / name)
+        weight_map |= {tensor: name for tensor, _ in part}
+    shard(folder).unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def change_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+
+
+@pytest.mark.parametrize("change", [touch, rename_a_tensor, grow, split, change_config])
+def test_another_checkpoint_has_another_key(folder: Path, change: Callable[[Path], None]) -> None:
+    before = key_of(folder)
+    change(folder)
+    assert key_of(folder) != before
+
+
+def test_a_shard_has_its_part_in_the_key(folder: Path) -> None:
+    split(folder)
+    before = key_of(folder)
+    os.utime(folder / "model-00002-of-00002.safetensors", (1, 1))
+    assert key_of(folder) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"linear": "int8_per_channel", "experts": "quark_mxfp4"},
+        {"experts": "int8_per_channel"},
+        {"ignore": ("a",)},
+        {"overrides": POLICY.overrides[:1]},
+        {"overrides": POLICY.overrides[::-1]},
+        {"overrides": (("c", "fp8_per_tensor"), ("d", "none"))},
+        {"default_ignore": False},
+    ],
+)
+def test_another_policy_has_another_key(folder: Path, change: dict[str, Any]) -> None:
+    assert key_of(folder, replace(POLICY, **change)) != key_of(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"experts": "quark_mxfp4"},
+        {"ignore": ("b", "a", "b")},
+        {"overrides": (("c", "ptpc_fp8"), ("d", "none"))},
+    ],
+)
+def test_the_same_policy_in_other_words_has_the_same_key(folder: Path, change: dict[str, Any]) -> None:
+    assert key_of(folder, replace(POLICY, **change)) == key_of(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk_bytes": 4096},
+        {"staging_bytes": 1 << 20},
+        {"max_memory": 1},
+        {"workers": 1},
+        {"page_cache": "drop"},
+        {"stats": False},
+        {"strict": True},
+        {"retries": 0},
+        {"activations": "none"},
+        {"kernels": {"quantize": "torch"}},
+    ],
+)
+def test_how_a_load_runs_does_not_change_the_key(folder: Path, options: dict[str, Any]) -> None:
+    assert key_of(folder, options=LoadOptions.from_mapping(options)) == key_of(folder)
+
+
+def test_every_option_is_known_not_to_change_a_byte_or_to_be_in_the_key() -> None:
+    """Who adds an option decides which of the two it is, here and in the lists above."""
+    assert set(LoadOptions.__dataclass_fields__) - {"cache", "cache_bytes"} == {
+        "chunk_bytes", "staging_bytes", "max_memory", "workers", "page_cache", "stats", "strict", "retries",
+        "activations", "kernels",
+    }  # fmt: skip
+    assert set(QuantizationPolicy.__dataclass_fields__) == {
+        "linear", "experts", "ignore", "overrides", "default_ignore",
+    }  # fmt: skip
+
+
+def test_where_the_checkpoint_lies_does_not_change_the_key(folder: Path) -> None:
+    before = key_of(folder)
+    copy = shutil.copytree(folder, folder.parent / "elsewhere")
+    assert key_of(copy) == before
+
+
+def test_other_small_files_do_not_change_the_key(folder: Path) -> None:
+    before = key_of(folder)
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "README.md").write_text("hello")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()), indent=7))
+    assert key_of(folder) == before
+
+
+def test_the_code_of_a_checkpoint_counts_where_it_is_run(folder: Path) -> None:
+    before, trusted = key_of(folder), key_of(folder, trust=True)
+    (folder / "modeling.py").write_text("pass")
+    assert key_of(folder) == before
+    assert key_of(folder, trust=True) != trusted
+
+
+@pytest.mark.parametrize("name", ["QUANTIZATION_VERSION", "STORED_VERSION"])
+def test_other_rules_have_another_key(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of(folder)
+    monkeypatch.setattr(key_module, name, 1000)
+    assert key_of(folder) != before
+
+
+def test_another_transformers_may_fuse_weights_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of(folder)
+    monkeypatch.setattr(key_module.transformers, "__version__", "5.99")
+    assert key_of(folder) != before
+
+
+def test_a_device_that_stores_a_format_its_own_way_has_another_key(folder: Path) -> None:
+    class Factory:
+        def __init__(self, suffix: str) -> None:
+            self._suffix = suffix
+
+        def linear(self, name: str) -> Any:
+            return SimpleNamespace(kernels=SimpleNamespace(format=SimpleNamespace(name=name + self._suffix)))
+
+        experts = linear
+
+    schemes: list[Any] = [Factory(""), Factory("_fnuz")]
+    first, second = (entry_key(resolve(folder), POLICY, each, False) for each in schemes)
+    assert first != second
+
+
+def test_a_missing_shard_is_the_error_it_is_without_a_cache(folder: Path) -> None:
+    split(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(MissingShardError):
+        key_of(folder)

@@ -19,11 +19,14 @@ from gpu_pieces import measure_pieces
 from gpu_products import How, measure_experts, measure_linear
 from gpu_tables import PARTS, goals_of, render
 from machine import describe_machine, headline
+from measured_formats import MEASURED
 from quantload.kernels.formats import FNUZ, FORMATS
-from quantload.kernels.gpu_quantize import stored_format
+from quantload.kernels.gpu_quantize import gpu_quantizers, stored_format
 from result_files import RESULTS, write_result
 
-FORMATS_MEASURED = tuple(name for name in FORMATS if name not in FNUZ.values())
+FORMATS_MEASURED = tuple(
+    name for name in MEASURED if name not in FNUZ.values() and gpu_quantizers("quantize", FORMATS[name])
+)
 PIECES = (8 << 20, 256 << 20)
 SHAPES = ("4096x4096", "14336x4096", "4096x14336")
 EXPERTS = ("128x1536x2048", "128x2048x768")

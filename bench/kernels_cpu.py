@@ -25,8 +25,8 @@ import torch
 from goals import Goal, at_least, columns, print_goals
 from machine import describe_machine, headline
 from markdown import markdown
+from measured_formats import MEASURED
 from quantload.kernels import statistics as stats
-from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import kernel_set, warm_up
 from result_files import RESULTS, write_result
 
@@ -50,7 +50,7 @@ print(json.dumps({"seconds": time.perf_counter() - start, "anonymous_bytes": ano
 
 def cpu_formats() -> list[str]:
     """The formats that have a kernel for CPUs; the others are quantized by the plain torch kernel here."""
-    return [name for name in FORMATS if kernel_set(name, "cpu").names["quantize"] == "numba"]
+    return [name for name in MEASURED if kernel_set(name, "cpu").names["quantize"] == "numba"]
 
 
 def piece(dtype: torch.dtype) -> torch.Tensor:

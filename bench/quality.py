@@ -147,7 +147,7 @@ def measure_perplexity(folder: Path, text: str) -> list[Perplexity]:
 
 def measure_sqnr(seed: int) -> list[Sqnr]:
     """Every format on every distribution."""
-    formats = importlib.import_module("quantload.kernels.formats").FORMATS
+    formats = importlib.import_module("measured_formats").MEASURED
     found = []
     for distribution, draw in DISTRIBUTIONS.items():
         weights = draw(torch.Generator().manual_seed(seed)).mul_(0.02).to(torch.bfloat16)

@@ -79,6 +79,7 @@ MXFP8 = WeightFormat("mxfp8", torch.float8_e4m3fn, torch.uint8, 1, 32, 8, pads_c
 FP8_CHANNEL = WeightFormat("fp8_channel", torch.float8_e4m3fn, torch.float32, 1, 0, 8)
 FP8_TENSOR = WeightFormat("fp8_tensor", torch.float8_e4m3fn, torch.float32, 0, 0, 8)
 FP8_BLOCK = WeightFormat("fp8_block", torch.float8_e4m3fn, torch.float32, 128, 128, 8)
+NVFP4 = WeightFormat("nvfp4", torch.uint8, torch.float32, 1, 16, 4)
 INT8_CHANNEL = WeightFormat("int8_channel", torch.int8, torch.float32, 1, 0, 8)
 FP8_CHANNEL_FNUZ = WeightFormat("fp8_channel_fnuz", torch.float8_e4m3fnuz, torch.float32, 1, 0, 8)
 FP8_TENSOR_FNUZ = WeightFormat("fp8_tensor_fnuz", torch.float8_e4m3fnuz, torch.float32, 0, 0, 8)
@@ -98,6 +99,8 @@ INTEGERS = tuple(
 The scale is of the dtype that the name ends in, as checkpoints store it, and so is the zero point, a whole number that
 each of them holds exactly. A symmetric format is one whose zero points are all 2^(bits - 1).
 """
+INT4_CHANNEL = WeightFormat("int4_channel", torch.uint8, torch.float32, 1, 0, 4, scale_words=2)
+"""Stored and read as `int4_group0_f32` is, but quantized symmetrically: the zero points are all 8."""
 
 MX = (MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8)
 """The formats with one power of two per 32 elements along K."""
@@ -112,8 +115,10 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
         fmt.name: fmt
         for fmt in (
             *MX,
-            *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK, INT8_CHANNEL),
+            *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK, INT8_CHANNEL, INT4_CHANNEL),
             *(FP8_CHANNEL_FNUZ, FP8_TENSOR_FNUZ, FP8_BLOCK_FNUZ),
+            *INTEGERS,
+            NVFP4,
         )
     }
 )

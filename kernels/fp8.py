@@ -41,7 +41,7 @@ class Fp8Codec:
     def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return values * scales.reciprocal() if self.format is FP8_BLOCK else values / scales
 
-    def encode(self, ratio: torch.Tensor) -> torch.Tensor:
+    def encode(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Nearest E4M3 code, ties to even, saturating at 448."""
         return ratio.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
@@ -64,8 +64,8 @@ class FnuzCodec:
     def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return self.ocp.ratio(values, scales * 0.5)
 
-    def encode(self, ratio: torch.Tensor) -> torch.Tensor:
-        codes = self.ocp.encode(ratio).view(torch.uint8)
+    def encode(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        codes = self.ocp.encode(ratio, scales).view(torch.uint8)
         return torch.where(codes == 0x80, 0, codes).view(torch.float8_e4m3fnuz)
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from . import aiter
 from .arrangement import Arrangement
-from .formats import FORMATS, MXFP4, WeightFormat
+from .formats import FORMATS, MXFP4, NVFP4, WeightFormat
 from .gpu_quantize import triton_unavailable
 from .gpu_target import GpuTarget, gpu_target
 
@@ -51,7 +51,8 @@ def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
     it); INT8 only on request, because its activations lose more than its weights.
     """
     attributes = {"linear": ("triton_linear", "TritonLinear"), "experts": ("triton_experts", "TritonExperts")}
-    if operation not in attributes or (fmt is not MXFP4 and fmt.scale_dtype != torch.float32):
+    served = fmt is MXFP4 or (fmt.scale_dtype == torch.float32 and fmt.scale_words == 1 and fmt is not NVFP4)
+    if operation not in attributes or not served:
         return []
     module, attribute = attributes[operation]
     weight_only = GpuMatmul("triton", fmt, module, attribute, (False,), _lacks_nothing)

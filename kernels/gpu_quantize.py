@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .formats import FNUZ, WeightFormat
+from .formats import FNUZ, NVFP4, WeightFormat
 from .gpu_target import gpu_target
 
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize")
@@ -39,8 +39,9 @@ class GpuQuantize:
 
 
 def gpu_quantizers(operation: str, fmt: WeightFormat) -> list[GpuQuantize]:
-    """The kernels of an operation of a format, best first; none for operations with a matmul."""
-    return [GpuQuantize(operation, fmt)] if operation in OPERATIONS else []
+    """The kernels of an operation of a format, best first; none with a matmul, for zero points, or for NVFP4."""
+    served = operation in OPERATIONS and fmt.scale_words == 1 and fmt is not NVFP4
+    return [GpuQuantize(operation, fmt)] if served else []
 
 
 def triton_unavailable(device: torch.device) -> str | None:

@@ -25,7 +25,7 @@ class Int8Codec:
     def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return values / scales
 
-    def encode(self, ratio: torch.Tensor) -> torch.Tensor:
+    def encode(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Nearest integer, ties to even, within +-127."""
         return ratio.round().clamp(-LARGEST, LARGEST).to(torch.int8)
 

@@ -58,7 +58,7 @@ class MxCodec:
         """values * 2^(127 - byte), exact wherever it can matter to a code."""
         return values * _per_element(power_of_two(254 - scales.int()), values.shape[1])
 
-    def encode(self, ratio: torch.Tensor) -> torch.Tensor:
+    def encode(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Nearest code, ties to even, saturating; [r, c] -> codes [r, ceil(c/32) * 32], packed where they are FP6."""
         if self.format is MXFP8:
             codes = ratio.clamp(-self.largest, self.largest).to(torch.float8_e4m3fn)

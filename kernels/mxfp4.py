@@ -32,7 +32,7 @@ class Mxfp4Codec:
         """values * 2^(127 - byte), exact wherever it can matter to a code."""
         return values * _per_element(power_of_two(254 - scales.int()), values.shape[1])
 
-    def encode(self, ratio: torch.Tensor) -> torch.Tensor:
+    def encode(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Nearest E2M1 code, ties to even, saturating; [r, c] -> packed uint8 [r, ceil(c/32) * 16]."""
         y = ratio.abs()
         code = (y > 0.25).to(torch.uint8)

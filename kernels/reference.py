@@ -16,83 +16,36 @@ CHUNK_ELEMENTS = 1 << 20
 """Elements a chunk may hold: the temporaries of a chunk stay under about 64 MiB."""
 
 
-class Codec(Protocol):
-    """The arithmetic of one format; `values` are float32 [r, c], `scales` come expanded to [r, c] or [r, c/32]."""
+class Decoder(Protocol):
+    """How a format is read; `scales` come expanded to [r, c] or [r, c/32]."""
 
     @property
     def format(self) -> WeightFormat: ...
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor: ...
+
+
+class Codec(Decoder, Protocol):
+    """The arithmetic of one format; `values` are float32 [r, c]."""
+
     @property
     def largest(self) -> float: ...
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor: ...
     def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor: ...
-    def encode(self, ratio: torch.Tensor) -> torch.Tensor: ...
-    def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor: ...
+    def encode(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The operations of one codec (see `registry` for what each takes and returns)."""
+class Reading:
+    """The operations that only read codes (see `registry` for what each takes and returns)."""
 
-    codec: Codec
-
-    def quantize(
-        self,
-        source: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        statistics: torch.Tensor | None = None,
-        scales_known: bool = False,
-    ) -> int:
-        codec, fmt = self.codec, self.codec.format
-        check_quantize(fmt, source, codes, scales)
-        if not scales_known:
-            amax = torch.zeros(scales.shape, dtype=torch.float32, device=source.device)
-            nonfinite = self.observe(source, amax)
-            if nonfinite:
-                return nonfinite
-            scales.copy_(codec.scales_from_amax(amax))
-        nonfinite = 0
-        for start, stop in _row_chunks(*source.shape):
-            values = source[start:stop].float()
-            bad = int((~torch.isfinite(values)).sum())
-            nonfinite += bad
-            if bad:
-                continue
-            ratio = codec.ratio(values, _expand(fmt, scales, start, stop, source.shape[1]))
-            encoded = codec.encode(ratio)
-            codes[start:stop].copy_(encoded)
-            if statistics is not None:
-                self._measure(values, ratio, encoded, _expand(fmt, scales, start, stop, source.shape[1]), statistics)
-        return nonfinite
-
-    def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
-        fmt = self.codec.format
-        check_scales(fmt, source, amax, torch.float32)
-        nonfinite = 0
-        for start, stop in _row_chunks(*source.shape):
-            magnitude = source[start:stop].float().abs()
-            nonfinite += int((~torch.isfinite(magnitude)).sum())
-            first = start // fmt.block_rows if fmt.block_rows else 0
-            for r0, r1, row in _bands(start, stop, fmt.block_rows, first):
-                band = magnitude[r0 - start : r1 - start]
-                if fmt.block_rows == 1:
-                    amax[r0:r1].copy_(torch.maximum(amax[r0:r1], _column_amax(band, fmt.block_cols)))
-                else:
-                    amax[row].copy_(torch.maximum(amax[row], _column_amax(band, fmt.block_cols).amax(0)))
-        return nonfinite
-
-    def finish_scales(self, amax: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        check_finish(self.codec.format, amax, out)
-        target = amax if out is None else out
-        target.copy_(self.codec.scales_from_amax(amax))
-        return target
+    codec: Decoder
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
         fmt = self.codec.format
         check_quantize(fmt, out, codes, scales)
         rows, cols = out.shape
-        for start, stop in _row_chunks(rows, cols):
-            expanded = _expand(fmt, scales, start, stop, cols)
+        for start, stop in row_chunks(rows, cols):
+            expanded = self.expand(scales, start, stop, cols)
             out[start:stop].copy_(self.codec.decode(codes[start:stop], expanded, cols))
 
     def linear(
@@ -115,6 +68,79 @@ class Reference:
             out[:, start:stop] = F.linear(x, weight, None if bias is None else bias[start:stop])
         return out
 
+    def expand(self, scales: torch.Tensor, start: int, stop: int, cols: int) -> torch.Tensor:
+        """Scales of rows [start, stop), one per element; per block of columns where the codec wants it so (MX)."""
+        fmt = self.codec.format
+        rows = torch.arange(start, stop, device=scales.device)
+        picked = scales[rows // fmt.block_rows if fmt.block_rows else torch.zeros_like(rows)]
+        if fmt.pads_cols or not fmt.block_cols:
+            return picked
+        return picked.repeat_interleave(fmt.block_cols, 1)[:, :cols]
+
+
+@dataclass(frozen=True)
+class Reference(Reading):
+    """All operations of one codec."""
+
+    codec: Codec
+
+    def quantize(
+        self,
+        source: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        statistics: torch.Tensor | None = None,
+        scales_known: bool = False,
+    ) -> int:
+        codec, fmt = self.codec, self.codec.format
+        check_quantize(fmt, source, codes, scales)
+        if not scales_known:
+            amax = torch.zeros(scales.shape, dtype=torch.float32, device=source.device)
+            nonfinite = self.observe(source, amax)
+            if nonfinite:
+                return nonfinite
+            scales.copy_(codec.scales_from_amax(amax))
+        nonfinite = 0
+        for start, stop in row_chunks(*source.shape):
+            values = source[start:stop].float()
+            bad = int((~torch.isfinite(values)).sum())
+            nonfinite += bad
+            if bad:
+                continue
+            expanded = self.expand(scales, start, stop, source.shape[1])
+            ratio = codec.ratio(values, expanded)
+            encoded = codec.encode(ratio, expanded)
+            codes[start:stop].copy_(encoded)
+            if statistics is not None:
+                self._measure(values, ratio, encoded, expanded, statistics)
+        return nonfinite
+
+    def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
+        fmt = self.codec.format
+        check_scales(fmt, source, amax, torch.float32)
+        nonfinite = 0
+        for start, stop in row_chunks(*source.shape):
+            magnitude = source[start:stop].float().abs()
+            nonfinite += int((~torch.isfinite(magnitude)).sum())
+            first = start // fmt.block_rows if fmt.block_rows else 0
+            for r0, r1, row in _bands(start, stop, fmt.block_rows, first):
+                band = magnitude[r0 - start : r1 - start]
+                if fmt.block_rows == 1:
+                    amax[r0:r1].copy_(torch.maximum(amax[r0:r1], column_amax(band, fmt.block_cols)))
+                else:
+                    amax[row].copy_(torch.maximum(amax[row], column_amax(band, fmt.block_cols).amax(0)))
+        return nonfinite
+
+    def finish_scales(self, amax: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        check_finish(self.codec.format, amax, out)
+        target = amax if out is None else out
+        target.copy_(self.codec.scales_from_amax(amax))
+        return target
+
+    def saturated(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Which elements lie beyond what codes can express, by more than the rounding of the scale."""
+        return ratio.abs() > self.codec.largest * (1.0 + st.SATURATION_SLACK)
+
     def _measure(
         self,
         values: torch.Tensor,
@@ -131,7 +157,7 @@ class Reference:
         part[st.NOISE] = error.square().sum()
         part[st.MAX_ERROR] = error.abs().max() if error.numel() else 0.0
         part[st.AMAX] = x.abs().max() if x.numel() else 0.0
-        part[st.SATURATED] = (ratio.abs() > self.codec.largest * (1.0 + st.SATURATION_SLACK)).sum()
+        part[st.SATURATED] = self.saturated(ratio, scales).sum()
         part[st.ZERO] = (decoded == 0).sum()
         st.merge(statistics, part)
 
@@ -218,7 +244,7 @@ def scale_rows(fmt: WeightFormat, scales: torch.Tensor, start: int, stop: int) -
     return scales[start // fmt.block_rows : -(-stop // fmt.block_rows)]
 
 
-def _row_chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+def row_chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
     step = max(1, CHUNK_ELEMENTS // max(cols, 1))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
@@ -235,18 +261,9 @@ def _bands(start: int, stop: int, block_rows: int, row: int) -> Iterator[tuple[i
         start, row = end, row + 1
 
 
-def _column_amax(magnitude: torch.Tensor, block_cols: int) -> torch.Tensor:
+def column_amax(magnitude: torch.Tensor, block_cols: int) -> torch.Tensor:
     """Largest value of every row and column block: [r, ceil(c / block_cols)]."""
     rows, cols = magnitude.shape
     width = block_cols or max(cols, 1)
     padded = F.pad(magnitude, (0, -cols % width))
     return padded.view(rows, -1, width).amax(2) if padded.numel() else magnitude.new_zeros(rows, 1)
-
-
-def _expand(fmt: WeightFormat, scales: torch.Tensor, start: int, stop: int, cols: int) -> torch.Tensor:
-    """Scales of rows [start, stop), one per element; per block of columns where the codec wants it so (MX)."""
-    rows = torch.arange(start, stop, device=scales.device)
-    picked = scales[rows // fmt.block_rows if fmt.block_rows else torch.zeros_like(rows)]
-    if fmt.pads_cols or not fmt.block_cols:
-        return picked
-    return picked.repeat_interleave(fmt.block_cols, 1)[:, :cols]

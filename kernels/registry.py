@@ -36,6 +36,7 @@ from .experts import ExpertsByLinear
 from .formats import FORMATS, WeightFormat
 from .gpu_matmul import GpuMatmul, gpu_matmuls
 from .gpu_quantize import GpuQuantize, gpu_quantizers, stored_format
+from .reference import Reading
 
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear", "experts")
 
@@ -186,7 +187,7 @@ def _kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
         Kernel(
             "numba", operation, format_name, "cpu", _numba_function(operation, format_name), _numba_reason(format_name)
         ),
-        Kernel("torch", operation, format_name, None, _torch_function(operation, format_name), _torch_unavailable),
+        _torch_kernel(operation, format_name),
     )
 
 
@@ -229,17 +230,33 @@ class _Numba:
         return self.function(*args, **kwargs)
 
 
-def _torch_function(operation: str, format_name: str) -> Callable[..., Any]:
-    from . import fp8, int8, mx, mxfp4
+def _torch_kernel(operation: str, format_name: str) -> Kernel:
+    from . import fp8, int8, integer, mx, mxfp4, nvfp4
 
-    references = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references, **mx.references}
+    references: dict[str, Reading] = {
+        "mxfp4": mxfp4.reference,
+        "int8_channel": int8.reference,
+        "nvfp4": nvfp4.reference,
+        **fp8.references,
+        **mx.references,
+        **integer.references,
+    }
     reference = references[format_name]
-    function: Callable[..., Any] = (
-        ExpertsByLinear(reference.codec.format, reference.linear)
-        if operation == "experts"
-        else getattr(reference, operation)
-    )
-    return function
+    if operation == "experts":
+        function: Callable[..., Any] = ExpertsByLinear(reference.codec.format, reference.linear)
+    elif hasattr(reference, operation):
+        function = getattr(reference, operation)
+    else:
+        return Kernel("torch", operation, format_name, None, _never, _only_read)
+    return Kernel("torch", operation, format_name, None, function, _torch_unavailable)
+
+
+def _never(*_: Any, **__: Any) -> None:
+    raise NoKernel("this format is only read")
+
+
+def _only_read(device: torch.device) -> str | None:
+    return "the format is only read, to be quantized anew; choose another one to quantize to"
 
 
 def _numba_reason(format_name: str) -> Callable[[torch.device], str | None]:

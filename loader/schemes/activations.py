@@ -161,7 +161,7 @@ def _in_groups(x: Tensor, group: int) -> Tensor:
     codec = fp8_references["fp8_block"].codec
     groups = F.pad(x, (0, -x.shape[1] % group)).view(-1, group).float()
     scales = codec.scales_from_amax(groups.abs().amax(1, keepdim=True))
-    rounded = codec.decode(codec.encode(codec.ratio(groups, scales)), scales, group)
+    rounded = codec.decode(codec.encode(codec.ratio(groups, scales), scales), scales, group)
     return rounded.view(x.shape[0], -1)[:, : x.shape[1]].to(x.dtype)
 
 

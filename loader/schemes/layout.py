@@ -66,8 +66,8 @@ class WeightLayout:
 
     @property
     def align(self) -> tuple[int, int]:
-        """Rows and columns that a piece must come in multiples of, to hold whole scale blocks where it can."""
-        return self.format.block_rows or 1, self.format.block_cols or 1
+        """Rows and columns that a piece must come in multiples of, to hold whole scale blocks, or bytes, of codes."""
+        return self.format.block_rows or 1, self.format.block_cols or self.format.packed
 
     @property
     def scales_follow_rows(self) -> bool:
@@ -113,7 +113,7 @@ class WeightLayout:
 
     def code_aligned(self, region: Region) -> bool:
         """Whether the region begins and ends at a byte of codes, and at a scale where scales cannot be revised."""
-        step = self.format.block_cols if self.format.packed > 1 else 1
+        step = self.align[1] if self.format.packed > 1 else 1
         low, high = region.columns
         return low % step == 0 and (high % step == 0 or high == self.columns)
 

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quantload.kernels.formats import FORMATS, WeightFormat
+from quantload.kernels.formats import WeightFormat
 from quantload.kernels.registry import OPERATIONS, KernelSet, candidates, kernel_set
+from tested_formats import QUANTIZED, TRITON
 
 INTERPRETED = ("quantize", "observe", "finish_scales", "dequantize")
 """The operations that the tests here check in Triton's interpreter as well."""
 _called: set[str] = set()
+FAMILIES = {**{name: name for name in ("mxfp4", "mxfp6", "mxfp8", "fp8")}, "int8": "int8_channel"}
+"""What the names of the formats begin with that a test is for, by the second word of its name."""
 
 PLAIN = ("torch", "cpu")
 """The kernels that the `contender` fixture leaves out, because it is compared with them."""
@@ -57,7 +60,7 @@ def runners() -> list[Runner]:
     if found:
         return found
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        for name in FORMATS:
+        for name in QUANTIZED:
             can_run = [{k.name for k, reason in candidates(op, name, device) if reason is None} for op in OPERATIONS]
             for kernel in sorted(set.intersection(*can_run)):
                 found.append(Runner(kernel_set(name, device, dict.fromkeys(OPERATIONS, kernel)), device))
@@ -71,7 +74,7 @@ def interpreted() -> list[Runner]:
     from quantload.kernels.triton_quantize import triton_quantize
 
     found = []
-    for name in FORMATS:
+    for name in TRITON:
         plain, own = kernel_set(name, "cpu", dict.fromkeys(OPERATIONS, "torch")), triton_quantize(name)
         functions = {op: partial(_noted, f"{op} {name}", getattr(own, op)) for op in INTERPRETED}
         found.append(
@@ -97,7 +100,7 @@ def called_kernels(record_property: Callable[[str, object], None]) -> Iterator[N
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture in {"runner", "contender"} & set(metafunc.fixturenames):
         family = metafunc.function.__name__.split("_")[1]  # test_mxfp4_..., test_fp8_..., test_int8_...: those only
-        prefix = family if family in ("mxfp4", "mxfp6", "mxfp8", "fp8", "int8") else ""
+        prefix = FAMILIES.get(family, "")
         params = [
             pytest.param(r, id=f"{r.format.name}-{r.kernels.names['quantize']}-{r.device}")
             for r in runners()

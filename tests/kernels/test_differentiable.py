@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantload.kernels.differentiable import Linear
-from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import kernel_set
+from tested_formats import QUANTIZED
 
-CPU_FORMATS = [name for name in FORMATS if not name.endswith("fnuz")]
+CPU_FORMATS = [name for name in QUANTIZED if not name.endswith("fnuz")]
 
 
 def quantized(name: str, rows: int, k: int, experts: int = 1):

@@ -8,6 +8,7 @@ from quantload.kernels import gpu_quantize
 from quantload.kernels.formats import FNUZ, FORMATS
 from quantload.kernels.gpu_target import GpuTarget
 from quantload.kernels.registry import kernel_set, select
+from tested_formats import TRITON
 
 CUDA = torch.device("cuda")
 
@@ -33,7 +34,7 @@ def test_reasons(monkeypatch, name, reason):
 
 
 @pytest.mark.parametrize("operation", gpu_quantize.OPERATIONS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", TRITON)
 def test_triton_comes_before_torch_on_a_gpu(monkeypatch, name, operation):
     pytest.importorskip("triton", reason="Triton is on Linux only")
     pretend(monkeypatch, "sm_90")

@@ -164,6 +164,9 @@ def test_every_code_byte_dequantizes_to_its_meaning(runner):
     elif fmt.name == "mxfp4":
         codes, values = torch.arange(256, dtype=torch.uint8), small_floats(2, 1, 1)
         values = [values[c] for byte in range(256) for c in (byte & 15, byte >> 4)]
+    elif fmt.scale_words == 2:  # the zero point is 2, as the scale is
+        codes, bits = torch.arange(256, dtype=torch.uint8), fmt.code_bits
+        values = [(byte >> at & (1 << bits) - 1) - 2.0 for byte in range(256) for at in range(0, 8, bits)]
     elif fmt.code_bits == 6:
         codes, values = six_bit_bytes(range(64)), small_floats(*((2, 3, 1) if fmt.name == "mxfp6_e2m3" else (3, 2, 3)))
     else:
@@ -174,8 +177,11 @@ def test_every_code_byte_dequantizes_to_its_meaning(runner):
         bits = torch.arange(256, dtype=torch.uint8)
         codes = torch.where(bits == 0x80 if fnuz else bits & 0x7F == 0x7F, 0, bits).view(fmt.code_dtype)
     scales = torch.full(fmt.scale_shape(1, len(values)), 2.0)
-    if fmt.scale_dtype == torch.uint8:
-        scales = torch.full(scales.shape, 128, dtype=torch.uint8)
+    scales = (
+        torch.full_like(scales, 128, dtype=torch.uint8)
+        if fmt.scale_dtype == torch.uint8
+        else scales.to(fmt.scale_dtype)
+    )
     got = runner.dequantize(codes.view(1, -1), scales, (1, len(values)))
     want = 2 * torch.tensor([values])
     assert torch.equal(got.view(torch.int32), want.view(torch.int32))

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantload.kernels import cpu_dequantize, cpu_linear, linear_build, processor, team
-from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import NUMBA_FORMATS, kernel_set
+from tested_formats import QUANTIZED
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def quantized(kernels, n_rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]
     return codes, scales
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", QUANTIZED)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 30])
 def test_the_number_of_threads_changes_nothing(fmt, tokens):
     kernels = kernel_set(fmt, "cpu")

@@ -11,9 +11,10 @@ import torch
 from quantload.kernels import registry
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import NUMBA_FORMATS, OPERATIONS, NoKernel, candidates, kernel_set, select, warm_up
+from tested_formats import QUANTIZED
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_cpu_prefers_numba_and_can_fall_back_to_torch(name, operation):
     found = candidates(operation, name, "cpu")

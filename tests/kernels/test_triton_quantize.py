@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is on Linux only")
 from gpu_targets import TABLE, TARGETS, Compiled, compile_for, interpret, interpreter_trouble
 from quantload.kernels import gpu_quantize, triton_quantize
 from quantload.kernels.jit import measure, mx, scaled
+from tested_formats import TRITON
 
 HERE = Path(__file__).parent
 POINTERS = MappingProxyType(
@@ -139,13 +140,13 @@ def pairs(*quick: str) -> list[Any]:
     """
     return [
         pytest.param(name, target, id=f"{name}-{target}", marks=[] if name in quick else [pytest.mark.slow])
-        for name in FORMATS
+        for name in TRITON
         for target in TARGETS
         if target == "gfx942" or name not in FNUZ.values()
     ]
 
 
-@pytest.mark.parametrize(("name", "target"), pairs(*(name for name in FORMATS if name != "mxfp6_e3m2")))
+@pytest.mark.parametrize(("name", "target"), pairs(*(name for name in TRITON if name != "mxfp6_e3m2")))
 def test_quantize_compiles(launches, name, target):
     source, kernels = torch.zeros(64, 4096, dtype=torch.bfloat16), triton_quantize.triton_quantize(name)
     assert kernels.quantize(source, *outputs(name, 64, 4096), st.new_statistics()) == 0
@@ -191,7 +192,7 @@ def test_other_sources_odd_sizes_and_known_scales_compile(launches, name, target
 def test_a_piece_is_one_launch_and_one_for_statistics(launches):
     """8 MiB of BF16; tensors with one scale are gone over twice."""
     source = torch.zeros(1024, 4096, dtype=torch.bfloat16)
-    for name, fmt in FORMATS.items():
+    for name, fmt in {name: FORMATS[name] for name in TRITON}.items():
         kernels, made = triton_quantize.triton_quantize(name), outputs(name, 1024, 4096)
         twice = 2 if fmt.block_rows == 0 else 0
         kernels.quantize(source, *made)
@@ -215,7 +216,7 @@ def test_enqueueing_reads_nothing_back(launches, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__int__", read)
     monkeypatch.setattr(torch.Tensor, "item", read)
     source, count = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
-    for name, fmt in FORMATS.items():
+    for name, fmt in {name: FORMATS[name] for name in TRITON}.items():
         kernels, made = triton_quantize.triton_quantize(name), outputs(name, 64, 256)
         kernels.enqueue_quantize(source, *made, count, st.new_statistics())
         kernels.enqueue_observe(source, torch.zeros(fmt.scale_shape(64, 256)), count)
@@ -237,7 +238,7 @@ def test_interpreted_bits() -> None:
     )
     check(results)
     labels = {label for result in results for label in result.kernels}
-    assert {f"{op} {name}" for op in gpu_quantize.OPERATIONS for name in FORMATS} <= labels
+    assert {f"{op} {name}" for op in gpu_quantize.OPERATIONS for name in TRITON} <= labels
 
 
 @pytest.mark.slow

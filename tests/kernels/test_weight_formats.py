@@ -16,6 +16,10 @@ from quantload.kernels.formats import FORMATS
         ("fp8_tensor", (5, 7), (5, 7), (1, 1), 39, (None, None)),
         ("fp8_block", (129, 128), (129, 128), (2, 1), 129 * 128 + 8, (128, 128)),
         ("int8_channel", (5, 7), (5, 7), (5, 1), 55, (1, None)),
+        ("int4_channel", (5, 7), (5, 4), (5, 2), 60, (1, None)),
+        ("int4_group128_f16", (3, 300), (3, 150), (3, 6), 486, (1, 128)),
+        ("int8_group0_f32", (3, 300), (3, 300), (3, 2), 924, (1, None)),
+        ("nvfp4", (2, 40), (2, 20), (2, 3), 64, (1, 16)),
     ],
 )
 def test_layout(name, shape, codes, scales, size, align):

@@ -1,0 +1,122 @@
+"""INT4 and INT8 weights with a zero point: unsigned codes, a scale and a zero point for each group of a row.
+
+A weight is (code - zero) * scale in float32. From the smallest and largest weight of a group, zero included, with
+L = 2^bits - 1 as in AutoAWQ's zero point quantization:
+
+    scale = (largest - smallest) / L, stored in the dtype of the scales
+    zero  = round(-smallest / scale), within 0 .. L
+    code  = round(weight / scale) + zero, within 0 .. L
+
+with the stored scale, ties to even. Where scales are float16 they stay finite: a group with a range above L * 65504
+saturates. No scale is less than `SMALLEST_SCALE`: groups of zeros have that one, and their codes are their zero point.
+
+`int4_channel` is symmetric, as SGLang's `quark_int4fp8_moe` makes its experts: scale = largest magnitude / 7, zero 8,
+codes 1 .. 15. SGLang divides that scale by the FP8 scale of the tensor and multiplies it with it again; nothing of the
+FP8 scale is left, so it is not computed here.
+
+The maxima of `observe` have the shape of the scales: the largest weight of a group and minus its smallest, both at
+least 0, where its scale and its zero point will stand. So larger of two is what pieces of a group combine by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from . import statistics as st
+from .formats import INT4_CHANNEL, INTEGERS, WeightFormat
+from .fp8 import divided
+from .reference import Reference, check_scales, column_amax, row_chunks
+
+SMALLEST_SCALE = 2.0**-24
+"""The smallest float16 above zero. AutoAWQ's own limit is a range of 1e-5, eleven times that at four bits."""
+SYMMETRIC_LARGEST = 7.0
+"""Largest distance of a code of `int4_channel` from its zero point."""
+
+
+@dataclass(frozen=True)
+class IntegerCodec:
+    """The arithmetic of an integer format in plain torch; expanded scales are [2, r, c]: scales, then zero points."""
+
+    format: WeightFormat
+
+    @property
+    def largest(self) -> float:
+        """The largest code."""
+        return float((1 << self.format.code_bits) - 1)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest code that is used."""
+        return 1.0 if self.is_symmetric else 0.0
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the rule gives every row the same zero point."""
+        return self.format is INT4_CHANNEL
+
+    def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
+        """Scales and zero points side by side, in the dtype of the scales, from the float32 maxima of `observe`."""
+        high, low = amax[:, 0::2], amax[:, 1::2]
+        if self.is_symmetric:
+            scale = divided(torch.maximum(high, low), SYMMETRIC_LARGEST)
+        else:  # of half the range, because the range itself may not be a finite float32
+            scale = divided(high * 0.5 + low * 0.5, self.largest / 2)
+        dtype = self.format.scale_dtype
+        scale = scale.to(dtype).clamp(SMALLEST_SCALE, torch.finfo(dtype).max)
+        zero = torch.full_like(high, 8.0) if self.is_symmetric else (low / scale.float()).round().clamp(0, self.largest)
+        return torch.stack((scale, zero.to(dtype)), 2).flatten(1)
+
+    def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """values / scales, before the zero points are added."""
+        return values / scales[0]
+
+    def encode(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Codes [r, c], those of four bits packed [r, ceil(c / 2)]; the nibble behind the last of an odd row is 0."""
+        codes = (ratio.round() + scales[1]).clamp(self.smallest, self.largest).to(torch.uint8)
+        if self.format.code_bits == 8:
+            return codes
+        codes = F.pad(codes, (0, codes.shape[1] % 2))
+        return codes[:, 0::2] | codes[:, 1::2] << 4
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor:
+        """float32 [r, cols]: (code - zero point) * scale."""
+        if self.format.code_bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, :cols]
+        return (codes.float() - scales[1]) * scales[0]
+
+
+@dataclass(frozen=True)
+class IntegerReference(Reference):
+    """The operations of a codec that has two numbers for each group."""
+
+    codec: IntegerCodec
+
+    def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
+        """Raise `amax` to the largest weight of each group and minus its smallest (see the module)."""
+        fmt = self.codec.format
+        check_scales(fmt, source, amax, torch.float32)
+        nonfinite = 0
+        for start, stop in row_chunks(*source.shape):
+            values = source[start:stop].float()
+            nonfinite += int((~torch.isfinite(values)).sum())
+            for word, part in enumerate((values, -values)):
+                known = amax[start:stop, word::2]
+                known.copy_(torch.maximum(known, column_amax(part.clamp(min=0), fmt.block_cols)))
+        return nonfinite
+
+    def expand(self, scales: torch.Tensor, start: int, stop: int, cols: int) -> torch.Tensor:
+        """float32 [2, rows, cols]: the scale and the zero point of every element."""
+        words = torch.stack((scales[start:stop, 0::2], scales[start:stop, 1::2])).float()
+        return words.repeat_interleave(self.codec.format.block_cols or max(cols, 1), 2)[..., :cols]
+
+    def saturated(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Elements more than half a code, and the rounding of the scale, beyond the codes that are used."""
+        smallest, largest = self.codec.smallest, self.codec.largest
+        reach = (largest - smallest + 1.0) / 2 * (1.0 + st.SATURATION_SLACK)
+        return (ratio + scales[1] - (largest + smallest) / 2).abs() > reach
+
+
+references = {fmt.name: IntegerReference(IntegerCodec(fmt)) for fmt in (*INTEGERS, INT4_CHANNEL)}

@@ -1,0 +1,27 @@
+"""NVFP4 as checkpoints store it, to be quantized anew: E2M1 codes, one float32 scale for 16 of a row.
+
+A scale is the E4M3 scale of its block times the float32 scale of the tensor, multiplied when it is read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .formats import NVFP4, WeightFormat
+from .mxfp4 import VALUES
+from .reference import Reading
+
+
+class Nvfp4Decoder:
+    """The arithmetic of NVFP4 in plain torch."""
+
+    format: WeightFormat = NVFP4
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor:
+        """float32 [r, cols] that the packed codes [r, ceil(cols / 2)] stand for."""
+        nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, :cols].int()
+        table = torch.tensor(VALUES + tuple(-v for v in VALUES), dtype=torch.float32, device=codes.device)
+        return table[nibbles] * scales
+
+
+reference = Reading(Nvfp4Decoder())

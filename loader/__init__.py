@@ -6,12 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .convert import convert_checkpoint
     from .errors import QuantloadError
     from .load import load_quantized, plan_quantized
     from .memory.report import LoadReport
     from .options import LoadOptions, QuantizationPolicy
 
-__all__ = ["LoadOptions", "LoadReport", "QuantizationPolicy", "QuantloadError", "load_quantized", "plan_quantized"]
+__all__ = [
+    "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantloadError", "convert_checkpoint", "load_quantized",
+    "plan_quantized",
+]  # fmt: skip
 
 # Resolved on first use: the pytest plugin and the log parser live in this package and must not import torch.
 _HOMES = {
@@ -19,6 +23,7 @@ _HOMES = {
     "LoadReport": ".memory.report",
     "QuantizationPolicy": ".options",
     "QuantloadError": ".errors",
+    "convert_checkpoint": ".convert",
     "load_quantized": ".load",
     "plan_quantized": ".load",
 }

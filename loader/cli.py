@@ -207,6 +207,52 @@ def serve(
 
 
 @app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    quantization: Quantization = "auto",
+    checkpoint_format: Annotated[str, typer.Option("--format", help="quark or compressed-tensors.")] = "quark",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 4GB.")] = "4GB",
+    experts: Experts = None,
+    ignore: Ignore = None,
+    override: Override = None,
+    no_default_ignore: NoDefaultIgnore = False,
+    max_memory: MaxMemory = None,
+    staging: Staging = None,
+    chunk: Chunk = None,
+    workers: Workers = None,
+    page_cache: PageCacheOption = "auto",
+    stats: Stats = "on",
+    strict: Strict = False,
+    kernel: Kernel = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    report: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Write a quantized checkpoint, streaming; run again after an interruption, it goes on where it was."""
+    policy = _policy(experts, ignore, override, no_default_ignore)
+    options = _options(max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, "auto")
+    if report is not None:
+        _check_writable(report)
+    from .convert import convert_checkpoint
+    from .memory.budget import parse_bytes
+
+    with _progress_bar("converting") as progress:
+        made = convert_checkpoint(
+            model, out, quantization, format=checkpoint_format, policy=policy, options=options,
+            max_shard_bytes=parse_bytes(max_shard_size), revision=revision, trust_remote_code=trust_remote_code,
+            progress=progress,
+        )  # fmt: skip
+    if report is not None:
+        _save(made, report)
+    if as_json:
+        _print_json(made.to_dict())
+    else:
+        _render(made)
+
+
+@app.command()
 def schemes(
     device: Annotated[str, typer.Option(help="The device to choose kernels for.")] = "cpu",
     as_json: Json = False,
@@ -363,13 +409,13 @@ def _set_up_logging() -> None:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
+def _progress_bar(doing: str = "loading") -> Iterator[Callable[[int, int], None] | None]:
     if not console.is_terminal:
         yield None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    columns = (TextColumn(doing), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("load", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -19,6 +19,7 @@ QuantloadError
 ├── MemoryBudgetError               the plan needs more memory than allowed: need, limit, what to change
 ├── NoKernelError                   no kernel can serve; the message gives every candidate with its reason
 ├── UnsupportedCheckpointError      pickle files, an unknown quant_method
+├── OutputError                     what is to be written: the folder exists, the disk is full
 └── LoadCancelledError              the load was cancelled before it finished
 
 Every message says what was given, what was expected and what to do about it.
@@ -103,6 +104,10 @@ class NoKernelError(QuantloadError):
 
 class UnsupportedCheckpointError(QuantloadError):
     """A kind of checkpoint quantload does not read, such as pickle files."""
+
+
+class OutputError(QuantloadError):
+    """A checkpoint cannot be written where it is to be."""
 
 
 class LoadCancelledError(QuantloadError):

@@ -17,13 +17,13 @@ from .collector import collector_paused
 from .kernels import cpu  # noqa: F401  # numba comes in with the package, not in the middle of the first load
 from .memory.budget import check_budget
 from .model import transformers_api
-from .model.routes import CheckpointMap, build_routes, map_checkpoint
+from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint
 from .model.skeleton import Assignment, assign_schemes, find_model
 from .online.attach import OnFinished, WeightLoaders, attach_weight_loaders
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy
 from .plan import LoadPlan, loaded_parameters, plan_load
-from .recording import Progress, Recorder
+from .recording import Progress, Recorder, tensor_bytes
 from .schemes.policy import Policy, choose_policy
 from .schemes.registry import SchemeFactory, choose_device
 
@@ -68,7 +68,9 @@ def load_quantized(
         draft.loaders.check_complete(loaded_parameters(draft.mapped, draft.loaders))
         transformers_api.finish(model, draft.mapped.missing, draft.mapped.weight_conversions, storage.device)
         transformers_api.adopt_generation_config(model, checkpoint.root)
-    model.load_report = recorder.report(model, checkpoint.model_id, draft.rules.name, totals)
+    model.load_report = recorder.report(
+        checkpoint.model_id, draft.rules.name, totals, tensor_bytes(model), tensor_bytes
+    )
     model.load_plan = plan.memory
     return model
 
@@ -83,6 +85,7 @@ class Draft:
     mapped: CheckpointMap
     assignments: list[Assignment]
     loaders: WeightLoaders
+    routes: Routes
     plan: LoadPlan
 
 
@@ -108,7 +111,7 @@ def draft_load(
         loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
         routes = build_routes(mapped, loaders.landing)
         plan = plan_load(model, index, mapped, routes, loaders, assignments, options, storage.device)
-    return Draft(index, model, rules, mapped, assignments, loaders, plan)
+    return Draft(index, model, rules, mapped, assignments, loaders, routes, plan)
 
 
 def plan_quantized(

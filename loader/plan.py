@@ -66,7 +66,7 @@ def plan_load(
     pieces += plan_whole(routes.whole, index.tensors, mapped.shapes, loaders.sinks, loaders.landing)
     chunk = max((piece.nbytes for piece in pieces if piece.target is None), default=MIN_CHUNK)
     chunk = max(chunk, min(options.chunk_bytes, 1 << 20))
-    workers, staging = _staging(options, chunk, len(pieces), slots_per_worker(device))
+    workers, staging = plan_staging(options, chunk, len(pieces), slots_per_worker(device))
     bytes_in = dict(_bytes_in(mapped, assignments))
     memory = plan_memory(
         _sizes(mapped, loaders, assignments),
@@ -78,7 +78,7 @@ def plan_load(
     return LoadPlan(pieces, chunk, workers, memory, sum(piece.nbytes for piece in pieces), bytes_in, len(routes.whole))
 
 
-def _staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) -> tuple[int, int]:
+def plan_staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) -> tuple[int, int]:
     """Workers, and bytes of the arena: so many buffers each, and never more than they can use."""
     workers, each = min(options.worker_count(), max(pieces, 1)), buffers * rounded_slot(chunk)
     if options.staging_bytes is None:

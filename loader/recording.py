@@ -83,15 +83,18 @@ class Recorder:
 
     def report(
         self,
-        model: nn.Module,
         name: str,
         quantization: str,
         totals: ReadTotals,
+        final_bytes: int,
+        kept_bytes: Callable[[nn.Module], int],
     ) -> LoadReport:
-        """The report of a finished load, also written to the log; the plan is let go."""
+        """The report of a finished load, also written to the log; the plan is let go.
+
+        `kept_bytes` are the bytes of a module that was left as stored.
+        """
         plan, assignments = self._plan, self._assignments.values()
         assert plan is not None
-        final_bytes = tensor_bytes(model)
         report = LoadReport(
             model=name,
             quantization=quantization,
@@ -107,7 +110,7 @@ class Recorder:
             predicted_peak_bytes=plan.memory.peak_bytes,
             fallback_conversions=plan.whole_conversions,
             layers=[self._layers[a.name] for a in assignments if a.name in self._layers],
-            kept=[KeptReport(a.name, a.reason, tensor_bytes(a.module)) for a in assignments if a.scheme is None],
+            kept=[KeptReport(a.name, a.reason, kept_bytes(a.module)) for a in assignments if a.scheme is None],
             timeline=self.ledger.timeline,
         )
         self._log(report)

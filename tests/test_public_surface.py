@@ -14,7 +14,8 @@ from quantload import errors
 
 def test_what_the_package_offers() -> None:
     assert sorted(quantload.__all__) == [
-        "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantloadError", "load_quantized", "plan_quantized",
+        "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantloadError", "convert_checkpoint", "load_quantized",
+        "plan_quantized",
     ]  # fmt: skip
     assert dir(quantload) == sorted(quantload.__all__)
     for name in quantload.__all__:
@@ -51,6 +52,21 @@ def test_plan_quantized() -> None:
     assert signature(quantload.plan_quantized) == COMMON
 
 
+def test_convert_checkpoint() -> None:
+    assert signature(quantload.convert_checkpoint) == [
+        ("model_id", False, inspect.Parameter.empty),
+        ("out", False, inspect.Parameter.empty),
+        ("quantization", False, "auto"),
+        ("format", True, "quark"),
+        ("policy", True, None),
+        ("options", True, None),
+        ("max_shard_bytes", True, 4 * 10**9),
+        ("revision", True, None),
+        ("trust_remote_code", True, False),
+        ("progress", True, None),
+    ]
+
+
 def fields(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
@@ -84,7 +100,7 @@ TREE = {
     "RouteError": ["MissingWeightsError", "UnexpectedWeightsError", "ShapeMismatchError"],
     "PolicyError": ["UnknownSchemeError", "UnmatchedPatternError"],
     "QuantloadError": ["CheckpointError", "RouteError", "PolicyError", "MemoryBudgetError", "NoKernelError",
-                       "UnsupportedCheckpointError"],
+                       "UnsupportedCheckpointError", "OutputError"],
 }  # fmt: skip
 
 

@@ -1,0 +1,214 @@
+"""Write safetensors shards whose sizes are known beforehand: header first, then tensors in any order, in any parts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import OutputError
+from .headers import DTYPES
+from .weight_map import SINGLE_NAME
+
+UNFINISHED_SUFFIX = ".part"
+FLUSH_BYTES = 256 << 20
+"""Bytes of a shard after which whoever writes next waits for the disk, so that the end has little left to wait for."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One file to be written: `header` with its length prefix, then tensors at `offsets` (bytes from the start)."""
+
+    path: str
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+
+
+def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_shard_bytes: int) -> list[ShardPlan]:
+    """Files of at most `max_shard_bytes` bytes of tensors, in the order of `groups`; no group is torn apart.
+
+    A group that is larger has a file of its own. The names are those transformers gives. Within a file wider dtypes
+    come first, so that every tensor is aligned although the format knows no gaps.
+    """
+    files: list[list[TensorSpec]] = [[]]
+    size = 0
+    for group in groups:
+        nbytes = sum(spec.nbytes for spec in group)
+        if files[-1] and size + nbytes > max_shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].extend(group)
+        size += nbytes
+    if len(files) == 1:
+        return [_plan_shard(SINGLE_NAME, files[0])]
+    count = len(files)
+    return [_plan_shard(f"model-{i:05}-of-{count:05}.safetensors", specs) for i, specs in enumerate(files, 1)]
+
+
+def _plan_shard(path: str, specs: Sequence[TensorSpec]) -> ShardPlan:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    at = 0
+    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+        starts[spec.name] = at
+        offsets = [at, at + spec.nbytes]
+        entries[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        at += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    return ShardPlan(path, header, {name: len(header) + start for name, start in starts.items()}, len(header) + at)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`rows` stretches of `width` bytes, `pitch` apart, from byte `offset` of a file on; CRC-32 of them, end to end."""
+
+    offset: int
+    rows: int
+    width: int
+    pitch: int
+    crc: int
+
+
+class ShardWriter:
+    """One shard on its way: room is taken and the header written with the first part, which may be any.
+
+    `parts` are to be marked `done`; with the last one the file is flushed to the disk, gets its name, and
+    `on_finished` runs with what was written, in the thread that brought it. Safe to use from several threads. Raises
+    `OutputError` when the disk is full or fails.
+    """
+
+    def __init__(
+        self, folder: Path, plan: ShardPlan, parts: int, on_finished: Callable[[ShardPlan, list[Extent]], None]
+    ) -> None:
+        self.plan = plan
+        self._path = folder / plan.path
+        self._unfinished = folder / f"{plan.path}{UNFINISHED_SUFFIX}"
+        self._parts = parts
+        self._on_finished = on_finished
+        self._extents: dict[tuple[int, int, int, int], int] = {}
+        self._lock = threading.Lock()
+        self._fd = -1
+        self._unflushed = 0
+
+    def write(self, offset: int, data: Tensor, pitch: int) -> None:
+        """Write the rows of `data`, uint8 [rows, width] and contiguous, to `offset` and every `pitch` bytes after."""
+        rows, width = data.shape
+        if rows * width == 0:
+            return
+        fd = self._open()
+        with data.numpy().data as view:
+            buffer = view.cast("B")
+            step = len(buffer) if width == pitch else width
+            try:
+                for number in range(len(buffer) // step):
+                    _write_all(fd, buffer[number * step : (number + 1) * step], offset + number * pitch)
+            except OSError as error:
+                raise self._failed(error) from error
+            crc = zlib.crc32(buffer)
+        with self._lock:
+            self._extents[offset, rows, width, pitch] = crc
+            self._unflushed += rows * width
+            flush = self._unflushed >= FLUSH_BYTES
+            if flush:
+                self._unflushed = 0
+        if flush:
+            self._flush(fd)
+
+    def done(self) -> None:
+        """One more part is complete."""
+        with self._lock:
+            self._parts -= 1
+            last = self._parts == 0
+        if last:
+            self._finish()
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        with self._lock:
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._fd < 0:
+                try:
+                    self._fd = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+                    os.posix_fallocate(self._fd, 0, self.plan.size)
+                    _write_all(self._fd, memoryview(self.plan.header), 0)
+                except OSError as error:
+                    raise self._failed(error) from error
+            return self._fd
+
+    def _finish(self) -> None:
+        self._flush(self._open())
+        self.close()
+        os.rename(self._unfinished, self._path)
+        extents = [Extent(*place, crc) for place, crc in self._extents.items()]
+        self._extents.clear()
+        self._on_finished(self.plan, extents)
+
+    def _flush(self, fd: int) -> None:
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"{self._path.name}: {self.plan.size:,} bytes cannot be written to {self._path.parent}: {error.strerror}; "
+            "make room or choose another folder, and run it again"
+        )
+
+
+def verified(path: Path, plan: ShardPlan, extents: Iterable[Extent]) -> bool:
+    """Whether the file is there, as long as planned, with the planned header and the bytes the extents say."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != plan.size or file.read(len(plan.header)) != plan.header:
+                return False
+            return all(_crc_of(file.fileno(), extent) == extent.crc for extent in extents)
+    except OSError:
+        return False
+
+
+def _crc_of(fd: int, extent: Extent) -> int:
+    rows, width = (1, extent.rows * extent.width) if extent.width == extent.pitch else (extent.rows, extent.width)
+    crc = 0
+    for row in range(rows):
+        crc = zlib.crc32(os.pread(fd, width, extent.offset + row * extent.pitch), crc)
+    return crc
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count

@@ -1,0 +1,170 @@
+"""Convert a checkpoint to a quantized checkpoint without building the model: the whole flow, from top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint.index import CheckpointIndex
+from .checkpoint.output import OutputFolder
+from .checkpoint.paths import locate
+from .checkpoint.reader import PieceReader
+from .checkpoint.resolve import SMALL_FILES, Checkpoint, resolve
+from .checkpoint.source import FileSource
+from .checkpoint.weight_map import INDEX_NAME
+from .checkpoint.working_memory import CPU, slots_per_worker
+from .checkpoint.writer import ShardPlan, plan_shards
+from .errors import PolicyError
+from .load import Draft, draft_load
+from .memory.budget import check_budget
+from .memory.planner import SLACK_BYTES
+from .memory.report import LoadReport
+from .online.conversion import Conversion, PlannedTensor
+from .online.pieces import plan_pieces
+from .online.storage import FinalStorage
+from .options import LoadOptions, QuantizationPolicy
+from .plan import MIN_CHUNK, LoadPlan, plan_staging
+from .recording import Progress, Recorder
+from .schemes.exported.registry import get_export_format
+from .schemes.exported.tensors import kept_modules, plan_tensors, quantized_modules
+from .schemes.exported.weights import ExportFormat
+
+MAX_SHARD_BYTES = 4 * 10**9
+_KEY_VERSION = 1
+_CONFIG = "config.json"
+
+
+def convert_checkpoint(
+    model_id: str | Path,
+    out: str | Path,
+    quantization: str = "auto",
+    *,
+    format: str = "quark",
+    policy: QuantizationPolicy | None = None,
+    options: LoadOptions | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Stream a BF16, FP16 or FP32 checkpoint to a quantized checkpoint in the folder `out`, which must not exist.
+
+    `format` is the checkpoint format, `quark` or `compressed-tensors`, and `max_shard_bytes` the most bytes of tensors
+    in a file; everything else is as in `load_quantized`, and so are the codes and scales. Memory is bounded by the
+    arena, not by the model. While it runs the files lie in `out` + `.unfinished`; a run that was interrupted is taken
+    up there, shard by shard. The report is that of a load, its `final_bytes` the bytes written. Raises a
+    `QuantloadError`: `PolicyError` for a scheme or module the format cannot hold, `OutputError` where nothing can be
+    written.
+    """
+    options = options or LoadOptions()
+    export = get_export_format(format)
+    if max_shard_bytes < 1:
+        raise PolicyError(f"max_shard_bytes is {max_shard_bytes}; give a positive number of bytes")
+    with torch.inference_mode(False), Recorder(CPU, options.stats, progress) as recorder:
+        checkpoint = resolve(model_id, revision)
+        storage = FinalStorage(CPU)
+        draft = draft_load(checkpoint, quantization, policy, options, storage, lambda *_: None, trust_remote_code)
+        tensors = plan_tensors(draft.index.tensors, draft.routes, draft.loaders.sinks, draft.assignments, export)
+        shards = plan_shards((tensor.specs() for tensor in tensors), max_shard_bytes)
+        config = _config(checkpoint, draft, tensors, export)
+        with OutputFolder(Path(out), _key(checkpoint, draft.index, shards, config)) as folder:
+            with Conversion(tensors, shards, folder, recorder.on_layer) as conversion:
+                plan = _plan(draft, conversion, options)
+                recorder.expect(plan, draft.assignments)
+                check_budget(plan.memory, options.max_memory)
+                reader = PieceReader(
+                    FileSource(checkpoint.root, page_cache=options.page_cache, retries=options.retries),
+                    draft.index.shards,
+                    workers=plan.workers,
+                    chunk_bytes=plan.chunk_bytes,
+                    on_progress=recorder.on_bytes,
+                )
+                totals = reader.run(plan.pieces)
+                conversion.check_complete()
+            _write_surroundings(folder, checkpoint, shards, config)
+            folder.publish()
+    report = recorder.report(
+        checkpoint.model_id, draft.rules.name, totals, sum(shard.size for shard in shards), _meta_bytes
+    )
+    report.predicted_final_bytes = report.final_bytes
+    return report
+
+
+def _plan(draft: Draft, conversion: Conversion, options: LoadOptions) -> LoadPlan:
+    """Pieces of what is left to convert, and the memory it takes: a worker's buffers, and one that it writes from."""
+    pieces = plan_pieces(conversion.entries, conversion.spans, conversion.sinks, options.chunk_bytes)
+    chunk = max((piece.nbytes for piece in pieces), default=MIN_CHUNK)
+    chunk = max(chunk, min(options.chunk_bytes, 1 << 20))
+    workers, staging = plan_staging(options, chunk, len(pieces), slots_per_worker(CPU) + 1)
+    memory = replace(
+        draft.plan.memory, final_bytes=0, staging_bytes=staging, slack_bytes=SLACK_BYTES,
+        peak_bytes=staging + SLACK_BYTES, by_scheme={}, quantizable_kept_bytes=0,
+    )  # fmt: skip
+    total = sum(piece.nbytes for piece in pieces)
+    return LoadPlan(pieces, chunk, workers, memory, total, draft.plan.bytes_in, whole_conversions=0)
+
+
+def _config(
+    checkpoint: Checkpoint, draft: Draft, tensors: Sequence[PlannedTensor], export: ExportFormat
+) -> dict[str, Any]:
+    """The model's own config.json with a `quantization_config`."""
+    config = checkpoint.config()
+    config.pop("transformers_weights", None)  # the shards have the usual names
+    quantized = dict(quantized_modules(tensors))
+    if quantized:
+        formats = {name: tensor.layout.format for name, tensor in quantized.items()}
+        kept = kept_modules(draft.model, tensors, draft.routes)
+        config["quantization_config"] = export.quantization_config(formats, kept)
+    return config
+
+
+def _key(checkpoint: Checkpoint, index: CheckpointIndex, shards: Sequence[ShardPlan], config: dict[str, Any]) -> str:
+    """What decides about the bytes that come out: input files, planned headers, config."""
+    said = hashlib.sha256(json.dumps([_KEY_VERSION, config]).encode())
+    for shard in index.shards:
+        status = locate(checkpoint.root, shard.path).stat()
+        said.update(f"{shard.path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for entry in index.tensors.values():
+        said.update(f"{entry}\n".encode())
+    for plan in shards:
+        said.update(plan.path.encode() + plan.header)
+    return said.hexdigest()
+
+
+def _write_surroundings(
+    folder: OutputFolder, checkpoint: Checkpoint, shards: Sequence[ShardPlan], config: dict[str, Any]
+) -> None:
+    """Everything but the weights: tokenizer and other small files, index, config last."""
+    for name in _small_files(checkpoint.root):
+        folder.copy(locate(checkpoint.root, name), name)
+    weight_map = {name: plan.path for plan in shards for name in plan.offsets}
+    total = sum(plan.size - len(plan.header) for plan in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    folder.write(INDEX_NAME, _json(index))
+    folder.write(_CONFIG, _json(config))
+
+
+def _small_files(root: Path) -> Iterator[str]:
+    for pattern in SMALL_FILES:
+        for path in root.rglob(pattern):
+            name = path.relative_to(root)
+            hidden = any(part.startswith(".") for part in name.parts)
+            replaced = str(name) == _CONFIG or name.name.endswith(".safetensors.index.json")
+            if path.is_file() and not hidden and not replaced:
+                yield str(name)
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _meta_bytes(module: nn.Module) -> int:
+    """Bytes the parameters of a module have in the model it was planned with."""
+    return sum(parameter.nbytes for parameter in module.parameters())

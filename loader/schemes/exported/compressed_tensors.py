@@ -1,0 +1,118 @@
+"""What compressed-tensors 0.20 writes: one of its formats for each weight format, in config groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.formats import WeightFormat
+from .weights import ExportedConstant, ExportedPart, ExportedWeight, ExportFormat, as_vector
+
+VERSION = "0.20.0"
+_INT4_IN_INT32 = 8
+
+
+def _arguments(bits: int, kind: str, strategy: str, *, dynamic: bool = False, **more: Any) -> dict[str, Any]:
+    return {
+        "dynamic": dynamic, "group_size": None, "num_bits": bits, "strategy": strategy, "symmetric": True,
+        "type": kind, **more,
+    }  # fmt: skip
+
+
+def _group(name: str, weights: dict[str, Any], activations: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "format": name, "input_activations": activations, "output_activations": None, "targets": ["Linear"],
+        "weights": weights,
+    }  # fmt: skip
+
+
+def _mx(bits: int, *, dynamic: bool = False) -> dict[str, Any]:
+    return _arguments(bits, "float", "group", dynamic=dynamic, group_size=32, scale_dtype="torch.uint8")
+
+
+def _float(strategy: str, **more: Any) -> dict[str, Any]:
+    return _arguments(8, "float", strategy, **more)
+
+
+def _packed_zero_points(scales: Tensor) -> Tensor:
+    """The zero points of [8n, 2G] scales and zero points as int32 [n, G]: row i of eight in nibble i."""
+    points = scales[:, 1::2].to(torch.int32)
+    points = torch.nn.functional.pad(points, (0, 0, 0, -len(points) % _INT4_IN_INT32))
+    nibbles = points.view(-1, _INT4_IN_INT32, points.shape[1])
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32).view(1, -1, 1)
+    return (nibbles << shifts).sum(1, dtype=torch.int32)
+
+
+_SCALE = ExportedPart("weight_scale", "scales")
+_PLAIN = (ExportedPart("weight", "codes"), _SCALE)
+_PLAIN_WHOLE = (ExportedPart("weight", "codes"), ExportedPart("weight_scale", "scales", declared=as_vector))
+_PACKED = (ExportedPart("weight_packed", "codes"), _SCALE)
+_INT4 = (
+    ExportedPart("weight_packed", "codes", torch.int32),
+    ExportedPart("weight_scale", "scales", width=Fraction(1, 2), convert=lambda scales: scales[:, ::2]),
+    ExportedPart("weight_zero_point", "scales", torch.int32, _INT4_IN_INT32, convert=_packed_zero_points),
+)
+_SHAPE = ExportedConstant("weight_shape", lambda rows, columns: torch.tensor([rows, columns]))
+
+WEIGHTS: Mapping[str, ExportedWeight] = {
+    "mxfp4": ExportedWeight(
+        _PACKED, _group("mxfp4-pack-quantized", _mx(4), _mx(4, dynamic=True)), column_multiple=32
+    ),
+    "mxfp6_e2m3": ExportedWeight(_PACKED, _group("mxfp6-pack-quantized", _mx(6), None), column_multiple=32),
+    "mxfp8": ExportedWeight(_PLAIN, _group("mxfp8-quantized", _mx(8), None), column_multiple=32),
+    "fp8_tensor": ExportedWeight(
+        _PLAIN_WHOLE, _group("float-quantized", _float("tensor"), _float("token", dynamic=True))
+    ),
+    "fp8_channel": ExportedWeight(
+        _PLAIN, _group("float-quantized", _float("channel"), _float("token", dynamic=True))
+    ),
+    "fp8_block": ExportedWeight(
+        _PLAIN,
+        _group(
+            "float-quantized",
+            _float("block", block_structure=[128, 128]),
+            _float("group", dynamic=True, group_size=128),
+        ),
+    ),
+    "int8_channel": ExportedWeight(
+        _PLAIN,
+        _group("int-quantized", _arguments(8, "int", "channel"), _arguments(8, "int", "token", dynamic=True)),
+    ),
+    "int4_group128_f16": ExportedWeight(
+        _INT4,
+        _group("pack-quantized", _arguments(4, "int", "group", group_size=128, symmetric=False), None),
+        (_SHAPE,),
+        column_multiple=128,
+    ),
+}  # fmt: skip
+
+
+def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors: one group for each format, the first for all other linears."""
+    formats = list(dict.fromkeys(fmt.name for fmt in modules.values()))
+    groups: dict[str, Any] = {}
+    for number, name in enumerate(formats):
+        group = dict(WEIGHTS[name].config)
+        if len(formats) > 1:
+            group["targets"] = [module for module, fmt in modules.items() if fmt.name == name]
+        groups[f"group_{number}"] = group
+    written = {group["format"] for group in groups.values()}
+    return {
+        "config_groups": groups,
+        "format": written.pop() if len(written) == 1 else "mixed-precision",
+        "global_compression_ratio": None,
+        "ignore": kept,
+        "kv_cache_scheme": None,
+        "moe_sparsity_config": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+COMPRESSED_TENSORS = ExportFormat("compressed-tensors", WEIGHTS, quantization_config)

@@ -1,0 +1,120 @@
+"""A quantized weight as a checkpoint format stores it: which tensors, and how they are made of codes and scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.writer import TensorSpec
+from ...kernels.formats import WeightFormat
+from ..layout import WeightLayout
+
+Shape = tuple[int, ...]
+
+
+def as_it_is(shape: Shape) -> Shape:
+    """The declared shape of a tensor that is declared as the matrix it is."""
+    return shape
+
+
+def as_vector(shape: Shape) -> Shape:
+    """The declared shape of a matrix with one column that is stored as a vector."""
+    return shape[:-1]
+
+
+def as_scalar(shape: Shape) -> Shape:
+    """The declared shape of a matrix with one element that is stored as a number."""
+    return shape[:-2]
+
+
+@dataclass(frozen=True)
+class ExportedPart:
+    """One tensor made of the codes or the scales of a weight, and how it is made of them.
+
+    `name` is its name after the module's. A row of it is made of `block` rows of the source, and is `width` times as
+    long, in bytes. `convert` makes rows of it from rows of the source; `None`: the bytes are the same. `dtype` is what
+    it is declared as (`None`: the source's), and `declared` turns the shape of the matrix into the one in the header.
+    """
+
+    name: str
+    source: Literal["codes", "scales"]
+    dtype: torch.dtype | None = None
+    block: int = 1
+    width: Fraction = Fraction(1)
+    convert: Callable[[Tensor], Tensor] | None = None
+    declared: Callable[[Shape], Shape] = as_it_is
+
+    def spec(self, module: str, layout: WeightLayout) -> TensorSpec:
+        """Name, dtype and shape for a weight of this layout."""
+        shape, dtype = self._source(layout)
+        stored = self.dtype or dtype
+        matrix = (*shape[:-2], self.rows(layout), self.pitch(layout) // stored.itemsize)
+        return TensorSpec(f"{module}.{self.name}", stored, self.declared(matrix))
+
+    def rows(self, layout: WeightLayout) -> int:
+        """Rows of one matrix."""
+        return math.ceil(self._source(layout)[0][-2] / self.block)
+
+    def pitch(self, layout: WeightLayout) -> int:
+        """Bytes of one row."""
+        shape, dtype = self._source(layout)
+        return int(shape[-1] * dtype.itemsize * self.width)
+
+    def _source(self, layout: WeightLayout) -> tuple[Shape, torch.dtype]:
+        if self.source == "codes":
+            return layout.code_shape, layout.format.code_dtype
+        return layout.scale_shape, layout.format.scale_dtype
+
+
+@dataclass(frozen=True)
+class ExportedConstant:
+    """A tensor that follows from the size of the weight alone: `make(rows, columns)`."""
+
+    name: str
+    make: Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class ExportedWeight:
+    """How weights of one format are stored, and what the config says about them.
+
+    `config` is the tool's description of weights and activations, as it stands in `quantization_config`.
+    `column_multiple`: the tool reads only weights whose columns are a multiple of it.
+    """
+
+    parts: tuple[ExportedPart, ...]
+    config: Mapping[str, Any]
+    constants: tuple[ExportedConstant, ...] = field(default=())
+    column_multiple: int = 1
+
+    @property
+    def row_align(self) -> int:
+        """Rows a piece must come in multiples of, for every part to have whole rows."""
+        return math.lcm(*(part.block for part in self.parts))
+
+    def specs(self, module: str, layout: WeightLayout) -> Iterator[TensorSpec]:
+        """All tensors of one weight."""
+        for part in self.parts:
+            yield part.spec(module, layout)
+        for constant in self.constants:
+            value = constant.make(layout.rows, layout.columns)
+            yield TensorSpec(f"{module}.{constant.name}", value.dtype, tuple(value.shape))
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A checkpoint format that quantized weights can be written in.
+
+    `weights` says how, by the name of the weight format. `quantization_config` makes the entry of config.json from the
+    weight format of every quantized module and the modules that are kept, all by their names in the checkpoint.
+    """
+
+    name: str
+    weights: Mapping[str, ExportedWeight]
+    quantization_config: Callable[[Mapping[str, WeightFormat], list[str]], dict[str, Any]]

@@ -99,7 +99,7 @@ INTEGERS = tuple(
 The scale is of the dtype that the name ends in, as checkpoints store it, and so is the zero point, a whole number that
 each of them holds exactly. A symmetric format is one whose zero points are all 2^(bits - 1).
 """
-INT4_CHANNEL = WeightFormat("int4_channel", torch.uint8, torch.float32, 1, 0, 4, scale_words=2)
+INT4FP8_CHANNEL = WeightFormat("int4fp8_channel", torch.uint8, torch.float32, 1, 0, 4, scale_words=2)
 """Stored and read as `int4_group0_f32` is, but quantized symmetrically: the zero points are all 8."""
 
 MX = (MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8)
@@ -115,7 +115,7 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
         fmt.name: fmt
         for fmt in (
             *MX,
-            *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK, INT8_CHANNEL, INT4_CHANNEL),
+            *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK, INT8_CHANNEL, INT4FP8_CHANNEL),
             *(FP8_CHANNEL_FNUZ, FP8_TENSOR_FNUZ, FP8_BLOCK_FNUZ),
             *INTEGERS,
             NVFP4,

@@ -10,9 +10,9 @@ L = 2^bits - 1 as in AutoAWQ's zero point quantization:
 with the stored scale, ties to even. Where scales are float16 they stay finite: a group with a range above L * 65504
 saturates. No scale is less than `SMALLEST_SCALE`: groups of zeros have that one, and their codes are their zero point.
 
-`int4_channel` is symmetric, as SGLang's `quark_int4fp8_moe` makes its experts: scale = largest magnitude / 7, zero 8,
-codes 1 .. 15. SGLang divides that scale by the FP8 scale of the tensor and multiplies it with it again; nothing of the
-FP8 scale is left, so it is not computed here.
+`int4fp8_channel` is symmetric, as SGLang's `quark_int4fp8_moe` makes its experts: scale = largest magnitude / 7,
+zero 8, codes 1 .. 15. SGLang divides that scale by the FP8 scale of the tensor and multiplies it with it again;
+nothing of the FP8 scale is left, so it is not computed here.
 
 The maxima of `observe` have the shape of the scales: the largest weight of a group and minus its smallest, both at
 least 0, where its scale and its zero point will stand. So larger of two is what pieces of a group combine by.
@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 
 from . import statistics as st
-from .formats import INT4_CHANNEL, INTEGERS, WeightFormat
+from .formats import INT4FP8_CHANNEL, INTEGERS, WeightFormat
 from .fp8 import divided
 from .reference import Reference, check_scales, column_amax, row_chunks
 
 SMALLEST_SCALE = 2.0**-24
 """The smallest float16 above zero. AutoAWQ's own limit is a range of 1e-5, eleven times that at four bits."""
 SYMMETRIC_LARGEST = 7.0
-"""Largest distance of a code of `int4_channel` from its zero point."""
+"""Largest distance of a code of `int4fp8_channel` from its zero point."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class IntegerCodec:
     @property
     def is_symmetric(self) -> bool:
         """Whether the rule gives every row the same zero point."""
-        return self.format is INT4_CHANNEL
+        return self.format is INT4FP8_CHANNEL
 
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
         """Scales and zero points side by side, in the dtype of the scales, from the float32 maxima of `observe`."""
@@ -119,4 +119,4 @@ class IntegerReference(Reference):
         return (ratio + scales[1] - (largest + smallest) / 2).abs() > reach
 
 
-references = {fmt.name: IntegerReference(IntegerCodec(fmt)) for fmt in (*INTEGERS, INT4_CHANNEL)}
+references = {fmt.name: IntegerReference(IntegerCodec(fmt)) for fmt in (*INTEGERS, INT4FP8_CHANNEL)}

@@ -26,6 +26,7 @@ from .fp8 import (
     Fp8PerTensorLinear,
     Fp8PerTensorMoE,
 )
+from .int4 import Int4PerGroupLinear, Int4PerGroupMoE, QuarkInt4Fp8Linear, QuarkInt4Fp8MoE
 from .int8 import Int8PerChannelLinear, Int8PerChannelMoE
 from .mxfp4 import QuarkMxfp4Linear, QuarkMxfp4MoE
 from .mxfp6 import Mxfp6E2m3Linear, Mxfp6E2m3MoE, Mxfp6E3m2Linear, Mxfp6E3m2MoE
@@ -61,6 +62,16 @@ ENTRIES = (
     SchemeEntry("fp8_per_block", Fp8PerBlockLinear, Fp8PerBlockMoE, "E4M3", "float32 per 128x128, amax/448"),
     SchemeEntry("int8_per_channel", Int8PerChannelLinear, Int8PerChannelMoE, "INT8", "float32 per row, amax/127"),
     SchemeEntry("experts_int8", None, Int8PerChannelMoE, "INT8", "float32 per row, amax/127; experts only"),
+    SchemeEntry(
+        "int4_per_group", Int4PerGroupLinear, Int4PerGroupMoE, "INT4", "float16 and zero point per 128, min/max"
+    ),
+    SchemeEntry(
+        "quark_int4fp8_moe",
+        QuarkInt4Fp8Linear,
+        QuarkInt4Fp8MoE,
+        "experts INT4, linears E4M3",
+        "float32 per row, amax/7; per tensor, amax/448",
+    ),
     SchemeEntry("none", None, None, "as stored", "-"),
 )
 

@@ -344,6 +344,8 @@ SCHEMES = [
     "fp8_per_channel",
     "fp8_per_block",
     "int8_per_channel",
+    "int4_per_group",
+    "quark_int4fp8_moe",
 ]
 
 

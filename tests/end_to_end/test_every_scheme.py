@@ -32,6 +32,8 @@ SCHEMES = {
     "fp8_per_block": 29.5,
     "int8_per_channel": 38.0,
     "experts_int8": 38.0,
+    "int4_per_group": 18.5,
+    "quark_int4fp8_moe": 16.0,
 }
 BFLOAT16 = named("llama", "llama_odd", "qwen3_moe", "qwen3_moe_odd", "gpt_oss", "gpt_oss_odd", "gpt2")
 OTHER_DTYPES = named("llama_float16", "llama_float32", "qwen3_moe_float16", "qwen3_moe_float32")

@@ -17,7 +17,10 @@ from quantload import LoadOptions, load_quantized
 Checkpoint = Callable[[str], Path]
 
 # Two-pass schemes need the maximum of the whole tensor or block first; the others need only their own rows.
-SCHEMES = ("quark_mxfp4", "mxfp6_e3m2", "mxfp8", "fp8_per_tensor", "fp8_per_block", "int8_per_channel")
+SCHEMES = (
+    *("quark_mxfp4", "mxfp6_e3m2", "mxfp8", "fp8_per_tensor", "fp8_per_block", "int8_per_channel"),
+    *("int4_per_group", "quark_int4fp8_moe"),
+)
 # Experts merged from many tensors; transposed experts; transposed linears; sizes that are not whole blocks; Chunk.
 ARCHITECTURES = ("qwen3_moe", "gpt_oss", "gpt_oss_odd", "gpt2", "qwen3_moe_odd", "nomic_bert", "qwen3_vl_moe")
 

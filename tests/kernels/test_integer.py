@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantload.kernels import statistics as stats
-from quantload.kernels.formats import FORMATS, INT4_CHANNEL, INTEGERS
+from quantload.kernels.formats import FORMATS, INT4FP8_CHANNEL, INTEGERS
 from quantload.kernels.registry import candidates, kernel_set
 
 KERNELS = [kernel.name for kernel, reason in candidates("quantize", "int4_group128_f16", "cpu") if reason is None]
@@ -55,9 +55,9 @@ def test_zero_is_in_the_range_of_one_sided_groups(kernel):
 
 
 def test_groups_of_zeros(kernel):
-    for name in ("int4_group32_f16", "int8_group32_bf16", "int4_channel"):
+    for name in ("int4_group32_f16", "int8_group32_bf16", "int4fp8_channel"):
         codes, scales = quantized(name, torch.zeros(2, 64, dtype=torch.bfloat16), kernel)
-        zero = 8 if name == "int4_channel" else 0
+        zero = 8 if name == "int4fp8_channel" else 0
         assert bool((scales[:, 0::2] == 2.0**-24).all())
         assert bool((scales[:, 1::2] == zero).all())
         assert set(codes.flatten().tolist()) == {zero * 17}
@@ -97,13 +97,13 @@ def test_a_range_that_float32_cannot_hold(kernel):
 
 def test_symmetric_rows(kernel):
     source = torch.tensor([[7.0, -7.0, 0.5, 1.5, 2.5, -0.5, -1.5, 6.6], [0.0, 0, 0, 0, 0, 0, 0, -14.0]])
-    codes, scales = quantized("int4_channel", source, kernel)
+    codes, scales = quantized("int4fp8_channel", source, kernel)
     assert scales.tolist() == [[1.0, 8.0], [2.0, 8.0]]
     assert nibbles(codes[0]) == [15, 1, 8, 10, 10, 8, 6, 15]
     assert nibbles(codes[1]) == [8] * 7 + [1]
 
 
-@pytest.mark.parametrize("name", ["int4_group32_f16", "int8_group32_bf16", "int4_group0_f32", "int4_channel"])
+@pytest.mark.parametrize("name", ["int4_group32_f16", "int8_group32_bf16", "int4_group0_f32", "int4fp8_channel"])
 def test_saturation_under_known_scales(name, kernel):
     kernels, fmt = kernel_set(name, "cpu", {"quantize": kernel}), FORMATS[name]
     source = torch.linspace(-1, 3, 64 * 5).view(5, 64).bfloat16()
@@ -112,7 +112,7 @@ def test_saturation_under_known_scales(name, kernel):
     got = stats.new_statistics()
     assert kernels.quantize(source, codes, scales, got, scales_known=True) == 0
     zero, step = (scales[:, word::2].double().repeat_interleave(fmt.block_cols or 64, 1) for word in (1, 0))
-    lowest, highest = (1 if fmt is INT4_CHANNEL else 0) - zero, 2**fmt.code_bits - 1 - zero
+    lowest, highest = (1 if fmt is INT4FP8_CHANNEL else 0) - zero, 2**fmt.code_bits - 1 - zero
     ratio = source.double() / step
     assert got[stats.SATURATED] == ((ratio > highest + 0.5) | (ratio < lowest - 0.5)).sum() > 0
     values = dequantized(name, codes, scales, 64).double()
@@ -121,7 +121,7 @@ def test_saturation_under_known_scales(name, kernel):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    fmt=st.sampled_from([*INTEGERS, INT4_CHANNEL]),
+    fmt=st.sampled_from([*INTEGERS, INT4FP8_CHANNEL]),
     rows=st.integers(1, 5),
     cols=st.integers(1, 300),
     shift=st.floats(-4, 4),

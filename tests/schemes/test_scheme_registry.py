@@ -25,7 +25,8 @@ def factory(**options: Any) -> SchemeFactory:
 def test_names_and_aliases() -> None:
     assert scheme_names() == [
         "auto", "quark_mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8_per_tensor", "fp8_per_channel", "ptpc_fp8",
-        "fp8_per_block", "int8_per_channel", "experts_int8", "none",
+        "fp8_per_block", "int8_per_channel", "experts_int8", "int4_per_group",
+        "quark_int4fp8_moe", "none",
     ]  # fmt: skip
     assert get_entry("auto") is get_entry("quark_mxfp4")
     assert get_entry("ptpc_fp8") is get_entry("fp8_per_channel")
@@ -51,7 +52,7 @@ def test_every_entry_makes_what_it_says(entry: Any) -> None:
     if entry.name != "experts_int8" and linear is not None:
         assert linear.name == entry.name
         assert experts is not None
-        assert experts.format_name == linear.format_name
+        assert (experts.format_name == linear.format_name) == (entry.name != "quark_int4fp8_moe")
 
 
 def test_one_instance_a_name_and_kind() -> None:

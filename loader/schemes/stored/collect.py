@@ -15,6 +15,13 @@ from .settings import Settings
 from .weights import StoredCheckpoint, StoredWeight
 
 _PLAIN_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_CODE_DTYPES = frozenset(
+    {
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+        *(torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
+    }
+)
+"""Dtypes that mean little without a scale."""
 _UNUSED = {
     **dict.fromkeys(
         ("output_scale", "output_zero_point", "output_global_scale"), "the output of a layer is not quantized here"
@@ -28,7 +35,7 @@ _UNUSED = {
     ),
     **dict.fromkeys(
         ("input_scale", "activation_scale", "input_zero_point", "input_scale_2", "input_global_scale"),
-        "the config has no static quantization of the input of this layer",
+        "the input of this layer is not quantized with a scale from the checkpoint",
     ),
     "weight_shape": "its codes and scales say the same",
 }
@@ -82,6 +89,11 @@ class _Collection:
                 f"{layer.reason}; correct the config, or export the checkpoint again"
             )
         weight = layer.read(module)
+        if "weight" in module:
+            raise CheckpointError(
+                f"{weight.name} is stored twice: as it is, and quantized in {weight.codes.entry.name}; "
+                f"leave one of them away"
+            )
         self._weights[weight.name] = weight
         expert = _EXPERT.match(module.name)
         if expert:
@@ -99,10 +111,11 @@ class _Collection:
     def _place(self, tensor: str, entry: TensorEntry) -> None:
         if tensor in _UNUSED:
             self._unused[entry.name] = _UNUSED[tensor]
-        elif tensor in self._family.tensors:
+        elif tensor in self._family.tensors or entry.dtype in _CODE_DTYPES:
             raise CheckpointError(
-                f"{entry.name} belongs to a quantized layer, but the config says nothing that would read it; the "
-                f"config is of another checkpoint, or does not say all: correct it, or export the checkpoint again"
+                f"{entry.name} ({entry.dtype}) belongs to a quantized layer, but the config says nothing that would "
+                f"read it; the config is of another checkpoint, or does not say all: correct it, or export the "
+                f"checkpoint again"
             )
         else:
             self._plain[entry.name] = entry

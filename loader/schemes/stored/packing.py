@@ -24,7 +24,7 @@ def awq_codes(words: Tensor) -> Tensor:
     """AWQ's `qweight` [k, N / 8] to codes [N, k / 2]; k is even."""
     k, groups = words.shape
     first, second = _bytes(words)[0::2], _bytes(words)[1::2]
-    codes = torch.empty(groups, WORD, k // 2, dtype=torch.uint8)
+    codes = torch.empty(groups, WORD, k // 2, dtype=torch.uint8, device=words.device)
     codes[:, _LOW_COLUMNS] = ((first & 15) | (second << 4)).permute(1, 2, 0)
     codes[:, _HIGH_COLUMNS] = ((first >> 4) | (second & 0xF0)).permute(1, 2, 0)
     return codes.view(groups * WORD, k // 2)
@@ -74,7 +74,7 @@ def _row_values(bits: int, dtype: torch.dtype, words: Tensor) -> Tensor:
 def _columns(words: Tensor) -> Tensor:
     """The codes of each word in the order of their columns, [rows, words, 8]."""
     packed = _bytes(words)
-    columns = torch.empty(*words.shape, WORD, dtype=torch.uint8)
+    columns = torch.empty(*words.shape, WORD, dtype=torch.uint8, device=words.device)
     columns[..., _LOW_COLUMNS] = packed & 15
     columns[..., _HIGH_COLUMNS] = packed >> 4
     return columns

@@ -32,7 +32,12 @@ class Quark:
     """A checkpoint that AMD Quark exported to the Hugging Face layout."""
 
     method = "quark"
-    tensors = frozenset({"weight_scale", "weight_zero_point", "weight_scale_2", "weight_zero_point_2", "input_scale"})
+    tensors = frozenset(
+        (
+            *("weight_scale", "weight_zero_point", "weight_scale_2", "weight_zero_point_2", "bias_scale"),
+            *("input_scale", "input_zero_point", "input_rotation", "input_prescale"),
+        )
+    )
 
     def __init__(self, settings: Settings) -> None:
         self._path = settings.path

@@ -18,6 +18,7 @@ from .compressed_tensors import CompressedTensors
 from .fp8 import Fp8
 from .gpt_oss import read_gpt_oss
 from .modules import Read
+from .quantload import read_quantload
 from .quark import Quark
 from .settings import Settings
 from .weights import StoredCheckpoint
@@ -31,6 +32,7 @@ READERS: Mapping[str, Reader] = MappingProxyType(
         "awq": partial(collect, Awq),
         "mxfp4": read_gpt_oss,
         "fp8": partial(collect, Fp8),
+        "quantload": read_quantload,
     }
 )
 """What reads a checkpoint, by its `quant_method`."""

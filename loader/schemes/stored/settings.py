@@ -41,6 +41,11 @@ class Settings:
         value = self.get(name)
         return None if value is None else self._inner(value, name)
 
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """The fields of an object inside this one; none where it is missing or null."""
+        inner = self.section(name)
+        return {} if inner is None else inner._values
+
     def sections(self, name: str) -> Iterator[tuple[str, Settings | None]]:
         """The objects of an object by their names; None for those that are null."""
         inner = self.section(name)

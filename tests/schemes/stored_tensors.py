@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from quantload.checkpoint.headers import TensorEntry
-from quantload.kernels.registry import kernel_set
+from quantload.kernels.registry import select
 from quantload.schemes.stored.read import read_stored
 from quantload.schemes.stored.weights import StoredCheckpoint, StoredPart, StoredWeight
 from torch import Tensor
@@ -41,23 +41,12 @@ def dequantized(weight: StoredWeight, tensors: Mapping[str, Tensor]) -> Tensor:
     codes = parts["codes"].view(fmt.code_dtype).reshape(experts, *fmt.code_shape(weight.rows, weight.columns))
     scales = parts["scale"].view(torch.uint8) if fmt.scale_dtype is torch.uint8 else parts["scale"]
     assert scales.dtype is fmt.scale_dtype
+    if fmt.scale_words == 2:
+        zeros = parts.get("zero_point", torch.full_like(scales, weight.zero_point))
+        assert zeros.dtype is fmt.scale_dtype
+        scales = torch.stack((scales, zeros), dim=2).flatten(1)
+    scales = scales.reshape(experts, *fmt.scale_shape(weight.rows, weight.columns))
     out = torch.empty(experts, weight.rows, weight.columns)
     for e in range(experts):
-        if fmt.scale_words == 1:
-            matrix = scales.reshape(experts, *fmt.scale_shape(weight.rows, weight.columns))[e]
-            kernel_set(fmt.name, "cpu").dequantize(codes[e], matrix, out[e])
-        else:
-            zeros = parts.get("zero_point", torch.full_like(scales, weight.zero_point))
-            out[e] = _integers(weight, codes[e], scales, zeros)
+        select("dequantize", fmt.name, "cpu")(codes[e], scales[e], out[e])
     return (out.transpose(1, 2) if weight.transposed else out).reshape(weight.shape)
-
-
-def _integers(weight: StoredWeight, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """(code - zero point) * scale, written out."""
-    fmt, group = weight.format, weight.format.block_cols or weight.columns
-    assert scales.shape == zeros.shape == (weight.rows, weight.columns // group)
-    assert zeros.dtype is fmt.scale_dtype
-    if fmt.code_bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : weight.columns]
-    spread = [numbers.float().repeat_interleave(group, dim=1) for numbers in (zeros, scales)]
-    return (codes.float() - spread[0]) * spread[1]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ...errors import CheckpointError
-from ...kernels.formats import FP8_BLOCK, MXFP4, MXFP6_E2M3, MXFP8
-from .integers import GROUPS, packed
+from ...kernels.formats import FP8_BLOCK, MXFP4, MXFP6_E2M3, MXFP8, NVFP4
+from .integers import GROUPS, packed, unpacked
 from .layers import Activations, Kept, Layer
-from .layouts import Layout, fp8_block, fp8_channel, fp8_tensor, int8_channel, int8_tensor, mx
+from .layouts import Layout, fp8_block, fp8_channel, fp8_tensor, int8_channel, int8_tensor, mx, nvfp4
 from .modules import StoredModule
 from .patterns import Lookup, Patterns
 from .settings import Settings
@@ -19,7 +19,8 @@ from .weights import StoredWeight
 _MX = {"mxfp4-pack-quantized": MXFP4, "mxfp6-pack-quantized": MXFP6_E2M3, "mxfp8-quantized": MXFP8}
 _FP8: Mapping[str, Layout] = {"tensor": fp8_tensor(), "channel": fp8_channel(), "block": fp8_block()}
 _INT8: Mapping[str, Layout] = {"tensor": int8_tensor(), "channel": int8_channel()}
-_FORMATS = (*_MX, "float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+_NVFP4 = "nvfp4-pack-quantized"
+_FORMATS = (*_MX, _NVFP4, "float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
 _BLOCKS = [FP8_BLOCK.block_rows, FP8_BLOCK.block_cols]
 _LINEAR = "Linear"
 _ARGUMENTS = frozenset(
@@ -82,7 +83,9 @@ class CompressedTensors:
         else:
             written = group.choice("format", _FORMATS)
         inputs = group.section("input_activations")
-        return Layer(_layout(weights, written), None if inputs is None else _activations(inputs))
+        if inputs is None or written == _NVFP4:  # which is only read to be quantized anew
+            return Layer(_layout(weights, written))
+        return Layer(_layout(weights, written), _activations(inputs))
 
 
 def _refuse(settings: Settings) -> None:
@@ -114,27 +117,36 @@ def _layout(weights: Settings, written: str) -> Layout:
         weights.choice("symmetric", (True,), True)
         weights.choice("group_size", (fmt.block_cols,))
         return mx(fmt, "weight" if fmt is MXFP8 else "weight_packed")
+    if written == _NVFP4:
+        weights.choice("num_bits", (NVFP4.code_bits,), 8)
+        weights.choice("type", ("float",), "int")
+        weights.choice("symmetric", (True,), True)
+        weights.choice("group_size", (NVFP4.block_cols,))
+        return nvfp4("weight_packed", "weight_global_scale", divided=True)
     if written == "pack-quantized":
-        return _packed(weights, strategy)
+        weights.choice("type", ("int",), "int")
+        return _integers(weights, strategy, packed)
     kinds = {"float-quantized": ("float",), "int-quantized": ("int",)}.get(written, ("float", "int"))
     kind = weights.choice("type", kinds, "int")
+    if kind == "int":
+        if strategy in _INT8 and weights.get("num_bits", 8) == 8 and weights.get("symmetric", True) is True:
+            return _INT8[strategy]
+        return _integers(weights, strategy, unpacked)
     weights.choice("num_bits", (8,), 8)
     weights.choice("symmetric", (True,), True)
-    layouts = _FP8 if kind == "float" else _INT8
-    if strategy not in layouts:
-        raise weights.error("strategy", strategy, tuple(layouts))
+    if strategy not in _FP8:
+        raise weights.error("strategy", strategy, tuple(_FP8))
     if strategy == "block":
         weights.choice("block_structure", (_BLOCKS, "x".join(map(str, _BLOCKS))))
-    return layouts[strategy]
+    return _FP8[strategy]
 
 
-def _packed(weights: Settings, strategy: str) -> Layout:
+def _integers(weights: Settings, strategy: str, layout: Callable[[int, int, bool], Layout]) -> Layout:
     bits = weights.choice("num_bits", (4, 8), 8)
-    weights.choice("type", ("int",), "int")
     if strategy not in ("group", "channel"):
         raise weights.error("strategy", strategy, ("group", "channel"))
     group = weights.choice("group_size", GROUPS) if strategy == "group" else 0
-    return _in_order(weights, group, packed(bits, group, weights.choice("symmetric", (True, False), True)))
+    return _in_order(weights, group, layout(bits, group, weights.choice("symmetric", (True, False), True)))
 
 
 def _in_order(weights: Settings, group: int, layout: Layout) -> Layout:

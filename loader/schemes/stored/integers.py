@@ -12,7 +12,7 @@ from ...errors import CheckpointError
 from ...kernels.formats import INTEGERS
 from .layouts import Layout, float32, zero_points
 from .modules import FLOATS, ONE, StoredModule
-from .packing import WORD, awq_codes, awq_values, plain_bytes, row_values
+from .packing import WORD, awq_codes, awq_values, plain_bytes, row_values, unsigned_codes, unsigned_values
 from .weights import StoredPart, StoredWeight
 
 _WORDS = (torch.int32, torch.uint32)
@@ -56,6 +56,32 @@ def packed(bits: int, group: int, symmetric: bool) -> Layout:
         zeros = module.shaped("weight_zero_point", _WORDS, shapes, why=f"a zero point of {why}")
         parts.append(StoredPart("zero_point", zeros, per_word, row_values(bits, fmt.scale_dtype)))
         return module.weight(fmt, (rows, columns), tuple(parts), step=per_word)
+
+    return read
+
+
+def unpacked(bits: int, group: int, symmetric: bool) -> Layout:
+    """compressed-tensors' signed codes `weight` [N, K] in INT8, `weight_scale` [N, K / group].
+
+    Asymmetric ones have `weight_zero_point` [N, K / group] in INT8. A group of 0 is the whole row.
+    """
+    why = f"a weight of {bits} bits in INT8"
+
+    def read(module: StoredModule) -> StoredWeight:
+        codes = module.matrix("weight", (torch.int8,), why=why)
+        rows, columns = codes.shape
+        scales = module.matrix("weight_scale", FLOATS, why=why)
+        if columns % (group or 1):
+            raise _wrong_columns(codes, columns, scales, group * scales.shape[1])
+        _check_groups(scales, (rows, columns // group if group else 1), why)
+        fmt = _FORMATS[bits, group, scales.dtype]
+        parts = [StoredPart("codes", codes, 1, unsigned_codes(bits)), StoredPart("scale", scales)]
+        if symmetric:
+            parts += zero_points(module, "weight_zero_point", (scales.shape,), 1)
+        else:
+            zeros = module.shaped("weight_zero_point", (torch.int8,), (scales.shape,), why=f"a zero point of {why}")
+            parts.append(StoredPart("zero_point", zeros, 1, unsigned_values(bits, fmt.scale_dtype)))
+        return module.weight(fmt, (rows, columns), tuple(parts), zero_point=float(1 << bits - 1) if symmetric else 0.0)
 
     return read
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, WeightFormat
+from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, NVFP4, WeightFormat
 from .modules import FLOATS, ONE, StoredModule
 from .weights import StoredPart, StoredWeight
 
@@ -57,14 +57,44 @@ def fp8_channel(scale: str = "weight_scale") -> Layout:
 
 
 def fp8_block(scale: str = "weight_scale") -> Layout:
-    """E4M3 codes [N, K] and a scale for each 128 x 128 of them, [ceil(N / 128), ceil(K / 128)], E8M0 bytes as well."""
+    """E4M3 codes [N, K] and a scale for each 128 x 128 of them, in float or E8M0.
+
+    The scales are [ceil(N / 128), ceil(K / 128)]; ModelOpt has a 1 after each of the two.
+    """
 
     def read(module: StoredModule) -> StoredWeight:
         why = "a weight in FP8 with a scale for 128 x 128 codes"
         codes = module.matrix("weight", FP8, why=why)
-        scales = module.shaped(scale, (*FLOATS, *E8M0), (FP8_BLOCK.scale_shape(*codes.shape),), why=why)
+        rows, columns = FP8_BLOCK.scale_shape(*codes.shape)
+        scales = module.shaped(scale, (*FLOATS, *E8M0), ((rows, columns), (rows, 1, columns, 1)), why=why)
+        scales = scales._replace(shape=(rows, columns))
         parts = (StoredPart("codes", codes), StoredPart("scale", scales, FP8_BLOCK.block_rows, float32))
         return module.weight(FP8_BLOCK, codes.shape, parts)
+
+    return read
+
+
+def nvfp4(codes: str, outer: str, *, divided: bool = False) -> Layout:
+    """E2M1 codes [N, K / 2], an E4M3 scale for 16 of them [N, K / 16], and one for all, `outer`, in float32.
+
+    The scale of a block is the product of both, or the first divided by the second.
+    """
+
+    def read(module: StoredModule) -> StoredWeight:
+        why = "a weight in NVFP4"
+        entry = module.matrix(codes, (*BYTES, torch.float4_e2m1fn_x2), why=why)
+        rows, columns = entry.shape[0], entry.shape[1] * 2
+        scales = module.shaped("weight_scale", FP8, (NVFP4.scale_shape(rows, columns),), why=why)
+        for_all = module.scalar(outer, why=why)
+        if columns % NVFP4.block_cols or (divided and for_all == 0):
+            raise CheckpointError(
+                f"{entry.name} has {columns} codes in a row, with the scale {for_all} for all; {why} has whole blocks "
+                f"of {NVFP4.block_cols} codes, and no scale of 0; export the checkpoint again"
+            )
+        scale = StoredPart(
+            "scale", scales, 1, lambda e4m3: float32(e4m3) / for_all if divided else float32(e4m3) * for_all
+        )
+        return module.weight(NVFP4, (rows, columns), (StoredPart("codes", entry), scale))
 
     return read
 

@@ -60,6 +60,29 @@ def row_values(bits: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return partial(_row_values, bits, dtype)
 
 
+def unsigned_codes(bits: int) -> Callable[[Tensor], Tensor]:
+    """Signed codes, one in a byte, to unsigned ones: [n, K], or [n, ceil(K / 2)] of four bits."""
+    return _unsigned_bytes if bits == 8 else _unsigned_pairs
+
+
+def unsigned_values(bits: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Signed zero points, one in a byte, to those of unsigned codes in `dtype`."""
+    return partial(_unsigned_values, 1 << bits - 1, dtype)
+
+
+def _unsigned_bytes(codes: Tensor) -> Tensor:
+    return codes.view(torch.uint8) ^ 0x80
+
+
+def _unsigned_pairs(codes: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(codes.view(torch.uint8), (0, codes.shape[1] % 2), value=8)
+    return ((padded[:, 0::2] & 15) | (padded[:, 1::2] << 4)) ^ 0x88
+
+
+def _unsigned_values(offset: int, dtype: torch.dtype, values: Tensor) -> Tensor:
+    return (values.to(torch.int16) + offset).to(dtype)
+
+
 def _plain_bytes(count: int, words: Tensor) -> Tensor:
     return _bytes(words).view(words.shape[0], -1)[:, :count]
 

@@ -17,6 +17,7 @@ from .collect import collect
 from .compressed_tensors import CompressedTensors
 from .fp8 import Fp8
 from .gpt_oss import read_gpt_oss
+from .modelopt import ModelOpt
 from .modules import Read
 from .quantload import read_quantload
 from .quark import Quark
@@ -32,6 +33,7 @@ READERS: Mapping[str, Reader] = MappingProxyType(
         "awq": partial(collect, Awq),
         "mxfp4": read_gpt_oss,
         "fp8": partial(collect, Fp8),
+        **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed"), partial(collect, ModelOpt)),
         "quantload": read_quantload,
     }
 )

@@ -54,9 +54,10 @@ class StoredWeight:
 
     `rows` and `columns` are those of the matrix [N, K] as its codes lie, `experts` how many of them there are (None:
     one, without a dimension for it). `transposed` says that the model keeps it as [K, N]. `dtype` is that of the weight
-    it stands for. `along` is the dimension pieces are cut along, where `parts` lie contiguously, and `step` the rows or
-    columns a piece must come in multiples of. Without a `zero_point` part, all zero points are `zero_point`. `values`
-    are small tensors that were read with the config, such as a second scale: what they say is in the parts.
+    it stands for. `along` is the dimension pieces are cut along, where `parts` lie contiguously (columns: of one matrix
+    only), and `step` the rows or columns a piece must come in multiples of. Without a `zero_point` part, all zero
+    points are `zero_point`. `values` are small tensors that were read with the config, such as a second scale: what
+    they say is in the parts.
     """
 
     name: str
@@ -89,6 +90,26 @@ class StoredWeight:
     def codes(self) -> StoredPart:
         """The part with the codes."""
         return next(part for part in self.parts if part.role == "codes")
+
+    @property
+    def shard(self) -> int:
+        """The shard with the codes."""
+        return self.codes.entry.shard
+
+    @property
+    def offset(self) -> int:
+        """Where the codes begin in their shard, in bytes."""
+        return self.codes.entry.offset
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of all matrices, one below the other."""
+        return (self.experts or 1) * self.rows
+
+    @property
+    def lines(self) -> int:
+        """How far the dimension goes that pieces are cut along: all rows, or the columns."""
+        return self.all_rows if self.along == "rows" else self.columns
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,195 @@
+"""The `weight_loader` closures of weights that stay as a quantized checkpoint stores them: nothing is computed.
+
+A parameter has one for its codes and one for each word of its scale tensor. Their regions are those of the weight the
+codes stand for, so that the same routes serve them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteWeightError, ShapeMismatchError
+from ..schemes.layout import Block
+from .parameter import QuantizedParameter
+from .regions import Region, RegionTracker
+from .weight_loader import DetachedWeightLoader, whole_shard
+
+WORDS = "scale", "zero_point"
+"""The words of a scale tensor, in their order."""
+
+
+class StoredProgress:
+    """What has arrived of one layer; `finish` runs once, in the thread that brought the last region."""
+
+    def __init__(self, parameters: Iterable[StoredParameter], finish: Callable[[], None]) -> None:
+        self._by_role = {
+            (id(loader.parameter), role): loader
+            for parameter in parameters
+            for role, loader in parameter.loaders.items()
+        }
+        self._loaders = list(self._by_role.values())
+        self._incomplete = {id(loader) for loader in self._loaders}
+        self._finish = finish
+        self._lock = threading.Lock()
+        for loader in self._loaders:
+            loader.progress = self
+
+    def loaders_of(self, parameter: QuantizedParameter) -> Iterator[StoredWeightLoader]:
+        """All closures of one parameter."""
+        return (loader for loader in self._loaders if loader.parameter is parameter)
+
+    def loader(self, parameter: QuantizedParameter, role: str) -> StoredWeightLoader:
+        """The closure of one tensor of a parameter."""
+        return self._by_role[id(parameter), role]
+
+    def complete(self, loader: StoredWeightLoader) -> None:
+        """The last region of one tensor has arrived."""
+        with self._lock:
+            self._incomplete.discard(id(loader))
+            last = not self._incomplete
+        if last:
+            self._finish()
+
+    def reset(self) -> None:
+        """A reload begins."""
+        with self._lock:
+            self._incomplete = {id(loader) for loader in self._loaders}
+        for loader in self._loaders:
+            loader.tracker.reset()
+
+
+class StoredParameter:
+    """The closures of one parameter: `codes`, `scale`, and `zero_point` where the checkpoint has some.
+
+    Without those, `zero_point` is the number that stands beside each scale in formats that have one.
+    """
+
+    def __init__(self, parameter: QuantizedParameter, has_zero_points: bool, zero_point: float) -> None:
+        words = WORDS[: parameter.layout.format.scale_words]
+        filled = None if has_zero_points or len(words) == 1 else zero_point
+        self.loaders: dict[str, StoredWeightLoader] = {"codes": StoredCodesLoader(parameter, "")}
+        for word, role in enumerate(words):
+            if role == "scale" or filled is None:
+                self.loaders[role] = StoredScaleLoader(parameter, f" {role}", word, filled)
+
+
+class StoredWeightLoader:
+    """Writes the codes, or one word of the scales, of one parameter into place."""
+
+    progress: StoredProgress
+
+    def __init__(self, parameter: QuantizedParameter, suffix: str) -> None:
+        layout = parameter.layout
+        self.parameter = parameter
+        self.tracker = RegionTracker(f"{parameter.full_name}{suffix}", layout.experts, layout.rows, layout.columns)
+
+    def __reduce__(self) -> tuple[type[DetachedWeightLoader], tuple[str]]:
+        return DetachedWeightLoader, (self.tracker.name,)
+
+    def __call__(
+        self,
+        param: Tensor,
+        loaded_weight: Tensor,
+        *,
+        shard_id: str | None = None,
+        expert_id: int | None = None,
+        region: Region | None = None,
+    ) -> None:
+        """Take what belongs to a whole shard, or to the rows and columns `region` names, in the canonical layout."""
+        region = region or whole_shard(self.parameter, shard_id, expert_id)
+        block = self.block(region)
+        self.tracker.claim(region)
+        self.write(loaded_weight, region, block)
+        self.commit(region)
+
+    def write(self, values: Tensor, region: Region, block: Block) -> None:
+        """Write the values of one block."""
+        raise NotImplementedError
+
+    def block(self, region: Region) -> Block:
+        """The one block a region is; raises `ShapeMismatchError` where it has several, or cuts through scales."""
+        blocks = list(self.parameter.layout.blocks(region))
+        if len(blocks) != 1:
+            raise ShapeMismatchError(f"{self.tracker.name}: {region} reaches over a shard; hand over each on its own")
+        return blocks[0]
+
+    def commit(self, region: Region) -> None:
+        """What was claimed is written."""
+        if self.tracker.commit(region.numel):
+            self.progress.complete(self)
+
+    def missing(self) -> Iterator[str]:
+        """What has not arrived."""
+        return self.tracker.described_gaps()
+
+    def reset(self) -> None:
+        """Announce a reload of the layer: every region may, and must, arrive again."""
+        self.progress.reset()
+
+
+class StoredCodesLoader(StoredWeightLoader):
+    """The closure of a parameter's codes; it may be read into directly."""
+
+    align = 1, 1
+
+    def whole(self, region: Region) -> bool:
+        """Codes are not computed from anything."""
+        return True
+
+    def write(self, values: Tensor, region: Region, block: Block) -> None:
+        codes, _ = self.parameter.views(region.expert, block)
+        _check(self.tracker.name, values, codes)
+        codes.copy_(values)
+
+    def accepts_bytes(self, region: Region) -> bool:
+        """Whether the codes of a region lie contiguously in the parameter."""
+        return region.columns == (0, self.parameter.layout.columns)
+
+    def direct_target(self, region: Region) -> Tensor:
+        """The uint8 view that the codes of whole rows can be read into."""
+        codes, _ = self.parameter.views(region.expert, self.block(region))
+        self.tracker.claim(region)
+        return codes.view(torch.uint8).reshape(-1)
+
+    def missing(self) -> Iterator[str]:
+        """What has not arrived, scales included."""
+        for loader in self.progress.loaders_of(self.parameter):
+            yield from loader.tracker.described_gaps()
+
+
+class StoredScaleLoader(StoredWeightLoader):
+    """The closure of one word of a parameter's scales; beside a scale it may have to write a constant zero point."""
+
+    def __init__(self, parameter: QuantizedParameter, suffix: str, word: int, zero_point: float | None) -> None:
+        super().__init__(parameter, suffix)
+        self._word, self._zero_point = word, zero_point
+
+    def write(self, values: Tensor, region: Region, block: Block) -> None:
+        if not block.whole:
+            raise ShapeMismatchError(f"{self.tracker.name}: {region} cuts through scale blocks of the parameter")
+        _, scales = self.parameter.views(region.expert, block)
+        words = self.parameter.layout.format.scale_words
+        target = scales[:, self._word :: words]
+        _check(self.tracker.name, values, target)
+        check_finite(self.tracker.name, values)
+        target.copy_(values)
+        if self._zero_point is not None:
+            scales[:, 1::words].fill_(self._zero_point)
+
+
+def check_finite(name: str, scales: Tensor) -> None:
+    """Raise `NonFiniteWeightError` for a scale that is NaN or infinite; an E8M0 byte of 255 is NaN."""
+    if bool((scales == 255).any() if scales.dtype == torch.uint8 else not torch.isfinite(scales).all()):
+        raise NonFiniteWeightError(f"{name}: a scale is NaN or infinite; the checkpoint is damaged, copy it again")
+
+
+def _check(name: str, values: Tensor, target: Tensor) -> None:
+    if values.shape != target.shape or values.dtype != target.dtype:
+        raise ShapeMismatchError(
+            f"{name}: got {values.dtype} of shape {tuple(values.shape)}, {target.dtype} of shape "
+            f"{tuple(target.shape)} belongs there"
+        )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .checkpoint.index import CheckpointIndex, read_index
 from .checkpoint.reader import PieceReader
 from .checkpoint.resolve import Checkpoint, resolve
+from .checkpoint.small_tensors import SmallTensors
 from .checkpoint.source import FileSource
 from .collector import collector_paused
 from .kernels import cpu  # noqa: F401  # numba comes in with the package, not in the middle of the first load
@@ -19,6 +20,7 @@ from .memory.budget import check_budget
 from .model import transformers_api
 from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint
 from .model.skeleton import Assignment, assign_schemes, find_model
+from .model.stored_sources import StoredSources, entries_by_name
 from .online.attach import OnFinished, WeightLoaders, attach_weight_loaders
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy
@@ -26,6 +28,7 @@ from .plan import LoadPlan, loaded_parameters, plan_load
 from .recording import Progress, Recorder, tensor_bytes
 from .schemes.policy import Policy, choose_policy
 from .schemes.registry import SchemeFactory, choose_device
+from .schemes.stored.read import read_stored
 
 
 def load_quantized(
@@ -39,9 +42,10 @@ def load_quantized(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """Stream a BF16, FP16 or FP32 checkpoint into a quantized transformers model, ready to generate.
+    """Stream a BF16, FP16, FP32 or quantized checkpoint into a quantized transformers model, ready to generate.
 
-    `model_id` is a folder or a hub id, `quantization` a scheme name (`auto`: `quark_mxfp4`), `device` a torch device
+    `model_id` is a folder or a hub id, `quantization` a scheme name (`auto`: the checkpoint's own quantization where
+    it has one, else `quark_mxfp4`; any other name quantizes such a checkpoint anew), `device` a torch device
     (`auto`: the first that has kernels). `policy` says in detail which module gets which scheme; a scheme name other
     than `auto` then replaces its `linear`. `options` say how the load runs. `progress(bytes_read, bytes_total)` is
     called in this thread; what it raises cancels the load. The model has `.load_report` and `.load_plan`. Raises a
@@ -100,17 +104,19 @@ def draft_load(
 ) -> Draft:
     """Everything before the first weight: schemes and kernels, index, skeleton, routes, plan."""
     schemes = SchemeFactory(storage.device, options)
-    rules = Policy(choose_policy(quantization, policy), schemes)
+    rules = Policy(choose_policy(quantization, policy, checkpoint.is_quantized), schemes, checkpoint.is_quantized)
     recipe = find_model(checkpoint, trust_remote_code)
     with schemes.compiling(recipe.dtype), collector_paused():
         index = read_index(checkpoint)
-        model, dtype = recipe.build(index)
-        mapped = map_checkpoint(model, index.tensors)
+        stored = read_stored(checkpoint.config(), index.tensors, SmallTensors(checkpoint, index))
+        model, dtype = recipe.build(stored.plain.values())
+        mapped = map_checkpoint(model, entries_by_name(stored))
+        sources = StoredSources(stored, mapped)
         dtype_of = transformers_api.DtypePlan(model, dtype)
-        assignments = assign_schemes(model, rules, dtype, options.strict)
+        assignments = assign_schemes(model, rules, dtype, options.strict, sources)
         loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
         routes = build_routes(mapped, loaders.landing)
-        plan = plan_load(model, index, mapped, routes, loaders, assignments, options, storage.device)
+        plan = plan_load(model, index, mapped, sources, routes, loaders, assignments, options, schemes)
     return Draft(index, model, rules, mapped, assignments, loaders, routes, plan)
 
 

@@ -95,13 +95,14 @@ class LoadOptions:
 class QuantizationPolicy:
     """Which module gets which scheme.
 
-    `linear` and `experts` are scheme names (`experts=None`: the same as `linear`). `ignore` are patterns of modules
+    `linear` and `experts` are scheme names (`experts=None`: the same as `linear`). `auto` is what the checkpoint has
+    where it is quantized already, else `quark_mxfp4`. `ignore` are patterns of modules
     left as stored; `overrides` are (pattern, scheme) pairs, first match wins, and win over `ignore`. A pattern is a
     module name, a glob, or a regular expression after `re:`. `default_ignore` also leaves the output head,
     embeddings, routers and gates as stored.
     """
 
-    linear: str = "quark_mxfp4"
+    linear: str = "auto"
     experts: str | None = None
     ignore: tuple[str, ...] = ()
     overrides: tuple[tuple[str, str], ...] = ()

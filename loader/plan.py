@@ -18,11 +18,15 @@ from .memory.planner import MemoryPlan, ParameterSize, plan_memory
 from .model import transformers_api
 from .model.routes import CheckpointMap, Routes
 from .model.skeleton import Assignment
+from .model.stored_sources import StoredSources
 from .online.attach import WeightLoaders
 from .online.pieces import plan_pieces
+from .online.stored_pieces import plan_stored
 from .online.weight_loader import DirectWeightLoader
 from .online.whole import plan_whole, whole_bytes
 from .options import LoadOptions
+from .schemes.registry import SchemeFactory
+from .schemes.stored.weights import StoredWeight
 
 QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
 MIN_CHUNK = 4096
@@ -49,33 +53,41 @@ def plan_load(
     model: PreTrainedModel,
     index: CheckpointIndex,
     mapped: CheckpointMap,
+    sources: StoredSources,
     routes: Routes,
     loaders: WeightLoaders,
     assignments: list[Assignment],
     options: LoadOptions,
-    device: torch.device,
+    schemes: SchemeFactory,
 ) -> LoadPlan:
     """Cut every route into pieces and add up what will be held at once."""
+    _check_whole(routes, sources)
     whole_names = {name for conversion in routes.whole for name in conversion.names()}
-    entries = sorted(
-        (index.tensors[name] for name in routes.spans if name not in whole_names),
-        key=lambda entry: (entry.shard, entry.offset),
-    )
+    plain = (index.tensors[name] for name in routes.spans if name not in whole_names and name not in sources.weights)
+    entries = sorted(plain, key=_place)
     _check_dtypes(entries, routes, loaders)
     pieces = plan_pieces(entries, routes.spans, loaders.sinks, options.chunk_bytes)
     pieces += plan_whole(routes.whole, index.tensors, mapped.shapes, loaders.sinks, loaders.landing)
+    weights = sorted((sources.weights[name] for name in routes.spans if name in sources.weights), key=_place)
+    stored = plan_stored(weights, routes.spans, loaders.sinks, options.chunk_bytes, schemes.dequantizer)
+    pieces += stored.pieces
     chunk = max((piece.nbytes for piece in pieces if piece.target is None), default=MIN_CHUNK)
-    chunk = max(chunk, min(options.chunk_bytes, 1 << 20))
-    workers, staging = plan_staging(options, chunk, len(pieces), slots_per_worker(device))
-    bytes_in = dict(_bytes_in(mapped, assignments))
+    chunk = max(chunk, stored.scratch_bytes, min(options.chunk_bytes, 1 << 20))
+    workers, staging = plan_staging(options, chunk, len(pieces), slots_per_worker(schemes.device))
+    whole = 2 * max((whole_bytes(conversion, index.tensors) for conversion in routes.whole), default=0)
+    bytes_in = dict(_bytes_in(mapped, assignments, sources))
     memory = plan_memory(
-        _sizes(mapped, loaders, assignments),
+        _sizes(mapped, loaders, assignments, sources),
         sum(buffer.nbytes for buffer in _unrouted(model, loaders, mapped)),
         staging,
-        transient_bytes=2 * max((whole_bytes(conversion, index.tensors) for conversion in routes.whole), default=0),
+        transient_bytes=whole + (workers + 1) * stored.held_bytes,
         checkpoint_bytes=index.total_bytes,
     )
     return LoadPlan(pieces, chunk, workers, memory, sum(piece.nbytes for piece in pieces), bytes_in, len(routes.whole))
+
+
+def _place(entry: TensorEntry | StoredWeight) -> tuple[int, int]:
+    return entry.shard, entry.offset
 
 
 def plan_staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) -> tuple[int, int]:
@@ -92,6 +104,16 @@ def plan_staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) ->
     return workers, workers * each
 
 
+def _check_whole(routes: Routes, sources: StoredSources) -> None:
+    for conversion in routes.whole:
+        for name in conversion.names():
+            if name in sources.weights:
+                raise UnsupportedCheckpointError(
+                    f"{name} is stored quantized, and transformers computes {conversion.target} from values, not by "
+                    f"moving them: load the checkpoint this one was made from"
+                )
+
+
 def _check_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoaders) -> None:
     for entry in entries:
         if entry.dtype not in QUANTIZABLE:
@@ -104,19 +126,22 @@ def _check_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoa
                     )
 
 
-def _sizes(mapped: CheckpointMap, loaders: WeightLoaders, assignments: list[Assignment]) -> Iterator[ParameterSize]:
+def _sizes(
+    mapped: CheckpointMap, loaders: WeightLoaders, assignments: list[Assignment], sources: StoredSources
+) -> Iterator[ParameterSize]:
     kinds = {assignment.name: assignment for assignment in assignments}
     for name in loaded_parameters(mapped, loaders):
         loader = loaders.sinks[name].loader
         assignment = kinds.get(name.rpartition(".")[0])
         kind = assignment.kind if assignment is not None else "other"
-        stored = mapped.shapes.tensors[name]
+        unquantized = mapped.shapes.tensors[name]
+        bytes_in = sum(weight.nbytes for weight in sources.of(name)) or unquantized.nbytes
         if isinstance(loader, DirectWeightLoader):
-            yield ParameterSize(name, kind, "none", stored.nbytes, stored.numel() * loader.dtype.itemsize)
+            yield ParameterSize(name, kind, "none", bytes_in, unquantized.numel() * loader.dtype.itemsize)
         else:
             assert assignment is not None
             assert assignment.scheme is not None
-            yield ParameterSize(name, kind, assignment.scheme.name, stored.nbytes, loader.parameter.layout.nbytes)
+            yield ParameterSize(name, kind, assignment.scheme.name, bytes_in, loader.parameter.layout.nbytes)
 
 
 def loaded_parameters(mapped: CheckpointMap, loaders: WeightLoaders) -> list[str]:
@@ -136,10 +161,13 @@ def _unrouted(model: PreTrainedModel, loaders: WeightLoaders, mapped: Checkpoint
             yield loaders.sinks[name].param
 
 
-def _bytes_in(mapped: CheckpointMap, assignments: list[Assignment]) -> Iterator[tuple[str, int]]:
+def _bytes_in(
+    mapped: CheckpointMap, assignments: list[Assignment], sources: StoredSources
+) -> Iterator[tuple[str, int]]:
     for assignment in assignments:
         layouts = {} if assignment.scheme is None else assignment.scheme.layouts(assignment.module)
         names = [f"{assignment.name}.{name}" for name in layouts]
+        stored = sum(weight.nbytes for name in names for weight in sources.of(name))
         itemsizes = (
             mapped.coordinates[name][0].element_size()
             if name in mapped.coordinates
@@ -148,5 +176,5 @@ def _bytes_in(mapped: CheckpointMap, assignments: list[Assignment]) -> Iterator[
         )
         yield (
             assignment.name,
-            sum(layout.numel * itemsize for layout, itemsize in zip(layouts.values(), itemsizes, strict=True)),
+            stored or sum(layout.numel * size for layout, size in zip(layouts.values(), itemsizes, strict=True)),
         )

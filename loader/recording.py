@@ -18,6 +18,7 @@ from .memory.probes import probe_for
 from .memory.report import KeptReport, LayerReport, LoadReport
 from .model.skeleton import Assignment
 from .plan import LoadPlan
+from .schemes.prequantized import NAME as PREQUANTIZED
 
 Progress = Callable[[int, int], None]
 
@@ -60,8 +61,11 @@ class Recorder:
         if self._progress is not None and self._plan is not None:
             self._progress(bytes_read, self._plan.bytes_total)
 
-    def on_layer(self, name: str, statistics: Tensor) -> None:
-        """A layer is complete; called once a layer from any thread. After the load, when one is reloaded, ignored."""
+    def on_layer(self, name: str, statistics: Tensor | None) -> None:
+        """A layer is complete; called once a layer from any thread. After the load, when one is reloaded, ignored.
+
+        `statistics` are None where codes were copied as they are stored.
+        """
         assignment = self._assignments.get(name)
         if assignment is None:
             return
@@ -76,8 +80,12 @@ class Recorder:
             "bytes_in": self._plan.bytes_in[assignment.name],
             "bytes_out": sum(layout.nbytes for layout in layouts),
             "numel": sum(layout.numel for layout in layouts),
+            "format": assignment.scheme.kernels.format.name,
         }
-        layer = LayerReport.from_statistics(statistics, **known) if self._stats else LayerReport(**known)
+        if statistics is None or not self._stats:
+            layer = LayerReport(**known)
+        else:
+            layer = LayerReport.from_statistics(statistics, **known)
         with self._lock:
             self._layers[assignment.name] = layer
 
@@ -120,10 +128,16 @@ class Recorder:
     def _log(self, report: LoadReport) -> None:
         logs.log_increase(self.ledger.increase_bytes)
         by_scheme: dict[str, list[str]] = {}
+        kept: dict[str, list[str]] = {}
         for layer in report.layers:
-            by_scheme.setdefault(layer.scheme, []).append(layer.name)
+            if layer.scheme == PREQUANTIZED:
+                kept.setdefault(str(layer.format), []).append(layer.name)
+            else:
+                by_scheme.setdefault(layer.scheme, []).append(layer.name)
         for scheme, names in by_scheme.items():
             logs.log_quantized(scheme, len(names), logs.layer_types(names))
+        for fmt, names in kept.items():
+            logs.log_prequantized(fmt, len(names), logs.layer_types(names))
         kind = self.ledger.probe.kind
         logs.log_peak(kind, report.peak_bytes, report.final_bytes, report.staging_peak_bytes)
         logs.log_loaded(report.bytes_read, report.seconds)

@@ -17,7 +17,7 @@ def test_defaults() -> None:
     assert (options.staging_bytes, options.max_memory, options.workers) == (None, None, None)
     assert options.worker_count() == len(os.sched_getaffinity(0))
     assert LoadOptions(workers=3).worker_count() == 3
-    assert QuantizationPolicy() == QuantizationPolicy("quark_mxfp4", None, (), (), True)
+    assert QuantizationPolicy() == QuantizationPolicy("auto", None, (), (), True)
 
 
 @pytest.mark.parametrize("cls", [LoadOptions, QuantizationPolicy])

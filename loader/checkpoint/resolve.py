@@ -33,6 +33,11 @@ class Checkpoint:
     root: Path
     model_id: str
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its config says that weights are stored quantized."""
+        return self.config().get("quantization_config") is not None
+
     def config(self) -> dict[str, Any]:
         """`config.json` as a dict; raises `CheckpointError` when it is missing or no JSON object."""
         path = self.root / "config.json"

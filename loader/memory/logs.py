@@ -95,6 +95,11 @@ def log_quantized(scheme: str, layers: int, types: Iterable[str]) -> None:
     logger.info("Online %s quantization: quantized %d layers of types: %s", scheme, layers, sorted(set(types)))
 
 
+def log_prequantized(format_name: str, layers: int, types: Iterable[str]) -> None:
+    """Log how many layers were copied as the checkpoint stores them, and the types among them."""
+    logger.info("Pre-quantized %s: kept %d layers of types: %s", format_name, layers, sorted(set(types)))
+
+
 def log_peak(kind: str, peak: int, final: int, staging: int) -> None:
     """Log peak, final and staging sizes (bytes); `kind` is `GPU` or `CPU`."""
     logger.info(

@@ -21,7 +21,10 @@ ModuleKind = Literal["linear", "experts"]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized module: sizes in bytes, error of its weights; the five statistics are None with `--stats off`.
+    """One quantized module: sizes in bytes, error of its weights.
+
+    `format` is what its weights are in memory. The five statistics are None with `--stats off`, and for codes that were
+    copied from a quantized checkpoint (`scheme` is `prequantized`), whose originals nobody here has seen.
 
     `sqnr_db` may be infinite (exact) or NaN (all zeros); both are null in JSON. `saturated_fraction` and
     `zero_fraction` are shares of its elements that were clamped to the largest code, or have a zero for a code.
@@ -39,6 +42,7 @@ class LayerReport:
     amax: float | None = None
     saturated_fraction: float | None = None
     zero_fraction: float | None = None
+    format: str | None = None
 
     @classmethod
     def from_statistics(
@@ -52,6 +56,7 @@ class LayerReport:
         bytes_in: int,
         bytes_out: int,
         numel: int,
+        format: str | None = None,
     ) -> Self:
         """A layer's line from what its kernel gathered.
 
@@ -80,6 +85,7 @@ class LayerReport:
             amax=values[index.AMAX],
             saturated_fraction=values[index.SATURATED] / count if count else 0.0,
             zero_fraction=values[index.ZERO] / count if count else 0.0,
+            format=format,
         )
 
 

@@ -16,11 +16,15 @@ from ..checkpoint.headers import TensorEntry
 from ..errors import MissingWeightsError, ShapeMismatchError, UnexpectedWeightsError
 from ..online.regions import Region
 from ..schemes.layout import WeightLayout
+from ..schemes.stored.weights import StoredWeight
 from . import transformers_api
 from .coordinates import Box, Coordinates, NotExpressible, merge_boxes
 from .transformers_api import Conversion
 
 NAMES_SHOWN = 8
+
+Source = TensorEntry | StoredWeight
+"""What a parameter is made of: a checkpoint tensor, or several that stand for a quantized one."""
 
 
 class Span(NamedTuple):
@@ -95,7 +99,7 @@ class LandingOf(Protocol):
         """The landing of a parameter by its full name."""
 
 
-def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, TensorEntry]) -> CheckpointMap:
+def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Source]) -> CheckpointMap:
     """Rename, group and convert every checkpoint name, without a byte of data.
 
     Raises `UnexpectedWeightsError`, `MissingWeightsError` and `ShapeMismatchError`, after the exceptions the model
@@ -128,7 +132,7 @@ def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, TensorEntry]) -
 
 
 def _convert(
-    mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str, TensorEntry]
+    mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str, Source]
 ) -> dict[str, Coordinates | None]:
     names = conversion.names()
     if conversion.converter is None and len(names) > 1:
@@ -153,7 +157,7 @@ def _convert(
     return dict(converted)
 
 
-def _operate(mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
+def _operate(mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str, Source]) -> dict[str, Any]:
     """The results of a conversion on coordinates, or those of an earlier one that differs in its names only."""
     if not transformers_api.asks_for_shapes_only(conversion):
         return transformers_api.operate(mapped.shapes, conversion, _identities(conversion, tensors))
@@ -161,7 +165,7 @@ def _operate(mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str
     key = (
         None if conversion.converter is None else (id(conversion.converter), counts),
         tuple([mapped.shapes.tensors[name].shape for name in _targets(mapped, conversion)]),
-        tuple([(tensors[name].shape, tensors[name].dtype) for name in conversion.names()]),
+        tuple([_kind(tensors[name]) for name in conversion.names()]),
     )
     if key not in mapped.templates:
         sources = _identities(conversion, tensors)
@@ -169,10 +173,15 @@ def _operate(mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str
     return mapped.templates[key]
 
 
-def _identities(conversion: Conversion, tensors: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
+def _identities(conversion: Conversion, tensors: Mapping[str, Source]) -> dict[str, torch.Tensor]:
     """The sources of a conversion as coordinates, numbered in order."""
     entries = [tensors[name] for name in conversion.names()]
-    return {entry.name: Coordinates.of(i, entry.shape, entry.dtype) for i, entry in enumerate(entries)}
+    return {entry.name: Coordinates.of(i, *_kind(entry)) for i, entry in enumerate(entries)}
+
+
+def _kind(entry: Source) -> tuple[tuple[int, ...], torch.dtype, tuple[int, ...] | None]:
+    """Shape, dtype, and strides where the elements do not lie row by row."""
+    return entry.shape, entry.dtype, entry.strides if isinstance(entry, StoredWeight) else None
 
 
 def _targets(mapped: CheckpointMap, conversion: Conversion) -> Iterator[str]:

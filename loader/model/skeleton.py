@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,14 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoint.index import CheckpointIndex
+from ..checkpoint.headers import TensorEntry
 from ..checkpoint.resolve import Checkpoint
-from ..errors import UnsupportedCheckpointError
 from ..schemes.base import LinearScheme, MoEScheme
-from ..schemes.policy import Policy, name_reason
+from ..schemes.policy import Choice, Policy, name_reason
 from . import modeling_code, transformers_api
 from .experts import convert_experts, is_fused_experts, unsupported_reason
 from .quantized import GivenMethod, QuantizedLinear, QuantizedLinearReadByDtype, refuse_to_save
+from .stored_sources import StoredModule, StoredSources
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Assignment:
     module: nn.Module
     scheme: LinearScheme | MoEScheme | None
     reason: str
+    stored: StoredModule | None = None
+    """What the checkpoint has in this format already: it is copied, not quantized."""
 
 
 @dataclass(frozen=True)
@@ -45,34 +47,30 @@ class ModelRecipe:
         dtype = getattr(self.config, "dtype", None)
         return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
 
-    def build(self, index: CheckpointIndex) -> tuple[PreTrainedModel, torch.dtype]:
-        """The model on the meta device, and the dtype of what is not quantized."""
-        dtype = transformers_api.settle_dtype(self.config, (entry.dtype for entry in index.tensors.values()))
+    def build(self, tensors: Iterable[TensorEntry]) -> tuple[PreTrainedModel, torch.dtype]:
+        """The model on the meta device, and the dtype of what is not quantized; `tensors` are those that are not."""
+        dtype = transformers_api.settle_dtype(self.config, (entry.dtype for entry in tensors))
         return transformers_api.meta_model(self.cls, self.config, dtype), dtype
 
 
 def find_model(checkpoint: Checkpoint, trust_remote_code: bool) -> ModelRecipe:
     """The model a checkpoint's config names; raises `CheckpointError` or `UnsupportedCheckpointError`."""
-    stored = checkpoint.config()
-    quantized = stored.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        raise UnsupportedCheckpointError(
-            f"{checkpoint.model_id!r} is quantized already ({method}); quantload quantizes BF16, FP16 and FP32 "
-            f"checkpoints: give the original one"
-        )
     config = transformers_api.load_config(checkpoint.root, trust_remote_code)
     cls = transformers_api.model_class(config, checkpoint.root, trust_remote_code)
     config.name_or_path = checkpoint.model_id
+    config.__dict__.pop("quantization_config", None)  # it speaks of the files, and of no module of the model
     return ModelRecipe(cls, config)
 
 
-def assign_schemes(model: PreTrainedModel, policy: Policy, dtype: torch.dtype, strict: bool) -> list[Assignment]:
+def assign_schemes(
+    model: PreTrainedModel, policy: Policy, dtype: torch.dtype, strict: bool, sources: StoredSources
+) -> list[Assignment]:
     """Give every linear and experts module of `model` a scheme or a reason, and replace those with a scheme.
 
-    `dtype` is the one activations have. A module that appears under several names is decided once, by its first.
+    `dtype` is the one activations have, `sources` what the checkpoint has quantized already. A module that appears
+    under several names is decided once, by its first.
     """
-    assigner = _Assigner(model, policy, dtype)
+    assigner = _Assigner(model, policy, dtype, sources)
     assignments = [
         assigner.experts(name, module) if is_fused_experts(module) else assigner.linear(name, module, parent)
         for name, module, parent in list(_candidates(model))
@@ -94,24 +92,27 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
 class _Assigner:
     """Decides about the modules of one model, one by one."""
 
-    def __init__(self, model: PreTrainedModel, policy: Policy, dtype: torch.dtype) -> None:
-        self._model, self._policy, self._dtype = model, policy, dtype
+    def __init__(self, model: PreTrainedModel, policy: Policy, dtype: torch.dtype, sources: StoredSources) -> None:
+        self._model, self._policy, self._dtype, self._sources = model, policy, dtype, sources
         self._head = transformers_api.output_head(model)
         self._tied = transformers_api.tied_parameters(model)
 
     def experts(self, name: str, module: Any) -> Assignment:
         impossible = unsupported_reason(module)
-        choice = self._policy.experts(name, None)
+        weights = [f"{name}.{key}" for key, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
+        stored = None if impossible is not None else self._sources.module(weights)
+        choice = self._policy.experts(name, None, stored)
         if impossible is not None or choice.scheme is None:
             return Assignment(name, "experts", module, None, impossible or choice.reason)
         assert isinstance(choice.scheme, MoEScheme)
         convert_experts(module, choice.scheme)
-        return Assignment(name, "experts", module, choice.scheme, "")
+        return Assignment(name, "experts", module, choice.scheme, "", self._kept(stored, choice))
 
     def linear(self, name: str, module: Any, parent: nn.Module) -> Assignment:
         child = name.rpartition(".")[2]
-        choice = self._policy.linear(name, "output head" if module is self._head else name_reason(name))
         impossible = self._impossible(name, module, parent, child)
+        stored = None if impossible is not None else self._sources.linear(f"{name}.weight")
+        choice = self._policy.linear(name, "output head" if module is self._head else name_reason(name), stored)
         if impossible is not None or choice.scheme is None:
             return Assignment(name, "linear", module, None, impossible or choice.reason)
         assert isinstance(choice.scheme, LinearScheme)
@@ -119,7 +120,14 @@ class _Assigner:
         setattr(parent, child, quantized)
         if modeling_code.reads_weight(parent, child):
             transformers_api.tell_quantized(parent)
-        return Assignment(name, "linear", quantized, choice.scheme, "")
+        return Assignment(name, "linear", quantized, choice.scheme, "", self._kept(stored, choice))
+
+    def _kept(self, stored: StoredModule | None, choice: Choice) -> StoredModule | None:
+        """What is copied into a module as it is stored, in the format its kernels take."""
+        if stored is None or not choice.keeps:
+            return None
+        assert choice.scheme is not None
+        return self._sources.adapt(stored, choice.scheme.kernels.format)
 
     def _quantized(self, module: Any, scheme: LinearScheme, read_by_dtype: bool) -> QuantizedLinear:
         transposed = isinstance(module, Conv1D)

@@ -15,18 +15,21 @@ from ..errors import MissingWeightsError
 from ..model.quantized import QuantizedLinear
 from ..model.routes import Landing
 from ..model.skeleton import Assignment
+from ..model.stored_sources import StoredModule
 from ..schemes.base import LinearScheme
 from .cuts import Sink
 from .moe import MoeOnlineWeightLoader
 from .parameter import QuantizedParameter, alive
 from .quantizing import LayerProgress, linear_quantizer
 from .storage import FinalStorage
+from .stored import StoredParameter, StoredProgress
 from .weight_loader import DirectWeightLoader, OnlineWeightLoader
 
 NAMES_SHOWN = 8
 
 DtypeOf = Callable[[str, torch.dtype], torch.dtype]
-OnFinished = Callable[[str, Tensor], None]
+OnFinished = Callable[[str, Tensor | None], None]
+"""Called with a module's name and the statistics of its weights; None where nothing was quantized."""
 
 
 class WeightLoaders:
@@ -89,6 +92,9 @@ def _attach_quantized(
     loaders: WeightLoaders, assignment: Assignment, storage: FinalStorage, on_finished: OnFinished
 ) -> None:
     module: Any = assignment.module
+    if assignment.stored is not None:
+        _attach_stored(loaders, assignment, assignment.stored, storage, on_finished)
+        return
     if isinstance(module, QuantizedLinear):
         _attach_linear(loaders, assignment, module, storage, on_finished)
         return
@@ -123,3 +129,32 @@ def _attach_linear(
         assert param is not None
         landing = Landing(None, layout.rows, layout.columns, module.transposed, layout)
         loaders.add(full_name, param, loader, landing, [full_name, f"{full_name}_scale"])
+
+
+def _attach_stored(
+    loaders: WeightLoaders,
+    assignment: Assignment,
+    stored: StoredModule,
+    storage: FinalStorage,
+    on_finished: OnFinished,
+) -> None:
+    module: Any = assignment.module
+    scheme, layer, name = module.scheme, weakref.ref(module), assignment.name
+    transposed = module.transposed if isinstance(module, QuantizedLinear) else module.is_transposed
+
+    def finish() -> None:
+        scheme.process_weights_after_loading(alive(layer))
+        on_finished(name, None)
+
+    parameters: list[StoredParameter] = []
+    for key, layout in scheme.layouts(module).items():
+        full_name = f"{name}.{key}"
+        parameter = QuantizedParameter(module, key, full_name, layout, storage)
+        weight = stored.weights[full_name][0]
+        closures = StoredParameter(parameter, stored.has_zero_points(full_name), weight.zero_point)
+        landing = Landing(layout.experts, layout.rows, layout.columns, transposed, layout)
+        names = [full_name, f"{full_name}_scale"]
+        loaders.add(full_name, module._parameters[key], closures.loaders["codes"], landing, names)
+        module._parameters[f"{key}_scale"].weight_loader = closures.loaders["scale"]
+        parameters.append(closures)
+    StoredProgress(parameters, finish)

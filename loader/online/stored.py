@@ -187,6 +187,16 @@ def check_finite(name: str, scales: Tensor) -> None:
         raise NonFiniteWeightError(f"{name}: a scale is NaN or infinite; the checkpoint is damaged, copy it again")
 
 
+def check_codes(name: str, codes: Tensor) -> None:
+    """Raise `NonFiniteWeightError` for E4M3 codes that are NaN: 0x7F and 0xFF, the largest byte of either reading."""
+    if codes.dtype != torch.float8_e4m3fn or not codes.numel():
+        return
+    if int(codes.view(torch.int8).amax()) == 0x7F or int(codes.view(torch.uint8).amax()) == 0xFF:
+        raise NonFiniteWeightError(
+            f"{name}: a code is NaN; the checkpoint is damaged, or its quantization went wrong: copy or export it again"
+        )
+
+
 def _check(name: str, values: Tensor, target: Tensor) -> None:
     if values.shape != target.shape or values.dtype != target.dtype:
         raise ShapeMismatchError(

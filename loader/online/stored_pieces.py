@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..checkpoint.pieces import Barrier, Piece
 from ..checkpoint.workspace import Workspace
-from ..errors import CheckpointError, NonFiniteWeightError
+from ..errors import CheckpointError
 from ..kernels.reference import scale_rows
 from ..model.routes import Span
 from ..schemes.stored.weights import StoredPart, StoredWeight
 from .cuts import Sink
 from .slabs import Slab, SlabPart, lines_per_slab, rows_of, slabs
-from .stored import StoredCodesLoader, check_finite
+from .stored import StoredCodesLoader, check_codes, check_finite
 from .two_passes import first_pass, read_twice, together
 
 FLOAT_BYTES = 4
@@ -82,12 +82,13 @@ def _codes_piece(weight: StoredWeight, slab: Slab, sinks: Mapping[str, Sink]) ->
     if whole and part.convert is None:
         loader = sinks[only.span.parameter].loader
         if loader.accepts_bytes(only.region):
-            return Piece(
-                part.entry.shard,
-                extents,
-                lambda _: loader.commit(only.region),
-                target=functools.partial(loader.direct_target, only.region),
-            )
+
+            def arrived(workspace: Workspace) -> None:
+                check_codes(part.entry.name, workspace.buffer.view(part.entry.dtype))
+                loader.commit(only.region)
+
+            target = functools.partial(loader.direct_target, only.region)
+            return Piece(part.entry.shard, extents, arrived, target=target)
 
     def deliver(workspace: Workspace) -> None:
         codes = _canonical(part, weight, workspace.buffer, slab.lines).view(weight.format.code_dtype)
@@ -210,13 +211,10 @@ class _Anew:
             values = self._values(workspace, slab)
             for each in parts:
                 sink = sinks[each.span.parameter]
-                try:
-                    if observe:
-                        sink.loader.observe(values[each.rows], each.region)
-                    else:
-                        sink.loader(sink.param, values[each.rows], region=each.region)
-                except NonFiniteWeightError:
-                    raise self._non_finite(each) from None
+                if observe:
+                    sink.loader.observe(values[each.rows], each.region)
+                else:
+                    sink.loader(sink.param, values[each.rows], region=each.region)
             if not observe:
                 self._done()
 
@@ -263,12 +261,6 @@ class _Anew:
             self._slabs_left -= 1
             if self._slabs_left == 0:
                 self._scales = None
-
-    def _non_finite(self, part: SlabPart) -> NonFiniteWeightError:
-        return NonFiniteWeightError(
-            f"checkpoint tensor {self.weight.codes.entry.name} stands for values that are not finite (they go to "
-            f"{part.span.parameter}, {part.region}); repair the checkpoint, or leave this layer as stored"
-        )
 
 
 def _dequantized(
@@ -329,4 +321,6 @@ def _extents(
 def _canonical(part: StoredPart, weight: StoredWeight, buffer: Tensor, rows: int) -> Tensor:
     """Some rows of a part in the canonical layout."""
     stored = buffer.view(part.entry.dtype).view(rows, -1)
+    if part.role == "codes":
+        check_codes(part.entry.name, stored)
     return stored if part.convert is None else part.convert(stored)

@@ -7,11 +7,15 @@ import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ..errors import PolicyError, UnmatchedPatternError
+from ..kernels.formats import FNUZ, WeightFormat
 from ..options import QuantizationPolicy
 from .base import LinearScheme, MoEScheme
-from .registry import SchemeFactory, get_entry
+from .prequantized import NAME as PREQUANTIZED
+from .registry import AS_STORED, SchemeFactory, get_entry
+from .stored.weights import StoredActivations
 
 logger = logging.getLogger("quantload")
 
@@ -32,19 +36,35 @@ def matches(pattern: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """A scheme, or the reason why a module stays as stored."""
+    """A scheme, or the reason why a module stays as stored; `keeps` says that the scheme takes codes as stored."""
 
     scheme: LinearScheme | MoEScheme | None
     reason: str = ""
+    keeps: bool = False
+
+
+class StoredKind(Protocol):
+    """What a checkpoint says about a module it stores quantized."""
+
+    @property
+    def format(self) -> WeightFormat: ...
+    @property
+    def activations(self) -> StoredActivations | None: ...
 
 
 class Policy:
-    """A `QuantizationPolicy` at work on the modules of one model; remembers which patterns matched."""
+    """A `QuantizationPolicy` at work on the modules of one model; remembers which patterns matched.
 
-    def __init__(self, policy: QuantizationPolicy, factory: SchemeFactory) -> None:
+    `is_quantized`: the checkpoint is, and leaving it as stored is called `prequantized`.
+    """
+
+    def __init__(self, policy: QuantizationPolicy, factory: SchemeFactory, is_quantized: bool = False) -> None:
         self._policy = policy
         self._factory = factory
+        self._is_quantized = is_quantized
         self.name = get_entry(policy.linear).name
+        if is_quantized and self.name == AS_STORED:
+            self.name = PREQUANTIZED
         if policy.experts is not None and get_entry(policy.experts).name != self.name:
             self.name = f"{self.name}+{get_entry(policy.experts).name}"
         self._unused = {*policy.ignore, *(pattern for pattern, _ in policy.overrides)}
@@ -52,18 +72,26 @@ class Policy:
             factory.linear(scheme)  # a name that does not exist, or has no kernel, is an error before anything is read
             factory.experts(scheme)
 
-    def linear(self, name: str, built_in_reason: str | None) -> Choice:
-        """The choice for a linear layer. `built_in_reason` says why the model itself wants it kept, if it does."""
+    def linear(self, name: str, built_in_reason: str | None, stored: StoredKind | None = None) -> Choice:
+        """The choice for a linear layer. `built_in_reason` says why the model itself wants it kept, if it does.
+
+        `stored`: how the checkpoint has it quantized. It is kept so where nothing else is wanted, and where what is
+        wanted is the same.
+        """
         scheme_name, reason = self._scheme_name(name, self._policy.linear, built_in_reason)
         scheme = None if scheme_name is None else self._factory.linear(scheme_name)
-        return Choice(scheme, reason or f"{scheme_name} leaves linear layers as stored")
+        if stored is not None and _keeps(scheme, stored):
+            return Choice(self._factory.prequantized_linear(name, stored.format.name, stored.activations), keeps=True)
+        return Choice(scheme, reason or self._as_stored(scheme_name, "linear layers"))
 
-    def experts(self, name: str, built_in_reason: str | None) -> Choice:
-        """The choice for a fused experts module."""
+    def experts(self, name: str, built_in_reason: str | None, stored: StoredKind | None = None) -> Choice:
+        """The choice for a fused experts module; `stored` as for linear layers."""
         default = self._policy.experts if self._policy.experts is not None else self._policy.linear
         scheme_name, reason = self._scheme_name(name, default, built_in_reason)
         scheme = None if scheme_name is None else self._factory.experts(scheme_name)
-        return Choice(scheme, reason or f"{scheme_name} leaves experts as stored")
+        if stored is not None and _keeps(scheme, stored):
+            return Choice(self._factory.prequantized_experts(name, stored.format.name, stored.activations), keeps=True)
+        return Choice(scheme, reason or self._as_stored(scheme_name, "experts"))
 
     def check_patterns(self, strict: bool) -> None:
         """Warn about patterns that matched no module; in strict mode raise `UnmatchedPatternError`."""
@@ -76,6 +104,11 @@ class Policy:
         if strict:
             raise UnmatchedPatternError(message)
         logger.warning(message)
+
+    def _as_stored(self, scheme_name: str | None, kind: str) -> str:
+        if self._is_quantized and scheme_name == AS_STORED:
+            return "not quantized in the checkpoint"
+        return f"{scheme_name} leaves {kind} as stored"
 
     def _scheme_name(self, name: str, default: str, built_in_reason: str | None) -> tuple[str | None, str]:
         override = self._first([pattern for pattern, _ in self._policy.overrides], name)
@@ -98,11 +131,23 @@ class Policy:
         return found
 
 
-def choose_policy(quantization: str, policy: QuantizationPolicy | None) -> QuantizationPolicy:
-    """The policy to follow: a scheme name other than `auto` is the policy's scheme for linears."""
-    if policy is None:
-        return QuantizationPolicy(linear=get_entry(quantization).name)
-    return policy if quantization == "auto" else replace(policy, linear=get_entry(quantization).name)
+def _keeps(scheme: LinearScheme | MoEScheme | None, stored: StoredKind) -> bool:
+    """Whether a module stays as it is stored: nothing is wanted, or nothing would change."""
+    return scheme is None or scheme.kernels.format.name in (stored.format.name, FNUZ.get(stored.format.name))
+
+
+def choose_policy(
+    quantization: str, policy: QuantizationPolicy | None, is_quantized: bool = False
+) -> QuantizationPolicy:
+    """The policy to follow: a scheme name other than `auto` is the policy's scheme for linears.
+
+    `auto` in both leaves a checkpoint that `is_quantized` as stored, and stands for `quark_mxfp4` otherwise.
+    """
+    policy = policy or QuantizationPolicy()
+    wanted = policy.linear if quantization == "auto" else quantization
+    if wanted == "auto" and is_quantized:
+        return replace(policy, linear=AS_STORED)
+    return replace(policy, linear=get_entry(wanted).name)
 
 
 def name_reason(name: str) -> str | None:

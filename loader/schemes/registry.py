@@ -31,9 +31,12 @@ from .int8 import Int8PerChannelLinear, Int8PerChannelMoE
 from .mxfp4 import QuarkMxfp4Linear, QuarkMxfp4MoE
 from .mxfp6 import Mxfp6E2m3Linear, Mxfp6E2m3MoE, Mxfp6E3m2Linear, Mxfp6E3m2MoE
 from .mxfp8 import Mxfp8Linear, Mxfp8MoE
+from .prequantized import PrequantizedLinear, PrequantizedMoE
+from .stored.weights import StoredActivations
 
 logger = logging.getLogger("quantload")
 DEFAULT = "quark_mxfp4"
+AS_STORED = "none"
 
 _S = TypeVar("_S", LinearScheme, MoEScheme)
 
@@ -72,7 +75,7 @@ ENTRIES = (
         "experts INT4, linears E4M3",
         "float32 per row, amax/7; per tensor, amax/448",
     ),
-    SchemeEntry("none", None, None, "as stored", "-"),
+    SchemeEntry(AS_STORED, None, None, "as stored", "-"),
 )
 
 _BY_NAME = {name: entry for entry in ENTRIES for name in (entry.name, *entry.aliases)}
@@ -125,6 +128,27 @@ class SchemeFactory:
         cls = get_entry(name).experts
         return None if cls is None else self._make(cls)
 
+    def prequantized_linear(
+        self, name: str, format_name: str, activations: StoredActivations | None
+    ) -> PrequantizedLinear:
+        """The scheme that keeps the linear layer `name` as a checkpoint stores it."""
+        kept: PrequantizedLinear = self._keep(PrequantizedLinear, name, format_name, activations)
+        return kept
+
+    def prequantized_experts(
+        self, name: str, format_name: str, activations: StoredActivations | None
+    ) -> PrequantizedMoE:
+        """The scheme that keeps the experts of `name` as a checkpoint stores them."""
+        kept: PrequantizedMoE = self._keep(PrequantizedMoE, name, format_name, activations)
+        return kept
+
+    def dequantizer(self, format_name: str) -> Callable[..., None]:
+        """The kernel that turns stored codes of a format into the values they stand for."""
+        try:
+            return kernel_registry.select("dequantize", format_name, self.device)
+        except LookupError as error:
+            raise NoKernelError(str(error)) from error
+
     @contextmanager
     def compiling(self, dtype: torch.dtype) -> Iterator[None]:
         """Meanwhile, compile in another thread, or fetch from the disk cache, what weights of `dtype` will call.
@@ -138,21 +162,30 @@ class SchemeFactory:
 
     def _compile(self, dtype: torch.dtype) -> None:
         start = time.perf_counter()
-        for scheme in self._made.values():
+        for scheme in list(self._made.values()):
             kernel_registry.warm_up(scheme.format_name, self.device, dtype, self._options.stats)
         logger.debug("Kernels were ready after %.3f s", time.perf_counter() - start)
+
+    def _keep(self, cls: Any, name: str, format_name: str, activations: StoredActivations | None) -> Any:
+        try:
+            return cls(*self._arguments(name, format_name, activations))
+        except LookupError as error:
+            raise NoKernelError(f"{name} is stored as {format_name}: {error}") from error
+
+    def _arguments(
+        self, name: str, format_name: str, stored: StoredActivations | None
+    ) -> tuple[Quantizer, Activation | None]:
+        """What a scheme is made of: the kernels for its weights, and what its activations are rounded to."""
+        choice = choose_activations(FORMATS[format_name], stored, self._options.activations, self.device, name=name)
+        kernels = kernel_registry.kernel_set(format_name, self.device, {**choice.kernels, **self._options.kernels})
+        return Quantizer(kernels, self._options.stats, self.device), choice.emulated
 
     def _make(self, cls: Callable[[Quantizer, Activation | None], _S]) -> _S:
         if cls not in self._made:
             name, format_name = cls.name, cls.format_name  # type: ignore[attr-defined]
             try:
-                choice = choose_activations(
-                    FORMATS[format_name], None, self._options.activations, self.device, name=name
-                )
-                overrides = {**choice.kernels, **self._options.kernels}
-                kernels = kernel_registry.kernel_set(format_name, self.device, overrides)
+                self._made[cls] = cls(*self._arguments(name, format_name, None))
             except LookupError as error:
                 raise NoKernelError(str(error)) from error
-            self._made[cls] = cls(Quantizer(kernels, self._options.stats, self.device), choice.emulated)
         made: _S = self._made[cls]
         return made

@@ -48,6 +48,7 @@ LAYER_FIELDS = [
     "amax",
     "saturated_fraction",
     "zero_fraction",
+    "format",
 ]
 
 

@@ -30,7 +30,7 @@ def open_checkpoint(path: Path) -> tuple[PreTrainedModel, Entries]:
     """The meta model of a checkpoint, and what its headers say."""
     found = resolve(path)
     index = read_index(found)
-    model, _ = find_model(found, trust_remote_code=False).build(index)
+    model, _ = find_model(found, trust_remote_code=False).build(index.tensors.values())
     return model, dict(index.tensors)
 
 

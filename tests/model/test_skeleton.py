@@ -11,16 +11,22 @@ import torch
 from architectures import ALL, quantizable_modules
 from quantload.checkpoint.index import read_index
 from quantload.checkpoint.resolve import resolve
-from quantload.errors import UnmatchedPatternError, UnsupportedCheckpointError
+from quantload.errors import UnmatchedPatternError
 from quantload.model.quantized import QuantizedLinear, QuantizedLinearReadByDtype
+from quantload.model.routes import CheckpointMap
 from quantload.model.skeleton import Assignment, assign_schemes, find_model
+from quantload.model.stored_sources import StoredSources
 from quantload.options import LoadOptions, QuantizationPolicy
 from quantload.schemes.policy import Policy
 from quantload.schemes.registry import SchemeFactory
+from quantload.schemes.stored.weights import StoredCheckpoint
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 Checkpoint = Callable[[str], Path]
+
+
+NOTHING_STORED = StoredSources(StoredCheckpoint("none", {}, {}), CheckpointMap(None, [], {}, [], [], set(), []))  # type: ignore[arg-type]
 
 
 def rules(**values: Any) -> Policy:
@@ -29,12 +35,14 @@ def rules(**values: Any) -> Policy:
 
 def skeleton(path: Path) -> tuple[PreTrainedModel, torch.dtype]:
     found = resolve(path)
-    return find_model(found, trust_remote_code=False).build(read_index(found))
+    return find_model(found, trust_remote_code=False).build(read_index(found).tensors.values())
 
 
 def assigned(path: Path, **values: Any) -> tuple[PreTrainedModel, dict[str, Assignment]]:
     model, dtype = skeleton(path)
-    return model, {a.name: a for a in assign_schemes(model, rules(**values), dtype, strict=True)}
+    return model, {
+        a.name: a for a in assign_schemes(model, rules(**values), dtype, strict=True, sources=NOTHING_STORED)
+    }
 
 
 @pytest.mark.parametrize("name", [a.name for a in ALL])
@@ -155,7 +163,10 @@ class Own(PreTrainedModel):
 def decide(block: type[nn.Module]) -> dict[str, Assignment]:
     with torch.device("meta"):
         model = Own(block)
-    return {a.name.removeprefix("block."): a for a in assign_schemes(model, rules(), torch.bfloat16, strict=True)}
+    return {
+        a.name.removeprefix("block."): a
+        for a in assign_schemes(model, rules(), torch.bfloat16, strict=True, sources=NOTHING_STORED)
+    }
 
 
 @pytest.mark.parametrize("block", [Base, Inherits])
@@ -172,14 +183,3 @@ def test_what_reads_a_weight_instead_of_calling_the_layer(block: type[nn.Module]
 def test_a_module_under_two_names_is_decided_once() -> None:
     found = decide(Twice)
     assert list(found) == ["first"]
-
-
-@pytest.mark.parametrize("method", ["awq", "fp8", "mxfp4"])
-def test_a_checkpoint_that_is_quantized_already(method: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    import json
-
-    config = json.loads((checkpoint("llama") / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
-    (tmp_path / "model.safetensors").symlink_to(checkpoint("llama") / "model.safetensors")
-    with pytest.raises(UnsupportedCheckpointError, match=rf"is quantized already \({method}\)"):
-        find_model(resolve(tmp_path), trust_remote_code=False)

@@ -165,7 +165,16 @@ def test_an_unknown_scheme_is_an_error_before_anything_is_read(values: dict[str,
 
 def test_the_scheme_that_was_asked_for_replaces_that_of_the_policy() -> None:
     policy = QuantizationPolicy(linear="fp8_per_block", ignore=("a",))
-    assert choose_policy("auto", policy) is policy
+    assert choose_policy("auto", policy) == policy
     assert choose_policy("ptpc_fp8", policy) == QuantizationPolicy(linear="fp8_per_channel", ignore=("a",))
     assert choose_policy("auto", None) == QuantizationPolicy(linear="quark_mxfp4")
     assert choose_policy("int8_per_channel", None).linear == "int8_per_channel"
+
+
+def test_a_quantized_checkpoint_stays_as_it_is_unless_a_scheme_is_named() -> None:
+    ignoring = QuantizationPolicy(ignore=("a",))
+    assert choose_policy("auto", ignoring, is_quantized=True) == QuantizationPolicy(linear="none", ignore=("a",))
+    assert choose_policy("auto", ignoring) == QuantizationPolicy(linear="quark_mxfp4", ignore=("a",))
+    assert choose_policy("ptpc_fp8", None, is_quantized=True).linear == "fp8_per_channel"
+    named = QuantizationPolicy(linear="quark_mxfp4")
+    assert choose_policy("auto", named, is_quantized=True) == named

@@ -1,0 +1,159 @@
+"""Which stored weights the parameters of a model are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.headers import TensorEntry
+from ..errors import CheckpointError, UnsupportedCheckpointError
+from ..kernels.formats import FNUZ, FP8_CHANNEL, FP8_TENSOR, WeightFormat
+from ..schemes.stored.weights import StoredActivations, StoredCheckpoint, StoredPart, StoredWeight
+from .routes import CheckpointMap
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """The stored weights of one module by parameter; all of one format, and with one kind of activations."""
+
+    weights: Mapping[str, Sequence[StoredWeight]]
+
+    @property
+    def first(self) -> StoredWeight:
+        """One of them, for what they have in common."""
+        return next(iter(self.weights.values()))[0]
+
+    @property
+    def format(self) -> WeightFormat:
+        """The format of all of them."""
+        return self.first.format
+
+    @property
+    def activations(self) -> StoredActivations | None:
+        """What the config says about the module's input; the scale is that of one weight."""
+        return self.first.activations
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them in the checkpoint."""
+        return sum(weight.nbytes for weights in self.weights.values() for weight in weights)
+
+    def has_zero_points(self, parameter: str) -> bool:
+        """Whether the weights of a parameter come with zero points of their own."""
+        roles = [any(part.role == "zero_point" for part in weight.parts) for weight in self.weights[parameter]]
+        if len({*roles}) > 1:
+            raise CheckpointError(f"some of what {parameter} is made of has zero points and some has none")
+        return roles[0]
+
+
+class StoredSources:
+    """The stored weights of a checkpoint, by the parameters they go to.
+
+    `weights` are by name, as they are to be read: some are adapted to what a parameter can hold.
+    """
+
+    def __init__(self, stored: StoredCheckpoint, mapped: CheckpointMap) -> None:
+        self.weights = dict(stored.weights)
+        self._names = {name: conversion.names() for name, (_, conversion) in mapped.coordinates.items()}
+        whole = [name for conversion in mapped.not_expressible for name in conversion.names() if name in self.weights]
+        if whole:
+            raise UnsupportedCheckpointError(
+                f"{whole[0]} is stored quantized, and transformers computes its parameter from values: load the "
+                f"checkpoint this one was made from"
+            )
+
+    def of(self, parameter: str) -> list[StoredWeight]:
+        """What a parameter is made of; nothing if it is made of tensors that are not quantized."""
+        names = self._names.get(parameter, [])
+        found = [self.weights[name] for name in names if name in self.weights]
+        if found and len(found) != len(names):
+            plain = next(name for name in names if name not in self.weights)
+            raise CheckpointError(
+                f"{parameter} is one parameter in the model, but {plain} is not quantized and {found[0].name} is; all "
+                f"parts of a fused parameter must be stored alike: correct the config.json, or export the model again"
+            )
+        return found
+
+    def module(self, parameters: Sequence[str]) -> StoredModule | None:
+        """The stored weights of a module with these parameters; `None` if it has none.
+
+        Raises `CheckpointError` and `UnsupportedCheckpointError` for modules whose parts are stored differently.
+        """
+        weights = {parameter: self.of(parameter) for parameter in parameters}
+        together = [weight for found in weights.values() for weight in found]
+        if not together:
+            return None
+        for parameter, found in weights.items():
+            if not found:
+                raise CheckpointError(f"{parameter} is not quantized, and {together[0].name} of the same module is")
+        kinds = {(weight.format.name, _kind(weight.activations)): weight.name for weight in together}
+        if len(kinds) > 1:
+            listed = "; ".join(f"{name} is {fmt}, activations {kind}" for (fmt, kind), name in kinds.items())
+            raise UnsupportedCheckpointError(
+                f"the parts of one module are quantized differently: {listed}; choose a quantization for them all "
+                f"with --quantization"
+            )
+        return StoredModule(weights)
+
+    def linear(self, parameter: str) -> StoredModule | None:
+        """The stored weight of a linear layer, `None` if it has none.
+
+        Where it is made of several tensors with one scale each, every row keeps its own: nothing is merged.
+        """
+        module = self.module([parameter])
+        fused = module is not None and module.format is FP8_TENSOR and len(module.weights[parameter]) > 1
+        return self.adapt(module, FP8_CHANNEL) if fused and module is not None else module
+
+    def adapt(self, module: StoredModule, fmt: WeightFormat) -> StoredModule:
+        """The module in the format its kernels take; lossless. What was adapted is read so from now on."""
+        if fmt == module.format:
+            return module
+        adapted = {
+            parameter: [_adapted(weight, fmt) for weight in weights] for parameter, weights in module.weights.items()
+        }
+        self.weights.update({weight.name: weight for weights in adapted.values() for weight in weights})
+        return StoredModule(adapted)
+
+
+def _kind(activations: StoredActivations | None) -> tuple[object, ...] | None:
+    return None if activations is None else dataclasses.astuple(dataclasses.replace(activations, scale=None))
+
+
+def _adapted(weight: StoredWeight, fmt: WeightFormat) -> StoredWeight:
+    parts = weight.parts
+    if weight.format is FP8_TENSOR and not fmt.name.startswith(FP8_TENSOR.name):
+        parts = tuple(_repeated(part, weight.rows) if part.role == "scale" else part for part in parts)
+    if fmt.name in FNUZ.values():
+        parts = tuple(_as_fnuz(part) for part in parts)
+    return dataclasses.replace(weight, format=fmt, parts=parts)
+
+
+def _repeated(part: StoredPart, rows: int) -> StoredPart:
+    """A scale for the whole tensor as one for each row."""
+
+    def convert(stored: Tensor) -> Tensor:
+        return (stored if part.convert is None else part.convert(stored)).expand(rows, 1)
+
+    return dataclasses.replace(part, convert=convert)
+
+
+def _as_fnuz(part: StoredPart) -> StoredPart:
+    """E4M3 codes as E4M3 FNUZ, where the same bits stand for half as much and negative zero for NaN."""
+
+    def convert(stored: Tensor) -> Tensor:
+        values = stored if part.convert is None else part.convert(stored)
+        if part.role != "codes":
+            return values * 2
+        bits = values.view(torch.uint8)
+        return torch.where(bits == 0x80, 0, bits).view(torch.float8_e4m3fnuz)
+
+    return dataclasses.replace(part, convert=convert) if part.role in ("codes", "scale") else part
+
+
+def entries_by_name(stored: StoredCheckpoint) -> dict[str, TensorEntry | StoredWeight]:
+    """All that goes to parameters: stored weights under the names of what they stand for, and plain tensors."""
+    return {**stored.plain, **stored.weights}

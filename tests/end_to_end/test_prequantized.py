@@ -1,0 +1,169 @@
+"""Checkpoints that are quantized already: read as they are stored, or quantized anew, piece by piece."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import raw_checkpoint
+import torch
+from quantized_models import quantized_modules
+from quantload import LoadOptions, QuantizationPolicy, load_quantized
+from quantload.errors import CheckpointError
+from quantload.kernels.registry import kernel_set
+from stored_values import stored_values
+from torch import Tensor, nn
+
+FORMATS = {
+    "quark_llama_mxfp4": "mxfp4",
+    "quark_qwen3moe_mxfp4": "mxfp4",
+    "quark_llama_mxfp6_e2m3": "mxfp6_e2m3",
+    "quark_llama_mxfp6_e3m2": "mxfp6_e3m2",
+    "quark_llama_fp8": "fp8_tensor",
+    "quark_llama_ptpc_fp8": "fp8_channel",
+    "quark_llama_int8": "int8_channel",
+    "quark_llama_int4_fp8": "int4_group0_f32",
+    "ct_llama_mxfp4": "mxfp4",
+    "ct_llama_mxfp8a16": "mxfp8",
+    "ct_llama_fp8_dynamic": "fp8_channel",
+    "ct_llama_fp8_block": "fp8_block",
+    "ct_llama_w8a8": "int8_channel",
+    "ct_llama_w4a16": "int4_group128_bf16",
+    "native_llama_awq": "int4_group128_f16",
+    "native_llama_blockfp8": "fp8_block",
+    "native_gptoss_mxfp4": "mxfp4",
+}
+SMALL = LoadOptions(chunk_bytes=4096, workers=3)
+
+
+def by_checkpoint_name(model: nn.Module) -> dict[str, Tensor]:
+    """What the quantized modules stand for, as the checkpoint has them: one matrix an expert, as its codes lie."""
+    found: dict[str, Tensor] = {}
+    for name, module in quantized_modules(model).items():
+        if not hasattr(module, "gate_up_proj"):
+            found[name] = module.dequantize()
+            continue
+        for weight in ("gate_up_proj", "down_proj"):
+            values = module.dequantize(weight)
+            if module.is_transposed:
+                found[f"{name}.{weight}"] = values.transpose(1, 2)
+                continue
+            for expert, matrix in enumerate(values):
+                parts = matrix.chunk(2) if weight == "gate_up_proj" else (matrix,)
+                kinds = ("gate_proj", "up_proj") if weight == "gate_up_proj" else ("down_proj",)
+                found.update({f"{name}.{expert}.{kind}": part for kind, part in zip(kinds, parts, strict=True)})
+    return found
+
+
+@pytest.mark.parametrize("options", [LoadOptions(), SMALL], ids=["whole", "small pieces"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_stored_weight_stands_for_what_its_tool_says(name: str, options: LoadOptions, golden: Path) -> None:
+    model = load_quantized(golden / name, options=options)
+    want, got = stored_values(golden / name), by_checkpoint_name(model)
+    assert set(got) == set(want)
+    for layer, values in want.items():
+        torch.testing.assert_close(got[layer], values, rtol=0, atol=0, msg=lambda text, layer=layer: f"{layer}: {text}")
+    report = model.load_report
+    assert report.quantization == "prequantized"
+    assert {(layer.scheme, layer.format) for layer in report.layers} == {("prequantized", FORMATS[name])}
+    assert report.final_bytes == report.predicted_final_bytes
+    assert all(layer.sqnr_db is None for layer in report.layers)
+    logits = model(torch.arange(8)[None]).logits
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["quark_qwen3moe_mxfp4", "native_llama_awq", "ct_llama_fp8_block"])
+def test_the_order_of_tensors_and_the_shards_they_lie_in_do_not_matter(
+    name: str, seed: int, golden: Path, tmp_path: Path
+) -> None:
+    monkey_written = raw_checkpoint.shuffled(tmp_path / "shuffled", golden / name, seed, shard_count=3)
+    want, got = load_quantized(golden / name), load_quantized(monkey_written, options=SMALL)
+    for (key, tensor), (other_key, other) in zip(want.state_dict().items(), got.state_dict().items(), strict=True):
+        assert key == other_key
+        assert torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)), key
+
+
+ANEW = [
+    (name, scheme)
+    for name in (
+        "native_llama_blockfp8", "quark_llama_fp8", "ct_llama_mxfp8a16", "quark_qwen3moe_mxfp4", "native_llama_awq",
+    )
+    for scheme in ("quark_mxfp4", "fp8_per_tensor", "fp8_per_block", "int8_per_channel")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [LoadOptions(), SMALL], ids=["whole", "small pieces"])
+@pytest.mark.parametrize(("name", "scheme"), ANEW)
+def test_quantizing_anew_equals_quantizing_what_the_codes_stand_for(
+    name: str, scheme: str, options: LoadOptions, golden: Path
+) -> None:
+    model = load_quantized(golden / name, scheme, options=options)
+    got, want = by_checkpoint_name(model), stored_values(golden / name)
+    kept = {layer.name for layer in model.load_report.layers if layer.scheme == "prequantized"}
+    fmt = next(iter(quantized_modules(model).values())).scheme.kernels.format
+    assert bool(kept) == (FORMATS[name] == fmt.name)
+    kernels = kernel_set(fmt.name, "cpu")
+    for layer, values in want.items():
+        expected = values
+        if not kept:
+            codes = torch.empty(fmt.code_shape(*values.shape), dtype=fmt.code_dtype)
+            scales = torch.empty(fmt.scale_shape(*values.shape), dtype=fmt.scale_dtype)
+            kernels.quantize(values.contiguous(), codes, scales)
+            expected = torch.empty_like(values, memory_format=torch.contiguous_format)
+            kernels.dequantize(codes, scales, expected)
+        assert torch.equal(got[layer], expected), layer
+    if not kept:
+        assert {layer.scheme for layer in model.load_report.layers} == {scheme}
+        assert all(layer.sqnr_db is not None for layer in model.load_report.layers)
+
+
+def test_a_layer_can_stay_as_stored_while_the_others_are_quantized_anew(golden: Path) -> None:
+    policy = QuantizationPolicy(
+        linear="quark_mxfp4", ignore=("*.q_proj",), overrides=(("*.o_proj", "int8_per_channel"),)
+    )
+    model = load_quantized(golden / "native_llama_blockfp8", policy=policy)
+    schemes = {layer.name.rpartition(".")[2]: (layer.scheme, layer.format) for layer in model.load_report.layers}
+    assert schemes["q_proj"] == ("prequantized", "fp8_block")
+    assert schemes["o_proj"] == ("int8_per_channel", "int8_channel")
+    assert schemes["k_proj"] == ("quark_mxfp4", "mxfp4")
+
+
+def test_one_expert_that_is_not_quantized_is_named(golden: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts.2.up_proj"
+    tensors = raw_checkpoint.read(golden / "quark_qwen3moe_mxfp4")
+    original = raw_checkpoint.read(golden / "bf16_qwen3moe")
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{name}.")}
+    tensors[f"{name}.weight"] = original[f"{name}.weight"]
+    folder = raw_checkpoint.write(tmp_path / "mixed", golden / "quark_qwen3moe_mxfp4", [tensors])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        load_quantized(folder)
+
+
+def test_a_missing_scale_is_named(golden: Path, tmp_path: Path) -> None:
+    tensors = raw_checkpoint.read(golden / "quark_llama_mxfp4")
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+    folder = raw_checkpoint.write(tmp_path / "no_scale", golden / "quark_llama_mxfp4", [tensors])
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj"):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
+def test_a_scale_that_is_not_finite_is_named(scheme: str, golden: Path, tmp_path: Path) -> None:
+    tensors = raw_checkpoint.read(golden / "native_llama_blockfp8")
+    key = "model.layers.1.mlp.down_proj.weight_scale_inv"
+    tensors[key] = torch.full_like(tensors[key], torch.nan)
+    folder = raw_checkpoint.write(tmp_path / "nan", golden / "native_llama_blockfp8", [tensors])
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj.*NaN or infinite"):
+        load_quantized(folder, scheme)
+
+
+@pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_code_that_is_not_finite_is_named(code: int, scheme: str, golden: Path, tmp_path: Path) -> None:
+    tensors = raw_checkpoint.read(golden / "native_llama_blockfp8")
+    key = "model.layers.1.mlp.down_proj.weight"
+    tensors[key].view(torch.uint8)[3, 5] = code
+    folder = raw_checkpoint.write(tmp_path / "nan", golden / "native_llama_blockfp8", [tensors])
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj\.weight: a code is NaN"):
+        load_quantized(folder, scheme)

@@ -141,7 +141,7 @@ def _sizes(
         else:
             assert assignment is not None
             assert assignment.scheme is not None
-            yield ParameterSize(name, kind, assignment.scheme.name, bytes_in, loader.parameter.layout.nbytes)
+            yield ParameterSize(name, kind, assignment.scheme.name, bytes_in, loader.nbytes)
 
 
 def loaded_parameters(mapped: CheckpointMap, loaders: WeightLoaders) -> list[str]:

@@ -16,13 +16,14 @@ from ..model.quantized import QuantizedLinear
 from ..model.routes import Landing
 from ..model.skeleton import Assignment
 from ..model.stored_sources import StoredModule
+from ..schemes.activations import InputScales
 from ..schemes.base import LinearScheme
 from .cuts import Sink
 from .moe import MoeOnlineWeightLoader
-from .parameter import QuantizedParameter, alive
+from .parameter import QuantizedParameter, alive, materialize
 from .quantizing import LayerProgress, linear_quantizer
 from .storage import FinalStorage
-from .stored import StoredParameter, StoredProgress
+from .stored import InputScaleLoader, StoredParameter, StoredProgress
 from .weight_loader import DirectWeightLoader, OnlineWeightLoader
 
 NAMES_SHOWN = 8
@@ -74,10 +75,10 @@ def attach_weight_loaders(
 
     `on_finished(module name, statistics)` runs once a layer, in the thread that brought its last piece.
     """
-    loaders = WeightLoaders()
+    loaders, input_scales = WeightLoaders(), InputScales()
     for assignment in assignments:
         if assignment.scheme is not None:
-            _attach_quantized(loaders, assignment, storage, on_finished)
+            _attach_quantized(loaders, assignment, storage, input_scales, on_finished)
     quantized = {name for parameter in loaders.sinks for name in loaders.stored_names(parameter)}
     modules: Mapping[str, Any] = dict(model.named_modules())
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -89,11 +90,15 @@ def attach_weight_loaders(
 
 
 def _attach_quantized(
-    loaders: WeightLoaders, assignment: Assignment, storage: FinalStorage, on_finished: OnFinished
+    loaders: WeightLoaders,
+    assignment: Assignment,
+    storage: FinalStorage,
+    input_scales: InputScales,
+    on_finished: OnFinished,
 ) -> None:
     module: Any = assignment.module
     if assignment.stored is not None:
-        _attach_stored(loaders, assignment, assignment.stored, storage, on_finished)
+        _attach_stored(loaders, assignment, assignment.stored, storage, input_scales, on_finished)
         return
     if isinstance(module, QuantizedLinear):
         _attach_linear(loaders, assignment, module, storage, on_finished)
@@ -136,6 +141,7 @@ def _attach_stored(
     assignment: Assignment,
     stored: StoredModule,
     storage: FinalStorage,
+    input_scales: InputScales,
     on_finished: OnFinished,
 ) -> None:
     module: Any = assignment.module
@@ -150,11 +156,21 @@ def _attach_stored(
     for key, layout in scheme.layouts(module).items():
         full_name = f"{name}.{key}"
         parameter = QuantizedParameter(module, key, full_name, layout, storage)
-        weight = stored.weights[full_name][0]
-        closures = StoredParameter(parameter, stored.has_zero_points(full_name), weight.zero_point)
+        weights = stored.weights[full_name]
+        closures = StoredParameter(parameter, stored.has_zero_points(full_name), weights[0].zero_point)
         landing = Landing(layout.experts, layout.rows, layout.columns, transposed, layout)
         names = [full_name, f"{full_name}_scale"]
         loaders.add(full_name, module._parameters[key], closures.loaders["codes"], landing, names)
         module._parameters[f"{key}_scale"].weight_loader = closures.loaders["scale"]
+        scale_key = scheme.input_scale_name(key)
+        if scale_key in module._parameters:
+            write = functools.partial(_write_input_scale, layer, scale_key, storage)
+            scale = InputScaleLoader(parameter, f"{name}.{scale_key}", len(weights), input_scales, write)
+            closures.loaders["input_scale"] = module._parameters[scale_key].weight_loader = scale
+            names.append(f"{name}.{scale_key}")
         parameters.append(closures)
     StoredProgress(parameters, finish)
+
+
+def _write_input_scale(layer: weakref.ref[Any], key: str, storage: FinalStorage, value: Tensor) -> None:
+    materialize(alive(layer), key, storage).data.copy_(value)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteWeightError, ShapeMismatchError
+from ..schemes.activations import InputScales
 from ..schemes.layout import Block
 from .parameter import QuantizedParameter
 from .regions import Region, RegionTracker
@@ -20,6 +22,9 @@ from .weight_loader import DetachedWeightLoader, whole_shard
 
 WORDS = "scale", "zero_point"
 """The words of a scale tensor, in their order."""
+
+Closure = Any
+"""A `StoredWeightLoader`, or the `InputScaleLoader` of a parameter."""
 
 
 class StoredProgress:
@@ -31,22 +36,22 @@ class StoredProgress:
             for parameter in parameters
             for role, loader in parameter.loaders.items()
         }
-        self._loaders = list(self._by_role.values())
+        self._loaders: list[Closure] = list(self._by_role.values())
         self._incomplete = {id(loader) for loader in self._loaders}
         self._finish = finish
         self._lock = threading.Lock()
         for loader in self._loaders:
             loader.progress = self
 
-    def loaders_of(self, parameter: QuantizedParameter) -> Iterator[StoredWeightLoader]:
+    def loaders_of(self, parameter: QuantizedParameter) -> Iterator[Closure]:
         """All closures of one parameter."""
         return (loader for loader in self._loaders if loader.parameter is parameter)
 
-    def loader(self, parameter: QuantizedParameter, role: str) -> StoredWeightLoader:
-        """The closure of one tensor of a parameter."""
-        return self._by_role[id(parameter), role]
+    def loader(self, parameter: QuantizedParameter, role: str) -> Closure | None:
+        """The closure of one tensor of a parameter; `None` for a role that it has no use for."""
+        return self._by_role.get((id(parameter), role))
 
-    def complete(self, loader: StoredWeightLoader) -> None:
+    def complete(self, loader: Closure) -> None:
         """The last region of one tensor has arrived."""
         with self._lock:
             self._incomplete.discard(id(loader))
@@ -59,7 +64,7 @@ class StoredProgress:
         with self._lock:
             self._incomplete = {id(loader) for loader in self._loaders}
         for loader in self._loaders:
-            loader.tracker.reset()
+            loader.forget()
 
 
 class StoredParameter:
@@ -71,7 +76,7 @@ class StoredParameter:
     def __init__(self, parameter: QuantizedParameter, has_zero_points: bool, zero_point: float) -> None:
         words = WORDS[: parameter.layout.format.scale_words]
         filled = None if has_zero_points or len(words) == 1 else zero_point
-        self.loaders: dict[str, StoredWeightLoader] = {"codes": StoredCodesLoader(parameter, "")}
+        self.loaders: dict[str, Closure] = {"codes": StoredCodesLoader(parameter, "")}
         for word, role in enumerate(words):
             if role == "scale" or filled is None:
                 self.loaders[role] = StoredScaleLoader(parameter, f" {role}", word, filled)
@@ -122,9 +127,13 @@ class StoredWeightLoader:
         if self.tracker.commit(region.numel):
             self.progress.complete(self)
 
-    def missing(self) -> Iterator[str]:
-        """What has not arrived."""
+    def gaps(self) -> Iterator[str]:
+        """What has not arrived of this tensor."""
         return self.tracker.described_gaps()
+
+    def forget(self) -> None:
+        """Nothing has arrived."""
+        self.tracker.reset()
 
     def reset(self) -> None:
         """Announce a reload of the layer: every region may, and must, arrive again."""
@@ -135,6 +144,12 @@ class StoredCodesLoader(StoredWeightLoader):
     """The closure of a parameter's codes; it may be read into directly."""
 
     align = 1, 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, and of a static input scale."""
+        has_input_scale = self.progress.loader(self.parameter, "input_scale") is not None
+        return self.parameter.layout.nbytes + has_input_scale * torch.float32.itemsize
 
     def whole(self, region: Region) -> bool:
         """Codes are not computed from anything."""
@@ -158,7 +173,7 @@ class StoredCodesLoader(StoredWeightLoader):
     def missing(self) -> Iterator[str]:
         """What has not arrived, scales included."""
         for loader in self.progress.loaders_of(self.parameter):
-            yield from loader.tracker.described_gaps()
+            yield from loader.gaps()
 
 
 class StoredScaleLoader(StoredWeightLoader):
@@ -179,6 +194,51 @@ class StoredScaleLoader(StoredWeightLoader):
         target.copy_(values)
         if self._zero_point is not None:
             scales[:, 1::words].fill_(self._zero_point)
+
+
+class InputScaleLoader:
+    """The closure of a static input scale: the largest of those that come with the weights of one parameter.
+
+    `expected` scales come, each a tensor of one number; `write` takes the last word, float32 [1].
+    """
+
+    progress: StoredProgress
+
+    def __init__(
+        self,
+        parameter: QuantizedParameter,
+        name: str,
+        expected: int,
+        scales: InputScales,
+        write: Callable[[Tensor], None],
+    ) -> None:
+        self.parameter, self._name, self._expected, self._scales, self._write = parameter, name, expected, scales, write
+        self._arrived: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[DetachedWeightLoader], tuple[str]]:
+        return DetachedWeightLoader, (self._name,)
+
+    def __call__(self, param: Tensor, loaded_weight: Tensor, **_: Any) -> None:
+        with self._lock:
+            self._arrived.append(loaded_weight.detach().float().reshape(-1).clone())
+            last = len(self._arrived) == self._expected
+        if last:
+            self._write(self._scales.collapse(torch.cat(self._arrived), self._name))
+            self.progress.complete(self)
+
+    def gaps(self) -> Iterator[str]:
+        """What has not arrived."""
+        if len(self._arrived) < self._expected:
+            yield f"{self._name}, of which {len(self._arrived)} of {self._expected} scales came"
+
+    def forget(self) -> None:
+        """Nothing has arrived."""
+        self._arrived.clear()
+
+    def reset(self) -> None:
+        """Announce a reload of the layer."""
+        self.progress.reset()
 
 
 def check_finite(name: str, scales: Tensor) -> None:

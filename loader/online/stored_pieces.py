@@ -71,7 +71,20 @@ def _kept(weight: StoredWeight, spans: Sequence[Span], sinks: Mapping[str, Sink]
     for part in weight.parts:
         if part.role != "codes":
             pieces += _other_pieces(weight, part, spans, sinks, chunk_bytes)
-    return pieces
+    return pieces + _input_scale_pieces(weight, spans, sinks)
+
+
+def _input_scale_pieces(weight: StoredWeight, spans: Sequence[Span], sinks: Mapping[str, Sink]) -> list[Piece]:
+    entry = None if weight.activations is None else weight.activations.scale
+    sink = sinks[spans[0].parameter]
+    loader = sink.loader.progress.loader(sink.loader.parameter, "input_scale")
+    if entry is None or loader is None:
+        return []
+
+    def deliver(workspace: Workspace) -> None:
+        loader(sink.param, workspace.buffer.view(entry.dtype))
+
+    return [Piece(entry.shard, ((entry.offset, entry.nbytes),), deliver)]
 
 
 def _codes_piece(weight: StoredWeight, slab: Slab, sinks: Mapping[str, Sink]) -> Piece:

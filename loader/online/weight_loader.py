@@ -153,6 +153,11 @@ class OnlineWeightLoader:
         self._quantizer.observe(self._name, loaded_weight, region)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.parameter.layout.nbytes
+
+    @property
     def align(self) -> tuple[int, int]:
         """Rows and columns of a scale block."""
         return self.parameter.layout.align

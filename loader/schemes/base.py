@@ -96,22 +96,27 @@ class _Scheme(ABC):
         kernels = distinct[0] if len(distinct) == 1 else ", ".join(f"{op}={name}" for op, name in names.items())
         return kernels if self.activation is None else f"{kernels}, {self.activation.format} activations emulated"
 
-    def add_input_scale(self, layer: nn.Module, prefix: str = "") -> None:
-        """Register `<prefix>input_scale`, float32 [1] on meta, if activations have a static scale."""
-        if self.activation is not None and self.activation.static:
-            layer.register_parameter(f"{prefix}input_scale", meta_parameter((1,), torch.float32))
+    @staticmethod
+    @abstractmethod
+    def input_scale_name(weight: str) -> str:
+        """What the static scale of the activations that meet a weight is called, as a parameter of the layer."""
 
-    def activations(self, layer: nn.Module, x: Tensor, prefix: str = "") -> Tensor:
-        """`x` [T, K] as the matmul is to see it: rounded where activations are emulated."""
+    def add_input_scale(self, layer: nn.Module, weight: str) -> None:
+        """Register the input scale of a weight, float32 [1] on meta, if activations have a static one."""
+        if self.activation is not None and self.activation.static:
+            layer.register_parameter(self.input_scale_name(weight), meta_parameter((1,), torch.float32))
+
+    def activations(self, layer: nn.Module, x: Tensor, weight: str) -> Tensor:
+        """`x` [T, K] as the matmul with a weight is to see it: rounded where activations are emulated."""
         if self.activation is None:
             return x
-        scale = layer._parameters[f"{prefix}input_scale"] if self.activation.static else None
+        scale = layer._parameters[self.input_scale_name(weight)] if self.activation.static else None
         return self.activation(x, scale)
 
     def kept_exactly(self, layer: nn.Module) -> set[str]:
         """The parameters that are no numbers to be rounded when the layer is cast: codes and their scales."""
         names = {each for name in self.layouts(layer) for each in (name, f"{name}_scale")}
-        return names | {name for name in layer._parameters if name.endswith("input_scale")}
+        return names | ({self.input_scale_name(name) for name in self.layouts(layer)} & set(layer._parameters))
 
     @abstractmethod
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
@@ -128,6 +133,11 @@ class _Scheme(ABC):
 class LinearScheme(_Scheme):
     """A scheme for linear layers."""
 
+    @staticmethod
+    def input_scale_name(weight: str) -> str:
+        """`input_scale`."""
+        return "input_scale"
+
     @abstractmethod
     def create_weights(self, layer: nn.Module, *, in_features: int, out_features: int) -> None:
         """Register meta parameters `weight` and `weight_scale` on the layer."""
@@ -139,6 +149,11 @@ class LinearScheme(_Scheme):
 
 class MoEScheme(_Scheme):
     """A scheme for fused experts."""
+
+    @staticmethod
+    def input_scale_name(weight: str) -> str:
+        """`<weight>_input_scale`, one for all experts."""
+        return f"{weight}_input_scale"
 
     @abstractmethod
     def create_weights(self, layer: nn.Module, **sizes: Any) -> None:

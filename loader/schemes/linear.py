@@ -20,7 +20,7 @@ class QuantizedLinearScheme(LinearScheme):
         layer.weight_layout = layout  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         layer.register_parameter("weight", meta_parameter(layout.code_shape, layout.format.code_dtype))
         layer.register_parameter("weight_scale", meta_parameter(layout.scale_shape, layout.format.scale_dtype))
-        self.add_input_scale(layer)
+        self.add_input_scale(layer, "weight")
 
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
         """The layout of `weight`."""
@@ -37,7 +37,7 @@ class QuantizedLinearScheme(LinearScheme):
         """`x` [..., K] times the layer's weight, plus bias; [..., N] in the dtype of `x`."""
         layout = self.layouts(layer)["weight"]
         codes, scales = layer._parameters["weight"], layer._parameters["weight_scale"]
-        flat = self.activations(layer, x.reshape(-1, layout.columns))
+        flat = self.activations(layer, x.reshape(-1, layout.columns), "weight")
         out: Tensor = self.kernels.linear(flat, codes, scales, bias, layout.rows, layout.columns)
         return out.view(*x.shape[:-1], layout.rows)
 

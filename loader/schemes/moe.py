@@ -31,7 +31,7 @@ class QuantizedMoEScheme(MoEScheme):
         }  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         for name, layout in self.layouts(layer).items():
             layer.register_parameter(name, meta_parameter(layout.code_shape, self.get_quantized_dtype()))
-            self.add_input_scale(layer, f"{name}_")
+            self.add_input_scale(layer, name)
         self.create_scale_tensors(layer, num_experts)
 
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
@@ -127,7 +127,7 @@ class QuantizedMoEScheme(MoEScheme):
         layout = self.layouts(layer)[name]
         codes, scales = self._weight(layer, name)
         bias = getattr(layer, f"{name}_bias") if layer.has_bias else None
-        x, parts = self.activations(layer, x, f"{name}_"), []
+        x, parts = self.activations(layer, x, name), []
         for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
             shard_bias = None if bias is None else bias[:, shard]
             rows = shard.stop - shard.start

@@ -16,7 +16,7 @@ from ..errors import NoKernelError, PolicyError, UnknownSchemeError
 from ..kernels import registry as kernel_registry
 from ..kernels.formats import FORMATS
 from ..options import LoadOptions
-from .activations import Activation, InputScales, choose_activations
+from .activations import Activation, choose_activations
 from .base import LinearScheme, MoEScheme, Quantizer
 from .fp8 import (
     Fp8PerBlockLinear,
@@ -114,7 +114,6 @@ class SchemeFactory:
             known = ", ".join(kernel_registry.OPERATIONS)
             raise PolicyError(f"unknown kernel operations: {', '.join(unknown)}; operations are {known}")
         self.device = device
-        self.input_scales = InputScales()
         self._options = options
         self._made: dict[Any, Any] = {}
 

@@ -167,3 +167,16 @@ def test_a_code_that_is_not_finite_is_named(code: int, scheme: str, golden: Path
     folder = raw_checkpoint.write(tmp_path / "nan", golden / "native_llama_blockfp8", [tensors])
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj\.weight: a code is NaN"):
         load_quantized(folder, scheme)
+
+
+def test_static_input_scales_are_read_where_activations_are_emulated(golden: Path) -> None:
+    folder = golden / "quark_llama_fp8"
+    model = load_quantized(folder, options=LoadOptions(activations="emulate"))
+    tensors = raw_checkpoint.read(folder)
+    for name, module in quantized_modules(model).items():
+        assert torch.equal(module.input_scale, tensors[f"{name}.input_scale"].float().reshape(1))
+    report = model.load_report
+    assert all(layer.kernel.endswith("fp8 static activations emulated") for layer in report.layers)
+    assert report.final_bytes == report.predicted_final_bytes
+    tokens = torch.arange(8)[None]
+    assert not torch.equal(model(tokens).logits, load_quantized(folder)(tokens).logits)

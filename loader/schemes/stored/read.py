@@ -44,15 +44,15 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 def read_stored(
     config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], read: Callable[[TensorEntry], Tensor]
-) -> StoredCheckpoint | None:
-    """The weights that a checkpoint stores quantized, by its `config.json` and its tensors; None: it says of none.
+) -> StoredCheckpoint:
+    """The weights that a checkpoint stores quantized, by its `config.json`, and its other tensors.
 
     `read` fetches a small tensor, such as a second scale. Raises `UnsupportedCheckpointError` for a `quant_method` that
     is not read here, and `CheckpointError` for a config or a tensor that is unknown, inconsistent or missing.
     """
     settings = Settings(config, "").section("quantization_config")
     if settings is None:
-        return None
+        return StoredCheckpoint("none", {}, tensors)
     method = settings.get("quant_method")
     if method not in READERS:
         raise UnsupportedCheckpointError(

@@ -69,6 +69,7 @@ PAIRS: Mapping[str, tuple[ActivationFormat, ...]] = MappingProxyType(
         "fp8_block": (FP8_GROUP,),
         "int8": (INT8_TOKEN, INT8_STATIC),
         "int4": (),
+        "int4_group0": (FP8_TOKEN, FP8_TENSOR, FP8_STATIC),
         "int4fp8": (FP8_TOKEN, FP8_TENSOR, FP8_STATIC),
     }
 )

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu_build, cpu_dequantize, cpu_linear, fp8, int8, mxfp4
+from . import cpu_build, cpu_dequantize, cpu_linear, fp8, int8, mx, mx_build, mxfp4
 from .compiled import KernelFunction
 from .cpu_dequantize import address
-from .formats import FORMATS, MXFP4, WeightFormat
+from .formats import FORMATS, MX, WeightFormat
 from .reference import Reference, check_quantize, check_scales
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
@@ -36,7 +36,7 @@ class NumbaKernels:
             return 0
         function = _quantize_function(self.format, KINDS[source.dtype], statistics is not None)
         blocks = self._blocks(rows, cols)
-        if self.format is MXFP4 and cols % 32 == 0 and _dense(source) and _dense(codes) and _dense(scales):
+        if self.format in MX and cols % 32 == 0 and _dense(source) and _dense(codes) and _dense(scales):
             rows, cols = 1, rows * cols
         out = 0 if statistics is None else statistics.data_ptr()
         addresses = (*address(source), *address(codes), *address(scales))
@@ -70,14 +70,14 @@ class NumbaKernels:
         return cpu_linear.linear(self.format, x, codes, scales, bias, n_rows, k)
 
     def _blocks(self, rows: int, cols: int) -> tuple[int, ...]:
-        if self.format is MXFP4:
+        if self.format in MX:
             return ()
         return self.format.block_rows or rows, self.format.block_cols or cols
 
 
 def numba_kernels(format_name: str) -> NumbaKernels:
     """The CPU operations of a format."""
-    references = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references}
+    references = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references, **mx.references}
     return NumbaKernels(FORMATS[format_name], references[format_name])
 
 
@@ -97,8 +97,8 @@ def warm_up(
 
 
 def _quantize_function(fmt: WeightFormat, kind: str, measure: bool) -> KernelFunction:
-    if fmt is MXFP4:
-        return cpu_build.mxfp4_quantize(kind, measure)
+    if fmt in MX:
+        return mx_build.mx_quantize(fmt.name, "default", kind, measure)
     return cpu_build.scaled_quantize(fmt.name, kind, measure)
 
 

@@ -13,11 +13,8 @@ from numba import types
 
 from . import fp8, int8
 from . import statistics as st
-from .compiled import FINGERPRINT, KernelFunction, jit, locked, read_f32, read_f64, read_u8, write_f32, write_f64
+from .compiled import FINGERPRINT, KernelFunction, jit, locked, read_f32, read_f64, write_f32, write_f64
 from .magnitude_ir import amax_tile, count_above, magnitude_to_f32
-from .mxfp4_ir import RUN_BLOCKS, quantize_wide_run
-from .mxfp4_table_ir import largest_error_run, quantize_bf16_run
-from .processor import has
 from .scaled_ir import TILE_ELEMENTS, quantize_tile
 from .vector_ir import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
 
@@ -30,58 +27,6 @@ def _add_count_and_amax(out: int, count: int, amax: float) -> None:
 
 
 add_count_and_amax = nb.njit(nogil=True)(_add_count_and_amax)
-
-
-def _largest_possible_error(amax_bits: int) -> Any:
-    """Of MXFP4 blocks whose amax has at most these BF16 bits; never less where a block's amax is less."""
-    amax = magnitude_to_f32(amax_bits, "bf16")
-    scale = magnitude_to_f32(max((amax_bits + 32 >> 7) - 2, 1) << 7, "bf16")
-    return scale if amax >= np.float32(5.0) * scale else max(np.float32(0.5) * scale, amax - np.float32(4.0) * scale)
-
-
-largest_possible_error = nb.njit(nogil=True)(_largest_possible_error)
-
-
-def _mxfp4_quantize(kind: str, measure: bool) -> KernelFunction:
-    fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
-    finite = np.float32(LARGEST_FINITE[kind])
-    fast, run_blocks = kind == "bf16", RUN_BLOCKS
-    tables = has("avx512bw") and (has("avx512bf16") or not measure)
-
-    def quantize(source, source_stride, codes, codes_stride, scales, scales_stride, rows, cols, known, out):  # type: ignore[no-untyped-def]
-        len(fingerprint)
-        blocks, rest, largest = cols // 32, cols % 32, 0
-        padded = np.zeros(32 * width, np.uint8)
-        for row in range(rows):
-            s, c, e = source + row * source_stride, codes + row * codes_stride, scales + row * scales_stride
-            first = 0
-            while first < blocks + (rest > 0):
-                count = min(run_blocks, blocks - first)
-                here = s + first * 32 * width
-                if count <= 0:  # the incomplete last block
-                    count, here = 1, np.int64(padded.ctypes.data)
-                    for i in range(rest * width):
-                        padded[i] = read_u8(s + blocks * 32 * width + i)
-                bits = -1
-                if fast and known == 0:
-                    bits = quantize_bf16_run(here, c + first * 16, e + first, count, measure, tables, out)
-                    if tables and measure and bits > 0:
-                        worst = np.float32(read_f64(out + 8 * st.MAX_ERROR))
-                        if largest_possible_error(bits) > worst:
-                            largest_error_run(here, e + first, count, worst, out)
-                if bits < 0:
-                    bits = quantize_wide_run(here, c + first * 16, e + first, count, known, kind, measure, out)
-                largest = max(largest, bits)
-                first += count
-        if largest >= infinity:
-            return count_above(source, source_stride, rows, cols, finite, kind)
-        if measure:
-            add_count_and_amax(out, rows * cols, magnitude_to_f32(largest, kind))
-            if rest:
-                write_f64(out + 8 * st.ZERO, read_f64(out + 8 * st.ZERO) - rows * (32 - rest))
-        return 0
-
-    return jit(quantize, types.int64(*[_i64] * 10))
 
 
 def _scale_of(rule: str, amax: Any) -> Any:
@@ -206,6 +151,5 @@ def _observe(kind: str) -> KernelFunction:
     return jit(observe, types.int64(*[_i64] * 8))
 
 
-mxfp4_quantize = locked(_mxfp4_quantize)
 scaled_quantize = locked(_scaled_quantize)
 observe = locked(_observe)

@@ -8,7 +8,7 @@ import torch
 
 from . import linear_build, team
 from .compiled import CFunction
-from .formats import MXFP4, WeightFormat
+from .formats import MX, WeightFormat
 from .processor import has
 from .reference import scale_rows
 
@@ -40,14 +40,15 @@ def dequantize(
 
 def dequantize_function(fmt: WeightFormat, dtype: torch.dtype) -> CFunction:
     """The compiled function that dequantizes to `dtype`, bfloat16 or float32."""
-    target = "fp8_f16c" if family(fmt) == "fp8" and has("f16c") else family(fmt)
+    kind = family(fmt)
+    target = f"{kind}_f16c" if kind in ("fp8", "mxfp8") and has("f16c") else kind
     return linear_build.dequantize(target, "bf16" if dtype == torch.bfloat16 else "f32")
 
 
 def family(fmt: WeightFormat) -> str:
     """Which decoding a format's codes need."""
-    if fmt is MXFP4:
-        return "mxfp4"
+    if fmt in MX:
+        return fmt.name
     return "int8" if fmt.code_dtype == torch.int8 else "fp8"
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from . import linear_build
 from .compiled import CFunction
 from .cpu_dequantize import ALONE_ELEMENTS, address, dequantize, family, run_task
-from .dot_ir import BLOCK
-from .formats import MXFP4, WeightFormat
+from .dot_ir import BLOCK, DECODERS
+from .formats import WeightFormat
 from .processor import has
 from .reference import check_linear, scale_rows, tile_rows
 
@@ -37,7 +37,7 @@ def linear(
     if not x.shape[0] or not n_rows or not k:
         return F.linear(x, x.new_zeros(n_rows, k), bias)
     together = linear_build.most_tokens()
-    if x.shape[0] <= DECODES * together and (fmt is MXFP4 or k % BLOCK == 0):
+    if x.shape[0] <= DECODES * together and (fmt.pads_cols or k % BLOCK == 0):
         parts = [_few_tokens(fmt, part, codes, scales, bias, n_rows, k) for part in torch.split(x, together)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     return _many_tokens(fmt, x, codes, scales, bias, n_rows, k)
@@ -99,7 +99,7 @@ def _activations(x: torch.Tensor, slots: int, decoder: str) -> torch.Tensor:
         padded = x.new_zeros(slots, cols, dtype=dtype)
         padded[:tokens, :k] = x
         x = padded
-    if decoder == "mxfp4_f32":
+    if DECODERS[decoder].even_first:
         x = x.view(slots, cols // BLOCK, BLOCK // 2, 2).transpose(2, 3).reshape(slots, cols)
     return x.to(dtype).contiguous()
 
@@ -109,7 +109,7 @@ def _decoder(fmt: WeightFormat, dtype: torch.dtype) -> str:
     kind = family(fmt)
     if dtype == torch.bfloat16 and has("avx512bw") and has("avx512bf16"):
         return f"{kind}_bf16"
-    return "fp8_f16c" if kind == "fp8" and has("f16c") else f"{kind}_f32"
+    return f"{kind}_f16c" if has("f16c") and f"{kind}_f16c" in DECODERS else f"{kind}_f32"
 
 
 def _slots(tokens: int) -> int:

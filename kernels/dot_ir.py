@@ -13,6 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
+from .mx_decode_ir import look_up_mxfp6, values
 from .mxfp4_decode_ir import decode_block, look_up_block
 from .scaled_decode_ir import HALF_UNIT, decode, decode_with_halves
 from .vector_ir import (
@@ -52,6 +53,8 @@ class Decoder:
     """(16 float32 sums, factors, address of the activations) -> the sums with the products added."""
     block_scales: bool = False
     """Whether each 32 weights have a scale byte; else a segment of a row has a float32 scale."""
+    even_first: bool = False
+    """Whether the activations of a block must stand with the 16 even ones before the 16 odd ones."""
     unit: float = 1.0
     """What a factor of 1 stands for, beside its scale."""
 
@@ -76,6 +79,18 @@ def _mxfp4_values(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vec
 
 def _mxfp4_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
     return [look_up_block(b, codes, scale)]
+
+
+def _mx_values(family: str) -> Callable[[ir.IRBuilder, ir.Value, ir.Value], list[Vector]]:
+    return lambda b, codes, scale: values(b, codes, scale, family)
+
+
+def _mxfp6_bits(name: str) -> Callable[[ir.IRBuilder, ir.Value, ir.Value], list[Vector]]:
+    return lambda b, codes, scale: [look_up_mxfp6(b, codes, scale, name)]
+
+
+def _mxfp8_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
+    return [_interleave(*values(b, codes, scale, "mxfp8_f16c"))]
 
 
 def _scaled_values(target: str) -> Callable[[ir.IRBuilder, ir.Value, ir.Value], list[Vector]]:
@@ -105,15 +120,25 @@ def _interleave(even: Vector, odd: Vector) -> Vector:
 
 DECODERS: Mapping[str, Decoder] = {
     "mxfp4_bf16": Decoder(16, 64, _mxfp4_bits, _bf16_products, block_scales=True),
-    "mxfp4_f32": Decoder(16, 128, _mxfp4_values, _f32_products, block_scales=True),
+    "mxfp4_f32": Decoder(16, 128, _mxfp4_values, _f32_products, block_scales=True, even_first=True),
+    **{
+        decoder: made
+        for name in ("mxfp6_e2m3", "mxfp6_e3m2")
+        for decoder, made in (
+            (f"{name}_bf16", Decoder(24, 64, _mxfp6_bits(name), _bf16_products, block_scales=True)),
+            (f"{name}_f32", Decoder(24, 128, _mx_values(name), _f32_products, block_scales=True, even_first=True)),
+        )
+    },
+    "mxfp8_bf16": Decoder(32, 64, _mxfp8_bits, _bf16_products, block_scales=True),
+    "mxfp8_f16c": Decoder(32, 128, _mx_values("mxfp8_f16c"), _f32_products, block_scales=True, even_first=True),
+    "mxfp8_f32": Decoder(32, 128, _mx_values("mxfp8"), _f32_products, block_scales=True, even_first=True),
     "fp8_bf16": Decoder(32, 64, _fp8_bits, _bf16_products, unit=HALF_UNIT),
     "fp8_f16c": Decoder(32, 128, _fp8_halves, _f32_products, unit=HALF_UNIT),
     "fp8_f32": Decoder(32, 128, _scaled_values("fp8"), _f32_products),
     "int8_bf16": Decoder(32, 64, _int8_bits, _bf16_products),
     "int8_f32": Decoder(32, 128, _scaled_values("int8"), _f32_products),
 }
-"""`_bf16`: activations in BF16, needs avx512bw and avx512bf16. Others: activations in float32, for MXFP4 the 16 even
-ones of a block before the 16 odd ones; `_f16c` needs f16c."""
+"""`_bf16`: activations in BF16, needs avx512bw and avx512bf16. Others: activations in float32; `_f16c` needs f16c."""
 
 
 @emitted

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from .compiled import FINGERPRINT, CFunction, c_function, locked, read_f32, read_i64, write_u8
 from .cpu_build import STRIP_ROWS
 from .dot_ir import dot_rows
-from .mxfp4_decode_ir import dequantize_run
+from .mx_decode_ir import block_bytes, dequantize_run
 from .processor import has
 from .scaled_decode_ir import dequantize_tile
 from .vector_ir import I64, ITEM_BYTES
@@ -83,11 +83,11 @@ call_dequantize = intrinsic(_call_dequantize)
 
 def _dequantize(family: str, kind: str) -> CFunction:
     """C function (codes, scales, out: address and stride each; rows, cols, block_rows, block_cols) for a tile."""
-    return c_function((_mxfp4_dequantize if family == "mxfp4" else _scaled_dequantize)(family, kind), DEQUANTIZE)
+    return c_function((_mx_dequantize if family.startswith("mx") else _scaled_dequantize)(family, kind), DEQUANTIZE)
 
 
-def _mxfp4_dequantize(family: str, kind: str) -> Any:
-    fingerprint, width = FINGERPRINT, ITEM_BYTES[kind]
+def _mx_dequantize(family: str, kind: str) -> Any:
+    fingerprint, width, code_bytes = FINGERPRINT, ITEM_BYTES[kind], block_bytes(family)
 
     def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
         len(fingerprint)
@@ -95,9 +95,9 @@ def _mxfp4_dequantize(family: str, kind: str) -> Any:
         last = np.empty(32 * width, np.uint8)
         for row in range(rows):
             c, e, o = codes + row * codes_stride, scales + row * scales_stride, out + row * out_stride
-            dequantize_run(c, e, o, blocks, kind)
+            dequantize_run(c, e, o, blocks, family, kind)
             if rest:
-                dequantize_run(c + blocks * 16, e + blocks, np.int64(last.ctypes.data), 1, kind)
+                dequantize_run(c + blocks * code_bytes, e + blocks, np.int64(last.ctypes.data), 1, family, kind)
                 for i in range(rest * width):
                     write_u8(o + blocks * 32 * width + i, last[i])
         return 0

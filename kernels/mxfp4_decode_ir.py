@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llvmlite import ir
-from numba import types
 
-from .mxfp4_ir import power_of_two_bits
+from .mx_ir import power_of_two_bits
 from .vector_ir import (
     F32,
     I8,
     I16,
     I32,
-    I64,
-    Codegen,
     Vector,
     constant,
-    count_to,
-    emitted,
     load,
     load_scalar,
     splat,
-    store,
 )
 
 _MAGNITUDES = (0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
@@ -30,24 +22,6 @@ E2M1_BITS = (*_MAGNITUDES, *(0x8000 | bits for bits in _MAGNITUDES))
 """BF16 bits of the sixteen E2M1 codes at scale 1."""
 NONZERO = sum(1 << lane for lane, bits in enumerate(E2M1_BITS * 2) if bits & 0x7FFF)
 """Lanes that are not zero in a vector of two such tables."""
-
-
-@emitted
-def dequantize_run(typing: Any, codes: Any, scales: Any, out: Any, blocks: Any, kind: Any) -> tuple[Any, Codegen]:
-    """(codes, scales, out addresses, blocks, kind "bf16" or "f32"): whole blocks of 32 values."""
-    out_kind = str(kind.literal_value)
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        codes, scales, out, blocks, _ = args
-        with count_to(b, blocks) as i:
-            bits = decode_block(b, b.add(codes, b.mul(i, I64(16))), b.add(scales, i))
-            if out_kind == "bf16":
-                store(bits, b.add(out, b.mul(i, I64(64))))
-            else:
-                store(bits.zext(I32) << 16, b.add(out, b.mul(i, I64(128))))
-        return context.get_dummy_value()
-
-    return types.void(codes, scales, out, blocks, kind), codegen
 
 
 def decode_block(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> Vector:

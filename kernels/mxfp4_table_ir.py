@@ -15,7 +15,8 @@ from numba import types
 from numba.core import cgutils
 
 from . import statistics as st
-from .mxfp4_ir import FAST_AMAX, MIN_FAST_BYTE, emit_bf16_run, even_byte, power_of_two_bits, store_pairs, umax
+from .mx_ir import power_of_two_bits, umax
+from .mxfp4_ir import FAST_AMAX, MIN_FAST_BYTE, emit_bf16_run, even_byte, store_pairs
 from .vector_ir import (
     F32,
     F64,

@@ -41,7 +41,7 @@ from .reference import Reading
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear", "experts")
 
 
-NUMBA_FORMATS = ("mxfp4", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel")
+NUMBA_FORMATS = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel")
 
 
 class NoKernel(LookupError):

@@ -80,7 +80,7 @@ class Vector:
     def __lshift__(self, other: int) -> Vector:
         return self.new(self.b.shl(self.value, self.like(other)))
 
-    def __rshift__(self, other: int) -> Vector:
+    def __rshift__(self, other: Vector | int) -> Vector:
         """Logical shift right."""
         return self.new(self.b.lshr(self.value, self.like(other)))
 
@@ -151,6 +151,12 @@ class Vector:
         kind = ir.FunctionType(self.type, [self.type, self.type])
         fn = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512.permvar.hi.512")
         return self.new(self.b.call(fn, [self.value, lanes.value]))
+
+    def permuted_with(self, other: Vector, lanes: Vector) -> Vector:
+        """Lane i is lane lanes[i] mod 64 of self and `other` one after the other, 32 lanes of 16 bits; avx512bw."""
+        kind = ir.FunctionType(self.type, [self.type] * 3)
+        fn = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512.vpermi2var.hi.512")
+        return self.new(self.b.call(fn, [self.value, lanes.value, other.value]))
 
     def add_bf16_products(self, x: Vector, y: Vector) -> Vector:
         """self[i] + x[2i] * y[2i] + x[2i + 1] * y[2i + 1]: float32 sums of BF16 bits; needs avx512bf16.

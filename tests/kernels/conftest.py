@@ -19,7 +19,7 @@ from tested_formats import QUANTIZED, TRITON
 INTERPRETED = ("quantize", "observe", "finish_scales", "dequantize")
 """The operations that the tests here check in Triton's interpreter as well."""
 _called: set[str] = set()
-FAMILIES = {**{name: name for name in ("mxfp4", "mxfp6", "mxfp8", "fp8")}, "int8": "int8_channel"}
+FAMILIES = {**{name: name for name in ("mx", "mxfp4", "mxfp6", "mxfp8", "fp8")}, "int8": "int8_channel"}
 """What the names of the formats begin with that a test is for, by the second word of its name."""
 
 PLAIN = ("torch", "cpu")

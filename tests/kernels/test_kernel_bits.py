@@ -42,7 +42,7 @@ def blocks_of_each_value(values: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-def test_mxfp4_of_every_value(contender, all_bf16, all_f16, dtype):
+def test_mx_of_every_value(contender, all_bf16, all_f16, dtype):
     source = blocks_of_each_value(all_bf16 if dtype == "bf16" else all_f16)
     assert_same_bytes(contender, source)
     assert_same_bytes(contender, source.view(8, -1))

@@ -140,13 +140,24 @@ def test_the_runtime_of_torch_is_found():
     assert path.name.startswith(team.RUNTIMES)
 
 
-@pytest.mark.parametrize("decoder", ["mxfp4_f32", "fp8_f32", "int8_f32", "fp8_f16c"])
+OTHERS = {
+    "mxfp4_f32": "mxfp4",
+    "mxfp6_e2m3_f32": "mxfp6_e2m3",
+    "mxfp6_e3m2_f32": "mxfp6_e3m2",
+    "mxfp8_f32": "mxfp8",
+    "mxfp8_f16c": "mxfp8",
+    "fp8_f32": "fp8_block",
+    "fp8_f16c": "fp8_block",
+    "int8_f32": "int8_channel",
+}
+
+
+@pytest.mark.parametrize("decoder", OTHERS)
 def test_decoders_of_other_processors(decoder, monkeypatch):
-    if decoder == "fp8_f16c" and not processor.has("f16c"):
+    if decoder.endswith("f16c") and not processor.has("f16c"):
         pytest.skip("this processor has no f16c")
     monkeypatch.setattr(cpu_linear, "_decoder", lambda fmt, dtype: decoder)
-    fmt = {"mxfp4": "mxfp4", "fp8": "fp8_block", "int8": "int8_channel"}[decoder.split("_")[0]]
-    kernels = kernel_set(fmt, "cpu")
+    kernels = kernel_set(OTHERS[decoder], "cpu")
     codes, scales = quantized(kernels, 261, 224)
     dequantized = torch.empty(261, 224)
     kernels.dequantize(codes, scales, dequantized)
@@ -156,13 +167,19 @@ def test_decoders_of_other_processors(decoder, monkeypatch):
         torch.testing.assert_close(kernels.linear(x, codes, scales, None, 261, 224), want, rtol=0.008, atol=1e-4)
 
 
-def test_weights_without_a_normal_bf16_count_as_zero_and_others_do_not():
-    kernels = kernel_set("mxfp4", "cpu")
-    codes = torch.full((8, 16), 0x77, dtype=torch.uint8)  # 6 everywhere
-    scales = torch.tensor([0, 1, 2, 3, 64, 127, 200, 240], dtype=torch.uint8)[:, None]
-    out = kernels.linear(torch.full((1, 32), 0.5), codes, scales, None, 8, 32).double()
-    exact = 0.5 * 32 * 6 * torch.pow(2.0, scales[:, 0].double() - 127)
+@pytest.mark.parametrize(
+    ("name", "code", "value", "kept"),
+    [("mxfp4", 0x77, 6.0, 2), ("mxfp6_e2m3", 0xFF, -7.5, 4), ("mxfp6_e3m2", 0xFF, -28.0, 4), ("mxfp8", 0x7E, 448.0, 4)],
+)
+def test_weights_without_a_normal_bf16_count_as_zero_and_others_do_not(name, code, value, kept):
+    """`code` fills a byte, and `value` is what it means; the scales from `kept` on have no such weights."""
+    kernels = kernel_set(name, "cpu")
+    fmt = kernels.format
+    codes = torch.full(fmt.code_shape(9, 32), code, dtype=torch.uint8).view(fmt.code_dtype)
+    scales = torch.tensor([0, 1, 2, 3, 6, 64, 127, 200, 238], dtype=torch.uint8)[:, None]
+    out = kernels.linear(torch.full((1, 32), 0.5), codes, scales, None, 9, 32).double()
+    exact = 0.5 * 32 * value * torch.pow(2.0, scales[:, 0].double() - 127)
     torch.testing.assert_close(out[0], exact, rtol=1e-6, atol=0)
-    rounded = kernels.linear(torch.full((1, 32), 0.5).bfloat16(), codes, scales, None, 8, 32).double()
-    torch.testing.assert_close(rounded[0, 2:], exact[2:], rtol=0.004, atol=0)
-    assert bool((rounded[0, :2] <= exact[:2] * 1.004).all())
+    rounded = kernels.linear(torch.full((1, 32), 0.5).bfloat16(), codes, scales, None, 9, 32).double()
+    torch.testing.assert_close(rounded[0, kept:], exact[kept:], rtol=0.004, atol=0)
+    assert bool((rounded[0, :kept].abs() <= exact[:kept].abs() * 1.004).all())

@@ -68,6 +68,15 @@ def test_statistics_accumulate(runner):
     assert want[stats.COUNT] == 2 * 256
 
 
+def test_mxfp6_counts_what_lies_above_the_largest_value(runner):
+    values = {"mxfp6_e2m3": [7.5, 7.6875, -7.5625, 7.25], "mxfp6_e3m2": [28.0, 29.0, -28.25, 27.0]}
+    block = torch.zeros(1, 32, dtype=torch.bfloat16)
+    block[0, :4] = torch.tensor(values[runner.format.name])
+    got = stats.new_statistics(runner.device)
+    runner.quantize(block, got)
+    assert got[stats.SATURATED] == 2
+
+
 def test_mxfp4_counts_what_lies_above_the_largest_value(runner):
     block = torch.zeros(1, 32, dtype=torch.bfloat16)
     block[0, :4] = torch.tensor([6.0, 6.5, -6.9375, 5.9])

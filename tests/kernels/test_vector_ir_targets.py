@@ -9,7 +9,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 from numba import types
-from quantload.kernels import dot_ir, mxfp4_decode_ir, mxfp4_ir, mxfp4_table_ir, scaled_decode_ir, scaled_ir
+from quantload.kernels import dot_ir, mx_decode_ir, mx_ir, mxfp4_table_ir, scaled_decode_ir, scaled_ir
 from quantload.kernels.vector_ir import F32, I64
 
 ADDRESS = types.int64
@@ -28,18 +28,29 @@ def literal(value: object) -> SimpleNamespace:
 
 EMITTED = {
     "quantize_bf16_run": (mxfp4_table_ir.quantize_bf16_run, [ADDRESS] * 4, [literal(True), literal(False)], 1),
-    "quantize_wide_run": (mxfp4_ir.quantize_wide_run, [ADDRESS] * 5, [literal("f16"), literal(True)], 1),
+    **{
+        f"quantize_{name}_{sums}": (mx_ir.quantize_run, [ADDRESS] * 5, [name, "default", kind, sums], 1)
+        for name, kind, sums in (
+            ("mxfp4", "f16", "f64"),
+            ("mxfp6_e2m3", "bf16", "f32"),
+            ("mxfp6_e3m2", "f32", "none"),
+            ("mxfp8", "bf16", "none"),
+        )
+    },
     "quantize_fp8": (
         scaled_ir.quantize_tile,
         [ADDRESS] * 6 + [types.float32, ADDRESS],
         ["fp8_divide", "bf16", True],
         1,
     ),
-    "dequantize_mxfp4": (mxfp4_decode_ir.dequantize_run, [ADDRESS] * 4, ["bf16"], 0),
+    **{
+        f"dequantize_{family}": (mx_decode_ir.dequantize_run, [ADDRESS] * 4, [family, kind], 0)
+        for family, kind in (("mxfp4", "bf16"), ("mxfp6_e2m3", "f32"), ("mxfp6_e3m2", "bf16"), ("mxfp8", "bf16"))
+    },
     "dequantize_fp8": (scaled_decode_ir.dequantize_tile, [ADDRESS] * 6 + [types.float32], ["fp8", "bf16"], 0),
     **{
         f"dot_{decoder}": (dot_ir.dot_rows, [ADDRESS] * 10, [2, 4, decoder], 0)
-        for decoder in ("mxfp4_f32", "fp8_f32", "int8_f32")
+        for decoder in ("mxfp4_f32", "mxfp6_e2m3_f32", "mxfp6_e3m2_f32", "mxfp8_f32", "fp8_f32", "int8_f32")
     },
     "quantize_int8": (scaled_ir.quantize_tile, [ADDRESS] * 6 + [types.float32, ADDRESS], ["int8", "bf16", True], 1),
 }

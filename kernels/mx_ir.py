@@ -1,0 +1,268 @@
+"""Every MX format in vector IR: one intrinsic quantizes a run of 32-element blocks from any source.
+
+An element becomes y = |x| * 2^(127 - byte) in float32, and adding 2^(23 - mantissa bits) times its own power of two
+rounds y to its code, ties to even. Elements with even and with odd k stand in vectors of their own, so that a shift and
+an or bring the codes of two neighbours together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from . import statistics as st
+from .mx import ELEMENTS, MxElement
+from .vector_ir import (
+    F32,
+    F64,
+    I8,
+    I16,
+    I32,
+    I64,
+    ITEM_BYTES,
+    Accumulators,
+    Codegen,
+    Vector,
+    accumulate_product,
+    add_f64,
+    constant,
+    count_to,
+    emitted,
+    load,
+    load_scalar,
+    magnitudes,
+    max_f64,
+    source_element,
+    splat,
+    store,
+    store_scalar,
+    widen,
+)
+
+RUN_BLOCKS = 128
+"""Blocks a call may take: float32 sums stay accurate and 8-bit counters cannot overflow."""
+SUMMABLE = 127 - 30, 127 + 60
+"""Biased exponents between which a run's amax must lie for its squares to be summed in float32."""
+
+
+@emitted
+def quantize_run(
+    typing: Any,
+    source: Any,
+    codes: Any,
+    scales: Any,
+    blocks: Any,
+    known: Any,
+    element: Any,
+    mode: Any,
+    kind: Any,
+    sums: Any,
+    out: Any,
+) -> tuple[Any, Codegen]:
+    """(source, codes, scales, blocks, known, element, mode, kind, sums, statistics) -> largest magnitude bits.
+
+    `known` nonzero reads the scale bytes instead of setting them. `element` is the name of an MX format, `mode`
+    "default" or "mse" (`mx_mse`). `sums`: "none", "f32" or "f64", what statistics are summed in; with "f32" the result
+    is -1, and `statistics` as they were, where float32 cannot hold the squares.
+    """
+    settings = (str(mode.literal_value), str(kind.literal_value), str(sums.literal_value))
+    chosen = ELEMENTS[str(element.literal_value)]
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        source, codes, scales, blocks, known, _, _, _, _, out = args
+        return _Run(b, chosen, *settings).emit(source, codes, scales, blocks, known, out)
+
+    return types.int64(source, codes, scales, blocks, known, element, mode, kind, sums, out), codegen
+
+
+class _Run:
+    """The code of one quantize_run call."""
+
+    def __init__(self, b: ir.IRBuilder, element: MxElement, mode: str, kind: str, sums: str) -> None:
+        self.b, self.element, self.mode, self.kind, self.sums = b, element, mode, kind, sums
+        self.acc = Accumulators(b)
+
+    def emit(
+        self, source: ir.Value, codes: ir.Value, scales: ir.Value, blocks: ir.Value, known: ir.Value, out: ir.Value
+    ) -> ir.Value:
+        b = self.b
+        largest = cgutils.alloca_once_value(b, I32(0))
+        self._start_statistics()
+        use_stored = b.icmp_unsigned("!=", known, I64(0))
+        code_bytes = 4 * self.element.format.code_bits
+        with count_to(b, blocks) as i:
+            address = b.add(source, b.mul(i, I64(32 * ITEM_BYTES[self.kind])))
+            bits = load(b, address, source_element(self.kind), 32)
+            amax = magnitudes(bits, self.kind).reduce("umax")
+            amax = amax if amax.type == I32 else b.zext(amax, I32)
+            b.store(umax(b, b.load(largest), amax), largest)
+            values, signs = _even_and_odd(bits, self.kind)
+            byte = self._byte(amax, values)
+            byte = b.select(use_stored, b.zext(load_scalar(b, b.add(scales, i), I8), I32), byte)
+            store_scalar(b, b.trunc(byte, I8), b.add(scales, i))
+            inverse = _power_of_two(b, b.sub(I32(254), byte))
+            ratios = [x * inverse for x in values]
+            rounded = [_round(y, self.element) for y in ratios]
+            even, odd = (code for code, _ in rounded)
+            self._store(even, odd, signs, b.add(codes, b.mul(i, I64(code_bytes))))
+            self._measure(values, ratios, rounded, byte)
+        return self._result(b.load(largest), out)
+
+    def _byte(self, amax: ir.Value, values: list[Vector]) -> ir.Value:
+        """The scale byte by the rule of the mode, from magnitude bits of amax and the magnitudes of the block."""
+        b, element = self.b, self.element
+        bits = b.extract_element(widen(splat(b, amax, 1), self.kind).cast(I32).value, I32(0))
+        if self.mode == "default":
+            return scale_byte(b, bits, element.threshold, element.emax, 23)
+        floor = scale_byte(b, bits, 1 << 23, element.emax, 23)
+        return b.add(floor, b.zext(self._next_is_better(floor, values), I32))
+
+    def _next_is_better(self, floor: ir.Value, values: list[Vector]) -> ir.Value:
+        """Whether the squared error is less under the next scale, summed in the order that `mx_mse` gives."""
+        b, squares = self.b, []
+        for step in (0, 1):
+            inverse = _power_of_two(b, b.sub(I32(254 - step), floor))
+            ratios = [x * inverse for x in values]
+            even, odd = (y - _round(y, self.element)[1] for y in ratios)
+            squares.append(even * even + odd * odd)
+        here, there = squares
+        both = here
+        while both.type.count > 2:  # halves of both sums onto each other, side by side
+            n = here.type.count
+            low = here.shuffle([*range(n // 2), *range(n, n + n // 2)], there)
+            high = here.shuffle([*range(n // 2, n), *range(n + n // 2, 2 * n)], there)
+            both = low + high
+            here, there = both.half(False), both.half(True)
+        sums = [b.extract_element(both.value, I32(lane)) for lane in (0, 1)]
+        return b.fcmp_ordered(">", sums[0], b.fmul(sums[1], F32(4.0)))
+
+    def _store(self, even: Vector, odd: Vector, signs: Vector, address: ir.Value) -> None:
+        """32 codes; `signs` holds them at bits 15 and 31 of each pair."""
+        n = self.element.format.code_bits
+        pairs = even | (odd << n)
+        pairs = pairs | ((signs >> (16 - n)) & (1 << (n - 1))) | ((signs >> (32 - 2 * n)) & (1 << (2 * n - 1)))
+        if n == 6:
+            quads = pairs.cast(I64)
+            packed = (quads | (quads >> 20)).cast(I8)
+            store(packed.shuffle([8 * quad + byte for quad in range(8) for byte in range(3)]), address)
+        else:
+            store(pairs.trunc(I8 if n == 4 else I16), address)
+
+    # statistics
+
+    def _start_statistics(self) -> None:
+        if self.sums == "none":
+            return
+        b, acc = self.b, self.acc
+        for name in ("signal", "noise"):
+            acc.start(name, constant(b, *((F32, 16) if self.sums == "f32" else (F64, 8)), 0.0))
+        acc.start("error", constant(b, F32, 16, 0.0))
+        for name in ("zero", "saturated"):
+            acc.start(name, constant(b, I32, 16, 0))
+
+    def _measure(
+        self, values: list[Vector], ratios: list[Vector], rounded: list[tuple[Vector, Vector]], byte: ir.Value
+    ) -> None:
+        if self.sums == "none":
+            return
+        unit, weight = _power_of_two(self.b, byte), _square_of_scale(self.b, byte)
+        for x, y, (code, decoded) in zip(values, ratios, rounded, strict=True):
+            error = y - decoded
+            absolute = error.call("llvm.fabs") * unit
+            self.acc.update("error", lambda a, e=absolute: a.max(e))  # type: ignore[misc]
+            if self.sums == "f32":
+                self._add_product("signal", x, x)
+                self._add_product("noise", absolute, absolute)
+            else:
+                self._add_product("signal", _squares(y), weight)
+                self._add_product("noise", _squares(error), weight)
+            zero, saturated = code.eq(0), y.gt(self.element.largest)
+            self.acc.update("zero", lambda a, z=zero: z.select(a + 1, a))  # type: ignore[misc]
+            self.acc.update("saturated", lambda a, s=saturated: s.select(a + 1, a))  # type: ignore[misc]
+
+    def _add_product(self, name: str, x: Vector, y: Vector) -> None:
+        self.acc.update(name, lambda a: accumulate_product(x, y, a))
+
+    def _result(self, largest: ir.Value, out: ir.Value) -> ir.Value:
+        b = self.b
+        result = b.zext(largest, I64)
+        if self.sums == "none":
+            return result
+        if self.sums == "f64":
+            self._add_statistics(out)
+            return result
+        bits = b.extract_element(widen(splat(b, largest, 1), self.kind).cast(I32).value, I32(0))
+        outside = b.or_(
+            b.icmp_unsigned("<", bits, I32(SUMMABLE[0] << 23)), b.icmp_unsigned(">", bits, I32(SUMMABLE[1] << 23))
+        )
+        unfit = b.and_(outside, b.icmp_unsigned("!=", bits, I32(0)))
+        with b.if_then(b.not_(unfit)):
+            self._add_statistics(out)
+        return b.select(unfit, I64(-1), result)
+
+    def _add_statistics(self, out: ir.Value) -> None:
+        b, acc = self.b, self.acc
+        for name, index in (("signal", st.SIGNAL), ("noise", st.NOISE)):
+            total = acc.get(name).sum()
+            add_f64(b, out, index, total if total.type == F64 else b.fpext(total, F64))
+        max_f64(b, out, st.MAX_ERROR, b.fpext(acc.get("error").reduce("fmax"), F64))
+        add_f64(b, out, st.SATURATED, b.sitofp(acc.get("saturated").reduce("add"), F64))
+        add_f64(b, out, st.ZERO, b.sitofp(acc.get("zero").reduce("add"), F64))
+
+
+def scale_byte(b: ir.IRBuilder, amax: ir.Value, threshold: int, emax: int, mantissa_bits: int) -> ir.Value:
+    """Scale byte from the i32 magnitude bits of a block's amax (8 exponent bits above `mantissa_bits`)."""
+    # Adding what the threshold lacks to the next power of two carries into the exponent exactly from there on.
+    carry = (0x800000 - threshold) >> (23 - mantissa_bits)
+    exponent = b.lshr(b.add(amax, I32(carry)), I32(mantissa_bits))
+    difference = b.sub(exponent, I32(emax))
+    return b.select(b.icmp_signed("<", difference, I32(0)), I32(0), difference)
+
+
+def power_of_two_bits(b: ir.IRBuilder, biased: ir.Value) -> ir.Value:
+    """float32 bits of 2^(biased - 127), biased 0 .. 254; 0 gives the subnormal 2^-127."""
+    return b.select(b.icmp_unsigned("==", biased, I32(0)), I32(0x400000), b.shl(biased, I32(23)))
+
+
+def umax(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return b.select(b.icmp_unsigned(">", x, y), x, y)
+
+
+def _power_of_two(b: ir.IRBuilder, biased: ir.Value) -> Vector:
+    return splat(b, b.bitcast(power_of_two_bits(b, biased), F32), 16)
+
+
+def _square_of_scale(b: ir.IRBuilder, byte: ir.Value) -> Vector:
+    """2^(2 byte - 254) in float64, which cannot over- or underflow."""
+    bits = b.shl(b.zext(b.add(b.shl(byte, I32(1)), I32(1023 - 254)), I64), I64(52))
+    return splat(b, b.bitcast(bits, F64), 8)
+
+
+def _squares(y: Vector) -> Vector:
+    """Sums of two squares each, float64."""
+    return ((y.half(False) * y.half(False)) + (y.half(True) * y.half(True))).to_float(F64)
+
+
+def _even_and_odd(bits: Vector, kind: str) -> tuple[list[Vector], Vector]:
+    """float32 magnitudes of the even and of the odd ones of 32 elements, and int32 with their signs at 15 and 31."""
+    if kind == "f32":
+        even, odd = bits.shuffle(range(0, 32, 2)), bits.shuffle(range(1, 32, 2))
+        signs = ((even >> 16) & 0x8000) | (odd & 0x80000000)
+        return [magnitudes(each, kind).cast(F32) for each in (even, odd)], signs
+    words = bits.cast(I32)
+    if kind == "bf16":
+        return [((words & 0x7FFF) << 16).cast(F32), (words & 0x7FFF0000).cast(F32)], words
+    return [widen(words & 0x7FFF, kind), widen((words >> 16) & 0x7FFF, kind)], words
+
+
+def _round(y: Vector, element: MxElement) -> tuple[Vector, Vector]:
+    """Codes without a sign (int32) and values (float32) nearest to y >= 0, ties to even, saturating."""
+    kept, smallest_normal = element.mantissa_bits, 1 - element.bias
+    clamped = y.min(element.largest)
+    anchor = (clamped.max(2.0**smallest_normal).cast(I32) & 0x7F800000) + ((23 - kept) << 23)
+    total = clamped + anchor.cast(F32)
+    code = (total.cast(I32) - anchor) + ((anchor >> (23 - kept)) - ((127 + smallest_normal + 23 - kept) << kept))
+    return code, total - anchor.cast(F32)

@@ -187,8 +187,8 @@ class AiterLinear:
             aiter.e8m0_shuffle(x_scales.contiguous()).view(aiter.scale_type),
             scales.view(aiter.scale_type),
         )
-        out = _gemm(aiter.gemm_a4w4, operands, x.shape[0], n_rows).to(x.dtype)
-        return out if bias is None else out + bias
+        out = _gemm(aiter.gemm_a4w4, operands, x.shape[0], n_rows)
+        return (out if bias is None else out.float() + bias).to(x.dtype)
 
 
 def _gemm(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 
 import torch
-import torch.nn.functional as F
 
 from . import linear_build
 from .compiled import CFunction
@@ -13,7 +12,7 @@ from .cpu_dequantize import ALONE_ELEMENTS, address, dequantize, family, run_tas
 from .dot_ir import BLOCK, DECODERS
 from .formats import WeightFormat
 from .processor import has
-from .reference import check_linear, scale_rows, tile_rows
+from .reference import check_linear, scale_rows, tile_rows, times_tile
 
 DECODES = 5
 """Times that decoding the weights anew is worth it, for `linear_build.most_tokens` each; else a tile is stored."""
@@ -35,7 +34,7 @@ def linear(
     """x [T, k] times the transposed weight [n_rows, k], plus bias: [T, n_rows] in the type of x (see `registry`)."""
     check_linear(fmt, x, codes, scales, bias, n_rows, k)
     if not x.shape[0] or not n_rows or not k:
-        return F.linear(x, x.new_zeros(n_rows, k), bias)
+        return times_tile(x, x.new_zeros(n_rows, k), bias).to(x.dtype)
     together = linear_build.most_tokens()
     if x.shape[0] <= DECODES * together and (fmt.pads_cols or k % BLOCK == 0):
         parts = [_few_tokens(fmt, part, codes, scales, bias, n_rows, k) for part in torch.split(x, together)]
@@ -86,7 +85,7 @@ def _many_tokens(
         stop = min(start + step, n_rows)
         weight = tile[: stop - start]
         dequantize(fmt, codes[start:stop], scale_rows(fmt, scales, start, stop), weight, threads)
-        out[:, start:stop] = F.linear(x, weight, None if bias is None else bias[start:stop])
+        out[:, start:stop] = times_tile(x, weight, None if bias is None else bias[start:stop])
     return out
 
 

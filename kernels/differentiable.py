@@ -76,7 +76,7 @@ class _Function(torch.autograd.Function):
         k: int,
     ) -> torch.Tensor:
         ctx.save_for_backward(codes, scales)
-        ctx.kernel, ctx.shape = kernel, (n_rows, k)
+        ctx.kernel, ctx.shape, ctx.bias_dtype = kernel, (n_rows, k), None if bias is None else bias.dtype
         return kernel.forward(x, codes, scales, bias, n_rows, k)
 
     @staticmethod
@@ -86,7 +86,7 @@ class _Function(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _times_weight(kernel, grad, codes, scales, n_rows, k)
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.sum(0)
+            grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
         return grad_x, None, None, grad_bias, None, None, None
 
 

@@ -65,7 +65,7 @@ class Reading:
             stop = min(start + step, n_rows)
             weight = tile[: stop - start]
             self.dequantize(codes[start:stop], scale_rows(self.codec.format, scales, start, stop), weight)
-            out[:, start:stop] = F.linear(x, weight, None if bias is None else bias[start:stop])
+            out[:, start:stop] = times_tile(x, weight, None if bias is None else bias[start:stop])
         return out
 
     def expand(self, scales: torch.Tensor, start: int, stop: int, cols: int) -> torch.Tensor:
@@ -225,6 +225,13 @@ def check_linear(
         )
     if bias is not None and bias.shape != (n_rows,):
         raise ValueError(f"{fmt.name}: bias must have shape [{n_rows}], got {list(bias.shape)}")
+
+
+def times_tile(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [T, k] times the transposed tile [n, k] of the same type, plus bias [n]; one of another type in float32."""
+    if bias is None or bias.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight).float() + bias
 
 
 def tile_rows(fmt: WeightFormat, n_rows: int, k: int) -> int:

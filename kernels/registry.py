@@ -15,9 +15,9 @@ finish_scales(amax, out=None) -> Tensor
 dequantize(codes, scales, out) -> None
     Into `out` [R, C] float32, bfloat16 or float16; float32 arithmetic, rounded once to the type of `out`.
 linear(x, codes, scales, bias, n_rows, k) -> Tensor
-    x [T, k] times the transposed weight [n_rows, k], plus bias [n_rows] or None: [T, n_rows] in the type of x. The
-    weight is decoded in registers or, to the type of x, in cache-sized tiles; never whole. In a kernel set it has a
-    gradient with respect to x and bias, and so has `experts`.
+    x [T, k] times the transposed weight [n_rows, k], plus bias [n_rows] or None: [T, n_rows] in the type of x. A bias
+    of another type than x is added in float32. The weight is decoded in registers or, to the type of x, in cache-sized
+    tiles; never whole. In a kernel set it has a gradient with respect to x and bias, and so has `experts`.
 """
 
 from __future__ import annotations

@@ -40,15 +40,16 @@ class ScaledMmLinear:
         with on_device(x):
             x_codes, x_scales = quantize_scaled_activations(x.contiguous(), self.format)
             by_row = self.format.block_rows == 1
+            fused_bias = bias if bias is not None and bias.dtype == x.dtype != torch.float32 else None
             out = torch._scaled_mm(
                 x_codes,
                 codes.t(),
                 scale_a=x_scales if by_row else x_scales.reshape(()),
                 scale_b=scales.view(1, n_rows) if by_row else scales.reshape(()),
-                bias=bias if x.dtype != torch.float32 else None,
+                bias=fused_bias,
                 out_dtype=x.dtype,
             )
-        return out if bias is None or x.dtype != torch.float32 else out + bias
+        return out if bias is None or fused_bias is not None else (out.float() + bias).to(x.dtype)
 
     def takes(self, x: torch.Tensor, codes: torch.Tensor, n_rows: int, k: int) -> bool:
         """Whether the product goes to `torch._scaled_mm`."""

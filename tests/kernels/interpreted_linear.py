@@ -75,15 +75,16 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor)
 @pytest.mark.parametrize(("dtype", "target"), TYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "n_rows", "k"), SHAPES)
 @pytest.mark.parametrize("name", ["mxfp4", "fp8_tensor", "fp8_block", "fp8_channel_fnuz", "int8_channel"])
-def test_weight_only(record_property, name, tokens, n_rows, k, dtype, target):
+@pytest.mark.parametrize("bias_is_float32", [False, True])
+def test_weight_only(record_property, name, tokens, n_rows, k, dtype, target, bias_is_float32):
     record_property("kernel", f"{name} linear, weight-only")
     record_property("result", "close")
-    if dtype != torch.bfloat16 and name not in ("mxfp4", "fp8_block"):
+    if (dtype != torch.bfloat16 or bias_is_float32) and name not in ("mxfp4", "fp8_block"):
         pytest.skip("the types of activations go the same way in every format of one byte")
     if target == "gfx950":
         skip_without_dot_scaled(name)
     codes, scales = quantized(name, n_rows, k)
-    x, bias = activations(tokens, k, dtype), torch.randn(n_rows).to(dtype)
+    x, bias = activations(tokens, k, dtype), torch.randn(n_rows).to(torch.float32 if bias_is_float32 else dtype)
     weight = dequantized(name, codes, scales, n_rows, k)
     want = F.linear(x.double(), weight, bias.double())
     got = TritonLinear(FORMATS[name], target=GpuTarget(target, 4))(x, codes, scales, bias, n_rows, k)
@@ -139,18 +140,22 @@ def test_what_is_not_finite_stays_visible(name, bad):
 @pytest.mark.parametrize(
     ("tokens", "n_rows", "dtype"), [(40, 48, torch.bfloat16), (40, 48, torch.float32), (3, 50, torch.bfloat16)]
 )
+@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["fp8_channel", "fp8_tensor"])
-def test_through_torch_scaled_mm(name, tokens, n_rows, dtype):
+def test_through_torch_scaled_mm(name, tokens, n_rows, dtype, bias_dtype):
     """torch's matmul of two FP8 operands, which it has for CPUs too, and Triton for what that does not take."""
     codes, scales = quantized(name, n_rows, 160)
-    x, bias = activations(tokens, 160, dtype), torch.randn(n_rows).to(dtype)
+    x, bias = activations(tokens, 160, dtype), torch.randn(n_rows).to(bias_dtype)
     linear = ScaledMmLinear(FORMATS[name], GFX950)
     assert linear.takes(x, codes, n_rows, 160) is (tokens == 40 and (dtype == torch.bfloat16 or name == "fp8_tensor"))
     weight, seen = dequantized(name, codes, scales, n_rows, 160), rounded(name, x)
     got = linear(x, codes, scales, bias, n_rows, 160)
     assert got.dtype == dtype
     # the CPU's version scales the codes first, in float32: a rounding for every product
-    assert_close(got, F.linear(seen, weight, bias.double()), 4 * F.linear(seen.abs(), weight.abs()) + 4)
+    magnitude = 4 * F.linear(seen.abs(), weight.abs()) + 4
+    if bias_dtype != dtype:  # the product is rounded to the type of x before a bias of another type is added
+        magnitude += F.linear(seen, weight).abs() * 1024
+    assert_close(got, F.linear(seen, weight, bias.double()), magnitude)
 
 
 def routed(experts: int, counts: list[int], nobody: int) -> tuple[torch.Tensor, int]:
@@ -176,7 +181,7 @@ def test_experts(record_property, name, is_quantized, counts):
         scales[idle] = float("nan")
     else:
         scales[idle] = 255
-    x, bias = activations(tokens, k, torch.bfloat16), torch.randn(5, n_rows).bfloat16()
+    x, bias = activations(tokens, k, torch.bfloat16), torch.randn(5, n_rows)
     out = TritonExperts(fmt, is_quantized, GFX950)(x, codes, scales, bias, offsets, n_rows, k)
     seen = rounded(name, x) if is_quantized else x.double()
     for expert, (start, stop) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):

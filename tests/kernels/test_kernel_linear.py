@@ -28,11 +28,12 @@ def torch_threads(count: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("tokens", "n_rows", "k"), [(1, 96, 128), (3, 600, 100), (8, 257, 96), (17, 1025, 320), (26, 40, 64), (0, 40, 64)]
 )
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows, k, with_bias):
+@pytest.mark.parametrize("bias_kind", [None, "as x", torch.float32], ids=str)
+def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows, k, bias_kind):
     generator = torch.Generator().manual_seed(tokens)
     weight = (torch.randn(n_rows, k, generator=generator) * 0.05).bfloat16()
-    bias = torch.randn(n_rows, generator=generator).to(dtype) if with_bias else None
+    bias_dtype = dtype if bias_kind == "as x" else bias_kind
+    bias = torch.randn(n_rows, generator=generator).to(bias_dtype) if bias_dtype is not None else None
     x = torch.randn(tokens, k, generator=generator).to(dtype)
     codes, scales = runner.quantize(weight)
     dequantized = runner.dequantize(codes, scales, (n_rows, k), dtype)
@@ -43,6 +44,18 @@ def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows
     assert got.dtype == dtype
     tolerance = 2 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps  # one rounding, and a float32 sum
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_a_float32_bias_is_added_before_anything_is_rounded_to_the_type_of_x(runner, tokens):
+    codes, scales = runner.quantize(torch.eye(64))
+    x = torch.zeros(tokens, 64, dtype=torch.bfloat16)
+    x[:, 0] = -256
+    bias = torch.full((64,), 256.5)  # 256 in BF16
+    on_device = [t.to(runner.device) for t in (x, codes, scales, bias)]
+    got = runner.kernels.linear(*on_device, 64, 64).cpu()
+    assert got.dtype == torch.bfloat16
+    assert all(0.5 <= value < 0.6 for value in got[:, 0].tolist())  # 1 is a little less than 1 in some formats
 
 
 def test_arguments_that_do_not_fit_are_named(runner):

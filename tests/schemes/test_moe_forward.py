@@ -130,6 +130,22 @@ def test_float32_leaves_only_the_order_of_additions(kind: str) -> None:
     assert error(module.scheme.apply(module, x, ids, weights), want) < 1e-5
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "biase" in kind])
+def test_float32_biases_beside_bfloat16_activations(kind: str, scheme: str) -> None:
+    """As engines hold them; transformers' own forward in float32 says what is right."""
+    module, twin = quantized(Experts(**KINDS[kind]), scheme)
+    twin = twin.float()
+    for name in [name for name in module._parameters if name.endswith("_bias")]:
+        bias = torch.randn(module.get_parameter(name).shape, generator=torch.Generator().manual_seed(5))
+        for each in (module, twin):
+            each._parameters[name] = nn.Parameter(bias.clone(), requires_grad=False)
+    x, (ids, weights) = tokens(17), routing(17)
+    got = module.scheme.apply(module, x, ids, weights)
+    assert got.dtype == torch.bfloat16
+    assert error(got, batched_mm_experts_forward(twin, x.float(), ids, weights)) < 0.012
+
+
 @pytest.mark.parametrize("scheme", ["fp8_per_block", "fp8_per_tensor"])
 def test_gate_and_up_that_share_no_scale_block(scheme: str) -> None:
     """130 rows each: the blocks of up do not begin at a multiple of 128 rows of the fused matrix."""

@@ -71,6 +71,7 @@ PAIRS: Mapping[str, tuple[ActivationFormat, ...]] = MappingProxyType(
         "int4": (),
         "int4_group0": (FP8_TOKEN, FP8_TENSOR, FP8_STATIC),
         "int4fp8": (FP8_TOKEN, FP8_TENSOR, FP8_STATIC),
+        "nvfp4": (),
     }
 )
 """What activations may be beside high precision, by the longest beginning of the name of the weights' format.

@@ -18,7 +18,7 @@ from quantload import LoadOptions, load_quantized
 from quantload.checkpoint.headers import TensorEntry
 from quantload.errors import CheckpointError, PolicyError
 from quantload.kernels import mx, mxfp4, registry
-from quantload.kernels.formats import FORMATS, INTEGERS, WeightFormat
+from quantload.kernels.formats import FORMATS
 from quantload.schemes import activations as act
 from quantload.schemes.activations import Activation, ActivationFormat, InputScales, choose_activations
 from quantload.schemes.registry import SchemeFactory
@@ -63,7 +63,6 @@ def test_what_has_no_code_stays_visible() -> None:
     assert torch.isnan(out[1]).all()
 
 
-WEIGHTS: dict[str, WeightFormat] = {**FORMATS, **{fmt.name: fmt for fmt in INTEGERS}}
 ALL = (
     act.MXFP4, act.MXFP6_E3M2, act.MXFP6_E2M3, act.MXFP8, act.FP8_STATIC, act.FP8_TENSOR, act.FP8_TOKEN, act.FP8_GROUP,
     act.INT8_STATIC, act.INT8_TOKEN,
@@ -80,6 +79,8 @@ TABLE = {
     "int8_channel": "int8-per-token int8-static",
     "int8_group0_bf16": "int8-per-token int8-static",
     "int4_group128_f16": "",
+    "int4fp8_channel": "fp8-per-token fp8-per-tensor fp8-static",
+    "nvfp4": "",
 }
 
 
@@ -91,22 +92,22 @@ def stored(activations: ActivationFormat, has_scale: bool = True) -> StoredActiv
 
 
 def choose(weights: str, option: str, config: StoredActivations | None = None) -> Activation | None:
-    choice = choose_activations(WEIGHTS[weights], config, option, CPU, name="fc")
+    choice = choose_activations(FORMATS[weights], config, option, CPU, name="fc")
     assert choice.kernels == {}  # kernels on a CPU leave activations alone
     return choice.emulated
 
 
 @pytest.mark.parametrize("weights", TABLE)
 def test_the_pairs(weights: str) -> None:
-    assert " ".join(str(each).replace(" ", "-") for each in act.pairs(WEIGHTS[weights])) == TABLE[weights]
+    assert " ".join(str(each).replace(" ", "-") for each in act.pairs(FORMATS[weights])) == TABLE[weights]
 
 
 @pytest.mark.parametrize("activations", ALL, ids=str)
-@pytest.mark.parametrize("weights", [name for name in TABLE if name in FORMATS])
+@pytest.mark.parametrize("weights", TABLE)
 def test_what_a_config_says_is_taken_or_refused(weights: str, activations: ActivationFormat) -> None:
     config = stored(activations)
     assert choose(weights, "none", config) is None
-    if activations in act.pairs(WEIGHTS[weights]):
+    if activations in act.pairs(FORMATS[weights]):
         assert choose(weights, "auto", config) is None
         for option in ("emulate", activations.format):
             assert choose(weights, option, config) == Activation(activations, CPU)
@@ -114,16 +115,16 @@ def test_what_a_config_says_is_taken_or_refused(weights: str, activations: Activ
     for option in ("auto", "emulate", "mxfp4"):
         with pytest.raises(PolicyError) as caught:
             choose(weights, option, config)
-        listed = ", ".join([*(str(each) for each in act.pairs(WEIGHTS[weights])), "none"])
+        listed = ", ".join([*(str(each) for each in act.pairs(FORMATS[weights])), "none"])
         assert str(caught.value) == (
             f"fc: {weights} weights do not go with {activations} activations, only with {listed}"
         )
 
 
 @pytest.mark.parametrize("option", ["mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8", "fp8", "int8"])
-@pytest.mark.parametrize("weights", [name for name in TABLE if name in FORMATS])
+@pytest.mark.parametrize("weights", TABLE)
 def test_a_format_that_is_named(weights: str, option: str) -> None:
-    found = [each for each in act.pairs(WEIGHTS[weights]) if each.format == option]
+    found = [each for each in act.pairs(FORMATS[weights]) if each.format == option]
     dynamic = [each for each in found if not each.static]
     if dynamic:
         assert choose(weights, option) == Activation(dynamic[0], CPU)
@@ -143,8 +144,7 @@ def test_emulating_takes_the_format_of_the_weights(weights: str, own: Activation
     assert choose(weights, "none") is None
 
 
-def test_there_is_nothing_to_emulate_for_int4(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "weight_only", lambda *_: {})
+def test_there_is_nothing_to_emulate_for_int4() -> None:
     message = "fc: int4_group128_f16 weights do not go with emulated activations, only with none"
     with pytest.raises(PolicyError, match=message):
         choose("int4_group128_f16", "emulate")
@@ -183,7 +183,7 @@ def test_kernels_that_round_on_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
     gpu = torch.device("cuda")
 
     def choice(name: str, option: str, config: StoredActivations | None = None) -> tuple[Any, Any]:
-        made = choose_activations(WEIGHTS[name], config, option, gpu, name="fc")
+        made = choose_activations(FORMATS[name], config, option, gpu, name="fc")
         return made.emulated and made.emulated.format, made.kernels
 
     plain = {"linear": "triton"}
@@ -348,6 +348,12 @@ def test_scales_of_experts_become_their_largest_with_one_warning(caplog: pytest.
 def test_scales_that_are_none(values: list[float]) -> None:
     with pytest.raises(CheckpointError, match=r"fc\.input_scale is .* expected finite numbers above zero"):
         InputScales().collapse(torch.tensor(values), "fc.input_scale")
+
+
+def test_every_format_of_weights_has_its_pairs() -> None:
+    for weights in FORMATS.values():
+        for activations in act.pairs(weights):
+            assert activations in ALL
 
 
 def test_pairs_are_checked_before_anything_is_read() -> None:

@@ -84,7 +84,7 @@ def test_the_fields_of_its_parts() -> None:
 
     assert fields(LayerReport) == [
         "name", "kind", "scheme", "kernel", "bytes_in", "bytes_out", "numel", "sqnr_db", "max_abs_error", "amax",
-        "saturated_fraction", "zero_fraction",
+        "saturated_fraction", "zero_fraction", "format",
     ]  # fmt: skip
     assert fields(KeptReport) == ["name", "reason", "bytes"]
     assert fields(TimelinePoint) == ["seconds", "bytes_read", "memory"]

@@ -12,7 +12,7 @@ import torch
 
 from . import aiter
 from .arrangement import Arrangement
-from .formats import FORMATS, MXFP4, NVFP4, WeightFormat
+from .formats import FORMATS, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, NVFP4, WeightFormat
 from .gpu_quantize import triton_unavailable
 from .gpu_target import GpuTarget, gpu_target
 
@@ -47,22 +47,24 @@ class GpuMatmul:
 def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
     """Kernels of `linear` or `experts` for a format on GPUs, best first; none for other operations.
 
-    Activations are quantized too where that is what the format is for (FP8, and MXFP4 with matrix instructions for
-    it); INT8 only on request, because its activations lose more than its weights.
+    Activations are quantized too where that is what the format is for (FP8, and MXFP4 and MXFP8 with matrix
+    instructions for them); INT8 only on request, because its activations lose more than its weights.
     """
     attributes = {"linear": ("triton_linear", "TritonLinear"), "experts": ("triton_experts", "TritonExperts")}
-    served = fmt is MXFP4 or (fmt.scale_dtype == torch.float32 and fmt.scale_words == 1 and fmt is not NVFP4)
-    if operation not in attributes or not served:
+    if operation not in attributes or fmt is NVFP4:
         return []
     module, attribute = attributes[operation]
     weight_only = GpuMatmul("triton", fmt, module, attribute, (False,), _lacks_nothing)
     if fmt is MXFP4:
         w4a4 = GpuMatmul("triton_w4a4", fmt, module, attribute, (True,), _lacks_mx, rounds_activations=True)
         return [_through_aiter(operation, fmt, w4a4), w4a4, weight_only]
-    both = GpuMatmul("triton_w8a8", fmt, module, attribute, (True,), _lacks_fp8, rounds_activations=True)
+    if fmt in (MXFP6_E2M3, MXFP6_E3M2) or fmt.scale_words == 2:
+        return [weight_only]
+    lacks = _lacks_mx if fmt is MXFP8 else _lacks_fp8
+    both = GpuMatmul("triton_w8a8", fmt, module, attribute, (True,), lacks, rounds_activations=True)
     if fmt.code_dtype == torch.int8:
         return [weight_only, both]
-    if operation == "linear" and fmt.code_dtype == torch.float8_e4m3fn:
+    if operation == "linear" and fmt.code_dtype == torch.float8_e4m3fn and fmt is not MXFP8:
         scaled_mm = GpuMatmul(
             "scaled_mm", fmt, "scaled_mm", "ScaledMmLinear", (), _lacks_scaled_mm, rounds_activations=True
         )
@@ -89,7 +91,7 @@ def _lacks_nothing(fmt: WeightFormat, target: GpuTarget) -> str | None:
 
 
 def _lacks_mx(fmt: WeightFormat, target: GpuTarget) -> str | None:
-    return None if target.native_mx else f"{target.name} has no matrix instructions for MXFP4; gfx950 and sm_100 have"
+    return None if target.native_mx else f"{target.name} has no MX matrix instructions; gfx950 and sm_100 have"
 
 
 def _lacks_fp8(fmt: WeightFormat, target: GpuTarget) -> str | None:

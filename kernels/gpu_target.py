@@ -27,7 +27,7 @@ class GpuTarget:
 
     @property
     def native_mx(self) -> bool:
-        """Whether matrix instructions take MXFP4 operands with their scales."""
+        """Whether matrix instructions take MXFP4 and MXFP8 operands with their scales."""
         return self.name == "gfx950" or 100 <= self.capability < 120
 
     @property

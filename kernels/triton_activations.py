@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 import triton
 
-from .formats import WeightFormat
-from .jit.mxfp4_matmul import mxfp4_quantize_tokens
+from .formats import MXFP4, WeightFormat
+from .jit.mx_matmul import quantize_tokens_mx
 from .jit.scaled_matmul import quantize_tokens, token_amax
 
 
-def quantize_mxfp4_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, K] in MXFP4, as `quantload.kernels.mxfp4` would: codes [T, ceil(K/32) * 16] and scales [T, ceil(K/32)].
+def quantize_mx_activations(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, K] in MXFP4 or MXFP8, as a weight would be: codes `fmt.code_shape(T, K)` and scales [T, ceil(K/32)].
 
     A block that holds NaN or Inf gets scale 255, which is NaN.
     """
     tokens, k = x.shape
-    blocks = -(-k // 32)
-    codes = torch.empty(tokens, blocks * 16, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(tokens, blocks, dtype=torch.uint8, device=x.device)
-    columns = min(256, triton.next_power_of_2(blocks * 32))
-    grid = (triton.cdiv(tokens, 16), triton.cdiv(blocks * 32, columns))
-    mxfp4_quantize_tokens[grid](
-        x, codes, scales, tokens, k, x.stride(0), codes.stride(0), scales.stride(0), BT=16, BK=columns
-    )
+    codes = torch.empty(fmt.code_shape(tokens, k), dtype=fmt.code_dtype, device=x.device)
+    scales = torch.empty(fmt.scale_shape(tokens, k), dtype=torch.uint8, device=x.device)
+    padded = scales.shape[1] * 32
+    columns = min(256, triton.next_power_of_2(padded))
+    quantize_tokens_mx[(triton.cdiv(tokens, 16), triton.cdiv(padded, columns))](
+        x, codes.view(torch.uint8), scales, tokens, k, x.stride(0), codes.stride(0), scales.stride(0),
+        CODE="e2m1" if fmt is MXFP4 else "e4m3", BT=16, BK=columns,
+    )  # fmt: skip
     return codes, scales
 
 

@@ -8,10 +8,9 @@ import torch
 import triton
 
 from .experts import check_experts
-from .formats import MXFP4, WeightFormat
+from .formats import WeightFormat
 from .gpu_target import GpuTarget
-from .jit.mxfp4_matmul import mxfp4_experts
-from .jit.scaled_matmul import scaled_experts
+from .jit.matmul import multiply_experts
 from .triton_linear import Operands, check_rows, code_bits, constants, on_device, operands, target_of, tiles_for
 from .triton_tiles import Tiles
 
@@ -63,11 +62,11 @@ class TritonExperts:
     ) -> None:
         tokens, n_rows = out.shape
         experts = codes.shape[0]
-        kernel = mxfp4_experts if self.format is MXFP4 else scaled_experts
-        kernel[(most_blocks(tokens, experts, tiles.tokens), triton.cdiv(n_rows, tiles.rows))](
+        bits = code_bits(self.format, codes)
+        multiply_experts[(most_blocks(tokens, experts, tiles.tokens), triton.cdiv(n_rows, tiles.rows))](
             given.x,
             given.scales,
-            code_bits(codes),
+            bits,
             scales,
             out if bias is None else bias,
             out,
@@ -78,8 +77,8 @@ class TritonExperts:
             k,
             given.x.stride(0),
             given.scale_stride,
-            codes.stride(1),
-            codes.stride(0),
+            bits.stride(1),
+            bits.stride(0),
             scales.stride(1) if self.format.block_rows else 0,
             scales.stride(0),
             0 if bias is None else bias.stride(0),

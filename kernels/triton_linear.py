@@ -1,4 +1,4 @@
-"""Linear layers on quantized weights through Triton: launches `jit/mxfp4_matmul.py` and `jit/scaled_matmul.py`."""
+"""Linear layers on quantized weights through Triton: launches `jit/matmul.py`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 import triton
 
-from .formats import MXFP4, WeightFormat
+from .formats import MX, MXFP4, WeightFormat
 from .gpu_target import GpuTarget, gpu_target
-from .jit.mxfp4_matmul import mxfp4_linear
-from .jit.scaled_matmul import scaled_linear
+from .jit.matmul import multiply_linear
 from .jit.tile_matmul import sum_parts
 from .reference import check_linear
-from .triton_activations import quantize_mxfp4_activations, quantize_scaled_activations
-from .triton_tiles import FEW_TOKENS, Tiles, mxfp4_tiles, scaled_tiles, split_of_k
+from .triton_activations import quantize_mx_activations, quantize_scaled_activations
+from .triton_tiles import FEW_TOKENS, Tiles, decoded_tiles, mx_tiles, scaled_tiles, split_of_k
 
 CODE_NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e4m3fnuz: "fnuz"}
+MX_CODES = {"mxfp4": "e2m1", "mxfp6_e2m3": "e2m3", "mxfp6_e3m2": "e3m2", "mxfp8": "e4m3"}
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class TritonLinear:
         step = split_of_k(target, tiles_t * tiles_n, tiles, tokens, k)
         parts = max(1, triton.cdiv(k, step))
         written = out if parts == 1 else torch.empty(parts, tokens, n_rows, dtype=torch.float32, device=out.device)
-        kernel = mxfp4_linear if self.format is MXFP4 else scaled_linear
-        kernel[(tiles_t, tiles_n, parts)](
+        bits = code_bits(self.format, codes)
+        multiply_linear[(tiles_t, tiles_n, parts)](
             given.x,
             given.scales,
-            code_bits(codes),
+            bits,
             scales,
             out if bias is None else bias,
             written,
@@ -93,7 +93,7 @@ class TritonLinear:
             step,
             given.x.stride(0),
             given.scale_stride,
-            codes.stride(0),
+            bits.stride(0),
             scales.stride(0) if self.format.block_rows else 0,
             n_rows,
             **given.constants,
@@ -109,28 +109,47 @@ class TritonLinear:
 def operands(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, quantized: bool) -> Operands:
     """Activations x [T, k] for the kernels of a format: as they are, or quantized in a launch of their own.
 
-    Few tokens are quantized to MXFP4 inside the matmul instead.
+    Few tokens are quantized to MX formats inside the matmul instead.
     """
     x = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-    if fmt is MXFP4:
-        if not quantized:
-            return Operands(x, x, 0, {"ACTIVATIONS": float_kind(target, x.dtype)})
-        if x.shape[0] <= FEW_TOKENS:
-            return Operands(x, x, 0, {"ACTIVATIONS": "quantize"})
-        codes, scales = quantize_mxfp4_activations(x)
-        return Operands(codes, scales, scales.stride(0), {"ACTIVATIONS": "codes"})
-    kinds = {"CODE": CODE_NAMES[fmt.code_dtype], "X_CODES": quantized, "BLOCKS": fmt.block_rows > 1}
-    if not quantized:
+    kinds = way(fmt, target, x.dtype, x.shape[0], quantized)
+    if kinds["ACTIVATIONS"] != "codes":
         return Operands(x, x, 0, kinds)
+    if fmt in MX:
+        codes, scales = quantize_mx_activations(x, fmt)
+        return Operands(code_bits(fmt, codes), scales, scales.stride(0), kinds)
     codes, scales = quantize_scaled_activations(x, fmt)
-    return Operands(code_bits(codes), scales, scales.stride(0) if fmt.block_rows else 0, kinds)
+    return Operands(code_bits(fmt, codes), scales, scales.stride(0) if fmt.block_rows else 0, kinds)
+
+
+def way(fmt: WeightFormat, target: GpuTarget, dtype: torch.dtype, tokens: int, quantized: bool) -> dict[str, Any]:
+    """How weights of a format meet activations of a type, as constants of `jit.matmul`."""
+    if fmt in MX:
+        kind = float_kind(fmt, target, dtype) if not quantized else "quantize" if tokens <= FEW_TOKENS else "codes"
+        return {
+            "TILE": "decoded" if kind == "decode" else "mx",
+            "CODE": MX_CODES[fmt.name],
+            "GROUP": fmt.block_cols,
+            "ACTIVATIONS": kind,
+        }
+    if is_integer(fmt):
+        return {"TILE": "decoded", "CODE": f"uint{fmt.code_bits}", "GROUP": fmt.block_cols, "ACTIVATIONS": "decode"}
+    return {
+        "TILE": "scaled",
+        "CODE": CODE_NAMES[fmt.code_dtype],
+        "GROUP": fmt.block_cols,
+        "ACTIVATIONS": "codes" if quantized else "float",
+    }
 
 
 def tiles_for(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, tokens: int, quantized: bool) -> Tiles:
     """The tile sizes for x [..., k]; `tokens` is how many of its rows meet one weight."""
-    if fmt is MXFP4:
-        return mxfp4_tiles(target, tokens, x.shape[1], quantized, x.dtype.itemsize)
-    return scaled_tiles(target, tokens, x.shape[1], quantized, x.dtype.itemsize, fmt.block_rows > 1)
+    k, itemsize = x.shape[1], x.dtype.itemsize
+    if fmt is MXFP4 or (quantized and fmt in MX):
+        return mx_tiles(target, tokens, k, quantized, itemsize)
+    if fmt in MX or is_integer(fmt):
+        return decoded_tiles(target, tokens, k, itemsize)
+    return scaled_tiles(target, tokens, k, quantized, itemsize, fmt.block_rows > 1)
 
 
 def constants(tiles: Tiles, k: int) -> dict[str, Any]:
@@ -145,16 +164,29 @@ def constants(tiles: Tiles, k: int) -> dict[str, Any]:
     }
 
 
-def code_bits(codes: torch.Tensor) -> torch.Tensor:
-    """FP8 codes as bytes: not every GPU has a type for them."""
+def code_bits(fmt: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
+    """Codes as integers that every GPU loads: FP8 as bytes; FP6 as words, of which three hold sixteen codes."""
+    if fmt.code_bits == 6:
+        return codes.view(torch.int32)
     return codes.view(torch.uint8) if codes.dtype.is_floating_point else codes
 
 
 def check_rows(fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raise ValueError unless each row of codes, scales and bias lies in one piece."""
+    """Raise ValueError unless each row of codes, scales and bias lies in one piece, and of FP6 at whole words."""
     for name, tensor in (("codes", codes), ("scales", scales), ("bias", bias)):
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{fmt.name}: rows of {name} must be contiguous, got strides {tensor.stride()}")
+    places = (codes.storage_offset(), *codes.stride()[:-1])
+    if fmt.code_bits == 6 and any(place % 4 for place in places):
+        raise ValueError(
+            f"{fmt.name}: rows of codes must start at multiples of 4 bytes, got strides {codes.stride()} from byte "
+            f"{codes.storage_offset()} on; copy them into a tensor of their own"
+        )
+
+
+def is_integer(fmt: WeightFormat) -> bool:
+    """Whether a format has integers with zero points."""
+    return fmt.scale_words == 2
 
 
 def target_of(x: torch.Tensor) -> GpuTarget:
@@ -170,8 +202,13 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def float_kind(target: GpuTarget, dtype: torch.dtype) -> str:
-    """How MXFP4 weights meet activations of a type: Triton decodes to FP16 only where there is FP8 (sm_89), else we."""
+def float_kind(fmt: WeightFormat, target: GpuTarget, dtype: torch.dtype) -> str:
+    """How MX weights meet activations of a type: MXFP4 as Triton decodes it, to FP16 only where there is FP8 (sm_89).
+
+    Everything else is decoded by arithmetic of our own.
+    """
+    if fmt is not MXFP4 or dtype == torch.float32:
+        return "decode"
     if dtype == torch.bfloat16:
         return "bf16"
-    return "fp16" if dtype == torch.float16 and (target.is_amd or target.capability >= 89) else "decode"
+    return "fp16" if target.is_amd or target.capability >= 89 else "decode"

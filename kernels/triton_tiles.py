@@ -29,14 +29,14 @@ class Tiles:
         return k % self.columns == 0
 
 
-def mxfp4_tiles(target: GpuTarget, tokens: int, k: int, quantized: bool, itemsize: int = 2) -> Tiles:
-    """Tiles for an MXFP4 weight; `quantized` activations go through the matrix instructions for MXFP4.
+def mx_tiles(target: GpuTarget, tokens: int, k: int, quantized: bool, itemsize: int = 2) -> Tiles:
+    """Tiles for an MXFP4 weight; with `quantized` activations, which go to matrix instructions, for MXFP8 as well.
 
     Blackwell has those for 128 weight rows only, gfx950 for 128 columns.
     """
     few, stages = tokens <= FEW_TOKENS, 2 if target.is_amd else 3
     if itemsize == 4 and not quantized:
-        return Tiles(16 if few else 32, 64, 64, 4, 2)
+        return decoded_tiles(target, tokens, k, itemsize)
     if quantized:
         rows = 128 if target.capability else 64
         tiles = Tiles(_fitting(tokens, 32), rows, 256, 4, stages) if few else Tiles(128, 128, 128, 8, stages)
@@ -45,6 +45,16 @@ def mxfp4_tiles(target: GpuTarget, tokens: int, k: int, quantized: bool, itemsiz
         return _dividing(Tiles(_fitting(tokens, 32), 64, 256, 4, stages), k, 64)
     wide = tokens > 64
     return _dividing(Tiles(128 if wide else 64, 128, 64, 8 if wide else 4, stages), k, 32)
+
+
+def decoded_tiles(target: GpuTarget, tokens: int, k: int, itemsize: int = 2) -> Tiles:
+    """Tiles for a weight that arithmetic decodes in registers, each step's columns at once."""
+    few, stages = tokens <= FEW_TOKENS, 2 if target.is_amd else 3
+    if itemsize == 4:
+        return Tiles(16, 64, 64, 4, 2) if few else Tiles(32, 64, 32, 8, 2)
+    if few:
+        return _dividing(Tiles(_fitting(tokens, 32), 64, 128, 4, stages), k, 64)
+    return _dividing(Tiles(128 if tokens > 64 else 64, 128, 64, 8, stages), k, 32)
 
 
 def scaled_tiles(

@@ -70,3 +70,15 @@ def with_sign(values, code, SIGN: tl.constexpr):
     """float32 magnitudes with the sign that bit SIGN of the codes has."""
     sign = (code & (1 << SIGN)) << (31 - SIGN)
     return (values.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def in_order(first, second, third, fourth):
+    """Four tensors [..., n] as [..., n, 2, 2]: one after the other, when reshaped to [..., 4n]."""
+    return tl.join(tl.join(first, third), tl.join(second, fourth))
+
+
+@triton.jit
+def six_bit_codes(words):
+    """Four codes in the low 24 bits of each int32 word [..., n], as [..., n, 2, 2] in order."""
+    return in_order(words & 63, (words >> 6) & 63, (words >> 12) & 63, (words >> 18) & 63)

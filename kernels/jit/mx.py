@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import decode_float, encode_float, narrowed, power_of_two, widened, with_sign
+from .elements import decode_float, encode_float, narrowed, power_of_two, six_bit_codes, widened, with_sign
 from .measure import count_nonfinite, store_partials
 
 
@@ -193,7 +193,5 @@ def _load_codes(codes, row, block, stride, inside, CODE_BITS: tl.constexpr, R: t
         word = tl.load(at, mask=inside[:, :, None], other=0).to(tl.int32)
         word |= tl.load(at + 1, mask=inside[:, :, None], other=0).to(tl.int32) << 8
         word |= tl.load(at + 2, mask=inside[:, :, None], other=0).to(tl.int32) << 16
-        even = tl.join(word & 63, (word >> 12) & 63)
-        odd = tl.join((word >> 6) & 63, (word >> 18) & 63)
-        code = tl.reshape(tl.join(even, odd), [R, B, 32])
+        code = tl.reshape(six_bit_codes(word), [R, B, 32])
     return code

@@ -10,18 +10,26 @@ import interpreter_fixes
 import pytest
 import torch
 import torch.nn.functional as F
-from quantload.kernels import fp8, int8, mxfp4
-from quantload.kernels.formats import FORMATS
+from quantload.kernels import fp8, int8, integer, mx, mxfp4
+from quantload.kernels.formats import FORMATS, MX
 from quantload.kernels.gpu_target import GpuTarget
 from quantload.kernels.scaled_mm import ScaledMmLinear
-from quantload.kernels.triton_activations import quantize_mxfp4_activations, quantize_scaled_activations
+from quantload.kernels.triton_activations import quantize_mx_activations, quantize_scaled_activations
 from quantload.kernels.triton_experts import TritonExperts
 from quantload.kernels.triton_linear import TritonLinear
 from triton.runtime import interpreter
 
 interpreter_fixes.apply()
 
-REFERENCES = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references}
+ACTIVATIONS_TOO = {
+    "mxfp4": mxfp4.reference,
+    "mxfp8": mx.references["mxfp8"],
+    "int8_channel": int8.reference,
+    **fp8.references,
+}
+REFERENCES = {**ACTIVATIONS_TOO, **mx.references, **integer.references}
+DECODED = ["mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "int4_group16_f16", "int4_group128_bf16", "int8_group0_f32"]
+"""Formats that arithmetic decodes; groups narrower and wider than a tile, and of a whole row."""
 GFX950 = GpuTarget("gfx950", 4)
 SHAPES = [(3, 70, 1024), (40, 33, 100)]
 """Few tokens split along K and a ragged edge; more tokens than a tile holds, K that is no multiple of a block."""
@@ -40,10 +48,20 @@ def quantized_matrix(name: str, matrix: torch.Tensor) -> tuple[torch.Tensor, tor
     return codes, scales
 
 
-def dequantized(name: str, codes: torch.Tensor, scales: torch.Tensor, n_rows: int, k: int) -> torch.Tensor:
-    out = torch.empty(n_rows, k)
+def dequantized(
+    name: str, codes: torch.Tensor, scales: torch.Tensor, n_rows: int, k: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    out = torch.empty(n_rows, k, dtype=dtype)
     REFERENCES[name].dequantize(codes, scales, out)
     return out.double()
+
+
+def multiplied(
+    name: str, codes: torch.Tensor, scales: torch.Tensor, n_rows: int, k: int, x: torch.Tensor
+) -> torch.Tensor:
+    """The weight as it meets x: decoded to the type of x where scales go along K, which is exact for MX formats."""
+    along_k = FORMATS[name].scale_dtype == torch.uint8 or FORMATS[name].scale_words == 2
+    return dequantized(name, codes, scales, n_rows, k, x.dtype if along_k else torch.float32)
 
 
 def rounded(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -61,7 +79,7 @@ def activations(tokens: int, k: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def skip_without_dot_scaled(name: str) -> None:
-    if name == "mxfp4" and not hasattr(interpreter.InterpreterBuilder, "create_dot_scaled"):
+    if name in ("mxfp4", "mxfp8") and not hasattr(interpreter.InterpreterBuilder, "create_dot_scaled"):
         pytest.skip("this Triton's interpreter has no dot_scaled")
 
 
@@ -74,18 +92,19 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor)
 
 @pytest.mark.parametrize(("dtype", "target"), TYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "n_rows", "k"), SHAPES)
-@pytest.mark.parametrize("name", ["mxfp4", "fp8_tensor", "fp8_block", "fp8_channel_fnuz", "int8_channel"])
+@pytest.mark.parametrize("name", ["mxfp4", *DECODED, "fp8_tensor", "fp8_block", "fp8_channel_fnuz", "int8_channel"])
 @pytest.mark.parametrize("bias_is_float32", [False, True])
 def test_weight_only(record_property, name, tokens, n_rows, k, dtype, target, bias_is_float32):
     record_property("kernel", f"{name} linear, weight-only")
     record_property("result", "close")
-    if (dtype != torch.bfloat16 or bias_is_float32) and name not in ("mxfp4", "fp8_block"):
+    of_every_type = ("mxfp4", "mxfp6_e2m3", "int4_group16_f16", "fp8_block")
+    if (dtype != torch.bfloat16 or bias_is_float32) and name not in of_every_type:
         pytest.skip("the types of activations go the same way in every format of one byte")
     if target == "gfx950":
         skip_without_dot_scaled(name)
     codes, scales = quantized(name, n_rows, k)
     x, bias = activations(tokens, k, dtype), torch.randn(n_rows).to(torch.float32 if bias_is_float32 else dtype)
-    weight = dequantized(name, codes, scales, n_rows, k)
+    weight = multiplied(name, codes, scales, n_rows, k, x)
     want = F.linear(x.double(), weight, bias.double())
     got = TritonLinear(FORMATS[name], target=GpuTarget(target, 4))(x, codes, scales, bias, n_rows, k)
     assert got.dtype == dtype
@@ -93,7 +112,7 @@ def test_weight_only(record_property, name, tokens, n_rows, k, dtype, target, bi
 
 
 @pytest.mark.parametrize(("tokens", "n_rows", "k"), SHAPES)
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", ACTIVATIONS_TOO)
 def test_quantized_activations(record_property, name, tokens, n_rows, k):
     skip_without_dot_scaled(name)
     record_property("kernel", f"{name} linear, activations too")
@@ -105,7 +124,7 @@ def test_quantized_activations(record_property, name, tokens, n_rows, k):
     assert_close(got, F.linear(seen, weight), F.linear(seen.abs(), weight.abs()))
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", ACTIVATIONS_TOO)
 def test_activations_are_quantized_as_weights_are(record_property, name):
     record_property("kernel", f"{name} activations")
     if name.startswith("fp8_block"):
@@ -119,14 +138,16 @@ def test_activations_are_quantized_as_weights_are(record_property, name):
     for x in (every.view(8, -1), ties.repeat(3, 7)[:, :100].bfloat16(), torch.zeros(2, 64, dtype=torch.float16)):
         want_codes, want_scales = quantized_matrix(name, x)
         codes, scales = (
-            quantize_mxfp4_activations(x) if name == "mxfp4" else quantize_scaled_activations(x, FORMATS[name])
+            quantize_mx_activations(x, FORMATS[name])
+            if FORMATS[name] in MX
+            else quantize_scaled_activations(x, FORMATS[name])
         )
         assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
         assert torch.equal(scales, want_scales)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
-@pytest.mark.parametrize("name", ["mxfp4", "fp8_channel", "fp8_tensor", "int8_channel"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "fp8_channel", "fp8_tensor", "int8_channel"])
 def test_what_is_not_finite_stays_visible(name, bad):
     skip_without_dot_scaled(name)
     codes, scales = quantized(name, 16, 256)
@@ -158,6 +179,35 @@ def test_through_torch_scaled_mm(name, tokens, n_rows, dtype, bias_dtype):
     assert_close(got, F.linear(seen, weight, bias.double()), magnitude)
 
 
+@pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp6_e3m2", "mxfp8"])
+def test_every_code_under_scales_of_all_sizes(record_property, name):
+    """A product with the identity matrix is the weight itself, but for the sign of a zero; larger ones are infinite."""
+    record_property("kernel", f"{name} weights decoded")
+    fmt, scales = FORMATS[name], torch.arange(0, 240, 10, dtype=torch.uint8)[:, None].repeat(1, 8)
+    every = torch.arange(256, dtype=torch.int32).repeat(24, 1)
+    codes = mx.pack_fp6(every & 63) if fmt.code_bits == 6 else every.where(every & 127 != 127, 0).to(torch.uint8)
+    weight = torch.empty(24, 256)
+    REFERENCES[name].dequantize(codes.view(fmt.code_dtype), scales, weight)
+    got = TritonLinear(fmt, target=GpuTarget("sm_90", 4))(
+        torch.eye(256), codes.view(fmt.code_dtype), scales, None, 24, 256
+    )
+    assert torch.equal(got.T, weight)
+
+
+@pytest.mark.parametrize("name", ["int4_group16_f16", "int4_group64_bf16", "int4_group0_f32", "int8_group256_f16"])
+def test_every_code_under_every_zero_point(record_property, name):
+    """A product with the identity matrix is the weight itself, of 300 columns: the last group is cut off."""
+    record_property("kernel", f"{name} weights decoded")
+    fmt = FORMATS[name]
+    codes = torch.arange(fmt.code_shape(1, 300)[1], dtype=torch.int32).repeat(16, 1).mul(37).to(torch.uint8)
+    scales = torch.randn(fmt.scale_shape(16, 300), generator=torch.Generator().manual_seed(0)).to(fmt.scale_dtype)
+    scales[:, 1::2] = torch.arange(16)[:, None].to(fmt.scale_dtype)
+    weight = torch.empty(16, 300)
+    REFERENCES[name].dequantize(codes, scales, weight)
+    got = TritonLinear(fmt, target=GpuTarget("sm_90", 4))(torch.eye(300), codes, scales, None, 16, 300)
+    assert torch.equal(got.T, weight)
+
+
 def routed(experts: int, counts: list[int], nobody: int) -> tuple[torch.Tensor, int]:
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     assert len(offsets) == experts + 1
@@ -166,9 +216,11 @@ def routed(experts: int, counts: list[int], nobody: int) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("counts", [[0, 5, 0, 33, 1], [0, 0, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize("is_quantized", [False, True], ids=["weight-only", "activations too"])
-@pytest.mark.parametrize("name", ["mxfp4", "fp8_channel", "fp8_tensor", "fp8_block_fnuz", "int8_channel"])
+@pytest.mark.parametrize("name", ["mxfp4", *DECODED[1:], "fp8_channel", "fp8_tensor", "fp8_block_fnuz", "int8_channel"])
 def test_experts(record_property, name, is_quantized, counts):
     """Each expert's tokens as `linear` computes them; rows of nobody are 0; an idle expert is not read."""
+    if is_quantized and name not in ACTIVATIONS_TOO:
+        pytest.skip("activations stay as they are")
     record_property("kernel", f"{name} experts, {'activations too' if is_quantized else 'weight-only'}")
     record_property("result", "close")
     skip_without_dot_scaled(name)
@@ -177,16 +229,13 @@ def test_experts(record_property, name, is_quantized, counts):
     codes, scales = (torch.stack(t) for t in zip(*pairs, strict=True))
     offsets, tokens = routed(5, counts, nobody=3)
     idle = [e for e, count in enumerate(counts) if not count]
-    if scales.dtype == torch.float32:
-        scales[idle] = float("nan")
-    else:
-        scales[idle] = 255
+    scales[idle] = 255 if scales.dtype == torch.uint8 else float("nan")
     x, bias = activations(tokens, k, torch.bfloat16), torch.randn(5, n_rows)
     out = TritonExperts(fmt, is_quantized, GFX950)(x, codes, scales, bias, offsets, n_rows, k)
     seen = rounded(name, x) if is_quantized else x.double()
     for expert, (start, stop) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
         if start < stop:
-            weight = dequantized(name, codes[expert], scales[expert], n_rows, k)
+            weight = multiplied(name, codes[expert], scales[expert], n_rows, k, x)
             rows = seen[start:stop]
             want = F.linear(rows, weight, bias[expert].double())
             assert_close(out[start:stop], want, F.linear(rows.abs(), weight.abs()) + 4)

@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 from gpu_targets import TABLE, Compiled, compile_for
-from quantload.kernels.formats import FORMATS, MXFP4
+from quantload.kernels.formats import FORMATS, MX
 from quantload.kernels.gpu_target import GpuTarget
-from quantload.kernels.jit import mxfp4_matmul, scaled_matmul
-from quantload.kernels.triton_linear import CODE_NAMES, constants, float_kind, tiles_for
+from quantload.kernels.jit import matmul
+from quantload.kernels.triton_linear import constants, tiles_for, way
 
 K, MANY = 4096, 512
 SIXTEENTHS = ("k", "k_step", "n_rows", "x_stride", "code_stride", "code_expert_stride", "bias_stride", "out_stride")
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
 MFMA_MX = r"v_mfma_scale_f32_\w+_f8f6f4"
-TCGEN05_MX = r"tcgen05\.mma\.\S+mxf4\S*"
-DECODE_FP4 = r"v_cvt_scalef32_pk_bf16_fp4"
-MATRIX = r"v_mfma_f32_\w+_bf16|mma\.sync\.\S+\.bf16\.\S+|wgmma\S+bf16|tcgen05\.mma\S+f16"
+TCGEN05_MX = r"tcgen05\.mma\.\S+mxf(4|8f6f4)\S*"
+DECODE_FP4 = r"v_cvt_scalef32_pk_b?f16_fp4"
+MATRIX = r"v_mfma_f32_\w+_b?f16|mma\.sync\.\S+\.b?f16\.\S+|wgmma\S+f16|tcgen05\.mma\S+f16"
+MATRIX_F32 = r"v_mfma_f32_\w+_f32|v_(pk_)?fma\w*_f32|fma\.rn\.f32"
 MATRIX_FP8 = {
     "gfx942": r"v_mfma_f32_\w+_fp8_fp8",
     "gfx950": r"v_mfma_f32_\w+_f8f6f4",
@@ -38,25 +40,17 @@ def compiled(
 ) -> Compiled:
     """What `linear` or `experts` launches for `tokens` activations of a type, and a weight of `K` columns."""
     fmt, gpu = FORMATS[name], GpuTarget(target)
-    module = mxfp4_matmul if fmt is MXFP4 else scaled_matmul
-    kernel = getattr(module, f"{'mxfp4' if fmt is MXFP4 else 'scaled'}_{operation}")
+    kernel = getattr(matmul, f"multiply_{operation}")
     options: dict[str, Any] = constants(tiles_for(fmt, gpu, torch.empty(0, K, dtype=dtype), tokens, is_quantized), K)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
-    float_type = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    x_type = float_type
-    if fmt is MXFP4:
-        kind = float_kind(gpu, dtype) if not is_quantized else "quantize" if tokens < MANY else "codes"
-        options["ACTIVATIONS"] = kind
-        x_type = "*u8" if kind == "codes" else float_type
-    else:
-        options |= {"CODE": CODE_NAMES[fmt.code_dtype], "X_CODES": is_quantized, "BLOCKS": fmt.block_rows > 1}
-        if is_quantized:
-            x_type = "*i8" if fmt.code_dtype == torch.int8 else "*u8"
-    scale_type = "*u8" if fmt is MXFP4 else "*fp32"
+    options |= way(fmt, gpu, dtype, tokens, is_quantized)
+    float_type = POINTERS[dtype]
+    code_type = "*i32" if fmt.code_bits == 6 else "*i8" if fmt.code_dtype == torch.int8 else "*u8"
+    scale_type = POINTERS[fmt.scale_dtype]
     pointers = {
-        "x": x_type,
+        "x": code_type if options["ACTIVATIONS"] == "codes" else float_type,
         "x_scales": scale_type,
-        "codes": "*i8" if fmt.code_dtype == torch.int8 else "*u8",
+        "codes": code_type,
         "scales": scale_type,
         "bias": float_type,
         "out": float_type,
@@ -89,22 +83,25 @@ def label(operation: str, name: str, is_quantized: bool, tokens: int) -> str:
     )
 
 
-def native_instruction(name: str, target: str, is_quantized: bool) -> str:
+def native_instruction(name: str, target: str, is_quantized: bool, dtype: torch.dtype = torch.bfloat16) -> str:
     """A pattern for the matrix instruction, or decoding instruction, that the kernel is for."""
-    if name == "mxfp4" and is_quantized:
+    if FORMATS[name] in MX and is_quantized:
         return MFMA_MX if target == "gfx950" else TCGEN05_MX
     if is_quantized:
         return (MATRIX_INT8 if name.startswith("int8") else MATRIX_FP8)[target]
+    if dtype == torch.float32:
+        return MATRIX_F32
     return DECODE_FP4 if name == "mxfp4" and target == "gfx950" else MATRIX
 
 
-def check(operation: str, name: str, target: str, tokens: int, is_quantized: bool) -> None:
-    """The kernel compiles, has its native instruction, spills nothing; its row goes to the table."""
-    built, native = (
-        compiled(operation, name, target, tokens, is_quantized),
-        native_instruction(name, target, is_quantized),
-    )
+def check(
+    operation: str, name: str, target: str, tokens: int, is_quantized: bool, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """The kernel compiles, has its native instruction, spills nothing; that for BF16 has a row in the table."""
+    built = compiled(operation, name, target, tokens, is_quantized, dtype)
+    native = native_instruction(name, target, is_quantized, dtype)
     found = built.find(native)
-    TABLE.add(label(operation, name, is_quantized, tokens), built, found)
+    if dtype == torch.bfloat16:
+        TABLE.add(label(operation, name, is_quantized, tokens), built, found)
     assert found, f"no {native} in the code of {name} {operation} for {target}"
     assert built.spills == 0

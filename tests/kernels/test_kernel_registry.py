@@ -76,8 +76,9 @@ def test_warm_up_from_several_threads_compiles_once():
     assert function is cpu_build.scaled_quantize("int8_channel", "bf16", True)
 
 
-def test_activations_stay_as_they_are_where_that_is_asked_for(monkeypatch):
-    assert registry.weight_only("mxfp4", "cpu") == {}  # all kernels there are weight-only
-    found = registry.candidates("linear", "mxfp4", "cuda")
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_activations_stay_as_they_are_where_that_is_asked_for(monkeypatch, name):
+    assert registry.weight_only(name, "cpu") == {}  # all kernels there are weight-only
+    found = registry.candidates("linear", name, "cuda")
     monkeypatch.setattr(registry, "candidates", lambda *_: [(kernel, None) for kernel, _ in found])
-    assert registry.weight_only("mxfp4", "cuda") == {"linear": "triton"}
+    assert registry.weight_only(name, "cuda") == {"linear": "triton"}

@@ -23,13 +23,15 @@ def test_mxfp4_weight_only(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["gfx950", "sm_100"])
-def test_mxfp4_activations_too(target: str) -> None:
-    check("experts", "mxfp4", target, 1, True)
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_mx_activations_too(name: str, target: str) -> None:
+    check("experts", name, target, 1, True)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_int8_weight_only(target: str) -> None:
-    check("experts", "int8_channel", target, 1, False)
+@pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp8", "int4_group128_f16", "int8_channel"])
+def test_weight_only(name: str, target: str) -> None:
+    check("experts", name, target, 1, False)
 
 
 @pytest.mark.parametrize("target", NATIVE_FP8)
@@ -39,11 +41,14 @@ def test_fp8_activations_too(target: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["mxfp4", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel"])
+@pytest.mark.parametrize(
+    "name",
+    ["mxfp4", "mxfp6_e2m3", "mxfp8", "int4_group16_f16", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel"],
+)
 def test_every_other_tile_size(name: str, target: str) -> None:
     for tokens in (1, 32, 64, MANY):
         check("experts", name, target, tokens, False)
-        if name.startswith("int8") or (name == "mxfp4" and target in ("gfx950", "sm_100")):
+        if name.startswith("int8") or (name in ("mxfp4", "mxfp8") and target in ("gfx950", "sm_100")):
             check("experts", name, target, tokens, True)
 
 
@@ -61,7 +66,7 @@ def test_there_are_never_more_blocks_than_are_launched(block: int) -> None:
             assert worst - 1 + -(-(tokens - worst + 1) // block) <= most_blocks(tokens, experts, block)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "fp8_tensor", "fp8_block", "int8_channel"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp6_e3m2", "mxfp8", "fp8_tensor", "fp8_block", "int8_channel"])
 def test_experts_are_linears_one_after_the_other(name: str) -> None:
     """On any device without a kernel of its own, for every backend that has `linear`."""
     kernels = kernel_set(name, "cpu", {"linear": "torch"})

@@ -15,7 +15,7 @@ from quantload.kernels import triton_tiles
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.gpu_matmul import gpu_matmuls
 from quantload.kernels.gpu_target import GpuTarget, gpu_target
-from quantload.kernels.jit.mxfp4_matmul import mxfp4_quantize_tokens
+from quantload.kernels.jit.mx_matmul import quantize_tokens_mx
 from quantload.kernels.jit.scaled_matmul import quantize_tokens
 from quantload.kernels.jit.tile_matmul import sum_parts
 from quantload.kernels.triton_linear import TritonLinear
@@ -31,13 +31,14 @@ def test_mxfp4_weight_only(target: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, MANY])
 @pytest.mark.parametrize("target", ["gfx950", "sm_100"])
-def test_mxfp4_activations_too(target: str, tokens: int) -> None:
-    check("linear", "mxfp4", target, tokens, True)
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_mx_activations_too(name: str, target: str, tokens: int) -> None:
+    check("linear", name, target, tokens, True)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["fp8_channel", "int8_channel"])
-def test_scaled_weight_only(name: str, target: str) -> None:
+@pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp8", "int4_group128_f16", "fp8_channel", "int8_channel"])
+def test_weight_only(name: str, target: str) -> None:
     check("linear", name, target, 1, False)
 
 
@@ -49,6 +50,19 @@ def test_fp8_activations_too(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_int8_activations_too(target: str) -> None:
     check("linear", "int8_channel", target, 1, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "name", ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "int4_group16_bf16", "int4_group128_f16", "int8_group0_f32"]
+)
+def test_every_other_tile_size_of_scales_along_k(name: str, target: str, dtype: torch.dtype) -> None:
+    for tokens in (1, 32, 64, MANY):
+        check("linear", name, target, tokens, False, dtype)
+        if name in ("mxfp4", "mxfp8") and target in ("gfx950", "sm_100"):
+            check("linear", name, target, tokens, True, dtype)
 
 
 @pytest.mark.slow
@@ -65,7 +79,10 @@ def test_every_other_tile_size(name: str, target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_activations_and_sums(target: str) -> None:
     kernels = [
-        (mxfp4_quantize_tokens, {"x": "*bf16", "codes": "*u8", "scales": "*u8"}, {"BT": 16, "BK": 256}),
+        *(
+            (quantize_tokens_mx, {"x": "*bf16", "codes": "*u8", "scales": "*u8"}, {"CODE": code, "BT": 16, "BK": 256})
+            for code in ("e2m1", "e4m3")
+        ),
         (sum_parts, {"parts": "*fp32", "out": "*bf16", "bias": "*bf16"}, {"PARTS": 8, "HAS_BIAS": True, "BLOCK": 1024}),
         (
             quantize_tokens,
@@ -77,7 +94,7 @@ def test_activations_and_sums(target: str) -> None:
         given = {name: f"{kind}:16" for name, kind in pointers.items()}
         signature = given | {name: "i32:16" for name in kernel.arg_names if name not in {*pointers, *constants}}
         built = compile_for(kernel, signature, target, constants=constants, enable_fp_fusion=True)
-        TABLE.add(f"{kernel.__name__} {constants.get('RULE', '')}".strip(), built)
+        TABLE.add(f"{kernel.__name__} {constants.get('RULE') or constants.get('CODE', '')}".strip(), built)
         assert built.spills == 0
 
 
@@ -90,12 +107,12 @@ def test_arithmetic_in_the_interpreter() -> None:
 
 def test_few_tokens_are_split_along_k_and_many_are_not() -> None:
     target = GpuTarget("sm_90", 132)
-    tiles = triton_tiles.mxfp4_tiles(target, 1, 4096, False)
+    tiles = triton_tiles.mx_tiles(target, 1, 4096, False)
     step = triton_tiles.split_of_k(target, programs=64, tiles=tiles, tokens=1, k=4096)
     assert step % tiles.columns == 0
     assert -(-4096 // step) == 4
     assert triton_tiles.split_of_k(target, programs=1000, tiles=tiles, tokens=1, k=4096) == 4096
-    many = triton_tiles.mxfp4_tiles(target, 512, 4096, False)
+    many = triton_tiles.mx_tiles(target, 512, 4096, False)
     assert triton_tiles.split_of_k(target, programs=4, tiles=many, tokens=512, k=4096) == 4096
 
 
@@ -105,12 +122,14 @@ def test_few_tokens_are_split_along_k_and_many_are_not() -> None:
 def test_tiles_are_what_the_kernels_can_take(target: str, tokens: int, k: int) -> None:
     for quantized in (False, True):
         for itemsize in (2, 4):
-            mx = triton_tiles.mxfp4_tiles(GpuTarget(target), tokens, k, quantized, itemsize)
+            mx = triton_tiles.mx_tiles(GpuTarget(target), tokens, k, quantized, itemsize)
             assert mx.columns % (128 if quantized else 32) == 0
             assert mx.rows == 128 or not (quantized and target == "sm_100")
             scaled = triton_tiles.scaled_tiles(GpuTarget(target), tokens, k, quantized, itemsize)
             assert 128 % scaled.rows == 128 % scaled.columns == 0
-            for tiles in (mx, scaled):
+            decoded = triton_tiles.decoded_tiles(GpuTarget(target), tokens, k, itemsize)
+            assert decoded.columns % 32 == 0
+            for tiles in (mx, scaled, decoded):
                 assert tiles.tokens >= min(tokens, 16)
 
 
@@ -123,6 +142,12 @@ def test_a_tensor_that_is_on_no_gpu_is_named() -> None:
         TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), codes.T.contiguous().T, scales, None, 8, 64)
     with pytest.raises(ValueError, match=r"x of shape \[T, 32\]"):
         TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), codes, scales, None, 8, 32)
+    for codes in (
+        torch.zeros(8, 50, dtype=torch.uint8)[:, :48],
+        torch.zeros(8 * 48 + 2, dtype=torch.uint8)[2:].view(8, 48),
+    ):
+        with pytest.raises(ValueError, match="must start at multiples of 4 bytes"):
+            TritonLinear(FORMATS["mxfp6_e2m3"])(torch.ones(2, 64), codes, scales, None, 8, 64)
 
 
 CHOICES = {
@@ -130,6 +155,13 @@ CHOICES = {
     ("mxfp4", "sm_100"): "triton_w4a4",
     ("mxfp4", "sm_90"): "triton",
     ("mxfp4", "gfx942"): "triton",
+    ("mxfp8", "gfx950"): "triton_w8a8",
+    ("mxfp8", "sm_100"): "triton_w8a8",
+    ("mxfp8", "sm_90"): "triton",
+    ("mxfp6_e2m3", "gfx950"): "triton",
+    ("mxfp6_e3m2", "sm_80"): "triton",
+    ("int4_group128_f16", "gfx950"): "triton",
+    ("int8_group64_f32", "sm_90"): "triton",
     ("fp8_channel", "sm_80"): "triton",
     ("fp8_channel", "sm_90"): "scaled_mm",
     ("fp8_channel", "gfx950"): "triton_w8a8",

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.output import sync_folder
 from ..memory.budget import format_bytes
 from .checksums import Checksums
 from .entry import ENTRY, LOCK, Entry, write_description, write_file
@@ -46,12 +47,12 @@ class Unfinished:
             known[name] = Checksums((0, len(data)))
             known[name].note(0, memoryview(data))
         write_description(self.folder, known)
-        _sync(self.folder)
+        sync_folder(self.folder)
         with self.store.alone():
             final = self.store.root / self.key
             _put_away(final)
             self.folder.rename(final)
-            _sync(self.store.root)
+            sync_folder(self.store.root)
         self.lock.release()
 
     def discard(self) -> None:
@@ -197,11 +198,3 @@ def _size(folder: Path) -> int:
     with contextlib.suppress(FileNotFoundError):  # its writer has just given up
         return int((folder / LOCK).read_text() or 0)
     return 0
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -18,8 +18,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..checkpoint.writer import ShardPlan, write_all
 from .checksums import SEGMENT_BYTES, Checksums
-from .shards import ShardPlan
 
 CHUNK_BYTES = 16 * SEGMENT_BYTES
 """Written at once, after it went through the processor's cache for its checksum."""
@@ -103,15 +103,15 @@ class TensorWriter:
             raise RuntimeError(f"parameters that were never handed to the cache: {sorted(self._missing)[:8]}")
         for file in self._files.values():
             self._flush(file)
-        return {file.plan.name: file.checksums for file in self._files.values()}
+        return {file.plan.path: file.checksums for file in self._files.values()}
 
     def _open(self, folder: Path, plan: ShardPlan) -> None:
-        fd = os.open(folder / plan.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        file = _File(plan, fd, plan.checksums())
+        fd = os.open(folder / plan.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        file = _File(plan, fd, _checksums(plan))
         self._files.update(dict.fromkeys(plan.offsets, file))
         self._missing.update(plan.offsets)
         os.truncate(fd, plan.size)
-        _write(fd, memoryview(plan.head), 0)
+        write_all(fd, memoryview(plan.header), 0)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -140,7 +140,7 @@ class TensorWriter:
         for begin in range(0, flat.numel(), CHUNK_BYTES):
             data = self._on_host(flat[begin : begin + CHUNK_BYTES]).numpy().data
             file.checksums.note(offset + begin, data)
-            _write(file.fd, data, offset + begin)
+            write_all(file.fd, data, offset + begin)
             file.dirty += len(data)
             if file.dirty >= FLUSH_BYTES:
                 self._flush(file)
@@ -179,7 +179,8 @@ def _computed(tensors: Iterable[Tensor]) -> Any:
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
+def _checksums(plan: ShardPlan) -> Checksums:
+    """Checksums of a file, that of its header known."""
+    checksums = Checksums(sorted({0, *plan.offsets.values(), plan.size}))
+    checksums.note(0, memoryview(plan.header))
+    return checksums

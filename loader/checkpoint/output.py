@@ -101,9 +101,9 @@ class OutputFolder:
         """Everything is written: give it its name."""
         with self._explained():
             for folder, *_ in os.walk(self.files):
-                _sync_folder(Path(folder))
+                sync_folder(Path(folder))
             os.rename(self.files, self.out)
-            _sync_folder(self.out.parent)
+            sync_folder(self.out.parent)
             shutil.rmtree(self._work)
 
     def _take(self) -> None:
@@ -163,7 +163,8 @@ def _parsed(journal: bytes) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

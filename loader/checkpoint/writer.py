@@ -129,7 +129,7 @@ class ShardWriter:
             step = len(buffer) if width == pitch else width
             try:
                 for number in range(len(buffer) // step):
-                    _write_all(fd, buffer[number * step : (number + 1) * step], offset + number * pitch)
+                    write_all(fd, buffer[number * step : (number + 1) * step], offset + number * pitch)
             except OSError as error:
                 raise self._failed(error) from error
             crc = zlib.crc32(buffer)
@@ -163,7 +163,7 @@ class ShardWriter:
                 try:
                     self._fd = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
                     os.posix_fallocate(self._fd, 0, self.plan.size)
-                    _write_all(self._fd, memoryview(self.plan.header), 0)
+                    write_all(self._fd, memoryview(self.plan.header), 0)
                 except OSError as error:
                     raise self._failed(error) from error
             return self._fd
@@ -208,7 +208,8 @@ def _crc_of(fd: int, extent: Extent) -> int:
     return crc
 
 
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` to a file from byte `offset` on."""
     while data:
         count = os.pwrite(fd, data, offset)
         data, offset = data[count:], offset + count

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantload.cache import writer as writing
-from quantload.cache.shards import plan_shards
 from quantload.cache.writer import TensorWriter
+from quantload.checkpoint.writer import ShardPlan, TensorSpec, plan_shards
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +27,11 @@ TENSORS = {
 }
 
 
+def plans_of(tensors: dict[str, Tensor], max_bytes: int = 1 << 30) -> list[ShardPlan]:
+    specs = ([TensorSpec(name, tensor.dtype, tuple(tensor.shape))] for name, tensor in tensors.items())
+    return plan_shards(specs, max_bytes)
+
+
 def nothing() -> None: ...
 
 
@@ -37,15 +42,15 @@ def raising(error: BaseException) -> Callable[[], None]:
     return then
 
 
-def write(folder: Path, tensors: dict[str, Tensor], order: list[str]) -> None:
-    plans = plan_shards(tensors)
+def write(folder: Path, tensors: dict[str, Tensor], order: list[str], max_bytes: int = 1 << 30) -> None:
+    plans = plans_of(tensors, max_bytes)
     with TensorWriter(folder, plans) as writer:
         for name in order:
             writer.take({name: tensors[name]}, nothing)
         checksums = writer.finish()
     for plan in plans:
-        data = (folder / plan.name).read_bytes()
-        assert checksums[plan.name].differs(0, memoryview(data), lambda *_: bytearray()) is None
+        data = (folder / plan.path).read_bytes()
+        assert checksums[plan.path].differs(0, memoryview(data), lambda *_: bytearray()) is None
 
 
 @settings(max_examples=10, deadline=None)
@@ -61,9 +66,8 @@ def test_tensors_may_come_in_any_order(tmp_path_factory: pytest.TempPathFactory,
     }
 
 
-def test_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantload.cache.shards.MAX_SHARD_BYTES", 100)
-    write(tmp_path, TENSORS, list(TENSORS))
+def test_several_files(tmp_path: Path) -> None:
+    write(tmp_path, TENSORS, list(TENSORS), max_bytes=100)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -76,7 +80,7 @@ def test_what_comes_then_comes_after_the_bytes_were_taken(tmp_path: Path) -> Non
         threads.append(threading.current_thread().name)
         tensor.fill_(9)
 
-    with TensorWriter(tmp_path, plan_shards({"a": tensor})) as writer:
+    with TensorWriter(tmp_path, plans_of({"a": tensor})) as writer:
         writer.take({"a": tensor}, rearrange)
         writer.finish()
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], torch.full_like(tensor, 7))
@@ -95,7 +99,7 @@ def test_what_is_written_is_dropped_from_the_page_cache(tmp_path: Path, monkeypa
 def test_a_full_disk_is_said_at_the_end_and_the_load_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.zeros(10), "b": torch.zeros(10)}
     done: list[str] = []
-    with TensorWriter(tmp_path, plan_shards(tensors)) as writer:
+    with TensorWriter(tmp_path, plans_of(tensors)) as writer:
 
         def full(fd: int, data: memoryview, offset: int) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -110,7 +114,7 @@ def test_a_full_disk_is_said_at_the_end_and_the_load_goes_on(tmp_path: Path, mon
 
 def test_what_a_layer_raises_afterwards_ends_the_load(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(10), "b": torch.zeros(10)}
-    with TensorWriter(tmp_path, plan_shards(tensors)) as writer:
+    with TensorWriter(tmp_path, plans_of(tensors)) as writer:
         writer.take({"a": tensors["a"]}, raising(ValueError("no such layout")))
         with pytest.raises(ValueError, match="no such layout"):
             writer.finish()
@@ -120,7 +124,7 @@ def test_what_a_layer_raises_afterwards_ends_the_load(tmp_path: Path) -> None:
 
 def test_a_tensor_that_never_came_is_an_error(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(10), "b": torch.zeros(10)}
-    with TensorWriter(tmp_path, plan_shards(tensors)) as writer:
+    with TensorWriter(tmp_path, plans_of(tensors)) as writer:
         writer.take({"a": tensors["a"]}, nothing)
         with pytest.raises(RuntimeError, match=r"never handed to the cache: \['b'\]"):
             writer.finish()
@@ -128,11 +132,11 @@ def test_a_tensor_that_never_came_is_an_error(tmp_path: Path) -> None:
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     before, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    with TensorWriter(tmp_path, plan_shards(TENSORS)) as writer:
+    with TensorWriter(tmp_path, plans_of(TENSORS)) as writer:
         writer.take({"scale": TENSORS["scale"]}, nothing)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(FileExistsError):
-        TensorWriter(tmp_path, plan_shards(TENSORS))
+        TensorWriter(tmp_path, plans_of(TENSORS))
     assert len(os.listdir("/proc/self/fd")) == before
     assert threading.active_count() == threads

@@ -17,6 +17,7 @@ from .memory.ledger import Ledger
 from .memory.probes import probe_for
 from .memory.report import KeptReport, LayerReport, LoadReport
 from .model.skeleton import Assignment
+from .online.attach import Process
 from .plan import LoadPlan
 from .schemes.prequantized import NAME as PREQUANTIZED
 
@@ -61,11 +62,13 @@ class Recorder:
         if self._progress is not None and self._plan is not None:
             self._progress(bytes_read, self._plan.bytes_total)
 
-    def on_layer(self, name: str, statistics: Tensor | None) -> None:
-        """A layer is complete; called once a layer from any thread. After the load, when one is reloaded, ignored.
+    def on_layer(self, name: str, statistics: Tensor | None, process: Process = lambda: None) -> None:
+        """A layer is complete, up to what `process` does; called once a layer from any thread.
 
-        `statistics` are None where codes were copied as they are stored.
+        `statistics` are None where codes were copied as they are stored. After the load, when a layer is reloaded, it
+        is not recorded.
         """
+        process()
         assignment = self._assignments.get(name)
         if assignment is None:
             return

@@ -29,8 +29,10 @@ from .weight_loader import DirectWeightLoader, OnlineWeightLoader
 NAMES_SHOWN = 8
 
 DtypeOf = Callable[[str, torch.dtype], torch.dtype]
-OnFinished = Callable[[str, Tensor | None], None]
-"""Called with a module's name and the statistics of its weights; None where nothing was quantized."""
+Process = Callable[[], None]
+OnFinished = Callable[[str, Tensor | None, Process], None]
+"""Called with a module's name, the statistics of its weights (None where nothing was quantized), and what brings them
+to where its kernel wants them: that must be called, from any thread, once nobody needs the weights where they are."""
 
 
 class WeightLoaders:
@@ -73,7 +75,7 @@ def attach_weight_loaders(
 ) -> WeightLoaders:
     """Closures for every parameter and persistent buffer; quantizing ones for modules with a scheme.
 
-    `on_finished(module name, statistics)` runs once a layer, in the thread that brought its last piece.
+    `on_finished` runs once a layer, in the thread that brought its last piece.
     """
     loaders, input_scales = WeightLoaders(), InputScales()
     for assignment in assignments:
@@ -123,8 +125,7 @@ def _attach_linear(
     layer, name = weakref.ref(module), assignment.name  # the closure must not keep its own layer alive
 
     def finish(statistics: Tensor) -> None:
-        scheme.process_weights_after_loading(alive(layer))
-        on_finished(name, statistics)
+        on_finished(name, statistics, lambda: scheme.process_weights_after_loading(alive(layer)))
 
     for attribute, layout in scheme.layouts(module).items():
         full_name = f"{name}.{attribute}"
@@ -149,8 +150,7 @@ def _attach_stored(
     transposed = module.transposed if isinstance(module, QuantizedLinear) else module.is_transposed
 
     def finish() -> None:
-        scheme.process_weights_after_loading(alive(layer))
-        on_finished(name, None)
+        on_finished(name, None, lambda: scheme.process_weights_after_loading(alive(layer)))
 
     parameters: list[StoredParameter] = []
     for key, layout in scheme.layouts(module).items():

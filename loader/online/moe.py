@@ -26,9 +26,10 @@ class MoeOnlineWeightLoader:
 
     `layer` holds `weight_layouts` (parameter name -> `WeightLayout`, up or gate-up first, down second) and meta
     parameters for codes and scales, as `MoEScheme.create_weights` registers them. `callbacks` do the arithmetic.
-    When the last (expert, shard, rows) has arrived, `callbacks.setup_kernel(layer)` runs, then `on_finished`, in the
-    thread that brought it. Safe to call from several threads; a repeated region raises `RepeatedRegionError` unless
-    `reset` announced a reload.
+    When the last (expert, shard, rows) has arrived, `on_finished` runs in the thread that brought it, with the
+    statistics and with what it has to call in the end: `callbacks.setup_kernel(layer)`, which runs by itself without
+    it. Safe to call from several threads; a repeated region raises `RepeatedRegionError` unless `reset` announced a
+    reload.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class MoeOnlineWeightLoader:
         *,
         name: str = "experts",
         storage: FinalStorage | None = None,
-        on_finished: Callable[[Tensor], None] | None = None,
+        on_finished: Callable[[Tensor, Callable[[], None]], None] = lambda _, setup_kernel: setup_kernel(),
     ) -> None:
         storage = storage or FinalStorage(torch.device("cpu"))
         layouts: dict[str, WeightLayout] = layer.weight_layouts
@@ -83,6 +84,4 @@ class MoeOnlineWeightLoader:
         return self._names[SHARDS[shard_id]]
 
     def _finish(self, statistics: Tensor) -> None:
-        self._callbacks.setup_kernel(alive(self._layer))
-        if self._on_finished is not None:
-            self._on_finished(statistics)
+        self._on_finished(statistics, lambda: self._callbacks.setup_kernel(alive(self._layer)))

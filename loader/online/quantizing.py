@@ -152,6 +152,15 @@ class RegionQuantizer:
                     raise non_finite_error(parameter.full_name, weight) from None
         self.progress.commit(name, len(weights) * first.numel)
 
+    def restored(self, name: str, stats: TensorStats) -> None:
+        """All codes and scales of a parameter are what they were after an earlier load, which measured `stats`."""
+        parameter = self.progress.parameters[name]
+        layout, experts = parameter.layout, parameter.layout.experts
+        each = (None,) if experts is None else range(experts)
+        parameter.tracker.claim_each(each, (0, layout.rows), (0, layout.columns))
+        self.progress.add(stats)
+        self.progress.commit(name, layout.numel)
+
     def observe(self, name: str, weight: Tensor, region: Region) -> None:
         """First pass over a piece of a matrix whose scales span several pieces."""
         parameter = self.progress.parameters[name]

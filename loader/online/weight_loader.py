@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RouteError, ShapeMismatchError
+from ..schemes.base import TensorStats
 from .parameter import QuantizedParameter, alive, materialize
 from .quantizing import RegionQuantizer
 from .regions import Interval, Region, RegionTracker
@@ -101,6 +102,17 @@ class DirectWeightLoader:
         whole_rows = region.columns == (0, self.columns) or region.rows[1] - region.rows[0] == 1
         return whole_rows and dtype == self.dtype
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The final tensor."""
+        with self._lock:
+            return (materialize(alive(self._module), self._name, self._storage, self.dtype).data,)
+
+    def restored(self, statistics: Tensor | None) -> None:
+        """What `tensors` gave out was filled with what it held after an earlier load; there are no statistics."""
+        region = Region(None, (0, self.rows), (0, self.columns))
+        self.tracker.claim(region)
+        self.tracker.commit(region.numel)
+
     align = 1, 1
 
     def whole(self, region: Region) -> bool:
@@ -116,9 +128,8 @@ class DirectWeightLoader:
         self.tracker.reset()
 
     def _view(self, region: Region) -> Tensor:
-        with self._lock:
-            tensor = materialize(alive(self._module), self._name, self._storage, self.dtype)
-        flat = tensor.data.view(self.rows, self.columns)
+        (tensor,) = self.tensors()
+        flat = tensor.view(self.rows, self.columns)
         return flat[slice(*region.rows), slice(*region.columns)]
 
 
@@ -151,6 +162,14 @@ class OnlineWeightLoader:
     def observe(self, loaded_weight: Tensor, region: Region) -> None:
         """First pass over a piece of a matrix whose scales span several pieces."""
         self._quantizer.observe(self._name, loaded_weight, region)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The final codes and scales."""
+        return self.parameter.tensors()
+
+    def restored(self, statistics: Tensor | None) -> None:
+        """What `tensors` gave out was filled with what it held after an earlier load, which measured `statistics`."""
+        self._quantizer.restored(self._name, TensorStats(statistics))
 
     @property
     def nbytes(self) -> int:

@@ -62,7 +62,9 @@ class Checkpoint:
         quantize = scheme.quantize_expert
         scheme.quantize_expert = lambda w, *a, **k: (self.calls.append(tuple(w.shape)), quantize(w, *a, **k))[1]  # type: ignore[method-assign]
         self.statistics: list[Tensor] = []
-        self.loader = MoeOnlineWeightLoader(self.layer, scheme, on_finished=self.statistics.append)
+        self.loader = MoeOnlineWeightLoader(
+            self.layer, scheme, on_finished=lambda values, _: self.statistics.append(values)
+        )
         self.sinks = {
             name: Sink(self.layer._parameters[name], self.loader.bound(name)) for name in self.layer.weight_layouts
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -81,10 +82,14 @@ class Experts:
         self.callbacks.create_scale_tensors(self.layer, EXPERTS)
         self.statistics: list[Tensor] = []
         self.loader = MoeOnlineWeightLoader(
-            self.layer, self.callbacks, name="layers.3.experts", on_finished=self.statistics.append
+            self.layer, self.callbacks, name="layers.3.experts", on_finished=self.finished
         )
         for name in self.layer.weight_layouts:
             self.layer._parameters[name].weight_loader = self.loader.bound(name)
+
+    def finished(self, values: Tensor, setup_kernel: Callable[[], None]) -> None:
+        setup_kernel()
+        self.statistics.append(values)
 
     def give(self, shard: str | None, expert: int, value: Tensor) -> None:
         param = self.layer.w2_weight if shard == "w2" else self.layer.w13_weight

@@ -31,7 +31,7 @@ def read_quantload(
     transposed = frozenset(settings.strings("transposed"))
     weights = {}
     for name, fmt in settings.mapping("formats").items():
-        if fmt not in FORMATS:
+        if not isinstance(fmt, str) or fmt not in FORMATS:
             raise settings.error(f"formats.{name}", fmt, tuple(FORMATS))
         experts, rows, columns = _shape(settings, shapes, name)
         parts = _parts(FORMATS[fmt], name, tensors, (experts, rows, columns))

@@ -54,7 +54,7 @@ def read_stored(
     if settings is None:
         return StoredCheckpoint("none", {}, tensors)
     method = settings.get("quant_method")
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise UnsupportedCheckpointError(
             f"quantization_config.quant_method is {method!r}; read are {', '.join(map(repr, sorted(READERS)))}; load "
             f"the original checkpoint, which quantload quantizes while it loads"

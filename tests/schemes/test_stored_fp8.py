@@ -1,0 +1,164 @@
+"""FP8 by block, by tensor and by row, with float or E8M0 scales, and what is wrong with a config."""
+
+from __future__ import annotations
+
+import pytest
+import stored_tensors
+import torch
+from quantload.errors import CheckpointError
+
+BLOCKS = [128, 128]
+
+
+def config(**fields):
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", **fields}
+
+
+def codes(rows=160, columns=192):
+    return torch.linspace(-4, 4, rows * columns).reshape(rows, columns).to(torch.float8_e4m3fn)
+
+
+def blocks(scale, name="q"):
+    return {f"{name}.weight": codes(), f"{name}.weight_scale_inv": scale}
+
+
+def expanded(scale):
+    return scale.float().repeat_interleave(128, 0)[:160].repeat_interleave(128, 1)[:, :192]
+
+
+SCALE = torch.tensor([[1.0, 2.0], [0.5, 4.0]])
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        SCALE,
+        SCALE.bfloat16(),
+        SCALE.to(torch.float8_e8m0fnu),
+        SCALE.to(torch.float8_e8m0fnu).view(torch.uint8),
+    ],
+    ids=lambda scale: str(scale.dtype),
+)
+def test_blocks(scale):
+    tensors = blocks(scale)
+    weight = stored_tensors.read(config(weight_block_size=BLOCKS), tensors).weights["q.weight"]
+    assert weight.format.name == "fp8_block"
+    assert torch.equal(stored_tensors.dequantized(weight, tensors), codes().float() * expanded(SCALE))
+
+
+def test_blocks_of_a_row_are_mxfp8():
+    scales = torch.full((160, 6), 126, dtype=torch.uint8)
+    tensors = {"q.weight": codes(), "q.weight_scale_inv": scales}
+    weight = stored_tensors.read(config(weight_block_size=[1, 32], scale_fmt="ue8m0"), tensors).weights["q.weight"]
+    assert weight.format.name == "mxfp8"
+    assert torch.equal(stored_tensors.dequantized(weight, tensors), codes().float() * 0.5)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize(
+    ("scale", "fmt"),
+    [
+        (torch.tensor(0.5), "fp8_tensor"),
+        (torch.tensor([0.5], dtype=torch.bfloat16), "fp8_tensor"),
+        (torch.arange(1.0, 161.0), "fp8_channel"),
+        (torch.arange(1.0, 161.0).bfloat16()[:, None], "fp8_channel"),
+    ],
+)
+def test_one_scale_or_one_for_each_row(name, scale, fmt):
+    tensors = {"q.weight": codes(), f"q.{name}": scale}
+    weight = stored_tensors.read(config(), tensors).weights["q.weight"]
+    assert weight.format.name == fmt
+    assert torch.equal(stored_tensors.dequantized(weight, tensors), codes().float() * scale.float().reshape(-1, 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "described"),
+    [
+        ({"weight_block_size": BLOCKS}, ("fp8", True, "group", 128)),
+        ({}, ("fp8", True, "token", 0)),
+        ({"activation_scheme": "static"}, ("fp8", False, "tensor", 0)),
+        ({"activation_scheme": None}, None),
+    ],
+)
+def test_activations(fields, described):
+    scale = SCALE if "weight_block_size" in fields else torch.tensor(1.0)
+    tensors = blocks(scale) | {"q.activation_scale": torch.tensor(2.0)}
+    found = stored_tensors.read(config(**fields), tensors).weights["q.weight"].activations
+    assert (found and (found.format, found.dynamic, found.granularity, found.group)) == described
+    if found is not None and not found.dynamic:
+        assert found.scale is not None
+        assert found.scale.name == "q.activation_scale"
+
+
+def test_a_static_scale_that_is_missing_or_no_number_is_named():
+    tensors = blocks(torch.tensor(1.0))
+    with pytest.raises(CheckpointError, match=r"q\.input_scale is missing: a static scale of activations"):
+        stored_tensors.read(config(activation_scheme="static"), tensors)
+    with pytest.raises(CheckpointError, match=r"q\.input_scale has the shape \[2\]"):
+        stored_tensors.read(config(activation_scheme="static"), {**tensors, "q.input_scale": torch.ones(2)})
+
+
+@pytest.mark.parametrize("field", ["modules_to_not_convert", "ignored_layers"])
+def test_modules_that_are_not_converted(field):
+    tensors = {**blocks(SCALE), "lm_head.weight": torch.zeros(4, 4, dtype=torch.bfloat16)}
+    fields = {"weight_block_size": BLOCKS, field: ["lm_head"]}
+    assert set(stored_tensors.read(config(**fields), tensors).plain) == {"lm_head.weight"}
+    with pytest.raises(CheckpointError, match=rf"q is stored quantized.*{field} has 'q'"):
+        stored_tensors.read(config(**{**fields, field: ["q"]}), tensors)
+
+
+def test_scales_of_attention_are_not_used_and_said_so():
+    tensors = {**blocks(SCALE), "a.k_proj.output_scale": torch.ones(1), "a.attn.v_scale": torch.ones(1)}
+    assert set(stored_tensors.read(config(weight_block_size=BLOCKS), tensors).unused) == {
+        "a.k_proj.output_scale",
+        "a.attn.v_scale",
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"weight_block_size": [64, 128]},
+            r"weight_block_size is \[64, 128\]; supported: None, \[128, 128\], \[1, 32\]",
+        ),
+        ({"weight_block_size": 128}, r"weight_block_size is 128"),
+        ({"fmt": "e5m2"}, r"quantization_config\.fmt is 'e5m2'; supported: 'e4m3'"),
+        ({"scale_fmt": "int8"}, r"quantization_config\.scale_fmt is 'int8'"),
+        ({"activation_scheme": "sometimes"}, r"activation_scheme is 'sometimes'; supported: 'dynamic', 'static'"),
+        ({"modules_to_not_convert": {"a": 1}}, r"modules_to_not_convert is \{'a': 1\}"),
+    ],
+)
+def test_a_wrong_field_is_named(fields, message):
+    with pytest.raises(CheckpointError, match=message):
+        stored_tensors.read(config(**fields), blocks(SCALE))
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "message"),
+    [
+        ({"weight_block_size": BLOCKS}, {"q.weight": codes()}, r"q\.weight_scale_inv is missing"),
+        ({}, {"q.weight": codes()}, r"q\.weight_scale is missing"),
+        (
+            {"weight_block_size": BLOCKS},
+            blocks(SCALE[:1]),
+            r"q\.weight_scale_inv has the shape \[1, 2\].*needs \[2, 2\]",
+        ),
+        ({"weight_block_size": BLOCKS}, blocks(SCALE.int()), r"q\.weight_scale_inv is int32"),
+        ({}, blocks(SCALE), r"q\.weight_scale_inv has the shape \[2, 2\].*needs \[160\] or \[160, 1\]"),
+        ({}, {"q.weight_scale": torch.ones(1)}, r"q\.weight is missing"),
+        (
+            {"weight_block_size": BLOCKS},
+            {**blocks(SCALE), "q.weight": codes().float().to(torch.float8_e4m3fnuz)},
+            r"q\.weight is float8_e4m3fnuz.*takes float8_e4m3fn",
+        ),
+        (
+            {"weight_block_size": BLOCKS},
+            {**blocks(SCALE), "m.experts.up": codes(), "m.experts.up_scale_inv": SCALE},
+            r"m\.experts\.up \(torch\.float8_e4m3fn\) belongs to a quantized layer",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(fields, tensors, message):
+    with pytest.raises(CheckpointError, match=message):
+        stored_tensors.read(config(**fields), tensors)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu_build, cpu_dequantize, cpu_linear, fp8, int8, mx, mx_build, mxfp4
+from . import cpu_build, cpu_dequantize, cpu_linear, fp8, int8, mx, mx_build, mx_mse, mxfp4
 from .compiled import KernelFunction
 from .cpu_dequantize import address
 from .formats import FORMATS, MX, WeightFormat
@@ -21,6 +21,7 @@ class NumbaKernels:
 
     format: WeightFormat
     reference: Reference
+    scale_mode: str = "default"
 
     def quantize(
         self,
@@ -34,7 +35,7 @@ class NumbaKernels:
         rows, cols = source.shape
         if not rows or not cols:
             return 0
-        function = _quantize_function(self.format, KINDS[source.dtype], statistics is not None)
+        function = _quantize_function(self.format, self.scale_mode, KINDS[source.dtype], statistics is not None)
         blocks = self._blocks(rows, cols)
         if self.format in MX and cols % 32 == 0 and _dense(source) and _dense(codes) and _dense(scales):
             rows, cols = 1, rows * cols
@@ -75,18 +76,23 @@ class NumbaKernels:
         return self.format.block_rows or rows, self.format.block_cols or cols
 
 
-def numba_kernels(format_name: str) -> NumbaKernels:
+def numba_kernels(format_name: str, scale_mode: str = "default") -> NumbaKernels:
     """The CPU operations of a format."""
-    references = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references, **mx.references}
-    return NumbaKernels(FORMATS[format_name], references[format_name])
+    own = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references, **mx.references}
+    references: dict[str, dict[str, Reference]] = {"default": own, "mse": {**mx_mse.references}}
+    return NumbaKernels(FORMATS[format_name], references[scale_mode][format_name], scale_mode)
 
 
 def warm_up(
-    format_name: str, source_dtype: torch.dtype, statistics: bool = True, activation_dtype: torch.dtype | None = None
+    format_name: str,
+    source_dtype: torch.dtype,
+    statistics: bool = True,
+    activation_dtype: torch.dtype | None = None,
+    scale_mode: str = "default",
 ) -> None:
     """Compile what loading weights of `source_dtype` into a format will call, and `linear` on `activation_dtype`."""
     fmt, kind = FORMATS[format_name], KINDS[source_dtype]
-    _quantize_function(fmt, kind, statistics)
+    _quantize_function(fmt, scale_mode, kind, statistics)
     if fmt.block_cols == 0:
         cpu_build.observe(kind)
     if activation_dtype is not None:
@@ -96,9 +102,9 @@ def warm_up(
         cpu_linear.dot_function(fmt, activation_dtype, 1)
 
 
-def _quantize_function(fmt: WeightFormat, kind: str, measure: bool) -> KernelFunction:
+def _quantize_function(fmt: WeightFormat, scale_mode: str, kind: str, measure: bool) -> KernelFunction:
     if fmt in MX:
-        return mx_build.mx_quantize(fmt.name, "default", kind, measure)
+        return mx_build.mx_quantize(fmt.name, scale_mode, kind, measure)
     return cpu_build.scaled_quantize(fmt.name, kind, measure)
 
 

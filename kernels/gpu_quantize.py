@@ -38,9 +38,12 @@ class GpuQuantize:
         return triton_unavailable(device)
 
 
-def gpu_quantizers(operation: str, fmt: WeightFormat) -> list[GpuQuantize]:
-    """The kernels of an operation of a format, best first; none with a matmul, for zero points, or for NVFP4."""
-    served = operation in OPERATIONS and fmt.scale_words == 1 and fmt is not NVFP4
+def gpu_quantizers(operation: str, fmt: WeightFormat, scale_mode: str = "default") -> list[GpuQuantize]:
+    """The kernels of an operation of a format, best first.
+
+    There are none with a matmul, for zero points, for NVFP4, or for another scale mode than the default.
+    """
+    served = operation in OPERATIONS and fmt.scale_words == 1 and fmt is not NVFP4 and scale_mode == "default"
     return [GpuQuantize(operation, fmt)] if served else []
 
 

@@ -65,7 +65,7 @@ def quantize_run(
     """(source, codes, scales, blocks, known, element, mode, kind, sums, statistics) -> largest magnitude bits.
 
     `known` nonzero reads the scale bytes instead of setting them. `element` is the name of an MX format, `mode`
-    "default" or "mse" (`mx_mse`). `sums`: "none", "f32" or "f64", what statistics are summed in; with "f32" the result
+    one of `registry.SCALE_MODES`. `sums`: "none", "f32" or "f64", what statistics are summed in; with "f32" the result
     is -1, and `statistics` as they were, where float32 cannot hold the squares.
     """
     settings = (str(mode.literal_value), str(kind.literal_value), str(sums.literal_value))
@@ -179,7 +179,7 @@ class _Run:
             else:
                 self._add_product("signal", _squares(y), weight)
                 self._add_product("noise", _squares(error), weight)
-            zero, saturated = code.eq(0), y.gt(self.element.largest)
+            zero, saturated = code.eq(0), y.gt(self.element.largest * (1.0 + st.SATURATION_SLACK))
             self.acc.update("zero", lambda a, z=zero: z.select(a + 1, a))  # type: ignore[misc]
             self.acc.update("saturated", lambda a, s=saturated: s.select(a + 1, a))  # type: ignore[misc]
 

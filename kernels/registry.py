@@ -33,7 +33,7 @@ import torch
 from .arrangement import Arrangement
 from .differentiable import Experts, Linear
 from .experts import ExpertsByLinear
-from .formats import FORMATS, WeightFormat
+from .formats import FORMATS, MX, WeightFormat
 from .gpu_matmul import GpuMatmul, gpu_matmuls
 from .gpu_quantize import GpuQuantize, gpu_quantizers, stored_format
 from .reference import Reading
@@ -42,6 +42,14 @@ OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear", "e
 
 
 NUMBA_FORMATS = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel")
+
+
+SCALE_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"default": tuple(FORMATS), "mse": tuple(fmt.name for fmt in MX)}
+)
+"""The formats that have each way to choose scales: by the format's own rule, or by the least squared error."""
+SCALING = ("quantize", "finish_scales")
+"""The operations that differ between the scale modes."""
 
 
 class NoKernel(LookupError):
@@ -81,26 +89,38 @@ class KernelSet:
     experts: Callable[..., torch.Tensor]
     names: Mapping[str, str] = field(default_factory=dict)
     """Kernel name by operation."""
+    scale_mode: str = "default"
     arrangements: Mapping[str, Arrangement] = field(default_factory=dict)
     """What loaded weights go through, by operation; the canonical ones need nothing."""
 
 
-def candidates(operation: str, format_name: str, device: torch.device | str) -> list[tuple[Kernel, str | None]]:
+def candidates(
+    operation: str, format_name: str, device: torch.device | str, scale_mode: str = "default"
+) -> list[tuple[Kernel, str | None]]:
     """Every kernel for an operation of a format, best first, each with the reason why it cannot run, or None.
 
-    Raises NoKernel for an operation or format that does not exist.
+    Raises NoKernel for an operation or format that does not exist, and for a scale mode that the format does not have.
     """
     if operation not in OPERATIONS:
         raise NoKernel(f"unknown operation {operation!r}; operations are {', '.join(OPERATIONS)}")
     if format_name not in FORMATS:
         raise NoKernel(f"unknown weight format {format_name!r}; formats are {', '.join(FORMATS)}")
-    target = torch.device(device)
-    return [(kernel, _reason(kernel, target)) for kernel in _kernels(operation, format_name)]
+    if format_name not in SCALE_MODES.get(scale_mode, ()):
+        modes = ", ".join(mode for mode, formats in SCALE_MODES.items() if format_name in formats)
+        raise NoKernel(f"{format_name} has no scale mode {scale_mode!r}; it has {modes}")
+    target, mode = torch.device(device), scale_mode if operation in SCALING else "default"
+    return [(kernel, _reason(kernel, target)) for kernel in _kernels(operation, format_name, mode)]
 
 
-def select(operation: str, format_name: str, device: torch.device | str, name: str | None = None) -> Kernel:
+def select(
+    operation: str,
+    format_name: str,
+    device: torch.device | str,
+    name: str | None = None,
+    scale_mode: str = "default",
+) -> Kernel:
     """The best kernel that can run, or the one called `name`; NoKernel lists every candidate with its reason."""
-    found = candidates(operation, format_name, device)
+    found = candidates(operation, format_name, device, scale_mode)
     for kernel, reason in found:
         if reason is None and name in (None, kernel.name):
             return kernel
@@ -110,9 +130,14 @@ def select(operation: str, format_name: str, device: torch.device | str, name: s
 
 
 def kernel_set(
-    format_name: str, device: torch.device | str, overrides: Mapping[str, str] = MappingProxyType({})
+    format_name: str,
+    device: torch.device | str,
+    overrides: Mapping[str, str] = MappingProxyType({}),
+    scale_mode: str = "default",
 ) -> KernelSet:
     """The best kernel of every operation; `overrides` maps operations to the names of kernels to use instead.
+
+    `scale_mode`, one of `SCALE_MODES`, is how `quantize` chooses scales.
 
     The format of the set is the one that is stored on the device: E4M3 FNUZ for FP8 on gfx942.
 
@@ -127,14 +152,16 @@ def kernel_set(
         found = candidates("experts", format_name, device)
         if (wanted["linear"], None) in [(kernel.name, reason) for kernel, reason in found]:
             wanted["experts"] = wanted["linear"]
-    chosen = {op: select(op, format_name, device, wanted.get(op)) for op in OPERATIONS}
+    chosen = {op: select(op, format_name, device, wanted.get(op), scale_mode) for op in OPERATIONS}
     names = MappingProxyType({op: kernel.name for op, kernel in chosen.items()})
     functions: dict[str, Any] = {op: kernel.function for op, kernel in chosen.items()}
     arrangements = {op: kernel.arrangement for op, kernel in chosen.items() if kernel.arrangement is not None}
     fmt, arranged = FORMATS[format_name], chosen["linear"].arrangement or chosen["experts"].arrangement
     functions["linear"] = Linear(fmt, functions["linear"], functions["dequantize"], arranged)
     functions["experts"] = Experts(functions["experts"], functions["linear"])
-    return KernelSet(format=fmt, names=names, arrangements=MappingProxyType(arrangements), **functions)
+    return KernelSet(
+        format=fmt, names=names, scale_mode=scale_mode, arrangements=MappingProxyType(arrangements), **functions
+    )
 
 
 def weight_only(format_name: str, device: torch.device | str) -> dict[str, str]:
@@ -161,16 +188,17 @@ def warm_up(
     source_dtype: torch.dtype,
     statistics: bool = True,
     activation_dtype: torch.dtype | None = None,
+    scale_mode: str = "default",
 ) -> None:
     """Compile ahead what a load of `source_dtype` weights will call, and `linear` on `activation_dtype` where given.
 
     Safe from any thread; returns at once where there is nothing to compile or it is compiled already.
     """
     format_name = stored_format(format_name, torch.device(device))
-    if select("quantize", format_name, device).name == "numba":
+    if select("quantize", format_name, device, scale_mode=scale_mode).name == "numba":
         from . import cpu
 
-        cpu.warm_up(format_name, source_dtype, statistics, activation_dtype)
+        cpu.warm_up(format_name, source_dtype, statistics, activation_dtype, scale_mode)
 
 
 def _reason(kernel: Kernel, device: torch.device) -> str | None:
@@ -180,20 +208,19 @@ def _reason(kernel: Kernel, device: torch.device) -> str | None:
 
 
 @cache
-def _kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
+def _kernels(operation: str, format_name: str, scale_mode: str) -> tuple[Kernel, ...]:
     """All kernels of an operation of a format, best first; a backend for another device is one more entry here."""
+    on_cpu = _numba_function(operation, format_name, scale_mode)
     return (
-        *_gpu_kernels(operation, format_name),
-        Kernel(
-            "numba", operation, format_name, "cpu", _numba_function(operation, format_name), _numba_reason(format_name)
-        ),
-        _torch_kernel(operation, format_name),
+        *_gpu_kernels(operation, format_name, scale_mode),
+        Kernel("numba", operation, format_name, "cpu", on_cpu, _numba_reason(format_name)),
+        _torch_kernel(operation, format_name, scale_mode),
     )
 
 
-def _gpu_kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
+def _gpu_kernels(operation: str, format_name: str, scale_mode: str) -> tuple[Kernel, ...]:
     fmt = FORMATS[format_name]
-    found: list[GpuMatmul | GpuQuantize] = [*gpu_matmuls(operation, fmt), *gpu_quantizers(operation, fmt)]
+    found: list[GpuMatmul | GpuQuantize] = [*gpu_matmuls(operation, fmt), *gpu_quantizers(operation, fmt, scale_mode)]
     return tuple(
         Kernel(
             k.name,
@@ -209,39 +236,29 @@ def _gpu_kernels(operation: str, format_name: str) -> tuple[Kernel, ...]:
     )
 
 
-def _numba_function(operation: str, format_name: str) -> Callable[..., Any]:
+def _numba_function(operation: str, format_name: str, scale_mode: str) -> Callable[..., Any]:
     if operation == "experts":
-        return ExpertsByLinear(FORMATS[format_name], _Numba("linear", format_name))
-    return _Numba(operation, format_name)
+        return ExpertsByLinear(FORMATS[format_name], _Numba("linear", format_name, scale_mode))
+    return _Numba(operation, format_name, scale_mode)
 
 
 class _Numba:
     """A CPU operation that imports numba when it is first called."""
 
-    def __init__(self, operation: str, format_name: str) -> None:
-        self.operation, self.format_name = operation, format_name
+    def __init__(self, operation: str, format_name: str, scale_mode: str) -> None:
+        self.operation, self.format_name, self.scale_mode = operation, format_name, scale_mode
         self.function: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.function is None:
             from .cpu import numba_kernels
 
-            self.function = getattr(numba_kernels(self.format_name), self.operation)
+            self.function = getattr(numba_kernels(self.format_name, self.scale_mode), self.operation)
         return self.function(*args, **kwargs)
 
 
-def _torch_kernel(operation: str, format_name: str) -> Kernel:
-    from . import fp8, int8, integer, mx, mxfp4, nvfp4
-
-    references: dict[str, Reading] = {
-        "mxfp4": mxfp4.reference,
-        "int8_channel": int8.reference,
-        "nvfp4": nvfp4.reference,
-        **fp8.references,
-        **mx.references,
-        **integer.references,
-    }
-    reference = references[format_name]
+def _torch_kernel(operation: str, format_name: str, scale_mode: str) -> Kernel:
+    reference = _references(scale_mode)[format_name]
     if operation == "experts":
         function: Callable[..., Any] = ExpertsByLinear(reference.codec.format, reference.linear)
     elif hasattr(reference, operation):
@@ -249,6 +266,21 @@ def _torch_kernel(operation: str, format_name: str) -> Kernel:
     else:
         return Kernel("torch", operation, format_name, None, _never, _only_read)
     return Kernel("torch", operation, format_name, None, function, _torch_unavailable)
+
+
+def _references(scale_mode: str) -> Mapping[str, Reading]:
+    from . import fp8, int8, integer, mx, mx_mse, mxfp4, nvfp4
+
+    if scale_mode == "mse":
+        return mx_mse.references
+    return {
+        "mxfp4": mxfp4.reference,
+        "int8_channel": int8.reference,
+        "nvfp4": nvfp4.reference,
+        **fp8.references,
+        **mx.references,
+        **integer.references,
+    }
 
 
 def _never(*_: Any, **__: Any) -> None:

@@ -48,6 +48,7 @@ Experts = Annotated[str | None, typer.Option(help="Another scheme for the expert
 Ignore = Annotated[list[str] | None, typer.Option(help="Modules left as stored: name, glob or re:regex. Repeatable.")]
 Override = Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME for some modules. Repeatable.")]
 NoDefaultIgnore = Annotated[bool, typer.Option("--no-default-ignore", help="Quantize output head and routers too.")]
+ScaleModeOption = Annotated[str, typer.Option("--scale-mode", help="default, or mse: least error, for MX schemes.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Refuse a load predicted to need more, such as 16GiB.")]
 Staging = Annotated[str | None, typer.Option(help="Size of the arena weights are read into, such as 64MiB.")]
 Chunk = Annotated[str | None, typer.Option(help="Largest piece read at once, such as 8MiB.")]
@@ -86,6 +87,7 @@ def load(
     ignore: Ignore = None,
     override: Override = None,
     no_default_ignore: NoDefaultIgnore = False,
+    scale_mode: ScaleModeOption = "default",
     max_memory: MaxMemory = None,
     staging: Staging = None,
     chunk: Chunk = None,
@@ -101,7 +103,7 @@ def load(
     report: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
 ) -> None:
     """Load a model, and say what was quantized, what it lost and how much memory it took."""
-    policy = _policy(experts, ignore, override, no_default_ignore)
+    policy = _policy(experts, ignore, override, no_default_ignore, scale_mode)
     options = _options(max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations)
     if report is not None:
         _check_writable(report)
@@ -129,6 +131,7 @@ def plan(
     ignore: Ignore = None,
     override: Override = None,
     no_default_ignore: NoDefaultIgnore = False,
+    scale_mode: ScaleModeOption = "default",
     max_memory: MaxMemory = None,
     staging: Staging = None,
     chunk: Chunk = None,
@@ -140,7 +143,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a load would do and how much memory it would take, from the headers alone."""
-    policy = _policy(experts, ignore, override, no_default_ignore)
+    policy = _policy(experts, ignore, override, no_default_ignore, scale_mode)
     options = _options(max_memory, staging, chunk, workers, "auto", "on", strict, kernel, "auto")
     from .load import plan_quantized
 
@@ -179,6 +182,7 @@ def serve(
     ignore: Ignore = None,
     override: Override = None,
     no_default_ignore: NoDefaultIgnore = False,
+    scale_mode: ScaleModeOption = "default",
     max_memory: MaxMemory = None,
     staging: Staging = None,
     chunk: Chunk = None,
@@ -193,7 +197,7 @@ def serve(
 ) -> None:
     """Load a model and serve it over an OpenAI-compatible API, with /metrics, /health and /load_report."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the server takes over as soon as it listens
-    policy = _policy(experts, ignore, override, no_default_ignore)
+    policy = _policy(experts, ignore, override, no_default_ignore, scale_mode)
     options = _options(max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations)
     try:
         from .server.command import serve_model
@@ -217,6 +221,7 @@ def convert(
     ignore: Ignore = None,
     override: Override = None,
     no_default_ignore: NoDefaultIgnore = False,
+    scale_mode: ScaleModeOption = "default",
     max_memory: MaxMemory = None,
     staging: Staging = None,
     chunk: Chunk = None,
@@ -231,7 +236,7 @@ def convert(
     report: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
 ) -> None:
     """Write a quantized checkpoint, streaming; run again after an interruption, it goes on where it was."""
-    policy = _policy(experts, ignore, override, no_default_ignore)
+    policy = _policy(experts, ignore, override, no_default_ignore, scale_mode)
     options = _options(max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, "auto")
     if report is not None:
         _check_writable(report)
@@ -342,16 +347,17 @@ def _display_name(model: str | None) -> str:
 
 
 def _policy(
-    experts: str | None, ignore: list[str] | None, override: list[str] | None, no_default_ignore: bool
+    experts: str | None, ignore: list[str] | None, override: list[str] | None, no_default_ignore: bool, scale_mode: str
 ) -> QuantizationPolicy | None:
     from .options import QuantizationPolicy
 
-    if not (experts or ignore or override or no_default_ignore):
+    if not (experts or ignore or override or no_default_ignore or scale_mode != "default"):
         return None
     overrides = [_pair(text, "--override", "PATTERN=SCHEME") for text in override or ()]
     return QuantizationPolicy(
-        experts=experts, ignore=tuple(ignore or ()), overrides=tuple(overrides), default_ignore=not no_default_ignore
-    )
+        experts=experts, ignore=tuple(ignore or ()), overrides=tuple(overrides), default_ignore=not no_default_ignore,
+        scale_mode=scale_mode,  # type: ignore[arg-type]  # checked there
+    )  # fmt: skip
 
 
 def _options(

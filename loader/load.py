@@ -103,8 +103,9 @@ def draft_load(
     trust_remote_code: bool,
 ) -> Draft:
     """Everything before the first weight: schemes and kernels, index, skeleton, routes, plan."""
-    schemes = SchemeFactory(storage.device, options)
-    rules = Policy(choose_policy(quantization, policy, checkpoint.is_quantized), schemes, checkpoint.is_quantized)
+    chosen = choose_policy(quantization, policy, checkpoint.is_quantized)
+    schemes = SchemeFactory(storage.device, options, chosen.scale_mode)
+    rules = Policy(chosen, schemes, checkpoint.is_quantized)
     recipe = find_model(checkpoint, trust_remote_code)
     with schemes.compiling(recipe.dtype), collector_paused():
         index = read_index(checkpoint)

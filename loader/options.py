@@ -12,6 +12,7 @@ from .errors import PolicyError
 MIB = 1 << 20
 
 PageCache = Literal["auto", "keep", "drop"]
+ScaleMode = Literal["default", "mse"]
 Activations = Literal["auto", "none", "emulate", "mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8", "fp8", "int8"]
 
 
@@ -99,7 +100,9 @@ class QuantizationPolicy:
     where it is quantized already, else `quark_mxfp4`. `ignore` are patterns of modules
     left as stored; `overrides` are (pattern, scheme) pairs, first match wins, and win over `ignore`. A pattern is a
     module name, a glob, or a regular expression after `re:`. `default_ignore` also leaves the output head,
-    embeddings, routers and gates as stored.
+    embeddings, routers and gates as stored. `scale_mode`: `default` chooses scales by the rule of each scheme, `mse`
+    by the least squared error of each block, which the MX schemes offer. Raises `PolicyError` for values of another
+    kind.
     """
 
     linear: str = "auto"
@@ -107,8 +110,11 @@ class QuantizationPolicy:
     ignore: tuple[str, ...] = ()
     overrides: tuple[tuple[str, str], ...] = ()
     default_ignore: bool = True
+    scale_mode: ScaleMode = "default"
 
     def __post_init__(self) -> None:
+        if self.scale_mode not in ("default", "mse"):
+            raise PolicyError(f"scale_mode is {self.scale_mode!r}; choose default or mse")
         given: object = self.ignore
         if isinstance(given, str):
             raise PolicyError(f"ignore is the string {self.ignore!r}; give a tuple of patterns, ({self.ignore!r},)")

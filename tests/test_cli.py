@@ -104,6 +104,11 @@ def test_load_without_a_model_takes_the_bundled_one(quantload: Command) -> None:
     assert all(layer["sqnr_db"] is None for layer in report["layers"])
 
 
+def test_the_scale_mode_reaches_the_load(quantload: Command) -> None:
+    report = quantload.json("load", "--scale-mode", "mse")
+    assert {layer["kernel"] for layer in report["layers"]} == {"numba, mse scales"}
+
+
 def test_the_options_reach_the_load(quantload: Command, checkpoint: Checkpoint) -> None:
     report = quantload.json(
         "load", checkpoint("qwen3_moe"), "-q", "fp8_per_channel", "--experts", "int8_per_channel",

@@ -17,7 +17,7 @@ def test_defaults() -> None:
     assert (options.staging_bytes, options.max_memory, options.workers) == (None, None, None)
     assert options.worker_count() == len(os.sched_getaffinity(0))
     assert LoadOptions(workers=3).worker_count() == 3
-    assert QuantizationPolicy() == QuantizationPolicy("auto", None, (), (), True)
+    assert QuantizationPolicy() == QuantizationPolicy("auto", None, (), (), True, "default")
 
 
 @pytest.mark.parametrize("cls", [LoadOptions, QuantizationPolicy])
@@ -99,3 +99,9 @@ def test_overrides_that_are_no_pairs(overrides: Any) -> None:
 
 def test_overrides_may_be_a_mapping() -> None:
     assert QuantizationPolicy(overrides={"*": "none"}).overrides == (("*", "none"),)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["least", "", None])
+def test_a_scale_mode_that_there_is_not(mode: Any) -> None:
+    with pytest.raises(PolicyError, match=r"scale_mode is .*; choose default or mse"):
+        QuantizationPolicy(scale_mode=mode)

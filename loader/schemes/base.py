@@ -45,7 +45,8 @@ class Quantizer:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Quantizer], tuple[Any, ...]]:
-        return _chosen_again, (type(self), self.kernels.format.name, dict(self.kernels.names), self.stats, self.device)
+        chosen = self.kernels.format.name, dict(self.kernels.names), self.kernels.scale_mode
+        return _chosen_again, (type(self), *chosen, self.stats, self.device)
 
     def quantize(self, weight: Tensor, out: Tensor, scale: Tensor, *, scales_known: bool = False) -> TensorStats:
         """Write the codes of `weight` [R, C] to `out`, and the scales unless they are known already.
@@ -68,9 +69,9 @@ class Quantizer:
 
 
 def _chosen_again(
-    cls: type[Quantizer], format_name: str, names: dict[str, str], stats: bool, device: torch.device
+    cls: type[Quantizer], format_name: str, names: dict[str, str], scale_mode: str, stats: bool, device: torch.device
 ) -> Quantizer:
-    return cls(kernel_set(format_name, device, names), stats, device)
+    return cls(kernel_set(format_name, device, names, scale_mode), stats, device)
 
 
 class _Scheme(ABC):
@@ -90,11 +91,13 @@ class _Scheme(ABC):
 
     @property
     def kernel_names(self) -> str:
-        """The kernels behind this scheme, for the report, and whether activations are emulated."""
+        """The kernels behind this scheme, for the report, and where scales or activations are not the usual ones."""
         names: Mapping[str, str] = self.kernels.names
         distinct = list(dict.fromkeys(names.values()))
         kernels = distinct[0] if len(distinct) == 1 else ", ".join(f"{op}={name}" for op, name in names.items())
-        return kernels if self.activation is None else f"{kernels}, {self.activation.format} activations emulated"
+        scales = "" if self.kernels.scale_mode == "default" else f", {self.kernels.scale_mode} scales"
+        emulated = "" if self.activation is None else f", {self.activation.format} activations emulated"
+        return f"{kernels}{scales}{emulated}"
 
     @staticmethod
     @abstractmethod

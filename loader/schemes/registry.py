@@ -15,7 +15,7 @@ import torch
 from ..errors import NoKernelError, PolicyError, UnknownSchemeError
 from ..kernels import registry as kernel_registry
 from ..kernels.formats import FORMATS
-from ..options import LoadOptions
+from ..options import LoadOptions, ScaleMode
 from .activations import Activation, choose_activations
 from .base import LinearScheme, MoEScheme, Quantizer
 from .fp8 import (
@@ -94,6 +94,13 @@ def get_entry(name: str) -> SchemeEntry:
         raise UnknownSchemeError(f"unknown scheme {name!r}; choose one of {', '.join(scheme_names())}") from None
 
 
+def _names_with(scale_mode: ScaleMode) -> list[str]:
+    """The schemes whose weights have a scale mode."""
+    formats = kernel_registry.SCALE_MODES[scale_mode]
+    kinds = ((entry.name, entry.linear or entry.experts) for entry in ENTRIES)
+    return [name for name, scheme in kinds if scheme is not None and scheme.format_name in formats]
+
+
 def choose_device(device: str | torch.device) -> torch.device:
     """The torch device of a name; `auto` is the accelerator if quantload has kernels for it, else the CPU."""
     if device != "auto":
@@ -108,13 +115,14 @@ def choose_device(device: str | torch.device) -> torch.device:
 class SchemeFactory:
     """Makes the schemes of one load: one instance for each name and kind, with kernels for one device."""
 
-    def __init__(self, device: torch.device, options: LoadOptions) -> None:
+    def __init__(self, device: torch.device, options: LoadOptions, scale_mode: ScaleMode = "default") -> None:
         unknown = sorted(set(options.kernels) - set(kernel_registry.OPERATIONS))
         if unknown:
             known = ", ".join(kernel_registry.OPERATIONS)
             raise PolicyError(f"unknown kernel operations: {', '.join(unknown)}; operations are {known}")
         self.device = device
         self._options = options
+        self._scale_mode = scale_mode
         self._made: dict[Any, Any] = {}
 
     def linear(self, name: str) -> LinearScheme | None:
@@ -162,28 +170,36 @@ class SchemeFactory:
     def _compile(self, dtype: torch.dtype) -> None:
         start = time.perf_counter()
         for scheme in list(self._made.values()):
-            kernel_registry.warm_up(scheme.format_name, self.device, dtype, self._options.stats)
+            kernel_registry.warm_up(
+                scheme.format_name, self.device, dtype, self._options.stats, scale_mode=self._scale_mode
+            )
         logger.debug("Kernels were ready after %.3f s", time.perf_counter() - start)
 
     def _keep(self, cls: Any, name: str, format_name: str, activations: StoredActivations | None) -> Any:
         try:
-            return cls(*self._arguments(name, format_name, activations))
+            return cls(*self._arguments(name, format_name, activations, "default"))
         except LookupError as error:
             raise NoKernelError(f"{name} is stored as {format_name}: {error}") from error
 
     def _arguments(
-        self, name: str, format_name: str, stored: StoredActivations | None
+        self, name: str, format_name: str, stored: StoredActivations | None, scale_mode: ScaleMode
     ) -> tuple[Quantizer, Activation | None]:
         """What a scheme is made of: the kernels for its weights, and what its activations are rounded to."""
         choice = choose_activations(FORMATS[format_name], stored, self._options.activations, self.device, name=name)
-        kernels = kernel_registry.kernel_set(format_name, self.device, {**choice.kernels, **self._options.kernels})
+        overrides = {**choice.kernels, **self._options.kernels}
+        kernels = kernel_registry.kernel_set(format_name, self.device, overrides, scale_mode)
         return Quantizer(kernels, self._options.stats, self.device), choice.emulated
 
     def _make(self, cls: Callable[[Quantizer, Activation | None], _S]) -> _S:
         if cls not in self._made:
             name, format_name = cls.name, cls.format_name  # type: ignore[attr-defined]
+            if format_name not in kernel_registry.SCALE_MODES[self._scale_mode]:
+                raise PolicyError(
+                    f"{name} has no scale mode {self._scale_mode!r}; leave scale_mode at default, or choose one of "
+                    f"{', '.join(_names_with(self._scale_mode))}"
+                )
             try:
-                self._made[cls] = cls(*self._arguments(name, format_name, None))
+                self._made[cls] = cls(*self._arguments(name, format_name, None, self._scale_mode))
             except LookupError as error:
                 raise NoKernelError(str(error)) from error
         made: _S = self._made[cls]

@@ -148,7 +148,7 @@ def test_kernels_are_compiled_in_another_thread_meanwhile(monkeypatch):
     seen: list[tuple[str, int]] = []
     started, planned = threading.Event(), threading.Event()
 
-    def warm_up(format_name, device, dtype, statistics):
+    def warm_up(format_name, device, dtype, statistics, scale_mode):
         started.set()
         assert planned.wait(10)
         seen.append((format_name, threading.get_ident()))
@@ -165,7 +165,7 @@ def test_kernels_are_compiled_in_another_thread_meanwhile(monkeypatch):
 
 
 def test_what_goes_wrong_while_compiling_is_raised(monkeypatch):
-    def warm_up(*arguments):
+    def warm_up(*arguments, **named):
         raise OSError("no compiler today")
 
     monkeypatch.setattr(kernel_registry, "warm_up", warm_up)

@@ -20,11 +20,9 @@ def entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
 
 def read(quantization: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], **config: Any) -> StoredCheckpoint:
     """What is read of a checkpoint with that `quantization_config` and other fields of its config."""
-    stored = read_stored(
+    return read_stored(
         {**config, "quantization_config": quantization}, entries(tensors), lambda entry: tensors[entry.name]
     )
-    assert stored is not None
-    return stored
 
 
 def converted(part: StoredPart, tensors: Mapping[str, Tensor]) -> Tensor:

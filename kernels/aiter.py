@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .arrangement import Arrangement
 from .formats import MXFP4, WeightFormat
@@ -28,7 +29,7 @@ WHERE = "get it from github.com/ROCm/aiter"
 MARKS = ("ops", "fused_moe")
 """Submodules that AMD's package has and the other has not."""
 ALIGN = 256
-"""Rows, and columns, of a weight in whole multiples of this need no padding of their scales."""
+"""Rows, and columns, of a weight come in whole multiples of this: those of `e8m0_shuffle` for rows, 8 scales of 32."""
 CHUNK_ROWS = 4096
 
 
@@ -108,31 +109,22 @@ def _stranger(origin: str | None) -> str:
     return f"the installed aiter ({origin}) is not AMD's but the asyncio package of that name on PyPI; {WHERE}"
 
 
-def fits(n_rows: int, k: int) -> bool:
-    """Whether a weight is arranged for aiter; one that would need padding stays canonical and goes to Triton."""
-    return n_rows % ALIGN == 0 and k % ALIGN == 0
-
-
-def arrange(codes: torch.Tensor, scales: torch.Tensor, n_rows: int, k: int) -> None:
+def arrange(codes: torch.Tensor, scales: torch.Tensor) -> None:
     """Bring codes [N, K/2] and scales [N, K/32], or [E, ...] of both, into aiter's layouts, in place.
 
-    A few thousand rows at a time: both layouts move bytes only within bands of 16 and 32 rows. Nothing happens to a
-    weight that does not fit.
+    N and K are multiples of `ALIGN`. A few thousand rows at a time: both layouts move bytes only within bands of 16
+    and 32 rows.
     """
-    if not fits(n_rows, k):
-        return
     aiter = load()
-    for matrix, factors in zip(codes.view(-1, n_rows, k // 2), scales.view(-1, n_rows, k // 32), strict=True):
-        for start in range(0, n_rows, CHUNK_ROWS):
+    for matrix, factors in zip(codes.view(-1, *codes.shape[-2:]), scales.view(-1, *scales.shape[-2:]), strict=True):
+        for start in range(0, codes.shape[-2], CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             matrix[rows] = aiter.shuffle_weight(matrix[rows].contiguous(), layout=(16, 16)).view(torch.uint8)
             factors[rows] = aiter.e8m0_shuffle(factors[rows].contiguous()).view(torch.uint8)
 
 
-def canonical(codes: torch.Tensor, scales: torch.Tensor, n_rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Canonical copies of what `arrange` has arranged; what it has left alone as it is."""
-    if not fits(n_rows, k):
-        return codes, scales
+def canonical(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Canonical copies of what `arrange` has arranged."""
     return unshuffle_codes(codes), unshuffle_scales(scales)
 
 
@@ -159,12 +151,8 @@ def unshuffle_scales(scales: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class AiterLinear:
-    """`linear` on weights that `arrange` has seen, activations in MXFP4 too; results pass through BF16.
+    """`linear` on weights that `arrange` has seen, activations in MXFP4 too; results pass through BF16."""
 
-    Weights that do not fit are canonical and go to `otherwise`.
-    """
-
-    otherwise: Callable[..., torch.Tensor]
     format: WeightFormat = MXFP4
 
     def __call__(
@@ -176,19 +164,33 @@ class AiterLinear:
         n_rows: int,
         k: int,
     ) -> torch.Tensor:
-        check_linear(self.format, x, codes, scales, bias, n_rows, k)
-        if not fits(n_rows, k) or not x.shape[0]:
-            return self.otherwise(x, codes, scales, bias, n_rows, k)
+        rows, wide = padded(n_rows), _widened(x)
+        check_linear(self.format, wide, codes, scales, None, rows, padded(k))
+        if bias is not None and bias.shape != (n_rows,):
+            raise ValueError(f"{self.format.name}: bias must have shape [{n_rows}], got {list(bias.shape)}")
+        if not x.shape[0]:
+            return x.new_empty(0, n_rows)
         aiter = load()
-        x_codes, x_scales = aiter.dynamic_mxfp4_quant(x.contiguous())
+        x_codes, x_scales = aiter.dynamic_mxfp4_quant(wide.contiguous())
         operands = (
             x_codes.view(aiter.code_type),
             codes.view(aiter.code_type),
             aiter.e8m0_shuffle(x_scales.contiguous()).view(aiter.scale_type),
             scales.view(aiter.scale_type),
         )
-        out = _gemm(aiter.gemm_a4w4, operands, x.shape[0], n_rows)
-        return (out if bias is None else out.float() + bias).to(x.dtype)
+        out = _gemm(aiter.gemm_a4w4, operands, x.shape[0], rows)[:, :n_rows]
+        return (out if bias is None else out.float() + bias).to(x.dtype).contiguous()
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    """x [T, K] with columns of zeros where the weight has them."""
+    missing = padded(x.shape[1]) - x.shape[1]
+    return F.pad(x, (0, missing)) if missing else x
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to a multiple of `ALIGN`."""
+    return -(-size // ALIGN) * ALIGN
 
 
 def _gemm(
@@ -211,14 +213,16 @@ def fused_moe(
 ) -> torch.Tensor:
     """All of a SwiGLU experts layer: x [T, H], codes and scales of [E, 2I, H] (gate rows first) and [E, H, I]; [T, H].
 
-    The weights were arranged, so H and I are multiples of 256. Routing [T, k] has ids below E only.
+    The weights were arranged, and both sizes in them are padded to multiples of 256, gate and up each for itself.
+    Routing [T, k] has ids below E only.
     """
     aiter = load()
+    wide = _widened(x)
     codes = [weight.view(aiter.code_type) for weight, _ in (gate_up, down)]
     for weight in codes:
         weight.is_shuffled = True  # type: ignore[attr-defined]  # how aiter's own shuffle_weight tells its fused_moe
     out = aiter.fused_moe(
-        x if x.dtype in (torch.bfloat16, torch.float16) else x.bfloat16(),
+        wide if x.dtype in (torch.bfloat16, torch.float16) else wide.bfloat16(),
         *codes,
         top_k_weights.float(),
         top_k_index.int(),
@@ -228,15 +232,8 @@ def fused_moe(
         w2_scale=down[1].view(aiter.scale_type),
         doweight_stage1=False,
     )
-    return out.to(x.dtype)
+    return out[:, : x.shape[1]].to(x.dtype).contiguous()
 
 
-ARRANGEMENT = Arrangement(fits, arrange, canonical, fused_moe)
+ARRANGEMENT = Arrangement((ALIGN, ALIGN), arrange, canonical, fused_moe)
 """What aiter's kernels want of a weight."""
-
-
-def aiter_linear(fmt: WeightFormat) -> AiterLinear:
-    """`linear` through aiter, with Triton for what does not fit."""
-    from .triton_linear import TritonLinear
-
-    return AiterLinear(TritonLinear(fmt, True), fmt)

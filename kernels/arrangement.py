@@ -12,13 +12,13 @@ import torch
 class Arrangement:
     """What a loaded weight goes through before a kernel sees it; shapes and bytes stay what they are.
 
-    `fits(n_rows, k)` says which weights it is for; the others stay canonical, and `arrange` leaves them alone.
-    `arrange(codes, scales, n_rows, k)` works in place, `canonical(codes, scales, n_rows, k)` gives canonical copies;
-    both take one matrix or [E, ...] of them. `fused_moe(x, (codes, scales) of gate and up, (codes, scales) of down,
-    top_k_index, top_k_weights)` is a whole SwiGLU experts layer on arranged weights, where there is one.
+    The tensors come padded: with zeros up to `multiples` of the rows of each shard, and of the columns. `arrange(codes,
+    scales)` works in place, `canonical(codes, scales)` gives canonical copies, padding included; both take one matrix
+    or [E, ...] of them. `fused_moe(x, (codes, scales) of gate and up, (codes, scales) of down, top_k_index,
+    top_k_weights)` is a whole SwiGLU experts layer on arranged weights, where there is one.
     """
 
-    fits: Callable[[int, int], bool]
-    arrange: Callable[[torch.Tensor, torch.Tensor, int, int], None]
-    canonical: Callable[[torch.Tensor, torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
+    multiples: tuple[int, int]
+    arrange: Callable[[torch.Tensor, torch.Tensor], None]
+    canonical: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     fused_moe: Callable[..., torch.Tensor] | None = None

@@ -74,7 +74,7 @@ def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
 
 def _through_aiter(operation: str, fmt: WeightFormat, w4a4: GpuMatmul) -> GpuMatmul:
     """aiter fuses a whole experts layer; layers it cannot fuse stay canonical and multiply through Triton."""
-    made = ("aiter", "aiter_linear", ()) if operation == "linear" else (w4a4.module, w4a4.attribute, w4a4.arguments)
+    made = ("aiter", "AiterLinear", ()) if operation == "linear" else (w4a4.module, w4a4.attribute, w4a4.arguments)
     return GpuMatmul("aiter", fmt, *made, lambda _, target: aiter.why_not(target), aiter.ARRANGEMENT, True)
 
 

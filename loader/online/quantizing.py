@@ -200,7 +200,7 @@ def non_finite_error(name: str, weight: Tensor) -> NonFiniteWeightError:
 
 def _rows_can_be_joined(layout: WeightLayout, columns: Interval) -> bool:
     """Whether rows laid end to end have the codes and scales they have one below the other."""
-    fmt, whole = layout.format, columns == (0, layout.columns)
+    fmt, whole = layout.format, columns == (0, layout.columns) and not layout.is_padded
     return whole and fmt.block_rows == 1 and fmt.block_cols > 0 and layout.columns % fmt.block_cols == 0
 
 

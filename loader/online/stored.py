@@ -162,7 +162,8 @@ class StoredCodesLoader(StoredWeightLoader):
 
     def accepts_bytes(self, region: Region) -> bool:
         """Whether the codes of a region lie contiguously in the parameter."""
-        return region.columns == (0, self.parameter.layout.columns)
+        layout = self.parameter.layout
+        return region.columns == (0, layout.columns) and not layout.is_padded
 
     def direct_target(self, region: Region) -> Tensor:
         """The uint8 view that the codes of whole rows can be read into."""

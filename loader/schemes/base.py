@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,11 @@ class _Scheme(ABC):
             return x
         scale = layer._parameters[self.input_scale_name(weight)] if self.activation.static else None
         return self.activation(x, scale)
+
+    @staticmethod
+    def weight(layer: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+        """The codes and scales of a parameter as the layer holds them."""
+        return cast("Tensor", layer._parameters[name]), cast("Tensor", layer._parameters[f"{name}_scale"])
 
     def kept_exactly(self, layer: nn.Module) -> set[str]:
         """The parameters that are no numbers to be rounded when the layer is cast: codes and their scales."""

@@ -25,18 +25,30 @@ class Block:
     whole: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One shard of a matrix: its rows in the weight, and where its codes and scales lie in the tensors."""
+
+    rows: slice
+    codes: tuple[slice, slice]
+    scales: tuple[slice, slice]
+
+
 @dataclass(frozen=True)
 class WeightLayout:
     """Codes and scales of one parameter: `experts` matrices (None: one), each a stack of `shards` of `columns`.
 
     `shards` are (shard_id, rows) from top to bottom, such as `(("w1", I), ("w3", I))`; every shard is quantized on
     its own, so no scale block reaches over its border. Orientation is canonical, [N, K], whatever the module has.
+    The tensors have room for the rows of each shard, and for the columns, rounded up to `multiples` of both, as a
+    kernel may want it; `clear_padding` writes the zeros.
     """
 
     format: WeightFormat
     experts: int | None
     shards: tuple[tuple[str, int], ...]
     columns: int
+    multiples: tuple[int, int] = (1, 1)
 
     @property
     def rows(self) -> int:
@@ -51,16 +63,18 @@ class WeightLayout:
     @property
     def code_shape(self) -> tuple[int, ...]:
         """Shape of the codes, experts first."""
-        return (*self._leading, self.rows, self.format.code_shape(1, self.columns)[1])
+        rows = sum(self._padded_rows(rows) for _, rows in self.shards)
+        return (*self._leading, rows, self.format.code_shape(1, self._padded_columns)[1])
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
         """Shape of the scales, experts first."""
-        return (*self._leading, sum(self._scale_rows(rows) for _, rows in self.shards), self._scale_columns)
+        rows = sum(self._scale_rows(self._padded_rows(rows)) for _, rows in self.shards)
+        return (*self._leading, rows, self.format.scale_shape(1, self._padded_columns)[1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
+        """Bytes of codes and scales, padding included."""
         codes, scales = torch.Size(self.code_shape).numel(), torch.Size(self.scale_shape).numel()
         return codes * self.format.code_dtype.itemsize + scales * self.format.scale_dtype.itemsize
 
@@ -68,6 +82,11 @@ class WeightLayout:
     def align(self) -> tuple[int, int]:
         """Rows and columns that a piece must come in multiples of, to hold whole scale blocks, or bytes, of codes."""
         return self.format.block_rows or 1, self.format.block_cols or self.format.packed
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the tensors are larger than the weight needs."""
+        return self._padded_columns != self.columns or any(self._padded_rows(rows) != rows for _, rows in self.shards)
 
     @property
     def scales_follow_rows(self) -> bool:
@@ -96,16 +115,32 @@ class WeightLayout:
             borders.append(borders[-1] + rows)
         return borders
 
+    def parts(self) -> Iterator[Part]:
+        """The shards, without their padding."""
+        width, scale_width = self.format.code_shape(1, self.columns)[1], self.format.scale_shape(1, self.columns)[1]
+        for first, code_start, scale_start, rows in self._starts():
+            yield Part(
+                slice(first, first + rows),
+                (slice(code_start, code_start + rows), slice(0, width)),
+                (slice(scale_start, scale_start + self._scale_rows(rows)), slice(0, scale_width)),
+            )
+
+    def clear_padding(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Write zeros to what `codes` and `scales`, of the shapes here, hold beside the weight."""
+        parts = list(self.parts()) if self.is_padded else []
+        for tensor, kept in ((codes, [part.codes for part in parts]), (scales, [part.scales for part in parts])):
+            ends = [rows.start for rows, _ in kept[1:]] + [tensor.shape[-2]]
+            for (rows, columns), end in zip(kept, ends, strict=bool(parts)):
+                tensor[..., rows.start : end, columns.stop :] = 0
+                tensor[..., rows.stop : end, :] = 0
+
     def blocks(self, region: Region) -> Iterator[Block]:
         """Cut a region at the shard borders."""
         first, last = region.rows
-        shard_start = scale_start = 0
-        for _, rows in self.shards:
+        for shard_start, code_start, scale_start, rows in self._starts():
             low, high = max(first, shard_start), min(last, shard_start + rows)
             if low < high:
-                yield self._block(region, (low, high), (shard_start, shard_start + rows), scale_start)
-            shard_start += rows
-            scale_start += self._scale_rows(rows)
+                yield self._block(region, (low, high), (shard_start, shard_start + rows), (code_start, scale_start))
 
     def whole(self, region: Region) -> bool:
         """Whether the region covers whole scale blocks only."""
@@ -117,16 +152,24 @@ class WeightLayout:
         low, high = region.columns
         return low % step == 0 and (high % step == 0 or high == self.columns)
 
-    def _block(self, region: Region, rows: Interval, shard: Interval, scale_start: int) -> Block:
-        fmt, (first, last) = self.format, region.columns
-        last_code = self.code_shape[-1] if last == self.columns else fmt.code_column(last)
+    def _starts(self) -> Iterator[tuple[int, int, int, int]]:
+        """Of each shard where it begins in the weight, the codes and the scales, and its rows."""
+        row = code = scale = 0
+        for _, rows in self.shards:
+            yield row, code, scale, rows
+            row, code = row + rows, code + self._padded_rows(rows)
+            scale += self._scale_rows(self._padded_rows(rows))
+
+    def _block(self, region: Region, rows: Interval, shard: Interval, starts: Interval) -> Block:
+        fmt, (first, last), (code_start, scale_start) = self.format, region.columns, starts
+        last_code = fmt.code_shape(1, self.columns)[1] if last == self.columns else fmt.code_column(last)
         code_columns = slice(fmt.code_column(first), last_code)
         row_blocks, rows_whole = _cover(rows[0] - shard[0], rows[1] - shard[0], shard[1] - shard[0], fmt.block_rows)
         column_blocks, columns_whole = _cover(first, last, self.columns, fmt.block_cols)
         scale_columns = slice(column_blocks[0] * fmt.scale_words, column_blocks[1] * fmt.scale_words)
         return Block(
             rows=(rows[0] - region.rows[0], rows[1] - region.rows[0]),
-            code_index=(slice(*rows), code_columns),
+            code_index=(slice(rows[0] - shard[0] + code_start, rows[1] - shard[0] + code_start), code_columns),
             scale_index=(slice(scale_start + row_blocks[0], scale_start + row_blocks[1]), scale_columns),
             whole=rows_whole and columns_whole,
         )
@@ -136,8 +179,11 @@ class WeightLayout:
         return () if self.experts is None else (self.experts,)
 
     @property
-    def _scale_columns(self) -> int:
-        return self.format.scale_shape(1, self.columns)[1]
+    def _padded_columns(self) -> int:
+        return -(-self.columns // self.multiples[1]) * self.multiples[1]
+
+    def _padded_rows(self, rows: int) -> int:
+        return -(-rows // self.multiples[0]) * self.multiples[0]
 
     def _scale_rows(self, rows: int) -> int:
         return self.format.scale_shape(rows, self.columns)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.arrangement import Arrangement
 from .base import MoEScheme, TensorStats, meta_parameter
 from .layout import WeightLayout
 
@@ -25,10 +23,14 @@ class QuantizedMoEScheme(MoEScheme):
         `<name>_input_scale`, one for all experts.
         """
         num_experts: int = sizes.pop("num_experts")
+        arrangement = self.kernels.arrangements.get("experts")
+        fused = arrangement is not None and self._can_be_fused(layer)
+        multiples = arrangement.multiples if arrangement is not None and fused else (1, 1)
+        layer.experts_are_fused = fused  # type: ignore[assignment]  # torch types every attribute as tensor or module
         layer.weight_layouts = {
-            name: WeightLayout(self.kernels.format, num_experts, shards, columns)
+            name: WeightLayout(self.kernels.format, num_experts, shards, columns, multiples)
             for name, (shards, columns) in sizes.items()
-        }  # type: ignore[assignment]  # torch types every attribute as a tensor or module
+        }  # type: ignore[assignment]
         for name, layout in self.layouts(layer).items():
             layer.register_parameter(name, meta_parameter(layout.code_shape, self.get_quantized_dtype()))
             self.add_input_scale(layer, name)
@@ -67,29 +69,25 @@ class QuantizedMoEScheme(MoEScheme):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring the weights to where a kernel for the whole layer wants them, in place, if there is one for it."""
-        arrangement = self.kernels.arrangements.get("experts")
-        fused = arrangement is not None and self._can_be_fused(layer, arrangement)
-        layer.experts_are_fused = fused  # type: ignore[assignment]  # torch types every attribute as tensor or module
-        if arrangement is None or not fused:
+        if not layer.experts_are_fused:
             return
+        arrangement = self.kernels.arrangements["experts"]
         for name, layout in self.layouts(layer).items():
-            codes, scales = self._weight(layer, name)
-            arrangement.arrange(codes.data, scales.data, layout.rows, layout.columns)
+            codes, scales = self.weight(layer, name)
+            layout.clear_padding(codes.data, scales.data)
+            arrangement.arrange(codes.data, scales.data)
 
-    def _can_be_fused(self, layer: Any, arrangement: Arrangement) -> bool:
-        """Whether the layer is a plain SwiGLU over all its experts, with weights that fit."""
+    def _can_be_fused(self, layer: Any) -> bool:
+        """Whether the layer is a plain SwiGLU over all its experts."""
         plain = layer.has_gate and layer.is_concatenated and not layer.has_bias and self.activation is None
         special = getattr(layer, "has_post_expert_norm", False) or getattr(layer, "_is_expert_parallel", False)
-        layouts = self.layouts(layer)
-        if not plain or special or not all(arrangement.fits(each.rows, each.columns) for each in layouts.values()):
+        gate = getattr(layer, "act_fn", None)
+        learned = isinstance(gate, nn.Module) and next(gate.parameters(), None) is not None
+        if not plain or special or learned:
             return False
-        probe = torch.linspace(-4, 4, 4 * layouts["gate_up_proj"].rows).view(2, -1)
+        probe = torch.linspace(-4, 4, 64, dtype=torch.float32, device="cpu").view(2, -1)
         gate, up = probe.chunk(2, dim=-1)
         return torch.allclose(layer._apply_gate(probe), F.silu(gate) * up)
-
-    @staticmethod
-    def _weight(layer: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-        return cast("Tensor", layer._parameters[name]), cast("Tensor", layer._parameters[f"{name}_scale"])
 
     # forward
 
@@ -100,10 +98,10 @@ class QuantizedMoEScheme(MoEScheme):
         The weighted sum over a token's experts runs in float32, as in transformers' grouped forward.
         """
         module: Any = layer
-        if getattr(module, "experts_are_fused", False):
+        if module.experts_are_fused:
             fused = self.kernels.arrangements["experts"].fused_moe
             assert fused is not None
-            weights = self._weight(layer, "gate_up_proj"), self._weight(layer, "down_proj")
+            weights = self.weight(layer, "gate_up_proj"), self.weight(layer, "down_proj")
             return fused(hidden_states, *weights, top_k_index, top_k_weights)
         tokens, top_k = top_k_index.shape
         expert_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
@@ -125,7 +123,7 @@ class QuantizedMoEScheme(MoEScheme):
     def _experts(self, layer: Any, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         """`x` [T, K], grouped by `offsets`, times one weight of each expert."""
         layout = self.layouts(layer)[name]
-        codes, scales = self._weight(layer, name)
+        codes, scales = self.weight(layer, name)
         bias = getattr(layer, f"{name}_bias") if layer.has_bias else None
         x, parts = self.activations(layer, x, name), []
         for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
@@ -137,10 +135,10 @@ class QuantizedMoEScheme(MoEScheme):
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:
         """float32 [E, N, K], or [E, K, N] where the unquantized module keeps its experts transposed."""
         layout = self.layouts(layer)[name]
-        codes, scales = self._weight(layer, name)
+        codes, scales = self.weight(layer, name)
         assert layout.experts is not None
-        if getattr(layer, "experts_are_fused", False):
-            codes, scales = self.kernels.arrangements["experts"].canonical(codes, scales, layout.rows, layout.columns)
+        if layer.experts_are_fused:
+            codes, scales = self.kernels.arrangements["experts"].canonical(codes, scales)
         out = torch.empty(layout.experts, layout.rows, layout.columns, dtype=torch.float32, device=codes.device)
         for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
             for expert in range(layout.experts):
@@ -150,12 +148,8 @@ class QuantizedMoEScheme(MoEScheme):
     @staticmethod
     def _shards(layout: WeightLayout, codes: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows, codes and scales of the parts of all experts that one kernel call can take."""
-        borders = layout.shard_borders()
-        if layout.scales_follow_rows:
+        if layout.scales_follow_rows and not layout.is_padded:
             yield slice(0, layout.rows), codes, scales
             return
-        at = 0
-        for low, high in itertools.pairwise(borders):
-            count = layout.format.scale_shape(high - low, layout.columns)[0]
-            yield slice(low, high), codes[:, low:high], scales[:, at : at + count]
-            at += count
+        for part in layout.parts():
+            yield part.rows, codes[:, *part.codes], scales[:, *part.scales]

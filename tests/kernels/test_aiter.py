@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from quantload.kernels import aiter, mxfp4
+from quantload import LoadOptions, load_quantized
+from quantload.kernels import aiter, mxfp4, registry
 from quantload.kernels.aiter import NotUsable
 from quantload.kernels.formats import MXFP4
 from quantload.kernels.gpu_matmul import gpu_matmuls
 from quantload.kernels.gpu_target import GpuTarget
 from quantload.kernels.registry import KernelSet, kernel_set
+from quantload.online.moe import MoeOnlineWeightLoader
 from quantload.schemes.activations import Activation, ActivationFormat
 from quantload.schemes.base import Quantizer
 from quantload.schemes.mxfp4 import QuarkMxfp4Linear, QuarkMxfp4MoE
@@ -184,8 +185,9 @@ def through_aiter() -> KernelSet:
     plain = kernel_set("mxfp4", "cpu")
     functions = {op: gpu_matmuls(op, MXFP4)[0] for op in ("linear", "experts")}
     fields = {op: getattr(plain, op) for op in ("quantize", "observe", "finish_scales", "dequantize")}
+    names = {**plain.names, **dict.fromkeys(functions, "aiter")}
     return KernelSet(
-        MXFP4, **fields, **functions, names=plain.names, arrangements=dict.fromkeys(functions, aiter.ARRANGEMENT)
+        MXFP4, **fields, **functions, names=names, arrangements=dict.fromkeys(functions, aiter.ARRANGEMENT)
     )
 
 
@@ -203,44 +205,56 @@ def test_arranging_in_place_and_back(stand_in: StandIn, monkeypatch: pytest.Monk
     codes = torch.randint(0, 256, (3, 512, 256), dtype=torch.uint8)
     scales = torch.randint(0, 256, (3, 512, 16), dtype=torch.uint8)
     arranged = codes.clone(), scales.clone()
-    aiter.arrange(*arranged, 512, 512)
+    aiter.arrange(*arranged)
     assert torch.equal(arranged[0], stand_in.shuffle_weight(codes).view(codes.shape))
     assert torch.equal(arranged[1][2], stand_in.e8m0_shuffle(scales[2]))
-    back = aiter.canonical(*arranged, 512, 512)
+    back = aiter.canonical(*arranged)
     assert torch.equal(back[0], codes)
     assert torch.equal(back[1], scales)
-    aiter.arrange(codes, scales, 500, 512)  # does not fit: not even looked at
 
 
-@pytest.mark.parametrize("tokens", [1, 33])
+def inside(padded: Tensor, size: tuple[int, ...], fill: int = 99) -> Tensor:
+    """A copy of `padded` on zeros, its last `size` in the corner, and `fill` where the padding is."""
+    out = torch.full(size, fill, dtype=padded.dtype)
+    out[..., : padded.shape[-2], : padded.shape[-1]] = padded
+    return out
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 33])
+@pytest.mark.parametrize(("n_rows", "k"), [(256, 512), (100, 90), (257, 32), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_linear(stand_in: StandIn, tokens: int, dtype: torch.dtype) -> None:
+def test_linear(stand_in: StandIn, tokens: int, n_rows: int, k: int, dtype: torch.dtype) -> None:
     scheme = QuarkMxfp4Linear(Quantizer(through_aiter()))
     layer: Any = nn.Module()
-    scheme.create_weights(layer, in_features=512, out_features=256)
-    codes, scales = quantize(torch.randn(256, 512) * 0.05)
-    layer.weight, layer.weight_scale = (nn.Parameter(t.clone(), requires_grad=False) for t in (codes, scales))
-    scheme.process_weights_after_loading(layer)
-    assert not torch.equal(layer.weight, codes)
-    assert torch.equal(scheme.dequantize(layer, "weight"), values(codes, scales))
-    x, bias = torch.randn(2, tokens, 512).to(dtype), torch.randn(256).to(dtype)
+    scheme.create_weights(layer, in_features=k, out_features=n_rows)
+    rows, columns = aiter.padded(n_rows), aiter.padded(k)
+    assert layer.weight.shape == (rows, columns // 2)
+    assert layer.weight_scale.shape == (rows, columns // 32)
+    weight = torch.randn(n_rows, k) * 0.05
+    codes, scales = quantize(weight)
+    expected = inside(codes, (rows, columns // 2), 0), inside(scales, (rows, columns // 32), 0)
+    want_weight = values(codes, scales)[:, :k]
+    for _ in range(2):  # the second time as when a layer is reloaded
+        held = inside(codes, layer.weight.shape), inside(scales, layer.weight_scale.shape)
+        layer.weight, layer.weight_scale = (nn.Parameter(t, requires_grad=False) for t in held)
+        scheme.process_weights_after_loading(layer)
+        assert all(map(torch.equal, aiter.canonical(layer.weight, layer.weight_scale), expected))
+        assert torch.equal(scheme.dequantize(layer, "weight"), want_weight)
+    x, bias = torch.randn(2, tokens, k).to(dtype), torch.randn(n_rows)
     out = scheme.apply(layer, x, bias)
-    want = values(*quantize(x.flatten(0, 1))) @ values(codes, scales).T + bias.float()
-    assert (out.dtype, out.shape) == (dtype, (2, tokens, 256))
-    torch.testing.assert_close(out.flatten(0, 1).float(), want, rtol=2e-2, atol=2e-2)
-    assert stand_in.calls == ["gemm_a4w4"]
+    seen = values(*quantize(x.flatten(0, 1)))[:, :k]
+    assert (out.dtype, out.shape) == (dtype, (2, tokens, n_rows))
+    torch.testing.assert_close(out.flatten(0, 1).float(), seen @ want_weight.T + bias, rtol=2e-2, atol=2e-2)
+    assert stand_in.calls == ["gemm_a4w4"] * (tokens > 0)
 
 
-def test_a_weight_that_needs_padding_stays_canonical(stand_in: StandIn) -> None:
-    seen = []
-    linear = aiter.AiterLinear(lambda x, *rest: seen.append(rest) or x)  # type: ignore[func-returns-value]
-    codes, scales = quantize(torch.randn(96, 512))
-    kept = codes.clone(), scales.clone()
-    aiter.arrange(codes, scales, 96, 512)
-    assert torch.equal(codes, kept[0])
-    linear(torch.randn(2, 512), codes, scales, None, 96, 512)
-    assert len(seen) == 1
-    assert stand_in.calls == []
+def test_a_weight_that_is_not_padded_is_named() -> None:
+    codes, scales = quantize(torch.randn(100, 90))
+    with pytest.raises(ValueError, match=r"a \[256, 256\] weight has codes \[256, 128\]"):
+        aiter.AiterLinear()(torch.randn(2, 90), codes, scales, None, 100, 90)
+    codes, scales = torch.zeros(256, 128, dtype=torch.uint8), torch.zeros(256, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"bias must have shape \[100\], got \[256\]"):
+        aiter.AiterLinear()(torch.randn(2, 90), codes, scales, torch.zeros(256), 100, 90)
 
 
 class Experts(nn.Module):
@@ -258,60 +272,97 @@ class Experts(nn.Module):
         return self.act_fn(gate) * up
 
 
-def loaded(scheme: QuarkMxfp4MoE, layer: Any) -> dict[str, Tensor]:
-    sizes = {"gate_up_proj": ((("w1", 256), ("w3", 256)), 512), "down_proj": ((("w2", 512),), 256)}
-    scheme.create_weights(layer, num_experts=3, **sizes)
-    weights = {}
-    for name, layout in scheme.layouts(layer).items():
-        pairs = [quantize(torch.randn(layout.rows, layout.columns) * 0.05) for _ in range(3)]
-        for key, tensors in zip((name, f"{name}_scale"), zip(*pairs, strict=True), strict=True):
-            layer._parameters[key] = nn.Parameter(torch.stack(tensors), requires_grad=False)
-        weights[name] = torch.stack([values(*pair) for pair in pairs])
+def loaded(scheme: QuarkMxfp4MoE, layer: Any, hidden: int = 512, intermediate: int = 256) -> dict[str, Tensor]:
+    """Load random weights through the layer's closures; returns what their codes stand for."""
+    shards = {"gate_up_proj": (("w1", intermediate), ("w3", intermediate)), "down_proj": (("w2", hidden),)}
+    columns = {"gate_up_proj": hidden, "down_proj": intermediate}
+    scheme.create_weights(layer, num_experts=3, **{name: (shards[name], columns[name]) for name in shards})
+    loader = MoeOnlineWeightLoader(layer, scheme)
+    generator, weights = torch.Generator().manual_seed(3), {}
+    for name, parts in shards.items():
+        size = 3, sum(rows for _, rows in parts), columns[name]
+        weight = torch.randn(size, generator=generator) * 0.05
+        for expert in range(3):
+            for (shard_id, rows), piece in zip(parts, weight[expert].split([rows for _, rows in parts]), strict=True):
+                assert piece.shape[0] == rows
+                loader(layer._parameters[name], piece, shard_id=shard_id, expert_id=expert)
+        weights[name] = torch.stack([values(*quantize(each))[:, : columns[name]] for each in weight])
     return weights
 
 
-def test_a_whole_experts_layer(stand_in: StandIn) -> None:
+@pytest.mark.parametrize(("hidden", "intermediate"), [(512, 256), (90, 100), (288, 33)])
+def test_a_whole_experts_layer(stand_in: StandIn, hidden: int, intermediate: int) -> None:
     scheme, layer = QuarkMxfp4MoE(Quantizer(through_aiter())), Experts()
-    weights = loaded(scheme, layer)
-    scheme.process_weights_after_loading(layer)
+    weights = loaded(scheme, layer, hidden, intermediate)
+    wide, inner = aiter.padded(hidden), aiter.padded(intermediate)
+    assert layer.get_parameter("gate_up_proj").shape == (3, 2 * inner, wide // 2)
+    assert layer.get_parameter("down_proj_scale").shape == (3, wide, inner // 32)
     for name, want in weights.items():
         assert torch.equal(scheme.dequantize(layer, name), want)
-    x, ids = torch.randn(5, 512).bfloat16(), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]])
+    codes, scales = aiter.canonical(*scheme.weight(layer, "gate_up_proj"))
+    for start in (0, inner):  # gate, and up at a multiple of 256 rows
+        assert codes[:, start : start + intermediate, : hidden // 2].any()
+        assert not codes[:, start + intermediate : start + inner].any()
+        assert not scales[:, start + intermediate : start + inner].any()
+    assert not codes[..., -(-hidden // 32) * 16 :].any()
+    assert not scales[..., -(-hidden // 32) :].any()
+
+    x, ids = torch.randn(5, hidden).bfloat16(), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]])
     shares = torch.rand(5, 2)
     out = scheme.apply(layer, x, ids, shares)
     assert (out.dtype, out.shape) == (torch.bfloat16, x.shape)
     assert stand_in.calls == ["fused_moe"]
-
-    plain, twin = QuarkMxfp4MoE(Quantizer(kernel_set("mxfp4", "cpu")), EMULATED), copy.deepcopy(layer)
-    for name in weights:
-        pair = aiter.canonical(
-            layer._parameters[name],
-            layer._parameters[f"{name}_scale"],
-            *weights[name].shape[1:],  # type: ignore[arg-type]
-        )
-        twin._parameters |= dict(zip((name, f"{name}_scale"), pair, strict=True))
-    plain.process_weights_after_loading(twin)
+    plain, twin = QuarkMxfp4MoE(Quantizer(kernel_set("mxfp4", "cpu")), EMULATED), Experts()
+    assert all(torch.equal(want, weights[name]) for name, want in loaded(plain, twin, hidden, intermediate).items())
     want = plain.apply(twin, x, ids, shares)
     # a sum in another order may round to another BF16 in between, and that to another code
     assert float((out - want).float().norm() / want.float().norm()) < 0.02
 
 
-@pytest.mark.parametrize("what", ["has_bias", "is_interleaved", "other_activation", "post_norm", "parallel"])
+@pytest.mark.parametrize("what", ["has_bias", "is_interleaved", "other_activation", "learned", "post_norm", "parallel"])
 def test_what_is_no_plain_swiglu_is_not_fused(stand_in: StandIn, what: str) -> None:
     scheme, layer = QuarkMxfp4MoE(Quantizer(through_aiter())), Experts()
-    loaded(scheme, layer)
-    before = layer._parameters["gate_up_proj"].clone()  # type: ignore[union-attr]
     changes: dict[str, tuple[str, Any]] = {
         "has_bias": ("has_bias", True),
         "is_interleaved": ("is_concatenated", False),
         "other_activation": ("act_fn", nn.GELU()),
+        "learned": ("act_fn", nn.PReLU(device="meta")),
         "post_norm": ("has_post_expert_norm", True),
         "parallel": ("_is_expert_parallel", True),
     }
     setattr(layer, *changes[what])
-    scheme.process_weights_after_loading(layer)
-    assert torch.equal(layer._parameters["gate_up_proj"], before)  # type: ignore[arg-type]
+    weights = loaded(scheme, layer, 90, 100)
     assert not layer.experts_are_fused
+    codes, scales = quantize(torch.zeros(200, 90))
+    assert layer.get_parameter("gate_up_proj").shape == (3, *codes.shape)  # no padding
+    assert layer.get_parameter("gate_up_proj_scale").shape == (3, *scales.shape)
+    for name, want in weights.items():
+        assert torch.equal(scheme.dequantize(layer, name), want)
+
+
+@pytest.mark.parametrize("name", ["llama_odd", "qwen3_moe_odd"])
+def test_a_load_counts_the_padding(
+    stand_in: StandIn, name: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_quantized(checkpoint(name), "quark_mxfp4", device="cpu")
+    monkeypatch.setattr(registry, "kernel_set", lambda *_: through_aiter())
+    options = LoadOptions(chunk_bytes=4096)
+    padded = load_quantized(checkpoint(name), "quark_mxfp4", device="cpu", options=options)
+    report = padded.load_report
+    assert report.final_bytes == report.predicted_final_bytes
+    assert report.final_bytes > plain.load_report.final_bytes
+    for layer, twin in zip(report.layers, plain.load_report.layers, strict=True):
+        assert "linear=aiter" in layer.kernel
+        assert layer.bytes_out > twin.bytes_out
+        assert (layer.numel, layer.bytes_in) == (twin.numel, twin.bytes_in)
+        assert layer.sqnr_db == pytest.approx(twin.sqnr_db, abs=1e-3)  # summed piece by piece
+        for weight in layer_weights(padded.get_submodule(layer.name)):
+            want = plain.get_submodule(layer.name).dequantize(weight)
+            assert torch.equal(padded.get_submodule(layer.name).dequantize(weight), want)
+
+
+def layer_weights(module: Any) -> list[str]:
+    return [*module.scheme.layouts(module)]
 
 
 def test_only_on_rocm(forget: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,6 +106,51 @@ def test_the_padding_of_an_odd_k_belongs_to_the_last_columns(
 ) -> None:
     (block,) = WeightLayout(MXFP4, None, (("", 4),), 80).blocks(region)
     assert (block.code_index, block.scale_index, block.whole) == (codes, scales, True)
+
+
+def test_padding_of_shards_and_columns() -> None:
+    layout = WeightLayout(MXFP4, 2, (("w1", 100), ("w3", 100)), 90, (256, 256))
+    assert (layout.rows, layout.columns, layout.numel) == (200, 90, 2 * 200 * 90)
+    assert (layout.code_shape, layout.scale_shape) == ((2, 512, 128), (2, 512, 8))
+    assert layout.nbytes == 2 * 512 * (128 + 8)
+    gate, up = layout.parts()
+    assert (gate.rows, gate.codes, gate.scales) == (slice(0, 100), (slice(0, 100), slice(0, 48)), gate.scales)
+    assert gate.scales == (slice(0, 100), slice(0, 3))
+    assert up.rows == slice(100, 200)
+    assert up.codes == (slice(256, 356), slice(0, 48))
+    assert up.scales == (slice(256, 356), slice(0, 3))
+    blocks = list(layout.blocks(Region(1, (98, 102), (64, 90))))
+    assert [block.code_index for block in blocks] == [
+        (slice(98, 100), slice(32, 48)),
+        (slice(256, 258), slice(32, 48)),
+    ]
+    assert [block.rows for block in blocks] == [(0, 2), (2, 4)]
+    assert all(block.whole for block in blocks)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([*FORMATS.values()]),
+    st.none() | st.integers(1, 2),
+    st.lists(st.integers(1, 200), min_size=1, max_size=3),
+    st.integers(1, 300),
+    st.sampled_from([(1, 1), (32, 1), (1, 64), (64, 128), (256, 256)]),
+)
+def test_padding_is_what_the_parts_leave_over(
+    fmt: WeightFormat, experts: int | None, shards: list[int], columns: int, multiples: tuple[int, int]
+) -> None:
+    layout = WeightLayout(fmt, experts, tuple((str(i), rows) for i, rows in enumerate(shards)), columns, multiples)
+    codes, scales = torch.ones(layout.code_shape), torch.ones(layout.scale_shape)
+    layout.clear_padding(codes, scales)
+    for tensor, wanted, indices in (
+        (codes, fmt.code_shape, [part.codes for part in layout.parts()]),
+        (scales, fmt.scale_shape, [part.scales for part in layout.parts()]),
+    ):
+        assert tensor.sum() == (experts or 1) * sum(math.prod(wanted(rows, columns)) for rows in shards)
+        for index, rows in zip(indices, shards, strict=True):
+            assert tensor[..., *index].shape[-2:] == wanted(rows, columns)
+            assert bool(tensor[..., *index].all())
+    assert layout.is_padded or layout.nbytes == (experts or 1) * sum(fmt.bytes(rows, columns) for rows in shards)
 
 
 @pytest.mark.parametrize(

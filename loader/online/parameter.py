@@ -65,6 +65,7 @@ class QuantizedParameter:
                 module = alive(self._module)
                 self._codes = materialize(module, self._name, self._storage).data
                 self._scales = materialize(module, f"{self._name}_scale", self._storage).data
+                self.layout.clear_padding(self._codes, self._scales)
         return self._codes, self._scales
 
     def views(self, expert: int | None, block: Block) -> tuple[Tensor, Tensor]:

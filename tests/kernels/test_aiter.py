@@ -20,6 +20,7 @@ from quantload.kernels.gpu_matmul import gpu_matmuls
 from quantload.kernels.gpu_target import GpuTarget
 from quantload.kernels.registry import KernelSet, kernel_set
 from quantload.online.moe import MoeOnlineWeightLoader
+from quantload.online.storage import FinalStorage
 from quantload.schemes.activations import Activation, ActivationFormat
 from quantload.schemes.base import Quantizer
 from quantload.schemes.mxfp4 import QuarkMxfp4Linear, QuarkMxfp4MoE
@@ -272,12 +273,21 @@ class Experts(nn.Module):
         return self.act_fn(gate) * up
 
 
+class Dirty(FinalStorage):
+    """Hands out memory as another tensor left it."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = super().empty(shape, dtype)
+        tensor.view(torch.uint8).fill_(77)
+        return tensor
+
+
 def loaded(scheme: QuarkMxfp4MoE, layer: Any, hidden: int = 512, intermediate: int = 256) -> dict[str, Tensor]:
     """Load random weights through the layer's closures; returns what their codes stand for."""
     shards = {"gate_up_proj": (("w1", intermediate), ("w3", intermediate)), "down_proj": (("w2", hidden),)}
     columns = {"gate_up_proj": hidden, "down_proj": intermediate}
     scheme.create_weights(layer, num_experts=3, **{name: (shards[name], columns[name]) for name in shards})
-    loader = MoeOnlineWeightLoader(layer, scheme)
+    loader = MoeOnlineWeightLoader(layer, scheme, storage=Dirty(torch.device("cpu")))
     generator, weights = torch.Generator().manual_seed(3), {}
     for name, parts in shards.items():
         size = 3, sum(rows for _, rows in parts), columns[name]

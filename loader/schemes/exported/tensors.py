@@ -22,6 +22,7 @@ from .registry import exported_weight
 from .weights import ExportedWeight, ExportFormat
 
 _SUFFIX = ".weight"
+_PROBLEMS_SHOWN = 4
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
@@ -71,47 +72,57 @@ def plan_tensors(
 ) -> list[QuantizedTensor | KeptTensor]:
     """What becomes of all tensors of a checkpoint, in the order of files and offsets.
 
-    Raises `PolicyError` for a module whose weights the format cannot hold as the checkpoint stores them, and for a
-    scheme the format has no weights for.
+    Raises `PolicyError` naming all modules whose weights the format cannot hold as the checkpoint stores them, and for
+    a scheme the format has no weights for.
     """
     by_name = {assignment.name: assignment for assignment in assignments}
-    for conversion in routes.whole:
-        _refuse_whole(conversion.target, sinks)
+    whole = [each.target for each in routes.whole if each.target in sinks and not sinks[each.target].direct]
+    problems = {target.rpartition(".")[0]: "its weights cannot be quantized one by one" for target in whole}
     planned: list[QuantizedTensor | KeptTensor] = []
     for entry in sorted(tensors.values(), key=lambda entry: (entry.shard, entry.offset)):
-        spans = routes.spans.get(entry.name, [])
-        quantized = [span for span in spans if not sinks[span.parameter].direct]
-        if not quantized:
+        spans = [span for span in routes.spans.get(entry.name, ()) if not sinks[span.parameter].direct]
+        if not spans:
             planned.append(KeptTensor(entry))
             continue
-        owners = {span.parameter.rpartition(".")[0]: None for span in spans}
-        found = [by_name[name] for name in owners if name in by_name]
-        schemes = {id(assignment.scheme): assignment.scheme for assignment in found}
-        if len(found) != len(owners) or len(schemes) != 1:
-            raise _impossible(found[0], entry, f"it is one tensor for {', '.join(owners)}, which get different schemes")
-        planned.append(_quantized(entry, quantized, sinks, found[0], export))
+        owners = [by_name.get(span.parameter.rpartition(".")[0]) for span in routes.spans[entry.name]]
+        assignment = next(each for each in owners if each is not None and each.scheme is not None)
+        scheme = assignment.scheme
+        assert scheme is not None
+        weight = exported_weight(scheme, export)
+        if all(each is not None and each.scheme is scheme for each in owners):
+            why = _why_not(entry, spans, sinks, scheme, weight)
+        else:
+            why = "is one tensor for several modules, which get different schemes"
+        if why:
+            problems.setdefault(assignment.name, f"checkpoint tensor {entry.name} {list(entry.shape)} {why}")
+        else:
+            layout = WeightLayout(scheme.kernels.format, None, (("", entry.shape[0]),), entry.shape[1])
+            name = entry.name.removesuffix(_SUFFIX)
+            planned.append(QuantizedTensor(entry, name, assignment, scheme, layout, weight))
+    if problems:
+        raise _impossible(problems, export)
     return planned
 
 
-def _quantized(
-    entry: TensorEntry, spans: Sequence[Span], sinks: Mapping[str, Sink], assignment: Assignment, export: ExportFormat
-) -> QuantizedTensor:
-    scheme = assignment.scheme
-    assert scheme is not None
-    weight = exported_weight(scheme, export)
+def _why_not(
+    entry: TensorEntry,
+    spans: Sequence[Span],
+    sinks: Mapping[str, Sink],
+    scheme: LinearScheme | MoEScheme,
+    weight: ExportedWeight,
+) -> str:
+    """Why a checkpoint tensor cannot become a quantized weight under its own name; nothing if it can."""
     if len(entry.shape) != 2 or not entry.name.endswith(_SUFFIX):
-        raise _impossible(assignment, entry, f"{export.name} knows one matrix for each linear and each expert")
+        return "is not the matrix of one linear layer or one expert"
     rows, columns = entry.shape
-    layout = WeightLayout(scheme.kernels.format, None, (("", rows),), columns)
     if any(span.column_stride != 1 or span.row_stride % columns or span.offset % columns for span in spans):
-        raise _impossible(assignment, entry, f"it is stored transposed or in parts, {export.name} knows whole rows")
+        return "is stored transposed, or its columns are taken apart"
     if columns % weight.column_multiple:
-        raise _impossible(
-            assignment, entry, f"it has {columns} columns, {export.name} needs a multiple of {weight.column_multiple}"
-        )
+        return f"has {columns} columns, which are no multiple of {weight.column_multiple}"
+    layout = WeightLayout(scheme.kernels.format, None, (("", rows),), columns)
     if not all(sinks[span.parameter].whole(span.region) and layout.whole(_rows_of(span, columns)) for span in spans):
-        raise _impossible(assignment, entry, f"{scheme.name} scales it together with other tensors, or parts of it")
-    return QuantizedTensor(entry, entry.name.removesuffix(_SUFFIX), assignment, scheme, layout, weight)
+        return f"is scaled together with other tensors, or in parts, by {scheme.name}"
+    return ""
 
 
 def _rows_of(span: Span, columns: int) -> Region:
@@ -121,19 +132,12 @@ def _rows_of(span: Span, columns: int) -> Region:
     return Region(None, (first, first + count), (0, columns))
 
 
-def _refuse_whole(target: str, sinks: Mapping[str, Sink]) -> None:
-    sink = sinks.get(target)
-    if sink is not None and not sink.direct:
-        raise PolicyError(
-            f"{target} is made from its checkpoint tensors by an operation that cannot be undone in a quantized "
-            f"checkpoint; keep it with an ignore pattern: {target.rpartition('.')[0]}"
-        )
-
-
-def _impossible(assignment: Assignment, entry: TensorEntry, why: str) -> PolicyError:
+def _impossible(problems: Mapping[str, str], export: ExportFormat) -> PolicyError:
+    shown = "; ".join(f"{module}: {why}" for module, why in list(problems.items())[:_PROBLEMS_SHOWN])
+    more = f"; and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
     return PolicyError(
-        f"{assignment.name} cannot be converted: checkpoint tensor {entry.name} {list(entry.shape)}: {why}; "
-        f"keep it with an ignore pattern, {assignment.name}"
+        f"{len(problems)} modules cannot be written as {export.name}: {shown}{more}; keep them with ignore patterns, "
+        "or choose another scheme for them"
     )
 
 

@@ -86,6 +86,7 @@ def convert_checkpoint(
                     chunk_bytes=plan.chunk_bytes,
                     on_progress=recorder.on_bytes,
                 )
+                conversion.begin()
                 totals = reader.run(plan.pieces)
                 conversion.check_complete()
             _write_surroundings(folder, checkpoint, shards, config)

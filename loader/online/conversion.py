@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,6 +50,7 @@ class Conversion:
         self._writers: dict[str, ShardWriter] = {}
         self._statistics: dict[str, dict[str, list[float]]] = defaultdict(dict)
         self._buffers = Buffers()
+        self._complete: list[Callable[[], None]] = []
         where = {name: plan for plan in shards for name in plan.offsets}
         members: dict[str, list[PlannedTensor]] = defaultdict(list)
         for tensor in tensors:
@@ -65,6 +67,12 @@ class Conversion:
         for writer in self._writers.values():
             writer.close()
 
+    def begin(self) -> None:
+        """Count what earlier runs finished, and what has no elements."""
+        for complete in self._complete:
+            complete()
+        self._complete.clear()
+
     def check_complete(self) -> None:
         """Raise `MissingWeightsError` naming every region that has not been written."""
         gaps = [gap for sink in self.sinks.values() for gap in sink.loader.missing()]
@@ -76,8 +84,7 @@ class Conversion:
         tensors = list(tensors)
         notes = self._folder.finished(plan)
         if notes is not None:
-            for name, values in notes[_STATISTICS].items():
-                self._modules.add(name, torch.tensor(values, dtype=torch.float64) if values else None)
+            self._complete.append(functools.partial(self._take_up, notes[_STATISTICS]))
             return
         writer = self._writers[plan.path] = ShardWriter(self._folder.files, plan, len(tensors), self._record)
         for tensor in tensors:
@@ -96,11 +103,15 @@ class Conversion:
 
             loader = ExportingLoader(tensor, writer, self._buffers, written)
         if entry.nbytes == 0:
-            loader.finish()
+            self._complete.append(loader.finish)
             return
         self.entries.append(entry)
         self.spans[entry.name] = tensor.spans()
         self.sinks[entry.name] = Sink(torch.empty(0), loader)
+
+    def _take_up(self, statistics: Mapping[str, list[float]]) -> None:
+        for name, values in statistics.items():
+            self._modules.add(name, torch.tensor(values, dtype=torch.float64) if values else None)
 
     def _written(self, writer: ShardWriter, name: str, statistics: Tensor | None) -> None:
         self._statistics[writer.plan.path][name] = [] if statistics is None else statistics.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -98,14 +99,14 @@ def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str]) ->
     for number, name in enumerate(formats):
         group = dict(WEIGHTS[name].config)
         if len(formats) > 1:
-            group["targets"] = [module for module, fmt in modules.items() if fmt.name == name]
+            group["targets"] = [_target(module) for module, fmt in modules.items() if fmt.name == name]
         groups[f"group_{number}"] = group
     written = {group["format"] for group in groups.values()}
     return {
         "config_groups": groups,
         "format": written.pop() if len(written) == 1 else "mixed-precision",
         "global_compression_ratio": None,
-        "ignore": kept,
+        "ignore": [_target(module) for module in kept],
         "kv_cache_scheme": None,
         "moe_sparsity_config": None,
         "quant_method": "compressed-tensors",
@@ -113,6 +114,13 @@ def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str]) ->
         "transform_config": {},
         "version": VERSION,
     }
+
+
+def _target(module: str) -> str:
+    """A module's name, or a regular expression where a `*` stands for the number of an expert."""
+    if "*" not in module:
+        return module
+    return "re:" + re.escape(module).replace(r"\*", "[0-9]+") + "$"
 
 
 COMPRESSED_TENSORS = ExportFormat("compressed-tensors", WEIGHTS, quantization_config)

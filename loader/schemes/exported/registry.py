@@ -24,10 +24,12 @@ def get_export_format(name: str) -> ExportFormat:
 
 def formats_of(entry: SchemeEntry) -> list[str]:
     """The checkpoint formats a scheme can be written in."""
-    scheme = entry.linear or entry.experts
-    if scheme is None:
-        return []
-    return [each.name for each in EXPORT_FORMATS.values() if scheme.format_name in each.weights]
+    schemes = [scheme for scheme in (entry.linear, entry.experts) if scheme is not None]
+    return [
+        export.name
+        for export in EXPORT_FORMATS.values()
+        if schemes and all(scheme.format_name in export.weights for scheme in schemes)
+    ]
 
 
 def exported_weight(scheme: LinearScheme | MoEScheme, export: ExportFormat) -> ExportedWeight:

@@ -1,0 +1,127 @@
+"""A folder that is there when it is complete, and work that goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from quantload.checkpoint.output import OutputFolder
+from quantload.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, plan_shards
+from quantload.errors import OutputError
+
+PLANS = plan_shards([[TensorSpec(name, torch.uint8, (4,))] for name in "ab"], 4)
+
+
+def write(folder: OutputFolder, plan: ShardPlan) -> None:
+    writer = ShardWriter(folder.files, plan, 1, lambda plan, extents: folder.record(plan, extents, {"of": plan.path}))
+    writer.write(len(plan.header), torch.arange(4, dtype=torch.uint8).view(1, 4), 4)
+    writer.done()
+
+
+def interrupted(out: Path, key: str = "key") -> None:
+    """One of two shards is finished, the other one begun."""
+    with contextlib.suppress(KeyboardInterrupt), OutputFolder(out, key) as folder:
+        write(folder, PLANS[0])
+        (folder.files / f"{PLANS[1].path}.part").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+
+def test_it_appears_when_it_is_published(tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_text("{}")
+    with OutputFolder(tmp_path / "deep/out", "key") as folder:
+        for plan in PLANS:
+            write(folder, plan)
+        folder.write("config.json", b"{}")
+        folder.copy(tmp_path / "small.json", "sub/small.json")
+        assert not (tmp_path / "deep/out").exists()
+        folder.publish()
+    assert os.listdir(tmp_path / "deep") == ["out"]
+    names = {str(path.relative_to(tmp_path / "deep/out")) for path in (tmp_path / "deep/out").rglob("*")}
+    assert names == {"config.json", "sub", "sub/small.json", *(plan.path for plan in PLANS)}
+
+
+def test_finished_shards_are_taken_up(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["out.unfinished"]
+    assert os.listdir(tmp_path / "out.unfinished/files") == [PLANS[0].path]
+    with OutputFolder(tmp_path / "out", "key") as folder:
+        assert [folder.finished(plan) for plan in PLANS] == [{"of": PLANS[0].path}, None]
+
+
+def test_a_killed_run_leaves_what_the_next_one_clears(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    journal = tmp_path / "out.unfinished/journal.jsonl"
+    journal.write_bytes(journal.read_bytes() + b'\n{"shard": "model-00002-of')
+    (tmp_path / "out.unfinished/files" / f"{PLANS[1].path}.part").write_bytes(b"more than the shard will ever have" * 9)
+    with OutputFolder(tmp_path / "out", "key") as folder:
+        assert [folder.finished(plan) for plan in PLANS] == [{"of": PLANS[0].path}, None]
+        write(folder, PLANS[1])
+        folder.publish()
+    assert sorted(os.listdir(tmp_path / "out")) == [plan.path for plan in PLANS]
+    assert (tmp_path / "out" / PLANS[1].path).stat().st_size == PLANS[1].size
+
+
+def test_another_key_starts_anew(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    with OutputFolder(tmp_path / "out", "another key") as folder:
+        assert [folder.finished(plan) for plan in PLANS] == [None, None]
+        assert os.listdir(folder.files) == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_damaged_shard_is_written_again(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    path = tmp_path / "out.unfinished/files" / PLANS[0].path
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with OutputFolder(tmp_path / "out", "key") as folder:
+        assert folder.finished(PLANS[0]) is None
+
+
+def test_nothing_is_left_where_nothing_was_finished(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), OutputFolder(tmp_path / "out", "key"):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_out_must_not_exist(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+    elif kind == "file":
+        out.touch()
+    else:
+        out.symlink_to("nowhere")
+    with pytest.raises(OutputError, match="out exists; give a folder that does not, or remove it first"):
+        OutputFolder(out, "key").__enter__()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    with (
+        OutputFolder(tmp_path / "out", "key"),
+        pytest.raises(OutputError, match=r"another run is writing .*out; wait for it"),
+    ):
+        OutputFolder(tmp_path / "out", "key").__enter__()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / "out.unfinished"
+    other.mkdir()
+    (other / "diary.txt").touch()
+    with pytest.raises(OutputError, match=r"out\.unfinished holds diary\.txt, which is none of ours"):
+        OutputFolder(tmp_path / "out", "key").__enter__()
+    assert os.listdir(other) == ["diary.txt"]
+
+
+def test_out_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "out", "key") as folder:
+        write(folder, PLANS[0])
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/precious").touch()
+        with pytest.raises(OutputError, match="cannot be written"):
+            folder.publish()
+    assert os.listdir(tmp_path / "out") == ["precious"]

@@ -52,10 +52,13 @@ class Aiter:
     per_1x32: Any
 
 
-def why_not(target: GpuTarget) -> str | None:
-    """Why aiter cannot serve on a GPU, or None when it can; aiter is imported only when it might."""
-    if target.name != "gfx950":
-        return f"aiter's MXFP4 kernels are for gfx950, this GPU is {target.name}"
+def lacks(fmt: WeightFormat, target: GpuTarget) -> str | None:
+    """Why aiter's kernels are not for a GPU, installed or not."""
+    return None if target.name == "gfx950" else f"aiter's MXFP4 kernels are for gfx950, this GPU is {target.name}"
+
+
+def missing() -> str | None:
+    """Why aiter cannot be used in this process, or None when it can; tries to import it."""
     try:
         load()
     except NotUsable as error:

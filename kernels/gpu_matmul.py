@@ -13,15 +13,22 @@ import torch
 from . import aiter
 from .arrangement import Arrangement
 from .formats import FORMATS, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, NVFP4, WeightFormat
-from .gpu_quantize import triton_unavailable
+from .gpu_quantize import triton_lacks, triton_unavailable
 from .gpu_target import GpuTarget, gpu_target
 
 Reason = Callable[[WeightFormat, GpuTarget], str | None]
 
 
+def _nothing_is_missing() -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class GpuMatmul:
-    """One of them; its module, which imports Triton, is imported when it is first called."""
+    """One of them; its module, which imports Triton, is imported when it is first called.
+
+    `lacks` says what a GPU has not that the kernel needs, `missing` what is not installed here.
+    """
 
     name: str
     format: WeightFormat
@@ -31,6 +38,7 @@ class GpuMatmul:
     lacks: Reason
     arrangement: Arrangement | None = None
     rounds_activations: bool = False
+    missing: Callable[[], str | None] = _nothing_is_missing
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         result: torch.Tensor = _made(self.module, self.attribute, self.format.name, self.arguments)(*args, **kwargs)
@@ -41,7 +49,11 @@ class GpuMatmul:
         reason, target = triton_unavailable(device), gpu_target(device)
         if reason is not None or target is None:
             return reason
-        return self.lacks(self.format, target)
+        return self.hardware_lacks(target) or self.missing()
+
+    def hardware_lacks(self, target: GpuTarget | None) -> str | None:
+        """Why the kernel could not run there with everything installed, or None when it could; None is a CPU."""
+        return "needs a GPU" if target is None else triton_lacks(target) or self.lacks(self.format, target)
 
 
 def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
@@ -66,7 +78,9 @@ def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
         return [weight_only, both]
     if operation == "linear" and fmt.code_dtype == torch.float8_e4m3fn and fmt is not MXFP8:
         scaled_mm = GpuMatmul(
-            "scaled_mm", fmt, "scaled_mm", "ScaledMmLinear", (), _lacks_scaled_mm, rounds_activations=True
+            *("scaled_mm", fmt, "scaled_mm", "ScaledMmLinear", (), _lacks_scaled_mm),
+            rounds_activations=True,
+            missing=_missing_scaled_mm,
         )
         return [scaled_mm, both, weight_only]
     return [both, weight_only]
@@ -75,7 +89,7 @@ def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
 def _through_aiter(operation: str, fmt: WeightFormat, w4a4: GpuMatmul) -> GpuMatmul:
     """aiter fuses a whole experts layer; layers it cannot fuse stay canonical and multiply through Triton."""
     made = ("aiter", "AiterLinear", ()) if operation == "linear" else (w4a4.module, w4a4.attribute, w4a4.arguments)
-    return GpuMatmul("aiter", fmt, *made, lambda _, target: aiter.why_not(target), aiter.ARRANGEMENT, True)
+    return GpuMatmul("aiter", fmt, *made, aiter.lacks, aiter.ARRANGEMENT, True, aiter.missing)
 
 
 @cache
@@ -105,9 +119,11 @@ def _lacks_fp8(fmt: WeightFormat, target: GpuTarget) -> str | None:
     return None
 
 
+def _missing_scaled_mm() -> str | None:
+    return None if hasattr(torch, "_scaled_mm") else "this torch has no _scaled_mm"
+
+
 def _lacks_scaled_mm(fmt: WeightFormat, target: GpuTarget) -> str | None:
-    if not hasattr(torch, "_scaled_mm"):
-        return "this torch has no _scaled_mm"
     if target.is_amd or target.capability < 90:
         return f"used on sm_90 and newer, this GPU is {target.name}"
     if fmt.block_rows > 1:

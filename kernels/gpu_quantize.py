@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .formats import FNUZ, NVFP4, WeightFormat
-from .gpu_target import gpu_target
+from .gpu_target import GpuTarget, gpu_target
 
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize")
 
@@ -37,6 +37,10 @@ class GpuQuantize:
         """Why the kernel cannot run on a device, or None when it can."""
         return triton_unavailable(device)
 
+    def hardware_lacks(self, target: GpuTarget | None) -> str | None:
+        """Why the kernel could not run there with everything installed, or None when it could; None is a CPU."""
+        return triton_lacks(target)
+
 
 def gpu_quantizers(operation: str, fmt: WeightFormat, scale_mode: str = "default") -> list[GpuQuantize]:
     """The kernels of an operation of a format, best first.
@@ -56,12 +60,22 @@ def triton_unavailable(device: torch.device) -> str | None:
     target = gpu_target(device)
     if target is None:
         return "torch finds no GPU (torch.cuda.is_available() is False)"
-    if target.capability and target.capability < 80:
-        return f"needs sm_80 or newer, this GPU is {target.name}"
-    return None
+    return triton_lacks(target)
+
+
+def triton_lacks(target: GpuTarget | None) -> str | None:
+    """Why Triton kernels are not for a GPU, or None when they are; None is a CPU."""
+    if target is None:
+        return "needs a GPU"
+    old = not target.is_amd and target.capability < 80
+    return f"needs sm_80 or newer, this GPU is {target.name}" if old else None
 
 
 def stored_format(format_name: str, device: torch.device) -> str:
     """The name of the format that `format_name` is stored as on a device: FP8 as E4M3 FNUZ on gfx942."""
-    target = gpu_target(device)
+    return format_on(format_name, gpu_target(device))
+
+
+def format_on(format_name: str, target: GpuTarget | None) -> str:
+    """The same on a GPU that need not be here; None is a CPU."""
     return FNUZ.get(format_name, format_name) if target is not None and target.fnuz else format_name

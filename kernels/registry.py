@@ -35,11 +35,16 @@ from .differentiable import Experts, Linear
 from .experts import ExpertsByLinear
 from .formats import FORMATS, MX, WeightFormat
 from .gpu_matmul import GpuMatmul, gpu_matmuls
-from .gpu_quantize import GpuQuantize, gpu_quantizers, stored_format
+from .gpu_quantize import GpuQuantize, format_on, gpu_quantizers, stored_format
+from .gpu_target import GpuTarget
 from .reference import Reading
 
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear", "experts")
 
+PLATFORMS: Mapping[str, GpuTarget | None] = MappingProxyType(
+    {"cpu": None, **{name: GpuTarget(name) for name in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")}}
+)
+"""What kernels are written for: any CPU, and GPUs by their architecture."""
 
 NUMBA_FORMATS = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel")
 
@@ -67,6 +72,8 @@ class Kernel:
     function: Callable[..., Any]
     unavailable: Callable[[torch.device], str | None]
     """Why the kernel cannot run on a device, or None when it can."""
+    lacks: Callable[[GpuTarget | None], str | None]
+    """The same of hardware that need not be here, with everything installed; None is a CPU."""
     arrangement: Arrangement | None = None
     """What loaded weights go through for `linear` or `experts`; None: they stay canonical."""
     rounds_activations: bool = False
@@ -110,6 +117,18 @@ def candidates(
         raise NoKernel(f"{format_name} has no scale mode {scale_mode!r}; it has {modes}")
     target, mode = torch.device(device), scale_mode if operation in SCALING else "default"
     return [(kernel, _reason(kernel, target)) for kernel in _kernels(operation, format_name, mode)]
+
+
+def platform_kernels(operation: str, format_name: str, platform: str) -> list[Kernel]:
+    """Every kernel for an operation of a format that the hardware of a platform can run, best first, installed or not.
+
+    Raises NoKernel for a platform that does not exist.
+    """
+    if platform not in PLATFORMS:
+        raise NoKernel(f"unknown platform {platform!r}; platforms are {', '.join(PLATFORMS)}")
+    target = PLATFORMS[platform]
+    found = _kernels(operation, format_on(format_name, target), "default")
+    return [kernel for kernel in found if kernel.lacks(target) is None]
 
 
 def select(
@@ -213,7 +232,7 @@ def _kernels(operation: str, format_name: str, scale_mode: str) -> tuple[Kernel,
     on_cpu = _numba_function(operation, format_name, scale_mode)
     return (
         *_gpu_kernels(operation, format_name, scale_mode),
-        Kernel("numba", operation, format_name, "cpu", on_cpu, _numba_reason(format_name)),
+        Kernel("numba", operation, format_name, "cpu", on_cpu, _numba_reason(format_name), _numba_lacks(format_name)),
         _torch_kernel(operation, format_name, scale_mode),
     )
 
@@ -229,6 +248,7 @@ def _gpu_kernels(operation: str, format_name: str, scale_mode: str) -> tuple[Ker
             "cuda",
             k,
             k.unavailable,
+            k.hardware_lacks,
             getattr(k, "arrangement", None),
             getattr(k, "rounds_activations", False),
         )
@@ -264,8 +284,8 @@ def _torch_kernel(operation: str, format_name: str, scale_mode: str) -> Kernel:
     elif hasattr(reference, operation):
         function = getattr(reference, operation)
     else:
-        return Kernel("torch", operation, format_name, None, _never, _only_read)
-    return Kernel("torch", operation, format_name, None, function, _torch_unavailable)
+        return Kernel("torch", operation, format_name, None, _never, _only_read, _only_read)
+    return Kernel("torch", operation, format_name, None, function, _torch_unavailable, _lacks_nothing)
 
 
 def _references(scale_mode: str) -> Mapping[str, Reading]:
@@ -287,12 +307,21 @@ def _never(*_: Any, **__: Any) -> None:
     raise NoKernel("this format is only read")
 
 
-def _only_read(device: torch.device) -> str | None:
+def _lacks_nothing(target: GpuTarget | None) -> str | None:
+    return None
+
+
+def _only_read(where: torch.device | GpuTarget | None) -> str | None:
     return "the format is only read, to be quantized anew; choose another one to quantize to"
 
 
 def _numba_reason(format_name: str) -> Callable[[torch.device], str | None]:
     return _numba_unavailable if format_name in NUMBA_FORMATS else _no_numba_kernels
+
+
+def _numba_lacks(format_name: str) -> Callable[[GpuTarget | None], str | None]:
+    no_kernels = None if format_name in NUMBA_FORMATS else "has no kernels for this format"
+    return lambda target: no_kernels if target is None else "runs on cpu only"
 
 
 def _no_numba_kernels(device: torch.device) -> str | None:

@@ -377,14 +377,15 @@ def layer_weights(module: Any) -> list[str]:
 
 def test_only_on_rocm(forget: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
-    assert aiter.why_not(GFX950) == "aiter is for ROCm, and this torch is not built for it"
-    assert "this GPU is gfx942" in (aiter.why_not(GpuTarget("gfx942")) or "")
+    assert aiter.missing() == "aiter is for ROCm, and this torch is not built for it"
+    assert "this GPU is gfx942" in (aiter.lacks(MXFP4, GpuTarget("gfx942")) or "")
+    assert aiter.lacks(MXFP4, GFX950) is None
 
 
 def test_not_installed(forget: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert aiter.why_not(GFX950) == "AMD's aiter is not installed; get it from github.com/ROCm/aiter"
+    assert aiter.missing() == "AMD's aiter is not installed; get it from github.com/ROCm/aiter"
 
 
 def test_the_asyncio_package_is_told_apart_and_not_imported(
@@ -394,7 +395,7 @@ def test_the_asyncio_package_is_told_apart_and_not_imported(
     (tmp_path / "aiter").mkdir()
     (tmp_path / "aiter" / "__init__.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    reason = aiter.why_not(GFX950) or ""
+    reason = aiter.missing() or ""
     assert "is not AMD's but the asyncio package of that name on PyPI" in reason
     assert str(tmp_path) in reason
     monkeypatch.setitem(sys.modules, "aiter", types.ModuleType("aiter"))
@@ -404,8 +405,8 @@ def test_the_asyncio_package_is_told_apart_and_not_imported(
 
 def test_an_aiter_that_lacks_a_function_is_named(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(sys.modules["aiter.ops.shuffle"], "shuffle_weight")
-    assert "shuffle_weight" in (aiter.why_not(GFX950) or "")
+    assert "shuffle_weight" in (aiter.missing() or "")
 
 
 def test_usable(stand_in: StandIn) -> None:
-    assert aiter.why_not(GFX950) is None
+    assert aiter.missing() is None

@@ -82,3 +82,18 @@ def test_activations_stay_as_they_are_where_that_is_asked_for(monkeypatch, name)
     found = registry.candidates("linear", name, "cuda")
     monkeypatch.setattr(registry, "candidates", lambda *_: [(kernel, None) for kernel, _ in found])
     assert registry.weight_only(name, "cuda") == {"linear": "triton"}
+
+
+def test_what_a_platform_can_run_does_not_depend_on_what_is_here():
+    def names(operation: str, format_name: str, platform: str) -> list[str]:
+        return [kernel.name for kernel in registry.platform_kernels(operation, format_name, platform)]
+
+    assert names("linear", "mxfp4", "cpu") == ["numba", "torch"]
+    assert names("linear", "mxfp4", "sm_90") == ["triton", "torch"]
+    assert names("experts", "mxfp4", "gfx950") == ["aiter", "triton_w4a4", "triton", "torch"]
+    assert names("linear", "fp8_channel", "sm_90") == ["scaled_mm", "triton_w8a8", "triton", "torch"]
+    assert names("linear", "fp8_channel", "gfx942")[0] == "triton_w8a8"  # in the form it is stored in there
+    assert names("quantize", "int4_group128_f16", "cpu") == ["torch"]
+    assert names("quantize", "nvfp4", "cpu") == []
+    with pytest.raises(NoKernel, match="unknown platform 'sm_70'; platforms are cpu, sm_80"):
+        names("linear", "mxfp4", "sm_70")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from quantload import LoadOptions, load_quantized
 from quantload.checkpoint.headers import TensorEntry
 from quantload.errors import CheckpointError, PolicyError
-from quantload.kernels import mx, mxfp4, registry
+from quantload.kernels import fp8, int8, mx, mxfp4, registry
 from quantload.kernels.formats import FORMATS
 from quantload.schemes import activations as act
 from quantload.schemes.activations import Activation, ActivationFormat, InputScales, choose_activations
@@ -29,7 +29,15 @@ CPU = torch.device("cpu")
 DEMO_MODEL = Path(quantload.__file__).parent / "demo_model"
 
 
-REFERENCES = {"quark_mxfp4": mxfp4.reference, **mx.references}
+REFERENCES = {
+    "quark_mxfp4": mxfp4.reference,
+    **mx.references,
+    "fp8_per_channel": fp8.references["fp8_channel"],
+    "fp8_per_tensor": fp8.references["fp8_tensor"],
+    "int8_per_channel": int8.reference,
+    "quark_int4fp8_moe": fp8.references["fp8_tensor"],
+}
+"""What rounds as the activations of each scheme: a row of a weight is a token."""
 
 
 def rounded(x: Tensor, scheme: str) -> Tensor:

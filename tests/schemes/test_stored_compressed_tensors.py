@@ -319,11 +319,16 @@ def test_a_packed_shape_that_does_not_fit_is_named():
         stored_tensors.read(config(group), tensors)
 
 
-def test_packed_zero_points_need_whole_words():
+def test_packed_zero_points_of_rows_that_do_not_fill_the_last_word():
     group = {**PACKED, "weights": {**PACKED["weights"], "symmetric": False}}
-    tensors = {**packed("q", rows=12), "q.weight_zero_point": torch.zeros(2, 2, dtype=torch.int32)}
-    with pytest.raises(CheckpointError, match="12 rows; zero points are packed in words of 8 rows"):
-        stored_tensors.read(config(group), tensors)
+    zeros = torch.tensor([[0x76543210, 0], [0x0000BA98, 0]], dtype=torch.int32)
+    tensors = {**packed("q", rows=12), "q.weight_zero_point": zeros}
+    weight = stored_tensors.read(config(group), tensors).weights["q.weight"]
+    assert (weight.step, weight.parts[-1].block) == (1, 0)
+    assert weight.parts[-1].convert is not None
+    in_one_row = weight.parts[-1].convert(zeros.reshape(1, -1))
+    assert in_one_row.tolist() == [[float(row), 0.0] for row in range(12)]
+    assert torch.equal(stored_tensors.dequantized(weight, tensors)[:, 0], -torch.arange(12.0))
 
 
 def test_a_static_scale_that_is_missing_is_named():

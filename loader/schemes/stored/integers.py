@@ -47,15 +47,10 @@ def packed(bits: int, group: int, symmetric: bool) -> Layout:
         if symmetric:
             parts += zero_points(module, "weight_zero_point", (scales.shape,), 1)
             return module.weight(fmt, (rows, columns), tuple(parts), zero_point=float(1 << bits - 1))
-        if rows % per_word:
-            raise CheckpointError(
-                f"{codes.name} has {rows} rows; zero points are packed in words of {per_word} rows, and rows that do "
-                f"not fill them are not read; load the original checkpoint, which quantload quantizes while it loads"
-            )
-        shapes = ((rows // per_word, scales.shape[1]),)
-        zeros = module.shaped("weight_zero_point", _WORDS, shapes, why=f"a zero point of {why}")
-        parts.append(StoredPart("zero_point", zeros, per_word, row_values(bits, fmt.scale_dtype)))
-        return module.weight(fmt, (rows, columns), tuple(parts), step=per_word)
+        shape = (-(-rows // per_word), scales.shape[1])
+        zeros = module.shaped("weight_zero_point", _WORDS, (shape,), why=f"a zero point of {why}")
+        parts.append(_packed_zero_points(zeros, rows, row_values(bits, fmt.scale_dtype), per_word))
+        return module.weight(fmt, (rows, columns), tuple(parts), step=max(1, parts[-1].block))
 
     return read
 
@@ -137,6 +132,13 @@ def int4_fp8(unpack: Callable[[Tensor], Tensor]) -> Layout:
         return module.weight(_FORMATS[4, 0, torch.float32], (rows, columns), parts, step=step, zero_point=8.0)
 
     return read
+
+
+def _packed_zero_points(entry: TensorEntry, rows: int, unpack: Callable[[Tensor], Tensor], per_word: int) -> StoredPart:
+    """Zero points packed along the rows; those of rows that do not fill the last words are read as one."""
+    if rows % per_word == 0:
+        return StoredPart("zero_point", entry, per_word, unpack)
+    return StoredPart("zero_point", entry, 0, lambda words: unpack(words.reshape(entry.shape))[:rows])
 
 
 def _transposed(stored: Tensor) -> Tensor:

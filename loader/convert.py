@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .checkpoint.source import FileSource
 from .checkpoint.weight_map import INDEX_NAME
 from .checkpoint.working_memory import CPU, slots_per_worker
 from .checkpoint.writer import ShardPlan, plan_shards
-from .errors import PolicyError
+from .errors import PolicyError, UnsupportedCheckpointError
 from .load import Draft, draft_load
 from .memory.budget import check_budget
 from .memory.planner import SLACK_BYTES
@@ -69,12 +69,14 @@ def convert_checkpoint(
         raise PolicyError(f"max_shard_bytes is {max_shard_bytes}; give a positive number of bytes")
     with torch.inference_mode(False), Recorder(CPU, options.stats, progress) as recorder:
         checkpoint = resolve(model_id, revision)
+        _refuse_quantized(checkpoint)
         storage = FinalStorage(CPU)
         draft = draft_load(checkpoint, quantization, policy, options, storage, lambda *_: None, trust_remote_code)
         tensors = plan_tensors(draft.index.tensors, draft.routes, draft.loaders.sinks, draft.assignments, export)
         shards = plan_shards((tensor.specs() for tensor in tensors), max_shard_bytes)
         config = _config(checkpoint, draft, tensors, export)
-        with OutputFolder(Path(out), _key(checkpoint, draft.index, shards, config)) as folder:
+        key = _key(checkpoint, draft.index, shards, config, policy)
+        with OutputFolder(Path(out), key) as folder:
             with Conversion(tensors, shards, folder, recorder.on_layer) as conversion:
                 plan = _plan(draft, conversion, options)
                 recorder.expect(plan, draft.assignments)
@@ -96,6 +98,13 @@ def convert_checkpoint(
     )
     report.predicted_final_bytes = report.final_bytes
     return report
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    if checkpoint.is_quantized:
+        raise UnsupportedCheckpointError(
+            f"{checkpoint.model_id!r} is quantized already; convert the BF16, FP16 or FP32 checkpoint it was made from"
+        )
 
 
 def _plan(draft: Draft, conversion: Conversion, options: LoadOptions) -> LoadPlan:
@@ -126,9 +135,15 @@ def _config(
     return config
 
 
-def _key(checkpoint: Checkpoint, index: CheckpointIndex, shards: Sequence[ShardPlan], config: dict[str, Any]) -> str:
-    """What decides about the bytes that come out: input files, planned headers, config."""
-    said = hashlib.sha256(json.dumps([_KEY_VERSION, config]).encode())
+def _key(
+    checkpoint: Checkpoint,
+    index: CheckpointIndex,
+    shards: Sequence[ShardPlan],
+    config: dict[str, Any],
+    policy: QuantizationPolicy | None,
+) -> str:
+    """What decides about the bytes that come out: input files, planned headers, config, and how scales are chosen."""
+    said = hashlib.sha256(json.dumps([_KEY_VERSION, config, policy and asdict(policy)]).encode())
     for shard in index.shards:
         status = locate(checkpoint.root, shard.path).stat()
         said.update(f"{shard.path} {status.st_size} {status.st_mtime_ns}\n".encode())

@@ -1,9 +1,10 @@
-"""What is written, read back by its own config: the codes and scales of an online load, for every pair there is."""
+"""What is written reads back to an online load, byte for byte, and by its own config: every pair there is."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import stored_tensors
 import torch
 from quantload import QuantizationPolicy, convert_checkpoint, load_quantized
-from quantload.errors import PolicyError
+from quantload.errors import PolicyError, UnsupportedCheckpointError
 from quantload.schemes.exported.registry import EXPORT_FORMATS, formats_of
 from quantload.schemes.registry import ENTRIES
 from safetensors.torch import load_file
@@ -23,51 +24,56 @@ LINEAR_PAIRS = [(scheme, form) for scheme, form in PAIRS if scheme != "experts_i
 MOE_PAIRS = [(scheme, form) for scheme, form in PAIRS if scheme != "int4_per_group"]
 
 
-def read_back(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Values of the quantized weights as the config says, and the config."""
+def described(folder: Path) -> tuple[set[str], dict[str, Any]]:
+    """The quantized weights as the config has them, and what the config says of quantization."""
     tensors = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     stored = stored_tensors.read(config["quantization_config"], tensors, dtype=config["dtype"])
     assert {name.rpartition(".")[2] for name in stored.unused} <= {"weight_shape"}
-    return {name: stored_tensors.dequantized(weight, tensors) for name, weight in stored.weights.items()}, config
+    return set(stored.weights), config["quantization_config"]
 
 
-def loaded(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Values of the quantized weights of a loaded model, under the names of the checkpoint."""
+def quantized(model: Any) -> set[str]:
+    """The names in a checkpoint of the weights a loaded model has quantized."""
+    names: set[str] = set()
     for name, module in model.named_modules():
-        if not hasattr(module, "scheme"):
-            continue
         if hasattr(module, "weight_layout"):
-            yield f"{name}.weight", module.dequantize()
-            continue
-        gate_up, down = module.dequantize("gate_up_proj"), module.dequantize("down_proj")
-        for expert in range(len(down)):
-            gate, up = gate_up[expert].chunk(2)
-            yield f"{name}.{expert}.gate_proj.weight", gate
-            yield f"{name}.{expert}.up_proj.weight", up
-            yield f"{name}.{expert}.down_proj.weight", down[expert]
+            names.add(f"{name}.weight")
+        elif hasattr(module, "weight_layouts"):
+            each = itertools.product(range(module.num_experts), ("gate", "up", "down"))
+            names |= {f"{name}.{expert}.{part}_proj.weight" for expert, part in each}
+    return names
 
 
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+def assert_same(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
     assert got.keys() == want.keys()
     assert got
     for name, value in want.items():
-        assert torch.equal(got[name], value), name
+        assert (got[name].dtype, got[name].shape) == (value.dtype, value.shape), name
+        assert torch.equal(got[name].contiguous().view(torch.uint8), value.contiguous().view(torch.uint8)), name
+
+
+def check(original: Path, out: Path, scheme: str, form: str, policy: QuantizationPolicy | None = None) -> list[str]:
+    """Convert, compare with an online load; the modules the config says are kept."""
+    convert_checkpoint(original, out, scheme, format=form, policy=policy)
+    online = load_quantized(original, scheme, policy=policy)
+    weights, config = described(out)
+    assert weights == quantized(online)
+    assert config["quant_method"] == form
+    assert_same(load_quantized(out).state_dict(), online.state_dict())
+    kept: list[str] = config["exclude" if form == "quark" else "ignore"]
+    return kept
 
 
 @pytest.mark.parametrize(("scheme", "form"), LINEAR_PAIRS)
-def test_linears_stand_for_what_is_loaded_online(scheme: str, form: str, golden: Path, tmp_path: Path) -> None:
-    convert_checkpoint(golden / "bf16_llama", tmp_path / "out", scheme, format=form)
-    got, config = read_back(tmp_path / "out")
-    assert_same(got, dict(loaded(load_quantized(golden / "bf16_llama", scheme))))
-    assert config["quantization_config"]["quant_method"] == form
+def test_a_dense_model_reads_back_to_an_online_load(scheme: str, form: str, golden: Path, tmp_path: Path) -> None:
+    assert check(golden / "bf16_llama", tmp_path / "out", scheme, form) == ["lm_head"]
 
 
 @pytest.mark.parametrize(("scheme", "form"), MOE_PAIRS)
-def test_experts_stand_for_what_is_loaded_online(scheme: str, form: str, golden: Path, tmp_path: Path) -> None:
-    convert_checkpoint(golden / "bf16_qwen3moe", tmp_path / "out", scheme, format=form)
-    got, _ = read_back(tmp_path / "out")
-    assert_same(got, dict(loaded(load_quantized(golden / "bf16_qwen3moe", scheme))))
+def test_experts_read_back_to_an_online_load(scheme: str, form: str, golden: Path, tmp_path: Path) -> None:
+    kept = check(golden / "bf16_qwen3moe", tmp_path / "out", scheme, form)
+    assert {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "lm_head"} <= set(kept)
 
 
 @pytest.mark.parametrize("form", EXPORT_FORMATS)
@@ -75,10 +81,7 @@ def test_several_schemes_in_one_checkpoint(form: str, golden: Path, tmp_path: Pa
     policy = QuantizationPolicy(
         linear="fp8_per_channel", experts="quark_mxfp4", ignore=("*.k_proj",), overrides=(("*.1.*.q_proj", "none"),)
     )
-    convert_checkpoint(golden / "bf16_qwen3moe", tmp_path / "out", policy=policy, format=form)
-    got, config = read_back(tmp_path / "out")
-    assert_same(got, dict(loaded(load_quantized(golden / "bf16_qwen3moe", policy=policy))))
-    assert config["quantization_config"]["exclude" if form == "quark" else "ignore"] == [
+    assert check(golden / "bf16_qwen3moe", tmp_path / "out", "auto", form, policy) == [
         "model.layers.0.self_attn.k_proj",
         "model.layers.0.mlp.gate",
         "model.layers.1.self_attn.q_proj",
@@ -91,10 +94,7 @@ def test_several_schemes_in_one_checkpoint(form: str, golden: Path, tmp_path: Pa
 @pytest.mark.parametrize("form", EXPORT_FORMATS)
 def test_kept_experts_are_one_name(form: str, golden: Path, tmp_path: Path) -> None:
     policy = QuantizationPolicy(experts="none")
-    convert_checkpoint(golden / "bf16_qwen3moe", tmp_path / "out", policy=policy, format=form)
-    got, config = read_back(tmp_path / "out")
-    assert_same(got, dict(loaded(load_quantized(golden / "bf16_qwen3moe", policy=policy))))
-    kept = config["quantization_config"]["exclude" if form == "quark" else "ignore"]
+    kept = check(golden / "bf16_qwen3moe", tmp_path / "out", "auto", form, policy)
     assert len([name for name in kept if "experts" in name]) == 2 * 3
 
 
@@ -105,6 +105,18 @@ def test_nothing_to_quantize_gives_a_copy(form: str, golden: Path, tmp_path: Pat
     assert config == json.loads((golden / "bf16_llama/config.json").read_text())
     got, want = load_file(tmp_path / "out/model.safetensors"), load_file(golden / "bf16_llama/model.safetensors")
     assert_same(got, want)
+
+
+def test_another_rule_for_scales_gives_other_bytes(golden: Path, tmp_path: Path) -> None:
+    check(golden / "bf16_llama", tmp_path / "out", "quark_mxfp4", "quark", QuantizationPolicy(scale_mode="mse"))
+    convert_checkpoint(golden / "bf16_llama", tmp_path / "plain", "quark_mxfp4")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "plain")]
+    assert files[0] != files[1]
+
+
+def test_a_quantized_checkpoint_is_refused(golden: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedCheckpointError, match="is quantized already; convert the BF16"):
+        convert_checkpoint(golden / "quark_llama_mxfp4", tmp_path / "out", "fp8_per_tensor")
 
 
 def test_a_pair_that_does_not_exist_names_those_that_do(golden: Path, tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""The closures of weights that stay as stored, called as a server would call them: shard by shard, in any order."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from quantload.errors import NonFiniteWeightError, RepeatedRegionError, RouteError, ShapeMismatchError
+from quantload.kernels.formats import FORMATS
+from quantload.online.parameter import QuantizedParameter
+from quantload.online.regions import Region
+from quantload.online.storage import FinalStorage
+from quantload.online.stored import InputScaleLoader, StoredParameter, StoredProgress
+from quantload.schemes.activations import InputScales
+from quantload.schemes.base import meta_parameter
+from quantload.schemes.layout import WeightLayout
+from torch import nn
+
+N, K, E = 4, 64, 2
+
+
+class World:
+    """A layer of two experts, gate and up, and the closures on its parameters."""
+
+    def __init__(self, name: str, has_zero_points: bool = True, zero_point: float = 0.0) -> None:
+        fmt = FORMATS[name]
+        layout = WeightLayout(fmt, E, (("w1", N), ("w3", N)), K)
+        self.layer = nn.Module()
+        self.layer.register_parameter("w13", meta_parameter(layout.code_shape, fmt.code_dtype))
+        self.layer.register_parameter("w13_scale", meta_parameter(layout.scale_shape, fmt.scale_dtype))
+        storage = FinalStorage(torch.device("cpu"))
+        self.parameter = QuantizedParameter(self.layer, "w13", "experts.w13", layout, storage)
+        self.stored = StoredParameter(self.parameter, has_zero_points, zero_point)
+        self.finished = 0
+        self.progress = StoredProgress([self.stored], self.finish)
+        self.loaders = self.stored.loaders
+
+    def finish(self) -> None:
+        self.finished += 1
+
+    def give(self, role: str, value: torch.Tensor, expert: int, shard: str) -> None:
+        self.loaders[role](self.layer.w13, value, expert_id=expert, shard_id=shard)
+
+
+def test_shards_of_experts_arrive_in_any_order_and_the_layer_finishes_once() -> None:
+    world = World("mxfp4")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(256, (E, 2 * N, K // 2), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(100, 140, (E, 2 * N, K // 32), dtype=torch.uint8, generator=generator)
+    for role, tensor in (("scale", scales), ("codes", codes)):
+        for expert in (1, 0):
+            assert world.finished == 0
+            world.give(role, tensor[expert, N:], expert, "w3")
+            world.give(role, tensor[expert, :N], expert, "w1")
+    assert world.finished == 1
+    assert torch.equal(world.layer.w13, codes)
+    assert torch.equal(world.layer.w13_scale, scales)
+    assert list(world.loaders["codes"].missing()) == []
+
+
+def test_zero_points_stand_beside_the_scales_or_are_filled_in() -> None:
+    for has_zero_points in (True, False):
+        world = World("int4_group32_f32", has_zero_points, zero_point=8.0)
+        assert ("zero_point" in world.loaders) == has_zero_points
+        scales, zeros = torch.rand(N, 2), torch.randint(16, (N, 2)).float()
+        world.give("scale", scales, 0, "w1")
+        if has_zero_points:
+            world.give("zero_point", zeros, 0, "w1")
+        assert torch.equal(world.layer.w13_scale[0, :N, 0::2], scales)
+        assert torch.equal(world.layer.w13_scale[0, :N, 1::2], zeros if has_zero_points else torch.full((N, 2), 8.0))
+
+
+def test_what_is_missing_is_named_codes_and_scales() -> None:
+    world = World("fp8_channel")
+    world.give("codes", torch.zeros(N, K).to(torch.float8_e4m3fn), 0, "w1")
+    missing = list(world.loaders["codes"].missing())
+    assert missing == [
+        f"experts.w13 expert 0, rows {N}:{2 * N}, columns 0:{K}",
+        f"experts.w13 expert 1, rows 0:{2 * N}, columns 0:{K}",
+        f"experts.w13 scale expert 0, rows 0:{2 * N}, columns 0:{K}",
+        f"experts.w13 scale expert 1, rows 0:{2 * N}, columns 0:{K}",
+    ]
+
+
+def test_a_repeat_is_an_error_until_a_reload_is_announced() -> None:
+    world = World("mxfp4")
+    codes = torch.zeros(N, K // 2, dtype=torch.uint8)
+    world.give("codes", codes, 0, "w1")
+    with pytest.raises(RepeatedRegionError, match=r"experts\.w13: expert 0, rows 0:4"):
+        world.give("codes", codes, 0, "w1")
+    world.loaders["scale"].reset()
+    world.give("codes", codes + 1, 0, "w1")
+    assert (world.layer.w13[0, :N] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [("mxfp4", torch.full((N, 2), 255, dtype=torch.uint8)), ("fp8_channel", torch.full((N, 1), torch.inf))],
+)
+def test_scales_that_are_not_finite_are_refused(name: str, scale: torch.Tensor) -> None:
+    with pytest.raises(NonFiniteWeightError, match=r"experts\.w13 scale: a scale is NaN or infinite"):
+        World(name).give("scale", scale, 0, "w1")
+
+
+def test_wrong_shapes_dtypes_and_places_are_refused() -> None:
+    world = World("mxfp4")
+    codes = torch.zeros(N, K // 2, dtype=torch.uint8)
+    with pytest.raises(
+        ShapeMismatchError, match=r"got torch\.uint8 of shape \(3, 32\), torch\.uint8 of"
+    ):
+        world.give("codes", codes[:3], 0, "w1")
+    world = World("mxfp4")
+    with pytest.raises(ShapeMismatchError, match=r"got torch\.int8"):
+        world.give("codes", codes.view(torch.int8), 0, "w1")
+    with pytest.raises(ShapeMismatchError, match="reaches over a shard"):
+        world.loaders["codes"](world.layer.w13, codes, region=Region(0, (2, 6), (0, K)))
+    with pytest.raises(ShapeMismatchError, match="cuts through scale blocks"):
+        world.loaders["scale"](world.layer.w13, torch.zeros(N, 1, dtype=torch.uint8), region=Region(0, (0, N), (0, 16)))
+    with pytest.raises(ShapeMismatchError, match="no shard 'w2'"):
+        world.give("codes", codes, 0, "w2")
+
+
+def test_the_largest_input_scale_is_written_when_all_have_come() -> None:
+    world, written = World("mxfp4"), []
+    loader = InputScaleLoader(world.parameter, "experts.w13_input_scale", 3, InputScales(), written.append)
+    loader.progress = world.progress
+    for value in (0.5, 2.0):
+        loader(world.layer.w13, torch.tensor(value, dtype=torch.bfloat16))
+    assert written == []
+    assert list(loader.gaps()) == ["experts.w13_input_scale, of which 2 of 3 scales came"]
+    loader(world.layer.w13, torch.tensor([1.0]))
+    assert [value.tolist() for value in written] == [[2.0]]
+    assert list(loader.gaps()) == []
+
+
+def test_a_copy_of_the_closures_says_that_it_is_one() -> None:
+    world = World("mxfp4")
+    detached = copy.deepcopy(world.loaders["codes"])
+    with pytest.raises(RouteError, match=r"experts\.w13 belongs to a copy"):
+        detached(world.layer.w13, torch.zeros(N, K // 2, dtype=torch.uint8), expert_id=0, shard_id="w1")

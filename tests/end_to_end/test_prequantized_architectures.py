@@ -1,0 +1,82 @@
+"""Quantized checkpoints of many architectures: fused, renamed, transposed, with experts, with layers of no scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ALL, Architecture, logits
+from quantized_copies import METHODS, quantized_copy
+from quantized_models import quantized_modules, weight_names
+from quantload import LoadOptions, load_quantized
+from quantload.errors import CheckpointError, UnsupportedCheckpointError
+
+Checkpoint = Callable[[str], Path]
+TRANSPOSED = {"gpt2"}
+"""Their matrices are stored [K, N], which codes packed along K cannot be."""
+
+
+SPLIT = {"nomic_bert"}
+"""The model takes one stored matrix apart, and a block of 128 rows lies across the cut."""
+
+CASES = [
+    pytest.param(architecture, method, id=f"{architecture.name}-{method}")
+    for architecture in ALL
+    for method in ("fp8 rows", "fp8 tensors", "fp8 blocks")
+    if architecture.name not in TRANSPOSED and (architecture.name not in SPLIT or method != "fp8 blocks")
+]
+
+
+@pytest.mark.parametrize(("architecture", "method"), CASES)
+def test_every_weight_stands_for_what_its_codes_say(
+    architecture: Architecture, method: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    quantized, plain = quantized_copy(tmp_path, checkpoint(architecture.name), *METHODS[method])
+    got = load_quantized(quantized, options=LoadOptions(chunk_bytes=4096, workers=2))
+    want = load_quantized(plain, "none")
+    modules, state = quantized_modules(got), got.state_dict()
+    assert modules or not got.load_report.layers
+    for name, tensor in want.state_dict().items():
+        module, _, weight = name.rpartition(".")
+        if module in modules and f"{name}_scale" in state:
+            assert torch.equal(modules[module].dequantize(weight).to(tensor.dtype), tensor), name
+        else:
+            assert torch.equal(state[name], tensor), name
+    assert got.load_report.final_bytes == got.load_report.predicted_final_bytes
+    assert torch.isfinite(logits(got, architecture.inputs())).all()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "llama"])
+def test_awq_of_linear_layers_and_of_experts(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quantized, plain = quantized_copy(tmp_path, checkpoint(name), *METHODS["awq"])
+    got, want = load_quantized(quantized, options=LoadOptions(chunk_bytes=4096)), load_quantized(plain, "none")
+    assert {layer.format for layer in got.load_report.layers} == {"int4_group16_f16"}
+    assert {layer.scheme for layer in got.load_report.layers} == {"prequantized"}
+    for path, module in quantized_modules(got).items():
+        original = want.get_submodule(path)
+        for weight in weight_names(original):
+            values = original.get_parameter(weight)
+            assert torch.equal(module.dequantize(weight).to(values.dtype), values), f"{path}.{weight}"
+    anew = load_quantized(quantized, "quark_mxfp4")
+    assert {layer.scheme for layer in anew.load_report.layers} == {"quark_mxfp4"}
+
+
+@pytest.mark.parametrize("name", sorted(SPLIT))
+def test_blocks_across_the_border_of_two_matrices_can_only_be_quantized_anew(
+    name: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    quantized, plain = quantized_copy(tmp_path, checkpoint(name), *METHODS["fp8 blocks"])
+    with pytest.raises(CheckpointError, match=r"blocks of 128 rows lie across the border .* choose a quantization"):
+        load_quantized(quantized)
+    got, want = load_quantized(quantized, "quark_mxfp4"), load_quantized(plain, "quark_mxfp4")
+    for name, tensor in want.state_dict().items():
+        assert torch.equal(got.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("name", sorted(TRANSPOSED))
+def test_codes_of_a_transposed_matrix_are_refused(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quantized, _ = quantized_copy(tmp_path, checkpoint(name), *METHODS["fp8 rows"])
+    with pytest.raises(UnsupportedCheckpointError, match="with its rows and columns exchanged"):
+        load_quantized(quantized)

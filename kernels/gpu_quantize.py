@@ -45,9 +45,9 @@ class GpuQuantize:
 def gpu_quantizers(operation: str, fmt: WeightFormat, scale_mode: str = "default") -> list[GpuQuantize]:
     """The kernels of an operation of a format, best first.
 
-    There are none with a matmul, for zero points, for NVFP4, or for another scale mode than the default.
+    There are none with a matmul, for NVFP4, or for another scale mode than the default.
     """
-    served = operation in OPERATIONS and fmt.scale_words == 1 and fmt is not NVFP4 and scale_mode == "default"
+    served = operation in OPERATIONS and fmt is not NVFP4 and scale_mode == "default"
     return [GpuQuantize(operation, fmt)] if served else []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import decode_float, in_order, power_of_two, six_bit_codes, with_sign
+from .elements import decode_float, in_order, power_of_two, six_bit_codes, widened, with_sign
 
 
 @triton.jit
@@ -72,8 +72,8 @@ def load_weight(
     values = values.reshape(BN, GROUPS, BK // GROUPS)
     if CODE == "uint4" or CODE == "uint8":
         place = scales + (rows[:, None] * scale_stride + 2 * group)
-        scale = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        zero = tl.load(place + 1, mask=inside, other=0.0).to(tl.float32)
+        scale = widened(tl.load(place, mask=inside, other=0))
+        zero = widened(tl.load(place + 1, mask=inside, other=0))
         values = (values - zero[:, :, None]) * scale[:, :, None]
     else:
         byte = tl.load(scales + (rows[:, None] * scale_stride + group), mask=inside, other=0)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .elements import decode_float, encode_float, narrowed, power_of_two, six_bit_codes, widened, with_sign
 from .measure import count_nonfinite, store_partials
+from .tiles import tile_start
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def quantize_mx(
     Columns from `cols` to the end of their block are written as zeros. KNOWN: the scale bytes are read, not made.
     """
     blocks = tl.cdiv(cols, 32)
-    first_row, first_block = _tile(blocks, R, B)
+    first_row, first_block = tile_start(blocks, R, B)
     row = first_row + tl.arange(0, R).to(tl.int64)
     block = first_block + tl.arange(0, B)
     col = block[:, None] * 32 + tl.arange(0, 32)[None, :]
@@ -84,7 +85,7 @@ def quantize_mx(
 def observe_mx(source, amax, nonfinite, rows, cols, source_stride, amax_stride, R: tl.constexpr, B: tl.constexpr):
     """float32 bits of the largest magnitude of each block, where it exceeds what int32 `amax` holds already."""
     blocks = tl.cdiv(cols, 32)
-    first_row, first_block = _tile(blocks, R, B)
+    first_row, first_block = tile_start(blocks, R, B)
     row = first_row + tl.arange(0, R).to(tl.int64)
     block = first_block + tl.arange(0, B)
     col = block[:, None] * 32 + tl.arange(0, 32)[None, :]
@@ -131,7 +132,7 @@ def dequantize_mx(
 ):
     """The values of codes and scale bytes; NAN is the code (without sign) that is no number, -1 where there is none."""
     blocks = tl.cdiv(cols, 32)
-    first_row, first_block = _tile(blocks, R, B)
+    first_row, first_block = tile_start(blocks, R, B)
     row = first_row + tl.arange(0, R).to(tl.int64)
     block = first_block + tl.arange(0, B)
     block_inside = (row < rows)[:, None] & (block < blocks)[None, :]
@@ -145,14 +146,6 @@ def dequantize_mx(
     col = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside = (row < rows)[:, None, None] & (col < cols)[None, :, :]
     tl.store(out + row[:, None, None] * out_stride + col[None, :, :], narrowed(values, out), mask=inside)
-
-
-@triton.jit
-def _tile(blocks, R: tl.constexpr, B: tl.constexpr):
-    """First row (int64) and first block of this program."""
-    across = tl.cdiv(blocks, B)
-    tile = tl.program_id(0)
-    return (tile // across).to(tl.int64) * R, (tile % across) * B
 
 
 @triton.jit

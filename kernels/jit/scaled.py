@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .elements import decode_float, encode_float, encode_int, narrowed, widened, with_sign
 from .measure import count_nonfinite, store_partials
+from .tiles import tile_start
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def quantize_tiles(
 
     BLOCKS: the tile is a scale block. Else one scale serves the matrix, and must be KNOWN.
     """
-    first_row, first_col = _tile(cols, R, C)
+    first_row, first_col = tile_start(cols, R, C)
     row = first_row + tl.arange(0, R)
     col = first_col + tl.arange(0, C)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -173,7 +174,7 @@ def observe_scaled(
     C: tl.constexpr,
 ):
     """Raise int32 `amax` to the float32 bits of the largest magnitudes: of each "row", "block" (a tile), or "all"."""
-    first_row, first_col = _tile(cols, R, C)
+    first_row, first_col = tile_start(cols, R, C)
     row = first_row + tl.arange(0, R)
     col = first_col + tl.arange(0, C)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -217,7 +218,7 @@ def dequantize_scaled(
     C: tl.constexpr,
 ):
     """The values of codes ("int8", "e4m3" or "fnuz") and float32 scales of each "row", "block" (a tile), or "all"."""
-    first_row, first_col = _tile(cols, R, C)
+    first_row, first_col = tile_start(cols, R, C)
     row = first_row + tl.arange(0, R)
     col = first_col + tl.arange(0, C)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -254,14 +255,6 @@ def ratio_of(bits, scale, RULE: tl.constexpr):
     if RULE == "fp8_block":
         return magnitude * tl.div_rn(1.0, scale)
     return tl.div_rn(magnitude, scale)
-
-
-@triton.jit
-def _tile(cols, R: tl.constexpr, C: tl.constexpr):
-    """First row (int64) and first column of this program."""
-    across = tl.cdiv(cols, C)
-    tile = tl.program_id(0)
-    return (tile // across).to(tl.int64) * R, (tile % across) * C
 
 
 @triton.jit

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is on Linux only")
 
 from gpu_targets import TABLE, TARGETS, Compiled, compile_for, interpret, interpreter_trouble
 from quantload.kernels import gpu_quantize, triton_quantize
-from quantload.kernels.jit import measure, mx, scaled
+from quantload.kernels.jit import integer, measure, mx, scaled
 from tested_formats import TRITON
 
 HERE = Path(__file__).parent
@@ -33,8 +33,10 @@ POINTERS = MappingProxyType(
         torch.int64: "*i64",
     }
 )
-QUANTIZE = ("quantize_mx", "quantize_rows", "quantize_tiles")
+QUANTIZE = ("quantize_mx", "quantize_rows", "quantize_tiles", "quantize_integers")
 OPTIONS = ("num_warps", "enable_fp_fusion")
+ALIKE = ("mxfp6_e3m2", "int4_group32_bf16", "int8_group64_f32", "int4fp8_channel")
+"""Formats whose kernels differ from those of another in numbers only."""
 QUICK = """
 interpreted_quantize
 or (kernel_golden and not float32 and not nonfinite)
@@ -94,6 +96,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     for module, names in (
         (mx, ("quantize_mx", "observe_mx", "scales_mx", "dequantize_mx")),
         (scaled, ("quantize_rows", "quantize_tiles", "observe_scaled", "scales_scaled", "dequantize_scaled")),
+        (integer, ("quantize_integers", "observe_integers", "scales_integers", "dequantize_groups")),
         (measure, ("merge_partials",)),
     ):
         for name in names:
@@ -146,7 +149,7 @@ def pairs(*quick: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("name", "target"), pairs(*(name for name in TRITON if name != "mxfp6_e3m2")))
+@pytest.mark.parametrize(("name", "target"), pairs(*(name for name in TRITON if name not in ALIKE)))
 def test_quantize_compiles(launches, name, target):
     source, kernels = torch.zeros(64, 4096, dtype=torch.bfloat16), triton_quantize.triton_quantize(name)
     assert kernels.quantize(source, *outputs(name, 64, 4096), st.new_statistics()) == 0
@@ -158,7 +161,10 @@ def test_quantize_compiles(launches, name, target):
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    pairs("mxfp4", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block", "fp8_channel_fnuz", "int8_channel"),
+    pairs(
+        *("mxfp4", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block", "fp8_channel_fnuz", "int8_channel"),
+        "int4_group128_f16",
+    ),
 )
 def test_dequantize_compiles(launches, name, target):
     out = torch.zeros(64, 4096, dtype=torch.bfloat16)
@@ -166,7 +172,9 @@ def test_dequantize_compiles(launches, name, target):
     compile_all(launches, "dequantize", target, name)
 
 
-@pytest.mark.parametrize(("name", "target"), pairs("mxfp4", "fp8_tensor", "int8_channel", "fp8_block"))
+@pytest.mark.parametrize(
+    ("name", "target"), pairs("mxfp4", "fp8_tensor", "int8_channel", "fp8_block", "int4_group128_f16")
+)
 def test_observe_and_finish_compile(launches, name, target):
     source, kernels = torch.zeros(64, 4096, dtype=torch.bfloat16), triton_quantize.triton_quantize(name)
     amax = torch.zeros(FORMATS[name].scale_shape(64, 4096))
@@ -190,11 +198,11 @@ def test_other_sources_odd_sizes_and_known_scales_compile(launches, name, target
 
 
 def test_a_piece_is_one_launch_and_one_for_statistics(launches):
-    """8 MiB of BF16; tensors with one scale are gone over twice."""
+    """8 MiB of BF16; tensors with one scale, and rows with a zero point, are gone over twice."""
     source = torch.zeros(1024, 4096, dtype=torch.bfloat16)
     for name, fmt in {name: FORMATS[name] for name in TRITON}.items():
         kernels, made = triton_quantize.triton_quantize(name), outputs(name, 1024, 4096)
-        twice = 2 if fmt.block_rows == 0 else 0
+        twice = 2 if fmt.block_rows == 0 or (fmt.scale_words == 2 and fmt.block_cols == 0) else 0
         kernels.quantize(source, *made)
         assert len(launches) == 1 + twice
         kernels.quantize(source, *made, st.new_statistics())

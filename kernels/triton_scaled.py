@@ -1,0 +1,94 @@
+"""Launches `jit/scaled.py`: FP8 and INT8 with float32 scales, without a matmul."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .formats import FNUZ, WeightFormat
+from .jit import scaled
+from .triton_launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, power_of_two, width_of
+
+ROW_TILE = 2048
+"""Elements of rows that a program works on at a time, where it makes whole rows."""
+_OCP = {fnuz: name for name, fnuz in FNUZ.items()}
+_RULES = {"int8_channel": "int8"}
+
+
+@dataclass(frozen=True)
+class ScaledLaunches:
+    """The launches of a format with float32 scales (see `triton_launch.Launches`)."""
+
+    format: WeightFormat
+
+    @property
+    def in_one_pass(self) -> bool:
+        return self.format.block_rows != 0
+
+    def quantize(
+        self,
+        source: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        nonfinite: torch.Tensor,
+        measured: bool,
+        known: bool,
+    ) -> torch.Tensor:
+        rows, cols = source.shape
+        strides = (source.stride(0), codes.stride(0), scales.stride(0))
+        common = {**self._rule(), "KNOWN": known, "MEASURE": measured, **EXACT}
+        if self._group() == "row":
+            width = min(power_of_two(cols), ROW_TILE)
+            tile, warps = {"R": ROW_TILE // width, "C": width}, 4
+            grid: tuple[int] = (-(-rows // tile["R"]),)
+            kernel = scaled.quantize_rows
+        else:
+            tile, warps = self._tile(cols)
+            grid = grid_of(rows, cols, tile["R"], tile["C"])
+            kernel, common = scaled.quantize_tiles, {**common, "BLOCKS": bool(self.format.block_rows)}
+        partials = new_partials(source, grid, measured)
+        kernel[grid](
+            bits(source), bits(codes), scales, partials, nonfinite, rows, cols, *strides,
+            **common, **tile, num_warps=warps,
+        )  # fmt: skip
+        return partials
+
+    def observe(self, source: torch.Tensor, amax: torch.Tensor, nonfinite: torch.Tensor) -> None:
+        rows, cols = source.shape
+        tile, warps = self._tile(cols)
+        scaled.observe_scaled[grid_of(rows, cols, tile["R"], tile["C"])](
+            bits(source), amax.view(torch.int32), nonfinite, rows, cols, source.stride(0), amax.stride(0),
+            GROUP=self._group(), **tile, num_warps=warps, **EXACT,
+        )  # fmt: skip
+
+    def finish_scales(self, amax: torch.Tensor, scales: torch.Tensor) -> None:
+        rows, cols = amax.shape
+        scaled.scales_scaled[grid_of(1, amax.numel(), 1, SCALES)](
+            amax, scales, rows, cols, amax.stride(0), scales.stride(0), **self._rule(), N=SCALES, num_warps=4, **EXACT
+        )
+
+    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+        rows, cols = out.shape
+        tile, warps = self._tile(cols)
+        code = {torch.int8: "int8", torch.float8_e4m3fnuz: "fnuz"}.get(self.format.code_dtype, "e4m3")
+        scaled.dequantize_scaled[grid_of(rows, cols, tile["R"], tile["C"])](
+            bits(codes), scales, bits(out), rows, cols, codes.stride(0), scales.stride(0), out.stride(0),
+            GROUP=self._group(), CODE=code, **tile, num_warps=warps, **EXACT,
+        )  # fmt: skip
+
+    def _rule(self) -> dict[str, Any]:
+        name = _OCP.get(self.format.name, self.format.name)
+        return {"RULE": _RULES.get(name, name), "FNUZ": self.format.name in _OCP}
+
+    def _group(self) -> str:
+        """What one scale serves."""
+        return "all" if not self.format.block_rows else "row" if self.format.block_rows == 1 else "block"
+
+    def _tile(self, cols: int) -> tuple[dict[str, int], int]:
+        """Rows and columns of a tile, and how many warps work on it: a scale block is one tile."""
+        if self.format.block_rows > 1:
+            return {"R": self.format.block_rows, "C": self.format.block_cols}, 8
+        width = width_of(cols)
+        return {"R": TILE // width, "C": width}, 4

@@ -1,8 +1,11 @@
-"""What each scheme costs in quality: perplexity of the demo model, and SQNR on weights of known distributions.
+"""What each scheme costs in quality: the demo model's text under it, and SQNR on weights of known distributions.
 
-The perplexity is that of the demo model's card: windows of 512 tokens every 256, each token of the held-out text scored
-once. The SQNR compares BF16 weights with what their codes stand for, computed here in float64 from the dequantized
-matrix, beside what the kernel says it measured on the way.
+Every registered scheme, with its own scales and with those of the least squared error where it has them, and with
+activations rounded to each format that goes with its weights. The perplexity is that of the demo model's card: windows
+of 512 tokens every 256, each token of the held-out text scored once. The divergence is the mean Kullback-Leibler
+divergence, over every position of every window, of the predictions from those of the BF16 model; it tells schemes
+apart whose perplexities differ by less than chance. The SQNR compares BF16 weights with what their codes stand for,
+computed here in float64 from the dequantized matrix, beside what the kernel says it measured on the way.
 
     python bench/quality.py
 """
@@ -13,87 +16,63 @@ import argparse
 import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from goals import columns
 from machine import describe_machine, headline
+from quality_sqnr import measure_sqnr
+from quality_tables import BASELINE, Variant, print_best, print_sqnr, print_variants
 from result_files import RESULTS, write_result
 from torch import Tensor
+from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, STRIDE = 512, 256
-BASELINE = "BF16 (transformers)"
-ROWS, COLUMNS = 4096, 4096
-TOLERANCE_DB = 0.2
-
-# What the arithmetic of each format is known to give on 4096 columns, in dB; more than 0.2 dB below is a defect.
-EXPECTED_DB = {
-    ("mxfp4", "gauss"): 19.0,
-    ("mxfp4", "laplace"): 18.1,
-    ("fp8_channel", "gauss"): 31.5,
-    ("int8_channel", "gauss"): 41.0,
-}
 
 
-def _gauss(generator: torch.Generator) -> Tensor:
-    return torch.randn(ROWS, COLUMNS, generator=generator)
+class Compared:
+    """A model whose predictions are kept, or compared with those another one made of the same windows in turn."""
+
+    def __init__(self, model: Any, expected: Iterator[Tensor] | None = None) -> None:
+        self.model = model
+        self.expected = expected
+        self.kept: list[Tensor] = []
+        self.divergences: list[float] = []
+
+    def __call__(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        predicted = functional.log_softmax(output.logits[0].float(), dim=-1)
+        if self.expected is None:
+            self.kept.append(predicted.half())
+        else:
+            wanted = functional.log_softmax(next(self.expected).float(), dim=-1)
+            each = functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1)
+            self.divergences += each.tolist()
+        return output
 
 
-def _laplace(generator: torch.Generator) -> Tensor:
-    uniform = torch.rand(ROWS, COLUMNS, generator=generator).sub_(0.5)
-    tail = uniform.abs().mul_(-2).add_(1).clamp_(min=torch.finfo(torch.float32).tiny)
-    return -uniform.sign() * tail.log()
-
-
-def _student(degrees: int) -> Callable[[torch.Generator], Tensor]:
-    def draw(generator: torch.Generator) -> Tensor:
-        square = torch.zeros(ROWS, COLUMNS)
-        for _ in range(degrees):
-            square += torch.randn(ROWS, COLUMNS, generator=generator).square_()
-        return torch.randn(ROWS, COLUMNS, generator=generator) / (square / degrees).sqrt_()
-
-    return draw
-
-
-DISTRIBUTIONS: dict[str, Callable[[torch.Generator], Tensor]] = {
-    "gauss": _gauss,
-    "laplace": _laplace,
-    "student-t 5": _student(5),
-    "student-t 3": _student(3),
-}
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """One scheme on the demo model; `sqnr_db` is the mean over its quantized modules, weighted by their elements."""
-
-    scheme: str
-    perplexity: float
-    bits_per_byte: float
-    change: float
-    final_bytes: int
-    sqnr_db: float | None
-    quantized_modules: int
-
-
-@dataclass(frozen=True)
-class Sqnr:
-    """One format on one distribution: dB from the dequantized matrix, and as the kernel's statistics tell it."""
-
-    format: str
-    distribution: str
-    db: float
-    kernel_db: float
-    expected_db: float | None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the expected value is reached; None where none is known."""
-        return None if self.expected_db is None else self.db >= self.expected_db - TOLERANCE_DB
+def variants() -> Iterator[tuple[str, str, str]]:
+    """(scheme, scale mode, activations) of everything that the registries offer."""
+    schemes, kernels, activations = (
+        importlib.import_module(f"quantload.{name}")
+        for name in ("schemes.registry", "kernels.registry", "schemes.activations")
+    )
+    for entry in schemes.ENTRIES:
+        formats = [kind.format_name for kind in (entry.linear, entry.experts) if kind is not None]
+        yield entry.name, "default", "none"
+        for mode, having in kernels.SCALE_MODES.items():
+            if mode != "default" and formats and set(formats) <= set(having):
+                yield entry.name, mode, "none"
+        offered = [
+            {pair.format for pair in activations.pairs(activations.kernel_registry.FORMATS[name]) if not pair.static}
+            for name in formats
+        ]
+        for activation in sorted(set.intersection(*offered) if offered else ()):
+            yield entry.name, "default", activation
 
 
 def _bytes(model: Any) -> int:
@@ -111,103 +90,51 @@ def _mean_sqnr(layers: Sequence[Any]) -> float | None:
     return sum(db * numel for db, numel in known) / total if total else None
 
 
-def measure_perplexity(folder: Path, text: str) -> list[Perplexity]:
-    """The demo model as transformers loads it, then under every registered scheme."""
+def measure_variants(folder: Path, text: str) -> list[Variant]:
+    """The demo model as transformers loads it, then every variant."""
     transformers = importlib.import_module("transformers")
     quantload = importlib.import_module("quantload")
-    registry = importlib.import_module("quantload.schemes.registry")
     transformers.logging.disable_progress_bar()
-    validation_loss = importlib.import_module("train_demo").validation_loss
     ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    found: list[Perplexity] = []
-    for scheme in (BASELINE, *(entry.name for entry in registry.ENTRIES)):
-        if scheme == BASELINE:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        else:
-            model = quantload.load_quantized(str(folder), quantization=scheme, device="cpu")
-        led = torch.cat([torch.tensor([model.config.eos_token_id]), ids])
-        loss, tokens = validation_loss(model, led, WINDOW, STRIDE)
-        report = getattr(model, "load_report", None)
-        layers = report.layers if report is not None else []
-        perplexity = math.exp(loss / tokens)
-        print(f"{scheme}: perplexity {perplexity:.3f}", file=sys.stderr, flush=True)
-        found.append(
-            Perplexity(
-                scheme=scheme,
-                perplexity=perplexity,
-                bits_per_byte=loss / math.log(2) / len(text.encode()),
-                change=perplexity / found[0].perplexity - 1 if found else 0.0,
-                final_bytes=_bytes(model),
-                sqnr_db=_mean_sqnr(layers),
-                quantized_modules=len(layers),
-            )
+    baseline = Compared(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
+    found = [_measured(baseline, ids, text, (BASELINE, "default", "none"), None)]
+    for scheme, mode, activations in variants():
+        model = quantload.load_quantized(
+            str(folder),
+            quantization=scheme,
+            device="cpu",
+            policy=quantload.QuantizationPolicy(scale_mode=mode),
+            options=quantload.LoadOptions(activations=activations),
         )
+        compared = Compared(model, iter(baseline.kept))
+        found.append(_measured(compared, ids, text, (scheme, mode, activations), found[0]))
     return found
 
 
-def measure_sqnr(seed: int) -> list[Sqnr]:
-    """Every format on every distribution."""
-    formats = importlib.import_module("measured_formats").MEASURED
-    found = []
-    for distribution, draw in DISTRIBUTIONS.items():
-        weights = draw(torch.Generator().manual_seed(seed)).mul_(0.02).to(torch.bfloat16)
-        found += [_sqnr(format_name, distribution, weights) for format_name in formats]
-    return found
-
-
-def _sqnr(format_name: str, distribution: str, weights: Tensor) -> Sqnr:
-    registry = importlib.import_module("quantload.kernels.registry")
-    statistics_module = importlib.import_module("quantload.kernels.statistics")
-    kernels = registry.kernel_set(format_name, "cpu")
-    codes = torch.empty(kernels.format.code_shape(*weights.shape), dtype=kernels.format.code_dtype)
-    scales = torch.empty(kernels.format.scale_shape(*weights.shape), dtype=kernels.format.scale_dtype)
-    statistics = statistics_module.new_statistics()
-    if kernels.quantize(weights, codes, scales, statistics):
-        raise ValueError(f"{format_name} found NaN or infinity in finite {distribution} weights")
-    out = torch.empty(weights.shape, dtype=torch.float32)
-    kernels.dequantize(codes, scales, out)
-    signal = weights.double().square_().sum()
-    noise = (weights.double() - out).square_().sum()
-    return Sqnr(
-        format=format_name,
-        distribution=distribution,
-        db=10 * math.log10(float(signal / noise)),
-        kernel_db=statistics_module.sqnr_db(statistics),
-        expected_db=EXPECTED_DB.get((format_name, distribution)),
+def _measured(
+    compared: Compared, ids: Tensor, text: str, name: tuple[str, str, str], baseline: Variant | None
+) -> Variant:
+    start, model = time.perf_counter(), compared.model
+    led = torch.cat([torch.tensor([model.config.eos_token_id]), ids])
+    with torch.inference_mode():
+        loss, tokens = importlib.import_module("train_demo").validation_loss(compared, led, WINDOW, STRIDE)
+    report = getattr(model, "load_report", None)
+    layers = report.layers if report is not None else []
+    weights, perplexity = sum(layer.numel for layer in layers), math.exp(loss / tokens)
+    print(f"{' '.join(name)}: {perplexity:.3f}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return Variant(
+        scheme=name[0],
+        scale_mode=name[1],
+        activations=name[2],
+        perplexity=perplexity,
+        change=0.0 if baseline is None else perplexity / baseline.perplexity - 1,
+        divergence=sum(compared.divergences) / max(len(compared.divergences), 1),
+        bits_per_byte=loss / math.log(2) / len(text.encode()),
+        bits_per_weight=8 * sum(layer.bytes_out for layer in layers) / weights if weights else None,
+        final_bytes=_bytes(model),
+        sqnr_db=_mean_sqnr(layers),
+        quantized_modules=len(layers),
     )
-
-
-def print_perplexity(rows: Sequence[Perplexity]) -> None:
-    """The perplexity table."""
-    cells = [
-        [
-            row.scheme,
-            f"{row.perplexity:.3f}",
-            f"{row.change:+.2%}",
-            f"{row.bits_per_byte:.4f}",
-            f"{row.final_bytes / 1e6:.2f}",
-            "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
-            str(row.quantized_modules),
-        ]
-        for row in rows
-    ]
-    print("\nDemo model on the held-out text")
-    print(columns(cells, ("scheme", "perplexity", "change", "bits/byte", "MB", "SQNR dB", "quantized modules")))
-
-
-def print_sqnr(rows: Sequence[Sqnr]) -> None:
-    """The SQNR table: formats down, distributions across, then the expected values."""
-    by_key = {(row.format, row.distribution): row for row in rows}
-    formats = list(dict.fromkeys(row.format for row in rows))
-    cells = [[name, *(f"{by_key[name, distribution].db:.2f}" for distribution in DISTRIBUTIONS)] for name in formats]
-    print(f"\nSQNR in dB of {ROWS}x{COLUMNS} BF16 weights")
-    print(columns(cells, ("format", *DISTRIBUTIONS)))
-    for row in rows:
-        if row.expected_db is not None:
-            verdict = "met" if row.met else "NOT met"
-            print(f"{row.format} on {row.distribution}: {row.db:.2f}, expected {row.expected_db:.1f}: {verdict}")
-    off = max(abs(row.db - row.kernel_db) for row in rows)
-    print(f"largest difference to the kernels' own statistics: {off:.4f} dB")
 
 
 def main() -> None:
@@ -217,20 +144,22 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "stdlib_validation.txt")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seed", type=int, default=0, help="of the weights the SQNR is measured on")
-    parser.add_argument("--only", choices=("perplexity", "sqnr"), help="one of the two tables")
+    parser.add_argument("--only", choices=("perplexity", "sqnr"), help="the model's predictions, or the SQNR")
     options = parser.parse_args()
     machine = describe_machine()
     print(headline(machine))
     result: dict[str, Any] = {"machine": machine, "seed": options.seed}
     if options.only != "sqnr":
-        perplexities = measure_perplexity(options.model, options.text.read_text())
-        print_perplexity(perplexities)
-        result["perplexity"] = [asdict(row) for row in perplexities]
+        measured = measure_variants(options.model, options.text.read_text())
+        result["variants"] = [asdict(variant) for variant in measured]
+        print_variants(result)
+        print_best(result)
     if options.only != "perplexity":
         sqnrs = measure_sqnr(options.seed)
-        print_sqnr(sqnrs)
         result["sqnr"] = [{**asdict(row), "met": row.met} for row in sqnrs]
-    print(f"\nwritten: {write_result('quality', result, options.results)}")
+        print_sqnr(result)
+    reduced = f"{options.only}-only" if options.only else ""
+    print(f"\nwritten: {write_result('quality', result, options.results, reduced)}")
 
 
 if __name__ == "__main__":

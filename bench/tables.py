@@ -13,6 +13,7 @@ import load_tables
 import matmul_cpu
 import pipeline_results
 import profile_load
+import quality_tables
 from goals import Goal
 from markdown import fill, goal_table, source_line
 from result_files import RESULTS, results_of
@@ -57,7 +58,7 @@ def _pipeline(results: list[Result], *parts: str, render: Callable[[Result], str
 def render_all(folder: Path = RESULTS) -> dict[str, str]:
     """Markdown of every table by its name."""
     loads, pipelines = results_of("load", folder), results_of("pipeline", folder)
-    on_gpus = results_of("kernels", folder)
+    on_gpus, qualities = results_of("kernels", folder), results_of("quality", folder)
     return {
         "kernels_cpu": _section(
             _newest(results_of("kernels_cpu", folder)),
@@ -75,6 +76,9 @@ def render_all(folder: Path = RESULTS) -> dict[str, str]:
             _newest(results_of("bigger_than_memory", folder)), bigger_than_memory.render, bigger_than_memory.goals_of
         ),
         "peers": load_tables.peers(loads) or MISSING,
+        "quality": _section(_newest(qualities, "variants"), quality_tables.render_variants, _no_goals),
+        "quality_best": _section(_newest(qualities, "variants"), quality_tables.render_best, _no_goals),
+        "quality_sqnr": _section(_newest(qualities, "variants"), quality_tables.render_sqnr, _no_goals),
         "profile": _section(_newest(results_of("profile_load", folder)), profile_load.render, _no_goals),
     }
 

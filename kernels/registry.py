@@ -7,11 +7,13 @@ quantize(source, codes, scales, statistics=None, scales_known=False) -> int
     A piece must hold whole scale blocks, unless `scales_known` says that the scales are final: then it may be any
     part that starts at a block. Adds to the float64 [STATS] `statistics` in place (not atomic: one per thread, or a
     lock). Returns the number of NaN and infinite elements; when it is not 0, codes, scales and statistics are void.
+    Scales follow the rule of the format or, in the scale mode "mse", are those of the least squared error.
 observe(source, amax) -> int
     amax [scale_shape(R, C)] float32 = max(amax, largest |x| of each block): first pass over a weight that does not
     fit a piece. Not atomic. Returns the number of NaN and infinite elements.
 finish_scales(amax, out=None) -> Tensor
-    Scales from the amax of `observe`, by the arithmetic of `quantize`, into `out` (None: in place).
+    Scales from the amax of `observe`, by the arithmetic of `quantize`, into `out` (None: in place). The scale mode
+    "mse" has none: amax is not enough.
 dequantize(codes, scales, out) -> None
     Into `out` [R, C] float32, bfloat16 or float16; float32 arithmetic, rounded once to the type of `out`.
 linear(x, codes, scales, bias, n_rows, k) -> Tensor

@@ -13,7 +13,7 @@ import pytest
 SCRIPT = """
 import hashlib, torch
 from quantload.kernels.formats import FORMATS
-from quantload.kernels.registry import NUMBA_FORMATS, kernel_set
+from quantload.kernels.registry import NUMBA_FORMATS, SCALE_MODES, kernel_set
 digest = hashlib.sha256()
 generator = torch.Generator().manual_seed(0)
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -21,13 +21,13 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     source = source.to(dtype)
     source[7] = 0
     source[9] *= 1e-30
-    for name in NUMBA_FORMATS:
+    for mode, name in ((mode, name) for mode in SCALE_MODES for name in NUMBA_FORMATS if name in SCALE_MODES[mode]):
         fmt = FORMATS[name]
         for kernel in KERNELS:
             codes = torch.zeros(fmt.code_shape(130, 333), dtype=torch.uint8).view(fmt.code_dtype)
             scales = torch.zeros(fmt.scale_shape(130, 333), dtype=fmt.scale_dtype)
             out = torch.zeros(130, 333, dtype=torch.bfloat16)
-            kernels = kernel_set(name, "cpu", dict.fromkeys(("quantize", "dequantize"), kernel))
+            kernels = kernel_set(name, "cpu", dict.fromkeys(("quantize", "dequantize"), kernel), mode)
             assert kernels.quantize(source, codes, scales) == 0
             kernels.dequantize(codes, scales, out)
             for tensor in (codes, scales, out):

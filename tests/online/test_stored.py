@@ -106,9 +106,7 @@ def test_scales_that_are_not_finite_are_refused(name: str, scale: torch.Tensor) 
 def test_wrong_shapes_dtypes_and_places_are_refused() -> None:
     world = World("mxfp4")
     codes = torch.zeros(N, K // 2, dtype=torch.uint8)
-    with pytest.raises(
-        ShapeMismatchError, match=r"got torch\.uint8 of shape \(3, 32\), torch\.uint8 of"
-    ):
+    with pytest.raises(ShapeMismatchError, match=r"got torch\.uint8 of shape \(3, 32\), torch\.uint8 of"):
         world.give("codes", codes[:3], 0, "w1")
     world = World("mxfp4")
     with pytest.raises(ShapeMismatchError, match=r"got torch\.int8"):

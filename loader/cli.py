@@ -58,6 +58,10 @@ Stats = Annotated[str, typer.Option(help="on or off: measure what quantization l
 Strict = Annotated[bool, typer.Option("--strict", help="A pattern that matches nothing is an error.")]
 Kernel = Annotated[list[str] | None, typer.Option(help="OPERATION=NAME to choose a kernel by hand. Repeatable.")]
 Activations = Annotated[str, typer.Option(help="auto, none, emulate, or a format such as mxfp4 or fp8.")]
+Cache = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Leave the quantized form in this folder; later loads read it.")
+]
+CacheSize = Annotated[str | None, typer.Option(help="Largest size of the cache, such as 200GiB; the disk without it.")]
 Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code the checkpoint ships.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
@@ -97,6 +101,8 @@ def load(
     strict: Strict = False,
     kernel: Kernel = None,
     activations: Activations = "auto",
+    cache: Cache = None,
+    cache_size: CacheSize = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -104,7 +110,9 @@ def load(
 ) -> None:
     """Load a model, and say what was quantized, what it lost and how much memory it took."""
     policy = _policy(experts, ignore, override, no_default_ignore, scale_mode)
-    options = _options(max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations)
+    options = _options(
+        max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations, cache, cache_size
+    )
     if report is not None:
         _check_writable(report)
     from .load import load_quantized
@@ -192,13 +200,17 @@ def serve(
     strict: Strict = False,
     kernel: Kernel = None,
     activations: Activations = "auto",
+    cache: Cache = None,
+    cache_size: CacheSize = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Load a model and serve it over an OpenAI-compatible API, with /metrics, /health and /load_report."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the server takes over as soon as it listens
     policy = _policy(experts, ignore, override, no_default_ignore, scale_mode)
-    options = _options(max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations)
+    options = _options(
+        max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations, cache, cache_size
+    )
     try:
         from .server.command import serve_model
     except ImportError as error:
@@ -362,7 +374,7 @@ def _policy(
 
 def _options(
     max_memory: str | None, staging: str | None, chunk: str | None, workers: int | None, page_cache: str, stats: str,
-    strict: bool, kernel: list[str] | None, activations: str,
+    strict: bool, kernel: list[str] | None, activations: str, cache: Path | None = None, cache_size: str | None = None,
 ) -> LoadOptions:  # fmt: skip
     from .memory.budget import parse_bytes
     from .options import LoadOptions
@@ -374,6 +386,7 @@ def _options(
         "staging_bytes": parse_bytes(staging) if staging is not None else None,
         "workers": workers, "page_cache": page_cache, "stats": stats == "on", "strict": strict,
         "activations": activations, "kernels": dict(_pair(text, "--kernel", "OPERATION=NAME") for text in kernel or ()),
+        "cache": cache, "cache_bytes": parse_bytes(cache_size) if cache_size is not None else None,
     }  # fmt: skip
     if chunk is not None:
         values["chunk_bytes"] = parse_bytes(chunk)

@@ -20,7 +20,7 @@ from .checkpoint.resolve import SMALL_FILES, Checkpoint, resolve
 from .checkpoint.source import FileSource
 from .checkpoint.weight_map import INDEX_NAME
 from .checkpoint.working_memory import CPU, slots_per_worker
-from .checkpoint.writer import ShardPlan, plan_shards
+from .checkpoint.writer import ShardPlan, plan_shards, weight_index
 from .errors import PolicyError, UnsupportedCheckpointError
 from .load import Draft, draft_load
 from .memory.budget import check_budget
@@ -160,10 +160,7 @@ def _write_surroundings(
     """Everything but the weights: tokenizer and other small files, index, config last."""
     for name in _small_files(checkpoint.root):
         folder.copy(locate(checkpoint.root, name), name)
-    weight_map = {name: plan.path for plan in shards for name in plan.offsets}
-    total = sum(plan.size - len(plan.header) for plan in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    folder.write(INDEX_NAME, _json(index))
+    folder.write(INDEX_NAME, _json(weight_index(shards)))
     folder.write(_CONFIG, _json(config))
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .cache.session import NoCache, open_cache
 from .checkpoint.index import CheckpointIndex, read_index
-from .checkpoint.reader import PieceReader
+from .checkpoint.reader import PieceReader, ReadTotals
 from .checkpoint.resolve import Checkpoint, resolve
 from .checkpoint.small_tensors import SmallTensors
-from .checkpoint.source import FileSource
 from .collector import collector_paused
 from .kernels import cpu  # noqa: F401  # numba comes in with the package, not in the middle of the first load
 from .memory.budget import check_budget
@@ -52,31 +52,47 @@ def load_quantized(
     `QuantloadError`; afterwards threads, files and memory are as before.
     """
     options = options or LoadOptions()
-    storage = FinalStorage(choose_device(device))
-    with torch.inference_mode(False), Recorder(storage.device, options.stats, progress) as recorder, storage:
+    place = choose_device(device)
+    with torch.inference_mode(False), Recorder(place, options.stats, progress) as recorder:
         checkpoint = resolve(model_id, revision)
-        draft = draft_load(checkpoint, quantization, policy, options, storage, recorder.on_layer, trust_remote_code)
-        model, plan = draft.model, draft.plan
-        recorder.expect(plan, draft.assignments)
-        check_budget(plan.memory, options.max_memory)
+        cache = open_cache(checkpoint, options, recorder.on_layer, trust_remote_code)
+
+        def load() -> tuple[Draft, ReadTotals]:
+            with FinalStorage(place) as storage:
+                draft = draft_load(
+                    checkpoint, quantization, policy, options, storage, cache.on_layer, trust_remote_code
+                )
+                totals = _stream(draft, cache, recorder, options, storage.device)
+                transformers_api.adopt_generation_config(draft.model, checkpoint.root)
+                return draft, totals
+
+        draft, totals = cache.attempt(load)
+    model = draft.model
+    model.load_report = recorder.report(
+        checkpoint.model_id, draft.rules.name, totals, tensor_bytes(model), tensor_bytes, cache.result
+    )
+    model.load_plan = draft.plan.memory
+    return model
+
+
+def _stream(draft: Draft, cache: NoCache, recorder: Recorder, options: LoadOptions, device: torch.device) -> ReadTotals:
+    """Fill the model of a draft."""
+    check_budget(draft.plan.memory, options.max_memory)
+    with cache.reading(draft) as reading:
+        recorder.expect(reading.plan, draft.assignments)
         reader = PieceReader(
-            FileSource(checkpoint.root, page_cache=options.page_cache, retries=options.retries),
-            draft.index.shards,
-            workers=plan.workers,
-            chunk_bytes=plan.chunk_bytes,
-            staging_bytes=plan.memory.staging_bytes,
-            device=storage.device,
+            reading.source,
+            reading.shards,
+            workers=draft.plan.workers,
+            chunk_bytes=draft.plan.chunk_bytes,
+            staging_bytes=draft.plan.memory.staging_bytes,
+            device=device,
             on_progress=recorder.on_bytes,
         )
-        totals = reader.run(plan.pieces)
+        totals = reader.run(reading.plan.pieces)
         draft.loaders.check_complete(loaded_parameters(draft.mapped, draft.loaders))
-        transformers_api.finish(model, draft.mapped.missing, draft.mapped.weight_conversions, storage.device)
-        transformers_api.adopt_generation_config(model, checkpoint.root)
-    model.load_report = recorder.report(
-        checkpoint.model_id, draft.rules.name, totals, tensor_bytes(model), tensor_bytes
-    )
-    model.load_plan = plan.memory
-    return model
+    transformers_api.finish(draft.model, draft.mapped.missing, draft.mapped.weight_conversions, device)
+    return totals
 
 
 @dataclass(frozen=True)

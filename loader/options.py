@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from .errors import PolicyError
@@ -37,8 +38,10 @@ class LoadOptions:
     `stats`: measure what quantizing loses, in the kernels. `activations`: `auto` lets the kernels decide, `none` keeps
     activations as they are, `emulate` rounds them and back to what the checkpoint's config says or else to the scheme's
     own format, and the name of a format to that one, in a kernel where there is one for it. `retries`: how often a
-    failed read is tried again. `kernels`: operation -> kernel name, to choose one by hand. Raises `PolicyError` for
-    values out of range.
+    failed read is tried again. `kernels`: operation -> kernel name, to choose one by hand. `cache`: a folder where
+    loads leave what they quantized, for the next load of the same to read instead; `cache_bytes`: its largest size
+    (bytes, None = what the disk has), kept by removing what was not used for longest. Raises `PolicyError` for values
+    out of range.
     """
 
     chunk_bytes: int = 8 * MIB
@@ -51,6 +54,8 @@ class LoadOptions:
     activations: Activations = "auto"
     retries: int = 4
     kernels: Mapping[str, str] = field(default_factory=dict)
+    cache: str | Path | None = None
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -64,13 +69,13 @@ class LoadOptions:
             raise PolicyError(f"activations is {self.activations!r}; choose one of {', '.join(get_args(Activations))}")
         if self.retries < 0:
             raise PolicyError(f"retries is {self.retries}; give 0 or more")
-        for name in ("staging_bytes", "max_memory"):
+        for name in ("staging_bytes", "max_memory", "cache_bytes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise PolicyError(f"{name} is {value}; give a positive number of bytes")
 
     def _check_types(self) -> None:
-        for name in ("chunk_bytes", "retries", "staging_bytes", "max_memory", "workers"):
+        for name in ("chunk_bytes", "retries", "staging_bytes", "max_memory", "workers", "cache_bytes"):
             value = getattr(self, name)
             may_be_none = name not in ("chunk_bytes", "retries")
             if not (isinstance(value, int) and not isinstance(value, bool)) and not (value is None and may_be_none):
@@ -78,6 +83,8 @@ class LoadOptions:
         for name in ("stats", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"{name} is {getattr(self, name)!r}; give True or False")
+        if self.cache is not None and (not isinstance(self.cache, (str, Path)) or not str(self.cache)):
+            raise PolicyError(f"cache is {self.cache!r}; give the path of a folder")
         if not isinstance(self.kernels, Mapping):
             raise PolicyError(f"kernels is {self.kernels!r}; give a mapping of operation to kernel name")
 

@@ -15,7 +15,7 @@ from .errors import PolicyError
 from .memory import logs
 from .memory.ledger import Ledger
 from .memory.probes import probe_for
-from .memory.report import KeptReport, LayerReport, LoadReport
+from .memory.report import CacheResult, KeptReport, LayerReport, LoadReport
 from .model.skeleton import Assignment
 from .online.attach import Process
 from .plan import LoadPlan
@@ -99,6 +99,7 @@ class Recorder:
         totals: ReadTotals,
         final_bytes: int,
         kept_bytes: Callable[[nn.Module], int],
+        cache: CacheResult | None = None,
     ) -> LoadReport:
         """The report of a finished load, also written to the log; the plan is let go.
 
@@ -123,6 +124,7 @@ class Recorder:
             layers=[self._layers[a.name] for a in assignments if a.name in self._layers],
             kept=[KeptReport(a.name, a.reason, kept_bytes(a.module)) for a in assignments if a.scheme is None],
             timeline=self.ledger.timeline,
+            cache=cache,
         )
         self._log(report)
         self._plan, self._assignments = None, {}

@@ -1,6 +1,6 @@
 """One entry of a cache: a folder with a small checkpoint, checksums of its files, and a lock.
 
-`entry.json` names the files and vouches for `checksums.bin`, which vouches for them; its own checksum stands in it.
+`entry.json` names the files and vouches for `checksums.crc32`, which vouches for them; its own checksum stands in it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..options import LoadOptions
 from .checksums import Checksums, VerifiedSource
 from .locks import FileLock
 
-LOCK, ENTRY, CHECKSUMS = "lock", "entry.json", "checksums.bin"
+LOCK, ENTRY, CHECKSUMS = "lock", "entry.json", "checksums.crc32"
 FORMAT_VERSION = 1
 """Of the files beside the tensors; a reader of another version starts anew."""
 
@@ -53,13 +53,19 @@ class Entry:
             source = VerifiedSource(files, self.checksums)
             return json.loads(read_bytes(source, name, 0, source.size(name)))
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
     def release(self) -> None:
         """Others may remove it from now on."""
         self.lock.release()
 
 
 def write_description(folder: Path, checksums: Mapping[str, Checksums]) -> None:
-    """Write `checksums.bin` and `entry.json`, which say what the other files must be, and force them to disk."""
+    """Write `checksums.crc32` and `entry.json`, which say what the other files must be, and force them to disk."""
     parts = {name: each.to_bytes() for name, each in checksums.items()}
     data = b"".join(parts.values())
     files = {name: len(part) for name, part in parts.items()}

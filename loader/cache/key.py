@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from ..checkpoint.index import shard_names
 from ..checkpoint.paths import locate
 from ..checkpoint.resolve import Checkpoint
 from ..checkpoint.source import FileSource
+from ..model.skeleton import Assignment
 from ..options import QuantizationPolicy
-from ..schemes.registry import SchemeFactory, get_entry
+from ..schemes.registry import get_entry
 
 QUANTIZATION_VERSION = 1
 """Of the rules that make codes and scales; raise it with every change after which a scheme gives other bytes."""
@@ -26,10 +27,11 @@ _HEADER_AT_ONCE = 1 << 20
 
 
 def entry_key(
-    checkpoint: Checkpoint, policy: QuantizationPolicy, schemes: SchemeFactory, trust_remote_code: bool
+    checkpoint: Checkpoint, policy: QuantizationPolicy, assignments: Iterable[Assignment], trust_remote_code: bool
 ) -> str:
     """The key of what a load of `checkpoint` leaves in memory: 64 hexadecimal digits.
 
+    `assignments` are what the policy made of the model on the device it goes to.
     The files of the checkpoint count with their headers, sizes and times of change (ns), not with their weights; the
     folder they lie in does not count. How a load runs, which kernels, pieces and workers it uses and what it measures,
     does not change a byte, and does not count either. Raises `CheckpointError` as `read_index` would.
@@ -40,7 +42,7 @@ def entry_key(
         "config": checkpoint.config(),
         "code": _modeling_code(checkpoint.root) if trust_remote_code else None,
         "policy": _policy(policy),
-        "formats": _formats(policy, schemes),
+        "modules": dict(_modules(assignments)),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -78,8 +80,10 @@ def _policy(policy: QuantizationPolicy) -> dict[str, Any]:
     }
 
 
-def _formats(policy: QuantizationPolicy, schemes: SchemeFactory) -> list[str | None]:
-    """How each scheme of the policy is stored on the device of this load: FP8 has two ways."""
-    names = (policy.linear, policy.experts or policy.linear, *(scheme for _, scheme in policy.overrides))
-    made = [scheme for name in names for scheme in (schemes.linear(name), schemes.experts(name))]
-    return [None if scheme is None else scheme.kernels.format.name for scheme in made]
+def _modules(assignments: Iterable[Assignment]) -> Iterator[tuple[str, Any]]:
+    """Scheme, format and shapes of what is quantized: a device may store a format, or pad it, in its own way."""
+    for assignment in assignments:
+        if assignment.scheme is not None:
+            layouts = assignment.scheme.layouts(assignment.module).items()
+            stored = [(key, each.format.name, each.code_shape, each.scale_shape) for key, each in layouts]
+            yield assignment.name, [assignment.scheme.name, stored]

@@ -85,18 +85,18 @@ class Store:
             lock.release()
             raise
 
-    def reserve(self, key: str, nbytes: int) -> Unfinished | None:
-        """Room for an entry of `nbytes` that replaces any of its key, or None while another process writes it.
+    def reserve(self, key: str, nbytes: int) -> Unfinished:
+        """Room for an entry of `nbytes` that replaces any of its key.
 
-        Removes the least recently used entries that nobody is reading. Raises `OSError` where the folder cannot be
-        written to, or cannot have that much room.
+        Removes the least recently used entries that nobody is reading. Raises `BlockingIOError` while another process
+        writes the entry, and other `OSError`s where the folder cannot be written to, or cannot have that much room.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         folder = self.root / f"{WRITING}{key}"
         folder.mkdir(exist_ok=True)
         lock = FileLock.exclusive(folder / LOCK, create=True)
         if lock is None:
-            return None
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing the entry", str(folder))
         unfinished = Unfinished(self, folder, key, lock)
         try:
             _clear(folder)

@@ -64,6 +64,7 @@ class TensorWriter:
         self._faults = _Faults()
         self._thread = threading.Thread(target=self._work, name="quantload-cache-writer")
         self._landing: Tensor | None = None
+        self._given_up = False
         try:
             for plan in plans:
                 self._open(folder, plan)
@@ -78,6 +79,7 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._given_up = error is not None
         self._join()
         self._close()
 
@@ -115,6 +117,8 @@ class TensorWriter:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
+            if self._given_up:  # the load has failed: nobody will see the entry or the model
+                continue
             try:
                 if job.computed is not None:
                     job.computed.synchronize()

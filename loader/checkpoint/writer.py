@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,14 @@ def _plan_shard(path: str, specs: Sequence[TensorSpec]) -> ShardPlan:
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     return ShardPlan(path, header, {name: len(header) + start for name, start in starts.items()}, len(header) + at)
+
+
+def weight_index(plans: Iterable[ShardPlan]) -> dict[str, Any]:
+    """What the index file says: the shard of each tensor, by name, and the bytes of all tensors."""
+    plans = list(plans)
+    weight_map = {name: plan.path for plan in plans for name in plan.offsets}
+    total = sum(plan.size - len(plan.header) for plan in plans)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ModuleKind = Literal["linear", "experts"]
+CacheResult = Literal["hit", "written", "rebuilt", "unwritten"]
+"""`hit`: read from an entry of the cache. `written`: read from the checkpoint, and an entry was made of it. `rebuilt`:
+so too, as the entry there was damaged. `unwritten`: read from the checkpoint; the log says why no entry was made."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class LoadReport:
     """Everything a load says about itself; sizes in bytes, `seconds` in seconds.
 
     `peak_bytes` is the highest memory above `baseline_bytes`, the value before the load. `layers` are the quantized
-    modules, `kept` those that were not, `timeline` at most 200 points.
+    modules, `kept` those that were not, `timeline` at most 200 points. `cache` is what became of the load with one.
     """
 
     model: str
@@ -131,6 +134,7 @@ class LoadReport:
     layers: list[LayerReport] = field(default_factory=list)
     kept: list[KeptReport] = field(default_factory=list)
     timeline: list[TimelinePoint] = field(default_factory=list)
+    cache: CacheResult | None = None
 
     @property
     def bytes_per_second(self) -> float:

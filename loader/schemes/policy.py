@@ -59,7 +59,7 @@ class Policy:
     """
 
     def __init__(self, policy: QuantizationPolicy, factory: SchemeFactory, is_quantized: bool = False) -> None:
-        self._policy = policy
+        self.policy = policy
         self._factory = factory
         self._is_quantized = is_quantized
         self.name = get_entry(policy.linear).name
@@ -78,7 +78,7 @@ class Policy:
         `stored`: how the checkpoint has it quantized. It is kept so where nothing else is wanted, and where what is
         wanted is the same.
         """
-        scheme_name, reason = self._scheme_name(name, self._policy.linear, built_in_reason)
+        scheme_name, reason = self._scheme_name(name, self.policy.linear, built_in_reason)
         scheme = None if scheme_name is None else self._factory.linear(scheme_name)
         if stored is not None and _keeps(scheme, stored):
             return Choice(self._factory.prequantized_linear(name, stored.format.name, stored.activations), keeps=True)
@@ -86,7 +86,7 @@ class Policy:
 
     def experts(self, name: str, built_in_reason: str | None, stored: StoredKind | None = None) -> Choice:
         """The choice for a fused experts module; `stored` as for linear layers."""
-        default = self._policy.experts if self._policy.experts is not None else self._policy.linear
+        default = self.policy.experts if self.policy.experts is not None else self.policy.linear
         scheme_name, reason = self._scheme_name(name, default, built_in_reason)
         scheme = None if scheme_name is None else self._factory.experts(scheme_name)
         if stored is not None and _keeps(scheme, stored):
@@ -111,13 +111,13 @@ class Policy:
         return f"{scheme_name} leaves {kind} as stored"
 
     def _scheme_name(self, name: str, default: str, built_in_reason: str | None) -> tuple[str | None, str]:
-        override = self._first([pattern for pattern, _ in self._policy.overrides], name)
-        ignored = self._first(self._policy.ignore, name)
+        override = self._first([pattern for pattern, _ in self.policy.overrides], name)
+        ignored = self._first(self.policy.ignore, name)
         if override is not None:
-            return dict(reversed(self._policy.overrides))[override], ""
+            return dict(reversed(self.policy.overrides))[override], ""
         if ignored is not None:
             return None, f"ignored by pattern {ignored!r}"
-        if built_in_reason is not None and self._policy.default_ignore:
+        if built_in_reason is not None and self.policy.default_ignore:
             return None, built_in_reason
         return default, ""
 

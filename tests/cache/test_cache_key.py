@@ -12,13 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from quantload import plan_quantized
 from quantload.cache import key as key_module
 from quantload.cache.key import entry_key
 from quantload.checkpoint.resolve import resolve
 from quantload.errors import MissingShardError
+from quantload.kernels.formats import FP8_CHANNEL, FP8_CHANNEL_FNUZ, WeightFormat
 from quantload.options import LoadOptions, QuantizationPolicy
-from quantload.schemes.registry import SchemeFactory
+from quantload.schemes.layout import WeightLayout
 from safetensors.torch import load_file, save_file
 
 POLICY = QuantizationPolicy(ignore=("a", "b"), overrides=(("c", "fp8_per_channel"), ("d", "none")))
@@ -32,8 +33,13 @@ def folder(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
 def key_of(
     folder: Path, policy: QuantizationPolicy = POLICY, options: LoadOptions | None = None, trust: bool = False
 ) -> str:
-    schemes = SchemeFactory(torch.device("cpu"), options or LoadOptions())
-    return entry_key(resolve(folder), policy, schemes, trust)
+    draft = plan_quantized(folder, policy=policy, options=options)
+    return entry_key(resolve(folder), draft.rules.policy, draft.assignments, trust)
+
+
+def key_of_files(folder: Path, policy: QuantizationPolicy = POLICY) -> str:
+    """The key by files and policy alone, whether or not they can be loaded."""
+    return entry_key(resolve(folder), policy, [], False)
 
 
 def shard(folder: Path) -> Path:
@@ -60,7 +66,7 @@ def grow(folder: Path) -> None:
 def split(folder: Path) -> None:
     tensors = list(load_file(shard(folder)).items())
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, part in zip(names, (tensors[:3], tensors[3:]), strict=True):
         save_file(dict(part), folder / name)
         weight_map |= {tensor: name for tensor, _ in part}
@@ -75,9 +81,9 @@ def change_config(folder: Path) -> None:
 
 @pytest.mark.parametrize("change", [touch, rename_a_tensor, grow, split, change_config])
 def test_another_checkpoint_has_another_key(folder: Path, change: Callable[[Path], None]) -> None:
-    before = key_of(folder)
+    before = key_of_files(folder)
     change(folder)
-    assert key_of(folder) != before
+    assert key_of_files(folder) != before
 
 
 def test_a_shard_has_its_part_in_the_key(folder: Path) -> None:
@@ -97,10 +103,11 @@ def test_a_shard_has_its_part_in_the_key(folder: Path) -> None:
         {"overrides": POLICY.overrides[::-1]},
         {"overrides": (("c", "fp8_per_tensor"), ("d", "none"))},
         {"default_ignore": False},
+        {"scale_mode": "mse"},
     ],
 )
 def test_another_policy_has_another_key(folder: Path, change: dict[str, Any]) -> None:
-    assert key_of(folder, replace(POLICY, **change)) != key_of(folder)
+    assert key_of_files(folder, replace(POLICY, **change)) != key_of_files(folder)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +126,11 @@ def test_the_same_policy_in_other_words_has_the_same_key(folder: Path, change: d
     "options",
     [
         {"chunk_bytes": 4096},
-        {"staging_bytes": 1 << 20},
-        {"max_memory": 1},
+        {"staging_bytes": 1 << 30},
+        {"max_memory": 1 << 40},
         {"workers": 1},
         {"page_cache": "drop"},
         {"stats": False},
-        {"strict": True},
         {"retries": 0},
         {"activations": "none"},
         {"kernels": {"quantize": "torch"}},
@@ -134,6 +140,11 @@ def test_how_a_load_runs_does_not_change_the_key(folder: Path, options: dict[str
     assert key_of(folder, options=LoadOptions.from_mapping(options)) == key_of(folder)
 
 
+def test_strictness_does_not_change_the_key(folder: Path) -> None:
+    policy = QuantizationPolicy()
+    assert key_of(folder, policy, LoadOptions(strict=True)) == key_of(folder, policy)
+
+
 def test_every_option_is_known_not_to_change_a_byte_or_to_be_in_the_key() -> None:
     """Who adds an option decides which of the two it is, here and in the lists above."""
     assert set(LoadOptions.__dataclass_fields__) - {"cache", "cache_bytes"} == {
@@ -141,7 +152,7 @@ def test_every_option_is_known_not_to_change_a_byte_or_to_be_in_the_key() -> Non
         "activations", "kernels",
     }  # fmt: skip
     assert set(QuantizationPolicy.__dataclass_fields__) == {
-        "linear", "experts", "ignore", "overrides", "default_ignore",
+        "linear", "experts", "ignore", "overrides", "default_ignore", "scale_mode",
     }  # fmt: skip
 
 
@@ -175,27 +186,32 @@ def test_other_rules_have_another_key(folder: Path, name: str, monkeypatch: pyte
 
 def test_another_transformers_may_fuse_weights_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_of(folder)
-    monkeypatch.setattr(key_module.transformers, "__version__", "5.99")
+    monkeypatch.setattr(key_module, "transformers", SimpleNamespace(__version__="5.99"))
     assert key_of(folder) != before
 
 
-def test_a_device_that_stores_a_format_its_own_way_has_another_key(folder: Path) -> None:
-    class Factory:
-        def __init__(self, suffix: str) -> None:
-            self._suffix = suffix
+def assignment(
+    name: str, scheme: str | None, fmt: WeightFormat = FP8_CHANNEL, multiples: tuple[int, int] = (1, 1)
+) -> Any:
+    layouts = {"weight": WeightLayout(fmt, None, (("", 3),), 32, multiples)}
+    made = scheme and SimpleNamespace(name=scheme, layouts=lambda module: layouts)
+    return SimpleNamespace(name=name, module=None, scheme=made)
 
-        def linear(self, name: str) -> Any:
-            return SimpleNamespace(kernels=SimpleNamespace(format=SimpleNamespace(name=name + self._suffix)))
 
-        experts = linear
-
-    schemes: list[Any] = [Factory(""), Factory("_fnuz")]
-    first, second = (entry_key(resolve(folder), POLICY, each, False) for each in schemes)
-    assert first != second
+def test_what_is_made_of_each_module_has_its_part_in_the_key(folder: Path) -> None:
+    """A device may store a format in its own way; a release may give a module another scheme under the same policy."""
+    made = (
+        [assignment("a", "fp8"), assignment("b", None)],
+        [assignment("a", "fp8", FP8_CHANNEL_FNUZ), assignment("b", None)],
+        [assignment("a", "int8"), assignment("b", None)],
+        [assignment("b", "fp8"), assignment("a", None)],
+        [assignment("a", "fp8", multiples=(4, 1)), assignment("b", None)],
+    )
+    assert len({entry_key(resolve(folder), POLICY, each, False) for each in made}) == len(made)
 
 
 def test_a_missing_shard_is_the_error_it_is_without_a_cache(folder: Path) -> None:
     split(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(MissingShardError):
-        key_of(folder)
+        key_of_files(folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from quantload.cache.checksums import Checksums
 from quantload.cache.entry import CHECKSUMS, ENTRY, Entry
-from quantload.cache.store import REMOVED, WRITING, Store, Unfinished
+from quantload.cache.store import REMOVED, WRITING, Store
 from quantload.errors import DamagedEntryError
 from quantload.options import LoadOptions
 
@@ -22,14 +22,8 @@ A, B, C = "a" * 64, "b" * 64, "c" * 64
 Usage = namedtuple("Usage", "total used free")
 
 
-def reserve(store: Store, key: str, nbytes: int = 1000) -> Unfinished:
-    unfinished = store.reserve(key, nbytes)
-    assert unfinished is not None
-    return unfinished
-
-
 def publish(store: Store, key: str, content: bytes = b"tensors", nbytes: int = 1000) -> None:
-    unfinished = reserve(store, key, nbytes)
+    unfinished = store.reserve(key, nbytes)
     (unfinished.folder / "model").write_bytes(content)
     checksums = Checksums((0, len(content)))
     checksums.note(0, memoryview(content))
@@ -60,7 +54,7 @@ def test_what_is_published_is_found(tmp_path: Path) -> None:
 
 def test_nobody_finds_what_is_not_published(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    unfinished = reserve(store, A)
+    unfinished = store.reserve(A, 1000)
     (unfinished.folder / "model").touch()
     assert store.find(A) is None
     unfinished.discard()
@@ -70,11 +64,12 @@ def test_nobody_finds_what_is_not_published(tmp_path: Path) -> None:
 
 def test_one_writes_at_a_time(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    unfinished = reserve(store, A)
-    assert store.reserve(A, 1000) is None
-    other = reserve(store, B)
+    unfinished = store.reserve(A, 1000)
+    with pytest.raises(BlockingIOError):
+        store.reserve(A, 1000)
+    other = store.reserve(B, 1000)
     unfinished.discard()
-    reserve(store, A).discard()
+    store.reserve(A, 1000).discard()
     other.discard()
 
 
@@ -156,11 +151,11 @@ def test_what_is_in_use_stays(tmp_path: Path) -> None:
 
 def test_what_is_being_written_counts(tmp_path: Path) -> None:
     store = Store(tmp_path, limit=4000)
-    unfinished = reserve(store, A, 3000)
+    unfinished = store.reserve(A, 3000)
     with pytest.raises(OSError, match=r"1.953 KiB beside 2.930 KiB are more than 3.906 KiB"):
         store.reserve(B, 2000)
     unfinished.discard()
-    reserve(store, B, 2000).discard()
+    store.reserve(B, 2000).discard()
 
 
 def test_nothing_is_removed_for_an_entry_larger_than_the_limit(tmp_path: Path) -> None:
@@ -184,7 +179,7 @@ def test_a_full_disk_is_made_room_on_or_said(tmp_path: Path, monkeypatch: pytest
         store.reserve(B, 1000)
     reader.release()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 500 if (tmp_path / A).exists() else 1500))
-    reserve(store, B, 1000).discard()
+    store.reserve(B, 1000).discard()
     assert store.find(A) is None
 
 
@@ -216,7 +211,8 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished_and_is_cleared_away(
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         writer.stdout.readline()
-        assert store.reserve(A, 1000) is None
+        with pytest.raises(BlockingIOError):
+            store.reserve(A, 1000)
         assert (tmp_path / f"{WRITING}{A}" / "model").exists()
         writer.send_signal(signal.SIGKILL)
         writer.wait()

@@ -34,6 +34,7 @@ REPORT_FIELDS = [
     "layers",
     "kept",
     "timeline",
+    "cache",
 ]
 LAYER_FIELDS = [
     "name",

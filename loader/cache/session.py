@@ -1,0 +1,226 @@
+"""What a cache does in one load: bring the model back from an entry, or watch the load and write one.
+
+The load stays what it is. The same skeleton, policy, schemes and closures are made from the checkpoint's headers either
+way; an entry only replaces where the bytes come from, so that a load from it ends in the same model and report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.index import Shard, read_index
+from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.source import FileSource, Source
+from ..errors import CheckpointError, DamagedEntryError, PolicyError, RouteError
+from ..memory.budget import format_bytes
+from ..memory.report import CacheResult
+from ..online.attach import OnFinished, Process
+from ..online.restored import plan_restored
+from ..options import LoadOptions
+from ..plan import LoadPlan, loaded_parameters
+from .entry import Entry
+from .key import entry_key
+from .recording import CONFIG, STATISTICS, EntryRecording
+from .store import Store
+
+if TYPE_CHECKING:
+    from ..load import Draft
+
+logger = logging.getLogger("quantload")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where a load reads its weights: the files, and the plan with the pieces of them."""
+
+    source: Source
+    shards: tuple[Shard, ...]
+    plan: LoadPlan
+
+
+class NoCache:
+    """Every load reads its checkpoint."""
+
+    result: CacheResult | None = None
+
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions, on_layer: OnFinished) -> None:
+        self.on_layer = on_layer
+        self._checkpoint, self._options = checkpoint, options
+
+    def attempt(self, load: Callable[[], T]) -> T:
+        """What `load` returns."""
+        return load()
+
+    @contextlib.contextmanager
+    def reading(self, draft: Draft) -> Iterator[Reading]:
+        """Where a load reads; inside, every parameter it has tensors for becomes complete."""
+        options = self._options
+        source = FileSource(self._checkpoint.root, page_cache=options.page_cache, retries=options.retries)
+        yield Reading(source, draft.index.shards, draft.plan)
+
+
+class FolderCache(NoCache):
+    """Loads use, or write, an entry below `folder`; the attributes of `NoCache` have the same meaning.
+
+    While another process writes an entry, a load reads the checkpoint and writes nothing: waiting for the other could
+    not end sooner. Whatever is wrong with the cache is a warning, and the load goes on without it.
+    """
+
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, options: LoadOptions, on_layer: OnFinished, trust_remote_code: bool
+    ) -> None:
+        super().__init__(checkpoint, options, self._hand_over)
+        self._folder, self._trust_remote_code, self._finish_layer = folder, trust_remote_code, on_layer
+        self._store = Store(folder, options.cache_bytes)
+        self._damaged = False
+        self._recording: EntryRecording | None = None
+
+    def attempt(self, load: Callable[[], T]) -> T:
+        """What `load` returns; it is called again, and looks for no entry, where that proves to be damaged."""
+        try:
+            return load()
+        except DamagedEntryError as error:
+            logger.warning("Cache: an entry of %s is damaged and will be written anew: %s", self._folder, error)
+        self._damaged = True
+        return load()
+
+    @contextlib.contextmanager
+    def reading(self, draft: Draft) -> Iterator[Reading]:
+        """Where a load reads; meanwhile its entry is kept from being removed, or is written."""
+        key = entry_key(self._checkpoint, draft.rules.policy, draft.assignments, self._trust_remote_code)
+        entry = self._find(key)
+        with contextlib.ExitStack() as stack:
+            if entry is None:
+                stack.enter_context(self._recorded(key, draft))
+                yield stack.enter_context(super().reading(draft))
+            else:
+                stack.enter_context(entry)
+                stack.enter_context(_damage())
+                yield self._restored(draft, entry)
+
+    def _find(self, key: str) -> Entry | None:
+        """The entry, unless it lacks the statistics that the load wants."""
+        if self._damaged:
+            return None
+        try:
+            entry = self._store.find(key)
+        except OSError as error:
+            logger.warning("Cache: %s cannot be read: %s", self._folder, error.strerror or error)
+            return None
+        if entry is None:
+            return None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(entry)
+            stack.enter_context(_damage())
+            if self._options.stats and _statistics(entry) is None:
+                return None
+            stack.pop_all()
+        return entry
+
+    def _restored(self, draft: Draft, entry: Entry) -> Reading:
+        """The pieces of an entry in place of those of the checkpoint."""
+        self.result = "hit"
+        entry.read_json(CONFIG)
+        source = entry.source(self._options)
+        for name in entry.checksums:
+            source.size(name)
+        index = read_index(Checkpoint(entry.folder, self._checkpoint.model_id), source)
+        parameters = loaded_parameters(draft.mapped, draft.loaders)
+        pieces = plan_restored(
+            index.tensors, draft.loaders, parameters, _statistics(entry) or {}, self._options.chunk_bytes
+        )
+        logger.info("Cache: reading %s from %s", format_bytes(index.total_bytes), entry.folder)
+        plan = replace(draft.plan, pieces=pieces, bytes_total=sum(piece.nbytes for piece in pieces))
+        return Reading(source, index.shards, plan)
+
+    @contextlib.contextmanager
+    def _recorded(self, key: str, draft: Draft) -> Iterator[None]:
+        """Meanwhile the layers that become complete are written; in the end all of them are an entry."""
+        self.result = "unwritten"
+        with contextlib.ExitStack() as stack:
+            recording = self._begin(key, draft)
+            if recording is not None:
+                self._recording = stack.enter_context(recording)
+                stack.callback(self._end)
+            yield
+            if recording is not None:
+                self._publish(recording)
+
+    def _begin(self, key: str, draft: Draft) -> EntryRecording | None:
+        reason = _no_gain(draft)
+        if reason is not None:
+            logger.info("Cache: nothing is written to %s: %s", self._folder, reason)
+            return None
+        try:
+            return EntryRecording(self._store, key, self._checkpoint, draft, self._options.stats)
+        except BlockingIOError:
+            logger.info("Cache: another load is writing this entry of %s; this one writes nothing", self._folder)
+        except OSError as error:
+            self._warn(error)
+        return None
+
+    def _publish(self, recording: EntryRecording) -> None:
+        try:
+            recording.finish()
+        except OSError as error:
+            self._warn(error)
+            return
+        logger.info("Cache: wrote %s to %s", format_bytes(recording.nbytes), self._folder)
+        self.result = "rebuilt" if self._damaged else "written"
+
+    def _end(self) -> None:
+        self._recording = None
+
+    def _warn(self, error: OSError) -> None:
+        logger.warning("Cache: nothing was written to %s: %s", self._folder, error.strerror or error)
+
+    def _hand_over(self, name: str, statistics: Tensor | None, process: Process) -> None:
+        """A layer is complete: it finishes as it would without a cache, after it was written."""
+        finish = functools.partial(self._finish_layer, name, statistics, process)
+        if self._recording is None:
+            finish()
+        else:
+            self._recording.take(name, statistics, finish)
+
+
+def open_cache(checkpoint: Checkpoint, options: LoadOptions, on_layer: OnFinished, trust_remote_code: bool) -> NoCache:
+    """The cache that the options ask for; raises `PolicyError` where it cannot be a folder."""
+    if options.cache is None:
+        return NoCache(checkpoint, options, on_layer)
+    folder = Path(options.cache).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise PolicyError(f"the cache {str(folder)!r} is a file; give a folder, which is made where there is none")
+    return FolderCache(folder, checkpoint, options, on_layer, trust_remote_code)
+
+
+def _no_gain(draft: Draft) -> str | None:
+    """Why an entry would be of no use, or None."""
+    if any(assignment.stored is not None for assignment in draft.assignments):
+        return "the checkpoint itself is quantized"
+    final, stored = draft.plan.memory.final_bytes, draft.index.total_bytes
+    return None if final < stored else "it would be as large as the checkpoint"
+
+
+def _statistics(entry: Entry) -> dict[str, Tensor] | None:
+    values = entry.read_json(STATISTICS)
+    return None if values is None else {name: torch.tensor(row, dtype=torch.float64) for name, row in values.items()}
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Whatever is wrong with the files read inside, it is the entry that is damaged."""
+    try:
+        yield
+    except (CheckpointError, RouteError) as error:
+        raise DamagedEntryError(str(error)) from error

@@ -14,7 +14,7 @@ from typing import Any
 
 import raw_checkpoint
 import torch
-from stored_values import AWQ_ORDER
+from stored_values import AWQ_ORDER, E2M1
 from torch import Tensor
 
 NOT_LINEAR = re.compile(
@@ -79,6 +79,34 @@ def awq(module: str, weight: Tensor, group: int = 16) -> tuple[Stored, Tensor]:
     return {f"{module}.{name}": tensor for name, tensor in parts.items()}, (codes - zeros) * spread
 
 
+def nvfp4(module: str, weight: Tensor) -> tuple[Stored, Tensor]:
+    """E2M1 with one E4M3 scale for 16 along K, and a float32 one for the tensor, as ModelOpt stores it."""
+    values = torch.tensor(E2M1)
+    grouped = weight.unflatten(1, (-1, 16))
+    overall = (weight.abs().amax() / (6 * 448)).clamp(min=1e-6)
+    scale = (grouped.abs().amax(2) / 6 / overall).to(torch.float8_e4m3fn)
+    spread = (scale.float() * overall).unsqueeze(2)
+    nearest = ((grouped / spread.clamp(min=1e-12)).abs().unsqueeze(-1) - values).abs().argmin(-1)
+    sign = torch.signbit(grouped)
+    codes = (nearest + 8 * sign).flatten(1).to(torch.uint8)
+    parts = {
+        "weight": codes[:, 0::2] | codes[:, 1::2] << 4, "weight_scale": scale, "weight_scale_2": overall,
+        "input_scale": torch.tensor(0.01),
+    }  # fmt: skip
+    stands_for = torch.where(sign, -values[nearest], values[nearest]) * spread
+    return {f"{module}.{name}": tensor for name, tensor in parts.items()}, stands_for.flatten(1)
+
+
+def mxfp8(module: str, weight: Tensor) -> tuple[Stored, Tensor]:
+    """E4M3 with one power of two for 32 along K, as compressed-tensors stores it."""
+    grouped = weight.unflatten(1, (-1, 32))
+    exponent = torch.ceil(torch.log2((grouped.abs().amax(2) / 448).clamp(min=2.0**-126)))
+    spread = torch.exp2(exponent).unsqueeze(2)
+    codes = (grouped / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+    parts = {"weight": codes.flatten(1), "weight_scale": (exponent + 127).to(torch.uint8)}
+    return {f"{module}.{name}": tensor for name, tensor in parts.items()}, (codes.float() * spread).flatten(1)
+
+
 def _packed(codes: Tensor) -> Tensor:
     """Eight codes an int32, in AWQ's order."""
     words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int64)
@@ -97,6 +125,20 @@ def compressed_tensors(strategy: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+MXFP8: dict[str, Any] = {
+    "quant_method": "compressed-tensors", "format": "mxfp8-quantized", "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"], "format": "mxfp8-quantized",
+            "weights": {
+                "num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True,
+                "dynamic": False, "scale_dtype": "torch.uint8",
+            },
+        }
+    },
+    "ignore": ["lm_head"],
+}  # fmt: skip
+
 METHODS: dict[str, tuple[Quantize, dict[str, Any]]] = {
     "fp8 rows": (fp8_rows, compressed_tensors("channel")),
     "fp8 tensors": (fp8_tensors, compressed_tensors("tensor")),
@@ -104,5 +146,10 @@ METHODS: dict[str, tuple[Quantize, dict[str, Any]]] = {
         fp8_blocks,
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"},
     ),
+    "nvfp4": (
+        nvfp4,
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]},
+    ),
+    "mxfp8": (mxfp8, MXFP8),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}),
 }

@@ -63,6 +63,23 @@ def test_awq_of_linear_layers_and_of_experts(name: str, checkpoint: Checkpoint, 
     assert {layer.scheme for layer in anew.load_report.layers} == {"quark_mxfp4"}
 
 
+@pytest.mark.parametrize("method", ["nvfp4", "mxfp8", "fp8 rows", "fp8 tensors", "fp8 blocks"])
+@pytest.mark.parametrize("scheme", ["quark_mxfp4", "fp8_per_tensor", "int4_per_group"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_quantizing_anew_gives_the_bytes_of_what_the_codes_stand_for(
+    name: str, scheme: str, method: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    quantized, plain = quantized_copy(tmp_path, checkpoint(name), *METHODS[method])
+    got = load_quantized(quantized, scheme, options=LoadOptions(chunk_bytes=4096, workers=3))
+    want = load_quantized(plain, scheme)
+    same = method == "fp8 tensors" and scheme == "fp8_per_tensor"
+    assert {layer.scheme for layer in got.load_report.layers} == {"prequantized" if same else scheme}
+    for key, tensor in want.state_dict().items():
+        other = got.state_dict()[key]
+        if not same:
+            assert torch.equal(other.view(torch.uint8), tensor.view(torch.uint8)), key
+
+
 @pytest.mark.parametrize("name", sorted(SPLIT))
 def test_blocks_across_the_border_of_two_matrices_can_only_be_quantized_anew(
     name: str, checkpoint: Checkpoint, tmp_path: Path

@@ -91,7 +91,14 @@ def test_the_fields_of_its_parts() -> None:
 
 
 def test_policy_fields() -> None:
-    assert fields(quantload.QuantizationPolicy) == ["linear", "experts", "ignore", "overrides", "default_ignore"]
+    assert fields(quantload.QuantizationPolicy) == [
+        "linear",
+        "experts",
+        "ignore",
+        "overrides",
+        "default_ignore",
+        "scale_mode",
+    ]
 
 
 TREE = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu_build, cpu_dequantize, cpu_linear, fp8, int8, mx, mx_build, mx_mse, mxfp4
+from . import cpu_build, cpu_dequantize, cpu_linear, fp8, int8, integer, mx, mx_build, mx_mse, mxfp4
 from .compiled import KernelFunction
 from .cpu_dequantize import address
 from .formats import FORMATS, MX, WeightFormat
@@ -37,7 +37,7 @@ class NumbaKernels:
             return 0
         function = _quantize_function(self.format, self.scale_mode, KINDS[source.dtype], statistics is not None)
         blocks = self._blocks(rows, cols)
-        if self.format in MX and cols % 32 == 0 and _dense(source) and _dense(codes) and _dense(scales):
+        if self.format in MX and cols % 32 == 0 and all(map(is_dense, (source, codes, scales))):
             rows, cols = 1, rows * cols
         out = 0 if statistics is None else statistics.data_ptr()
         addresses = (*address(source), *address(codes), *address(scales))
@@ -70,6 +70,12 @@ class NumbaKernels:
     ) -> torch.Tensor:
         return cpu_linear.linear(self.format, x, codes, scales, bias, n_rows, k)
 
+    def compile(self, kind: str, measure: bool) -> None:
+        """Compile what loading weights of a kind will call."""
+        _quantize_function(self.format, self.scale_mode, kind, measure)
+        if self.format.block_cols == 0:
+            cpu_build.observe(kind)
+
     def _blocks(self, rows: int, cols: int) -> tuple[int, ...]:
         if self.format in MX:
             return ()
@@ -78,6 +84,10 @@ class NumbaKernels:
 
 def numba_kernels(format_name: str, scale_mode: str = "default") -> NumbaKernels:
     """The CPU operations of a format."""
+    if format_name in integer.references:
+        from .cpu_integer import NumbaIntegers
+
+        return NumbaIntegers(FORMATS[format_name], integer.references[format_name], scale_mode)
     own = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references, **mx.references}
     references: dict[str, dict[str, Reference]] = {"default": own, "mse": {**mx_mse.references}}
     return NumbaKernels(FORMATS[format_name], references[scale_mode][format_name], scale_mode)
@@ -92,9 +102,7 @@ def warm_up(
 ) -> None:
     """Compile what loading weights of `source_dtype` into a format will call, and `linear` on `activation_dtype`."""
     fmt, kind = FORMATS[format_name], KINDS[source_dtype]
-    _quantize_function(fmt, scale_mode, kind, statistics)
-    if fmt.block_cols == 0:
-        cpu_build.observe(kind)
+    numba_kernels(format_name, scale_mode).compile(kind, statistics)
     if activation_dtype is not None:
         cpu_dequantize.dequantize_function(
             fmt, torch.float32 if activation_dtype == torch.float16 else activation_dtype
@@ -108,5 +116,6 @@ def _quantize_function(fmt: WeightFormat, scale_mode: str, kind: str, measure: b
     return cpu_build.scaled_quantize(fmt.name, kind, measure)
 
 
-def _dense(tensor: torch.Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether rows follow one another without gaps."""
     return tensor.stride(0) == tensor.shape[1]

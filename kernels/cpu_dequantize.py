@@ -12,6 +12,7 @@ from .formats import MX, WeightFormat
 from .processor import has
 from .reference import scale_rows
 
+SCALE_KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 ALONE_ELEMENTS = 1 << 18
 """Weights below which one thread is done before a second one has started."""
 WIDEN_ELEMENTS = 1 << 15
@@ -49,6 +50,8 @@ def family(fmt: WeightFormat) -> str:
     """Which decoding a format's codes need."""
     if fmt in MX:
         return fmt.name
+    if fmt.scale_words == 2:
+        return f"uint{fmt.code_bits}_{SCALE_KINDS[fmt.scale_dtype]}"
     return "int8" if fmt.code_dtype == torch.int8 else "fp8"
 
 

@@ -36,7 +36,8 @@ def linear(
     if not x.shape[0] or not n_rows or not k:
         return times_tile(x, x.new_zeros(n_rows, k), bias).to(x.dtype)
     together = linear_build.most_tokens()
-    if x.shape[0] <= DECODES * together and (fmt.pads_cols or k % BLOCK == 0):
+    whole = fmt.pads_cols or k % BLOCK == fmt.block_cols % BLOCK == 0
+    if x.shape[0] <= DECODES * together and whole:
         parts = [_few_tokens(fmt, part, codes, scales, bias, n_rows, k) for part in torch.split(x, together)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     return _many_tokens(fmt, x, codes, scales, bias, n_rows, k)

@@ -13,6 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
+from .integer_decode_ir import even_and_odd, look_up, scale_and_zero, table_of_codes
 from .mx_decode_ir import look_up_mxfp6, values
 from .mxfp4_decode_ir import decode_block, look_up_block
 from .scaled_decode_ir import HALF_UNIT, decode, decode_with_halves
@@ -22,6 +23,7 @@ from .vector_ir import (
     I16,
     I32,
     I64,
+    ITEM_BYTES,
     Accumulators,
     Codegen,
     Vector,
@@ -39,6 +41,14 @@ BLOCK = 32
 """Weights that are decoded together; the K of a call is a multiple of it."""
 
 
+def _float32_scale(b: ir.IRBuilder, scale: ir.Value) -> tuple[ir.Value, None]:
+    return load_scalar(b, scale, F32), None
+
+
+def _scale_of_halves(b: ir.IRBuilder, scale: ir.Value) -> tuple[ir.Value, None]:
+    return b.fmul(load_scalar(b, scale, F32), F32(HALF_UNIT)), None
+
+
 @dataclass(frozen=True)
 class Decoder:
     """How 32 weights are decoded and multiplied."""
@@ -47,16 +57,18 @@ class Decoder:
     """Bytes of 32 codes."""
     x_bytes: int
     """Bytes of the 32 activations that they meet."""
-    decode: Callable[[ir.IRBuilder, ir.Value, ir.Value], list[Vector]]
-    """(builder, address of the codes, address of the block's scale byte) -> factors."""
+    decode: Callable[[ir.IRBuilder, ir.Value, Any], list[Vector]]
+    """(builder, address of the codes, address of the block's scale byte or what `segment` made) -> factors."""
     accumulate: Callable[[Vector, list[Vector], ir.Value], Vector]
     """(16 float32 sums, factors, address of the activations) -> the sums with the products added."""
     block_scales: bool = False
-    """Whether each 32 weights have a scale byte; else a segment of a row has a float32 scale."""
+    """Whether each 32 weights have a scale byte; else a segment of a row has one scale."""
     even_first: bool = False
     """Whether the activations of a block must stand with the 16 even ones before the 16 odd ones."""
-    unit: float = 1.0
-    """What a factor of 1 stands for, beside its scale."""
+    segment: Callable[[ir.IRBuilder, ir.Value], tuple[ir.Value, Any]] = _float32_scale
+    """(builder, address of the scale of a segment) -> float32 scale, what its codes are decoded with."""
+    scale_bytes: int = 4
+    """Bytes from the scale of a segment to that of the next."""
 
 
 def _f32_products(sums: Vector, factors: list[Vector], x: ir.Value) -> Vector:
@@ -93,21 +105,21 @@ def _mxfp8_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vecto
     return [_interleave(*values(b, codes, scale, "mxfp8_f16c"))]
 
 
-def _scaled_values(target: str) -> Callable[[ir.IRBuilder, ir.Value, ir.Value], list[Vector]]:
+def _scaled_values(target: str) -> Callable[[ir.IRBuilder, ir.Value, Any], list[Vector]]:
     return lambda b, codes, scale: [decode(load(b, b.add(codes, I64(at)), I8, 16).sext(I32), target) for at in (0, 16)]
 
 
-def _fp8_halves(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
+def _fp8_halves(b: ir.IRBuilder, codes: ir.Value, _: None) -> list[Vector]:
     return [decode_with_halves(load(b, b.add(codes, I64(at)), I8, 16).sext(I16)) for at in (0, 16)]
 
 
-def _fp8_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
+def _fp8_bits(b: ir.IRBuilder, codes: ir.Value, _: None) -> list[Vector]:
     pairs = load(b, codes, I16, 16)
     even, odd = (pairs << 8).shift_right_signed(8), pairs.shift_right_signed(8)
     return [_interleave(decode_with_halves(even), decode_with_halves(odd))]
 
 
-def _int8_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
+def _int8_bits(b: ir.IRBuilder, codes: ir.Value, _: None) -> list[Vector]:
     pairs = load(b, codes, I16, 16).zext(I32)
     even, odd = (pairs << 24).shift_right_signed(24), (pairs << 16).shift_right_signed(24)
     return [_interleave(decode(even, "int8"), decode(odd, "int8"))]
@@ -116,6 +128,33 @@ def _int8_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector
 def _interleave(even: Vector, odd: Vector) -> Vector:
     """BF16 bits of float32 values that have no more than eight significant bits: even lanes, odd lanes."""
     return ((even.cast(I32) >> 16) | (odd.cast(I32) & 0xFFFF0000)).cast(I16)
+
+
+def _integer_decoder(bits: int, scale_kind: str, x_kind: str) -> Decoder:
+    """Codes with a zero point, which the factors have behind them."""
+
+    def with_table(b: ir.IRBuilder, words: ir.Value) -> tuple[ir.Value, Vector]:
+        scale, zero = scale_and_zero(b, words, scale_kind)
+        return scale, table_of_codes(b, zero)
+
+    def with_zero(b: ir.IRBuilder, words: ir.Value) -> tuple[ir.Value, Vector]:
+        scale, zero = scale_and_zero(b, words, scale_kind)
+        return scale, splat(b, zero, 16)
+
+    def factors(b: ir.IRBuilder, codes: ir.Value, zero: Vector) -> list[Vector]:
+        pair = even_and_odd(b, codes, bits, zero)
+        return pair if x_kind == "f32" else [_interleave(*pair)]
+
+    tables = bits == 4 and x_kind == "bf16"
+    return Decoder(
+        code_bytes=BLOCK * bits // 8,
+        x_bytes=BLOCK * ITEM_BYTES[x_kind],
+        decode=(lambda b, codes, table: [look_up(b, codes, table)]) if tables else factors,
+        accumulate=_bf16_products if x_kind == "bf16" else _f32_products,
+        segment=with_table if tables else with_zero,
+        scale_bytes=2 * ITEM_BYTES[scale_kind],
+        even_first=x_kind == "f32",
+    )
 
 
 DECODERS: Mapping[str, Decoder] = {
@@ -132,11 +171,17 @@ DECODERS: Mapping[str, Decoder] = {
     "mxfp8_bf16": Decoder(32, 64, _mxfp8_bits, _bf16_products, block_scales=True),
     "mxfp8_f16c": Decoder(32, 128, _mx_values("mxfp8_f16c"), _f32_products, block_scales=True, even_first=True),
     "mxfp8_f32": Decoder(32, 128, _mx_values("mxfp8"), _f32_products, block_scales=True, even_first=True),
-    "fp8_bf16": Decoder(32, 64, _fp8_bits, _bf16_products, unit=HALF_UNIT),
-    "fp8_f16c": Decoder(32, 128, _fp8_halves, _f32_products, unit=HALF_UNIT),
+    "fp8_bf16": Decoder(32, 64, _fp8_bits, _bf16_products, segment=_scale_of_halves),
+    "fp8_f16c": Decoder(32, 128, _fp8_halves, _f32_products, segment=_scale_of_halves),
     "fp8_f32": Decoder(32, 128, _scaled_values("fp8"), _f32_products),
     "int8_bf16": Decoder(32, 64, _int8_bits, _bf16_products),
     "int8_f32": Decoder(32, 128, _scaled_values("int8"), _f32_products),
+    **{
+        f"uint{bits}_{scale_kind}_{x_kind}": _integer_decoder(bits, scale_kind, x_kind)
+        for bits in (4, 8)
+        for scale_kind in ITEM_BYTES
+        for x_kind in ("bf16", "f32")
+    },
 }
 """`_bf16`: activations in BF16, needs avx512bw and avx512bf16. Others: activations in float32; `_f16c` needs f16c."""
 
@@ -175,17 +220,18 @@ def dot_rows(
         scale_rows = [b.add(scales, b.mul(scales_stride, I64(row))) for row in range(n_rows)]
         x_rows = [b.add(x, b.mul(x_stride, I64(token))) for token in range(n_tokens)]
 
-        def add_block(block: ir.Value, sums: str) -> None:
+        def add_block(block: ir.Value, sums: str, segments: list[Any]) -> None:
             at, x_at = b.mul(block, I64(kind.code_bytes)), b.mul(block, I64(kind.x_bytes))
             for row in range(n_rows):
-                factors = kind.decode(b, b.add(code_rows[row], at), b.add(scale_rows[row], block))
+                scale = b.add(scale_rows[row], block) if kind.block_scales else segments[row]
+                factors = kind.decode(b, b.add(code_rows[row], at), scale)
                 for token in range(n_tokens):
                     address = b.add(x_rows[token], x_at)
                     acc.update(f"{sums} {row} {token}", lambda a, f=factors, x=address: kind.accumulate(a, f, x))  # type: ignore[misc]
 
         if kind.block_scales:
             with count_to(b, blocks) as block:
-                add_block(block, "sum")
+                add_block(block, "sum", [])
         else:
             segments = b.udiv(b.add(blocks, b.sub(segment_blocks, I64(1))), segment_blocks)
             with count_to(b, segments) as segment:
@@ -193,11 +239,12 @@ def dot_rows(
                 left = b.sub(blocks, first)
                 for row, token in cells:
                     acc.start(f"part {row} {token}", constant(b, F32, 16, 0.0))
+                at = b.mul(segment, I64(kind.scale_bytes))
+                scales, states = zip(*(kind.segment(b, b.add(row, at)) for row in scale_rows), strict=True)
                 with count_to(b, b.select(b.icmp_unsigned("<", left, segment_blocks), left, segment_blocks)) as i:
-                    add_block(b.add(first, i), "part")
+                    add_block(b.add(first, i), "part", list(states))
                 for row in range(n_rows):
-                    address = b.add(scale_rows[row], b.mul(segment, I64(4)))
-                    scale = splat(b, b.fmul(load_scalar(b, address, F32), F32(kind.unit)), 16)
+                    scale = splat(b, scales[row], 16)
                     for token in range(n_tokens):
                         part = acc.get(f"part {row} {token}")
                         acc.update(f"sum {row} {token}", lambda a, p=part, s=scale: accumulate_product(p, s, a))  # type: ignore[misc]

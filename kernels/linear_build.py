@@ -14,9 +14,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .compiled import FINGERPRINT, CFunction, c_function, locked, read_f32, read_i64, write_u8
+from .compiled import FINGERPRINT, CFunction, c_function, locked, read_f32, read_i64, read_u8, write_u8
 from .cpu_build import STRIP_ROWS
 from .dot_ir import dot_rows
+from .integer_decode_ir import LANES, dequantize_group
 from .mx_decode_ir import block_bytes, dequantize_run
 from .processor import has
 from .scaled_decode_ir import dequantize_tile
@@ -83,6 +84,8 @@ call_dequantize = intrinsic(_call_dequantize)
 
 def _dequantize(family: str, kind: str) -> CFunction:
     """C function (codes, scales, out: address and stride each; rows, cols, block_rows, block_cols) for a tile."""
+    if family.startswith("uint"):
+        return c_function(_integer_dequantize(family, kind), DEQUANTIZE)
     return c_function((_mx_dequantize if family.startswith("mx") else _scaled_dequantize)(family, kind), DEQUANTIZE)
 
 
@@ -124,6 +127,37 @@ def _scaled_dequantize(family: str, kind: str) -> Any:
                     family,
                     kind,
                 )
+        return 0
+
+    return dequantize
+
+
+def _integer_dequantize(family: str, kind: str) -> Any:
+    """`family` is "uint4" or "uint8" and the type of the scales, such as "uint4_f16"."""
+    code, scale_kind = family.split("_")
+    fingerprint, width, bits, lanes = FINGERPRINT, ITEM_BYTES[kind], int(code.removeprefix("uint")), LANES
+    word = 2 * ITEM_BYTES[scale_kind]
+
+    def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
+        len(fingerprint)
+        coded, values = np.zeros(lanes, np.uint8), np.empty(lanes * width, np.uint8)
+        for row in range(rows):
+            for at in range(0, cols, block_cols):
+                c, e = (
+                    codes + row * codes_stride + at * bits // 8,
+                    scales + row * scales_stride + at // block_cols * word,
+                )
+                o, left = out + row * out_stride + at * width, min(block_cols, cols - at)
+                length = left // lanes * lanes
+                dequantize_group(c, e, o, length, bits, scale_kind, kind)
+                if length < left:
+                    for i in range(((left - length) * bits + 7) // 8):
+                        coded[i] = read_u8(c + length * bits // 8 + i)
+                    dequantize_group(
+                        np.int64(coded.ctypes.data), e, np.int64(values.ctypes.data), lanes, bits, scale_kind, kind
+                    )
+                    for i in range((left - length) * width):
+                        write_u8(o + length * width + i, values[i])
         return 0
 
     return dequantize

@@ -35,7 +35,7 @@ import torch
 from .arrangement import Arrangement
 from .differentiable import Experts, Linear
 from .experts import ExpertsByLinear
-from .formats import FORMATS, MX, WeightFormat
+from .formats import FORMATS, INT4FP8_CHANNEL, INTEGERS, MX, WeightFormat
 from .gpu_matmul import GpuMatmul, gpu_matmuls
 from .gpu_quantize import GpuQuantize, format_on, gpu_quantizers, stored_format
 from .gpu_target import GpuTarget
@@ -48,7 +48,10 @@ PLATFORMS: Mapping[str, GpuTarget | None] = MappingProxyType(
 )
 """What kernels are written for: any CPU, and GPUs by their architecture."""
 
-NUMBA_FORMATS = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel")
+NUMBA_FORMATS = (
+    *("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel"),
+    *(fmt.name for fmt in (INT4FP8_CHANNEL, *INTEGERS)),
+)
 
 
 SCALE_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType(

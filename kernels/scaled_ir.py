@@ -157,7 +157,7 @@ class _Tile:
         bits = load(b, source, source_element(self.kind), LANES)
         signed = self.target == "int8"
         results = []
-        for x in _floats(bits, self.kind, signed):
+        for x in floats(bits, self.kind, signed):
             y = self._quotient(x, corrected)
             code, decoded = _round_to_int8(y, clamp=not corrected) if signed else _round_to_e4m3(y)
             results.append(code)
@@ -220,7 +220,7 @@ def _padded(
         store_scalar(b, load_scalar(b, b.add(to_address, i), I8), b.add(codes, i))
 
 
-def _floats(bits: Vector, kind: str, signed: bool) -> list[Vector]:
+def floats(bits: Vector, kind: str, signed: bool) -> list[Vector]:
     """Two float32 vectors from 32 source elements: x or |x|; even and odd lanes for 16-bit sources, else halves."""
     if kind == "f32":
         chosen = bits if signed else magnitudes(bits, kind)

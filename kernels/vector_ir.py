@@ -74,6 +74,9 @@ class Vector:
     def __and__(self, other: Vector | int) -> Vector:
         return self.new(self.b.and_(self.value, self.like(other)))
 
+    def __xor__(self, other: Vector | int) -> Vector:
+        return self.new(self.b.xor(self.value, self.like(other)))
+
     def __or__(self, other: Vector | int) -> Vector:
         return self.new(self.b.or_(self.value, self.like(other)))
 
@@ -97,7 +100,9 @@ class Vector:
     def ge(self, other: Vector | int) -> Vector:
         return self.new(self.b.icmp_unsigned(">=", self.value, self.like(other)))
 
-    def eq(self, other: Vector | int) -> Vector:
+    def eq(self, other: Vector | float | int) -> Vector:
+        if self.is_float:
+            return self.new(self.b.fcmp_ordered("==", self.value, self.like(other)))
         return self.new(self.b.icmp_unsigned("==", self.value, self.like(other)))
 
     def select(self, yes: Vector, no: Vector | int) -> Vector:

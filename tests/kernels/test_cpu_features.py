@@ -9,11 +9,13 @@ import subprocess
 import sys
 
 import pytest
+from quantload.kernels.registry import NUMBA_FORMATS
+from tested_formats import QUANTIZED
 
 SCRIPT = """
 import hashlib, torch
 from quantload.kernels.formats import FORMATS
-from quantload.kernels.registry import NUMBA_FORMATS, SCALE_MODES, kernel_set
+from quantload.kernels.registry import SCALE_MODES, kernel_set
 digest = hashlib.sha256()
 generator = torch.Generator().manual_seed(0)
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -21,7 +23,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     source = source.to(dtype)
     source[7] = 0
     source[9] *= 1e-30
-    for mode, name in ((mode, name) for mode in SCALE_MODES for name in NUMBA_FORMATS if name in SCALE_MODES[mode]):
+    for mode, name in ((mode, name) for mode in SCALE_MODES for name in FORMAT_NAMES if name in SCALE_MODES[mode]):
         fmt = FORMATS[name]
         for kernel in KERNELS:
             codes = torch.zeros(fmt.code_shape(130, 333), dtype=torch.uint8).view(fmt.code_dtype)
@@ -37,7 +39,8 @@ print(digest.hexdigest())
 
 
 def digest(kernel: str, environment: dict[str, str]) -> str:
-    code = SCRIPT.replace("KERNELS", repr([kernel]))
+    names = sorted(set(QUANTIZED) & set(NUMBA_FORMATS))
+    code = SCRIPT.replace("KERNELS", repr([kernel])).replace("FORMAT_NAMES", repr(names))
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )

@@ -55,7 +55,9 @@ def test_a_float32_bias_is_added_before_anything_is_rounded_to_the_type_of_x(run
     on_device = [t.to(runner.device) for t in (x, codes, scales, bias)]
     got = runner.kernels.linear(*on_device, 64, 64).cpu()
     assert got.dtype == torch.bfloat16
-    assert all(0.5 <= value < 0.6 for value in got[:, 0].tolist())  # 1 is a little less than 1 in some formats
+    one = runner.dequantize(codes, scales, (64, 64))[0, 0]  # more or less, and kernels may round it to BF16
+    wanted = [256.5 - 256 * float(value) for value in (one, one.bfloat16())]
+    assert all(min(abs(value - want) for want in wanted) < 0.1 for value in got[:, 0].tolist())
 
 
 def test_arguments_that_do_not_fit_are_named(runner):
@@ -108,7 +110,7 @@ def test_a_team_takes_every_row_once(threads):
     assert task is linear_build.dequantize_task()
 
 
-@pytest.mark.parametrize("fmt", NUMBA_FORMATS)
+@pytest.mark.parametrize("fmt", sorted(set(QUANTIZED) & set(NUMBA_FORMATS)))
 @pytest.mark.parametrize(("threads", "rows"), [(2, 1500), (3, 2048), (5, 700)])
 def test_threads_start_where_scales_do(fmt, threads, rows):
     kernels = kernel_set(fmt, "cpu")
@@ -154,6 +156,8 @@ def test_the_runtime_of_torch_is_found():
 
 
 OTHERS = {
+    "uint4_f16_f32": "int4_group128_f16",
+    "uint8_f32_f32": "int8_group64_f32",
     "mxfp4_f32": "mxfp4",
     "mxfp6_e2m3_f32": "mxfp6_e2m3",
     "mxfp6_e3m2_f32": "mxfp6_e3m2",

@@ -9,7 +9,16 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 from numba import types
-from quantload.kernels import dot_ir, mx_decode_ir, mx_ir, mxfp4_table_ir, scaled_decode_ir, scaled_ir
+from quantload.kernels import (
+    dot_ir,
+    integer_decode_ir,
+    integer_ir,
+    mx_decode_ir,
+    mx_ir,
+    mxfp4_table_ir,
+    scaled_decode_ir,
+    scaled_ir,
+)
 from quantload.kernels.vector_ir import F32, I64
 
 ADDRESS = types.int64
@@ -52,6 +61,15 @@ EMITTED = {
         f"dot_{decoder}": (dot_ir.dot_rows, [ADDRESS] * 10, [2, 4, decoder], 0)
         for decoder in ("mxfp4_f32", "mxfp6_e2m3_f32", "mxfp6_e3m2_f32", "mxfp8_f32", "fp8_f32", "int8_f32")
     },
+    **{
+        f"dot_{decoder}": (dot_ir.dot_rows, [ADDRESS] * 10, [2, 4, decoder], 0)
+        for decoder in ("uint4_f32_f32", "uint8_bf16_f32")
+    },
+    "extremes": (integer_ir.group_extremes, [ADDRESS] * 5, [32, "bf16"], 0),
+    "scales_of_extremes": (integer_ir.scales_of_extremes, [ADDRESS] * 3, [15, False, "f16"], 0),
+    "split_words": (integer_ir.split_words, [ADDRESS] * 3, ["f16"], 0),
+    "quantize_int4": (integer_ir.quantize_groups, [ADDRESS] * 7, [32, 4, 0, "bf16", True], 1),
+    "dequantize_int4": (integer_decode_ir.dequantize_group, [ADDRESS] * 4, [4, "bf16", "bf16"], 0),
     "quantize_int8": (scaled_ir.quantize_tile, [ADDRESS] * 6 + [types.float32, ADDRESS], ["int8", "bf16", True], 1),
 }
 

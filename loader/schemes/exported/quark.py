@@ -33,13 +33,12 @@ def _layer(weight: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _mx(dtype: str, scale_mode: str | None = "even") -> ExportedWeight:
+def _mx(dtype: str) -> ExportedWeight:
     described = {
         "dtype": dtype, "ch_axis": -1, "group_size": 32, "observer_cls": "PerBlockMXObserver", "qscheme": "per_group",
         "scale_calculation_mode": "even", "scale_format": "e8m0", "symmetric": None,
     }  # fmt: skip
-    weight = {**described, "scale_calculation_mode": scale_mode}
-    return ExportedWeight(_WEIGHT, _layer(weight, described), column_multiple=32)
+    return ExportedWeight(_WEIGHT, _layer(described, described), column_multiple=32)
 
 
 def _channel(dtype: str) -> dict[str, Any]:
@@ -52,20 +51,15 @@ _WEIGHT = (_CODES, ExportedPart("weight_scale", "scales"))
 _WEIGHT_BY_ROW = (_CODES, ExportedPart("weight_scale", "scales", declared=as_vector))
 _WEIGHT_WHOLE = (_CODES, ExportedPart("weight_scale", "scales", declared=as_scalar))
 _PER_TENSOR = {"dtype": "fp8_e4m3", "observer_cls": "PerTensorMinMaxObserver", "qscheme": "per_tensor"}
-_BLOCK = {"dtype": "fp8_e4m3", "observer_cls": "PerBlock2DMinMaxObserver", "qscheme": "per_block"}
-_GROUP = {"dtype": "fp8_e4m3", "observer_cls": "PerGroupMinMaxObserver", "qscheme": "per_group"}
 _ZEROS_BY_ROW = ExportedConstant("weight_zero_point", lambda rows, _: torch.zeros(rows, dtype=torch.int8))
 
+# Quark 0.13 has no kernel that reads MXFP8, nor one for blocks of FP8 that do not fill 128 x 128 elements.
 WEIGHTS: Mapping[str, ExportedWeight] = {
     "mxfp4": _mx("fp4"),
     "mxfp6_e2m3": _mx("fp6_e2m3"),
     "mxfp6_e3m2": _mx("fp6_e3m2"),
-    "mxfp8": _mx("fp8_e4m3", None),  # its scales are rounded by RCEIL, for which Quark has no name
     "fp8_tensor": ExportedWeight(_WEIGHT_WHOLE, _layer(_PER_TENSOR, _PER_TENSOR)),
     "fp8_channel": ExportedWeight(_WEIGHT_BY_ROW, _channel("fp8_e4m3")),
-    "fp8_block": ExportedWeight(
-        _WEIGHT, _layer({**_BLOCK, "block_size": [128, 128]}, {**_GROUP, "ch_axis": -1, "group_size": 128})
-    ),
     "int8_channel": ExportedWeight(_WEIGHT_BY_ROW, _channel("int8"), (_ZEROS_BY_ROW,)),
 }
 

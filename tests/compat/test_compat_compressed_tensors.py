@@ -1,0 +1,81 @@
+"""compressed-tensors itself, and transformers with it, read what is written as `compressed-tensors`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantload import LoadOptions, convert_checkpoint, load_quantized
+from quantload.schemes.exported.registry import formats_of
+from quantload.schemes.registry import ENTRIES
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.compat
+pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+
+SCHEMES = [entry.name for entry in ENTRIES if "compressed-tensors" in formats_of(entry) and entry.linear is not None]
+MX = ("quark_mxfp4", "mxfp6_e2m3", "mxfp8")
+IDS = torch.arange(1, 20).view(1, -1)
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def converted(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / str(request.param)
+    convert_checkpoint(golden / "bf16_llama", out, request.param, format="compressed-tensors")
+    return out
+
+
+def decompressed(tensors: dict[str, Tensor], scheme: Any) -> Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+
+    weight: Tensor = BaseCompressor.get_value_from_registry(scheme.format).decompress(tensors, scheme)["weight"]
+    return weight
+
+
+def test_its_config_is_accepted(converted: Path) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    written = json.loads((converted / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(written)
+    assert config.ignore == ["lm_head"]
+    assert config.format == written["format"]
+
+
+def test_it_decompresses_to_the_values_we_load(converted: Path) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    written = json.loads((converted / "config.json").read_text())["quantization_config"]
+    (scheme,) = QuantizationConfig.model_validate(written).config_groups.values()
+    tensors, model = load_file(converted / "model.safetensors"), load_quantized(converted)
+    modules = {name: module for name, module in model.named_modules() if hasattr(module, "scheme")}
+    assert len(modules) == 14
+    for name, module in modules.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        got, want = decompressed(own, scheme), module.dequantize()
+        # It multiplies in the dtype of the scale: BF16 for powers of two, FP16 for INT4, else float32 as we do.
+        assert torch.equal(got.float(), want.to(got.dtype).float()), name
+
+
+def test_transformers_opens_it(converted: Path) -> None:
+    if converted.name == "int4_per_group":
+        pytest.skip("transformers and compressed-tensors 0.20 expect zero points of asymmetric weights unpacked")
+    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.bfloat16)
+    theirs = logits(model)
+    if converted.name in MX:
+        # Its A16 formats keep activations as they are, MXFP4 rounds them; both to the last bit.
+        options = LoadOptions(activations="emulate" if converted.name == "quark_mxfp4" else "none")
+        assert torch.equal(theirs, logits(load_quantized(converted, options=options)))
+    else:
+        # It rounds FP8 and INT8 activations and, with the model's dtype, the scales.
+        ours = logits(load_quantized(converted, options=LoadOptions(activations="none")))
+        assert torch.linalg.norm(theirs - ours) < 0.1 * torch.linalg.norm(ours)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits.float()  # type: ignore[no-any-return]

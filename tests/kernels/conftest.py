@@ -115,10 +115,10 @@ def vectors(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     """What reference tools make of the same BF16 bits: `set|in`, `set|tool:format|mode|c` (codes), `...|s` (scales).
 
     AMD Quark, torchao (0.18 and a later head), compressed-tensors, AMD aiter, vLLM and SGLang, run on a CPU;
-    `quark_llama:*` are two weights of a tiny checkpoint that Quark exported. MXFP6 and MXFP8 have a file of their own.
+    `quark_llama:*` are two weights of a tiny checkpoint that Quark exported. MXFP6 and MXFP8 have a file, and INT4.
     """
     found: dict[str, np.ndarray] = {}
-    for name in ("vectors.npz", "vectors_mx.npz"):
+    for name in ("vectors.npz", "vectors_mx.npz", "vectors_int4.npz"):
         with np.load(request.config.rootpath / "tests" / "data" / name) as stored:
             found.update(stored)
     return found

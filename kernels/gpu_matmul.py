@@ -27,7 +27,8 @@ def _nothing_is_missing() -> str | None:
 class GpuMatmul:
     """One of them; its module, which imports Triton, is imported when it is first called.
 
-    `lacks` says what a GPU has not that the kernel needs, `missing` what is not installed here.
+    `lacks` says what a GPU has not that the kernel needs, `missing` what is not installed here,
+    `needs` which package it takes that installing quantload does not bring.
     """
 
     name: str
@@ -39,6 +40,7 @@ class GpuMatmul:
     arrangement: Arrangement | None = None
     rounds_activations: bool = False
     missing: Callable[[], str | None] = _nothing_is_missing
+    needs: str = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         result: torch.Tensor = _made(self.module, self.attribute, self.format.name, self.arguments)(*args, **kwargs)
@@ -89,7 +91,7 @@ def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
 def _through_aiter(operation: str, fmt: WeightFormat, w4a4: GpuMatmul) -> GpuMatmul:
     """aiter fuses a whole experts layer; layers it cannot fuse stay canonical and multiply through Triton."""
     made = ("aiter", "AiterLinear", ()) if operation == "linear" else (w4a4.module, w4a4.attribute, w4a4.arguments)
-    return GpuMatmul("aiter", fmt, *made, aiter.lacks, aiter.ARRANGEMENT, True, aiter.missing)
+    return GpuMatmul("aiter", fmt, *made, aiter.lacks, aiter.ARRANGEMENT, True, aiter.missing, "AMD's aiter")
 
 
 @cache

@@ -83,6 +83,8 @@ class Kernel:
     """What loaded weights go through for `linear` or `experts`; None: they stay canonical."""
     rounds_activations: bool = False
     """Whether a matmul rounds its activations to what goes with the format, dynamically."""
+    needs: str = ""
+    """A package that installing quantload does not bring."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -256,6 +258,7 @@ def _gpu_kernels(operation: str, format_name: str, scale_mode: str) -> tuple[Ker
             k.hardware_lacks,
             getattr(k, "arrangement", None),
             getattr(k, "rounds_activations", False),
+            getattr(k, "needs", ""),
         )
         for k in found
     )

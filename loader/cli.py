@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .errors import (
     CheckpointError,
@@ -274,25 +273,13 @@ def schemes(
     device: Annotated[str, typer.Option(help="The device to choose kernels for.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """List the schemes, and the kernels that would serve each on a device."""
-    from .schemes.listing import list_schemes
+    """Say what there is for each scheme and format: layers, checkpoints read and written, activations, kernels."""
+    from .schemes.listing import list_read_only, list_schemes, print_schemes
 
-    rows = list_schemes(device)
     if as_json:
-        _print_json({"device": device, "schemes": rows})
-        return
-    table = Table("scheme", "linear", "experts", "weights", "scale", "kernels")
-    for row in rows:
-        names = ", ".join([row["name"], *row["aliases"]])
-        kinds = ["yes" if row["linear"] else "-", "yes" if row["experts"] else "-"]
-        table.add_row(names, *kinds, row["weights"], row["scale"], row["kernels"])
-    Console().print(table)
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        for kernel, reason in row["unavailable"].items():
-            reasons.setdefault(reason, []).append(kernel)
-    for reason, kernels in reasons.items():
-        Console().print(f"Not available on {device}: {', '.join(dict.fromkeys(kernels))} ({reason})")
+        _print_json({"device": device, "schemes": list_schemes(device), "read_only": list_read_only()})
+    else:
+        print_schemes(device, Console())
 
 
 @app.command()

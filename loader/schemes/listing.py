@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
 
 from ..errors import NoKernelError
 from ..kernels.registry import OPERATIONS, candidates
 from ..options import LoadOptions
 from .registry import ENTRIES, SchemeEntry, SchemeFactory, choose_device
+from .support import scheme_support, support_matrix
+from .support_tables import Table as SupportTable
+from .support_tables import support_tables
+
+_NAME_WIDTH = max(len(entry.name) for entry in ENTRIES)
 
 
 def list_schemes(device: str | torch.device) -> list[dict[str, Any]]:
     """One row a scheme: name, aliases, what it applies to, format, scale rule, kernels or why there are none.
 
-    `unavailable` gives the other kernels for the kind of device, each with the reason why it cannot run.
+    `unavailable` gives the other kernels for the kind of device, each with the reason why it cannot run. What follows
+    does not depend on the device: formats, checkpoints, activations, and the kernels for every platform.
     """
     target = choose_device(device)
     factory = SchemeFactory(target, LoadOptions())
@@ -29,8 +39,18 @@ def list_schemes(device: str | torch.device) -> list[dict[str, Any]]:
             "scale": entry.scale,
             "kernels": _kernels(entry, factory),
             "unavailable": _unavailable(entry, target),
+            **scheme_support(entry).to_dict(),
         }
         for entry in ENTRIES
+    ]
+
+
+def list_read_only() -> list[dict[str, Any]]:
+    """One row for each format that no scheme makes and quantized checkpoints are read in."""
+    return [
+        {"name": row.name, "weights": row.weights, "scale": row.scale, **row.to_dict()}
+        for row in support_matrix()
+        if not row.online
     ]
 
 
@@ -53,3 +73,36 @@ def _unavailable(entry: SchemeEntry, device: torch.device) -> dict[str, str]:
             if reason is not None and kernel.device_type in (None, device.type):
                 found.setdefault(kernel.name, reason)
     return found
+
+
+def print_schemes(device: str | torch.device, to: Console) -> None:
+    """Print the support matrix, and which kernels serve on a device of this machine."""
+    rows = list_schemes(device)
+    for table in support_tables():
+        _print_table(table, to)
+    serving = _grouped((row["kernels"], row["name"]) for row in rows if row["kernels"] != "-")
+    for kernels, names in serving.items():
+        to.print(f"On {device}, here: {kernels} for {', '.join(names)}", highlight=False)
+    missing = _grouped((reason, kernel) for row in rows for kernel, reason in row["unavailable"].items())
+    for reason, names in missing.items():
+        to.print(f"Not available on {device}: {', '.join(names)} ({reason})", highlight=False)
+
+
+def _print_table(table: SupportTable, to: Console) -> None:
+    name, *others = (title.replace(" (", "\n(") for title in table.header)
+    first = Column(name, min_width=_NAME_WIDTH)
+    printed = Table(first, *others, title=table.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    for cells in table.rows:
+        printed.add_row(*cells)
+    to.print(printed)
+    for note in table.notes:
+        to.print(note.replace("`", ""), highlight=False, markup=False)
+    to.print()
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The second of each pair by the first, each once."""
+    found: dict[str, dict[str, None]] = {}
+    for key, value in pairs:
+        found.setdefault(key, {})[value] = None
+    return {key: list(values) for key, values in found.items()}

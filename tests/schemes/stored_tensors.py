@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from quantload.checkpoint.headers import TensorEntry
 from quantload.kernels.registry import select
-from quantload.schemes.stored.read import read_stored
+from quantload.schemes.stored.read import READERS, read_stored
 from quantload.schemes.stored.weights import StoredCheckpoint, StoredPart, StoredWeight
 from torch import Tensor
 
@@ -19,10 +19,16 @@ def entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
 
 
 def read(quantization: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], **config: Any) -> StoredCheckpoint:
-    """What is read of a checkpoint with that `quantization_config` and other fields of its config."""
-    return read_stored(
+    """What is read of a checkpoint with that `quantization_config` and other fields of its config.
+
+    Fails where a weight has a format that the support matrix does not list for the tool.
+    """
+    stored = read_stored(
         {**config, "quantization_config": quantization}, entries(tensors), lambda entry: tensors[entry.name]
     )
+    for weight in stored.weights.values():
+        assert weight.format in READERS[stored.method].formats
+    return stored
 
 
 def converted(part: StoredPart, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,7 +118,7 @@ def test_auto_takes_the_accelerator_only_where_it_has_kernels(
 ) -> None:
     kernel = kernel_registry.candidates("quantize", "mxfp4", "cpu")[0][0]
     device_type = "cuda" if has_kernels else "cpu"
-    own = kernel_registry.Kernel("own", "quantize", "mxfp4", device_type, kernel.function, lambda _: None)
+    own = replace(kernel, device_type=device_type)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(kernel_registry, "candidates", lambda *_: [(own, None)])
     assert choose_device("auto").type == device_type

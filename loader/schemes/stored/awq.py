@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .integers import GROUPS, awq
+from .integers import GROUPS, OF_4_BITS, awq
 from .layers import Kept, Layer
 from .patterns import Prefixes
 from .settings import Settings
@@ -13,6 +13,7 @@ class Awq:
 
     method = "awq"
     tensors = frozenset({"qweight", "qzeros", "scales"})
+    formats = OF_4_BITS
 
     def __init__(self, settings: Settings) -> None:
         settings.choice("bits", (4,))

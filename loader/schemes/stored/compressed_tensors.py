@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ...errors import CheckpointError
-from ...kernels.formats import FP8_BLOCK, MXFP4, MXFP6_E2M3, MXFP8, NVFP4
-from .integers import GROUPS, packed, unpacked
+from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, MXFP4, MXFP6_E2M3, MXFP8, NVFP4
+from .integers import GROUPS, OF_4_BITS, OF_8_BITS, packed, unpacked
 from .layers import Activations, Kept, Layer
 from .layouts import Layout, fp8_block, fp8_channel, fp8_tensor, int8_channel, int8_tensor, mx, nvfp4
 from .modules import StoredModule
@@ -41,6 +41,9 @@ class CompressedTensors:
             *("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
             *("weight_shape", "input_scale", "input_zero_point", "input_global_scale"),
         )
+    )
+    formats = frozenset(
+        (*_MX.values(), NVFP4, FP8_TENSOR, FP8_CHANNEL, FP8_BLOCK, INT8_CHANNEL, *OF_4_BITS, *OF_8_BITS)
     )
 
     def __init__(self, settings: Settings) -> None:

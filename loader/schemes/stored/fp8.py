@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...kernels.formats import FP8_BLOCK, MXFP8
+from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, MXFP8
 from .layers import Activations, Kept, Layer
 from .layouts import fp8_block, fp8_channel, fp8_tensor, mx
 from .modules import ONE, StoredModule
@@ -20,6 +20,7 @@ class Fp8:
 
     method = "fp8"
     tensors = frozenset({*_SCALES, "input_scale", "activation_scale"})
+    formats = frozenset((FP8_TENSOR, FP8_CHANNEL, FP8_BLOCK, MXFP8))
 
     def __init__(self, settings: Settings) -> None:
         settings.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")

@@ -14,6 +14,7 @@ from .modules import Read
 from .settings import Settings
 from .weights import StoredCheckpoint, StoredPart, StoredWeight
 
+FORMATS_OF_BLOCKS = frozenset((MXFP4,))
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK_BYTES = MXFP4.block_cols // 2
 

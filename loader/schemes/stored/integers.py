@@ -19,6 +19,10 @@ _WORDS = (torch.int32, torch.uint32)
 _FORMATS = {(fmt.code_bits, fmt.block_cols, fmt.scale_dtype): fmt for fmt in INTEGERS}
 GROUPS = tuple(sorted({fmt.block_cols for fmt in INTEGERS if fmt.block_cols}))
 """Sizes of groups; 0, the whole row, aside."""
+OF_4_BITS, OF_8_BITS = (frozenset(fmt for fmt in INTEGERS if fmt.code_bits == bits) for bits in (4, 8))
+"""What the layouts here make of codes of so many bits."""
+INT4_FP8 = _FORMATS[4, 0, torch.float32]
+"""What `int4_fp8` makes."""
 
 
 def packed(bits: int, group: int, symmetric: bool) -> Layout:
@@ -129,7 +133,7 @@ def int4_fp8(unpack: Callable[[Tensor], Tensor]) -> Layout:
             *zero_points(module, "weight_zero_point_2", ((-(-rows // WORD),),), WORD),
         )
         step = max(part.block for part in parts)
-        return module.weight(_FORMATS[4, 0, torch.float32], (rows, columns), parts, step=step, zero_point=8.0)
+        return module.weight(INT4_FP8, (rows, columns), parts, step=step, zero_point=8.0)
 
     return read
 

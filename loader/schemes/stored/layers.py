@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from ...kernels.formats import WeightFormat
 from .layouts import Layout, zero_points
 from .modules import FLOATS, ONE, StoredModule
 from .weights import StoredActivations, StoredWeight
@@ -62,6 +63,10 @@ class Family(Protocol):
     @property
     def tensors(self) -> frozenset[str]:
         """Names of tensors that only quantized layers have."""
+
+    @property
+    def formats(self) -> frozenset[WeightFormat]:
+        """All that the weights of its layers can be."""
 
     def layer(self, module: str) -> Layer | Kept:
         """What the config says about the layer of that name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from ...kernels.formats import FP8_BLOCK, MXFP8, NVFP4
+from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, MXFP8, NVFP4
 from .layers import Activations, Kept, Layer
 from .layouts import fp8_block, fp8_channel, fp8_tensor, mx, nvfp4
 from .patterns import Patterns
@@ -30,6 +30,7 @@ class ModelOpt:
 
     method = "modelopt"
     tensors = frozenset({"weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"})
+    formats = frozenset((FP8_TENSOR, FP8_CHANNEL, FP8_BLOCK, MXFP8, NVFP4))
 
     def __init__(self, settings: Settings) -> None:
         settings = settings.section("quantization") or settings

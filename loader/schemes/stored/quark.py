@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...kernels.formats import FP8_BLOCK, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8
-from .integers import int4_fp8
+from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8
+from .integers import INT4_FP8, int4_fp8
 from .layers import Activations, Kept, Layer
 from .layouts import Layout, fp8_block, fp8_channel, fp8_tensor, int8_channel, int8_tensor, mx
 from .packing import PACK_METHODS
@@ -38,6 +38,7 @@ class Quark:
             *("input_scale", "input_zero_point", "input_rotation", "input_prescale"),
         )
     )
+    formats = frozenset((*_MX.values(), FP8_TENSOR, FP8_CHANNEL, FP8_BLOCK, INT8_CHANNEL, INT4_FP8))
 
     def __init__(self, settings: Settings) -> None:
         self._path = settings.path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from ...checkpoint.headers import TensorEntry
 from ...errors import UnsupportedCheckpointError
+from ...kernels.formats import FORMATS, WeightFormat
 from .awq import Awq
 from .collect import collect
 from .compressed_tensors import CompressedTensors
 from .fp8 import Fp8
-from .gpt_oss import read_gpt_oss
+from .gpt_oss import FORMATS_OF_BLOCKS, read_gpt_oss
 from .modelopt import ModelOpt
 from .modules import Read
 from .quantload import read_quantload
@@ -24,17 +26,32 @@ from .quark import Quark
 from .settings import Settings
 from .weights import StoredCheckpoint
 
-Reader = Callable[[Settings, Mapping[str, TensorEntry], Read, torch.dtype], StoredCheckpoint]
+Collect = Callable[[Settings, Mapping[str, TensorEntry], Read, torch.dtype], StoredCheckpoint]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads the checkpoints of a tool: the formats its weights can have, in the kinds of layers it stores."""
+
+    tool: str
+    collect: Collect
+    formats: frozenset[WeightFormat]
+    layers: tuple[str, ...] = ("linear", "experts")
+
+
+def _of(tool: str, family: type[Awq | CompressedTensors | Fp8 | ModelOpt | Quark]) -> Reader:
+    return Reader(tool, partial(collect, family), family.formats)
+
 
 READERS: Mapping[str, Reader] = MappingProxyType(
     {
-        "quark": partial(collect, Quark),
-        "compressed-tensors": partial(collect, CompressedTensors),
-        "awq": partial(collect, Awq),
-        "mxfp4": read_gpt_oss,
-        "fp8": partial(collect, Fp8),
-        **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed"), partial(collect, ModelOpt)),
-        "quantload": read_quantload,
+        "quark": _of("AMD Quark", Quark),
+        "compressed-tensors": _of("llm-compressor and others that use compressed-tensors", CompressedTensors),
+        "awq": _of("AutoAWQ in its GEMM layout", Awq),
+        "mxfp4": Reader("gpt-oss", read_gpt_oss, FORMATS_OF_BLOCKS, ("experts",)),
+        "fp8": _of("DeepSeek and others like it", Fp8),
+        **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed"), _of("NVIDIA ModelOpt", ModelOpt)),
+        "quantload": Reader("quantload", read_quantload, frozenset(FORMATS.values())),
     }
 )
 """What reads a checkpoint, by its `quant_method`."""
@@ -59,7 +76,7 @@ def read_stored(
             f"quantization_config.quant_method is {method!r}; read are {', '.join(map(repr, sorted(READERS)))}; load "
             f"the original checkpoint, which quantload quantizes while it loads"
         )
-    return READERS[method](settings, tensors, read, _dtype(config))
+    return READERS[method].collect(settings, tensors, read, _dtype(config))
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:

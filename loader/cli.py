@@ -226,7 +226,9 @@ def convert(
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
     quantization: Quantization = "auto",
-    checkpoint_format: Annotated[str, typer.Option("--format", help="quark or compressed-tensors.")] = "quark",
+    checkpoint_format: Annotated[
+        str, typer.Option("--format", help="quark, compressed-tensors or, for gpt-oss, mxfp4.")
+    ] = "quark",
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 4GB.")] = "4GB",
     experts: Experts = None,
     ignore: Ignore = None,

@@ -106,7 +106,7 @@ class Conversion:
             self._complete.append(loader.finish)
             return
         self.entries.append(entry)
-        self.spans[entry.name] = tensor.spans()
+        self.spans[entry.name] = list(tensor.spans)
         self.sinks[entry.name] = Sink(torch.empty(0), loader)
 
     def _take_up(self, statistics: Mapping[str, list[float]]) -> None:

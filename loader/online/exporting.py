@@ -76,7 +76,7 @@ class ExportingLoader:
     ) -> None:
         layout = tensor.layout
         self._layout, self._quantizer, self._weight = layout, tensor.scheme.quantizer, tensor.weight
-        self._module, self._shard, self._buffers, self._on_written = tensor.module, shard, buffers, on_written
+        self._stem, self._shard, self._buffers, self._on_written = tensor.stem, shard, buffers, on_written
         self._tracker = RegionTracker(tensor.entry.name, layout.experts, layout.rows, layout.columns)
         self._maxima: dict[int | None, Tensor] = {}
         self._unobserved: dict[int | None, int] = {}
@@ -148,7 +148,7 @@ class ExportingLoader:
         pitch = part.pitch(self._layout)
         row = rows.start // part.block + (expert or 0) * part.rows(self._layout)
         column = int(columns.start * source.dtype.itemsize * part.width)
-        offset = self._shard.plan.offsets[f"{self._module}.{part.name}"] + row * pitch + column
+        offset = self._shard.plan.offsets[self._stem + part.name] + row * pitch + column
         self._shard.write(offset, data.contiguous().view(torch.uint8), pitch)
 
     def _add(self, statistics: Tensor | None) -> None:
@@ -164,7 +164,7 @@ class ExportingLoader:
         """The last piece is written."""
         for constant in self._weight.constants:
             value = constant.make(self._layout.rows, self._layout.columns).view(1, -1).view(torch.uint8)
-            self._shard.write(self._shard.plan.offsets[f"{self._module}.{constant.name}"], value, value.numel())
+            self._shard.write(self._shard.plan.offsets[self._stem + constant.name], value, value.numel())
         self._maxima.clear()
         self._on_written(self._statistics)
 

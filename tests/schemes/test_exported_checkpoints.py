@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import stored_tensors
 import torch
-from quantload import QuantizationPolicy, convert_checkpoint, load_quantized
+from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
 from quantload.errors import PolicyError, UnsupportedCheckpointError
-from quantload.schemes.exported.registry import EXPORT_FORMATS, formats_of
+from quantload.schemes.exported.registry import formats_of
 from quantload.schemes.registry import ENTRIES
 from safetensors.torch import load_file
 from torch import Tensor
 
+TOOLS = ("quark", "compressed-tensors")
+TOOLS = ("quark", "compressed-tensors")
 PAIRS = [(entry.name, name) for entry in ENTRIES for name in formats_of(entry)]
 LINEAR_PAIRS = [(scheme, form) for scheme, form in PAIRS if scheme != "experts_int8"]
 # The experts of the tiny model have fewer columns than a group of INT4 weights.
@@ -76,7 +78,7 @@ def test_experts_read_back_to_an_online_load(scheme: str, form: str, golden: Pat
     assert {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "lm_head"} <= set(kept)
 
 
-@pytest.mark.parametrize("form", EXPORT_FORMATS)
+@pytest.mark.parametrize("form", TOOLS)
 def test_several_schemes_in_one_checkpoint(form: str, golden: Path, tmp_path: Path) -> None:
     policy = QuantizationPolicy(
         linear="fp8_per_channel", experts="quark_mxfp4", ignore=("*.k_proj",), overrides=(("*.1.*.q_proj", "none"),)
@@ -91,20 +93,69 @@ def test_several_schemes_in_one_checkpoint(form: str, golden: Path, tmp_path: Pa
     ]
 
 
-@pytest.mark.parametrize("form", EXPORT_FORMATS)
+@pytest.mark.parametrize("form", TOOLS)
 def test_kept_experts_are_one_name(form: str, golden: Path, tmp_path: Path) -> None:
     policy = QuantizationPolicy(experts="none")
     kept = check(golden / "bf16_qwen3moe", tmp_path / "out", "auto", form, policy)
     assert len([name for name in kept if "experts" in name]) == 2 * 3
 
 
-@pytest.mark.parametrize("form", EXPORT_FORMATS)
+@pytest.mark.parametrize("form", TOOLS)
 def test_nothing_to_quantize_gives_a_copy(form: str, golden: Path, tmp_path: Path) -> None:
     convert_checkpoint(golden / "bf16_llama", tmp_path / "out", "none", format=form)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config == json.loads((golden / "bf16_llama/config.json").read_text())
     got, want = load_file(tmp_path / "out/model.safetensors"), load_file(golden / "bf16_llama/model.safetensors")
     assert_same(got, want)
+
+
+GPT_OSS = QuantizationPolicy(linear="none", experts="quark_mxfp4")
+
+
+@pytest.mark.parametrize("options", [LoadOptions(), LoadOptions(chunk_bytes=4096, workers=3)], ids=["whole", "pieces"])
+def test_gpt_oss_in_its_own_layout(options: LoadOptions, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    convert_checkpoint(checkpoint("gpt_oss"), tmp_path / "out", policy=GPT_OSS, format="mxfp4", options=options)
+    weights, config = described(tmp_path / "out")
+    online = load_quantized(checkpoint("gpt_oss"), policy=GPT_OSS)
+    assert len(weights) == 4
+    assert config["quant_method"] == "mxfp4"
+    assert {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.router", "lm_head"} <= set(
+        config["modules_to_not_convert"]
+    )
+    assert_same(load_quantized(tmp_path / "out").state_dict(), online.state_dict())
+    blocks = load_file(tmp_path / "out/model.safetensors")["model.layers.0.mlp.experts.down_proj_blocks"]
+    experts = online.get_submodule("model.layers.0.mlp.experts")
+    assert torch.equal(blocks.flatten(2), experts.down_proj)
+    assert blocks.shape[-1] == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "policy", "why"),
+    [
+        ("gpt_oss", "quark", None, r"2 modules .* holds all experts of a layer, which only the format mxfp4 has"),
+        ("gpt_oss", "mxfp4", None, r"8 modules .* is not the weight of all experts of a layer as gpt-oss stores it"),
+        ("gpt_oss_odd", "mxfp4", GPT_OSS, r"2 modules .* has 40 columns, which are no multiple of 32"),
+        ("llama4_text", "mxfp4", GPT_OSS, r"1 modules .* is not the weight of all experts"),
+        ("gpt2", "quark", None, r"8 modules .* c_attn\.weight \[64, 192\] is stored transposed"),
+        ("llama_odd", "compressed-tensors", None, r"14 modules .* has 112 columns, which are no multiple of 32"),
+    ],
+)
+def test_every_module_that_cannot_be_written_is_named(
+    name: str,
+    form: str,
+    policy: QuantizationPolicy | None,
+    why: str,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(PolicyError, match=why):
+        convert_checkpoint(checkpoint(name), tmp_path / "out", policy=policy, format=form)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_for_several_tensors_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="is scaled together with other tensors, or in parts, by fp8_per_tensor"):
+        convert_checkpoint(checkpoint("nomic_bert"), tmp_path / "out", "fp8_per_tensor")
 
 
 def test_another_rule_for_scales_gives_other_bytes(golden: Path, tmp_path: Path) -> None:
@@ -126,6 +177,6 @@ def test_a_pair_that_does_not_exist_names_those_that_do(golden: Path, tmp_path: 
         r"compressed-tensors: quark_mxfp4, mxfp6_e2m3, mxfp8, ",
     ):
         convert_checkpoint(golden / "bf16_llama", tmp_path / "out", "mxfp6_e3m2", format="compressed-tensors")
-    with pytest.raises(PolicyError, match="format is 'gguf'; choose one of quark, compressed-tensors"):
+    with pytest.raises(PolicyError, match="format is 'gguf'; choose one of quark, compressed-tensors, mxfp4"):
         convert_checkpoint(golden / "bf16_llama", tmp_path / "out", format="gguf")
     assert not list(tmp_path.iterdir())

@@ -8,10 +8,11 @@ from ...errors import PolicyError
 from ..base import LinearScheme, MoEScheme
 from ..registry import ENTRIES, SchemeEntry
 from .compressed_tensors import COMPRESSED_TENSORS
+from .gpt_oss import GPT_OSS
 from .quark import QUARK
 from .weights import ExportedWeight, ExportFormat
 
-EXPORT_FORMATS: dict[str, ExportFormat] = {each.name: each for each in (QUARK, COMPRESSED_TENSORS)}
+EXPORT_FORMATS: dict[str, ExportFormat] = {each.name: each for each in (QUARK, COMPRESSED_TENSORS, GPT_OSS)}
 
 
 def get_export_format(name: str) -> ExportFormat:
@@ -23,13 +24,13 @@ def get_export_format(name: str) -> ExportFormat:
 
 
 def formats_of(entry: SchemeEntry) -> list[str]:
-    """The checkpoint formats a scheme can be written in."""
-    schemes = [scheme for scheme in (entry.linear, entry.experts) if scheme is not None]
-    return [
-        export.name
-        for export in EXPORT_FORMATS.values()
-        if schemes and all(scheme.format_name in export.weights for scheme in schemes)
-    ]
+    """The checkpoint formats a scheme can be written in, linear layers and experts alike."""
+    return [export.name for export in EXPORT_FORMATS.values() if _holds(export, entry.linear, entry.experts)]
+
+
+def expert_formats_of(entry: SchemeEntry) -> list[str]:
+    """The checkpoint formats that can hold what a scheme makes of experts, whatever becomes of linear layers."""
+    return [export.name for export in EXPORT_FORMATS.values() if _holds(export, None, entry.experts)]
 
 
 def exported_weight(scheme: LinearScheme | MoEScheme, export: ExportFormat) -> ExportedWeight:
@@ -43,6 +44,17 @@ def exported_weight(scheme: LinearScheme | MoEScheme, export: ExportFormat) -> E
         ) from None
 
 
+def _holds(export: ExportFormat, linear: type[LinearScheme] | None, experts: type[MoEScheme] | None) -> bool:
+    schemes = [scheme for scheme in (linear, experts) if scheme is not None]
+    weights = [export.weights.get(scheme.format_name) for scheme in schemes]
+    possible = all(weight is not None for weight in weights)
+    return bool(weights) and possible and not (linear is not None and any(w is not None and w.fused for w in weights))
+
+
 def _pairs() -> Iterable[tuple[str, list[str]]]:
     for name in EXPORT_FORMATS:
-        yield name, [entry.name for entry in ENTRIES if name in formats_of(entry)]
+        alike = [entry.name for entry in ENTRIES if name in formats_of(entry)]
+        yield (
+            name,
+            alike or [f"{entry.name} of gpt-oss experts" for entry in ENTRIES if name in expert_formats_of(entry)],
+        )

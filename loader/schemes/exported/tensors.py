@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,30 +22,35 @@ from ..policy import name_reason
 from .registry import exported_weight
 from .weights import ExportedWeight, ExportFormat
 
-_SUFFIX = ".weight"
+_NAME = "weight"
+_SUFFIX = f".{_NAME}"
 _PROBLEMS_SHOWN = 4
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A checkpoint tensor that is quantized: for the module `assignment`, under the name `module` in the checkpoint."""
+    """A checkpoint tensor that is quantized, for the module of `assignment`.
+
+    The names of what is written for it begin with `stem`. `spans` say where its elements go in `layout`.
+    """
 
     entry: TensorEntry
-    module: str
+    stem: str
     assignment: Assignment
     scheme: LinearScheme | MoEScheme
     layout: WeightLayout
     weight: ExportedWeight
+    spans: tuple[Span, ...]
+
+    @property
+    def module(self) -> str:
+        """The name of the module in the checkpoint."""
+        return self.stem.removesuffix(".")
 
     def specs(self) -> list[TensorSpec]:
         """The tensors that are written for it."""
-        return list(self.weight.specs(self.module, self.layout))
-
-    def spans(self) -> list[Span]:
-        """Where its elements go: to the matrix that is written."""
-        rows, columns = self.layout.rows, self.layout.columns
-        return [Span(self.entry.name, Region(None, (0, rows), (0, columns)), 0, columns, 1)]
+        return list(self.weight.specs(self.stem, self.layout))
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,11 @@ class KeptTensor:
         """The tensor itself."""
         return [TensorSpec(self.entry.name, self.entry.dtype, self.entry.shape)]
 
-    def spans(self) -> list[Span]:
+    @property
+    def spans(self) -> tuple[Span, ...]:
         """Its bytes, one after the other."""
         nbytes = self.entry.nbytes
-        return [Span(self.entry.name, Region(None, (0, 1), (0, nbytes)), 0, nbytes, 1)]
+        return (Span(self.entry.name, Region(None, (0, 1), (0, nbytes)), 0, nbytes, 1),)
 
 
 def plan_tensors(
@@ -90,15 +97,21 @@ def plan_tensors(
         assert scheme is not None
         weight = exported_weight(scheme, export)
         if all(each is not None and each.scheme is scheme for each in owners):
-            why = _why_not(entry, spans, sinks, scheme, weight)
+            why = (
+                _why_not_fused(entry, assignment, weight)
+                if weight.fused
+                else _why_not(entry, spans, sinks, scheme, weight)
+            )
         else:
             why = "is one tensor for several modules, which get different schemes"
         if why:
             problems.setdefault(assignment.name, f"checkpoint tensor {entry.name} {list(entry.shape)} {why}")
         else:
-            layout = WeightLayout(scheme.kernels.format, None, (("", entry.shape[0]),), entry.shape[1])
-            name = entry.name.removesuffix(_SUFFIX)
-            planned.append(QuantizedTensor(entry, name, assignment, scheme, layout, weight))
+            planned.append(
+                _fused(entry, spans, assignment, scheme, weight)
+                if weight.fused
+                else _matrix(entry, assignment, scheme, weight)
+            )
     if problems:
         raise _impossible(problems, export)
     return planned
@@ -112,6 +125,8 @@ def _why_not(
     weight: ExportedWeight,
 ) -> str:
     """Why a checkpoint tensor cannot become a quantized weight under its own name; nothing if it can."""
+    if len(entry.shape) == 3:
+        return "holds all experts of a layer, which only the format mxfp4 has a place for, and only for gpt-oss"
     if len(entry.shape) != 2 or not entry.name.endswith(_SUFFIX):
         return "is not the matrix of one linear layer or one expert"
     rows, columns = entry.shape
@@ -123,6 +138,38 @@ def _why_not(
     if not all(sinks[span.parameter].whole(span.region) and layout.whole(_rows_of(span, columns)) for span in spans):
         return f"is scaled together with other tensors, or in parts, by {scheme.name}"
     return ""
+
+
+def _why_not_fused(entry: TensorEntry, assignment: Assignment, weight: ExportedWeight) -> str:
+    """Why a checkpoint tensor cannot become the quantized weights of all experts; nothing if it can."""
+    module: Any = assignment.module
+    if assignment.kind != "experts" or len(entry.shape) != 3 or not module.is_transposed or module.is_concatenated:
+        return "is not the weight of all experts of a layer as gpt-oss stores it"
+    if entry.shape[1] % weight.column_multiple:
+        return f"has {entry.shape[1]} columns, which are no multiple of {weight.column_multiple}"
+    return ""
+
+
+def _matrix(
+    entry: TensorEntry, assignment: Assignment, scheme: LinearScheme | MoEScheme, weight: ExportedWeight
+) -> QuantizedTensor:
+    rows, columns = entry.shape
+    layout = WeightLayout(scheme.kernels.format, None, (("", rows),), columns)
+    spans = (Span(entry.name, Region(None, (0, rows), (0, columns)), 0, columns, 1),)
+    return QuantizedTensor(entry, entry.name.removesuffix(_NAME), assignment, scheme, layout, weight, spans)
+
+
+def _fused(
+    entry: TensorEntry,
+    spans: Sequence[Span],
+    assignment: Assignment,
+    scheme: LinearScheme | MoEScheme,
+    weight: ExportedWeight,
+) -> QuantizedTensor:
+    experts, columns, rows = entry.shape
+    layout = WeightLayout(scheme.kernels.format, experts, (("", rows),), columns)
+    own = tuple(span._replace(parameter=entry.name) for span in spans)
+    return QuantizedTensor(entry, entry.name, assignment, scheme, layout, weight, own)
 
 
 def _rows_of(span: Span, columns: int) -> Region:

@@ -37,9 +37,10 @@ def as_scalar(shape: Shape) -> Shape:
 class ExportedPart:
     """One tensor made of the codes or the scales of a weight, and how it is made of them.
 
-    `name` is its name after the module's. A row of it is made of `block` rows of the source, and is `width` times as
-    long, in bytes. `convert` makes rows of it from rows of the source; `None`: the bytes are the same. `dtype` is what
-    it is declared as (`None`: the source's), and `declared` turns the shape of the matrix into the one in the header.
+    `name` follows on the stem that all tensors of a weight share. A row of it is made of `block` rows of the source,
+    and is `width` times as long, in bytes. `convert` makes rows of it from rows of the source; `None`: the bytes are
+    the same. `dtype` is what it is declared as (`None`: the source's), and `declared` turns the shape of the matrix
+    into the one in the header.
     """
 
     name: str
@@ -50,12 +51,12 @@ class ExportedPart:
     convert: Callable[[Tensor], Tensor] | None = None
     declared: Callable[[Shape], Shape] = as_it_is
 
-    def spec(self, module: str, layout: WeightLayout) -> TensorSpec:
+    def spec(self, stem: str, layout: WeightLayout) -> TensorSpec:
         """Name, dtype and shape for a weight of this layout."""
         shape, dtype = self._source(layout)
         stored = self.dtype or dtype
         matrix = (*shape[:-2], self.rows(layout), self.pitch(layout) // stored.itemsize)
-        return TensorSpec(f"{module}.{self.name}", stored, self.declared(matrix))
+        return TensorSpec(stem + self.name, stored, self.declared(matrix))
 
     def rows(self, layout: WeightLayout) -> int:
         """Rows of one matrix."""
@@ -85,26 +86,28 @@ class ExportedWeight:
     """How weights of one format are stored, and what the config says about them.
 
     `config` is the tool's description of weights and activations, as it stands in `quantization_config`.
-    `column_multiple`: the tool reads only weights whose columns are a multiple of it.
+    `column_multiple`: the tool reads only weights whose columns are a multiple of it. `fused` weights are those of all
+    experts of a layer in one tensor, transposed, gate and up interleaved; others are one matrix called `weight`.
     """
 
     parts: tuple[ExportedPart, ...]
     config: Mapping[str, Any]
     constants: tuple[ExportedConstant, ...] = field(default=())
     column_multiple: int = 1
+    fused: bool = False
 
     @property
     def row_align(self) -> int:
         """Rows a piece must come in multiples of, for every part to have whole rows."""
         return math.lcm(*(part.block for part in self.parts))
 
-    def specs(self, module: str, layout: WeightLayout) -> Iterator[TensorSpec]:
+    def specs(self, stem: str, layout: WeightLayout) -> Iterator[TensorSpec]:
         """All tensors of one weight."""
         for part in self.parts:
-            yield part.spec(module, layout)
+            yield part.spec(stem, layout)
         for constant in self.constants:
             value = constant.make(layout.rows, layout.columns)
-            yield TensorSpec(f"{module}.{constant.name}", value.dtype, tuple(value.shape))
+            yield TensorSpec(stem + constant.name, value.dtype, tuple(value.shape))
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantload.kernels.formats import FORMATS
+from quantload.kernels.formats import FORMATS, INTEGERS, WeightFormat
 from quantload.kernels.registry import kernel_set
 from quantload.kernels.triton_quantize import triton_quantize
 from tested_formats import TRITON
 
 ROWS, COLS = 130, 200
+ONE_OF_EACH_GROUP = [fmt for i, fmt in enumerate(INTEGERS) if i % 3 == i // 3 % 3]
+"""The integer formats with one dtype of scales for each number of bits and width of a group."""
 
 
 def plain(name: str):
@@ -88,3 +90,39 @@ def test_every_byte_under_large_and_small_scales(name, dtype, record_property):
         finite = ~want.isnan()
         assert torch.equal(got.isnan(), want.isnan())
         assert same(got[finite], want[finite])
+
+
+@pytest.mark.parametrize("fmt", ONE_OF_EACH_GROUP, ids=lambda fmt: fmt.name)
+def test_integers_of_every_group(fmt: WeightFormat, record_property):
+    """Weights of one sign, zeros, ranges that no float16 scale spans, tiny ones; in one piece, and in two columns."""
+    record_property("kernel", f"quantize {fmt.name}")
+    record_property("kernel", f"dequantize {fmt.name}")
+    source = torch.randn(7, 331, generator=torch.Generator().manual_seed(fmt.block_cols))
+    source[0].abs_()
+    source[1].abs_().neg_()
+    source[2] = torch.tensor([0.0, -0.0, 0.0]).repeat(111)[:331]
+    source[3] *= 1e30
+    source[4] *= 1e-12
+    source[5, ::2] = 0.5 * torch.arange(166).clamp(max=30)
+    shapes = fmt.code_shape(*source.shape), fmt.scale_shape(*source.shape)
+    want, got, parts = (
+        (torch.full(shapes[0], 77, dtype=torch.uint8), torch.full(shapes[1], 7, dtype=fmt.scale_dtype))
+        for _ in range(3)
+    )
+    assert plain(fmt.name).quantize(source, *want) == 0
+    kernels = triton_quantize(fmt.name)
+    assert kernels.quantize(source, *got) == 0
+    assert same(got[0], want[0])
+    assert same(got[1], want[1])
+    for cols in (slice(0, 256), slice(256, 331)):
+        words = (
+            slice(2 * cols.start // fmt.block_cols, 2 * -(-cols.stop // fmt.block_cols)) if fmt.block_cols else slice(2)
+        )
+        codes = parts[0][:, fmt.code_column(cols.start) : -(-cols.stop * fmt.code_bits // 8)]
+        assert kernels.quantize(source[:, cols], codes, want[1][:, words], scales_known=True) == 0
+    assert same(parts[0], want[0])
+    for dtype in (torch.float32, torch.bfloat16):
+        values, expected = torch.zeros(source.shape, dtype=dtype), torch.zeros(source.shape, dtype=dtype)
+        kernels.dequantize(*got, values)
+        plain(fmt.name).dequantize(*want, expected)
+        assert same(values, expected)

@@ -16,10 +16,13 @@ K, MANY = 4096, 512
 SIXTEENTHS = ("k", "k_step", "n_rows", "x_stride", "code_stride", "code_expert_stride", "bias_stride", "out_stride")
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
 MFMA_MX = r"v_mfma_scale_f32_\w+_f8f6f4"
-TCGEN05_MX = r"tcgen05\.mma\.\S+mxf(4|8f6f4)\S*"
+TCGEN05_MX = {"mxfp4": r"tcgen05\.mma\.\S+mxf4\S*", "mxfp8": r"tcgen05\.mma\.\S+mxf8f6f4\S*"}
 DECODE_FP4 = r"v_cvt_scalef32_pk_b?f16_fp4"
-MATRIX = r"v_mfma_f32_\w+_b?f16|mma\.sync\.\S+\.b?f16\.\S+|wgmma\S+f16|tcgen05\.mma\S+f16"
-MATRIX_F32 = r"v_mfma_f32_\w+_f32|v_(pk_)?fma\w*_f32|fma\.rn\.f32"
+MATRIX = {
+    torch.bfloat16: r"v_mfma_f32_\w+_bf16|mma\.sync\.\S+\.bf16\.\S+|wgmma\S+bf16|tcgen05\.mma\S+f16",
+    torch.float16: r"v_mfma_f32_\w+x\d+_f16|mma\.sync\.\S+\.f16\.f16\.\S+|wgmma\S+\.f16\.f16|tcgen05\.mma\S+f16",
+    torch.float32: r"v_mfma_f32_\w+_f32|fma\.rn\.f32",
+}
 MATRIX_FP8 = {
     "gfx942": r"v_mfma_f32_\w+_fp8_fp8",
     "gfx950": r"v_mfma_f32_\w+_f8f6f4",
@@ -86,12 +89,12 @@ def label(operation: str, name: str, is_quantized: bool, tokens: int) -> str:
 def native_instruction(name: str, target: str, is_quantized: bool, dtype: torch.dtype = torch.bfloat16) -> str:
     """A pattern for the matrix instruction, or decoding instruction, that the kernel is for."""
     if FORMATS[name] in MX and is_quantized:
-        return MFMA_MX if target == "gfx950" else TCGEN05_MX
+        return MFMA_MX if target == "gfx950" else TCGEN05_MX[name]
     if is_quantized:
         return (MATRIX_INT8 if name.startswith("int8") else MATRIX_FP8)[target]
-    if dtype == torch.float32:
-        return MATRIX_F32
-    return DECODE_FP4 if name == "mxfp4" and target == "gfx950" else MATRIX
+    if name == "mxfp4" and target == "gfx950" and dtype != torch.float32:
+        return DECODE_FP4
+    return MATRIX[dtype]
 
 
 def check(

@@ -38,11 +38,11 @@ OPTIONS = ("num_warps", "enable_fp_fusion")
 ALIKE = ("mxfp6_e3m2", "int4_group32_bf16", "int8_group64_f32", "int4fp8_channel")
 """Formats whose kernels differ from those of another in numbers only."""
 QUICK = """
-interpreted_quantize
+(interpreted_quantize and not (every_group and (group32 or group64 or group128 or group256)))
 or (kernel_golden and not float32 and not nonfinite)
 or (kernel_mx and not float32 and not (mxfp8 and nearest))
-or (kernel_bits and (code_byte or (bit_patterns and not fnuz) or (test_dequantize and shape1)
-    or (of_every_value and bf16 and (mxfp4 or channel) and not fnuz)))
+or (kernel_bits and (code_byte or (bit_patterns and not (fnuz or group32 or group64 or int4fp8))
+    or (test_dequantize and shape1) or (of_every_value and bf16 and (mxfp4 or channel) and not fnuz)))
 or (kernel_statistics and ((saturation and not fnuz) or (against_float64 and shape1 and bfloat16)))
 or (kernel_pieces and ((strided and 200 and bfloat16) or (nonfinite and where0 and bfloat16) or empty or named))
 """

@@ -77,6 +77,31 @@ def test_load_prints_the_report_as_one_json_object(quantload: Command, checkpoin
     assert {"name": "lm_head", "reason": "output head"}.items() <= report["kept"][-1].items()
 
 
+def test_the_second_load_reads_what_the_first_one_left(
+    quantload: Command, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    arguments = ("load", checkpoint("qwen3_moe"), "--cache", tmp_path / "cache", "--cache-size", "1GiB")
+    first, second = (quantload.json(*arguments) for _ in range(2))
+    assert [first["cache"], second["cache"]] == ["written", "hit"]
+    assert second["layers"] == first["layers"]
+    code, out, err = quantload(*arguments)
+    assert code == 0
+    assert "cache: hit" in out
+    assert "Cache: reading" in err
+
+
+def test_a_cache_that_cannot_be_is_a_usage_error(quantload: Command, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for arguments, complaint in (
+        (("--cache", tmp_path / "file"), "is a file; give a folder"),
+        (("--cache", tmp_path, "--cache-size", "many"), "'many' is not an amount"),
+        (("--cache", tmp_path, "--cache-size", "0"), "cache_bytes is 0"),
+    ):
+        code, _, err = quantload("load", checkpoint("llama"), *arguments)
+        assert code == 2
+        assert complaint in err
+
+
 def test_log_lines_go_to_stderr_and_tables_to_stdout(quantload: Command, checkpoint: Checkpoint) -> None:
     code, out, err = quantload("load", checkpoint("llama"))
     assert code == 0

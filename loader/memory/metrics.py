@@ -16,7 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from .planner import MemoryPlan
-from .report import LayerReport, LoadReport
+from .report import CacheResult, LayerReport, LoadReport
 
 logger = logging.getLogger("quantload")
 
@@ -46,6 +46,7 @@ class LoadMetrics:
         self._layers: list[LayerReport] = []
         self._loads: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
         self._reloads: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
+        self._cached: Counter[str] = Counter(dict.fromkeys(get_args(CacheResult), 0))
         self.registry.register(_LoadCollector(self))
 
     def on_plan(self, plan: MemoryPlan) -> None:
@@ -70,6 +71,8 @@ class LoadMetrics:
             self._report, self._layers = report, layers
             self._count(report.bytes_read)
             self._loads["success"] += 1
+            if report.cache is not None:
+                self._cached[report.cache] += 1
             self._end(progress=1.0)
 
     def on_failure(self, *, cancelled: bool = False) -> None:
@@ -167,6 +170,7 @@ class LoadMetrics:
         for name, help_text, counts in (
             ("loads", "Loads by result.", self._loads),
             ("reloads", "Reloads of weights into a loaded model by result.", self._reloads),
+            ("cache_loads", "Loads with a cache by what became of it.", self._cached),
         ):
             family = CounterMetricFamily(f"quantload_{name}", help_text, labels=["result"])
             for result, value in counts.items():

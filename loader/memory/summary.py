@@ -33,9 +33,10 @@ def print_summary(report: LoadReport, console: Console | None = None) -> None:
         console.print(_kept(report.kept))
     console.print(_memory(report))
     conversions = f", fallback conversions: {report.fallback_conversions}" if report.fallback_conversions else ""
+    cache = f", cache: {report.cache}" if report.cache is not None else ""
     console.print(
         f"read {format_bytes(report.bytes_read)} in {report.seconds:.1f} s"
-        f" ({report.bytes_per_second / GIB:.2f} GiB/s){conversions}",
+        f" ({report.bytes_per_second / GIB:.2f} GiB/s){conversions}{cache}",
         highlight=False,
     )
 

@@ -28,6 +28,7 @@ NAMES = [
     "layer_saturated_ratio",
     "loads_total",
     "reloads_total",
+    "cache_loads_total",
 ]
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -66,7 +67,7 @@ def test_names_are_those_of_the_design_and_no_others() -> None:
 def test_types_and_help() -> None:
     families = list(parser.text_string_to_metric_families(full_metrics().render().decode()))
     counters = {family.name for family in families if family.type == "counter"}
-    assert counters == {"quantload_load_bytes_read", "quantload_loads", "quantload_reloads"}
+    assert counters == {"quantload_load_bytes_read", "quantload_loads", "quantload_reloads", "quantload_cache_loads"}
     assert {family.type for family in families} == {"counter", "gauge"}
     assert all(family.documentation for family in families)
 
@@ -135,6 +136,17 @@ def test_results_of_loads_and_reloads() -> None:
     assert value(found, "reloads_total", result="failure") == 1
     with pytest.raises(ValueError, match="reload result 'ok'"):
         metrics.on_reload("ok")  # type: ignore[arg-type]
+
+
+def test_loads_with_a_cache_by_what_became_of_it() -> None:
+    metrics = LoadMetrics()
+    for result in ("written", "hit", "hit", None):
+        loaded = report()
+        loaded.cache = result
+        metrics.on_report(loaded)
+    found = samples(metrics)
+    counts = {result: value(found, "cache_loads_total", result=result) for result in ("hit", "written", "rebuilt")}
+    assert counts == {"hit": 2, "written": 1, "rebuilt": 0}
 
 
 def test_layers_without_statistics_have_sizes_only() -> None:

@@ -179,9 +179,11 @@ class _Anew:
         """Slabs whose float32 values take at most `limit` bytes, where the scale blocks allow it."""
         weight = self.weight
         axis = 0 if weight.along == "rows" else 1
-        step = math.lcm(weight.step, weight.format.block_rows if axis == 0 else weight.format.block_cols or 1)
-        step = math.lcm(step or weight.step, *(sinks[span.parameter].align[axis] for span in spans))
+        block = (weight.format.block_rows, weight.format.block_cols)[axis] or 1
+        step = math.lcm(weight.step, block, *(sinks[span.parameter].align[axis] for span in spans))
         across = weight.columns if axis == 0 else weight.all_rows
+        while axis == 0 and step % 2 == 0 and step * across * FLOAT_BYTES > limit:
+            step //= 2  # a part of a row of blocks: what it lands in may have to be observed first
         found = list(slabs(weight, spans, lines_per_slab(across * FLOAT_BYTES, step, limit)))
         self._slabs_left = len(found)
         return found

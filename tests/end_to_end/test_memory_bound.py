@@ -16,6 +16,7 @@ from typing import Any
 import big_checkpoints
 import pytest
 from process_state import MIB, status_bytes
+from quantload import convert_checkpoint
 from quantload.memory import logs
 
 Checkpoint = Callable[[str], Path]
@@ -171,3 +172,40 @@ def test_the_arena_is_what_the_user_sets(staging: int, one_big_tensor: Path, che
     measured = measure(one_big_tensor, "quark_mxfp4", options, checkpoint("llama"))
     assert_bounded(measured, staging * MIB)
     assert_well_measured(measured)
+
+
+@pytest.fixture(scope="module")
+def quantized(one_big_tensor: Path, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same models, stored quantized."""
+    folder = tmp_path_factory.mktemp("stored")
+    wanted = {
+        "wide fp8 blocks": (one_big_tensor, "fp8_per_block", "compressed-tensors"),
+        "wide mxfp4": (one_big_tensor, "quark_mxfp4", "quark"),
+        "dense fp8 rows": (dense, "fp8_per_channel", "quark"),
+        "dense int4": (dense, "int4_per_group", "compressed-tensors"),
+    }
+    for name, (path, scheme, form) in wanted.items():
+        convert_checkpoint(path, folder / name, scheme, format=form)
+    return {name: folder / name for name in wanted}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("wide fp8 blocks", "auto"),
+        ("wide fp8 blocks", "quark_mxfp4"),
+        ("wide fp8 blocks", "fp8_per_tensor"),
+        ("wide mxfp4", "auto"),
+        ("wide mxfp4", "int8_per_channel"),
+        ("dense fp8 rows", "quark_mxfp4"),
+        ("dense int4", "auto"),
+        ("dense int4", "quark_mxfp4"),
+    ],
+)
+def test_a_quantized_checkpoint_is_loaded_in_the_same_bounds(
+    name: str, scheme: str, quantized: dict[str, Path], checkpoint: Checkpoint
+) -> None:
+    """Kept as stored or quantized anew, with a matrix of 50 million weights that is never there in float32."""
+    options = {"staging_bytes": STAGING, "chunk_bytes": 4 * MIB}
+    measured = measure(quantized[name], scheme, options, checkpoint("llama"))
+    assert_bounded(measured, STAGING)

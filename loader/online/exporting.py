@@ -149,7 +149,9 @@ class ExportingLoader:
         row = rows.start // part.block + (expert or 0) * part.rows(self._layout)
         column = int(columns.start * source.dtype.itemsize * part.width)
         offset = self._shard.plan.offsets[self._stem + part.name] + row * pitch + column
-        self._shard.write(offset, data.contiguous().view(torch.uint8), pitch)
+        # A tensor of one element is contiguous to torch with any stride, but then cannot be viewed as bytes.
+        rows_of_bytes = data.contiguous().as_strided(data.shape, (data.shape[1], 1)).view(torch.uint8)
+        self._shard.write(offset, rows_of_bytes, pitch)
 
     def _add(self, statistics: Tensor | None) -> None:
         if statistics is None:

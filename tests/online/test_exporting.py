@@ -1,0 +1,169 @@
+"""Any shape, dtype, format, piece size and number of workers: what is written is what the kernel makes of the whole."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from quantload.checkpoint.headers import TensorEntry, read_header
+from quantload.checkpoint.index import Shard
+from quantload.checkpoint.output import OutputFolder
+from quantload.checkpoint.reader import PieceReader
+from quantload.checkpoint.source import FileSource
+from quantload.checkpoint.writer import plan_shards
+from quantload.kernels.registry import kernel_set
+from quantload.model.routes import Span
+from quantload.model.skeleton import Assignment
+from quantload.online.conversion import Conversion
+from quantload.online.pieces import plan_pieces
+from quantload.online.regions import Region
+from quantload.options import LoadOptions
+from quantload.schemes.exported.compressed_tensors import WEIGHTS as COMPRESSED_TENSORS
+from quantload.schemes.exported.gpt_oss import WEIGHTS as GPT_OSS
+from quantload.schemes.exported.quark import WEIGHTS as QUARK
+from quantload.schemes.exported.tensors import KeptTensor, QuantizedTensor
+from quantload.schemes.exported.weights import ExportedWeight
+from quantload.schemes.layout import WeightLayout
+from quantload.schemes.registry import ENTRIES, SchemeFactory
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TABLES = {"quark": QUARK, "compressed-tensors": COMPRESSED_TENSORS}
+CASES = [(tool, name) for tool, table in TABLES.items() for name in table]
+SCHEMES = {entry.linear.format_name: entry.name for entry in ENTRIES if entry.linear is not None}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        patch.setattr(os, "fdatasync", lambda fd: None)
+        yield
+
+
+def scheme_of(format_name: str) -> Any:
+    return SchemeFactory(torch.device("cpu"), LoadOptions()).linear(SCHEMES[format_name])
+
+
+def convert(
+    tensors: dict[str, Tensor], planned: Any, folder: Path, chunk_bytes: int, workers: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors that are written, and the statistics by module; `planned` makes the plan from the entries."""
+    save_file(tensors, folder / "model.safetensors")
+    with FileSource(folder) as source:
+        header = read_header(source, "model.safetensors")
+    plan = planned(header.tensors)
+    shards = plan_shards([tensor.specs() for tensor in plan], 10**9)
+    statistics: dict[str, Tensor] = {}
+    with (
+        OutputFolder(folder / "out", "key") as out,
+        Conversion(plan, shards, out, statistics.__setitem__) as conversion,
+    ):
+        pieces = plan_pieces(conversion.entries, conversion.spans, conversion.sinks, chunk_bytes)
+        largest = max((piece.nbytes for piece in pieces), default=chunk_bytes)
+        shard = Shard("model.safetensors", header.size)
+        conversion.begin()
+        PieceReader(FileSource(folder), [shard], workers=workers, chunk_bytes=largest).run(pieces)
+        conversion.check_complete()
+        out.publish()
+    return load_file(folder / "out/model.safetensors"), statistics
+
+
+def whole(weight: Tensor, scheme: Any) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix that is quantized at once."""
+    fmt = scheme.kernels.format
+    codes = torch.empty(fmt.code_shape(*weight.shape), dtype=fmt.code_dtype)
+    scales = torch.empty(fmt.scale_shape(*weight.shape), dtype=fmt.scale_dtype)
+    assert kernel_set(fmt.name, "cpu").quantize(weight, codes, scales) == 0
+    return codes, scales
+
+
+def raw(tensor: Tensor) -> bytes:
+    return tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+
+
+def check(got: dict[str, Tensor], stem: str, exported: ExportedWeight, codes: Tensor, scales: Tensor) -> None:
+    for part in exported.parts:
+        source = codes if part.source == "codes" else scales
+        assert raw(got[stem + part.name]) == raw(source if part.convert is None else part.convert(source)), part.name
+
+
+@pytest.mark.parametrize(("tool", "format_name"), CASES)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    rows=st.integers(1, 300),
+    blocks=st.integers(1, 5),
+    dtype=st.sampled_from(DTYPES),
+    chunk_bytes=st.sampled_from((64, 512, 4096, 1 << 20)),
+    workers=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_a_matrix_between_others(
+    tool: str, format_name: str, rows: int, blocks: int, dtype: torch.dtype, chunk_bytes: int, workers: int, seed: int
+) -> None:
+    exported, scheme = TABLES[tool][format_name], scheme_of(format_name)
+    columns = exported.column_multiple * blocks if exported.column_multiple > 1 else 37 * blocks
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        "a.bias": torch.randn(rows, generator=generator).to(dtype),
+        "a.weight": torch.randn(rows, columns, generator=generator).to(dtype),
+        "b.mask": torch.tensor([[1, 0], [0, 1]], dtype=torch.bool),
+        "c.number": torch.tensor(3),
+        "d.empty": torch.empty(0, 7),
+    }
+    assignment = Assignment("a", "linear", torch.nn.Identity(), scheme, "")
+    layout = WeightLayout(scheme.kernels.format, None, (("", rows),), columns)
+    spans = (Span("a.weight", Region(None, (0, rows), (0, columns)), 0, columns, 1),)
+
+    def planned(entries: dict[str, TensorEntry]) -> list[Any]:
+        quantized = QuantizedTensor(entries["a.weight"], "a.", assignment, scheme, layout, exported, spans)
+        return [quantized if name == "a.weight" else KeptTensor(entry) for name, entry in entries.items()]
+
+    with tempfile.TemporaryDirectory() as folder:
+        got, statistics = convert(tensors, planned, Path(folder), chunk_bytes, workers)
+    check(got, "a.", exported, *whole(tensors["a.weight"], scheme))
+    for name in tensors.keys() - {"a.weight"}:
+        assert got[name].shape == tensors[name].shape
+        assert raw(got[name]) == raw(tensors[name]), name
+    assert statistics["a"][0] == rows * columns
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    experts=st.integers(1, 5),
+    rows=st.integers(1, 70),
+    blocks=st.integers(1, 4),
+    dtype=st.sampled_from(DTYPES),
+    chunk_bytes=st.sampled_from((64, 512, 4096, 1 << 20)),
+    workers=st.integers(1, 3),
+)
+def test_transposed_experts(
+    experts: int, rows: int, blocks: int, dtype: torch.dtype, chunk_bytes: int, workers: int
+) -> None:
+    exported, scheme, columns = GPT_OSS["mxfp4"], scheme_of("mxfp4"), 32 * blocks
+    weight = torch.randn(experts, columns, rows, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    assignment = Assignment("x", "experts", torch.nn.Identity(), scheme, "")
+    layout = WeightLayout(scheme.kernels.format, experts, (("", rows),), columns)
+    spans = tuple(
+        Span("x.down_proj", Region(expert, (0, rows), (0, columns)), expert * rows * columns, 1, rows)
+        for expert in range(experts)
+    )
+
+    def planned(entries: dict[str, TensorEntry]) -> list[Any]:
+        (entry,) = entries.values()
+        return [QuantizedTensor(entry, "x.down_proj", assignment, scheme, layout, exported, spans)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        got, _ = convert({"x.down_proj": weight}, planned, Path(folder), chunk_bytes, workers)
+    parts = [whole(matrix.T.contiguous(), scheme) for matrix in weight]
+    codes, scales = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+    check(got, "x.down_proj", exported, codes, scales)
+    assert got["x.down_proj_blocks"].shape == (experts, rows, blocks, 16)

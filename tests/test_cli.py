@@ -65,6 +65,55 @@ def quantload(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     return Command(monkeypatch, capfd)
 
 
+# convert
+
+
+def test_convert_writes_a_checkpoint_and_prints_its_report(
+    quantload: Command, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("convert", checkpoint("llama"), out, "--format", "compressed-tensors", "--max-shard-size", "20kB")
+    report = quantload.json(*arguments, "-q", "quark_mxfp4", "--ignore", "*.k_proj", "--report", tmp_path / "r.json")
+    assert report["quantization"] == "quark_mxfp4"
+    assert report["final_bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert (
+        "model.layers.0.self_attn.k_proj"
+        in json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    )
+    assert LoadReport.load(tmp_path / "r.json").final_bytes == report["final_bytes"]
+    loaded = quantload.json("load", out)
+    assert {layer["scheme"] for layer in loaded["layers"]} == {"prequantized"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--format", "gguf"), 2, "format is 'gguf'; choose one of quark, compressed-tensors, mxfp4"),
+        (
+            ("-q", "mxfp6_e3m2", "--format", "compressed-tensors"),
+            2,
+            "mxfp6_e3m2 cannot be written as compressed-tensors",
+        ),
+        (("--max-shard-size", "big"), 2, "'big' is not an amount of memory"),
+        (("--max-memory", "1MiB"), 4, "the limit is"),
+    ],
+)
+def test_convert_says_what_it_cannot_do(
+    arguments: tuple[str, ...], code: int, message: str, quantload: Command, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    found, out, err = quantload("convert", checkpoint("llama"), tmp_path / "out", *arguments)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_does_not_touch_what_is_there(quantload: Command, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    code, _, err = quantload("convert", checkpoint("llama"), tmp_path)
+    assert code == 1
+    assert "exists; give a folder that does not, or remove it first" in err
+
+
 # load
 
 

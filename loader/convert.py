@@ -75,7 +75,7 @@ def convert_checkpoint(
         tensors = plan_tensors(draft.index.tensors, draft.routes, draft.loaders.sinks, draft.assignments, export)
         shards = plan_shards((tensor.specs() for tensor in tensors), max_shard_bytes)
         config = _config(checkpoint, draft, tensors, export)
-        key = _key(checkpoint, draft.index, shards, config, policy)
+        key = _key(checkpoint, draft.index, shards, [config, policy and asdict(policy), options.stats])
         with OutputFolder(Path(out), key) as folder:
             with Conversion(tensors, shards, folder, recorder.on_layer) as conversion:
                 plan = _plan(draft, conversion, options)
@@ -139,11 +139,10 @@ def _key(
     checkpoint: Checkpoint,
     index: CheckpointIndex,
     shards: Sequence[ShardPlan],
-    config: dict[str, Any],
-    policy: QuantizationPolicy | None,
+    choices: list[Any],
 ) -> str:
-    """What decides about the bytes that come out: input files, planned headers, config, and how scales are chosen."""
-    said = hashlib.sha256(json.dumps([_KEY_VERSION, config, policy and asdict(policy)]).encode())
+    """What decides about the bytes that come out and the report: input files, planned headers, what was chosen."""
+    said = hashlib.sha256(json.dumps([_KEY_VERSION, *choices]).encode())
     for shard in index.shards:
         status = locate(checkpoint.root, shard.path).stat()
         said.update(f"{shard.path} {status.st_size} {status.st_mtime_ns}\n".encode())

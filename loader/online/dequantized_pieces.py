@@ -1,0 +1,145 @@
+"""Pieces of stored weights that become something else, through float32, piece by piece.
+
+The scales of a tensor come first and are held until its last codes have come. A slab of codes becomes a float32 matrix
+in the worker's scratch buffer, which goes to the same closures as a piece of a high-precision tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.pieces import Barrier, Piece
+from ..checkpoint.workspace import Workspace
+from ..kernels.reference import scale_rows
+from ..model.routes import Span
+from ..schemes.stored.weights import StoredWeight
+from .cuts import Sink
+from .regions import Interval
+from .slabs import Slab, SlabPart, lines_per_slab, slabs
+from .stored import check_finite
+from .stored_parts import PartMatrix, all_but_codes, codes_of
+
+Dequantize = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class DequantizedWeight:
+    """A stored weight on its way through float32, and its scales from their arrival to the last slab of codes."""
+
+    def __init__(self, weight: StoredWeight, dequantize: Dequantize) -> None:
+        self.weight, self._dequantize = weight, dequantize
+        self.name, self.shard, self.offset = weight.name, weight.shard, weight.offset
+        self._codes = codes_of(weight)
+        self._scales_there: Barrier | None = None
+        self._scales: Tensor | None = None
+        self._slabs_left = 0
+        self._lock = threading.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the scales."""
+        shape = self.weight.format.scale_shape(self.weight.all_rows, self.weight.columns)
+        return math.prod(shape) * self.weight.format.scale_dtype.itemsize
+
+    @property
+    def _line_bytes(self) -> int:
+        """Bytes of the float32 values of one line."""
+        weight = self.weight
+        return (weight.columns if weight.along == "rows" else weight.all_rows) * torch.float32.itemsize
+
+    def scratch_bytes(self, slab: Slab) -> int:
+        """Bytes of a slab's float32 values."""
+        return slab.lines * self._line_bytes
+
+    def cut(self, spans: Sequence[Span], sinks: Mapping[str, Sink], limit: int) -> list[Slab]:
+        """Slabs whose float32 values take at most `limit` bytes, where the scale blocks allow it."""
+        weight = self.weight
+        axis = 0 if weight.along == "rows" else 1
+        block = (weight.format.block_rows, weight.format.block_cols)[axis] or 1
+        step = math.lcm(weight.step, block, *(sinks[span.parameter].align[axis] for span in spans))
+        while axis == 0 and step % 2 == 0 and step * self._line_bytes > limit:
+            step //= 2  # a part of a row of blocks: what it lands in may have to be observed first
+        found = list(slabs(weight, spans, lines_per_slab(self._line_bytes, step, limit)))
+        self._slabs_left = len(found)
+        return found
+
+    def scale_pieces(self, chunk_bytes: int) -> list[Piece]:
+        """Pieces of the scales and zero points; pieces of codes wait for them."""
+        pieces = [
+            matrix.piece(rows, functools.partial(self._hold, matrix, rows))
+            for matrix in all_but_codes(self.weight)
+            for rows in matrix.ranges(chunk_bytes)
+        ]
+        self._scales_there = Barrier(len(pieces))
+        for piece in pieces:
+            piece.signal = self._scales_there
+        return pieces
+
+    def observing_piece(self, slab: Slab, parts: Sequence[SlabPart], sinks: Mapping[str, Sink]) -> Piece:
+        """The piece that shows some parts of a slab to closures that need to see all of a matrix first."""
+
+        def deliver(workspace: Workspace) -> None:
+            values = self._values(workspace, slab)
+            for part in parts:
+                sinks[part.span.parameter].loader.observe(values[part.rows], part.region)
+
+        return self._codes.piece((slab.low, slab.high), deliver, after=self._scales_there)
+
+    def piece(self, slab: Slab, sinks: Mapping[str, Sink], after: Barrier | None) -> Piece:
+        """The piece that hands over a slab; `after` opens behind those that observed it, if any did."""
+
+        def deliver(workspace: Workspace) -> None:
+            values = self._values(workspace, slab)
+            for part in slab.parts:
+                sink = sinks[part.span.parameter]
+                sink.loader(sink.param, values[part.rows], region=part.region)
+            self._done()
+
+        return self._codes.piece((slab.low, slab.high), deliver, after=after or self._scales_there)
+
+    def _hold(self, matrix: PartMatrix, rows: Interval, workspace: Workspace) -> None:
+        weight, fmt = self.weight, self.weight.format
+        values = matrix.canonical(workspace.buffer, rows)
+        if matrix.part.role == "must_be_zero":
+            return
+        check_finite(matrix.part.entry.name, values)
+        with self._lock:
+            if self._scales is None:
+                shape = fmt.scale_shape(weight.all_rows, weight.columns)
+                self._scales = torch.empty(shape, dtype=fmt.scale_dtype, device=values.device)
+                if fmt.scale_words > 1:
+                    self._scales[:, 1 :: fmt.scale_words] = weight.zero_point
+            word = self._scales[:, 1 if matrix.part.role == "zero_point" else 0 :: fmt.scale_words]
+        first, last = matrix.lines(rows)
+        if weight.along == "columns":
+            group = fmt.block_cols or weight.columns
+            word[:, first // group : -(-last // group)] = values
+        else:
+            block = fmt.block_rows or weight.all_rows
+            word[first // block : -(-last // block)] = values
+
+    def _values(self, workspace: Workspace, slab: Slab) -> Tensor:
+        """The float32 matrix of a slab, in the scratch buffer."""
+        weight, fmt, scales = self.weight, self.weight.format, self._scales
+        assert scales is not None
+        codes = self._codes.canonical(workspace.buffer, (slab.low, slab.high))
+        if weight.along == "columns":
+            group = fmt.block_cols or weight.columns
+            words = slice(slab.low // group * fmt.scale_words, -(-slab.high // group) * fmt.scale_words)
+            shape, scales = (weight.all_rows, slab.lines), scales[:, words]
+        else:
+            shape, scales = (slab.lines, weight.columns), scale_rows(fmt, scales, slab.low, slab.high)
+        values = workspace.scratch(self.scratch_bytes(slab)).view(torch.float32).view(shape)
+        self._dequantize(codes, scales, values)
+        return values
+
+    def _done(self) -> None:
+        with self._lock:
+            self._slabs_left -= 1
+            if self._slabs_left == 0:
+                self._scales = None

@@ -1,0 +1,80 @@
+"""The tensors of a stored weight seen as matrices: which rows to read, what they stand for, what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint.pieces import Piece
+from ..checkpoint.workspace import Workspace
+from ..errors import CheckpointError
+from ..schemes.stored.weights import StoredPart, StoredWeight
+from .regions import Interval
+from .slabs import lines_per_slab
+from .stored import check_codes
+
+
+@dataclass(frozen=True)
+class PartMatrix:
+    """One tensor of a stored weight; a row of it stands for `part.block` lines of the weight."""
+
+    weight: StoredWeight
+    part: StoredPart
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of the tensor."""
+        return -(-self.weight.lines // self.part.block) if self.part.block else 1
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of a row; raises `CheckpointError` for a tensor that does not fall into so many rows."""
+        entry, weight = self.part.entry, self.weight
+        if entry.nbytes % max(self.rows, 1):
+            raise CheckpointError(
+                f"{entry.name} has shape {entry.shape}, which is not {self.rows} rows as {weight.name} of "
+                f"{weight.all_rows} x {weight.columns} needs; copy the checkpoint again, or correct its config.json"
+            )
+        return entry.nbytes // max(self.rows, 1)
+
+    def ranges(self, chunk_bytes: int) -> Iterator[Interval]:
+        """The rows, as many at once as fit a piece."""
+        step = lines_per_slab(self.row_bytes, 1, chunk_bytes)
+        return ((low, min(low + step, self.rows)) for low in range(0, self.rows, step))
+
+    def lines(self, rows: Interval) -> Interval:
+        """The lines of the weight, rows or columns, that some rows stand for."""
+        block, lines = self.part.block, self.weight.lines
+        return (rows[0] * block, min(rows[1] * block, lines)) if block else (0, lines)
+
+    def piece(self, rows: Interval, deliver: Callable[[Workspace], None], **how: Any) -> Piece:
+        """The piece that reads some rows."""
+        start = self.part.entry.offset + rows[0] * self.row_bytes
+        return Piece(self.part.entry.shard, ((start, (rows[1] - rows[0]) * self.row_bytes),), deliver, **how)
+
+    def canonical(self, buffer: Tensor, rows: Interval) -> Tensor:
+        """What some rows, as they lie in a piece's buffer, are in the canonical layout."""
+        stored = buffer.view(self.part.entry.dtype).view(rows[1] - rows[0], -1)
+        if self.part.role == "codes":
+            check_codes(self.part.entry.name, stored)
+            return (stored if self.part.convert is None else self.part.convert(stored)).view(
+                self.weight.format.code_dtype
+            )
+        return stored if self.part.convert is None else self.part.convert(stored)
+
+
+def codes_of(weight: StoredWeight) -> PartMatrix:
+    """The codes of a weight, which lie line by line."""
+    part = weight.codes
+    if part.block != 1:
+        raise CheckpointError(f"{part.entry.name}: the codes of {weight.name} do not lie line by line")
+    return PartMatrix(weight, part)
+
+
+def all_but_codes(weight: StoredWeight) -> Iterator[PartMatrix]:
+    """Scales, zero points, and what is only checked."""
+    return (PartMatrix(weight, part) for part in weight.parts if part.role != "codes")

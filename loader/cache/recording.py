@@ -81,7 +81,7 @@ class EntryRecording:
             if isinstance(loader, DirectWeightLoader):
                 self._writer.take(dict(zip(self._loaders.stored_names(name), loader.tensors(), strict=True)), _nothing)
         checksums = self._writer.finish()
-        small = self._small | {STATISTICS: json.dumps(self._statistics).encode()}
+        small = self._small | {STATISTICS: json.dumps(self._statistics, sort_keys=True).encode()}
         self._unfinished.publish(small, checksums)
 
     def _expected_bytes(self) -> int:

@@ -6,10 +6,12 @@ it. What it has written is forced to disk and dropped from the page cache every 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +43,11 @@ class _Job:
     then: Callable[[], None]
     computed: Any
 
+    def device(self) -> AbstractContextManager[Any]:
+        """Meanwhile the thread works on the device of the tensors."""
+        first = next(iter(self.tensors.values()))
+        return torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
+
 
 @dataclass
 class _Faults:
@@ -58,7 +65,8 @@ class TensorWriter:
     """
 
     def __init__(self, folder: Path, plans: Iterable[ShardPlan]) -> None:
-        self._files: dict[str, _File] = {}
+        self._files: list[_File] = []
+        self._file_of: dict[str, _File] = {}
         self._missing: set[str] = set()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._faults = _Faults()
@@ -103,14 +111,15 @@ class TensorWriter:
             raise self._faults.writing
         if self._missing:
             raise RuntimeError(f"parameters that were never handed to the cache: {sorted(self._missing)[:8]}")
-        for file in self._files.values():
+        for file in self._files:
             self._flush(file)
-        return {file.plan.path: file.checksums for file in self._files.values()}
+        return {file.plan.path: file.checksums for file in self._files}
 
     def _open(self, folder: Path, plan: ShardPlan) -> None:
         fd = os.open(folder / plan.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         file = _File(plan, fd, _checksums(plan))
-        self._files.update(dict.fromkeys(plan.offsets, file))
+        self._files.append(file)
+        self._file_of.update(dict.fromkeys(plan.offsets, file))
         self._missing.update(plan.offsets)
         os.truncate(fd, plan.size)
         write_all(fd, memoryview(plan.header), 0)
@@ -120,10 +129,11 @@ class TensorWriter:
             if self._given_up:  # the load has failed: nobody will see the entry or the model
                 continue
             try:
-                if job.computed is not None:
-                    job.computed.synchronize()
-                self._try_to_write(job.tensors)
-                job.then()
+                with job.device():
+                    if job.computed is not None:
+                        job.computed.synchronize()
+                    self._try_to_write(job.tensors)
+                    job.then()
             except BaseException as error:
                 self._faults.after.append(error)
 
@@ -137,7 +147,7 @@ class TensorWriter:
             self._faults.writing = error
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        file = self._files[name]
+        file = self._file_of[name]
         self._missing.remove(name)
         flat = tensor.detach().reshape(-1).view(torch.uint8)
         offset = file.plan.offsets[name]
@@ -172,8 +182,8 @@ class TensorWriter:
             self._thread.join()
 
     def _close(self) -> None:
-        for fd in {file.fd for file in self._files.values()}:
-            os.close(fd)
+        for file in self._files:
+            os.close(file.fd)
         self._files.clear()
 
 

@@ -48,15 +48,14 @@ class Support:
         return found
 
     @cached_property
-    def written_as(self) -> tuple[str, ...]:
-        """The checkpoint formats that `quantload convert` can write it in."""
-        if not self.online:
-            return ()
-        return tuple(
-            export.name
-            for export in EXPORT_FORMATS.values()
-            if all(fmt.name in export.weights for fmt in self.formats.values())
-        )
+    def written_as(self) -> dict[str, tuple[str, ...]]:
+        """The kinds of layers that `quantload convert` can write, by checkpoint format."""
+        found = {}
+        for export in EXPORT_FORMATS.values() if self.online else ():
+            kinds = tuple(kind for kind, fmt in self.formats.items() if export.holds(fmt, experts=kind == "experts"))
+            if kinds and (len(kinds) == len(self.formats) or len(set(self.formats.values())) == 1):
+                found[export.name] = kinds
+        return found
 
     @property
     def activations(self) -> tuple[str, ...]:

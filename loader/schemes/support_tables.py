@@ -72,10 +72,8 @@ def _checkpoints(rows: tuple[Support, ...]) -> Table:
 
 
 def _stored(row: Support, method: str) -> str:
-    read = row.read_from.get(method, ())
-    words = ["read" if len(read) == len(row.formats) else f"read {read[0]}"] if read else []
-    if method in row.written_as:
-        words.append("write")
+    done = {"read": row.read_from.get(method, ()), "write": row.written_as.get(method, ())}
+    words = [word if len(kinds) == len(row.formats) else f"{word} {kinds[0]}" for word, kinds in done.items() if kinds]
     return ", ".join(words) or "-"
 
 

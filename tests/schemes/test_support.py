@@ -59,9 +59,9 @@ def test_layers_and_tools() -> None:
     assert ROWS["experts_int8"].read_from == {"quark": ("experts",), "compressed-tensors": ("experts",)}
     assert ROWS["quark_int4fp8_moe"].read_from == {}
     assert ROWS["nvfp4"].read_from == {"compressed-tensors": both, "modelopt": both}
-    assert ROWS["int4_per_group"].written_as == ("compressed-tensors",)
-    assert ROWS["quark_int4fp8_moe"].written_as == ()
-    assert ROWS["int4_group0_f32"].written_as == ()
+    assert tuple(ROWS["int4_per_group"].written_as) == ("compressed-tensors",)
+    assert ROWS["quark_int4fp8_moe"].written_as == {}
+    assert ROWS["int4_group0_f32"].written_as == {}
     assert [row.name for row in ROWS.values() if not row.kept] == ["nvfp4"]
 
 
@@ -95,7 +95,7 @@ def test_tables_answer_what_a_user_asks() -> None:
     assert by_name["mxfp6_e2m3"]["quark"] == "read, write"
     assert by_name["int4_per_group"]["compressed-tensors"] == "read, write"
     assert by_name["int4_per_group"]["quark"] == "-"
-    assert by_name["quark_mxfp4"]["mxfp4"] == "read experts"
+    assert by_name["quark_mxfp4"]["mxfp4"] == "read experts, write experts"
     served = {name: dict(zip(kernels.header, row, strict=True)) for row in kernels.rows for name in row[0].split(", ")}
     assert served["mxfp6_e2m3"]["gfx950 (MI350X)"] == "triton"
     assert served["quark_mxfp4"]["gfx950 (MI350X)"] == "aiter, else triton_w4a4"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...errors import PolicyError
+from ...kernels.formats import FORMATS
 from ..base import LinearScheme, MoEScheme
 from ..registry import ENTRIES, SchemeEntry
 from .compressed_tensors import COMPRESSED_TENSORS
@@ -45,10 +46,8 @@ def exported_weight(scheme: LinearScheme | MoEScheme, export: ExportFormat) -> E
 
 
 def _holds(export: ExportFormat, linear: type[LinearScheme] | None, experts: type[MoEScheme] | None) -> bool:
-    schemes = [scheme for scheme in (linear, experts) if scheme is not None]
-    weights = [export.weights.get(scheme.format_name) for scheme in schemes]
-    possible = all(weight is not None for weight in weights)
-    return bool(weights) and possible and not (linear is not None and any(w is not None and w.fused for w in weights))
+    kinds = [(scheme, scheme is experts) for scheme in (linear, experts) if scheme is not None]
+    return bool(kinds) and all(export.holds(FORMATS[scheme.format_name], experts=own) for scheme, own in kinds)
 
 
 def _pairs() -> Iterable[tuple[str, list[str]]]:

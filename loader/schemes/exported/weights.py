@@ -121,3 +121,8 @@ class ExportFormat:
     name: str
     weights: Mapping[str, ExportedWeight]
     quantization_config: Callable[[Mapping[str, WeightFormat], list[str]], dict[str, Any]]
+
+    def holds(self, weight_format: WeightFormat, *, experts: bool) -> bool:
+        """Whether weights of a format can be written: those of experts, or those of linear layers."""
+        weight = self.weights.get(weight_format.name)
+        return weight is not None and (experts or not weight.fused)

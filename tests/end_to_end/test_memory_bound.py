@@ -209,3 +209,17 @@ def test_a_quantized_checkpoint_is_loaded_in_the_same_bounds(
     options = {"staging_bytes": STAGING, "chunk_bytes": 4 * MIB}
     measured = measure(quantized[name], scheme, options, checkpoint("llama"))
     assert_bounded(measured, STAGING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "one_big_tensor"])
+def test_writing_to_the_cache_and_reading_from_it_are_bounded(
+    name: str, tmp_path: Path, checkpoint: Checkpoint, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(name)
+    options = {"staging_bytes": STAGING, "workers": 2, "cache": str(tmp_path / "cache")}
+    for expected in ("written", "hit"):
+        measured = measure(path, "quark_mxfp4", options, checkpoint("llama"))
+        assert measured.report["cache"] == expected
+        assert_bounded(measured, STAGING)
+        assert_well_measured(measured)

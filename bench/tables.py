@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import bigger_than_memory
+import cache
 import gpu_tables
 import kernels_cpu
 import load_tables
@@ -14,6 +15,7 @@ import matmul_cpu
 import pipeline_results
 import profile_load
 import quality_tables
+import stored
 from goals import Goal
 from markdown import fill, goal_table, source_line
 from result_files import RESULTS, results_of
@@ -75,6 +77,8 @@ def render_all(folder: Path = RESULTS) -> dict[str, str]:
         "bigger_than_memory": _section(
             _newest(results_of("bigger_than_memory", folder)), bigger_than_memory.render, bigger_than_memory.goals_of
         ),
+        "cache": _section(_newest(results_of("cache", folder)), cache.render, cache.goals_of),
+        "stored": _section(_newest(results_of("stored", folder)), stored.render_all, stored.goals_of),
         "peers": load_tables.peers(loads) or MISSING,
         "quality": _section(_newest(qualities, "variants"), quality_tables.render_variants, _no_goals),
         "quality_best": _section(_newest(qualities, "variants"), quality_tables.render_best, _no_goals),

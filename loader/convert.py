@@ -21,7 +21,7 @@ from .checkpoint.source import FileSource
 from .checkpoint.weight_map import INDEX_NAME
 from .checkpoint.working_memory import CPU, slots_per_worker
 from .checkpoint.writer import ShardPlan, plan_shards, weight_index
-from .errors import PolicyError, UnsupportedCheckpointError
+from .errors import PolicyError
 from .load import Draft, draft_load
 from .memory.budget import check_budget
 from .memory.planner import SLACK_BYTES
@@ -29,6 +29,7 @@ from .memory.report import LoadReport
 from .online.conversion import Conversion, PlannedTensor
 from .online.pieces import plan_pieces
 from .online.storage import FinalStorage
+from .online.stored_pieces import plan_stored
 from .options import LoadOptions, QuantizationPolicy
 from .plan import MIN_CHUNK, LoadPlan, plan_staging
 from .recording import Progress, Recorder
@@ -54,7 +55,7 @@ def convert_checkpoint(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> LoadReport:
-    """Stream a BF16, FP16 or FP32 checkpoint to a quantized checkpoint in the folder `out`, which must not exist.
+    """Stream a checkpoint, quantized or not, to a quantized checkpoint in the folder `out`, which must not exist.
 
     `format` is the checkpoint format: `quark`, `compressed-tensors`, or `mxfp4`, which holds the experts of gpt-oss and
     nothing else quantized. `max_shard_bytes` is the most bytes of tensors in a file. Everything else is as in
@@ -69,10 +70,9 @@ def convert_checkpoint(
         raise PolicyError(f"max_shard_bytes is {max_shard_bytes}; give a positive number of bytes")
     with torch.inference_mode(False), Recorder(CPU, options.stats, progress) as recorder:
         checkpoint = resolve(model_id, revision)
-        _refuse_quantized(checkpoint)
         storage = FinalStorage(CPU)
         draft = draft_load(checkpoint, quantization, policy, options, storage, lambda *_: None, trust_remote_code)
-        tensors = plan_tensors(draft.index.tensors, draft.routes, draft.loaders.sinks, draft.assignments, export)
+        tensors = plan_tensors(draft.sources.entries, draft.routes, draft.loaders.sinks, draft.assignments, export)
         shards = plan_shards((tensor.specs() for tensor in tensors), max_shard_bytes)
         config = _config(checkpoint, draft, tensors, export)
         key = _key(checkpoint, draft.index, shards, [config, policy and asdict(policy), options.stats])
@@ -100,23 +100,25 @@ def convert_checkpoint(
     return report
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    if checkpoint.is_quantized:
-        raise UnsupportedCheckpointError(
-            f"{checkpoint.model_id!r} is quantized already; convert the BF16, FP16 or FP32 checkpoint it was made from"
-        )
-
-
 def _plan(draft: Draft, conversion: Conversion, options: LoadOptions) -> LoadPlan:
     """Pieces of what is left to convert, and the memory it takes: a worker's buffers, and one that it writes from."""
-    pieces = plan_pieces(conversion.entries, conversion.spans, conversion.sinks, options.chunk_bytes)
+    spans, sinks = conversion.spans, conversion.sinks
+    pieces = plan_pieces(conversion.entries, spans, sinks, options.chunk_bytes)
+    stored = plan_stored(conversion.stored, spans, sinks, options.chunk_bytes, draft.schemes.dequantizer)
+    pieces += stored.pieces
     chunk = max((piece.nbytes for piece in pieces), default=MIN_CHUNK)
-    chunk = max(chunk, min(options.chunk_bytes, 1 << 20))
+    chunk = max(chunk, stored.scratch_bytes, min(options.chunk_bytes, 1 << 20))
     workers, staging = plan_staging(options, chunk, len(pieces), slots_per_worker(CPU) + 1)
+    slack = SLACK_BYTES + (workers + 1) * stored.held_bytes
     memory = replace(
-        draft.plan.memory, final_bytes=0, staging_bytes=staging, slack_bytes=SLACK_BYTES,
-        peak_bytes=staging + SLACK_BYTES, by_scheme={}, quantizable_kept_bytes=0,
-    )  # fmt: skip
+        draft.plan.memory,
+        final_bytes=0,
+        staging_bytes=staging,
+        slack_bytes=slack,
+        peak_bytes=staging + slack,
+        by_scheme={},
+        quantizable_kept_bytes=0,
+    )
     total = sum(piece.nbytes for piece in pieces)
     return LoadPlan(pieces, chunk, workers, memory, total, draft.plan.bytes_in, whole_conversions=0)
 
@@ -127,6 +129,7 @@ def _config(
     """The model's own config.json with a `quantization_config`."""
     config = checkpoint.config()
     config.pop("transformers_weights", None)  # the shards have the usual names
+    config.pop("quantization_config", None)
     quantized = dict(quantized_modules(tensors))
     if quantized:
         formats = {name: tensor.layout.format for name, tensor in quantized.items()}

@@ -20,7 +20,7 @@ from .memory.budget import check_budget
 from .model import transformers_api
 from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint
 from .model.skeleton import Assignment, assign_schemes, find_model
-from .model.stored_sources import StoredSources, entries_by_name
+from .model.stored_sources import StoredSources
 from .online.attach import OnFinished, WeightLoaders, attach_weight_loaders
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy
@@ -101,8 +101,10 @@ class Draft:
 
     index: CheckpointIndex
     model: Any
+    schemes: SchemeFactory
     rules: Policy
     mapped: CheckpointMap
+    sources: StoredSources
     assignments: list[Assignment]
     loaders: WeightLoaders
     routes: Routes
@@ -127,14 +129,14 @@ def draft_load(
         index = read_index(checkpoint)
         stored = read_stored(checkpoint.config(), index.tensors, SmallTensors(checkpoint, index))
         model, dtype = recipe.build(stored.plain.values())
-        mapped = map_checkpoint(model, entries_by_name(stored))
+        mapped = map_checkpoint(model, stored.entries)
         sources = StoredSources(stored, mapped)
         dtype_of = transformers_api.DtypePlan(model, dtype)
         assignments = assign_schemes(model, rules, dtype, options.strict, sources)
         loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
         routes = build_routes(mapped, loaders.landing)
         plan = plan_load(model, index, mapped, sources, routes, loaders, assignments, options, schemes)
-    return Draft(index, model, rules, mapped, assignments, loaders, routes, plan)
+    return Draft(index, model, schemes, rules, mapped, sources, assignments, loaders, routes, plan)
 
 
 def plan_quantized(

@@ -58,6 +58,7 @@ class StoredSources:
 
     def __init__(self, stored: StoredCheckpoint, mapped: CheckpointMap) -> None:
         self.weights = dict(stored.weights)
+        self._plain = stored.plain
         self._names = {name: conversion.names() for name, (_, conversion) in mapped.coordinates.items()}
         whole = [name for conversion in mapped.not_expressible for name in conversion.names() if name in self.weights]
         if whole:
@@ -65,6 +66,11 @@ class StoredSources:
                 f"{whole[0]} is stored quantized, and transformers computes its parameter from values: load the "
                 f"checkpoint this one was made from"
             )
+
+    @property
+    def entries(self) -> dict[str, TensorEntry | StoredWeight]:
+        """All that goes to parameters, as it is to be read."""
+        return {**self._plain, **self.weights}
 
     def of(self, parameter: str) -> list[StoredWeight]:
         """What a parameter is made of; nothing if it is made of tensors that are not quantized."""
@@ -152,8 +158,3 @@ def _as_fnuz(part: StoredPart) -> StoredPart:
         return torch.where(bits == 0x80, 0, bits).view(torch.float8_e4m3fnuz)
 
     return dataclasses.replace(part, convert=convert) if part.role in ("codes", "scale") else part
-
-
-def entries_by_name(stored: StoredCheckpoint) -> dict[str, TensorEntry | StoredWeight]:
-    """All that goes to parameters: stored weights under the names of what they stand for, and plain tensors."""
-    return {**stored.plain, **stored.weights}

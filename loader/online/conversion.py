@@ -17,8 +17,9 @@ from ..checkpoint.output import OutputFolder
 from ..checkpoint.writer import Extent, ShardPlan, ShardWriter
 from ..errors import MissingWeightsError
 from ..kernels.statistics import merge, new_statistics
-from ..model.routes import Span
+from ..model.routes import Source, Span
 from ..schemes.exported.tensors import KeptTensor, QuantizedTensor
+from ..schemes.stored.weights import StoredWeight
 from .cuts import Sink
 from .exporting import Buffers, CopyingLoader, ExportingLoader
 
@@ -43,6 +44,7 @@ class Conversion:
         on_layer: Callable[[str, Tensor], None],
     ) -> None:
         self.entries: list[TensorEntry] = []
+        self.stored: list[StoredWeight] = []
         self.spans: dict[str, list[Span]] = {}
         self.sinks: dict[str, Sink] = {}
         self._folder = folder
@@ -91,10 +93,10 @@ class Conversion:
             self._attach(tensor, writer)
 
     def _attach(self, tensor: PlannedTensor, writer: ShardWriter) -> None:
-        entry = tensor.entry
+        entry: Source = tensor.entry
         if isinstance(tensor, KeptTensor):
             # Its bytes, whatever they stand for: no kernel looks at them, and torch need not know the dtype.
-            entry = entry._replace(dtype=torch.uint8, shape=(entry.nbytes,))
+            entry = tensor.entry._replace(dtype=torch.uint8, shape=(entry.nbytes,))
             loader: Any = CopyingLoader(entry.name, entry.nbytes, writer, writer.done)
         else:
 
@@ -105,7 +107,10 @@ class Conversion:
         if entry.nbytes == 0:
             self._complete.append(loader.finish)
             return
-        self.entries.append(entry)
+        if isinstance(entry, StoredWeight):
+            self.stored.append(entry)
+        else:
+            self.entries.append(entry)
         self.spans[entry.name] = list(tensor.spans)
         self.sinks[entry.name] = Sink(torch.empty(0), loader)
 

@@ -8,8 +8,8 @@ import pytest
 import raw_checkpoint
 import torch
 from quantized_models import quantized_modules
-from quantload import LoadOptions, QuantizationPolicy, load_quantized
-from quantload.errors import CheckpointError
+from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
+from quantload.errors import CheckpointError, PolicyError
 from quantload.kernels.registry import kernel_set
 from stored_values import stored_values
 from torch import Tensor, nn
@@ -180,3 +180,32 @@ def test_static_input_scales_are_read_where_activations_are_emulated(golden: Pat
     assert report.final_bytes == report.predicted_final_bytes
     tokens = torch.arange(8)[None]
     assert not torch.equal(model(tokens).logits, load_quantized(folder)(tokens).logits)
+
+
+@pytest.mark.parametrize("options", [LoadOptions(), SMALL], ids=["whole", "small pieces"])
+@pytest.mark.parametrize(
+    ("name", "scheme", "form"),
+    [
+        ("native_llama_blockfp8", "quark_mxfp4", "quark"),
+        ("quark_llama_fp8", "mxfp6_e2m3", "quark"),
+        ("ct_llama_mxfp8a16", "fp8_per_tensor", "compressed-tensors"),
+        ("native_llama_awq", "fp8_per_block", "compressed-tensors"),
+        ("quark_qwen3moe_mxfp4", "int8_per_channel", "compressed-tensors"),
+    ],
+)
+def test_a_quantized_checkpoint_is_converted_to_another(
+    name: str, scheme: str, form: str, options: LoadOptions, golden: Path, tmp_path: Path
+) -> None:
+    convert_checkpoint(golden / name, tmp_path / "out", scheme, format=form, options=options)
+    got, want = load_quantized(tmp_path / "out"), load_quantized(golden / name, scheme)
+    assert got.load_report.quantization == "prequantized"
+    assert len(got.load_report.layers) == len(want.load_report.layers)
+    for key, tensor in want.state_dict().items():
+        assert torch.equal(got.state_dict()[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
+def test_converting_to_what_a_checkpoint_is_already_is_refused(scheme: str, golden: Path, tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"would stay mxfp4, as the checkpoint stores it.*name another quantization"):
+        convert_checkpoint(golden / "quark_llama_mxfp4", tmp_path / "out", scheme)
+    assert not list(tmp_path.iterdir())

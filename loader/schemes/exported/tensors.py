@@ -12,13 +12,15 @@ from torch import nn
 from ...checkpoint.headers import TensorEntry
 from ...checkpoint.writer import TensorSpec
 from ...errors import PolicyError
-from ...model.routes import Routes, Span
+from ...model.routes import Routes, Source, Span
 from ...model.skeleton import Assignment
 from ...online.cuts import Sink
 from ...online.regions import Region
+from ...online.stored import StoredCodesLoader
 from ..base import LinearScheme, MoEScheme
 from ..layout import WeightLayout
 from ..policy import name_reason
+from ..stored.weights import StoredWeight
 from .registry import exported_weight
 from .weights import ExportedWeight, ExportFormat
 
@@ -35,7 +37,7 @@ class QuantizedTensor:
     The names of what is written for it begin with `stem`. `spans` say where its elements go in `layout`.
     """
 
-    entry: TensorEntry
+    entry: Source
     stem: str
     assignment: Assignment
     scheme: LinearScheme | MoEScheme
@@ -71,7 +73,7 @@ class KeptTensor:
 
 
 def plan_tensors(
-    tensors: Mapping[str, TensorEntry],
+    tensors: Mapping[str, Source],
     routes: Routes,
     sinks: Mapping[str, Sink],
     assignments: Iterable[Assignment],
@@ -79,7 +81,8 @@ def plan_tensors(
 ) -> list[QuantizedTensor | KeptTensor]:
     """What becomes of all tensors of a checkpoint, in the order of files and offsets.
 
-    Raises `PolicyError` naming all modules whose weights the format cannot hold as the checkpoint stores them, and for
+    A weight that is stored quantized is one tensor here, which can only be quantized anew. Raises `PolicyError` naming
+    all modules whose weights the format cannot hold as the checkpoint stores them, and for
     a scheme the format has no weights for.
     """
     by_name = {assignment.name: assignment for assignment in assignments}
@@ -88,7 +91,12 @@ def plan_tensors(
     planned: list[QuantizedTensor | KeptTensor] = []
     for entry in sorted(tensors.values(), key=lambda entry: (entry.shard, entry.offset)):
         spans = [span for span in routes.spans.get(entry.name, ()) if not sinks[span.parameter].direct]
-        if not spans:
+        if isinstance(entry, StoredWeight):
+            why = _why_not_anew(entry, spans, routes, sinks)
+            if why:
+                problems.setdefault(entry.name.removesuffix(_SUFFIX), why)
+                continue
+        elif not spans:
             planned.append(KeptTensor(entry))
             continue
         owners = [by_name.get(span.parameter.rpartition(".")[0]) for span in routes.spans[entry.name]]
@@ -117,8 +125,20 @@ def plan_tensors(
     return planned
 
 
+def _why_not_anew(weight: StoredWeight, spans: Sequence[Span], routes: Routes, sinks: Mapping[str, Sink]) -> str:
+    """Why a weight that is stored quantized cannot be quantized anew; nothing if it can."""
+    if len(spans) < len(routes.spans.get(weight.name, ())) or not spans:
+        return f"is stored as {weight.format.name} and belongs to a module that cannot be quantized"
+    if any(isinstance(sinks[span.parameter].loader, StoredCodesLoader) for span in spans):
+        return (
+            f"would stay {weight.format.name}, as the checkpoint stores it, and convert writes what it quantizes "
+            f"itself: name another quantization"
+        )
+    return ""
+
+
 def _why_not(
-    entry: TensorEntry,
+    entry: Source,
     spans: Sequence[Span],
     sinks: Mapping[str, Sink],
     scheme: LinearScheme | MoEScheme,
@@ -140,7 +160,7 @@ def _why_not(
     return ""
 
 
-def _why_not_fused(entry: TensorEntry, assignment: Assignment, weight: ExportedWeight) -> str:
+def _why_not_fused(entry: Source, assignment: Assignment, weight: ExportedWeight) -> str:
     """Why a checkpoint tensor cannot become the quantized weights of all experts; nothing if it can."""
     module: Any = assignment.module
     if assignment.kind != "experts" or len(entry.shape) != 3 or not module.is_transposed or module.is_concatenated:
@@ -151,7 +171,7 @@ def _why_not_fused(entry: TensorEntry, assignment: Assignment, weight: ExportedW
 
 
 def _matrix(
-    entry: TensorEntry, assignment: Assignment, scheme: LinearScheme | MoEScheme, weight: ExportedWeight
+    entry: Source, assignment: Assignment, scheme: LinearScheme | MoEScheme, weight: ExportedWeight
 ) -> QuantizedTensor:
     rows, columns = entry.shape
     layout = WeightLayout(scheme.kernels.format, None, (("", rows),), columns)
@@ -160,7 +180,7 @@ def _matrix(
 
 
 def _fused(
-    entry: TensorEntry,
+    entry: Source,
     spans: Sequence[Span],
     assignment: Assignment,
     scheme: LinearScheme | MoEScheme,

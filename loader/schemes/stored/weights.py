@@ -137,3 +137,8 @@ class StoredCheckpoint:
     weights: Mapping[str, StoredWeight]
     plain: Mapping[str, TensorEntry]
     unused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> dict[str, TensorEntry | StoredWeight]:
+        """All that goes to parameters: weights under the names of what they stand for, and plain tensors."""
+        return {**self.plain, **self.weights}

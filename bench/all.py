@@ -1,4 +1,4 @@
-"""Run the benchmarks and put their tables into `README.md`, `bench/README.md` and `bench/NOTES.md`.
+"""Run the benchmarks and put their tables, and those of `quantload schemes`, into the documents that have them.
 
 python bench/all.py --peers-python .peers/bin/python      # everything: hours, and 60 GiB of disk for the last one
 python bench/all.py pipeline matmul_cpu                   # some of them

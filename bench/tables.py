@@ -1,4 +1,4 @@
-"""Every table of the READMEs and of `bench/NOTES.md`, from the newest full-size result of each benchmark."""
+"""Every table of the documents: from the newest full-size result of each benchmark, and of the support matrix."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ import quality_tables
 import stored
 from goals import Goal
 from markdown import fill, goal_table, source_line
+from quantload.schemes.support_tables import markdown as support_markdown
+from quantload.schemes.support_tables import overview, support_tables
 from result_files import RESULTS, results_of
 
 BENCH = Path(__file__).resolve().parent
-DOCUMENTS = (BENCH / "README.md", BENCH / "NOTES.md", BENCH.parent / "README.md")
+DOCUMENTS = (
+    *(BENCH / "README.md", BENCH / "NOTES.md"),
+    *(BENCH.parent / "README.md", BENCH.parent / "docs" / "quantized-checkpoints.md"),
+)
 MISSING = "No full-size result yet."
 Result = dict[str, Any]
 
@@ -58,7 +63,7 @@ def _pipeline(results: list[Result], *parts: str, render: Callable[[Result], str
 
 
 def render_all(folder: Path = RESULTS) -> dict[str, str]:
-    """Markdown of every table by its name."""
+    """Markdown of every table that is made of results, by its name."""
     loads, pipelines = results_of("load", folder), results_of("pipeline", folder)
     on_gpus, qualities = results_of("kernels", folder), results_of("quality", folder)
     return {
@@ -87,9 +92,17 @@ def render_all(folder: Path = RESULTS) -> dict[str, str]:
     }
 
 
+def render_support() -> dict[str, str]:
+    """Markdown of what `quantload schemes` prints."""
+    tables = support_tables()
+    schemes, _, kernels = tables
+    found = {"support": overview(tables), "support_schemes": schemes, "support_kernels": kernels}
+    return {name: support_markdown(table) for name, table in found.items()}
+
+
 def rendered(document: Path, folder: Path = RESULTS) -> str:
     """What a document reads when its tables are made from the results in `folder`."""
-    return fill(document.read_text(), render_all(folder))
+    return fill(document.read_text(), {**render_all(folder), **render_support()})
 
 
 def write(documents: tuple[Path, ...] = DOCUMENTS, folder: Path = RESULTS) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, takewhile
@@ -39,22 +39,20 @@ class Support:
     @cached_property
     def read_from(self) -> dict[str, tuple[str, ...]]:
         """The kinds of layers that are read from quantized checkpoints, by their `quant_method`."""
-        found = {}
-        for method in METHODS:
-            reader = READERS[method]
-            kinds = tuple(kind for kind, fmt in self.formats.items() if fmt in reader.formats and kind in reader.layers)
-            if kinds and (len(kinds) == len(self.formats) or len(set(self.formats.values())) == 1):
-                found[method] = kinds
-        return found
+        return self._kinds((method, READERS[method].holds) for method in METHODS)
 
     @cached_property
     def written_as(self) -> dict[str, tuple[str, ...]]:
-        """The kinds of layers that `quantload convert` can write, by checkpoint format."""
+        """The kinds of layers that `quantload convert` can write, by the name of the checkpoint format."""
+        return self._kinds((export.name, export.holds) for export in EXPORT_FORMATS.values() if self.online)
+
+    def _kinds(self, holders: Iterable[tuple[str, Callable[..., bool]]]) -> dict[str, tuple[str, ...]]:
+        """What can hold which kinds of layers; all of them, where they have different formats."""
         found = {}
-        for export in EXPORT_FORMATS.values() if self.online else ():
-            kinds = tuple(kind for kind, fmt in self.formats.items() if export.holds(fmt, experts=kind == "experts"))
+        for name, holds in holders:
+            kinds = tuple(kind for kind, fmt in self.formats.items() if holds(fmt, experts=kind == "experts"))
             if kinds and (len(kinds) == len(self.formats) or len(set(self.formats.values())) == 1):
-                found[export.name] = kinds
+                found[name] = kinds
         return found
 
     @property
@@ -85,7 +83,7 @@ class Support:
         return {
             "formats": {kind: fmt.name for kind, fmt in self.formats.items()},
             "read_from": {method: list(kinds) for method, kinds in self.read_from.items()},
-            "convert_to": list(self.written_as),
+            "convert_to": {name: list(kinds) for name, kinds in self.written_as.items()},
             "requantize_only": not self.kept,
             "activations": list(self.activations),
             "scale_modes": list(self.scale_modes),

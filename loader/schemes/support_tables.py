@@ -31,9 +31,19 @@ def support_tables() -> tuple[Table, ...]:
     return _schemes(rows), _checkpoints(rows), _kernels(rows)
 
 
+def overview(tables: tuple[Table, ...]) -> Table:
+    """What the weights are, and where they come from and go to, in one wide table."""
+    schemes, checkpoints, _ = tables
+    joined = tuple((*what[:4], *where[1:]) for what, where in zip(schemes.rows, checkpoints.rows, strict=True))
+    return Table(
+        schemes.title, (*schemes.header[:4], *checkpoints.header[1:]), joined, (schemes.notes[0], *checkpoints.notes)
+    )
+
+
 def markdown(table: Table) -> str:
     """Header, rows and notes of a table in Markdown."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (table.header, *table.rows)]
+    rows = ((", ".join(f"`{name}`" for name in first.split(", ")), *others) for first, *others in table.rows)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (table.header, *rows)]
     lines.insert(1, "| " + " | ".join(["---"] * len(table.header)) + " |")
     return "\n".join((*lines, *(f"\n{note}" for note in table.notes)))
 
@@ -72,8 +82,12 @@ def _checkpoints(rows: tuple[Support, ...]) -> Table:
 
 
 def _stored(row: Support, method: str) -> str:
-    done = {"read": row.read_from.get(method, ()), "write": row.written_as.get(method, ())}
-    words = [word if len(kinds) == len(row.formats) else f"{word} {kinds[0]}" for word, kinds in done.items() if kinds]
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for verb, held in (("read", row.read_from), ("write", row.written_as)):
+        if method in held:
+            kinds.setdefault(held[method], []).append(verb)
+    every = tuple(row.formats)
+    words = (", ".join(verbs) + ("" if held == every else f" {held[0]}") for held, verbs in kinds.items())
     return ", ".join(words) or "-"
 
 

@@ -280,7 +280,7 @@ def test_a_model_goes_with_its_last_reference(name: str, checkpoint: Checkpoint)
 
 def test_saving_would_write_what_nothing_reads(checkpoint: Checkpoint, tmp_path: Path) -> None:
     model = load_quantized(checkpoint("llama"), "quark_mxfp4")
-    with pytest.raises(UnsupportedCheckpointError, match=r"torch\.save"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"quantload convert.*torch\.save"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     load_quantized(checkpoint("llama"), "none").save_pretrained(tmp_path)

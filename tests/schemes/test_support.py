@@ -59,7 +59,8 @@ def test_layers_and_tools() -> None:
     assert ROWS["experts_int8"].read_from == {"quark": ("experts",), "compressed-tensors": ("experts",)}
     assert ROWS["quark_int4fp8_moe"].read_from == {}
     assert ROWS["nvfp4"].read_from == {"compressed-tensors": both, "modelopt": both}
-    assert tuple(ROWS["int4_per_group"].written_as) == ("compressed-tensors",)
+    assert ROWS["int4_per_group"].written_as == {"compressed-tensors": both}
+    assert ROWS["quark_mxfp4"].written_as == {"quark": both, "compressed-tensors": both, "mxfp4": ("experts",)}
     assert ROWS["quark_int4fp8_moe"].written_as == {}
     assert ROWS["int4_group0_f32"].written_as == {}
     assert [row.name for row in ROWS.values() if not row.kept] == ["nvfp4"]
@@ -80,7 +81,7 @@ def test_json_has_the_kernels_of_every_platform_by_kind() -> None:
     assert platforms["sm_90"]["experts"]["experts"] == ["triton_w8a8", "triton", "torch"]
     assert "experts" not in platforms["sm_90"]["linear"]
     assert rows["none"]["formats"] == rows["none"]["read_from"] == {}
-    assert rows["none"]["convert_to"] == []
+    assert rows["none"]["convert_to"] == {}
     assert rows["int4_group64_bf16"]["read_from"] == {method: ["linear", "experts"] for method in _INT4_TOOLS}
     assert rows["nvfp4"]["requantize_only"] is True
     json.dumps(list(rows.values()))
@@ -95,7 +96,7 @@ def test_tables_answer_what_a_user_asks() -> None:
     assert by_name["mxfp6_e2m3"]["quark"] == "read, write"
     assert by_name["int4_per_group"]["compressed-tensors"] == "read, write"
     assert by_name["int4_per_group"]["quark"] == "-"
-    assert by_name["quark_mxfp4"]["mxfp4"] == "read experts, write experts"
+    assert by_name["quark_mxfp4"]["mxfp4"] == "read, write experts"
     served = {name: dict(zip(kernels.header, row, strict=True)) for row in kernels.rows for name in row[0].split(", ")}
     assert served["mxfp6_e2m3"]["gfx950 (MI350X)"] == "triton"
     assert served["quark_mxfp4"]["gfx950 (MI350X)"] == "aiter, else triton_w4a4"

@@ -38,6 +38,10 @@ class Reader:
     formats: frozenset[WeightFormat]
     layers: tuple[str, ...] = ("linear", "experts")
 
+    def holds(self, weight_format: WeightFormat, *, experts: bool) -> bool:
+        """Whether weights of a format can be stored there: those of experts, or those of linear layers."""
+        return weight_format in self.formats and ("experts" if experts else "linear") in self.layers
+
 
 def _of(tool: str, family: type[Awq | CompressedTensors | Fp8 | ModelOpt | Quark]) -> Reader:
     return Reader(tool, partial(collect, family), family.formats)

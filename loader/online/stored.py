@@ -7,6 +7,7 @@ codes stand for, so that the same routes serve them.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -82,7 +83,7 @@ class StoredParameter:
                 self.loaders[role] = StoredScaleLoader(parameter, f" {role}", word, filled)
 
 
-class StoredWeightLoader:
+class StoredWeightLoader(ABC):
     """Writes the codes, or one word of the scales, of one parameter into place."""
 
     progress: StoredProgress
@@ -111,9 +112,9 @@ class StoredWeightLoader:
         self.write(loaded_weight, region, block)
         self.commit(region)
 
+    @abstractmethod
     def write(self, values: Tensor, region: Region, block: Block) -> None:
         """Write the values of one block."""
-        raise NotImplementedError
 
     def block(self, region: Region) -> Block:
         """The one block a region is; raises `ShapeMismatchError` where it has several, or cuts through scales."""

@@ -55,8 +55,8 @@ def _schemes(rows: tuple[Support, ...]) -> Table:
     notes = (
         f"Layers: linear ones, experts of MoE models, or both. `auto` is what a checkpoint is stored in if it is "
         f"quantized, else `{DEFAULT}`; `{AS_STORED}` quantizes nothing; {names}.",
-        "Activations stay as they are unless a kernel or `--activations` rounds them, to one of those named here; static "
-        "scales come with a checkpoint.",
+        "Activations stay as they are unless a kernel or `--activations` rounds them, to one of those named here; "
+        "static scales come with a checkpoint.",
         f"`--scale-mode mse`, scales of least squared error, is for {mse}.",
     )
     header = ("scheme or format", "layers", "weights", "scale", "activations")

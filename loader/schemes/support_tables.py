@@ -101,8 +101,8 @@ def _kernels(rows: tuple[Support, ...]) -> Table:
     rounding = ", ".join(f"`{name}`" for name, kernel in matmuls.items() if kernel.rounds_activations)
     slow = "; ".join(text for row in kept if row.online for text in _quantized_slowly(row))
     notes = (
-        f"{rounding} round activations too. `{_SLOW}` is plain torch operations. Where there are two, the first is for "
-        f"linear layers, the second for experts.",
+        f"{rounding} round activations too. Where there are two, the first is for linear layers, the second for "
+        f"experts. Every format has `{_SLOW}` as well, plain torch operations: the meaning of the others, and slow.",
         *([f"Quantized by plain torch operations: {slow}."] if slow else ()),
     )
     columns = (f"{name} ({HARDWARE[name]})" if name in HARDWARE else name for name in PLATFORMS)

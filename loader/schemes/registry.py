@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import NoKernelError, PolicyError, UnknownSchemeError
+from ..errors import NoKernelError, PolicyError, UnknownSchemeError, UnsupportedCheckpointError
 from ..kernels import registry as kernel_registry
 from ..kernels.formats import FORMATS
 from ..options import LoadOptions, ScaleMode
@@ -176,6 +176,11 @@ class SchemeFactory:
         logger.debug("Kernels were ready after %.3f s", time.perf_counter() - start)
 
     def _keep(self, cls: Any, name: str, format_name: str, activations: StoredActivations | None) -> Any:
+        if all(reason is not None for _, reason in kernel_registry.candidates("quantize", format_name, self.device)):
+            raise UnsupportedCheckpointError(
+                f"{name} is stored as {format_name}, which is only read to be quantized anew: name a quantization, such "
+                f"as {DEFAULT}"
+            )
         try:
             return cls(*self._arguments(name, format_name, activations, "default"))
         except LookupError as error:

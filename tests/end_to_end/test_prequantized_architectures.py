@@ -80,6 +80,14 @@ def test_quantizing_anew_gives_the_bytes_of_what_the_codes_stand_for(
             assert torch.equal(other.view(torch.uint8), tensor.view(torch.uint8)), key
 
 
+def test_nvfp4_is_only_read_to_be_quantized_anew(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quantized, _ = quantized_copy(tmp_path, checkpoint("llama"), *METHODS["nvfp4"])
+    with pytest.raises(
+        UnsupportedCheckpointError, match=r"stored as nvfp4, which is only read .* such as quark"
+    ):
+        load_quantized(quantized)
+
+
 @pytest.mark.parametrize("name", sorted(SPLIT))
 def test_blocks_across_the_border_of_two_matrices_can_only_be_quantized_anew(
     name: str, checkpoint: Checkpoint, tmp_path: Path

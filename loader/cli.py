@@ -11,11 +11,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from .cli_options import (
+    CacheOptions,
+    Device,
+    ForwardOptions,
+    Json,
+    PolicyOptions,
+    Quantization,
+    Report,
+    RunOptions,
+    SourceOptions,
+    StreamOptions,
+    command_with_groups,
+    load_options,
+)
 from .errors import (
     CheckpointError,
     MemoryBudgetError,
@@ -24,9 +38,6 @@ from .errors import (
     RouteError,
     UnsupportedCheckpointError,
 )
-
-if TYPE_CHECKING:
-    from .options import LoadOptions, QuantizationPolicy
 
 EXIT_USAGE, EXIT_CHECKPOINT, EXIT_BUDGET, EXIT_OTHER = 2, 3, 4, 1
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -41,29 +52,6 @@ app = typer.Typer(
 console = Console(stderr=True)
 
 Model = Annotated[str | None, typer.Argument(help="Folder or hub id; the bundled demo model without it.")]
-Quantization = Annotated[str, typer.Option("--quantization", "-q", help="Scheme; `quantload schemes` lists them.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, or a torch device.")]
-Experts = Annotated[str | None, typer.Option(help="Another scheme for the experts of MoE layers.")]
-Ignore = Annotated[list[str] | None, typer.Option(help="Modules left as stored: name, glob or re:regex. Repeatable.")]
-Override = Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME for some modules. Repeatable.")]
-NoDefaultIgnore = Annotated[bool, typer.Option("--no-default-ignore", help="Quantize output head and routers too.")]
-ScaleModeOption = Annotated[str, typer.Option("--scale-mode", help="default, or mse: least error, for MX schemes.")]
-MaxMemory = Annotated[str | None, typer.Option(help="Refuse a load predicted to need more, such as 16GiB.")]
-Staging = Annotated[str | None, typer.Option(help="Size of the arena weights are read into, such as 64MiB.")]
-Chunk = Annotated[str | None, typer.Option(help="Largest piece read at once, such as 8MiB.")]
-Workers = Annotated[int | None, typer.Option(help="Reading and quantizing threads; one a core without it.")]
-PageCacheOption = Annotated[str, typer.Option("--page-cache", help="auto, keep or drop.")]
-Stats = Annotated[str, typer.Option(help="on or off: measure what quantization loses.")]
-Strict = Annotated[bool, typer.Option("--strict", help="A pattern that matches nothing is an error.")]
-Kernel = Annotated[list[str] | None, typer.Option(help="OPERATION=NAME to choose a kernel by hand. Repeatable.")]
-Activations = Annotated[str, typer.Option(help="auto, none, emulate, or a format such as mxfp4 or fp8.")]
-Cache = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Leave the quantized form in this folder; later loads read it.")
-]
-CacheSize = Annotated[str | None, typer.Option(help="Largest size of the cache, such as 200GiB; the disk without it.")]
-Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code the checkpoint ships.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -82,82 +70,54 @@ def about(
 
 
 @app.command()
+@command_with_groups
 def load(
+    *,
     model: Model = None,
     quantization: Quantization = "auto",
     device: Device = "auto",
-    experts: Experts = None,
-    ignore: Ignore = None,
-    override: Override = None,
-    no_default_ignore: NoDefaultIgnore = False,
-    scale_mode: ScaleModeOption = "default",
-    max_memory: MaxMemory = None,
-    staging: Staging = None,
-    chunk: Chunk = None,
-    workers: Workers = None,
-    page_cache: PageCacheOption = "auto",
-    stats: Stats = "on",
-    strict: Strict = False,
-    kernel: Kernel = None,
-    activations: Activations = "auto",
-    cache: Cache = None,
-    cache_size: CacheSize = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    chosen: PolicyOptions,
+    run: RunOptions,
+    stream: StreamOptions,
+    forward: ForwardOptions,
+    caching: CacheOptions,
+    source: SourceOptions,
     as_json: Json = False,
-    report: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+    report: Report = None,
 ) -> None:
     """Load a model, and say what was quantized, what it lost and how much memory it took."""
-    policy = _policy(experts, ignore, override, no_default_ignore, scale_mode)
-    options = _options(
-        max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations, cache, cache_size
-    )
-    if report is not None:
-        _check_writable(report)
+    policy, options = chosen.policy(), load_options(run, stream, forward, caching)
+    _check_writable(report)
     from .load import load_quantized
 
-    with _progress_bar() as progress:
+    with _progress_bar("loading") as progress:
         loaded = load_quantized(
-            _model(model), quantization, device=device, policy=policy, options=options, revision=revision,
-            trust_remote_code=trust_remote_code, progress=progress,
+            _model(model), quantization, device=device, policy=policy, options=options, progress=progress,
+            **source.values(),
         )  # fmt: skip
-    if report is not None:
-        _save(loaded.load_report, report)
-    if as_json:
-        _print_json(loaded.load_report.to_dict())
-    else:
-        _render(loaded.load_report)
+    _tell(loaded.load_report, report, as_json)
 
 
 @app.command()
+@command_with_groups
 def plan(
+    *,
     model: Model = None,
     quantization: Quantization = "auto",
     device: Device = "auto",
-    experts: Experts = None,
-    ignore: Ignore = None,
-    override: Override = None,
-    no_default_ignore: NoDefaultIgnore = False,
-    scale_mode: ScaleModeOption = "default",
-    max_memory: MaxMemory = None,
-    staging: Staging = None,
-    chunk: Chunk = None,
-    workers: Workers = None,
-    strict: Strict = False,
-    kernel: Kernel = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    chosen: PolicyOptions,
+    run: RunOptions,
+    forward: ForwardOptions,
+    source: SourceOptions,
     as_json: Json = False,
 ) -> None:
     """Say what a load would do and how much memory it would take, from the headers alone."""
-    policy = _policy(experts, ignore, override, no_default_ignore, scale_mode)
-    options = _options(max_memory, staging, chunk, workers, "auto", "on", strict, kernel, "auto")
+    policy, options = chosen.policy(), load_options(run, forward)
     from .load import plan_quantized
 
     draft = plan_quantized(
-        _model(model), quantization, device=device, policy=policy, options=options, revision=revision,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        _model(model), quantization, device=device, policy=policy, options=options, **source.values()
+    )
     modules = [
         {"name": a.name, "kind": a.kind, "scheme": a.scheme.name if a.scheme is not None else None, "reason": a.reason}
         for a in draft.assignments
@@ -172,7 +132,9 @@ def plan(
 
 
 @app.command()
+@command_with_groups
 def serve(
+    *,
     model: Model = None,
     quantization: Quantization = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -185,44 +147,31 @@ def serve(
         bool, typer.Option("--continuous-batching", help="Batch requests with transformers' paged scheduler.")
     ] = False,
     device: Device = "auto",
-    experts: Experts = None,
-    ignore: Ignore = None,
-    override: Override = None,
-    no_default_ignore: NoDefaultIgnore = False,
-    scale_mode: ScaleModeOption = "default",
-    max_memory: MaxMemory = None,
-    staging: Staging = None,
-    chunk: Chunk = None,
-    workers: Workers = None,
-    page_cache: PageCacheOption = "auto",
-    stats: Stats = "on",
-    strict: Strict = False,
-    kernel: Kernel = None,
-    activations: Activations = "auto",
-    cache: Cache = None,
-    cache_size: CacheSize = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    chosen: PolicyOptions,
+    run: RunOptions,
+    stream: StreamOptions,
+    forward: ForwardOptions,
+    caching: CacheOptions,
+    source: SourceOptions,
 ) -> None:
     """Load a model and serve it over an OpenAI-compatible API, with /metrics, /health and /load_report."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the server takes over as soon as it listens
-    policy = _policy(experts, ignore, override, no_default_ignore, scale_mode)
-    options = _options(
-        max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, activations, cache, cache_size
-    )
+    policy, options = chosen.policy(), load_options(run, stream, forward, caching)
     try:
         from .server.command import serve_model
     except ImportError as error:
         raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
     serve_model(
-        _model(model), quantization, device=device, policy=policy, options=options, revision=revision,
-        trust_remote_code=trust_remote_code, host=host, port=port, api_key=api_key,
-        served_model_name=served_model_name or _display_name(model), continuous_batching=continuous_batching,
+        _model(model), quantization, device=device, policy=policy, options=options, host=host, port=port,
+        api_key=api_key, served_model_name=served_model_name or _display_name(model),
+        continuous_batching=continuous_batching, **source.values(),
     )  # fmt: skip
 
 
 @app.command()
+@command_with_groups
 def convert(
+    *,
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
     quantization: Quantization = "auto",
@@ -230,44 +179,25 @@ def convert(
         str, typer.Option("--format", help="quark, compressed-tensors or, for gpt-oss, mxfp4.")
     ] = "quark",
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 4GB.")] = "4GB",
-    experts: Experts = None,
-    ignore: Ignore = None,
-    override: Override = None,
-    no_default_ignore: NoDefaultIgnore = False,
-    scale_mode: ScaleModeOption = "default",
-    max_memory: MaxMemory = None,
-    staging: Staging = None,
-    chunk: Chunk = None,
-    workers: Workers = None,
-    page_cache: PageCacheOption = "auto",
-    stats: Stats = "on",
-    strict: Strict = False,
-    kernel: Kernel = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    chosen: PolicyOptions,
+    run: RunOptions,
+    stream: StreamOptions,
+    source: SourceOptions,
     as_json: Json = False,
-    report: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+    report: Report = None,
 ) -> None:
     """Write a quantized checkpoint, streaming; run again after an interruption, it goes on where it was."""
-    policy = _policy(experts, ignore, override, no_default_ignore, scale_mode)
-    options = _options(max_memory, staging, chunk, workers, page_cache, stats, strict, kernel, "auto")
-    if report is not None:
-        _check_writable(report)
+    policy, options = chosen.policy(), load_options(run, stream)
+    _check_writable(report)
     from .convert import convert_checkpoint
     from .memory.budget import parse_bytes
 
     with _progress_bar("converting") as progress:
         made = convert_checkpoint(
             model, out, quantization, format=checkpoint_format, policy=policy, options=options,
-            max_shard_bytes=parse_bytes(max_shard_size), revision=revision, trust_remote_code=trust_remote_code,
-            progress=progress,
+            max_shard_bytes=parse_bytes(max_shard_size), progress=progress, **source.values(),
         )  # fmt: skip
-    if report is not None:
-        _save(made, report)
-    if as_json:
-        _print_json(made.to_dict())
-    else:
-        _render(made)
+    _tell(made, report, as_json)
 
 
 @app.command()
@@ -296,10 +226,7 @@ def report(
         saved = LoadReport.load(path)
     except OSError as error:
         raise PolicyError(f"{path} cannot be read: {error.strerror}") from error
-    if as_json:
-        _print_json(saved.to_dict())
-    else:
-        _render(saved)
+    _show(saved, as_json)
 
 
 def main() -> None:
@@ -347,59 +274,31 @@ def _display_name(model: str | None) -> str:
     return "quantload-demo" if model is None else model
 
 
-def _policy(
-    experts: str | None, ignore: list[str] | None, override: list[str] | None, no_default_ignore: bool, scale_mode: str
-) -> QuantizationPolicy | None:
-    from .options import QuantizationPolicy
-
-    if not (experts or ignore or override or no_default_ignore or scale_mode != "default"):
-        return None
-    overrides = [_pair(text, "--override", "PATTERN=SCHEME") for text in override or ()]
-    return QuantizationPolicy(
-        experts=experts, ignore=tuple(ignore or ()), overrides=tuple(overrides), default_ignore=not no_default_ignore,
-        scale_mode=scale_mode,  # type: ignore[arg-type]  # checked there
-    )  # fmt: skip
-
-
-def _options(
-    max_memory: str | None, staging: str | None, chunk: str | None, workers: int | None, page_cache: str, stats: str,
-    strict: bool, kernel: list[str] | None, activations: str, cache: Path | None = None, cache_size: str | None = None,
-) -> LoadOptions:  # fmt: skip
-    from .memory.budget import parse_bytes
-    from .options import LoadOptions
-
-    if stats not in ("on", "off"):
-        raise PolicyError(f"--stats is {stats!r}; choose on or off")
-    values: dict[str, Any] = {
-        "max_memory": parse_bytes(max_memory) if max_memory is not None else None,
-        "staging_bytes": parse_bytes(staging) if staging is not None else None,
-        "workers": workers, "page_cache": page_cache, "stats": stats == "on", "strict": strict,
-        "activations": activations, "kernels": dict(_pair(text, "--kernel", "OPERATION=NAME") for text in kernel or ()),
-        "cache": cache, "cache_bytes": parse_bytes(cache_size) if cache_size is not None else None,
-    }  # fmt: skip
-    if chunk is not None:
-        values["chunk_bytes"] = parse_bytes(chunk)
-    return LoadOptions.from_mapping(values)
-
-
-def _pair(text: str, option: str, form: str) -> tuple[str, str]:
-    left, separator, right = text.rpartition("=")
-    if not (separator and left and right):
-        raise PolicyError(f"{option} is {text!r}; write it as {form}")
-    return left, right
-
-
-def _check_writable(path: Path) -> None:
+def _check_writable(path: Path | None) -> None:
     """Raise before a load whose report could not be written after it."""
+    if path is None:
+        return
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise QuantloadError(f"{path} cannot be written: give --report a file in a folder that you may write to")
 
 
-def _save(report: Any, path: Path) -> None:
-    try:
-        report.save(path)
-    except OSError as error:
-        raise QuantloadError(f"{path} cannot be written: {error.strerror}; the model was loaded") from error
+def _tell(report: Any, path: Path | None, as_json: bool) -> None:
+    """Write a report where it was asked for, and show it."""
+    if path is not None:
+        try:
+            report.save(path)
+        except OSError as error:
+            raise QuantloadError(f"{path} cannot be written: {error.strerror}; all the rest was done") from error
+    _show(report, as_json)
+
+
+def _show(report: Any, as_json: bool) -> None:
+    from .memory.report import render
+
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        render(report, Console())
 
 
 class _ConsoleHandler(logging.Handler):
@@ -417,7 +316,7 @@ def _set_up_logging() -> None:
 
 
 @contextmanager
-def _progress_bar(doing: str = "loading") -> Iterator[Callable[[int, int], None] | None]:
+def _progress_bar(doing: str) -> Iterator[Callable[[int, int], None] | None]:
     if not console.is_terminal:
         yield None
         return
@@ -431,12 +330,6 @@ def _progress_bar(doing: str = "loading") -> Iterator[Callable[[int, int], None]
 
 def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, allow_nan=False), flush=True)
-
-
-def _render(report: Any) -> None:
-    from .memory.report import render
-
-    render(report, Console())
 
 
 if __name__ == "__main__":

@@ -178,8 +178,8 @@ class SchemeFactory:
     def _keep(self, cls: Any, name: str, format_name: str, activations: StoredActivations | None) -> Any:
         if all(reason is not None for _, reason in kernel_registry.candidates("quantize", format_name, self.device)):
             raise UnsupportedCheckpointError(
-                f"{name} is stored as {format_name}, which is only read to be quantized anew: name a quantization, such "
-                f"as {DEFAULT}"
+                f"{name} is stored as {format_name}, which is only read to be quantized anew: name a quantization, "
+                f"such as {DEFAULT}"
             )
         try:
             return cls(*self._arguments(name, format_name, activations, "default"))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu_build, cpu_dequantize, cpu_linear, fp8, int8, integer, mx, mx_build, mx_mse, mxfp4
+from . import cpu_build, cpu_dequantize, cpu_linear, fp8, int8, integer, mx, mx_build, mx_mse, mxfp4, mxfp4_rows
 from .compiled import KernelFunction
 from .cpu_dequantize import address
-from .formats import FORMATS, MX, WeightFormat
+from .formats import FORMATS, MX, MXFP4_ROWS, RowMultiplied, WeightFormat
 from .reference import Reference, check_quantize, check_scales
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
@@ -84,6 +84,10 @@ class NumbaKernels:
 
 def numba_kernels(format_name: str, scale_mode: str = "default") -> NumbaKernels:
     """The CPU operations of a format."""
+    if format_name == MXFP4_ROWS.name:
+        from .cpu_rows import NumbaRows
+
+        return NumbaRows(MXFP4_ROWS, mxfp4_rows.reference)
     if format_name in integer.references:
         from .cpu_integer import NumbaIntegers
 
@@ -104,6 +108,7 @@ def warm_up(
     fmt, kind = FORMATS[format_name], KINDS[source_dtype]
     numba_kernels(format_name, scale_mode).compile(kind, statistics)
     if activation_dtype is not None:
+        fmt = fmt.blocks if isinstance(fmt, RowMultiplied) else fmt
         cpu_dequantize.dequantize_function(
             fmt, torch.float32 if activation_dtype == torch.float16 else activation_dtype
         )

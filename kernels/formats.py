@@ -35,6 +35,11 @@ class WeightFormat:
         padded = _ceil_div(cols, self.block_cols) * self.block_cols if self.pads_cols else cols
         return rows, _ceil_div(padded * self.code_bits, 8)
 
+    def scale_columns(self, first: int, last: int, cols: int) -> slice:
+        """Columns of the scale tensor that columns [first, last) of `cols` need; `first` begins a block."""
+        size = self.block_cols or max(cols, 1)
+        return slice(first // size * self.scale_words, _ceil_div(last, size) * self.scale_words)
+
     def code_column(self, col: int) -> int:
         """Where in a row of the code tensor the code of column `col` begins; `col` is a multiple of `packed`."""
         return col * self.code_bits // 8
@@ -50,6 +55,11 @@ class WeightFormat:
             _ceil_div(rows, self.block_rows) if self.block_rows else 1,
             self.scale_words * (_ceil_div(cols, self.block_cols) if self.block_cols else 1),
         )
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether rows can be quantized only whole, because maxima of their parts do not tell their scales."""
+        return False
 
     @property
     def row_align(self) -> int | None:
@@ -68,6 +78,38 @@ class WeightFormat:
         return code_rows * code_cols * self.code_dtype.itemsize + scale_rows * scale_cols * self.scale_dtype.itemsize
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowMultiplied(WeightFormat):
+    """A format of blocks along K whose rows have a float32 multiplier beside: weight = multiplier * what `blocks` says.
+
+    Codes are those of `blocks`. A row of the scale tensor is one of `blocks` and then, byte by byte in little-endian
+    order, the multiplier; so every view of whole rows has what belongs to them.
+    """
+
+    blocks: WeightFormat
+
+    def code_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """As in `blocks`."""
+        return self.blocks.code_shape(rows, cols)
+
+    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """As in `blocks`, and the bytes of the multiplier."""
+        scale_rows, scale_cols = self.blocks.scale_shape(rows, cols)
+        return scale_rows, scale_cols + MULTIPLIER_BYTES
+
+    def scale_columns(self, first: int, last: int, cols: int) -> slice:
+        """All of them."""
+        return slice(0, self.scale_shape(1, cols)[1])
+
+    @property
+    def whole_rows(self) -> bool:
+        """The multiplier is that of the least squared error of a row."""
+        return True
+
+
+MULTIPLIER_BYTES = 4
+
+
 def _ceil_div(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
@@ -76,6 +118,7 @@ MXFP4 = WeightFormat("mxfp4", torch.uint8, torch.uint8, 1, 32, 4, pads_cols=True
 MXFP6_E2M3 = WeightFormat("mxfp6_e2m3", torch.uint8, torch.uint8, 1, 32, 6, pads_cols=True)
 MXFP6_E3M2 = WeightFormat("mxfp6_e3m2", torch.uint8, torch.uint8, 1, 32, 6, pads_cols=True)
 MXFP8 = WeightFormat("mxfp8", torch.float8_e4m3fn, torch.uint8, 1, 32, 8, pads_cols=True)
+MXFP4_ROWS = RowMultiplied("mxfp4_rows", torch.uint8, torch.uint8, 1, 0, 4, blocks=MXFP4)
 FP8_CHANNEL = WeightFormat("fp8_channel", torch.float8_e4m3fn, torch.float32, 1, 0, 8)
 FP8_TENSOR = WeightFormat("fp8_tensor", torch.float8_e4m3fn, torch.float32, 0, 0, 8)
 FP8_BLOCK = WeightFormat("fp8_block", torch.float8_e4m3fn, torch.float32, 128, 128, 8)
@@ -115,6 +158,7 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
         fmt.name: fmt
         for fmt in (
             *MX,
+            MXFP4_ROWS,
             *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK, INT8_CHANNEL, INT4FP8_CHANNEL),
             *(FP8_CHANNEL_FNUZ, FP8_TENSOR_FNUZ, FP8_BLOCK_FNUZ),
             *INTEGERS,

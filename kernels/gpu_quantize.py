@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .formats import FNUZ, NVFP4, WeightFormat
+from .formats import FNUZ, MXFP4_ROWS, NVFP4, WeightFormat
 from .gpu_target import GpuTarget, gpu_target
 
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize")
@@ -45,9 +45,9 @@ class GpuQuantize:
 def gpu_quantizers(operation: str, fmt: WeightFormat, scale_mode: str = "default") -> list[GpuQuantize]:
     """The kernels of an operation of a format, best first.
 
-    There are none with a matmul, for NVFP4, or for another scale mode than the default.
+    There are none with a matmul, for NVFP4 and `mxfp4_rows`, or for another scale mode than the default.
     """
-    served = operation in OPERATIONS and fmt is not NVFP4 and scale_mode == "default"
+    served = operation in OPERATIONS and fmt not in (NVFP4, MXFP4_ROWS) and scale_mode == "default"
     return [GpuQuantize(operation, fmt)] if served else []
 
 

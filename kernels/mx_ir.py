@@ -73,12 +73,12 @@ def quantize_run(
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         source, codes, scales, blocks, known, _, _, _, _, out = args
-        return _Run(b, chosen, *settings).emit(source, codes, scales, blocks, known, out)
+        return MxRun(b, chosen, *settings).emit(source, codes, scales, blocks, known, out)
 
     return types.int64(source, codes, scales, blocks, known, element, mode, kind, sums, out), codegen
 
 
-class _Run:
+class MxRun:
     """The code of one quantize_run call."""
 
     def __init__(self, b: ir.IRBuilder, element: MxElement, mode: str, kind: str, sums: str) -> None:
@@ -99,13 +99,13 @@ class _Run:
             amax = magnitudes(bits, self.kind).reduce("umax")
             amax = amax if amax.type == I32 else b.zext(amax, I32)
             b.store(umax(b, b.load(largest), amax), largest)
-            values, signs = _even_and_odd(bits, self.kind)
+            values, signs = even_and_odd(bits, self.kind)
             byte = self._byte(amax, values)
             byte = b.select(use_stored, b.zext(load_scalar(b, b.add(scales, i), I8), I32), byte)
             store_scalar(b, b.trunc(byte, I8), b.add(scales, i))
-            inverse = _power_of_two(b, b.sub(I32(254), byte))
+            inverse = self._inverse(byte)
             ratios = [x * inverse for x in values]
-            rounded = [_round(y, self.element) for y in ratios]
+            rounded = [nearest(y, self.element) for y in ratios]
             even, odd = (code for code, _ in rounded)
             self._store(even, odd, signs, b.add(codes, b.mul(i, I64(code_bytes))))
             self._measure(values, ratios, rounded, byte)
@@ -114,7 +114,7 @@ class _Run:
     def _byte(self, amax: ir.Value, values: list[Vector]) -> ir.Value:
         """The scale byte by the rule of the mode, from magnitude bits of amax and the magnitudes of the block."""
         b, element = self.b, self.element
-        bits = b.extract_element(widen(splat(b, amax, 1), self.kind).cast(I32).value, I32(0))
+        bits = float32_bits(b, amax, self.kind)
         if self.mode == "default":
             return scale_byte(b, bits, element.threshold, element.emax, 23)
         floor = scale_byte(b, bits, 1 << 23, element.emax, 23)
@@ -124,9 +124,9 @@ class _Run:
         """Whether the squared error is less under the next scale, summed in the order that `mx_mse` gives."""
         b, squares = self.b, []
         for step in (0, 1):
-            inverse = _power_of_two(b, b.sub(I32(254 - step), floor))
+            inverse = power_of_two(b, b.sub(I32(254 - step), floor))
             ratios = [x * inverse for x in values]
-            even, odd = (y - _round(y, self.element)[1] for y in ratios)
+            even, odd = (y - nearest(y, self.element)[1] for y in ratios)
             squares.append(even * even + odd * odd)
         here, there = squares
         both = here
@@ -138,6 +138,10 @@ class _Run:
             here, there = both.half(False), both.half(True)
         sums = [b.extract_element(both.value, I32(lane)) for lane in (0, 1)]
         return b.fcmp_ordered(">", sums[0], b.fmul(sums[1], F32(4.0)))
+
+    def _inverse(self, byte: ir.Value) -> Vector:
+        """What magnitudes are multiplied by to be rounded to codes."""
+        return power_of_two(self.b, self.b.sub(I32(254), byte))
 
     def _store(self, even: Vector, odd: Vector, signs: Vector, address: ir.Value) -> None:
         """32 codes; `signs` holds them at bits 15 and 31 of each pair."""
@@ -168,20 +172,28 @@ class _Run:
     ) -> None:
         if self.sums == "none":
             return
-        unit, weight = _power_of_two(self.b, byte), _square_of_scale(self.b, byte)
-        for x, y, (code, decoded) in zip(values, ratios, rounded, strict=True):
-            error = y - decoded
+        self._add_squares(values, ratios, [decoded for _, decoded in rounded], byte)
+        for y, (code, _) in zip(ratios, rounded, strict=True):
+            zero, saturated = code.eq(0), y.gt(self.element.largest * (1.0 + st.SATURATION_SLACK))
+            self.acc.update("zero", lambda a, z=zero: z.select(a + 1, a))  # type: ignore[misc]
+            self.acc.update("saturated", lambda a, s=saturated: s.select(a + 1, a))  # type: ignore[misc]
+
+    def _add_squares(self, values: list[Vector], ratios: list[Vector], decoded: list[Vector], byte: ir.Value) -> None:
+        """Signal, noise and the largest error; `decoded` are the values of the codes, in the units of `ratios`."""
+        unit, weight = power_of_two(self.b, byte), _square_of_scale(self.b, byte)
+        for x, y, nearby in zip(values, ratios, decoded, strict=True):
+            error = y - nearby
             absolute = error.call("llvm.fabs") * unit
-            self.acc.update("error", lambda a, e=absolute: a.max(e))  # type: ignore[misc]
+            self._raise_error(absolute)
             if self.sums == "f32":
                 self._add_product("signal", x, x)
                 self._add_product("noise", absolute, absolute)
             else:
                 self._add_product("signal", _squares(y), weight)
                 self._add_product("noise", _squares(error), weight)
-            zero, saturated = code.eq(0), y.gt(self.element.largest * (1.0 + st.SATURATION_SLACK))
-            self.acc.update("zero", lambda a, z=zero: z.select(a + 1, a))  # type: ignore[misc]
-            self.acc.update("saturated", lambda a, s=saturated: s.select(a + 1, a))  # type: ignore[misc]
+
+    def _raise_error(self, absolute: Vector) -> None:
+        self.acc.update("error", lambda a: a.max(absolute))
 
     def _add_product(self, name: str, x: Vector, y: Vector) -> None:
         self.acc.update(name, lambda a: accumulate_product(x, y, a))
@@ -194,7 +206,7 @@ class _Run:
         if self.sums == "f64":
             self._add_statistics(out)
             return result
-        bits = b.extract_element(widen(splat(b, largest, 1), self.kind).cast(I32).value, I32(0))
+        bits = float32_bits(b, largest, self.kind)
         outside = b.or_(
             b.icmp_unsigned("<", bits, I32(SUMMABLE[0] << 23)), b.icmp_unsigned(">", bits, I32(SUMMABLE[1] << 23))
         )
@@ -214,24 +226,39 @@ class _Run:
 
 
 def scale_byte(b: ir.IRBuilder, amax: ir.Value, threshold: int, emax: int, mantissa_bits: int) -> ir.Value:
-    """Scale byte from the i32 magnitude bits of a block's amax (8 exponent bits above `mantissa_bits`)."""
+    """Scale bytes from i32 magnitude bits of amax (8 exponent bits above `mantissa_bits`), a scalar or a vector."""
     # Adding what the threshold lacks to the next power of two carries into the exponent exactly from there on.
     carry = (0x800000 - threshold) >> (23 - mantissa_bits)
-    exponent = b.lshr(b.add(amax, I32(carry)), I32(mantissa_bits))
-    difference = b.sub(exponent, I32(emax))
-    return b.select(b.icmp_signed("<", difference, I32(0)), I32(0), difference)
+    exponent = b.lshr(b.add(amax, _like(amax, carry)), _like(amax, mantissa_bits))
+    difference = b.sub(exponent, _like(amax, emax))
+    zero = _like(amax, 0)
+    return b.select(b.icmp_signed("<", difference, zero), zero, difference)
 
 
 def power_of_two_bits(b: ir.IRBuilder, biased: ir.Value) -> ir.Value:
-    """float32 bits of 2^(biased - 127), biased 0 .. 254; 0 gives the subnormal 2^-127."""
-    return b.select(b.icmp_unsigned("==", biased, I32(0)), I32(0x400000), b.shl(biased, I32(23)))
+    """float32 bits of 2^(biased - 127), biased 0 .. 254, i32 or a vector of them; 0 gives the subnormal 2^-127."""
+    is_zero = b.icmp_unsigned("==", biased, _like(biased, 0))
+    return b.select(is_zero, _like(biased, 0x400000), b.shl(biased, _like(biased, 23)))
+
+
+def _like(value: ir.Value, number: int) -> ir.Constant:
+    """A number as a constant of the type of a scalar or vector."""
+    if isinstance(value.type, ir.VectorType):
+        return ir.Constant(value.type, [number] * value.type.count)
+    return value.type(number)
+
+
+def float32_bits(b: ir.IRBuilder, magnitude: ir.Value, kind: str) -> ir.Value:
+    """The i32 bits of the float32 that i32 magnitude bits of a kind of source stand for."""
+    return b.extract_element(widen(splat(b, magnitude, 1), kind).cast(I32).value, I32(0))
 
 
 def umax(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.icmp_unsigned(">", x, y), x, y)
 
 
-def _power_of_two(b: ir.IRBuilder, biased: ir.Value) -> Vector:
+def power_of_two(b: ir.IRBuilder, biased: ir.Value) -> Vector:
+    """float32 2^(biased - 127) in sixteen lanes."""
     return splat(b, b.bitcast(power_of_two_bits(b, biased), F32), 16)
 
 
@@ -246,7 +273,7 @@ def _squares(y: Vector) -> Vector:
     return ((y.half(False) * y.half(False)) + (y.half(True) * y.half(True))).to_float(F64)
 
 
-def _even_and_odd(bits: Vector, kind: str) -> tuple[list[Vector], Vector]:
+def even_and_odd(bits: Vector, kind: str) -> tuple[list[Vector], Vector]:
     """float32 magnitudes of the even and of the odd ones of 32 elements, and int32 with their signs at 15 and 31."""
     if kind == "f32":
         even, odd = bits.shuffle(range(0, 32, 2)), bits.shuffle(range(1, 32, 2))
@@ -258,7 +285,7 @@ def _even_and_odd(bits: Vector, kind: str) -> tuple[list[Vector], Vector]:
     return [widen(words & 0x7FFF, kind), widen((words >> 16) & 0x7FFF, kind)], words
 
 
-def _round(y: Vector, element: MxElement) -> tuple[Vector, Vector]:
+def nearest(y: Vector, element: MxElement) -> tuple[Vector, Vector]:
     """Codes without a sign (int32) and values (float32) nearest to y >= 0, ties to even, saturating."""
     kept, smallest_normal = element.mantissa_bits, 1 - element.bias
     clamped = y.min(element.largest)

@@ -13,7 +13,7 @@ observe(source, amax) -> int
     fit a piece. Not atomic. Returns the number of NaN and infinite elements.
 finish_scales(amax, out=None) -> Tensor
     Scales from the amax of `observe`, by the arithmetic of `quantize`, into `out` (None: in place). The scale mode
-    "mse" has none: amax is not enough.
+    "mse" has none, and the formats with a multiplier for each row have neither: amax is not enough.
 dequantize(codes, scales, out) -> None
     Into `out` [R, C] float32, bfloat16 or float16; float32 arithmetic, rounded once to the type of `out`.
 linear(x, codes, scales, bias, n_rows, k) -> Tensor
@@ -25,7 +25,7 @@ linear(x, codes, scales, bias, n_rows, k) -> Tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -35,11 +35,12 @@ import torch
 from .arrangement import Arrangement
 from .differentiable import Experts, Linear
 from .experts import ExpertsByLinear
-from .formats import FORMATS, INT4FP8_CHANNEL, INTEGERS, MX, WeightFormat
+from .formats import FORMATS, INT4FP8_CHANNEL, INTEGERS, MX, RowMultiplied, WeightFormat
 from .gpu_matmul import GpuMatmul, gpu_matmuls
 from .gpu_quantize import GpuQuantize, format_on, gpu_quantizers, stored_format
 from .gpu_target import GpuTarget
 from .reference import Reading
+from .row_multiplied import MULTIPLIED
 
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear", "experts")
 
@@ -49,7 +50,17 @@ PLATFORMS: Mapping[str, GpuTarget | None] = MappingProxyType(
 """What kernels are written for: any CPU, and GPUs by their architecture."""
 
 NUMBA_FORMATS = (
-    *("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel"),
+    *(
+        "mxfp4",
+        "mxfp4_rows",
+        "mxfp6_e2m3",
+        "mxfp6_e3m2",
+        "mxfp8",
+        "fp8_channel",
+        "fp8_tensor",
+        "fp8_block",
+        "int8_channel",
+    ),
     *(fmt.name for fmt in (INT4FP8_CHANNEL, *INTEGERS)),
 )
 
@@ -236,12 +247,27 @@ def _reason(kernel: Kernel, device: torch.device) -> str | None:
 @cache
 def _kernels(operation: str, format_name: str, scale_mode: str) -> tuple[Kernel, ...]:
     """All kernels of an operation of a format, best first; a backend for another device is one more entry here."""
+    fmt = FORMATS[format_name]
+    if isinstance(fmt, RowMultiplied) and operation in MULTIPLIED:
+        return tuple(_multiplied(kernel, fmt) for kernel in _kernels(operation, fmt.blocks.name, scale_mode))
     on_cpu = _numba_function(operation, format_name, scale_mode)
     return (
         *_gpu_kernels(operation, format_name, scale_mode),
         Kernel("numba", operation, format_name, "cpu", on_cpu, _numba_reason(format_name), _numba_lacks(format_name)),
         _torch_kernel(operation, format_name, scale_mode),
     )
+
+
+def _multiplied(kernel: Kernel, fmt: RowMultiplied) -> Kernel:
+    """A kernel of the blocks of a format, with the multipliers; arranged scales have no place for them."""
+    made = replace(kernel, format=fmt.name, function=MULTIPLIED[kernel.operation](fmt, kernel.function))
+    if kernel.arrangement is None:
+        return made
+    return replace(made, unavailable=_arranged, lacks=_arranged, arrangement=None)
+
+
+def _arranged(where: torch.device | GpuTarget | None) -> str:
+    return "brings scales into an order of its own, where multipliers of rows have no place"
 
 
 def _gpu_kernels(operation: str, format_name: str, scale_mode: str) -> tuple[Kernel, ...]:
@@ -297,12 +323,13 @@ def _torch_kernel(operation: str, format_name: str, scale_mode: str) -> Kernel:
 
 
 def _references(scale_mode: str) -> Mapping[str, Reading]:
-    from . import fp8, int8, integer, mx, mx_mse, mxfp4, nvfp4
+    from . import fp8, int8, integer, mx, mx_mse, mxfp4, mxfp4_rows, nvfp4
 
     if scale_mode == "mse":
         return mx_mse.references
     return {
         "mxfp4": mxfp4.reference,
+        "mxfp4_rows": mxfp4_rows.reference,
         "int8_channel": int8.reference,
         "nvfp4": nvfp4.reference,
         **fp8.references,

@@ -129,8 +129,7 @@ class DequantizedWeight:
         assert scales is not None
         codes = self._codes.canonical(workspace.buffer, (slab.low, slab.high))
         if weight.along == "columns":
-            group = fmt.block_cols or weight.columns
-            words = slice(slab.low // group * fmt.scale_words, -(-slab.high // group) * fmt.scale_words)
+            words = fmt.scale_columns(slab.low, slab.high, weight.columns)
             shape, scales = (weight.all_rows, slab.lines), scales[:, words]
         else:
             shape, scales = (slab.lines, weight.columns), scale_rows(fmt, scales, slab.low, slab.high)

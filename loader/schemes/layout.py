@@ -81,7 +81,8 @@ class WeightLayout:
     @property
     def align(self) -> tuple[int, int]:
         """Rows and columns that a piece must come in multiples of, to hold whole scale blocks, or bytes, of codes."""
-        return self.format.block_rows or 1, self.format.block_cols or self.format.packed
+        columns = self.columns if self.format.whole_rows else self.format.block_cols or self.format.packed
+        return self.format.block_rows or 1, max(columns, 1)
 
     @property
     def is_padded(self) -> bool:
@@ -164,13 +165,13 @@ class WeightLayout:
         fmt, (first, last), (code_start, scale_start) = self.format, region.columns, starts
         last_code = fmt.code_shape(1, self.columns)[1] if last == self.columns else fmt.code_column(last)
         code_columns = slice(fmt.code_column(first), last_code)
+        columns = fmt.scale_columns(first, last, self.columns)
         row_blocks, rows_whole = _cover(rows[0] - shard[0], rows[1] - shard[0], shard[1] - shard[0], fmt.block_rows)
-        column_blocks, columns_whole = _cover(first, last, self.columns, fmt.block_cols)
-        scale_columns = slice(column_blocks[0] * fmt.scale_words, column_blocks[1] * fmt.scale_words)
+        _, columns_whole = _cover(first, last, self.columns, fmt.block_cols)
         return Block(
             rows=(rows[0] - region.rows[0], rows[1] - region.rows[0]),
             code_index=(slice(rows[0] - shard[0] + code_start, rows[1] - shard[0] + code_start), code_columns),
-            scale_index=(slice(scale_start + row_blocks[0], scale_start + row_blocks[1]), scale_columns),
+            scale_index=(slice(scale_start + row_blocks[0], scale_start + row_blocks[1]), columns),
             whole=rows_whole and columns_whole,
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quantload.kernels.formats import WeightFormat
+from quantload.kernels.formats import RowMultiplied, WeightFormat
 from quantload.kernels.registry import OPERATIONS, KernelSet, candidates, kernel_set
 from tested_formats import QUANTIZED, TRITON
 
@@ -105,6 +105,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(r, id=f"{r.format.name}-{r.kernels.names['quantize']}-{r.device}")
             for r in runners()
             if r.format.name.startswith(prefix)
+            and not (prefix and isinstance(r.format, RowMultiplied))
             and (fixture == "runner" or (r.kernels.names["quantize"], r.device) != PLAIN)
         ]
         metafunc.parametrize(fixture, params)

@@ -110,7 +110,7 @@ def test_a_team_takes_every_row_once(threads):
     assert task is linear_build.dequantize_task()
 
 
-@pytest.mark.parametrize("fmt", sorted(set(QUANTIZED) & set(NUMBA_FORMATS)))
+@pytest.mark.parametrize("fmt", sorted(set(QUANTIZED) & set(NUMBA_FORMATS) - {"mxfp4_rows"}))  # that is MXFP4's own
 @pytest.mark.parametrize(("threads", "rows"), [(2, 1500), (3, 2048), (5, 700)])
 def test_threads_start_where_scales_do(fmt, threads, rows):
     kernels = kernel_set(fmt, "cpu")

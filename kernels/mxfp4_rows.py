@@ -1,0 +1,137 @@
+"""MXFP4 whose rows have a multiplier: w ~ m * Q(w / m), m the best of 16 between one power of two and the next.
+
+A power of two more in m is one less in every scale byte, so one octave holds all there is to try: m = 2^(j/16),
+j = 0..15, in float32. The row takes the m of the least squared error under the EVEN rule; a tie goes to the smallest j,
+so a row of zeros has m = 1. In float32, with r = 1 / m:
+
+    byte  = EVEN rule of (r * amax of the block)
+    ratio = w * (r * 2^(127 - byte)), rounded to E2M1
+    value = (code * 2^(byte - 127)) * m
+
+The squared error is summed so that every kernel can do the same: of a block, in units of its scale, in float32 as
+`mx_mse` does; of a row in float64, halves of the blocks onto each other, their number filled up to a power of two.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+
+from . import mxfp4
+from .formats import MULTIPLIER_BYTES, MXFP4_ROWS, WeightFormat
+from .mxfp4 import BLOCK, power_of_two
+from .reference import Reference, check_finish, check_quantize, check_scales, column_amax, row_chunks
+
+CANDIDATES = tuple(float(torch.tensor(2.0 ** (j / 16), dtype=torch.float32)) for j in range(16))
+"""The multipliers that are tried, as float32 has them."""
+
+
+class Mxfp4RowsCodec:
+    """The arithmetic in plain torch; `scales` are rows of the scale tensor."""
+
+    format: WeightFormat = MXFP4_ROWS
+    largest: float = mxfp4.LARGEST
+
+    def __init__(self) -> None:
+        self._blocks = mxfp4.Mxfp4Codec()
+
+    def scales_from_amax(self, amax: torch.Tensor) -> NoReturn:
+        """There is no such rule: raises `ValueError`."""
+        raise ValueError(
+            f"{self.format.name}: the multiplier of a row cannot be told from maxima of its parts; quantize pieces "
+            "that hold whole rows, or choose mxfp4"
+        )
+
+    def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """values * (1 / multiplier * 2^(127 - byte))."""
+        bytes_, multipliers = split(scales)
+        return values * _factors(bytes_, 1.0 / multipliers, values.shape[1])
+
+    def encode(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """MXFP4 codes, [r, c] -> packed uint8 [r, ceil(c/32) * 16]."""
+        return self._blocks.encode(ratio, scales)
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor:
+        """float32 [r, cols]: the values of MXFP4, times the multipliers."""
+        bytes_, multipliers = split(scales)
+        return self._blocks.decode(codes, bytes_, cols) * multipliers
+
+    def best_scales(self, values: torch.Tensor) -> torch.Tensor:
+        """Rows of the scale tensor for finite float32 `values` [r, c]."""
+        amax = column_amax(values.abs(), BLOCK)
+        multiplier = torch.ones(len(values), 1, device=values.device)
+        least = torch.full_like(multiplier, torch.inf, dtype=torch.float64)
+        best = torch.zeros_like(amax, dtype=torch.uint8)
+        for candidate in CANDIDATES:
+            reciprocal = 1.0 / torch.full_like(multiplier, candidate)
+            bytes_ = self._blocks.scales_from_amax(amax * reciprocal)
+            error = self._squared_error(values, bytes_, reciprocal) * candidate**2
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, bytes_, best)
+            multiplier = torch.where(better, candidate, multiplier)
+        return torch.cat((best, multiplier.view(torch.uint8)), 1)
+
+    def _squared_error(self, values: torch.Tensor, bytes_: torch.Tensor, reciprocal: torch.Tensor) -> torch.Tensor:
+        """float64 [r, 1] of values / multiplier."""
+        ratio = values * _factors(bytes_, reciprocal, values.shape[1])
+        unscaled = torch.full_like(bytes_, 127)
+        error = ratio - self._blocks.decode(self._blocks.encode(ratio, bytes_), unscaled, values.shape[1])
+        square = F.pad(error, (0, -error.shape[1] % BLOCK)).square().view(*bytes_.shape, BLOCK)
+        in_units = _halved(square[..., 0::2] + square[..., 1::2])[..., 0]
+        squared_scale = ((2 * bytes_.long() + 1023 - 254) << 52).view(torch.float64)
+        total = in_units.double() * squared_scale
+        return _halved(F.pad(total, (0, (1 << (total.shape[1] - 1).bit_length()) - total.shape[1])))
+
+
+class Mxfp4RowsReference(Reference):
+    """The operations of the format (see `registry`); a multiplier needs its whole row."""
+
+    codec: Mxfp4RowsCodec
+
+    def quantize(
+        self,
+        source: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        statistics: torch.Tensor | None = None,
+        scales_known: bool = False,
+    ) -> int:
+        check_quantize(self.codec.format, source, codes, scales)
+        if not scales_known and source.shape[1]:
+            for start, stop in row_chunks(*source.shape):
+                values = source[start:stop].float()
+                scales[start:stop].copy_(self.codec.best_scales(torch.where(torch.isfinite(values), values, 0)))
+        return super().quantize(source, codes, scales, statistics, scales_known=True)
+
+    def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
+        check_scales(self.codec.format, source, amax, torch.float32)
+        return mxfp4.reference.observe(source, amax[:, :-MULTIPLIER_BYTES])
+
+    def finish_scales(self, amax: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        check_finish(self.codec.format, amax, out)
+        self.codec.scales_from_amax(amax)
+
+
+def split(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale bytes [..., blocks], a view, and the float32 multipliers [..., 1]."""
+    bytes_, multipliers = scales[..., :-MULTIPLIER_BYTES], scales[..., -MULTIPLIER_BYTES:]
+    # A clone even where it is contiguous: it may begin at an address that no float32 can.
+    return bytes_, multipliers.clone(memory_format=torch.contiguous_format).view(torch.float32)
+
+
+def _factors(bytes_: torch.Tensor, reciprocal: torch.Tensor, cols: int) -> torch.Tensor:
+    return (power_of_two(254 - bytes_.int()) * reciprocal).repeat_interleave(BLOCK, 1)[:, :cols]
+
+
+def _halved(values: torch.Tensor) -> torch.Tensor:
+    """Sums over the last dimension, a power of two, halves onto halves; it stays, with one element."""
+    while values.shape[-1] > 1:
+        low, high = values.chunk(2, dim=-1)
+        values = low + high
+    return values
+
+
+reference = Mxfp4RowsReference(Mxfp4RowsCodec())

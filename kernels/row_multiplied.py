@@ -1,0 +1,96 @@
+"""Kernels of formats whose rows have a multiplier, made of any kernel of the same format without.
+
+The multiplier stands outside of the sum over K, so a matmul is that of the blocks, times the multipliers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .experts import check_experts
+from .formats import RowMultiplied
+from .mxfp4_rows import split
+from .reference import check_linear, check_quantize, row_chunks
+
+
+@dataclass(frozen=True)
+class MultipliedDequantize:
+    """`dequantize` (see `registry`); `inner` is that of the blocks."""
+
+    format: RowMultiplied
+    inner: Callable[..., None]
+
+    def __call__(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+        check_quantize(self.format, out, codes, scales)
+        for start, stop in row_chunks(*out.shape):
+            bytes_, multipliers = split(scales[start:stop])
+            target = out[start:stop]
+            values = target if out.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+            self.inner(codes[start:stop], bytes_, values)
+            values *= multipliers
+            if values is not target:
+                target.copy_(values)
+
+
+@dataclass(frozen=True)
+class MultipliedLinear:
+    """`linear` (see `registry`); `inner` is that of the blocks. The product is rounded to the type of x once more."""
+
+    format: RowMultiplied
+    inner: Callable[..., torch.Tensor]
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        n_rows: int,
+        k: int,
+    ) -> torch.Tensor:
+        check_linear(self.format, x, codes, scales, bias, n_rows, k)
+        bytes_, multipliers = split(scales)
+        out = self.inner(x, codes, bytes_, None, n_rows, k).float() * multipliers.T
+        return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class MultipliedExperts:
+    """`experts` (see `registry`); `inner` is that of the blocks. The product is rounded to the type of x once more."""
+
+    format: RowMultiplied
+    inner: Callable[..., torch.Tensor]
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        offsets: torch.Tensor,
+        n_rows: int,
+        k: int,
+    ) -> torch.Tensor:
+        check_experts(self.format, x, codes, scales, bias, offsets, n_rows, k)
+        bytes_, multipliers = split(scales)
+        out = self.inner(x, codes, bytes_, None, offsets, n_rows, k).float()
+        tokens = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
+        expert = torch.searchsorted(offsets[1:].contiguous(), tokens, right=True)
+        nobody = expert >= codes.shape[0]
+        expert = expert.clamp_(max=codes.shape[0] - 1)
+        out *= multipliers[expert, :, 0]
+        if bias is not None:
+            out += bias[expert].masked_fill(nobody[:, None], 0)
+        return out.to(x.dtype)
+
+
+MULTIPLIED: dict[str, Callable[..., Callable[..., Any]]] = {
+    "dequantize": MultipliedDequantize,
+    "linear": MultipliedLinear,
+    "experts": MultipliedExperts,
+}
+"""The operations that read codes."""

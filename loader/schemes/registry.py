@@ -28,7 +28,7 @@ from .fp8 import (
 )
 from .int4 import Int4PerGroupLinear, Int4PerGroupMoE, QuarkInt4Fp8Linear, QuarkInt4Fp8MoE
 from .int8 import Int8PerChannelLinear, Int8PerChannelMoE
-from .mxfp4 import QuarkMxfp4Linear, QuarkMxfp4MoE
+from .mxfp4 import Mxfp4RowsLinear, Mxfp4RowsMoE, QuarkMxfp4Linear, QuarkMxfp4MoE
 from .mxfp6 import Mxfp6E2m3Linear, Mxfp6E2m3MoE, Mxfp6E3m2Linear, Mxfp6E3m2MoE
 from .mxfp8 import Mxfp8Linear, Mxfp8MoE
 from .prequantized import PrequantizedLinear, PrequantizedMoE
@@ -55,6 +55,9 @@ class SchemeEntry:
 
 ENTRIES = (
     SchemeEntry("quark_mxfp4", QuarkMxfp4Linear, QuarkMxfp4MoE, "E2M1", "E8M0 per 32 along K, EVEN"),
+    SchemeEntry(
+        "mxfp4_rows", Mxfp4RowsLinear, Mxfp4RowsMoE, "E2M1", "E8M0 per 32 along K, EVEN; float32 per row, least error"
+    ),
     SchemeEntry("mxfp6_e2m3", Mxfp6E2m3Linear, Mxfp6E2m3MoE, "E2M3", "E8M0 per 32 along K, EVEN"),
     SchemeEntry("mxfp6_e3m2", Mxfp6E3m2Linear, Mxfp6E3m2MoE, "E3M2", "E8M0 per 32 along K, EVEN"),
     SchemeEntry("mxfp8", Mxfp8Linear, Mxfp8MoE, "E4M3", "E8M0 per 32 along K, RCEIL"),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .checkpoint.index import CheckpointIndex
-from .checkpoint.output import OutputFolder
+from .checkpoint.output import UNFINISHED, OutputFolder
 from .checkpoint.paths import locate
 from .checkpoint.reader import PieceReader
 from .checkpoint.resolve import SMALL_FILES, Checkpoint, resolve
@@ -75,7 +75,8 @@ def convert_checkpoint(
         tensors = plan_tensors(draft.sources.entries, draft.routes, draft.loaders.sinks, draft.assignments, export)
         shards = plan_shards((tensor.specs() for tensor in tensors), max_shard_bytes)
         config = _config(checkpoint, draft, tensors, export)
-        key = _key(checkpoint, draft.index, shards, [config, policy and asdict(policy), options.stats])
+        stored = checkpoint.config().get("quantization_config")
+        key = _key(checkpoint, draft.index, shards, [config, stored, policy and asdict(policy), options.stats])
         with OutputFolder(Path(out), key) as folder:
             with Conversion(tensors, shards, folder, recorder.on_layer) as conversion:
                 plan = _plan(draft, conversion, options)
@@ -170,7 +171,7 @@ def _small_files(root: Path) -> Iterator[str]:
     for pattern in SMALL_FILES:
         for path in root.rglob(pattern):
             name = path.relative_to(root)
-            hidden = any(part.startswith(".") for part in name.parts)
+            hidden = any(part.startswith(".") or part.endswith(UNFINISHED) for part in name.parts)
             replaced = str(name) == _CONFIG or name.name.endswith(".safetensors.index.json")
             if path.is_file() and not hidden and not replaced:
                 yield str(name)

@@ -106,6 +106,15 @@ def test_small_files_come_along(golden: Path, converted: Path, tmp_path: Path) -
     assert more == {"tokenizer.json", "vocab.txt", "nested/chat_template.jinja"}
 
 
+def test_a_folder_inside_the_model(golden: Path, converted: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(golden / "bf16_qwen3moe", source)
+    (source / "other.unfinished/files").mkdir(parents=True)
+    (source / "other.unfinished/files/vocab.json").write_text("{}")
+    convert_checkpoint(source, source / "out", "quark_mxfp4")
+    assert files(source / "out") == files(converted)
+
+
 def run_until_killed(source: Path, out: Path, writes: int) -> int:
     """A conversion that is killed in the middle of a write after so many; the bytes it read, if it came to its end."""
     command = [sys.executable, "-c", KILLED_AT_A_WRITE, str(source), str(out), str(writes)]
@@ -166,6 +175,21 @@ def test_a_changed_option_starts_anew(golden: Path, converted: Path, tmp_path: P
     stopped(golden / "bf16_qwen3moe", tmp_path / "out")
     convert_checkpoint(golden / "bf16_qwen3moe", tmp_path / "out", "quark_mxfp4")
     assert files(tmp_path / "out") == files(converted)
+
+
+def test_a_corrected_config_of_a_quantized_checkpoint_starts_anew(golden: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(golden / "quark_llama_int4_fp8", source)
+    right = (source / "config.json").read_text()
+    wrong = json.loads(right)
+    wrong["quantization_config"]["export"]["pack_method"] = "order"
+    (source / "config.json").write_text(json.dumps(wrong))
+    stopped(source, tmp_path / "out")
+    assert list((tmp_path / "out.unfinished/files").glob("*.safetensors"))
+    (source / "config.json").write_text(right)
+    convert_checkpoint(source, tmp_path / "out", "quark_mxfp4", max_shard_bytes=30_000)
+    convert_checkpoint(golden / "quark_llama_int4_fp8", tmp_path / "want", "quark_mxfp4", max_shard_bytes=30_000)
+    assert files(tmp_path / "out") == files(tmp_path / "want")
 
 
 def test_a_resumed_report_has_every_layer(golden: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def linear(name, rows=16, columns=64, group=32, zero_point=True):
     [
         ({}, 32, True, 2.0, "int4_group32_f16", 32),
         ({"zero_point": False}, 32, False, -1.0, "int4_group32_f16", 32),
+        ({"bits": 4.0, "group_size": 32.0}, 32, True, 2.0, "int4_group32_f16", 32),
         ({"group_size": 64, "version": "GEMM"}, 64, True, 2.0, "int4_group64_f16", 64),
         ({"group_size": -1}, 64, True, 2.0, "int4_group0_f16", 2),
         ({"group_size": -1, "zero_point": False}, 64, False, -1.0, "int4_group0_f16", 2),
@@ -37,7 +38,7 @@ def test_layouts(fields, group, zero_point, value, fmt, step):
     tensors = linear("a.q", group=group, zero_point=zero_point)
     weight = stored_tensors.read(config(**fields), tensors).weights["a.q.weight"]
     assert (weight.format.name, weight.along, weight.step) == (fmt, "columns", step)
-    assert weight.shape == (16, 64)
+    assert weight.shape == (16, 64) and type(weight.step) is int
     want = value * torch.arange(1.0, 17.0)[:, None].expand(16, 64)
     assert torch.equal(stored_tensors.dequantized(weight, tensors), want)
     assert len(weight.parts) == (3 if zero_point else 2)

@@ -20,11 +20,12 @@ class Settings:
         return default if value is None else value
 
     def choice(self, name: str, supported: Collection[Any], default: Any = None) -> Any:
-        """The value of a field, which must be one of `supported`; booleans are no numbers here."""
+        """The one of `supported` that the value of a field equals: 128 for 128.0; booleans are no numbers here."""
         value = self.get(name, default)
-        if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in supported):
-            raise self.error(name, value, supported)
-        return value
+        for other in supported:
+            if value == other and isinstance(value, bool) == isinstance(other, bool):
+                return other
+        raise self.error(name, value, supported)
 
     def strings(self, *names: str) -> tuple[str, ...]:
         """The first of some fields that is there and not empty, a list of strings; without one, an empty tuple."""

@@ -38,7 +38,8 @@ def test_layouts(fields, group, zero_point, value, fmt, step):
     tensors = linear("a.q", group=group, zero_point=zero_point)
     weight = stored_tensors.read(config(**fields), tensors).weights["a.q.weight"]
     assert (weight.format.name, weight.along, weight.step) == (fmt, "columns", step)
-    assert weight.shape == (16, 64) and type(weight.step) is int
+    assert weight.shape == (16, 64)
+    assert type(weight.step) is int
     want = value * torch.arange(1.0, 17.0)[:, None].expand(16, 64)
     assert torch.equal(stored_tensors.dequantized(weight, tensors), want)
     assert len(weight.parts) == (3 if zero_point else 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from torch import Tensor
 
@@ -14,6 +15,34 @@ SMALL_PIECE = 256 << 10
 SMALL_TARGET = 64 << 10
 MAX_GAP = 16 << 10
 MAX_SHARED_READ = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Lines(Sequence[tuple[int, int]]):
+    """So many `lines`, extents of `length` each, `pitch` apart from `start` on: some columns of a matrix, by rows.
+
+    One object, where a tuple of thousands of lines for each of thousands of pieces would take gigabytes.
+    """
+
+    start: int
+    pitch: int
+    length: int
+    lines: int
+
+    def __len__(self) -> int:
+        return self.lines
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[int, int]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, int] | Sequence[tuple[int, int]]:
+        starts = range(self.start, self.start + self.lines * self.pitch, self.pitch)[index]
+        return (starts, self.length) if isinstance(starts, int) else [(start, self.length) for start in starts]
+
+    def of_bytes(self, offset: int, itemsize: int) -> Lines:
+        """The same in bytes of a file, of elements of a tensor that begins at `offset` there."""
+        return Lines(offset + self.start * itemsize, self.pitch * itemsize, self.length * itemsize, self.lines)
 
 
 class Barrier:
@@ -53,7 +82,7 @@ class Piece:
     """
 
     shard: int
-    extents: tuple[tuple[int, int], ...]
+    extents: Sequence[tuple[int, int]]
     deliver: Callable[[Workspace], None]
     target: Callable[[], Tensor] | None = None
     after: Barrier | None = None
@@ -121,7 +150,7 @@ def check_barriers(pieces: Sequence[Piece]) -> None:
             signals[id(piece.signal)] = signals.get(id(piece.signal), 0) + 1
 
 
-def sub_reads(extents: tuple[tuple[int, int], ...], step: int) -> Iterator[tuple[int, int, int]]:
+def sub_reads(extents: Sequence[tuple[int, int]], step: int) -> Iterator[tuple[int, int, int]]:
     """(position in the buffer, file offset, length) of reads of at most `step` bytes; adjacent extents are joined."""
     position = 0
     start = stop = -1

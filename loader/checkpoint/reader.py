@@ -189,14 +189,14 @@ class _Worker:
             self.bytes_read += nbytes
             self._deliver(piece, buffer)
 
-    def _fill(self, path: str, extents: tuple[tuple[int, int], ...], memory: memoryview) -> None:
+    def _fill(self, path: str, extents: Sequence[tuple[int, int]], memory: memoryview) -> None:
         for position, offset, count in sub_reads(extents, self._source.read_bytes):
             if self._crew.stopping:
                 raise Stopped
             self._source.read_into(path, offset, memory[position : position + count])
             self.bytes_read += count
 
-    def _fill_device(self, path: str, extents: tuple[tuple[int, int], ...], target: Tensor) -> None:
+    def _fill_device(self, path: str, extents: Sequence[tuple[int, int]], target: Tensor) -> None:
         for position, offset, count in sub_reads(extents, min(self._source.read_bytes, self._work.memory.slot_bytes)):
             if self._crew.stopping:
                 raise Stopped

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..checkpoint.headers import TensorEntry
+from ..checkpoint.pieces import Lines
 from ..model.routes import Span
 from .regions import Interval, Region
 from .weight_loader import DirectWeightLoader
@@ -35,6 +36,11 @@ class Sink:
         align: tuple[int, int] = self.loader.align
         return align
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether pieces must hold whole rows, because nothing that is seen of their parts tells their scales."""
+        return bool(self.loader.whole_rows)
+
     def whole(self, region: Region) -> bool:
         """Whether what becomes of a region depends on nothing outside of it."""
         return bool(self.loader.whole(region))
@@ -53,7 +59,7 @@ class Part(NamedTuple):
 class Cut(NamedTuple):
     """One read of a checkpoint tensor: extents in elements of the tensor, and the parts it holds."""
 
-    extents: tuple[tuple[int, int], ...]
+    extents: Lines
     parts: tuple[Part, ...]
 
 
@@ -148,7 +154,7 @@ def _bands(group: list[_Line], step: int, limit: int) -> Iterator[Cut]:
         parts = tuple(
             line.part((low, high), (0, line.inner), line.span.offset - start, line.outer_stride) for line in group
         )
-        yield Cut(((start + low * stride, length),), parts)
+        yield Cut(Lines(start + low * stride, length, length, 1), parts)
 
 
 def _tiles(line: _Line, limit: int) -> Iterator[Cut]:
@@ -160,7 +166,7 @@ def _tiles(line: _Line, limit: int) -> Iterator[Cut]:
             right = min(left + per_line, line.inner)
             length = (right - left - 1) * line.inner_stride + 1
             begin = line.span.offset + left * line.inner_stride
-            extents = tuple((begin + i * line.outer_stride, length) for i in range(low, high))
+            extents = Lines(begin + low * line.outer_stride, line.outer_stride, length, high - low)
             yield Cut(extents, (line.part((low, high), (left, right), 0, length),))
 
 

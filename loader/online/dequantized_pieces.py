@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoint.pieces import Barrier, Piece
 from ..checkpoint.workspace import Workspace
+from ..errors import PolicyError
 from ..kernels.reference import scale_rows
 from ..model.routes import Span
 from ..schemes.stored.weights import StoredWeight
@@ -64,6 +65,13 @@ class DequantizedWeight:
         step = math.lcm(weight.step, block, *(sinks[span.parameter].align[axis] for span in spans))
         while axis == 0 and step % 2 == 0 and step * self._line_bytes > limit:
             step //= 2  # a part of a row of blocks: what it lands in may have to be observed first
+        refused = [span.parameter for span in spans if axis == 1 and sinks[span.parameter].whole_rows]
+        if refused and weight.columns * self._line_bytes > limit:
+            raise PolicyError(
+                f"{refused[0]}: {weight.name} is stored column by column, and its whole rows take "
+                f"{weight.columns * self._line_bytes} bytes as float32, more than a piece of {limit}; choose a scheme "
+                "without a multiplier for each row, such as quark_mxfp4, or a larger chunk"
+            )
         found = list(slabs(weight, spans, lines_per_slab(self._line_bytes, step, limit)))
         self._slabs_left = len(found)
         return found

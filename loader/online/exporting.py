@@ -89,6 +89,11 @@ class ExportingLoader:
         rows, columns = self._layout.align
         return math.lcm(rows, self._weight.row_align), columns
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether scales can be told from whole rows only."""
+        return self._layout.format.whole_rows
+
     def whole(self, region: Region) -> bool:
         """Whether the scales of a region depend on nothing outside of it."""
         return self._layout.whole(region)

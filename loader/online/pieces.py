@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from ..checkpoint.headers import TensorEntry
-from ..checkpoint.pieces import Barrier, Piece
+from ..checkpoint.pieces import Barrier, Lines, Piece
 from ..checkpoint.workspace import Workspace
 from ..model.routes import Span
 from .bundles import Bundler, QuantizedAlone, may_be_bundled
@@ -80,6 +80,5 @@ def _direct(
     return lambda _: loader.direct_done(part.region), functools.partial(loader.direct_target, part.region)
 
 
-def _bytes(entry: TensorEntry, cut: Cut) -> tuple[tuple[int, int], ...]:
-    size = entry.dtype.itemsize
-    return tuple((entry.offset + start * size, length * size) for start, length in cut.extents)
+def _bytes(entry: TensorEntry, cut: Cut) -> Lines:
+    return cut.extents.of_bytes(entry.offset, entry.dtype.itemsize)

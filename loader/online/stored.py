@@ -145,6 +145,7 @@ class StoredCodesLoader(StoredWeightLoader):
     """The closure of a parameter's codes; it may be read into directly."""
 
     align = 1, 1
+    whole_rows = False
 
     @property
     def nbytes(self) -> int:

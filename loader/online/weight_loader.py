@@ -114,6 +114,7 @@ class DirectWeightLoader:
         self.tracker.commit(region.numel)
 
     align = 1, 1
+    whole_rows = False
 
     def whole(self, region: Region) -> bool:
         """Every element is written for itself."""
@@ -180,6 +181,11 @@ class OnlineWeightLoader:
     def align(self) -> tuple[int, int]:
         """Rows and columns of a scale block."""
         return self.parameter.layout.align
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether scales can be told from whole rows only."""
+        return self.parameter.layout.format.whole_rows
 
     def whole(self, region: Region) -> bool:
         """Whether the scales of a region depend on nothing outside of it."""

@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 from quantload.checkpoint import Barrier, Piece
 from quantload.checkpoint.arena import Arena
-from quantload.checkpoint.pieces import MAX_GAP, SMALL_PIECE, SMALL_TARGET, check_barriers, plan_batches, sub_reads
+from quantload.checkpoint.pieces import (
+    MAX_GAP,
+    SMALL_PIECE,
+    SMALL_TARGET,
+    Lines,
+    check_barriers,
+    plan_batches,
+    sub_reads,
+)
 from quantload.checkpoint.workspace import HostWorkspace
 
 SLOT = 8 << 20
@@ -41,6 +49,14 @@ def test_a_shared_read_takes_at_most_half_a_slot_and_1_mib():
     assert sizes([piece((1000 * i, 1000)) for i in range(8)], slot_bytes=4096) == [2, 2, 2, 2]
     quarter = (1 << 18) - 1
     assert sizes([piece((quarter * i, quarter)) for i in range(8)]) == [4, 4]
+
+
+def test_lines_of_a_matrix_are_extents():
+    lines = Lines(3, 10, 4, 3)
+    assert list(lines) == [(3, 4), (13, 4), (23, 4)]
+    assert (len(lines), lines[1], lines[-1], lines[1:]) == (3, (13, 4), (23, 4), [(13, 4), (23, 4)])
+    assert list(lines.of_bytes(1000, 2)) == [(1006, 8), (1026, 8), (1046, 8)]
+    assert list(sub_reads(lines, 3)) == [(0, 3, 3), (3, 6, 1), (4, 13, 3), (7, 16, 1), (8, 23, 3), (11, 26, 1)]
 
 
 def test_sub_reads_join_adjacent_extents_and_cut_long_ones():

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from quantload.checkpoint.headers import TensorEntry
 from quantload.checkpoint.pieces import Piece, check_barriers
 from quantload.errors import NonFiniteWeightError
-from quantload.kernels.formats import FP8_CHANNEL, FP8_TENSOR, WeightFormat
+from quantload.kernels.formats import FP8_CHANNEL, FP8_TENSOR, RowMultiplied, WeightFormat
 from quantload.model.coordinates import Coordinates
 from quantload.model.routes import Landing, Span, _spans
 from quantload.online.cuts import Sink, cut_tensor
@@ -31,6 +31,9 @@ FORMATS = {
     "tensor": FP8_TENSOR,
     "nibbles": WeightFormat("nibbles", U8, U8, 1, 4, 4, pads_cols=True),
     "block": WeightFormat("block", U8, torch.float32, 3, 4, 8),
+    "multiplied": RowMultiplied(
+        "multiplied", U8, U8, 1, 0, 4, blocks=WeightFormat("n", U8, U8, 1, 4, 4, pads_cols=True)
+    ),
 }
 
 
@@ -261,6 +264,7 @@ def largest_tile(world: World) -> int:
 def test_every_element_arrives_once_with_its_value(
     kind: str, fmt: str, half: int, k: int, experts: int, chunk_bytes: int
 ) -> None:
+    assume((kind, fmt) != ("split columns", "multiplied"))  # which is converted whole, as it has no spans
     world = build(kind, FORMATS[fmt], 2 * half, k, experts)
     pieces = world.run(chunk_bytes)
     limit = max(chunk_bytes, largest_tile(world))
@@ -284,6 +288,15 @@ def test_rows_larger_than_a_chunk_of_a_per_row_format_go_twice() -> None:
     first, second = pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
     assert all(piece.signal is not None and piece.after is None for piece in first)
     assert all(piece.after is not None and piece.signal is None for piece in second)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "transposed experts", "interleaved transposed experts"])
+def test_rows_that_must_be_whole_are_read_once_however_they_lie(kind: str) -> None:
+    """A transposed matrix is cut into some of its columns, line after line; a row larger than a chunk stays whole."""
+    for chunk_bytes in (64, 1024):
+        pieces = build(kind, FORMATS["multiplied"], 32, 64, 2).run(chunk_bytes)
+        assert all(piece.after is None and piece.signal is None for piece in pieces)
+        assert max(len(piece.extents) for piece in pieces) == (1 if kind == "linear" else 64)
 
 
 def test_one_scale_for_a_tensor_reads_twice_only_what_does_not_fit() -> None:

@@ -176,6 +176,9 @@ def test_a_pair_that_does_not_exist_names_those_that_do(golden: Path, tmp_path: 
         r"compressed-tensors: quark_mxfp4, mxfp6_e2m3, mxfp8, ",
     ):
         convert_checkpoint(golden / "bf16_llama", tmp_path / "out", "mxfp6_e3m2", format="compressed-tensors")
+    for form in ("quark", "compressed-tensors", "mxfp4"):  # none has a place for multipliers of rows
+        with pytest.raises(PolicyError, match=f"mxfp4_rows cannot be written as {form}, which has no such weights"):
+            convert_checkpoint(golden / "bf16_llama", tmp_path / "out", "mxfp4_rows", format=form)
     with pytest.raises(PolicyError, match="format is 'gguf'; choose one of quark, compressed-tensors, mxfp4"):
         convert_checkpoint(golden / "bf16_llama", tmp_path / "out", format="gguf")
     assert not list(tmp_path.iterdir())

@@ -62,11 +62,9 @@ class Policy:
         self.policy = policy
         self._factory = factory
         self._is_quantized = is_quantized
-        self.name = get_entry(policy.linear).name
-        if is_quantized and self.name == AS_STORED:
-            self.name = PREQUANTIZED
-        if policy.experts is not None and get_entry(policy.experts).name != self.name:
-            self.name = f"{self.name}+{get_entry(policy.experts).name}"
+        self.name = self._called(policy.linear)
+        if policy.experts is not None and self._called(policy.experts) != self.name:
+            self.name = f"{self.name}+{self._called(policy.experts)}"
         self._unused = {*policy.ignore, *(pattern for pattern, _ in policy.overrides)}
         for scheme in (policy.linear, policy.experts or policy.linear, *(scheme for _, scheme in policy.overrides)):
             factory.linear(scheme)  # a name that does not exist, or has no kernel, is an error before anything is read
@@ -105,6 +103,10 @@ class Policy:
             raise UnmatchedPatternError(message)
         logger.warning(message)
 
+    def _called(self, scheme_name: str) -> str:
+        name = get_entry(scheme_name).name
+        return PREQUANTIZED if self._is_quantized and name == AS_STORED else name
+
     def _as_stored(self, scheme_name: str | None, kind: str) -> str:
         if self._is_quantized and scheme_name == AS_STORED:
             return "not quantized in the checkpoint"
@@ -141,13 +143,20 @@ def choose_policy(
 ) -> QuantizationPolicy:
     """The policy to follow: a scheme name other than `auto` is the policy's scheme for linears.
 
-    `auto` in both leaves a checkpoint that `is_quantized` as stored, and stands for `quark_mxfp4` otherwise.
+    `auto` leaves a checkpoint that `is_quantized` as stored, for experts and in overrides too, and stands for
+    `quark_mxfp4` otherwise.
     """
     policy = policy or QuantizationPolicy()
-    wanted = policy.linear if quantization == "auto" else quantization
-    if wanted == "auto" and is_quantized:
-        return replace(policy, linear=AS_STORED)
-    return replace(policy, linear=get_entry(wanted).name)
+
+    def meant(scheme_name: str) -> str:
+        return AS_STORED if is_quantized and scheme_name == "auto" else scheme_name
+
+    return replace(
+        policy,
+        linear=get_entry(meant(policy.linear if quantization == "auto" else quantization)).name,
+        experts=None if policy.experts is None else meant(policy.experts),
+        overrides=tuple((pattern, meant(scheme_name)) for pattern, scheme_name in policy.overrides),
+    )
 
 
 def name_reason(name: str) -> str | None:

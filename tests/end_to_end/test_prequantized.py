@@ -127,13 +127,25 @@ def test_quantizing_anew_equals_quantizing_what_the_codes_stand_for(
 
 def test_a_layer_can_stay_as_stored_while_the_others_are_quantized_anew(golden: Path) -> None:
     policy = QuantizationPolicy(
-        linear="quark_mxfp4", ignore=("*.q_proj",), overrides=(("*.o_proj", "int8_per_channel"),)
+        linear="quark_mxfp4",
+        ignore=("*.q_proj",),
+        overrides=(("*.o_proj", "int8_per_channel"), ("*.v_proj", "auto")),
     )
     model = load_quantized(golden / "native_llama_blockfp8", policy=policy)
     schemes = {layer.name.rpartition(".")[2]: (layer.scheme, layer.format) for layer in model.load_report.layers}
     assert schemes["q_proj"] == ("prequantized", "fp8_block")
+    assert schemes["v_proj"] == ("prequantized", "fp8_block")
     assert schemes["o_proj"] == ("int8_per_channel", "int8_channel")
     assert schemes["k_proj"] == ("quark_mxfp4", "mxfp4")
+
+
+@pytest.mark.parametrize("experts", ["auto", "none"])
+def test_experts_can_stay_as_stored_while_linears_are_quantized_anew(experts: str, golden: Path) -> None:
+    policy = QuantizationPolicy(linear="fp8_per_channel", experts=experts)
+    report = load_quantized(golden / "native_gptoss_mxfp4", policy=policy).load_report
+    assert report.quantization == "fp8_per_channel+prequantized"
+    assert {layer.scheme for layer in report.layers if layer.name.endswith("experts")} == {"prequantized"}
+    assert {layer.scheme for layer in report.layers if layer.name.endswith("proj")} == {"fp8_per_channel"}
 
 
 def test_one_expert_that_is_not_quantized_is_named(golden: Path, tmp_path: Path) -> None:

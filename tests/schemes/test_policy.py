@@ -178,3 +178,7 @@ def test_a_quantized_checkpoint_stays_as_it_is_unless_a_scheme_is_named() -> Non
     assert choose_policy("ptpc_fp8", None, is_quantized=True).linear == "fp8_per_channel"
     named = QuantizationPolicy(linear="quark_mxfp4")
     assert choose_policy("auto", named, is_quantized=True) == named
+    everywhere = QuantizationPolicy(linear="mxfp8", experts="auto", overrides=(("a", "auto"), ("b", "mxfp8")))
+    as_stored = QuantizationPolicy(linear="mxfp8", experts="none", overrides=(("a", "none"), ("b", "mxfp8")))
+    assert choose_policy("auto", everywhere, is_quantized=True) == as_stored
+    assert choose_policy("auto", everywhere) == everywhere

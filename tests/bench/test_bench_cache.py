@@ -10,6 +10,7 @@ import cache as bench
 import pytest
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench, "set_page_cache", lambda *_, **__: 0.0)  # a test folder may be on a disk without one
     work, results = tmp_path / "work", tmp_path / "results"

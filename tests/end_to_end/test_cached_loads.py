@@ -332,6 +332,7 @@ def test_a_load_that_is_killed_leaves_nothing_that_looks_finished(checkpoint: Ch
     assert len(entries(cache)) == 1
 
 
+@pytest.mark.slow
 def test_loads_at_once_share_one_writer(checkpoint: Checkpoint, cache: Path) -> None:
     processes = [child(checkpoint("llama"), cache) for _ in range(2)]
     for process in processes:

@@ -82,9 +82,7 @@ def test_quantizing_anew_gives_the_bytes_of_what_the_codes_stand_for(
 
 def test_nvfp4_is_only_read_to_be_quantized_anew(checkpoint: Checkpoint, tmp_path: Path) -> None:
     quantized, _ = quantized_copy(tmp_path, checkpoint("llama"), *METHODS["nvfp4"])
-    with pytest.raises(
-        UnsupportedCheckpointError, match=r"stored as nvfp4, which is only read .* such as quark"
-    ):
+    with pytest.raises(UnsupportedCheckpointError, match=r"stored as nvfp4, which is only read .* such as quark"):
         load_quantized(quantized)
 
 

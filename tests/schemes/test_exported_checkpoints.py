@@ -12,7 +12,7 @@ import pytest
 import stored_tensors
 import torch
 from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
-from quantload.errors import PolicyError, UnsupportedCheckpointError
+from quantload.errors import PolicyError
 from quantload.schemes.exported.registry import formats_of
 from quantload.schemes.registry import ENTRIES
 from safetensors.torch import load_file
@@ -162,11 +162,6 @@ def test_another_rule_for_scales_gives_other_bytes(golden: Path, tmp_path: Path)
     convert_checkpoint(golden / "bf16_llama", tmp_path / "plain", "quark_mxfp4")
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "plain")]
     assert files[0] != files[1]
-
-
-def test_a_quantized_checkpoint_is_refused(golden: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedCheckpointError, match="is quantized already; convert the BF16"):
-        convert_checkpoint(golden / "quark_llama_mxfp4", tmp_path / "out", "fp8_per_tensor")
 
 
 def test_a_pair_that_does_not_exist_names_those_that_do(golden: Path, tmp_path: Path) -> None:

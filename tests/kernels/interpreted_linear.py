@@ -10,9 +10,10 @@ import interpreter_fixes
 import pytest
 import torch
 import torch.nn.functional as F
-from quantload.kernels import fp8, int8, integer, mx, mxfp4
-from quantload.kernels.formats import FORMATS, MX
+from quantload.kernels import fp8, int8, integer, mx, mxfp4, mxfp4_rows
+from quantload.kernels.formats import FORMATS, MX, MXFP4, MXFP4_ROWS
 from quantload.kernels.gpu_target import GpuTarget
+from quantload.kernels.row_multiplied import MultipliedExperts, MultipliedLinear
 from quantload.kernels.scaled_mm import ScaledMmLinear
 from quantload.kernels.triton_activations import quantize_mx_activations, quantize_scaled_activations
 from quantload.kernels.triton_experts import TritonExperts
@@ -27,7 +28,7 @@ ACTIVATIONS_TOO = {
     "int8_channel": int8.reference,
     **fp8.references,
 }
-REFERENCES = {**ACTIVATIONS_TOO, **mx.references, **integer.references}
+REFERENCES = {**ACTIVATIONS_TOO, **mx.references, **integer.references, "mxfp4_rows": mxfp4_rows.reference}
 DECODED = ["mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "int4_group16_f16", "int4_group128_bf16", "int8_group0_f32"]
 """Formats that arithmetic decodes; groups narrower and wider than a tile, and of a whole row."""
 GFX950 = GpuTarget("gfx950", 4)
@@ -239,4 +240,30 @@ def test_experts(record_property, name, is_quantized, counts):
             rows = seen[start:stop]
             want = F.linear(rows, weight, bias[expert].double())
             assert_close(out[start:stop], want, F.linear(rows.abs(), weight.abs()) + 4)
+    assert not out[offsets[-1] :].any()
+
+
+@pytest.mark.parametrize("is_quantized", [False, True], ids=["weight-only", "activations too"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_with_multipliers(record_property, is_quantized, dtype):
+    """The kernels of MXFP4 on scales with a gap behind each row; the product is rounded to the type of x twice."""
+    record_property("kernel", f"mxfp4 with multipliers of rows, {'activations too' if is_quantized else 'weight-only'}")
+    record_property("result", "close")
+    skip_without_dot_scaled("mxfp4")
+    n_rows, k = 70, 160
+    pairs = [quantized("mxfp4_rows", n_rows, k, seed) for seed in range(3)]
+    codes, scales = (torch.stack(t) for t in zip(*pairs, strict=True))
+    offsets, tokens = routed(3, [0, 5, 2], nobody=3)
+    x, bias = activations(tokens, k, dtype), torch.randn(3, n_rows)
+    linear = MultipliedLinear(MXFP4_ROWS, TritonLinear(MXFP4, is_quantized, GFX950))
+    experts = MultipliedExperts(MXFP4_ROWS, TritonExperts(MXFP4, is_quantized, GFX950))
+    out = experts(x, codes, scales, bias, offsets, n_rows, k)
+    seen = rounded("mxfp4", x) if is_quantized else x.double()
+    for expert, (start, stop) in enumerate([(0, 5), (5, 7)], start=1):
+        weight = dequantized("mxfp4_rows", codes[expert], scales[expert], n_rows, k)
+        rows, want = x[start:stop], F.linear(seen[start:stop], weight, bias[expert].double())
+        magnitude = F.linear(seen[start:stop].abs(), weight.abs()) + 4
+        magnitude *= 1 + torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 64  # of the product before the bias
+        assert_close(out[start:stop], want, magnitude)
+        assert_close(linear(rows, codes[expert], scales[expert], bias[expert], n_rows, k), want, magnitude)
     assert not out[offsets[-1] :].any()

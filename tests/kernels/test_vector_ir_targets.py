@@ -15,6 +15,7 @@ from quantload.kernels import (
     integer_ir,
     mx_decode_ir,
     mx_ir,
+    mxfp4_rows_ir,
     mxfp4_table_ir,
     scaled_decode_ir,
     scaled_ir,
@@ -46,6 +47,8 @@ EMITTED = {
             ("mxfp8", "bf16", "none"),
         )
     },
+    "candidate_errors": (mxfp4_rows_ir.candidate_errors, [ADDRESS] * 2, ["f16"], 1),
+    "quantize_row": (mxfp4_rows_ir.quantize_row, [ADDRESS] * 5 + [types.float32], ["bf16", "f64"], 1),
     "quantize_fp8": (
         scaled_ir.quantize_tile,
         [ADDRESS] * 6 + [types.float32, ADDRESS],

@@ -110,6 +110,8 @@ class CacheOptions:
 
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`."""
+        if self.cache_size is not None and self.cache is None:
+            raise PolicyError(f"--cache-size {self.cache_size} is given without --cache: name the folder too")
         return {"cache": self.cache, **_bytes({"cache_bytes": self.cache_size})}
 
 

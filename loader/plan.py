@@ -30,6 +30,10 @@ from .schemes.stored.weights import StoredWeight
 
 QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
 MIN_CHUNK = 4096
+PIECE_BYTES = 1280
+"""What a planned piece takes, with the closures around it."""
+PIECES_IN_SLACK = 16384
+"""Pieces that the allowance for everything else covers."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def plan_load(
         _sizes(mapped, loaders, assignments, sources),
         sum(buffer.nbytes for buffer in _unrouted(model, loaders, mapped)),
         staging,
-        transient_bytes=whole + (workers + 1) * stored.held_bytes,
+        transient_bytes=whole + (workers + 1) * stored.held_bytes + piece_bytes(len(pieces)),
         checkpoint_bytes=index.total_bytes,
     )
     return LoadPlan(pieces, chunk, workers, memory, sum(piece.nbytes for piece in pieces), bytes_in, len(routes.whole))
@@ -88,6 +92,11 @@ def plan_load(
 
 def _place(entry: TensorEntry | StoredWeight) -> tuple[int, int]:
     return entry.shard, entry.offset
+
+
+def piece_bytes(pieces: int) -> int:
+    """Memory of so many pieces beyond those that the allowance covers: of huge checkpoints, and of tiny chunks."""
+    return max(pieces - PIECES_IN_SLACK, 0) * PIECE_BYTES
 
 
 def plan_staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) -> tuple[int, int]:

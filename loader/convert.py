@@ -16,7 +16,7 @@ from .checkpoint.index import CheckpointIndex
 from .checkpoint.output import UNFINISHED, OutputFolder
 from .checkpoint.paths import locate
 from .checkpoint.reader import PieceReader
-from .checkpoint.resolve import SMALL_FILES, Checkpoint, resolve
+from .checkpoint.resolve import CONFIG_NAME, MODELOPT_CONFIG_NAME, SMALL_FILES, Checkpoint, resolve
 from .checkpoint.source import FileSource
 from .checkpoint.weight_map import INDEX_NAME
 from .checkpoint.working_memory import CPU, slots_per_worker
@@ -39,7 +39,6 @@ from .schemes.exported.weights import ExportFormat
 
 MAX_SHARD_BYTES = 4 * 10**9
 _KEY_VERSION = 1
-_CONFIG = "config.json"
 
 
 def convert_checkpoint(
@@ -164,7 +163,7 @@ def _write_surroundings(
     for name in _small_files(checkpoint.root):
         folder.copy(locate(checkpoint.root, name), name)
     folder.write(INDEX_NAME, _json(weight_index(shards)))
-    folder.write(_CONFIG, _json(config))
+    folder.write(CONFIG_NAME, _json(config))
 
 
 def _small_files(root: Path) -> Iterator[str]:
@@ -172,7 +171,7 @@ def _small_files(root: Path) -> Iterator[str]:
         for path in root.rglob(pattern):
             name = path.relative_to(root)
             hidden = any(part.startswith(".") or part.endswith(UNFINISHED) for part in name.parts)
-            replaced = str(name) == _CONFIG or name.name.endswith(".safetensors.index.json")
+            replaced = str(name) in (CONFIG_NAME, MODELOPT_CONFIG_NAME) or name.name.endswith(".safetensors.index.json")
             if path.is_file() and not hidden and not replaced:
                 yield str(name)
 

@@ -22,6 +22,8 @@ from .weight_map import INDEX_NAME, SINGLE_NAME, explicit_name, parse_weight_map
 
 # Everything transformers reads beside the weights. Never pickles.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+CONFIG_NAME = "config.json"
+MODELOPT_CONFIG_NAME = "hf_quant_config.json"
 _MAX_CONFIG_BYTES = 16 << 20
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -39,23 +41,38 @@ class Checkpoint:
         return self.config().get("quantization_config") is not None
 
     def config(self) -> dict[str, Any]:
-        """`config.json` as a dict; raises `CheckpointError` when it is missing or no JSON object."""
-        path = self.root / "config.json"
-        try:
-            if path.stat().st_size > _MAX_CONFIG_BYTES:
-                raise CheckpointError(f"{path}: larger than {_MAX_CONFIG_BYTES:,} bytes; this is no model config")
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        """`config.json` as a dict; raises `CheckpointError` when it is missing or no JSON object.
+
+        What older ModelOpt exports say about their quantization, in a file of its own, is its `quantization_config`.
+        """
+        config = _json_object(self.root / CONFIG_NAME)
+        if config is None:
+            raise CheckpointError(f"{self.root}: has no config.json; give the folder or hub id of a transformers model")
+        said = config.get("quantization_config")
+        if said is not None and not isinstance(said, dict):
             raise CheckpointError(
-                f"{self.root}: has no config.json; give the folder or hub id of a transformers model"
-            ) from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download it again") from None
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path}: holds a {type(config).__name__}, expected a JSON object")
-        return config
+                f"{self.root / CONFIG_NAME}: quantization_config is a {type(said).__name__}, expected a JSON object; "
+                f"copy or download it again"
+            )
+        apart = None if said is not None else _json_object(self.root / MODELOPT_CONFIG_NAME)
+        return config if apart is None else {**config, "quantization_config": {"quant_method": "modelopt", **apart}}
+
+
+def _json_object(path: Path) -> dict[str, Any] | None:
+    """What a JSON file holds, `None` without the file; raises `CheckpointError` for anything but an object."""
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{path}: larger than {_MAX_CONFIG_BYTES:,} bytes; this is no model config")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download it again") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds a {type(config).__name__}, expected a JSON object")
+    return config
 
 
 def resolve(model_id: str | Path, revision: str | None = None) -> Checkpoint:

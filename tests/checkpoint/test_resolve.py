@@ -151,3 +151,12 @@ def test_broken_config(tmp_path: Path, content: bytes | None, says: str):
 def test_config(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert resolve(tmp_path).config() == {"model_type": "llama"}
+
+
+@pytest.mark.parametrize("said", [["awq"], "awq", 4])
+def test_a_quantization_config_that_is_no_object(said: object, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
+    with pytest.raises(
+        CheckpointError, match=f"quantization_config is a {type(said).__name__}, expected"
+    ):
+        resolve(tmp_path).config()

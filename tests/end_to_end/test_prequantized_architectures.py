@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from architectures import ALL, Architecture, logits
 from quantized_copies import METHODS, quantized_copy
 from quantized_models import quantized_modules, weight_names
-from quantload import LoadOptions, load_quantized
+from quantload import LoadOptions, convert_checkpoint, load_quantized
 from quantload.errors import CheckpointError, UnsupportedCheckpointError
 
 Checkpoint = Callable[[str], Path]
@@ -78,6 +79,21 @@ def test_quantizing_anew_gives_the_bytes_of_what_the_codes_stand_for(
         other = got.state_dict()[key]
         if not same:
             assert torch.equal(other.view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+def test_a_config_of_modelopt_in_a_file_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quantized, _ = quantized_copy(tmp_path, checkpoint("llama"), *METHODS["nvfp4"])
+    want = load_quantized(quantized, "quark_mxfp4").state_dict()
+    config = json.loads((quantized / "config.json").read_text())
+    said = config.pop("quantization_config")
+    (quantized / "config.json").write_text(json.dumps(config))
+    apart = {"producer": {"name": "modelopt"}, "quantization": {k: v for k, v in said.items() if k != "quant_method"}}
+    (quantized / "hf_quant_config.json").write_text(json.dumps(apart))
+    got = load_quantized(quantized, "quark_mxfp4").state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+    convert_checkpoint(quantized, tmp_path / "out", "quark_mxfp4")
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+    assert load_quantized(tmp_path / "out").load_report.quantization == "prequantized"
 
 
 def test_nvfp4_is_only_read_to_be_quantized_anew(checkpoint: Checkpoint, tmp_path: Path) -> None:

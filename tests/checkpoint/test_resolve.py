@@ -156,7 +156,5 @@ def test_config(tmp_path: Path):
 @pytest.mark.parametrize("said", [["awq"], "awq", 4])
 def test_a_quantization_config_that_is_no_object(said: object, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
-    with pytest.raises(
-        CheckpointError, match=f"quantization_config is a {type(said).__name__}, expected"
-    ):
+    with pytest.raises(CheckpointError, match=f"quantization_config is a {type(said).__name__}, expected"):
         resolve(tmp_path).config()

@@ -25,8 +25,7 @@ linear(x, codes, scales, bias, n_rows, k) -> Tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -34,13 +33,14 @@ import torch
 
 from .arrangement import Arrangement
 from .differentiable import Experts, Linear
-from .experts import ExpertsByLinear
-from .formats import FORMATS, INT4FP8_CHANNEL, INTEGERS, MX, RowMultiplied, WeightFormat
-from .gpu_matmul import GpuMatmul, gpu_matmuls
-from .gpu_quantize import GpuQuantize, format_on, gpu_quantizers, stored_format
+from .formats import FORMATS, WeightFormat
+from .gpu_quantize import format_on, stored_format
 from .gpu_target import GpuTarget
-from .reference import Reading
-from .row_multiplied import MULTIPLIED
+from .implementations import NUMBA_FORMATS as NUMBA_FORMATS
+from .implementations import SCALE_MODES as SCALE_MODES
+from .implementations import SCALING, implementations
+from .implementations import Kernel as Kernel
+from .implementations import NoKernel as NoKernel
 
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear", "experts")
 
@@ -48,57 +48,6 @@ PLATFORMS: Mapping[str, GpuTarget | None] = MappingProxyType(
     {"cpu": None, **{name: GpuTarget(name) for name in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")}}
 )
 """What kernels are written for: any CPU, and GPUs by their architecture."""
-
-NUMBA_FORMATS = (
-    *(
-        "mxfp4",
-        "mxfp4_rows",
-        "mxfp6_e2m3",
-        "mxfp6_e3m2",
-        "mxfp8",
-        "fp8_channel",
-        "fp8_tensor",
-        "fp8_block",
-        "int8_channel",
-    ),
-    *(fmt.name for fmt in (INT4FP8_CHANNEL, *INTEGERS)),
-)
-
-
-SCALE_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"default": tuple(FORMATS), "mse": tuple(fmt.name for fmt in MX)}
-)
-"""The formats that have each way to choose scales: by the format's own rule, or by the least squared error."""
-SCALING = ("quantize", "finish_scales")
-"""The operations that differ between the scale modes."""
-
-
-class NoKernel(LookupError):
-    """No kernel can serve; the message gives every candidate with its reason."""
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One implementation of one operation of one format; `device_type` None serves every device."""
-
-    name: str
-    operation: str
-    format: str
-    device_type: str | None
-    function: Callable[..., Any]
-    unavailable: Callable[[torch.device], str | None]
-    """Why the kernel cannot run on a device, or None when it can."""
-    lacks: Callable[[GpuTarget | None], str | None]
-    """The same of hardware that need not be here, with everything installed; None is a CPU."""
-    arrangement: Arrangement | None = None
-    """What loaded weights go through for `linear` or `experts`; None: they stay canonical."""
-    rounds_activations: bool = False
-    """Whether a matmul rounds its activations to what goes with the format, dynamically."""
-    needs: str = ""
-    """A package that installing quantload does not bring."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -134,7 +83,7 @@ def candidates(
         modes = ", ".join(mode for mode, formats in SCALE_MODES.items() if format_name in formats)
         raise NoKernel(f"{format_name} has no scale mode {scale_mode!r}; it has {modes}")
     target, mode = torch.device(device), scale_mode if operation in SCALING else "default"
-    return [(kernel, _reason(kernel, target)) for kernel in _kernels(operation, format_name, mode)]
+    return [(kernel, _reason(kernel, target)) for kernel in implementations(operation, format_name, mode)]
 
 
 def platform_kernels(operation: str, format_name: str, platform: str) -> list[Kernel]:
@@ -145,7 +94,7 @@ def platform_kernels(operation: str, format_name: str, platform: str) -> list[Ke
     if platform not in PLATFORMS:
         raise NoKernel(f"unknown platform {platform!r}; platforms are {', '.join(PLATFORMS)}")
     target = PLATFORMS[platform]
-    found = _kernels(operation, format_on(format_name, target), "default")
+    found = implementations(operation, format_on(format_name, target), "default")
     return [kernel for kernel in found if kernel.lacks(target) is None]
 
 
@@ -242,141 +191,3 @@ def _reason(kernel: Kernel, device: torch.device) -> str | None:
     if kernel.device_type is not None and kernel.device_type != device.type:
         return f"runs on {kernel.device_type} only, not on {device.type}"
     return kernel.unavailable(device)
-
-
-@cache
-def _kernels(operation: str, format_name: str, scale_mode: str) -> tuple[Kernel, ...]:
-    """All kernels of an operation of a format, best first; a backend for another device is one more entry here."""
-    fmt = FORMATS[format_name]
-    if isinstance(fmt, RowMultiplied) and operation in MULTIPLIED:
-        return tuple(_multiplied(kernel, fmt) for kernel in _kernels(operation, fmt.blocks.name, scale_mode))
-    on_cpu = _numba_function(operation, format_name, scale_mode)
-    return (
-        *_gpu_kernels(operation, format_name, scale_mode),
-        Kernel("numba", operation, format_name, "cpu", on_cpu, _numba_reason(format_name), _numba_lacks(format_name)),
-        _torch_kernel(operation, format_name, scale_mode),
-    )
-
-
-def _multiplied(kernel: Kernel, fmt: RowMultiplied) -> Kernel:
-    """A kernel of the blocks of a format, with the multipliers; arranged scales have no place for them."""
-    made = replace(kernel, format=fmt.name, function=MULTIPLIED[kernel.operation](fmt, kernel.function))
-    if kernel.arrangement is None:
-        return made
-    return replace(made, unavailable=_arranged, lacks=_arranged, arrangement=None)
-
-
-def _arranged(where: torch.device | GpuTarget | None) -> str:
-    return "brings scales into an order of its own, where multipliers of rows have no place"
-
-
-def _gpu_kernels(operation: str, format_name: str, scale_mode: str) -> tuple[Kernel, ...]:
-    fmt = FORMATS[format_name]
-    found: list[GpuMatmul | GpuQuantize] = [*gpu_matmuls(operation, fmt), *gpu_quantizers(operation, fmt, scale_mode)]
-    return tuple(
-        Kernel(
-            k.name,
-            operation,
-            format_name,
-            "cuda",
-            k,
-            k.unavailable,
-            k.hardware_lacks,
-            getattr(k, "arrangement", None),
-            getattr(k, "rounds_activations", False),
-            getattr(k, "needs", ""),
-        )
-        for k in found
-    )
-
-
-def _numba_function(operation: str, format_name: str, scale_mode: str) -> Callable[..., Any]:
-    if operation == "experts":
-        return ExpertsByLinear(FORMATS[format_name], _Numba("linear", format_name, scale_mode))
-    return _Numba(operation, format_name, scale_mode)
-
-
-class _Numba:
-    """A CPU operation that imports numba when it is first called."""
-
-    def __init__(self, operation: str, format_name: str, scale_mode: str) -> None:
-        self.operation, self.format_name, self.scale_mode = operation, format_name, scale_mode
-        self.function: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.function is None:
-            from .cpu import numba_kernels
-
-            self.function = getattr(numba_kernels(self.format_name, self.scale_mode), self.operation)
-        return self.function(*args, **kwargs)
-
-
-def _torch_kernel(operation: str, format_name: str, scale_mode: str) -> Kernel:
-    reference = _references(scale_mode)[format_name]
-    if operation == "experts":
-        function: Callable[..., Any] = ExpertsByLinear(reference.codec.format, reference.linear)
-    elif hasattr(reference, operation):
-        function = getattr(reference, operation)
-    else:
-        return Kernel("torch", operation, format_name, None, _never, _only_read, _only_read)
-    return Kernel("torch", operation, format_name, None, function, _torch_unavailable, _lacks_nothing)
-
-
-def _references(scale_mode: str) -> Mapping[str, Reading]:
-    from . import fp8, int8, integer, mx, mx_mse, mxfp4, mxfp4_rows, nvfp4
-
-    if scale_mode == "mse":
-        return mx_mse.references
-    return {
-        "mxfp4": mxfp4.reference,
-        "mxfp4_rows": mxfp4_rows.reference,
-        "int8_channel": int8.reference,
-        "nvfp4": nvfp4.reference,
-        **fp8.references,
-        **mx.references,
-        **integer.references,
-    }
-
-
-def _never(*_: Any, **__: Any) -> None:
-    raise NoKernel("this format is only read")
-
-
-def _lacks_nothing(target: GpuTarget | None) -> str | None:
-    return None
-
-
-def _only_read(where: torch.device | GpuTarget | None) -> str | None:
-    return "the format is only read, to be quantized anew; choose another one to quantize to"
-
-
-def _numba_reason(format_name: str) -> Callable[[torch.device], str | None]:
-    return _numba_unavailable if format_name in NUMBA_FORMATS else _no_numba_kernels
-
-
-def _numba_lacks(format_name: str) -> Callable[[GpuTarget | None], str | None]:
-    no_kernels = None if format_name in NUMBA_FORMATS else "has no kernels for this format"
-    return lambda target: no_kernels if target is None else "runs on cpu only"
-
-
-def _no_numba_kernels(device: torch.device) -> str | None:
-    return "has no kernels for this format"
-
-
-@cache
-def _numba_unavailable(device: torch.device) -> str | None:
-    import importlib.util
-    import os
-    import sys
-
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed"
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        return "NUMBA_DISABLE_JIT is set"
-    if sys.byteorder != "little":
-        return "the kernels assume a little-endian processor"
-    return None
-
-
-def _torch_unavailable(device: torch.device) -> str | None:
-    return "the meta device holds no data" if device.type == "meta" else None

@@ -161,7 +161,7 @@ def test_every_code_byte_dequantizes_to_its_meaning(runner):
     fmt = runner.format
     if fmt.name == "int8_channel":
         codes, values = torch.arange(-128, 128).to(torch.int8), [float(c) for c in range(-128, 128)]
-    elif fmt.name == "mxfp4":
+    elif fmt.name in ("mxfp4", "mxfp4_rows"):
         codes, values = torch.arange(256, dtype=torch.uint8), small_floats(2, 1, 1)
         values = [values[c] for byte in range(256) for c in (byte & 15, byte >> 4)]
     elif fmt.scale_words == 2:  # the zero point is 2, as the scale is
@@ -182,6 +182,8 @@ def test_every_code_byte_dequantizes_to_its_meaning(runner):
         if fmt.scale_dtype == torch.uint8
         else scales.to(fmt.scale_dtype)
     )
+    if fmt.name == "mxfp4_rows":
+        scales[:, -4:] = torch.ones(1).view(torch.uint8)  # the multiplier of the row
     got = runner.dequantize(codes.view(1, -1), scales, (1, len(values)))
     want = 2 * torch.tensor([values])
     assert torch.equal(got.view(torch.int32), want.view(torch.int32))

@@ -26,9 +26,17 @@ def torch_threads(count: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "n_rows", "k"), [(1, 96, 128), (3, 600, 100), (8, 257, 96), (17, 1025, 320), (26, 40, 64), (0, 40, 64)]
+    ("tokens", "n_rows", "k", "bias_kind"),
+    [
+        (1, 96, 128, None),
+        (3, 600, 100, "as x"),
+        (8, 257, 96, torch.float32),
+        (17, 1025, 320, torch.float32),
+        (26, 40, 64, "as x"),
+        (0, 40, 64, None),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("bias_kind", [None, "as x", torch.float32], ids=str)
 def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows, k, bias_kind):
     generator = torch.Generator().manual_seed(tokens)
     weight = (torch.randn(n_rows, k, generator=generator) * 0.05).bfloat16()

@@ -53,7 +53,8 @@ def decoded_tiles(target: GpuTarget, tokens: int, k: int, itemsize: int = 2) -> 
     if itemsize == 4:
         return Tiles(16, 64, 64, 4, 2) if few else Tiles(32, 64, 32, 8, 2)
     if few:
-        return _dividing(Tiles(_fitting(tokens, 32), 64, 128, 4, stages), k, 64)
+        columns = 64 if tokens > 16 and target.capability >= 100 else 128  # more would spill there with small groups
+        return _dividing(Tiles(_fitting(tokens, 32), 64, columns, 4, stages), k, 64)
     return _dividing(Tiles(128 if tokens > 64 else 64, 128, 64, 8, stages), k, 32)
 
 

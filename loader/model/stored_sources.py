@@ -18,7 +18,7 @@ from .routes import CheckpointMap
 
 @dataclass(frozen=True)
 class StoredModule:
-    """The stored weights of one module by parameter; all of one format, and with one kind of activations."""
+    """The stored weights of one module by parameter; one that is kept as stored has them all in one format."""
 
     weights: Mapping[str, Sequence[StoredWeight]]
 
@@ -29,18 +29,27 @@ class StoredModule:
 
     @property
     def format(self) -> WeightFormat:
-        """The format of all of them."""
+        """The format of all of them; raises `UnsupportedCheckpointError` where they differ, activations included."""
+        kinds = {(weight.format.name, _kind(weight.activations)): weight.name for weight in self._all()}
+        if len(kinds) > 1:
+            listed = "; ".join(f"{name} is {fmt}, activations {kind}" for (fmt, kind), name in kinds.items())
+            raise UnsupportedCheckpointError(
+                f"the parts of one module are quantized differently: {listed}; choose a quantization for them all "
+                f"with --quantization"
+            )
         return self.first.format
+
+    def is_in(self, *formats: str) -> bool:
+        """Whether all of them are in one of these formats already."""
+        return {weight.format.name for weight in self._all()} <= {*formats}
+
+    def _all(self) -> list[StoredWeight]:
+        return [weight for weights in self.weights.values() for weight in weights]
 
     @property
     def activations(self) -> StoredActivations | None:
         """What the config says about the module's input; the scale is that of one weight."""
         return self.first.activations
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of them in the checkpoint."""
-        return sum(weight.nbytes for weights in self.weights.values() for weight in weights)
 
     def has_zero_points(self, parameter: str) -> bool:
         """Whether the weights of a parameter come with zero points of their own."""
@@ -60,12 +69,6 @@ class StoredSources:
         self.weights = dict(stored.weights)
         self._plain = stored.plain
         self._names = {name: conversion.names() for name, (_, conversion) in mapped.coordinates.items()}
-        whole = [name for conversion in mapped.not_expressible for name in conversion.names() if name in self.weights]
-        if whole:
-            raise UnsupportedCheckpointError(
-                f"{whole[0]} is stored quantized, and transformers computes its parameter from values: load the "
-                f"checkpoint this one was made from"
-            )
 
     @property
     def entries(self) -> dict[str, TensorEntry | StoredWeight]:
@@ -87,7 +90,7 @@ class StoredSources:
     def module(self, parameters: Sequence[str]) -> StoredModule | None:
         """The stored weights of a module with these parameters; `None` if it has none.
 
-        Raises `CheckpointError` and `UnsupportedCheckpointError` for modules whose parts are stored differently.
+        Raises `CheckpointError` for a module of which only a part is quantized.
         """
         weights = {parameter: self.of(parameter) for parameter in parameters}
         together = [weight for found in weights.values() for weight in found]
@@ -96,13 +99,6 @@ class StoredSources:
         for parameter, found in weights.items():
             if not found:
                 raise CheckpointError(f"{parameter} is not quantized, and {together[0].name} of the same module is")
-        kinds = {(weight.format.name, _kind(weight.activations)): weight.name for weight in together}
-        if len(kinds) > 1:
-            listed = "; ".join(f"{name} is {fmt}, activations {kind}" for (fmt, kind), name in kinds.items())
-            raise UnsupportedCheckpointError(
-                f"the parts of one module are quantized differently: {listed}; choose a quantization for them all "
-                f"with --quantization"
-            )
         return StoredModule(weights)
 
     def linear(self, parameter: str) -> StoredModule | None:
@@ -111,7 +107,7 @@ class StoredSources:
         Where it is made of several tensors with one scale each, every row keeps its own: nothing is merged.
         """
         module = self.module([parameter])
-        fused = module is not None and module.format is FP8_TENSOR and len(module.weights[parameter]) > 1
+        fused = module is not None and module.is_in(FP8_TENSOR.name) and len(module.weights[parameter]) > 1
         return self.adapt(module, FP8_CHANNEL) if fused and module is not None else module
 
     def adapt(self, module: StoredModule, fmt: WeightFormat) -> StoredModule:

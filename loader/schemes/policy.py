@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..errors import PolicyError, UnmatchedPatternError
-from ..kernels.formats import FNUZ, WeightFormat
+from ..kernels.formats import FNUZ, FORMATS, WeightFormat
 from ..options import QuantizationPolicy
 from .base import LinearScheme, MoEScheme
 from .prequantized import NAME as PREQUANTIZED
@@ -50,6 +50,7 @@ class StoredKind(Protocol):
     def format(self) -> WeightFormat: ...
     @property
     def activations(self) -> StoredActivations | None: ...
+    def is_in(self, *formats: str) -> bool: ...
 
 
 class Policy:
@@ -135,7 +136,10 @@ class Policy:
 
 def _keeps(scheme: LinearScheme | MoEScheme | None, stored: StoredKind) -> bool:
     """Whether a module stays as it is stored: nothing is wanted, or nothing would change."""
-    return scheme is None or scheme.kernels.format.name in (stored.format.name, FNUZ.get(stored.format.name))
+    if scheme is None:
+        return True
+    wanted = scheme.kernels.format.name
+    return stored.is_in(*(name for name in FORMATS if wanted in (name, FNUZ.get(name))))
 
 
 def choose_policy(

@@ -71,8 +71,8 @@ def quantize_integers(
         MIDDLE: tl.constexpr = (LARGEST + SMALLEST) / 2
         distance = code - zero[:, :, None]
         error = tl.where(inside, tl.abs(values - distance.to(tl.float32) * scale[:, :, None]), 0.0)
-        # squares of float32 near 1, whatever the scale
-        exponent = scale.to(tl.int32, bitcast=True) >> 23
+        # Squares of float32 near 1 and below, whatever the weights: no error is larger than its weight, zero is a code.
+        exponent = tl.maximum(tl.maximum(high, low) >> 23, 1)
         unit = power_of_two(exponent).to(tl.float64)
         near = values * power_of_two(254 - exponent)[:, :, None]
         off = error * power_of_two(254 - exponent)[:, :, None]

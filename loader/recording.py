@@ -50,6 +50,8 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.ledger.stop()
+        if error is not None:
+            self._let_go()
 
     def expect(self, plan: LoadPlan, assignments: list[Assignment]) -> None:
         """What is going to be loaded."""
@@ -127,8 +129,12 @@ class Recorder:
             cache=cache,
         )
         self._log(report)
-        self._plan, self._assignments = None, {}
+        self._let_go()
         return report
+
+    def _let_go(self) -> None:
+        """Forget the model: its closures call `on_layer`, and a cycle would keep both until the collector ran."""
+        self._plan, self._assignments = None, {}
 
     def _log(self, report: LoadReport) -> None:
         logs.log_increase(self.ledger.increase_bytes)

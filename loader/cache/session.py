@@ -55,8 +55,11 @@ class NoCache:
     result: CacheResult | None = None
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions, on_layer: OnFinished) -> None:
-        self.on_layer = on_layer
-        self._checkpoint, self._options = checkpoint, options
+        self._checkpoint, self._options, self._finish_layer = checkpoint, options, on_layer
+
+    def on_layer(self, name: str, statistics: Tensor | None, process: Process) -> None:
+        """A layer is complete."""
+        self._finish_layer(name, statistics, process)
 
     def attempt(self, load: Callable[[], T]) -> T:
         """What `load` returns."""
@@ -80,11 +83,19 @@ class FolderCache(NoCache):
     def __init__(
         self, folder: Path, checkpoint: Checkpoint, options: LoadOptions, on_layer: OnFinished, trust_remote_code: bool
     ) -> None:
-        super().__init__(checkpoint, options, self._hand_over)
-        self._folder, self._trust_remote_code, self._finish_layer = folder, trust_remote_code, on_layer
+        super().__init__(checkpoint, options, on_layer)
+        self._folder, self._trust_remote_code = folder, trust_remote_code
         self._store = Store(folder, options.cache_bytes)
         self._damaged = False
         self._recording: EntryRecording | None = None
+
+    def on_layer(self, name: str, statistics: Tensor | None, process: Process) -> None:
+        """A layer is complete: it finishes as it would without a cache, after it was written."""
+        finish = functools.partial(super().on_layer, name, statistics, process)
+        if self._recording is None:
+            finish()
+        else:
+            self._recording.take(name, statistics, finish)
 
     def attempt(self, load: Callable[[], T]) -> T:
         """What `load` returns; it is called again, and looks for no entry, where that proves to be damaged."""
@@ -184,14 +195,6 @@ class FolderCache(NoCache):
 
     def _warn(self, error: OSError) -> None:
         logger.warning("Cache: nothing was written to %s: %s", self._folder, error.strerror or error)
-
-    def _hand_over(self, name: str, statistics: Tensor | None, process: Process) -> None:
-        """A layer is complete: it finishes as it would without a cache, after it was written."""
-        finish = functools.partial(self._finish_layer, name, statistics, process)
-        if self._recording is None:
-            finish()
-        else:
-            self._recording.take(name, statistics, finish)
 
 
 def open_cache(checkpoint: Checkpoint, options: LoadOptions, on_layer: OnFinished, trust_remote_code: bool) -> NoCache:

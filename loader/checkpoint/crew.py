@@ -19,14 +19,14 @@ class Stopped(Exception):
 
 
 class Crew:
-    """`count` threads named `quantload-reader-N` that run `body(crew, N)`.
+    """`count` threads named `quantload-reader-N`.
 
-    A body looks at `stopping` often and leaves by raising `Stopped`. Inside the threads torch runs on one
-    thread, since the workers are the parallelism; elsewhere its setting is unchanged.
+    Inside the threads torch runs on one thread, since the workers are the parallelism; elsewhere its setting is
+    unchanged.
     """
 
-    def __init__(self, count: int, body: Callable[[Crew, int], None], cancel: threading.Event | None) -> None:
-        self._body = body
+    def __init__(self, count: int, cancel: threading.Event | None) -> None:
+        self._count = count
         self._cancel = cancel
         self._stop = False
         self._left_early = False
@@ -34,10 +34,7 @@ class Crew:
         self._running = count
         self._finished = threading.Event()
         self._ready = threading.Semaphore(0)
-        self._threads = [
-            threading.Thread(target=self._run, args=(number,), name=f"quantload-reader-{number}")
-            for number in range(count)
-        ]
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
 
     @property
@@ -45,12 +42,17 @@ class Crew:
         """Whether workers should leave: something failed, or the load was cancelled."""
         return self._stop or (self._cancel is not None and self._cancel.is_set())
 
-    def work(self, on_tick: Callable[[], None] | None = None) -> None:
-        """Runs the workers to their end, calling `on_tick` in this thread ten times a second.
+    def work(self, body: Callable[[Crew, int], None], on_tick: Callable[[], None] | None = None) -> None:
+        """Runs `body(crew, N)` in thread N, to the end of all, calling `on_tick` in this thread ten times a second.
 
-        Raises the first error of a worker, the others added to it as notes, or `LoadCancelledError` when the cancel
-        event made one leave. Whatever happens, KeyboardInterrupt included, no thread is left when it returns.
+        A body looks at `stopping` often and leaves by raising `Stopped`. Raises the first error of a worker, the others
+        added to it as notes, or `LoadCancelledError` when the cancel event made one leave. Whatever happens,
+        KeyboardInterrupt included, no thread is left when it returns.
         """
+        self._threads = [
+            threading.Thread(target=self._run, args=(body, number), name=f"quantload-reader-{number}")
+            for number in range(self._count)
+        ]
         try:
             with _one_torch_thread():
                 for thread in self._threads:
@@ -77,7 +79,7 @@ class Crew:
             # The traceback refers to this frame; a cycle would keep what it holds until the next collection.
             del first, others
 
-    def _run(self, number: int) -> None:
+    def _run(self, body: Callable[[Crew, int], None], number: int) -> None:
         try:
             try:
                 # Asking first makes torch initialise this thread, which would undo the setting later.
@@ -85,7 +87,7 @@ class Crew:
                 torch.set_num_threads(1)
             finally:
                 self._ready.release()
-            self._body(self, number)
+            body(self, number)
         except Stopped:
             self._left_early = True
         except BaseException as error:
@@ -108,6 +110,8 @@ class Crew:
                 except KeyboardInterrupt as error:
                     # A second Ctrl-C must not leave threads behind; they are leaving already.
                     interrupted = error
+        # A thread that could not be started still refers to this crew and the body.
+        self._threads.clear()
         if interrupted is not None:
             raise interrupted
 

@@ -82,9 +82,9 @@ class PieceReader:
             with working_memory(self._device, self.workers, self._chunk_bytes) as memory:
                 batches = plan_batches(pieces, memory.slot_bytes, self._source.read_bytes)
                 work = _Work(self._source, self._paths, memory, batches)
-                crew = Crew(min(self.workers, max(1, len(batches))), work.take_part, self._cancel)
+                crew = Crew(min(self.workers, max(1, len(batches))), self._cancel)
                 report = self._on_progress
-                crew.work(None if report is None else lambda: report(work.bytes_read))
+                crew.work(work.take_part, None if report is None else lambda: report(work.bytes_read))
                 if report is not None:
                     report(work.bytes_read)
                 return ReadTotals(work.bytes_read, time.perf_counter() - start, memory.peak_bytes)
@@ -112,18 +112,19 @@ class _Work:
         self.batches = batches
         # Threads share the iterator: the interpreter makes each step of it atomic.
         self.numbers = iter(range(len(batches)))
-        self._workers: list[_Worker] = []
+        self._tallies: list[_Tally] = []
 
     @property
     def bytes_read(self) -> int:
         """Bytes read so far by all workers."""
-        return sum(worker.bytes_read for worker in tuple(self._workers))
+        return sum(tally.bytes_read for tally in tuple(self._tallies))
 
     def take_part(self, crew: Crew, number: int) -> None:
         """Takes batches in order until there are none left."""
         with self.memory.workspace() as workspace:
-            worker = _Worker(self, crew, workspace)
-            self._workers.append(worker)
+            tally = _Tally()
+            self._tallies.append(tally)
+            worker = _Worker(self, crew, workspace, tally)
             for index in self.numbers:
                 if crew.stopping:
                     raise Stopped
@@ -131,15 +132,22 @@ class _Work:
                 worker.handle(self.batches[index])
 
 
+@dataclass(slots=True)
+class _Tally:
+    """What one worker has read; counted by it alone, so without a lock."""
+
+    bytes_read: int = 0
+
+
 class _Worker:
     """One thread's part of a run."""
 
-    def __init__(self, work: _Work, crew: Crew, workspace: Workspace) -> None:
+    def __init__(self, work: _Work, crew: Crew, workspace: Workspace, tally: _Tally) -> None:
         self._work = work
         self._crew = crew
         self._source = work.source
         self._workspace = workspace
-        self.bytes_read = 0
+        self._tally = tally
 
     def read_ahead(self, index: int) -> None:
         """Asks for the batch a few places after `index`; the first batch asks for all up to there."""
@@ -186,7 +194,7 @@ class _Worker:
                 buffer = _checked(piece.target(), nbytes).copy_(buffer)
             elif position % ALIGNMENT:
                 buffer = self._workspace.aligned(buffer)
-            self.bytes_read += nbytes
+            self._tally.bytes_read += nbytes
             self._deliver(piece, buffer)
 
     def _fill(self, path: str, extents: Sequence[tuple[int, int]], memory: memoryview) -> None:
@@ -194,7 +202,7 @@ class _Worker:
             if self._crew.stopping:
                 raise Stopped
             self._source.read_into(path, offset, memory[position : position + count])
-            self.bytes_read += count
+            self._tally.bytes_read += count
 
     def _fill_device(self, path: str, extents: Sequence[tuple[int, int]], target: Tensor) -> None:
         for position, offset, count in sub_reads(extents, min(self._source.read_bytes, self._work.memory.slot_bytes)):
@@ -202,7 +210,7 @@ class _Worker:
                 raise Stopped
             self._source.read_into(path, offset, self._workspace.next_slot().memory[:count])
             self._workspace.write(target[position : position + count], count)
-            self.bytes_read += count
+            self._tally.bytes_read += count
 
     def _deliver(self, piece: Piece, buffer: Tensor) -> None:
         if piece.after is not None:

@@ -68,6 +68,9 @@ class Conversion:
     ) -> None:
         for writer in self._writers.values():
             writer.close()
+        # Writers and closures call back here: what they hold is free now, not at the collector's next round.
+        self._writers.clear()
+        self.sinks.clear()
 
     def begin(self) -> None:
         """Count what earlier runs finished, and what has no elements."""

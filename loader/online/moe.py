@@ -44,11 +44,15 @@ class MoeOnlineWeightLoader:
         storage = storage or FinalStorage(torch.device("cpu"))
         layouts: dict[str, WeightLayout] = layer.weight_layouts
         self._names = list(layouts)
-        self._layer, self._callbacks, self._on_finished = weakref.ref(layer), callbacks, on_finished
         parameters = {
             key: QuantizedParameter(layer, key, f"{name}.{key}", layout, storage) for key, layout in layouts.items()
         }
-        self.progress = LayerProgress(parameters, self._finish)
+        reference = weakref.ref(layer)  # neither the layer nor this loader may be kept alive by their own closures
+
+        def finish(statistics: Tensor) -> None:
+            on_finished(statistics, lambda: callbacks.setup_kernel(alive(reference)))
+
+        self.progress = LayerProgress(parameters, finish)
         self._quantizer = RegionQuantizer(
             self.progress, callbacks.quantize_expert, callbacks.observe_expert, callbacks.finish_scales
         )
@@ -82,6 +86,3 @@ class MoeOnlineWeightLoader:
         if shard_id not in SHARDS:
             raise ShapeMismatchError(f"shard_id is {shard_id!r}; choose one of {', '.join(SHARDS)}")
         return self._names[SHARDS[shard_id]]
-
-    def _finish(self, statistics: Tensor) -> None:
-        self._on_finished(statistics, lambda: self._callbacks.setup_kernel(alive(self._layer)))

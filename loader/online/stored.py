@@ -7,6 +7,7 @@ codes stand for, so that the same routes serve them.
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -32,21 +33,19 @@ class StoredProgress:
     """What has arrived of one layer; `finish` runs once, in the thread that brought the last region."""
 
     def __init__(self, parameters: Iterable[StoredParameter], finish: Callable[[], None]) -> None:
-        self._by_role = {
-            (id(loader.parameter), role): loader
-            for parameter in parameters
-            for role, loader in parameter.loaders.items()
-        }
-        self._loaders: list[Closure] = list(self._by_role.values())
-        self._incomplete = {id(loader) for loader in self._loaders}
+        # The closures hang on their parameters and hold this; a cycle would keep the memory of a model that is gone.
+        self._by_role = weakref.WeakValueDictionary[tuple[int, str], Closure]()
+        for parameter in parameters:
+            for role, loader in parameter.loaders.items():
+                self._by_role[id(loader.parameter), role] = loader
+                loader.progress = self
+        self._incomplete = {id(loader) for loader in self._by_role.values()}
         self._finish = finish
         self._lock = threading.Lock()
-        for loader in self._loaders:
-            loader.progress = self
 
     def loaders_of(self, parameter: QuantizedParameter) -> Iterator[Closure]:
         """All closures of one parameter."""
-        return (loader for loader in self._loaders if loader.parameter is parameter)
+        return (loader for loader in self._by_role.values() if loader.parameter is parameter)
 
     def loader(self, parameter: QuantizedParameter, role: str) -> Closure | None:
         """The closure of one tensor of a parameter; `None` for a role that it has no use for."""
@@ -63,8 +62,8 @@ class StoredProgress:
     def reset(self) -> None:
         """A reload begins."""
         with self._lock:
-            self._incomplete = {id(loader) for loader in self._loaders}
-        for loader in self._loaders:
+            self._incomplete = {id(loader) for loader in self._by_role.values()}
+        for loader in self._by_role.values():
             loader.forget()
 
 
@@ -81,6 +80,7 @@ class StoredParameter:
         for word, role in enumerate(words):
             if role == "scale" or filled is None:
                 self.loaders[role] = StoredScaleLoader(parameter, f" {role}", word, filled)
+        self.loaders["scale"].beside = self.loaders.get("zero_point")
 
 
 class StoredWeightLoader(ABC):
@@ -180,7 +180,12 @@ class StoredCodesLoader(StoredWeightLoader):
 
 
 class StoredScaleLoader(StoredWeightLoader):
-    """The closure of one word of a parameter's scales; beside a scale it may have to write a constant zero point."""
+    """The closure of one word of a parameter's scales; beside a scale it may have to write a constant zero point.
+
+    `beside` is the closure of the other word, which has no parameter of its own to hang on.
+    """
+
+    beside: StoredScaleLoader | None = None
 
     def __init__(self, parameter: QuantizedParameter, suffix: str, word: int, zero_point: float | None) -> None:
         super().__init__(parameter, suffix)

@@ -23,7 +23,7 @@ def wait_for_stop(crew: Crew, number: int) -> None:
 
 def test_runs_every_worker_under_its_name():
     names: set[str] = set()
-    Crew(3, lambda crew, number: names.add(f"{number} {threading.current_thread().name}"), None).work()
+    Crew(3, None).work(lambda crew, number: names.add(f"{number} {threading.current_thread().name}"))
     assert names == {f"{number} quantload-reader-{number}" for number in range(3)}
     assert alive() == []
 
@@ -35,7 +35,7 @@ def test_the_first_error_stops_the_others():
         wait_for_stop(crew, number)
 
     with pytest.raises(KeyError, match="what went wrong") as caught:
-        Crew(3, body, None).work()
+        Crew(3, None).work(body)
     assert caught.traceback[-1].name == "body", "the traceback leads to the place in the worker"
     assert alive() == []
 
@@ -50,7 +50,7 @@ def test_later_errors_become_notes():
             raise OSError(f"worker {number}") from None
 
     with pytest.raises(ValueError, match="first") as caught:
-        Crew(3, body, None).work()
+        Crew(3, None).work(body)
     assert sorted(caught.value.__notes__) == [f"another reader failed too: OSError: worker {n}" for n in (1, 2)]
 
 
@@ -58,14 +58,14 @@ def test_cancel():
     cancel = threading.Event()
     threading.Timer(0.05, cancel.set).start()
     with pytest.raises(LoadCancelledError, match="start it again"):
-        Crew(2, wait_for_stop, cancel).work()
+        Crew(2, cancel).work(wait_for_stop)
     assert alive() == []
 
 
 def test_cancel_after_the_work_is_done_changes_nothing():
     cancel = threading.Event()
     cancel.set()
-    Crew(2, lambda crew, number: None, cancel).work()
+    Crew(2, cancel).work(lambda crew, number: None)
 
 
 def test_ticks_in_the_calling_thread_and_their_errors_stop_the_work():
@@ -74,19 +74,21 @@ def test_ticks_in_the_calling_thread_and_their_errors_stop_the_work():
         raise RuntimeError("display is gone")
 
     with pytest.raises(RuntimeError, match="display is gone"):
-        Crew(2, wait_for_stop, None).work(tick)
+        Crew(2, None).work(wait_for_stop, tick)
     assert alive() == []
 
 
 def test_threads_that_cannot_start(monkeypatch: pytest.MonkeyPatch):
-    crew = Crew(3, wait_for_stop, None)
+    start = threading.Thread.start
 
-    def refuse() -> None:
-        raise RuntimeError("can't start new thread")
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "quantload-reader-1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
 
-    monkeypatch.setattr(crew._threads[1], "start", refuse)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        crew.work()
+        Crew(3, None).work(wait_for_stop)
     assert alive() == []
 
 
@@ -101,7 +103,7 @@ def test_torch_runs_on_one_thread_inside_and_as_before_outside():
 
     torch.set_num_threads(3)
     try:
-        Crew(2, body, None).work()
+        Crew(2, None).work(body)
         assert inside == [1, 1]
         assert torch.get_num_threads() == 3
         later: list[int] = []

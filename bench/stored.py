@@ -1,7 +1,7 @@
 """How fast quantized checkpoints are written, and load: kept as stored, and quantized anew, beside the BF16 one.
 
 One process. Each quantized checkpoint is converted from cold files first, next to reading the same bytes, and writing
-as many with an fsync, and doing nothing else. Then the loads take turns, page cache warm.
+as many with an fsync, and doing nothing else. Then the loads take turns, page cache warm, memory touched before.
 
     python bench/stored.py
     python bench/stored.py --scale 0.1 --rounds 3    # a quick look
@@ -20,7 +20,7 @@ from typing import Any
 
 from checkpoints import WORK_FOLDER, make, shards_of
 from goals import Goal, at_most, print_goals
-from load_process import read_files, set_page_cache
+from load_process import read_files, set_page_cache, touch_memory
 from machine import describe_machine, headline
 from markdown import markdown
 from quantload import LoadOptions, convert_checkpoint, load_quantized
@@ -82,8 +82,10 @@ def write_raw(path: Path, nbytes: int) -> float:
 def measure(checkpoints: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
     """Every load once a round, after one that is not counted: kernels are compiled and files read by then."""
     runs = []
+    touched = sum(path.stat().st_size for path in shards_of(checkpoints["BF16"]))  # more than any model has
     for number in range(rounds + 1):
         for name, scheme in LOADS:
+            touch_memory(touched)
             report = load_quantized(checkpoints[name], scheme, options=WARM).load_report
             names = ("seconds", "bytes_read", "final_bytes", "peak_bytes", "staging_peak_bytes")
             if number:

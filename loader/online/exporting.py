@@ -156,7 +156,7 @@ class ExportingLoader:
         offset = self._shard.plan.offsets[self._stem + part.name] + row * pitch + column
         # A tensor of one element is contiguous to torch with any stride, but then cannot be viewed as bytes.
         rows_of_bytes = data.contiguous().as_strided(data.shape, (data.shape[1], 1)).view(torch.uint8)
-        self._shard.write(offset, rows_of_bytes, pitch)
+        self._shard.write(offset, rows_of_bytes[:, : pitch - column].contiguous(), pitch)
 
     def _add(self, statistics: Tensor | None) -> None:
         if statistics is None:

@@ -93,7 +93,10 @@ def raw(tensor: Tensor) -> bytes:
 def check(got: dict[str, Tensor], stem: str, exported: ExportedWeight, codes: Tensor, scales: Tensor) -> None:
     for part in exported.parts:
         source = codes if part.source == "codes" else scales
-        assert raw(got[stem + part.name]) == raw(source if part.convert is None else part.convert(source)), part.name
+        want = source if part.convert is None else part.convert(source)
+        if not part.filled:  # K columns of codes, in bytes, without what fills up the last block
+            want = want[:, : got[stem + part.name].shape[1]]
+        assert raw(got[stem + part.name]) == raw(want), part.name
 
 
 @pytest.mark.parametrize(("tool", "format_name"), CASES)
@@ -110,7 +113,7 @@ def test_a_matrix_between_others(
     tool: str, format_name: str, rows: int, blocks: int, dtype: torch.dtype, chunk_bytes: int, workers: int, seed: int
 ) -> None:
     exported, scheme = TABLES[tool][format_name], scheme_of(format_name)
-    columns = exported.column_multiple * blocks if exported.column_multiple > 1 else 37 * blocks
+    columns = exported.column_multiple * blocks * (1 if exported.column_multiple >= 32 else 37)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         "a.bias": torch.randn(rows, generator=generator).to(dtype),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import stored_tensors
 import torch
@@ -77,6 +79,41 @@ def test_experts_read_back_to_an_online_load(scheme: str, form: str, golden: Pat
     assert {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "lm_head"} <= set(kept)
 
 
+@pytest.mark.parametrize("scheme", ["quark_mxfp4", "mxfp6_e2m3", "mxfp6_e3m2"])
+@pytest.mark.parametrize("name", ["llama_odd", "qwen3_moe_odd"])
+def test_blocks_that_are_not_full_read_back_as_quark_has_them(
+    name: str, scheme: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """K = 80, 112, 48, 40: scales of the last blocks, and no codes of what would fill them up."""
+    check(checkpoint(name), tmp_path / "out", scheme, "quark")
+    written, whole = load_file(tmp_path / "out/model.safetensors"), load_file(checkpoint(name) / "model.safetensors")
+    codes = [tensor for tensor in written if f"{tensor}_scale" in written]
+    assert codes
+    bits = 4 if scheme == "quark_mxfp4" else 6
+    for tensor in codes:
+        rows, columns = whole[tensor].shape
+        assert written[tensor].shape == (rows, columns * bits // 8)
+        assert written[f"{tensor}_scale"].shape == (rows, -(-columns // 32))
+    again = load_quantized(tmp_path / "out", "int8_per_channel", options=LoadOptions(chunk_bytes=4096))
+    module = next(module for module in again.modules() if hasattr(module, "scheme"))
+    assert module.scheme.name == "int8_per_channel"
+
+
+def test_columns_that_do_not_fill_a_byte(tmp_path: Path) -> None:
+    odd = architectures.BY_NAME["llama_odd"]
+    config = odd.config()
+    config.intermediate_size = 111
+    architectures.save(dataclasses.replace(odd, config=lambda: config), tmp_path / "odd")
+    with pytest.raises(
+        PolicyError,
+        match=r"2 modules .*model\.layers\.0\.mlp\.down_proj: .* has 111 columns, which are no multiple of 2, as quark "
+        r"needs for quark_mxfp4 \(quark holds them as fp8_per_tensor, fp8_per_channel, int8_per_channel\); .*override",
+    ):
+        convert_checkpoint(tmp_path / "odd", tmp_path / "out", "quark_mxfp4")
+    policy = QuantizationPolicy(overrides=(("*.down_proj", "fp8_per_channel"),))
+    check(tmp_path / "odd", tmp_path / "out", "quark_mxfp4", "quark", policy)
+
+
 @pytest.mark.parametrize("form", TOOLS)
 def test_several_schemes_in_one_checkpoint(form: str, golden: Path, tmp_path: Path) -> None:
     policy = QuantizationPolicy(
@@ -136,7 +173,13 @@ def test_gpt_oss_in_its_own_layout(options: LoadOptions, checkpoint: Callable[[s
         ("gpt_oss_odd", "mxfp4", GPT_OSS, r"2 modules .* has 40 columns, which are no multiple of 32"),
         ("llama4_text", "mxfp4", GPT_OSS, r"1 modules .* is not the weight of all experts"),
         ("gpt2", "quark", None, r"8 modules .*c_attn\.weight \[64, 192\] is stored transposed"),
-        ("llama_odd", "compressed-tensors", None, r"14 modules .* has 112 columns, which are no multiple of 32"),
+        (
+            "llama_odd",
+            "compressed-tensors",
+            None,
+            r"14 modules .* has 80 columns, which are no multiple of 32, as compressed-tensors needs for quark_mxfp4 "
+            r"\(--format quark holds them; compressed-tensors holds them as fp8_per_tensor, ",
+        ),
     ],
 )
 def test_every_module_that_cannot_be_written_is_named(

@@ -71,6 +71,31 @@ def test_int8_by_channel():
         stored_tensors.converted(weight.parts[2], tensors)
 
 
+@pytest.mark.parametrize(("dtype", "bits", "columns"), [("fp4", 4, 34), ("fp6_e2m3", 6, 36), ("fp8_e4m3", 8, 33)])
+def test_a_last_block_that_is_not_full(dtype, bits, columns):
+    """As Quark exports it: a scale for it, and the codes that are there."""
+    codes = torch.arange(4 * columns * bits // 8).reshape(4, -1).remainder(100).to(torch.uint8)
+    stored = codes.view(torch.float8_e4m3fn) if bits == 8 else codes
+    tensors = {"q.weight": stored, "q.weight_scale": torch.tensor([[127, 129]] * 4, dtype=torch.uint8)}
+    weight = stored_tensors.read(config({**MXFP4, "dtype": dtype}), tensors).weights["q.weight"]
+    assert weight.shape == (4, columns)
+    assert stored_tensors.converted(weight.parts[0], tensors).shape == (4, 8 * bits)
+    whole = torch.nn.functional.pad(codes, (0, 8 * bits - codes.shape[1]))
+    whole = {"q.weight": whole.view(stored.dtype), "q.weight_scale": tensors["q.weight_scale"]}
+    want = stored_tensors.read(config({**MXFP4, "dtype": dtype}), whole).weights["q.weight"]
+    got = stored_tensors.dequantized(weight, tensors)
+    assert torch.equal(got, stored_tensors.dequantized(want, whole)[:, :columns])
+    assert got.any()
+
+
+def test_mxfp6_in_bytes_that_are_no_whole_codes():
+    tensors = {"q.weight": torch.zeros(4, 25).byte(), "q.weight_scale": torch.full((4, 2), 127, dtype=torch.uint8)}
+    with pytest.raises(
+        CheckpointError, match=r"q\.weight has 25 bytes in a row, which are no whole number of codes of 6"
+    ):
+        stored_tensors.read(config({**MXFP4, "dtype": "fp6_e2m3"}), tensors)
+
+
 def test_mxfp8_and_fp8_by_block():
     codes = torch.ones(4, 64).to(torch.float8_e4m3fn)
     tensors = {"q.weight": codes, "q.weight_scale": torch.full((4, 2), 128, dtype=torch.uint8)}
@@ -285,7 +310,7 @@ def test_a_wrong_field_of_the_config_is_named(fields, message):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({**mxfp4("q"), "q.weight": torch.zeros(4, 24).byte()}, r"q\.weight has 24 bytes in a row, which are 48 codes"),
+        (mxfp4("q") | {"q.weight": torch.zeros(4, 48).byte()}, r"q\.weight_scale has the shape \[4, 2\]; .* \[4, 3\]"),
         ({**mxfp4("q"), "q.weight_scale": torch.zeros(4, 3).byte()}, r"q\.weight_scale has the shape \[4, 3\]"),
         ({**mxfp4("q"), "q.weight_scale": torch.zeros(4, 2)}, r"q\.weight_scale is float32"),
         ({**mxfp4("q"), "q.input_rotation": torch.zeros(2, 2)}, r"q\.input_rotation .*nothing that would read it"),

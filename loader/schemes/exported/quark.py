@@ -1,5 +1,9 @@
 """What AMD Quark 0.13 exports in its Hugging Face format: `weight` and `weight_scale`, described in Quark's own terms.
 
+Quark quantizes a last block along K that is not full as if zeros followed, and stores its scale and only the codes
+that are there, so K needs to be a multiple of the codes that are packed together and no more. Its own import expects
+whole blocks.
+
 Codes and scales are those of an online load. Quark writes scale byte 1 for a block of zeros and no negative zeros where
 an online load has byte 0 and keeps the sign. They stand for the same values; they are written as they are loaded, so
 that a checkpoint reads back to the very bytes.
@@ -13,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ...kernels.formats import WeightFormat
+from ...kernels.formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, WeightFormat
 from .weights import ExportedConstant, ExportedPart, ExportedWeight, ExportFormat, as_scalar, as_vector
 
 VERSION = "0.13"
@@ -33,12 +37,12 @@ def _layer(weight: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _mx(dtype: str) -> ExportedWeight:
+def _mx(dtype: str, fmt: WeightFormat) -> ExportedWeight:
     described = {
         "dtype": dtype, "ch_axis": -1, "group_size": 32, "observer_cls": "PerBlockMXObserver", "qscheme": "per_group",
         "scale_calculation_mode": "even", "scale_format": "e8m0", "symmetric": None,
     }  # fmt: skip
-    return ExportedWeight(_WEIGHT, _layer(described, described), column_multiple=32)
+    return ExportedWeight(_WEIGHT, _layer(described, described), column_multiple=fmt.packed)
 
 
 def _channel(dtype: str) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def _channel(dtype: str) -> dict[str, Any]:
     return _layer({**described, "ch_axis": 0}, {**described, "ch_axis": 1})
 
 
-_CODES = ExportedPart("weight", "codes")
+_CODES = ExportedPart("weight", "codes", filled=False)
 _WEIGHT = (_CODES, ExportedPart("weight_scale", "scales"))
 _WEIGHT_BY_ROW = (_CODES, ExportedPart("weight_scale", "scales", declared=as_vector))
 _WEIGHT_WHOLE = (_CODES, ExportedPart("weight_scale", "scales", declared=as_scalar))
@@ -55,9 +59,9 @@ _ZEROS_BY_ROW = ExportedConstant("weight_zero_point", lambda rows, _: torch.zero
 
 # Quark 0.13 has no kernel that reads MXFP8, nor one for blocks of FP8 that do not fill 128 x 128 elements.
 WEIGHTS: Mapping[str, ExportedWeight] = {
-    "mxfp4": _mx("fp4"),
-    "mxfp6_e2m3": _mx("fp6_e2m3"),
-    "mxfp6_e3m2": _mx("fp6_e3m2"),
+    "mxfp4": _mx("fp4", MXFP4),
+    "mxfp6_e2m3": _mx("fp6_e2m3", MXFP6_E2M3),
+    "mxfp6_e3m2": _mx("fp6_e3m2", MXFP6_E3M2),
     "fp8_tensor": ExportedWeight(_WEIGHT_WHOLE, _layer(_PER_TENSOR, _PER_TENSOR)),
     "fp8_channel": ExportedWeight(_WEIGHT_BY_ROW, _channel("fp8_e4m3")),
     "int8_channel": ExportedWeight(_WEIGHT_BY_ROW, _channel("int8"), (_ZEROS_BY_ROW,)),

@@ -45,6 +45,31 @@ def exported_weight(scheme: LinearScheme | MoEScheme, export: ExportFormat) -> E
         ) from None
 
 
+def why_not_columns(scheme: LinearScheme | MoEScheme, columns: int, export: ExportFormat) -> str:
+    """Why a checkpoint format cannot hold so many columns of a scheme, and what can; nothing if it can."""
+    fmt, experts = scheme.kernels.format.name, isinstance(scheme, MoEScheme)
+    if export.weights[fmt].divides(columns):
+        return ""
+    by_format: dict[str, str] = {}
+    for entry in ENTRIES:
+        kind = entry.experts if experts else entry.linear
+        if kind is not None:
+            by_format.setdefault(kind.format_name, entry.name)
+    schemes = [name for form, name in by_format.items() if _fits(export, form, columns)]
+    formats = [each.name for each in EXPORT_FORMATS.values() if _fits(each, fmt, columns)]
+    ways = [f"--format {formats[0]} holds them"] if formats and not export.weights[fmt].fused else []
+    ways += [f"{export.name} holds them as {', '.join(schemes)}"] if schemes else []
+    return (
+        f"has {columns} columns, which are no multiple of {export.weights[fmt].column_multiple}, as {export.name} "
+        f"needs for {scheme.name}{' (' + '; '.join(ways) + ')' if ways else ''}"
+    )
+
+
+def _fits(export: ExportFormat, format_name: str, columns: int) -> bool:
+    weight = export.weights.get(format_name)
+    return weight is not None and not weight.fused and weight.divides(columns)
+
+
 def _holds(export: ExportFormat, linear: type[LinearScheme] | None, experts: type[MoEScheme] | None) -> bool:
     kinds = [(scheme, scheme is experts) for scheme in (linear, experts) if scheme is not None]
     return bool(kinds) and all(export.holds(FORMATS[scheme.format_name], experts=own) for scheme, own in kinds)

@@ -21,7 +21,7 @@ from ..base import LinearScheme, MoEScheme
 from ..layout import WeightLayout
 from ..policy import name_reason
 from ..stored.weights import StoredWeight
-from .registry import exported_weight
+from .registry import exported_weight, why_not_columns
 from .weights import ExportedWeight, ExportFormat
 
 _NAME = "weight"
@@ -106,9 +106,9 @@ def plan_tensors(
         weight = exported_weight(scheme, export)
         if all(each is not None and each.scheme is scheme for each in owners):
             why = (
-                _why_not_fused(entry, assignment, weight)
+                _why_not_fused(entry, assignment, scheme, export)
                 if weight.fused
-                else _why_not(entry, spans, sinks, scheme, weight)
+                else _why_not(entry, spans, sinks, scheme, export)
             )
         else:
             why = "is one tensor for several modules, which get different schemes"
@@ -142,7 +142,7 @@ def _why_not(
     spans: Sequence[Span],
     sinks: Mapping[str, Sink],
     scheme: LinearScheme | MoEScheme,
-    weight: ExportedWeight,
+    export: ExportFormat,
 ) -> str:
     """Why a checkpoint tensor cannot become a quantized weight under its own name; nothing if it can."""
     if len(entry.shape) == 3:
@@ -152,22 +152,22 @@ def _why_not(
     rows, columns = entry.shape
     if any(span.column_stride != 1 or span.row_stride % columns or span.offset % columns for span in spans):
         return "is stored transposed, or its columns are taken apart"
-    if columns % weight.column_multiple:
-        return f"has {columns} columns, which are no multiple of {weight.column_multiple}"
+    if why := why_not_columns(scheme, columns, export):
+        return why
     layout = WeightLayout(scheme.kernels.format, None, (("", rows),), columns)
     if not all(sinks[span.parameter].whole(span.region) and layout.whole(_rows_of(span, columns)) for span in spans):
         return f"is scaled together with other tensors, or in parts, by {scheme.name}"
     return ""
 
 
-def _why_not_fused(entry: Source, assignment: Assignment, weight: ExportedWeight) -> str:
+def _why_not_fused(
+    entry: Source, assignment: Assignment, scheme: LinearScheme | MoEScheme, export: ExportFormat
+) -> str:
     """Why a checkpoint tensor cannot become the quantized weights of all experts; nothing if it can."""
     module: Any = assignment.module
     if assignment.kind != "experts" or len(entry.shape) != 3 or not module.is_transposed or module.is_concatenated:
         return "is not the weight of all experts of a layer as gpt-oss stores it"
-    if entry.shape[1] % weight.column_multiple:
-        return f"has {entry.shape[1]} columns, which are no multiple of {weight.column_multiple}"
-    return ""
+    return why_not_columns(scheme, entry.shape[1], export)
 
 
 def _matrix(
@@ -203,8 +203,8 @@ def _impossible(problems: Mapping[str, str], export: ExportFormat) -> PolicyErro
     shown = "; ".join(f"{module}: {why}" for module, why in list(problems.items())[:_PROBLEMS_SHOWN])
     more = f"; and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
     return PolicyError(
-        f"{len(problems)} modules cannot be written as {export.name}: {shown}{more}; keep them with ignore patterns, "
-        "or choose another scheme for them"
+        f"{len(problems)} modules cannot be written as {export.name}: {shown}{more}; keep them with ignore patterns "
+        "(--ignore), or choose another scheme for them (--override)"
     )
 
 

@@ -40,7 +40,8 @@ class ExportedPart:
     `name` follows on the stem that all tensors of a weight share. A row of it is made of `block` rows of the source,
     and is `width` times as long, in bytes. `convert` makes rows of it from rows of the source; `None`: the bytes are
     the same. `dtype` is what it is declared as (`None`: the source's), and `declared` turns the shape of the matrix
-    into the one in the header.
+    into the one in the header. `filled` says whether the zeros that fill up an incomplete last block of codes are
+    stored too.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ExportedPart:
     width: Fraction = Fraction(1)
     convert: Callable[[Tensor], Tensor] | None = None
     declared: Callable[[Shape], Shape] = as_it_is
+    filled: bool = True
 
     def spec(self, stem: str, layout: WeightLayout) -> TensorSpec:
         """Name, dtype and shape for a weight of this layout."""
@@ -69,7 +71,9 @@ class ExportedPart:
 
     def _source(self, layout: WeightLayout) -> tuple[Shape, torch.dtype]:
         if self.source == "codes":
-            return layout.code_shape, layout.format.code_dtype
+            matrix = layout.code_shape
+            shape = matrix if self.filled else (*matrix[:-1], layout.format.code_column(layout.columns))
+            return shape, layout.format.code_dtype
         return layout.scale_shape, layout.format.scale_dtype
 
 
@@ -100,6 +104,10 @@ class ExportedWeight:
     def row_align(self) -> int:
         """Rows a piece must come in multiples of, for every part to have whole rows."""
         return math.lcm(*(part.block for part in self.parts))
+
+    def divides(self, columns: int) -> bool:
+        """Whether weights of so many columns can be stored."""
+        return columns % self.column_multiple == 0
 
     def specs(self, stem: str, layout: WeightLayout) -> Iterator[TensorSpec]:
         """All tensors of one weight."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, NVFP4, WeightFormat
 from .modules import FLOATS, ONE, StoredModule
+from .packing import filled_up
 from .weights import StoredPart, StoredWeight
 
 Layout = Callable[[StoredModule], StoredWeight]
@@ -21,20 +22,25 @@ E8M0 = (torch.uint8, torch.float8_e8m0fnu)
 
 
 def mx(fmt: WeightFormat, codes: str = "weight", scale: str = "weight_scale") -> Layout:
-    """Codes as they are kept here [N, K * bits / 8], and one E8M0 byte for 32 of them [N, K / 32]."""
+    """Codes [N, K * bits / 8] in the order they are kept here, and one E8M0 byte for 32 of them [N, ceil(K / 32)].
+
+    The last block of a row may have fewer codes; those that it lacks here are zeros.
+    """
     code_dtypes = (*BYTES, torch.float4_e2m1fn_x2) if fmt.code_bits == 4 else (fmt.code_dtype,)
     why = f"a weight in {fmt.name}"
 
     def read(module: StoredModule) -> StoredWeight:
         entry = module.matrix(codes, code_dtypes, why=why)
         rows, columns = entry.shape[0], entry.shape[1] * 8 // fmt.code_bits
-        if fmt.code_shape(rows, columns) != entry.shape or columns % fmt.block_cols:
+        if columns * fmt.code_bits != entry.shape[1] * 8:
             raise CheckpointError(
-                f"{entry.name} has {entry.shape[1]} bytes in a row, which are {columns} codes; {why} has whole blocks "
-                f"of {fmt.block_cols} codes; the config is of another checkpoint, or the tensor is damaged"
+                f"{entry.name} has {entry.shape[1]} bytes in a row, which are no whole number of codes of "
+                f"{fmt.code_bits} bits; the config is of another checkpoint, or the tensor is damaged"
             )
         scales = module.shaped(scale, E8M0, (fmt.scale_shape(rows, columns),), why=why)
-        return module.weight(fmt, (rows, columns), (StoredPart("codes", entry), StoredPart("scale", scales)))
+        lacking = fmt.code_shape(rows, columns)[1] - entry.shape[1]
+        parts = StoredPart("codes", entry, 1, filled_up(lacking) if lacking else None), StoredPart("scale", scales)
+        return module.weight(fmt, (rows, columns), parts)
 
     return read
 

@@ -55,6 +55,11 @@ def plain_bytes(count: int) -> Callable[[Tensor], Tensor]:
     return partial(_plain_bytes, count)
 
 
+def filled_up(lacking: int) -> Callable[[Tensor], Tensor]:
+    """Codes, and so many bytes of zeros at the end of each row: what the last block of it lacks."""
+    return partial(_filled_up, lacking)
+
+
 def row_values(bits: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Numbers packed along the rows, [n * bits / 32, G] words, to [n, G] of `dtype`."""
     return partial(_row_values, bits, dtype)
@@ -85,6 +90,10 @@ def _unsigned_values(offset: int, dtype: torch.dtype, values: Tensor) -> Tensor:
 
 def _plain_bytes(count: int, words: Tensor) -> Tensor:
     return _bytes(words).view(words.shape[0], -1)[:, :count]
+
+
+def _filled_up(lacking: int, codes: Tensor) -> Tensor:
+    return torch.nn.functional.pad(codes.view(torch.uint8), (0, lacking))
 
 
 def _row_values(bits: int, dtype: torch.dtype, words: Tensor) -> Tensor:

@@ -32,10 +32,12 @@ class StoredModule:
         """The format of all of them; raises `UnsupportedCheckpointError` where they differ, activations included."""
         kinds = {(weight.format.name, _kind(weight.activations)): weight.name for weight in self._all()}
         if len(kinds) > 1:
-            listed = "; ".join(f"{name} is {fmt}, activations {kind}" for (fmt, kind), name in kinds.items())
+            listed = "; ".join(
+                f"{name} is {fmt}, activations {_described(kind)}" for (fmt, kind), name in kinds.items()
+            )
             raise UnsupportedCheckpointError(
-                f"the parts of one module are quantized differently: {listed}; choose a quantization for them all "
-                f"with --quantization"
+                f"the parts of one module are quantized differently and cannot be kept as stored: {listed}; name a "
+                f"quantization for them all, such as --quantization quark_mxfp4, or export them alike"
             )
         return self.first.format
 
@@ -121,8 +123,16 @@ class StoredSources:
         return StoredModule(adapted)
 
 
-def _kind(activations: StoredActivations | None) -> tuple[object, ...] | None:
-    return None if activations is None else dataclasses.astuple(dataclasses.replace(activations, scale=None))
+def _kind(activations: StoredActivations | None) -> StoredActivations | None:
+    """What weights of one module must have in common: all but the scale."""
+    return None if activations is None else dataclasses.replace(activations, scale=None)
+
+
+def _described(activations: StoredActivations | None) -> str:
+    if activations is None:
+        return "as they are"
+    shared = f"1x{activations.group}" if activations.granularity == "group" else activations.granularity
+    return f"{activations.format} {'dynamic' if activations.dynamic else 'static'} per {shared}"
 
 
 def _adapted(weight: StoredWeight, fmt: WeightFormat) -> StoredWeight:

@@ -11,7 +11,7 @@ import torch
 from architectures import ALL, Architecture, logits
 from quantized_copies import METHODS, quantized_copy
 from quantized_models import quantized_modules, weight_names
-from quantload import LoadOptions, convert_checkpoint, load_quantized
+from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
 from quantload.errors import CheckpointError, UnsupportedCheckpointError
 
 Checkpoint = Callable[[str], Path]
@@ -62,6 +62,30 @@ def test_awq_of_linear_layers_and_of_experts(name: str, checkpoint: Checkpoint, 
             assert torch.equal(module.dequantize(weight).to(values.dtype), values), f"{path}.{weight}"
     anew = load_quantized(quantized, "quark_mxfp4")
     assert {layer.scheme for layer in anew.load_report.layers} == {"quark_mxfp4"}
+
+
+def test_experts_in_several_formats_are_quantized_anew_and_not_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (rows, by_rows), (blocks, by_blocks) = METHODS["fp8 rows"], METHODS["mxfp8"]
+    group = by_rows["config_groups"]["group_0"] | {"targets": [r"re:.*experts\.2\."]}
+    config = by_blocks | {
+        "format": "mixed-precision",
+        "config_groups": {**by_blocks["config_groups"], "group_1": group},
+    }
+
+    def quantize(module: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return (rows if ".experts.2." in module else blocks)(module, weight)
+
+    quantized, plain = quantized_copy(tmp_path, checkpoint("qwen3_moe"), quantize, config)
+    got, want = load_quantized(quantized, "quark_mxfp4"), load_quantized(plain, "quark_mxfp4")
+    for name, tensor in want.state_dict().items():
+        assert torch.equal(got.state_dict()[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    with pytest.raises(
+        UnsupportedCheckpointError,
+        match=r"experts\.\d\.\w+\.weight is mxfp8, .*experts\.2\.\w+\.weight is fp8_channel, .*--quantization",
+    ):
+        load_quantized(quantized)
+    policy = QuantizationPolicy(linear="none", experts="fp8_per_block")
+    assert load_quantized(quantized, policy=policy).load_report.layers
 
 
 @pytest.mark.parametrize("method", ["nvfp4", "mxfp8", "fp8 rows", "fp8 tensors", "fp8 blocks"])

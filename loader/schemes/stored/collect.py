@@ -63,7 +63,7 @@ class _Collection:
         self._weights: dict[str, StoredWeight] = {}
         self._plain: dict[str, TensorEntry] = {}
         self._unused: dict[str, str] = {}
-        self._experts: dict[str, dict[str, str]] = {}
+        self._experts: dict[str, dict[bool, str]] = {}
 
     def collect(self, tensors: Mapping[str, TensorEntry]) -> StoredCheckpoint:
         """Sorts the tensors of a checkpoint; raises `CheckpointError` for one that fits nothing."""
@@ -97,14 +97,14 @@ class _Collection:
         self._weights[weight.name] = weight
         expert = _EXPERT.match(module.name)
         if expert:
-            self._experts.setdefault(expert[0], {}).setdefault(weight.format.name, module.name)
+            self._experts.setdefault(expert[0], {}).setdefault(True, module.name)
         for tensor, entry in module.left.items():
             self._place(tensor, entry)
 
     def _keep(self, name: str, found: Mapping[str, TensorEntry]) -> None:
         weight = found.get("weight")
         if weight is not None and len(weight.shape) > 1 and (expert := _EXPERT.match(name)):
-            self._experts.setdefault(expert[0], {}).setdefault("", name)
+            self._experts.setdefault(expert[0], {}).setdefault(False, name)
         for tensor, entry in found.items():
             self._place(tensor, entry)
 
@@ -121,20 +121,13 @@ class _Collection:
             self._plain[entry.name] = entry
 
     def _check_experts(self) -> None:
-        """All experts of one fused module have one format, or none of them has."""
-        for fused, formats in self._experts.items():
-            if len(formats) == 1:
+        """All experts of one fused module are quantized, in whatever formats, or none of them is."""
+        for fused, found in self._experts.items():
+            if len(found) == 1:
                 continue
-            kept = formats.pop("", None)
-            if kept is None:
-                described = ", ".join(f"{name} in {fmt}" for fmt, name in formats.items())
-                raise CheckpointError(
-                    f"the experts of {fused} are stored in different formats: {described}; a fused module has one "
-                    f"format: export them alike, or load the original checkpoint"
-                )
-            layer = self._family.layer(kept)
+            layer = self._family.layer(found[False])
             reason = f" ({layer.reason})" if isinstance(layer, Kept) else ""
             raise CheckpointError(
-                f"{kept} is not quantized{reason}, but {next(iter(formats.values()))} is; the experts of {fused} are "
+                f"{found[False]} is not quantized{reason}, but {found[True]} is; the experts of {fused} are "
                 f"one fused module, quantized or not as a whole: export them alike, or load the original checkpoint"
             )

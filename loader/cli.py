@@ -40,6 +40,7 @@ from .errors import (
 )
 
 EXIT_USAGE, EXIT_CHECKPOINT, EXIT_BUDGET, EXIT_OTHER = 2, 3, 4, 1
+_NO_TERMINAL_WIDTH = 10_000
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
 app = typer.Typer(
@@ -128,7 +129,7 @@ def plan(
     else:
         from .memory.summary import print_plan
 
-        print_plan(draft.plan.memory, modules, Console())
+        print_plan(draft.plan.memory, modules, _tables())
 
 
 @app.command()
@@ -211,7 +212,7 @@ def schemes(
     if as_json:
         _print_json({"device": device, "schemes": list_schemes(device), "read_only": list_read_only()})
     else:
-        print_schemes(device, Console())
+        print_schemes(device, _tables())
 
 
 @app.command()
@@ -298,7 +299,12 @@ def _show(report: Any, as_json: bool) -> None:
     if as_json:
         _print_json(report.to_dict())
     else:
-        render(report, Console())
+        render(report, _tables())
+
+
+def _tables() -> Console:
+    """Standard output, as wide as the terminal; where there is none, as wide as any table: nothing is cut."""
+    return Console(width=None if sys.stdout.isatty() else _NO_TERMINAL_WIDTH)
 
 
 class _ConsoleHandler(logging.Handler):

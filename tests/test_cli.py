@@ -26,6 +26,7 @@ from quantload.errors import (
 )
 from quantload.memory import logs
 from quantload.memory.report import LoadReport
+from quantload.schemes.support_tables import support_tables
 
 Checkpoint = Callable[[str], Path]
 FULL_DISK = Path("/dev/full")
@@ -242,6 +243,9 @@ def test_schemes(quantload: Command) -> None:
     code, out, _ = quantload("schemes")
     assert code == 0
     assert "ptpc_fp8" in out
+    rows = [row for table in support_tables() for row in table.rows]
+    for cells in rows:  # not a terminal: every row is a line, with nothing cut
+        assert any(line.split() == " ".join(cells).split() for line in out.splitlines()), cells
 
 
 def test_a_saved_report_can_be_shown(quantload: Command, checkpoint: Checkpoint, tmp_path: Path) -> None:

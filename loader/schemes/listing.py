@@ -89,15 +89,29 @@ def print_schemes(device: str | torch.device, to: Console) -> None:
 
 
 def _print_table(table: SupportTable, to: Console) -> None:
-    name, *others = (title.replace(" (", "\n(") for title in table.header)
-    first = Column(name, min_width=_NAME_WIDTH)
-    printed = Table(first, *others, title=table.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    header, widths = _fitting(table, to.width)
+    columns = (Column(title, min_width=width, overflow="fold") for title, width in zip(header, widths, strict=True))
+    printed = Table(*columns, title=table.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     for cells in table.rows:
         printed.add_row(*cells)
     to.print(printed)
     for note in table.notes:
         to.print(note.replace("`", ""), highlight=False, markup=False)
     to.print()
+
+
+def _fitting(table: SupportTable, width: int) -> tuple[list[str], list[int | None]]:
+    """Titles and least widths of the columns: whole words where there is room for them, else what is folded."""
+    header = [title.replace(" (", "\n(") for title in table.header]
+    for titles in (header, [title.replace("-", "-\n") for title in header]):
+        words = [_longest_word(column) for column in zip(titles, *table.rows, strict=True)]
+        if sum(words) + len(words) + 1 <= width:
+            return titles, [*words]
+    return titles, [_NAME_WIDTH, *[None] * (len(header) - 1)]
+
+
+def _longest_word(cells: Iterable[str]) -> int:
+    return max(len(word) for cell in cells for word in cell.split() or [""])
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -14,7 +14,13 @@ class Int8PerChannelLinear(QuantizedLinearScheme):
 
 
 class Int8PerChannelMoE(QuantizedMoEScheme):
-    """`int8_per_channel` (`experts_int8`) for fused experts."""
+    """`int8_per_channel` for fused experts."""
 
     name = "int8_per_channel"
     format_name = "int8_channel"
+
+
+class ExpertsInt8(Int8PerChannelMoE):
+    """The same under the name that leaves linear layers as they are, for messages and reports."""
+
+    name = "experts_int8"

@@ -27,7 +27,7 @@ from .fp8 import (
     Fp8PerTensorMoE,
 )
 from .int4 import Int4PerGroupLinear, Int4PerGroupMoE, QuarkInt4Fp8Linear, QuarkInt4Fp8MoE
-from .int8 import Int8PerChannelLinear, Int8PerChannelMoE
+from .int8 import ExpertsInt8, Int8PerChannelLinear, Int8PerChannelMoE
 from .mxfp4 import Mxfp4RowsLinear, Mxfp4RowsMoE, QuarkMxfp4Linear, QuarkMxfp4MoE
 from .mxfp6 import Mxfp6E2m3Linear, Mxfp6E2m3MoE, Mxfp6E3m2Linear, Mxfp6E3m2MoE
 from .mxfp8 import Mxfp8Linear, Mxfp8MoE
@@ -67,7 +67,7 @@ ENTRIES = (
     ),
     SchemeEntry("fp8_per_block", Fp8PerBlockLinear, Fp8PerBlockMoE, "E4M3", "float32 per 128x128, amax/448"),
     SchemeEntry("int8_per_channel", Int8PerChannelLinear, Int8PerChannelMoE, "INT8", "float32 per row, amax/127"),
-    SchemeEntry("experts_int8", None, Int8PerChannelMoE, "INT8", "float32 per row, amax/127; experts only"),
+    SchemeEntry("experts_int8", None, ExpertsInt8, "INT8", "float32 per row, amax/127; experts only"),
     SchemeEntry(
         "int4_per_group", Int4PerGroupLinear, Int4PerGroupMoE, "INT4", "float16 and zero point per 128, min/max"
     ),

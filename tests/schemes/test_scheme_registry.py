@@ -59,8 +59,15 @@ def test_every_entry_makes_what_it_says(entry: Any) -> None:
 def test_one_instance_a_name_and_kind() -> None:
     schemes = factory()
     assert schemes.linear("fp8_per_channel") is schemes.linear("ptpc_fp8")
-    assert schemes.experts("int8_per_channel") is schemes.experts("experts_int8")
     assert schemes.linear("int8_per_channel") is not schemes.linear("fp8_per_channel")
+
+
+def test_experts_int8_is_called_what_the_user_called_it() -> None:
+    experts = factory().experts("experts_int8")
+    assert experts is not None
+    assert experts.name == "experts_int8"
+    with pytest.raises(PolicyError, match=r"^experts_int8 has no scale mode 'mse'"):
+        SchemeFactory(CPU, LoadOptions(), "mse").experts("experts_int8")
 
 
 def test_a_device_without_kernels_gets_every_candidate_with_its_reason() -> None:

@@ -86,6 +86,15 @@ def candidates(
     return [(kernel, _reason(kernel, target)) for kernel in implementations(operation, format_name, mode)]
 
 
+def kernel_names(operation: str) -> list[str]:
+    """The names of all kernels of an operation, of whatever format and device; raises NoKernel for no operation."""
+    if operation not in OPERATIONS:
+        raise NoKernel(f"unknown operation {operation!r}; operations are {', '.join(OPERATIONS)}")
+    kinds = ((name, mode) for mode, formats in SCALE_MODES.items() for name in formats)
+    found = (kernel.name for name, mode in kinds for kernel in implementations(operation, name, mode))
+    return list(dict.fromkeys(found))
+
+
 def platform_kernels(operation: str, format_name: str, platform: str) -> list[Kernel]:
     """Every kernel for an operation of a format that the hardware of a platform can run, best first, installed or not.
 

@@ -87,6 +87,8 @@ class LoadOptions:
             raise PolicyError(f"cache is {self.cache!r}; give the path of a folder")
         if not isinstance(self.kernels, Mapping):
             raise PolicyError(f"kernels is {self.kernels!r}; give a mapping of operation to kernel name")
+        for operation, kernel in self.kernels.items():
+            _check_kernel(operation, kernel)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -97,6 +99,17 @@ class LoadOptions:
     def worker_count(self) -> int:
         """Number of reading and quantizing threads."""
         return self.workers or len(os.sched_getaffinity(0))
+
+
+def _check_kernel(operation: object, kernel: object) -> None:
+    """Raise `PolicyError` for an operation or a kernel that no platform has."""
+    from .kernels.registry import OPERATIONS, kernel_names  # hundreds of modules, for who names a kernel
+
+    if operation not in OPERATIONS:
+        raise PolicyError(f"kernels names the operation {operation!r}; operations are {', '.join(OPERATIONS)}")
+    names = kernel_names(str(operation))
+    if kernel not in names:
+        raise PolicyError(f"kernels has {kernel!r} for {operation}; kernels for it are {', '.join(names)}")
 
 
 @dataclass(frozen=True)

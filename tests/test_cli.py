@@ -208,12 +208,22 @@ def test_a_kernel_is_chosen_by_operation(quantload: Command, checkpoint: Checkpo
     for layer in report["layers"]:
         chosen = dict(part.split("=") for part in layer["kernel"].split(", "))
         assert {operation for operation, name in chosen.items() if name == "torch"} == {"linear", "experts", "observe"}
-    for name in ("triton_w4a4", "no_such_kernel"):
-        code, out, err = quantload("load", path, "--device", "cpu", "--kernel", f"linear={name}")
-        assert (code, out) == (1, "")
-        assert f"no kernel '{name}' for linear of mxfp4 on cpu" in err
-        assert "triton_w4a4: runs on cuda only, not on cpu" in err
-        assert "numba: can run" in err
+    code, out, err = quantload("load", path, "--device", "cpu", "--kernel", "linear=triton_w4a4")
+    assert (code, out) == (1, "")
+    assert "no kernel 'triton_w4a4' for linear of mxfp4 on cpu" in err
+    assert "triton_w4a4: runs on cuda only, not on cpu" in err
+    assert "numba: can run" in err
+
+
+@pytest.mark.parametrize("command", ["load", "plan", "serve"])
+def test_a_kernel_that_does_not_exist_is_a_usage_error(quantload: Command, command: str, tmp_path: Path) -> None:
+    """Before anything else is looked at: there is no such model."""
+    code, out, err = quantload(command, tmp_path / "none", "--kernel", "quantize=foo")
+    assert (code, out) == (2, "")
+    assert "kernels has 'foo' for quantize; kernels for it are triton, numba, torch" in err
+    code, _, err = quantload(command, tmp_path / "none", "--kernel", "multiply=torch")
+    assert code == 2
+    assert "kernels names the operation 'multiply'; operations are quantize, observe" in err
 
 
 # plan, schemes, report
@@ -349,7 +359,7 @@ def test_anything_else_is_1(quantload: Command, tmp_path: Path) -> None:
         code, out, err = quantload("report", other)
         assert (code, out) == (1, "")
         assert "not a load report" in err
-    code, _, err = quantload("load", "--kernel", "quantize=aiter")
+    code, _, err = quantload("load", "--kernel", "linear=aiter")
     assert code == 1
     assert "numba: can run" in err
 

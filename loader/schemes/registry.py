@@ -119,10 +119,6 @@ class SchemeFactory:
     """Makes the schemes of one load: one instance for each name and kind, with kernels for one device."""
 
     def __init__(self, device: torch.device, options: LoadOptions, scale_mode: ScaleMode = "default") -> None:
-        unknown = sorted(set(options.kernels) - set(kernel_registry.OPERATIONS))
-        if unknown:
-            known = ", ".join(kernel_registry.OPERATIONS)
-            raise PolicyError(f"unknown kernel operations: {', '.join(unknown)}; operations are {known}")
         self.device = device
         self._options = options
         self._scale_mode = scale_mode

@@ -93,7 +93,7 @@ def test_a_kernel_can_be_chosen_by_hand() -> None:
 @pytest.mark.parametrize(
     ("kernels", "message"),
     [
-        ({"quantize": "aiter"}, r"no kernel 'aiter' for quantize .* numba: can run; torch: can run"),
+        ({"linear": "aiter"}, r"no kernel 'aiter' for linear .* numba: can run; torch: can run"),
     ],
 )
 def test_a_kernel_that_is_not_there(kernels: dict[str, str], message: str) -> None:
@@ -102,8 +102,10 @@ def test_a_kernel_that_is_not_there(kernels: dict[str, str], message: str) -> No
 
 
 def test_a_kernel_operation_that_is_not_there() -> None:
-    with pytest.raises(PolicyError, match="unknown kernel operations: multiply"):
+    with pytest.raises(PolicyError, match="the operation 'multiply'; operations are quantize, "):
         factory(kernels={"multiply": "torch"})
+    with pytest.raises(PolicyError, match=r"'foo' for linear; kernels for it are .*numba, torch"):
+        factory(kernels={"linear": "foo"})
 
 
 def test_activations_that_do_not_go_with_the_weights() -> None:

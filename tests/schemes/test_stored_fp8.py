@@ -107,6 +107,15 @@ def test_modules_that_are_not_converted(field):
         stored_tensors.read(config(**{**fields, field: ["q"]}), tensors)
 
 
+def test_a_wrong_pattern_is_shown_as_it_stands_in_the_config():
+    with pytest.raises(CheckpointError) as caught:
+        stored_tensors.read(config(modules_to_not_convert=["lm_head", "mlp.(gate"]), blocks(SCALE))
+    assert str(caught.value) == (
+        "config.json: quantization_config.modules_to_not_convert has 'mlp.(gate', which is not a regular expression "
+        "(missing ), unterminated subpattern); correct the config"
+    )
+
+
 def test_scales_of_attention_are_not_used_and_said_so():
     tensors = {**blocks(SCALE), "a.k_proj.output_scale": torch.ones(1), "a.attn.v_scale": torch.ones(1)}
     assert set(stored_tensors.read(config(weight_block_size=BLOCKS), tensors).unused) == {

@@ -148,8 +148,9 @@ def test_modelopt_mixed_layers_by_name():
 def test_modelopt_ignores_trees():
     config = modelopt("NVFP4", ignore=["m.mlp.gate*", "m.attn*"])
     assert set(stored_tensors.read(config, nvfp4("m.mlp.gate_proj")).weights) == {"m.mlp.gate_proj.weight"}
-    with pytest.raises(CheckpointError, match=r"m\.attn\.q is stored quantized.*ignore has"):
-        stored_tensors.read(config, nvfp4("m.attn.q"))
+    for module in ("m.attn", "m.attn.q"):
+        with pytest.raises(CheckpointError, match=rf"{module} is stored quantized.*ignore has 'm\.attn\*'"):
+            stored_tensors.read(config, nvfp4(module))
 
 
 @pytest.mark.parametrize(

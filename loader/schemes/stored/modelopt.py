@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, MXFP8, NVFP4
@@ -36,7 +36,7 @@ class ModelOpt:
         settings = settings.section("quantization") or settings
         field = "ignore" if settings.get("ignore") else "exclude_modules"
         self._where = f"{settings.path}.{field}"
-        self._ignored = Patterns(_trees(settings.strings(field)), self._where, globs=True)
+        self._ignored = Patterns(settings.strings(field), self._where, globs=True, meaning=_tree)
         self._path = settings.path
         name = str(settings.get("quant_algo")).upper()
         if name not in (*_ALGORITHMS, _MIXED):
@@ -62,10 +62,8 @@ class ModelOpt:
         return _ALGORITHMS[algorithm]
 
 
-def _trees(patterns: tuple[str, ...]) -> Iterator[str]:
+def _tree(pattern: str) -> tuple[str, ...]:
     """ModelOpt writes `path*` for a module with everything below it, which other modules that begin so are not."""
-    for pattern in patterns:
-        if pattern.endswith("*") and not pattern.endswith((".*", "**")) and len(pattern) > 1:
-            yield from (pattern[:-1], f"{pattern[:-1]}.*")
-        else:
-            yield pattern
+    if pattern.endswith("*") and not pattern.endswith((".*", "**")) and len(pattern) > 1:
+        return pattern[:-1], f"{pattern[:-1]}.*"
+    return (pattern,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 from ...errors import CheckpointError
@@ -12,20 +12,37 @@ from ...errors import CheckpointError
 T = TypeVar("T")
 
 
-class Patterns:
-    """Names, regular expressions (`re:`, from the start of a name) and, if they are `globs`, globs."""
+def _itself(pattern: str) -> tuple[str, ...]:
+    return (pattern,)
 
-    def __init__(self, patterns: Iterable[str], where: str, *, globs: bool = False) -> None:
-        listed = list(patterns)
-        self._names = {pattern for pattern in listed if not _is_pattern(pattern, globs)}
-        self._expressions = [
-            (pattern, compile_pattern(pattern, where)) for pattern in listed if _is_pattern(pattern, globs)
-        ]
+
+class Patterns:
+    """Names, regular expressions (`re:`, from the start of a name) and, if they are `globs`, globs.
+
+    `meaning` gives the patterns that one in the config stands for; messages show what the config says.
+    """
+
+    def __init__(
+        self,
+        patterns: Iterable[str],
+        where: str,
+        *,
+        globs: bool = False,
+        meaning: Callable[[str], tuple[str, ...]] = _itself,
+    ) -> None:
+        self._names: dict[str, str] = {}
+        self._expressions: list[tuple[str, re.Pattern[str]]] = []
+        for said in patterns:
+            for pattern in meaning(said):
+                if _is_pattern(pattern, globs):
+                    self._expressions.append((said, compile_pattern(pattern, where, said)))
+                else:
+                    self._names.setdefault(pattern, said)
 
     def first(self, name: str) -> str | None:
-        """What names a module: its own name before any pattern, and of those the first."""
+        """What the config says that names a module: its own name before any pattern, and of those the first."""
         if name in self._names:
-            return name
+            return self._names[name]
         return next((pattern for pattern, expression in self._expressions if expression.match(name)), None)
 
 
@@ -50,7 +67,7 @@ class Prefixes:
 
     def __init__(self, patterns: Iterable[str], where: str) -> None:
         self._expressions = [
-            (pattern, compile_pattern(rf"re:(?:{pattern})(?:(?<=\.)|(?=\.|$))", where), f".{pattern}")
+            (pattern, compile_pattern(rf"re:(?:{pattern})(?:(?<=\.)|(?=\.|$))", where, pattern), f".{pattern}")
             for pattern in patterns
         ]
 
@@ -66,11 +83,14 @@ def _is_pattern(pattern: str, globs: bool) -> bool:
     return pattern.startswith("re:") or (globs and any(character in pattern for character in "*?["))
 
 
-def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
-    """What matches a whole name if `pattern` is a glob, and the start of one if it is a regular expression."""
+def compile_pattern(pattern: str, where: str, said: str) -> re.Pattern[str]:
+    """What matches a whole name if `pattern` is a glob, and the start of one if it is a regular expression.
+
+    Raises `CheckpointError` that shows what the config says.
+    """
     try:
         return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
     except re.error as error:
         raise CheckpointError(
-            f"config.json: {where} has {pattern!r}, which is not a regular expression ({error}); correct the config"
+            f"config.json: {where} has {said!r}, which is not a regular expression ({error.msg}); correct the config"
         ) from error

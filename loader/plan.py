@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from .checkpoint.headers import TensorEntry
 from .checkpoint.index import CheckpointIndex
 from .checkpoint.pieces import Piece
 from .checkpoint.working_memory import slots_per_worker
-from .errors import PolicyError, UnsupportedCheckpointError
+from .errors import CheckpointError, PolicyError, UnsupportedCheckpointError
 from .memory.planner import MemoryPlan, ParameterSize, plan_memory
 from .model import transformers_api
 from .model.routes import CheckpointMap, Routes
@@ -124,15 +125,29 @@ def _check_whole(routes: Routes, sources: StoredSources) -> None:
 
 
 def _check_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoaders) -> None:
+    """Raise for tensors that are no values of the parameters they go to; one that is of its dtype may be anything."""
     for entry in entries:
         if entry.dtype not in QUANTIZABLE:
             for span in routes.spans[entry.name]:
-                if not loaders.sinks[span.parameter].direct:
-                    raise UnsupportedCheckpointError(
-                        f"checkpoint tensor {entry.name} is {entry.dtype}; only "
-                        f"{', '.join(str(dtype).removeprefix('torch.') for dtype in QUANTIZABLE)} can be quantized: "
-                        f"leave {span.parameter.rpartition('.')[0]} as stored with an ignore pattern"
-                    )
+                _check_dtype(entry, span.parameter, loaders.sinks[span.parameter].loader)
+
+
+def _check_dtype(entry: TensorEntry, parameter: str, loader: Any) -> None:
+    kept_as = loader.dtype if isinstance(loader, DirectWeightLoader) else None
+    if kept_as == entry.dtype or (kept_as is not None and not kept_as.is_floating_point):
+        return
+    if entry.dtype != torch.float64:
+        raise CheckpointError(
+            f"checkpoint tensor {entry.name} is {entry.dtype}, which holds codes and not the values of {parameter}, "
+            f"and no quantization_config in config.json says what they stand for: use the config.json that belongs to "
+            f"this checkpoint, or the checkpoint that it was quantized from"
+        )
+    if kept_as is None:
+        raise UnsupportedCheckpointError(
+            f"checkpoint tensor {entry.name} is {entry.dtype}; only "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in QUANTIZABLE)} can be quantized: "
+            f"leave {parameter.rpartition('.')[0]} as stored with an ignore pattern"
+        )
 
 
 def _sizes(

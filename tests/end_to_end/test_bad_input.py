@@ -18,6 +18,7 @@ import raw_checkpoint
 import torch
 from quantload import LoadOptions, QuantizationPolicy, load_quantized
 from quantload import errors as e
+from quantload.model import transformers_api
 from torch import Tensor
 
 Checkpoint = Callable[[str], Path]
@@ -334,6 +335,43 @@ def test_wrong_shape(
     with pytest.raises(e.ShapeMismatchError, match=re.escape(tensor)) as caught:
         load_quantized(path, quantization)
     assert all(str(size) in str(caught.value) for size in shape)
+
+
+@pytest.mark.parametrize("quantization", ["none", "quark_mxfp4"])
+@pytest.mark.parametrize(
+    ("name", "tensor", "dtype"),
+    [
+        ("llama", Q_PROJ, torch.float8_e4m3fn),
+        ("llama", Q_PROJ, torch.float8_e5m2),
+        ("llama", Q_PROJ, torch.int8),
+        ("llama", "model.norm.weight", torch.float8_e4m3fn),
+        ("qwen3_moe", EXPERT, torch.float8_e4m3fn),
+    ],
+)
+def test_codes_without_a_config_that_says_what_they_stand_for(
+    name: str, tensor: str, dtype: torch.dtype, quantization: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    path = rewritten(tmp_path, checkpoint(name), lambda tensors: tensors.update({tensor: tensors[tensor].to(dtype)}))
+    with pytest.raises(e.CheckpointError, match=f"{re.escape(tensor)} is {dtype}.*quantization_config") as caught:
+        load_quantized(path, quantization)
+    assert type(caught.value) is e.CheckpointError
+
+
+def test_a_parameter_that_the_model_itself_holds_in_float8(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes that stand for nothing but themselves: the model's code knows what to do with them."""
+    usual = transformers_api.DtypePlan.__call__
+
+    def plan(self: Any, name: str, created: torch.dtype) -> torch.dtype:
+        return torch.float8_e4m3fn if name == Q_PROJ else usual(self, name, created)
+
+    monkeypatch.setattr(transformers_api.DtypePlan, "__call__", plan)
+    want = raw_checkpoint.read(checkpoint("llama"))[Q_PROJ].to(torch.float8_e4m3fn)
+    path = rewritten(tmp_path, checkpoint("llama"), lambda tensors: tensors.update({Q_PROJ: want}))
+    got = load_quantized(path, "none").state_dict()[Q_PROJ]
+    assert got.dtype == torch.float8_e4m3fn
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
 SCHEMES = [

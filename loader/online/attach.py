@@ -157,7 +157,8 @@ def _attach_stored(
         full_name = f"{name}.{key}"
         parameter = QuantizedParameter(module, key, full_name, layout, storage)
         weights = stored.weights[full_name]
-        closures = StoredParameter(parameter, stored.has_zero_points(full_name), weights[0].zero_point)
+        first = weights[0]
+        closures = StoredParameter(parameter, stored.has_zero_points(full_name), first.zero_point, first.largest_scale)
         landing = Landing(layout.experts, layout.rows, layout.columns, transposed, layout)
         names = [full_name, f"{full_name}_scale"]
         loaders.add(full_name, module._parameters[key], closures.loaders["codes"], landing, names)

@@ -115,7 +115,7 @@ class DequantizedWeight:
         values = matrix.canonical(workspace.buffer, rows)
         if matrix.part.role == "must_be_zero":
             return
-        check_finite(matrix.part.entry.name, values)
+        check_finite(matrix.part.entry.name, values, weight.largest_scale if matrix.part.role == "scale" else torch.inf)
         with self._lock:
             if self._scales is None:
                 shape = fmt.scale_shape(weight.all_rows, weight.columns)

@@ -70,16 +70,20 @@ class StoredProgress:
 class StoredParameter:
     """The closures of one parameter: `codes`, `scale`, and `zero_point` where the checkpoint has some.
 
-    Without those, `zero_point` is the number that stands beside each scale in formats that have one.
+    Without those, `zero_point` is the number that stands beside each scale in formats that have one. A float scale is
+    `largest_scale` at most.
     """
 
-    def __init__(self, parameter: QuantizedParameter, has_zero_points: bool, zero_point: float) -> None:
+    def __init__(
+        self, parameter: QuantizedParameter, has_zero_points: bool, zero_point: float, largest_scale: float
+    ) -> None:
         words = WORDS[: parameter.layout.format.scale_words]
         filled = None if has_zero_points or len(words) == 1 else zero_point
         self.loaders: dict[str, Closure] = {"codes": StoredCodesLoader(parameter, "")}
         for word, role in enumerate(words):
             if role == "scale" or filled is None:
-                self.loaders[role] = StoredScaleLoader(parameter, f" {role}", word, filled)
+                largest = largest_scale if role == "scale" else torch.inf
+                self.loaders[role] = StoredScaleLoader(parameter, f" {role}", word, filled, largest)
         self.loaders["scale"].beside = self.loaders.get("zero_point")
 
 
@@ -187,9 +191,11 @@ class StoredScaleLoader(StoredWeightLoader):
 
     beside: StoredScaleLoader | None = None
 
-    def __init__(self, parameter: QuantizedParameter, suffix: str, word: int, zero_point: float | None) -> None:
+    def __init__(
+        self, parameter: QuantizedParameter, suffix: str, word: int, zero_point: float | None, largest: float
+    ) -> None:
         super().__init__(parameter, suffix)
-        self._word, self._zero_point = word, zero_point
+        self._word, self._zero_point, self._largest = word, zero_point, largest
 
     def write(self, values: Tensor, region: Region, block: Block) -> None:
         if not block.whole:
@@ -198,7 +204,8 @@ class StoredScaleLoader(StoredWeightLoader):
         words = self.parameter.layout.format.scale_words
         target = scales[:, self._word :: words]
         _check(self.tracker.name, values, target)
-        check_finite(self.tracker.name, values)
+        expert = "" if region.expert is None else f" of expert {region.expert}"
+        check_finite(f"{self.tracker.name}{expert}", values, self._largest)
         target.copy_(values)
         if self._zero_point is not None:
             scales[:, 1::words].fill_(self._zero_point)
@@ -249,10 +256,24 @@ class InputScaleLoader:
         self.progress.reset()
 
 
-def check_finite(name: str, scales: Tensor) -> None:
-    """Raise `NonFiniteWeightError` for a scale that is NaN or infinite; an E8M0 byte of 255 is NaN."""
-    if bool((scales == 255).any() if scales.dtype == torch.uint8 else not torch.isfinite(scales).all()):
+def check_finite(name: str, scales: Tensor, largest: float = torch.inf) -> None:
+    """Raise `NonFiniteWeightError` for a scale that is NaN or infinite; an E8M0 byte of 255 is NaN.
+
+    So is a float scale above `largest`, with which codes would be infinite in the dtype of the weight.
+    """
+    if not scales.numel():
+        return
+    if scales.dtype == torch.uint8:
+        found = torch.nan if int(scales.max()) == 255 else 0.0
+    else:
+        found = float(scales.abs().max())
+    if not found < torch.inf:
         raise NonFiniteWeightError(f"{name}: a scale is NaN or infinite; the checkpoint is damaged, copy it again")
+    if found > largest:
+        raise NonFiniteWeightError(
+            f"{name}: a scale is {found:g}; with one above {largest:g} codes are infinite in the dtype of the model; "
+            f"the checkpoint is damaged, or its quantization went wrong: copy or export it again"
+        )
 
 
 def check_codes(name: str, codes: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import raw_checkpoint
 import torch
 from quantized_models import quantized_modules
 from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
-from quantload.errors import CheckpointError, PolicyError
+from quantload.errors import CheckpointError, NonFiniteWeightError, PolicyError
 from quantload.kernels.registry import kernel_set
 from stored_values import stored_values
 from torch import Tensor, nn
@@ -175,6 +176,46 @@ def test_a_scale_that_is_not_finite_is_named(scheme: str, golden: Path, tmp_path
     folder = raw_checkpoint.write(tmp_path / "nan", golden / "native_llama_blockfp8", [tensors])
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj.*NaN or infinite"):
         load_quantized(folder, scheme)
+
+
+@pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "largest"),
+    [
+        ("native_llama_blockfp8", "bfloat16", torch.finfo(torch.bfloat16).max / 448),
+        ("native_llama_blockfp8", "float16", 65504 / 448),
+        ("ct_llama_w8a8", "float16", 65504 / 128),
+    ],
+)
+def test_a_finite_scale_that_makes_codes_infinite_is_named(
+    name: str, dtype: str, largest: float, scheme: str, golden: Path, tmp_path: Path
+) -> None:
+    """448 of FP8 or 128 of INT8 times the scale is more than the dtype of the model holds, though float32 does."""
+    tensors = raw_checkpoint.read(golden / name)
+    config = json.loads((golden / name / "config.json").read_text()) | {"dtype": dtype}
+    key = next(key for key in tensors if "layers.1.mlp.down_proj.weight_scale" in key)
+    tensors[key] = tensors[key].float()
+
+    def with_scale(scale: float) -> Path:
+        tensors[key][0, 0] = scale
+        folder = raw_checkpoint.write(tmp_path / str(scale), golden / name, [tensors])
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    load_quantized(with_scale(0.99 * largest), scheme)
+    with pytest.raises(NonFiniteWeightError, match=r"layers\.1\.mlp\.down_proj\.weight.*: a scale is .* are infinite"):
+        load_quantized(with_scale(1.01 * largest), scheme)
+
+
+def test_codes_that_become_infinite_are_named_where_they_are_quantized_anew(golden: Path, tmp_path: Path) -> None:
+    """448 * 2^127 is no float32; only what is quantized anew looks at the values."""
+    tensors = raw_checkpoint.read(golden / "ct_llama_mxfp8a16")
+    key = "model.layers.1.mlp.down_proj.weight"
+    tensors[f"{key}_scale"][2, 1] = 254
+    tensors[key][2, 32] = 448
+    folder = raw_checkpoint.write(tmp_path / "large", golden / "ct_llama_mxfp8a16", [tensors])
+    with pytest.raises(NonFiniteWeightError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
+        load_quantized(folder, "int8_per_channel")
 
 
 @pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])

@@ -31,7 +31,7 @@ class World:
         self.layer.register_parameter("w13_scale", meta_parameter(layout.scale_shape, fmt.scale_dtype))
         storage = FinalStorage(torch.device("cpu"))
         self.parameter = QuantizedParameter(self.layer, "w13", "experts.w13", layout, storage)
-        self.stored = StoredParameter(self.parameter, has_zero_points, zero_point)
+        self.stored = StoredParameter(self.parameter, has_zero_points, zero_point, largest_scale=100.0)
         self.finished = 0
         self.progress = StoredProgress([self.stored], self.finish)
         self.loaders = self.stored.loaders
@@ -99,8 +99,23 @@ def test_a_repeat_is_an_error_until_a_reload_is_announced() -> None:
     [("mxfp4", torch.full((N, 2), 255, dtype=torch.uint8)), ("fp8_channel", torch.full((N, 1), torch.inf))],
 )
 def test_scales_that_are_not_finite_are_refused(name: str, scale: torch.Tensor) -> None:
-    with pytest.raises(NonFiniteWeightError, match=r"experts\.w13 scale: a scale is NaN or infinite"):
+    with pytest.raises(NonFiniteWeightError, match=r"experts\.w13 scale of expert 0: a scale is NaN or infinite"):
         World(name).give("scale", scale, 0, "w1")
+
+
+@pytest.mark.parametrize("name", ["fp8_channel", "int8_channel"])
+def test_scales_that_make_codes_infinite_are_refused(name: str) -> None:
+    world = World(name)
+    world.give("scale", torch.full((N, 1), -100.0), 0, "w1")
+    with pytest.raises(NonFiniteWeightError, match=r"experts\.w13 scale of expert 0: a scale is 100\.5; .* above 100 "):
+        world.give("scale", torch.full((N, 1), -100.5), 0, "w3")
+
+
+def test_zero_points_are_no_scales() -> None:
+    world = World("int4_group32_f32")
+    world.give("zero_point", torch.full((N, 2), 101.0), 0, "w1")
+    with pytest.raises(NonFiniteWeightError, match="NaN or infinite"):
+        world.give("zero_point", torch.full((N, 2), torch.nan), 0, "w3")
 
 
 def test_wrong_shapes_dtypes_and_places_are_refused() -> None:

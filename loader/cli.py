@@ -93,7 +93,7 @@ def load(
 
     with _progress_bar("loading") as progress:
         loaded = load_quantized(
-            _model(model), quantization, device=device, policy=policy, options=options, progress=progress,
+            _model(model, source), quantization, device=device, policy=policy, options=options, progress=progress,
             **source.values(),
         )  # fmt: skip
     _tell(loaded.load_report, report, as_json)
@@ -117,7 +117,7 @@ def plan(
     from .load import plan_quantized
 
     draft = plan_quantized(
-        _model(model), quantization, device=device, policy=policy, options=options, **source.values()
+        _model(model, source), quantization, device=device, policy=policy, options=options, **source.values()
     )
     modules = [
         {"name": a.name, "kind": a.kind, "scheme": a.scheme.name if a.scheme is not None else None, "reason": a.reason}
@@ -163,7 +163,7 @@ def serve(
     except ImportError as error:
         raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
     serve_model(
-        _model(model), quantization, device=device, policy=policy, options=options, host=host, port=port,
+        _model(model, source), quantization, device=device, policy=policy, options=options, host=host, port=port,
         api_key=api_key, served_model_name=served_model_name or _display_name(model),
         continuous_batching=continuous_batching, **source.values(),
     )  # fmt: skip
@@ -267,7 +267,12 @@ def _exit_code(error: QuantloadError) -> int:
     return EXIT_USAGE if isinstance(error, PolicyError) else EXIT_OTHER
 
 
-def _model(model: str | None) -> str | Path:
+def _model(model: str | None, source: SourceOptions) -> str | Path:
+    if model is None and source.revision is not None:
+        raise PolicyError(
+            f"--revision {source.revision} is given without MODEL, and the bundled demo model has no revisions: name "
+            f"the hub id it is of"
+        )
     return DEMO_MODEL if model is None else model
 
 

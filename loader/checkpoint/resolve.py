@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 CONFIG_NAME = "config.json"
 MODELOPT_CONFIG_NAME = "hf_quant_config.json"
 _MAX_CONFIG_BYTES = 16 << 20
+logger = logging.getLogger("quantload")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -91,6 +93,8 @@ def resolve(model_id: str | Path, revision: str | None = None) -> Checkpoint:
         raise CheckpointError("the model is empty (''); give a folder or a hub id such as 'Qwen/Qwen3-0.6B'")
     folder = Path(given).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            logger.warning("%s is a folder, which has no revisions: %r is not looked at", folder, revision)
         return Checkpoint(folder.resolve() if folder.is_symlink() else folder.absolute(), given)
     if folder.exists():
         raise CheckpointError(f"{given!r} is a file; give the folder it lies in, with its config.json")

@@ -53,6 +53,13 @@ def test_folder(tmp_path: Path):
     assert resolve(str(tmp_path)).model_id == str(tmp_path)
 
 
+def test_a_revision_of_a_folder_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    resolve(tmp_path)
+    assert caplog.messages == []
+    assert resolve(tmp_path, "main").root == tmp_path
+    assert caplog.messages == [f"{tmp_path} is a folder, which has no revisions: 'main' is not looked at"]
+
+
 @pytest.mark.parametrize("given", ["./nothing", "/no/such/folder", "~/no-such-folder", "../no", "a/b/c", "a\\b", "x/"])
 def test_missing_folder_is_no_hub_id(given: str, hub):
     with pytest.raises(CheckpointError, match="no folder here"):

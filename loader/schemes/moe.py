@@ -94,7 +94,8 @@ class QuantizedMoEScheme(MoEScheme):
     def apply(self, layer: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Experts forward: tokens grouped by expert, an expert nobody was routed to is not read, no word to the host.
 
-        `hidden_states` [T, H], `top_k_index` and `top_k_weights` [T, k]; returns [T, H] in the dtype of the input.
+        `hidden_states` [T, H], `top_k_index` and `top_k_weights` [T, k]; returns [T, H] in the dtype of the input. An
+        index that is negative, or past the last expert, means nobody and adds nothing; AMD's fused kernel expects none.
         The weighted sum over a token's experts runs in float32, as in transformers' grouped forward.
         """
         module: Any = layer
@@ -115,7 +116,8 @@ class QuantizedMoEScheme(MoEScheme):
         if getattr(module, "has_post_expert_norm", False):
             out = module.post_expert_norm(out)
         weighted = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        weighted.masked_fill_((expert_ids >= int(module.num_experts)).unsqueeze(-1), 0)  # ids past the last mean nobody
+        nobody = (expert_ids < 0) | (expert_ids >= int(module.num_experts))
+        weighted.masked_fill_(nobody.unsqueeze(-1), 0)  # whatever came out for them, NaN too
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
         return weighted[back].view(tokens, top_k, hidden_states.shape[-1]).sum(dim=1).to(hidden_states.dtype)

@@ -167,14 +167,15 @@ def test_an_expert_nobody_was_routed_to_is_not_read(scheme: str) -> None:
     assert error(got, batched_mm_experts_forward(twin, x, ids, weights)) < 1e-5
 
 
+@pytest.mark.parametrize("no_expert", [EXPERTS, -1])
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_ids_past_the_last_expert_mean_nobody(everywhere: bool) -> None:
+def test_ids_of_no_expert_mean_nobody(everywhere: bool, no_expert: int) -> None:
     """Expert parallelism marks tokens of other ranks so; whatever is in uninitialized memory must not come through."""
     module, twin = quantized(Experts(torch.float32), "int8_per_channel")
     x, (ids, weights) = tokens(6, torch.float32), routing(6)
     nobody = torch.ones_like(ids, dtype=torch.bool) if everywhere else torch.rand(ids.shape) < 0.5
     nobody[0] = True
-    marked = ids.masked_fill(nobody, EXPERTS)
+    marked = ids.masked_fill(nobody, no_expert)
     got = module.scheme.apply(module, x, marked, weights)
     want = batched_mm_experts_forward(twin, x, ids, weights.masked_fill(nobody, 0.0))
     assert torch.isfinite(got).all()

@@ -15,7 +15,7 @@ from .checkpoint.reader import PieceReader, ReadTotals
 from .checkpoint.resolve import Checkpoint, resolve
 from .checkpoint.small_tensors import SmallTensors
 from .collector import collector_paused
-from .kernels import cpu  # noqa: F401  # numba comes in with the package, not in the middle of the first load
+from .cpu_kernels import import_cpu_kernels
 from .memory.budget import check_budget
 from .model import transformers_api
 from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint
@@ -29,6 +29,8 @@ from .recording import Progress, Recorder, tensor_bytes
 from .schemes.policy import Policy, choose_policy
 from .schemes.registry import SchemeFactory, choose_device
 from .schemes.stored.read import read_stored
+
+import_cpu_kernels()
 
 
 def load_quantized(

@@ -47,10 +47,10 @@ class OutputFolder:
         self.files = self._work / _FILES
         self._finished: dict[str, _Finished] = {}
         self._journal = -1
+        self._published = False
 
     def __enter__(self) -> Self:
-        if os.path.lexists(self.out):
-            raise OutputError(f"{self.out} exists; give a folder that does not, or remove it first")
+        self._check_absent()
         with self._explained():
             self._take()
         return self
@@ -58,13 +58,11 @@ class OutputFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._journal)
-        if not self._work.exists():
-            return
-        for part in self.files.glob(f"*{UNFINISHED_SUFFIX}"):
-            part.unlink()
-        if not self._finished:
-            shutil.rmtree(self._work)
+        try:
+            if not self._published:
+                self._tidy()
+        finally:
+            os.close(self._journal)  # until then nobody else begins here
 
     def finished(self, plan: ShardPlan) -> dict[str, Any] | None:
         """The notes of a shard that an earlier run finished, if it is still what it was; `None`: it must be written."""
@@ -103,8 +101,9 @@ class OutputFolder:
             for folder, *_ in os.walk(self.files):
                 sync_folder(Path(folder))
             os.rename(self.files, self.out)
+            self._published = True
             sync_folder(self.out.parent)
-            shutil.rmtree(self._work)
+            self._leave()
 
     def _take(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -124,10 +123,37 @@ class OutputFolder:
             raise
 
     def _lock(self) -> None:
+        """Take the journal, which another run may hold, or may have published and removed since it was opened."""
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another run is writing {self.out}; wait for it, or give another folder") from None
+            ours = os.path.samestat(os.fstat(self._journal), os.stat(self._work / _JOURNAL))
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise OutputError(f"another run is writing {self.out}; wait for it, or give another folder")
+        if os.path.lexists(self.out):
+            if not self.files.exists():  # published since we looked; we have just made what there is
+                self._leave()
+            self._check_absent()
+
+    def _check_absent(self) -> None:
+        if os.path.lexists(self.out):
+            raise OutputError(f"{self.out} exists; give a folder that does not, or remove it first")
+
+    def _tidy(self) -> None:
+        """Keep what the next run can take up."""
+        if not self._work.exists():
+            return
+        for part in self.files.glob(f"*{UNFINISHED_SUFFIX}"):
+            part.unlink()
+        if not self._finished:
+            shutil.rmtree(self._work)
+
+    def _leave(self) -> None:
+        """Remove the folder the work was done in, unless another run has begun there since the journal is gone."""
+        os.unlink(self._work / _JOURNAL)
+        with contextlib.suppress(OSError):
+            os.rmdir(self._work)
 
     def _read_journal(self) -> None:
         lines = list(_parsed((self._work / _JOURNAL).read_bytes()))

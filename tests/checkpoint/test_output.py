@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,73 @@ def test_out_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="cannot be written"):
             folder.publish()
     assert os.listdir(tmp_path / "out") == ["precious"]
+
+
+def published(out: Path) -> None:
+    with OutputFolder(out, "key") as folder:
+        for plan in PLANS:
+            write(folder, plan)
+        folder.publish()
+
+
+def test_a_run_that_looked_before_another_one_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OUT was not there when it looked, and is there when it holds the journal: all the work would be for nothing."""
+    published(tmp_path / "out")
+    looks = iter((False, True, True))
+    monkeypatch.setattr(os.path, "lexists", lambda path: next(looks))
+    with (
+        pytest.raises(OutputError, match="out exists; give a folder that does not"),
+        OutputFolder(tmp_path / "out", "k"),
+    ):
+        pass
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_run_that_opened_the_journal_before_another_one_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, took = fcntl.flock, []
+
+    def after_the_other(fd: int, operation: int) -> None:
+        if not took:
+            took.append(fd)
+            published(tmp_path / "out")  # opens the same journal, and removes it in the end
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_other)
+    with pytest.raises(OutputError, match=r"another run is writing .*out"), OutputFolder(tmp_path / "out", "key"):
+        pass
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_run_that_ends_leaves_the_next_one_alone(tmp_path: Path) -> None:
+    """The next one begins as soon as the first has published or given up."""
+    first = OutputFolder(tmp_path / "out", "key").__enter__()
+    first.publish()
+    (tmp_path / "out").rmdir()
+    with OutputFolder(tmp_path / "out", "key") as second:
+        first.__exit__(None, None, None)
+        for plan in PLANS:
+            write(second, plan)
+        second.publish()
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(plan.path for plan in PLANS)
+
+
+def test_runs_at_once(tmp_path: Path) -> None:
+    """One writes, the others are told so or find it done; `flock` is by open file, threads will do."""
+    for number in range(20):
+        out = tmp_path / f"out{number}"
+
+        def run(_: int, out: Path = out) -> str:
+            try:
+                published(out)
+            except OutputError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(4) as pool:
+            told = list(pool.map(run, range(4)))
+        assert told.count("") == 1, told
+        assert all("exists" in text or "another run" in text or "cannot be written" in text for text in told if text)
+        assert sorted(os.listdir(out)) == sorted(plan.path for plan in PLANS)
+    assert sorted(os.listdir(tmp_path)) == sorted(f"out{number}" for number in range(20))

@@ -43,6 +43,10 @@ class FileLock:
         os.close(fd)
         return None
 
+    def is_on(self, path: Path) -> bool:
+        """Whether it is held, and on the file that `path` leads to now."""
+        return self._fd >= 0 and _same_file(self._fd, path)
+
     def release(self) -> None:
         """Let go of it; a second time does nothing."""
         if self._fd >= 0:

@@ -56,8 +56,9 @@ class Unfinished:
         self.lock.release()
 
     def discard(self) -> None:
-        """Leave nothing of it; does nothing once it is published."""
-        _put_away(self.folder)
+        """Leave nothing of it; does nothing once it is published, when the folder may be another writer's."""
+        if self.lock.is_on(self.folder / LOCK):
+            _put_away(self.folder)
         self.lock.release()
 
 

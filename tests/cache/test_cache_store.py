@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,43 @@ def test_a_new_entry_replaces_the_old_one_even_while_that_is_read(tmp_path: Path
     publish(store, A, b"newer")
     assert find(store, A).source(LoadOptions()).size("model") == 5
     reader.release()
+
+
+def test_who_has_published_leaves_the_next_writer_alone(tmp_path: Path) -> None:
+    """A load discards what it reserved when it ends, published or not; by then another one may write that entry."""
+    store = Store(tmp_path)
+    first = store.reserve(A, 1000)
+    first.publish({"note.json": b"1"}, {})
+    second = store.reserve(A, 1000)
+    first.discard()
+    assert second.folder.is_dir()
+    second.publish({"note.json": b"2"}, {})
+    second.discard()
+    assert find(store, A).read_json("note.json") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [A, "lock"]
+
+
+def test_writers_at_once(tmp_path: Path) -> None:
+    """Whoever gets the entry publishes it, and nobody is disturbed by another one; `flock` is by open file."""
+    store = Store(tmp_path)
+
+    def write(name: int) -> int:
+        published = 0
+        for _ in range(40):
+            try:
+                unfinished = store.reserve(A, 1000)
+            except BlockingIOError:
+                continue
+            unfinished.publish({"note.json": str(name).encode()}, {})
+            unfinished.discard()
+            published += 1
+        return published
+
+    with ThreadPoolExecutor(4) as pool:
+        published = list(pool.map(write, range(4)))
+    assert sum(published) > 1
+    assert find(store, A).read_json("note.json") in range(4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [A, "lock"]
 
 
 @pytest.mark.parametrize("name", [ENTRY, CHECKSUMS])

@@ -108,11 +108,17 @@ class CacheOptions:
         str | None, typer.Option(help="Largest size of the cache, such as 200GiB; the disk without it.")
     ] = None
 
+    cache_verify: Annotated[
+        str, typer.Option(help="samples, or full: know the checkpoint by every byte of it, which is read for that.")
+    ] = "samples"
+
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`."""
         if self.cache_size is not None and self.cache is None:
             raise PolicyError(f"--cache-size {self.cache_size} is given without --cache: name the folder too")
-        return {"cache": self.cache, **_bytes({"cache_bytes": self.cache_size})}
+        if self.cache_verify != "samples" and self.cache is None:
+            raise PolicyError(f"--cache-verify {self.cache_verify} is given without --cache: name the folder too")
+        return {"cache": self.cache, "cache_verify": self.cache_verify, **_bytes({"cache_bytes": self.cache_size})}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from .errors import PolicyError
 MIB = 1 << 20
 
 PageCache = Literal["auto", "keep", "drop"]
+CacheVerify = Literal["samples", "full"]
 ScaleMode = Literal["default", "mse"]
 Activations = Literal["auto", "none", "emulate", "mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8", "fp8", "int8"]
 
@@ -40,8 +41,9 @@ class LoadOptions:
     own format, and the name of a format to that one, in a kernel where there is one for it. `retries`: how often a
     failed read is tried again. `kernels`: operation -> kernel name, to choose one by hand. `cache`: a folder where
     loads leave what they quantized, for the next load of the same to read instead; `cache_bytes`: its largest size
-    (bytes, None = what the disk has), kept by removing what was not used for longest. Raises `PolicyError` for values
-    out of range.
+    (bytes, None = what the disk has), kept by removing what was not used for longest; `cache_verify`: what must be the
+    same of the checkpoint's files beside their sizes, headers, times of change and `samples` of the weights, or the
+    `full` content, which is read for it every time. Raises `PolicyError` for values out of range.
     """
 
     chunk_bytes: int = 8 * MIB
@@ -56,6 +58,7 @@ class LoadOptions:
     kernels: Mapping[str, str] = field(default_factory=dict)
     cache: str | Path | None = None
     cache_bytes: int | None = None
+    cache_verify: CacheVerify = "samples"
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -65,6 +68,8 @@ class LoadOptions:
             raise PolicyError(f"workers is {self.workers}; give at least 1, or None for one a core")
         if self.page_cache not in ("auto", "keep", "drop"):
             raise PolicyError(f"page_cache is {self.page_cache!r}; choose auto, keep or drop")
+        if self.cache_verify not in get_args(CacheVerify):
+            raise PolicyError(f"cache_verify is {self.cache_verify!r}; choose {' or '.join(get_args(CacheVerify))}")
         if self.activations not in get_args(Activations):
             raise PolicyError(f"activations is {self.activations!r}; choose one of {', '.join(get_args(Activations))}")
         if self.retries < 0:

@@ -138,6 +138,8 @@ def test_the_second_load_reads_what_the_first_one_left(
     assert code == 0
     assert "cache: hit" in out
     assert "Cache: reading" in err
+    full = [quantload.json(*arguments, "--cache-verify", "full")["cache"] for _ in range(2)]
+    assert full == ["written", "hit"]
 
 
 def test_a_cache_that_cannot_be_is_a_usage_error(quantload: Command, checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -146,6 +148,8 @@ def test_a_cache_that_cannot_be_is_a_usage_error(quantload: Command, checkpoint:
         (("--cache", tmp_path / "file"), "is a file; give a folder"),
         (("--cache", tmp_path, "--cache-size", "many"), "'many' is not an amount"),
         (("--cache", tmp_path, "--cache-size", "0"), "cache_bytes is 0"),
+        (("--cache", tmp_path, "--cache-verify", "none"), "cache_verify is 'none'; choose samples or full"),
+        (("--cache-verify", "full"), "--cache-verify full is given without --cache"),
     ):
         code, _, err = quantload("load", checkpoint("llama"), *arguments)
         assert code == 2

@@ -17,31 +17,36 @@ from ..checkpoint.paths import locate
 from ..checkpoint.resolve import Checkpoint
 from ..checkpoint.source import FileSource
 from ..model.skeleton import Assignment
-from ..options import QuantizationPolicy
+from ..options import CacheVerify, QuantizationPolicy
 from ..schemes.registry import get_entry
 
 QUANTIZATION_VERSION = 1
 """Of the rules that make codes and scales; raise it with every change after which a scheme gives other bytes."""
 STORED_VERSION = 1
 """Of the layout of tensors in an entry, as `quantization_config` describes it."""
-_HEADER_AT_ONCE = 1 << 20
+_HEADER_AT_ONCE = _READ_AT_ONCE = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def entry_key(
-    checkpoint: Checkpoint, policy: QuantizationPolicy, assignments: Iterable[Assignment], trust_remote_code: bool
+    checkpoint: Checkpoint,
+    policy: QuantizationPolicy,
+    assignments: Iterable[Assignment],
+    trust_remote_code: bool,
+    verify: CacheVerify = "samples",
 ) -> str:
     """The key of what a load of `checkpoint` leaves in memory: 64 hexadecimal digits.
 
     `assignments` are what the policy made of the model on the device it goes to.
     The files of the checkpoint count with their headers, sizes, times of change (ns) and samples of their weights:
-    times alone are equal where they were set, as in archives and images made to be reproducible. The folder they lie
-    in does not count. How a load runs, which kernels, pieces and workers it uses and what it measures,
+    times alone are equal where they were set, as in archives and images made to be reproducible. With `verify` full
+    they count with all of their content, and not with their times. The folder they lie in does not count. How a load
+    runs, which kernels, pieces and workers it uses and what it measures,
     does not change a byte, and does not count either. Raises `CheckpointError` as `read_index` would.
     """
     facts = {
         "versions": [STORED_VERSION, QUANTIZATION_VERSION, transformers.__version__],  # that one says what is fused how
-        "shards": list(_shards(checkpoint)),
+        "shards": list(_contents(checkpoint) if verify == "full" else _shards(checkpoint)),
         "config": checkpoint.config(),
         "code": _modeling_code(checkpoint.root) if trust_remote_code else None,
         "policy": _policy(policy),
@@ -55,6 +60,20 @@ def _shards(checkpoint: Checkpoint) -> Iterator[tuple[str, int, int]]:
         for name in shard_names(checkpoint, source):
             size, path = source.size(name), locate(checkpoint.root, name)
             yield _digest(path, size), size, path.stat().st_mtime_ns
+
+
+def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
+    """Of every byte; the page cache is left as it was."""
+    with FileSource(checkpoint.root) as source:
+        buffer = memoryview(bytearray(_READ_AT_ONCE))
+        for name in shard_names(checkpoint, source):
+            digest, size = hashlib.sha256(), source.size(name)
+            for offset in range(0, size, len(buffer)):
+                part = buffer[: size - offset]
+                source.read_into(name, offset, part)
+                digest.update(part)
+                source.release(name, offset, len(part))
+            yield digest.hexdigest(), size
 
 
 def _digest(path: Path, size: int) -> str:

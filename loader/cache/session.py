@@ -109,7 +109,13 @@ class FolderCache(NoCache):
     @contextlib.contextmanager
     def reading(self, draft: Draft) -> Iterator[Reading]:
         """Where a load reads; meanwhile its entry is kept from being removed, or is written."""
-        key = entry_key(self._checkpoint, draft.rules.policy, draft.assignments, self._trust_remote_code)
+        key = entry_key(
+            self._checkpoint,
+            draft.rules.policy,
+            draft.assignments,
+            self._trust_remote_code,
+            self._options.cache_verify,
+        )
         entry = self._find(key)
         with contextlib.ExitStack() as stack:
             if entry is None:

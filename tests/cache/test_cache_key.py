@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from quantload import plan_quantized
 from quantload.cache import key as key_module
 from quantload.cache.key import entry_key
@@ -94,6 +95,32 @@ def test_another_checkpoint_has_another_key(folder: Path, change: Callable[[Path
     assert key_of_files(folder) != before
 
 
+def change_one_bit_under_the_same_time(folder: Path, position: int) -> None:
+    status, data = shard(folder).stat(), bytearray(shard(folder).read_bytes())
+    data[position] ^= 1
+    shard(folder).write_bytes(data)
+    os.utime(shard(folder), ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_full_verification_sees_what_samples_do_not(folder: Path) -> None:
+    """One bit between the pages that are sampled, under the same time; and content that is the same under another."""
+    save_file({"weight": torch.zeros(64, 4096)}, shard(folder))  # 1 MiB: a page in four is sampled
+
+    def keys() -> list[str]:
+        return [entry_key(resolve(folder), POLICY, [], False, verify) for verify in ("samples", "full")]
+
+    before = keys()
+    change_one_bit_under_the_same_time(folder, position=6000)
+    after = keys()
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    touch(folder)
+    touched = keys()
+    assert touched[0] != after[0]
+    assert touched[1] == after[1]
+    assert len({*before, *after}) == 3
+
+
 def test_a_shard_has_its_part_in_the_key(folder: Path) -> None:
     split(folder)
     before = key_of(folder)
@@ -155,7 +182,7 @@ def test_strictness_does_not_change_the_key(folder: Path) -> None:
 
 def test_every_option_is_known_not_to_change_a_byte_or_to_be_in_the_key() -> None:
     """Who adds an option decides which of the two it is, here and in the lists above."""
-    assert set(LoadOptions.__dataclass_fields__) - {"cache", "cache_bytes"} == {
+    assert set(LoadOptions.__dataclass_fields__) - {"cache", "cache_bytes", "cache_verify"} == {
         "chunk_bytes", "staging_bytes", "max_memory", "workers", "page_cache", "stats", "strict", "retries",
         "activations", "kernels",
     }  # fmt: skip

@@ -207,6 +207,20 @@ def test_a_finite_scale_that_makes_codes_infinite_is_named(
         load_quantized(with_scale(1.01 * largest), scheme)
 
 
+@pytest.mark.parametrize("scheme", ["auto", "int8_per_channel"])
+@pytest.mark.parametrize("name", ["ct_llama_mxfp8a16", "native_gptoss_mxfp4"])
+def test_scales_declared_as_e8m0_are_the_bytes_they_are(name: str, scheme: str, golden: Path, tmp_path: Path) -> None:
+    tensors = raw_checkpoint.read(golden / name)
+    declared = {key: value.view(torch.float8_e8m0fnu) for key, value in tensors.items() if key.endswith("_scale")}
+    declared |= {key: value.view(torch.float8_e8m0fnu) for key, value in tensors.items() if key.endswith("_scales")}
+    assert declared
+    folder = raw_checkpoint.write(tmp_path / "declared", golden / name, [tensors | declared])
+    got, want = load_quantized(folder, scheme).state_dict(), load_quantized(golden / name, scheme).state_dict()
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        assert torch.equal(got[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
 def test_codes_that_become_infinite_are_named_where_they_are_quantized_anew(golden: Path, tmp_path: Path) -> None:
     """448 * 2^127 is no float32; only what is quantized anew looks at the values."""
     tensors = raw_checkpoint.read(golden / "ct_llama_mxfp8a16")

@@ -34,7 +34,7 @@ def read(quantization: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], 
 def converted(part: StoredPart, tensors: Mapping[str, Tensor]) -> Tensor:
     """A whole part in the canonical layout."""
     columns = part.entry.shape[-1] if len(part.entry.shape) > 1 else 1
-    matrix = tensors[part.entry.name].reshape(-1, columns)
+    matrix = tensors[part.entry.name].view(part.entry.dtype).reshape(-1, columns)
     return matrix if part.convert is None else part.convert(matrix)
 
 
@@ -43,7 +43,7 @@ def dequantized(weight: StoredWeight, tensors: Mapping[str, Tensor]) -> Tensor:
     fmt, experts = weight.format, weight.experts or 1
     parts = {part.role: converted(part, tensors) for part in weight.parts}
     codes = parts["codes"].view(fmt.code_dtype).reshape(experts, *fmt.code_shape(weight.rows, weight.columns))
-    scales = parts["scale"].view(torch.uint8) if fmt.scale_dtype is torch.uint8 else parts["scale"]
+    scales = parts["scale"]
     assert scales.dtype is fmt.scale_dtype
     if fmt.scale_words == 2:
         zeros = parts.get("zero_point", torch.full_like(scales, weight.zero_point))

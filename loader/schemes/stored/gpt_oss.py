@@ -9,7 +9,7 @@ import torch
 from ...checkpoint.headers import TensorEntry
 from ...errors import CheckpointError
 from ...kernels.formats import MXFP4
-from .layouts import E8M0
+from .layouts import E8M0, as_bytes
 from .modules import Read
 from .settings import Settings
 from .weights import StoredCheckpoint, StoredPart, StoredWeight
@@ -56,7 +56,7 @@ def _weight(blocks: TensorEntry, tensors: Mapping[str, TensorEntry], dtype: torc
         )
     experts, rows, groups, _ = blocks.shape
     codes = StoredPart("codes", blocks._replace(shape=(experts, rows, groups * _BLOCK_BYTES)))
-    parts = (codes, StoredPart("scale", scales))
+    parts = (codes, StoredPart("scale", as_bytes(scales)))
     return StoredWeight(name, MXFP4, experts, rows, groups * MXFP4.block_cols, dtype, parts, transposed=True)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...checkpoint.headers import TensorEntry
 from ...errors import CheckpointError
 from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, NVFP4, WeightFormat
 from .modules import FLOATS, ONE, StoredModule
@@ -37,7 +38,7 @@ def mx(fmt: WeightFormat, codes: str = "weight", scale: str = "weight_scale") ->
                 f"{entry.name} has {entry.shape[1]} bytes in a row, which are no whole number of codes of "
                 f"{fmt.code_bits} bits; the config is of another checkpoint, or the tensor is damaged"
             )
-        scales = module.shaped(scale, E8M0, (fmt.scale_shape(rows, columns),), why=why)
+        scales = as_bytes(module.shaped(scale, E8M0, (fmt.scale_shape(rows, columns),), why=why))
         lacking = fmt.code_shape(rows, columns)[1] - entry.shape[1]
         parts = StoredPart("codes", entry, 1, filled_up(lacking) if lacking else None), StoredPart("scale", scales)
         return module.weight(fmt, (rows, columns), parts)
@@ -136,6 +137,11 @@ def zero_points(
         return ()
     entry = module.shaped(tensor, _ZERO_POINTS, shapes, why="a zero point of a symmetric quantization")
     return (StoredPart("must_be_zero", entry, block, _must_be_zero(entry.name)),)
+
+
+def as_bytes(entry: TensorEntry) -> TensorEntry:
+    """A tensor read as the bytes it has: E8M0 scales are bytes here, whatever dtype a tool declares them as."""
+    return entry._replace(dtype=torch.uint8)
 
 
 def float32(stored: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import stored_tensors
 import torch
-from quantload.errors import CheckpointError
+from quantload.errors import CheckpointError, UnsupportedCheckpointError
 
 BLOCKS = [128, 128]
 
@@ -96,6 +96,70 @@ def test_a_static_scale_that_is_missing_or_no_number_is_named():
         stored_tensors.read(config(activation_scheme="static"), tensors)
     with pytest.raises(CheckpointError, match=r"q\.input_scale has the shape \[2\]"):
         stored_tensors.read(config(activation_scheme="static"), {**tensors, "q.input_scale": torch.ones(2)})
+
+
+E, N, K = 3, 256, 192
+HALVES = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+
+
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+@pytest.mark.parametrize(
+    ("fields", "scale", "spread", "fmt"),
+    [
+        (
+            {"weight_block_size": BLOCKS},
+            torch.arange(1.0, 13.0).reshape(E, 2, 2),
+            lambda scale: scale.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :, :K],
+            "fp8_block",
+        ),
+        ({"weight_block_size": [1, 32]}, torch.full((E, N, 6), 128).byte(), lambda scale: 2.0, "mxfp8"),
+        ({}, torch.arange(1.0, E * N + 1).reshape(E, N, 1), lambda scale: scale, "fp8_channel"),
+        ({}, torch.arange(1.0, E * N + 1).reshape(E, N), lambda scale: scale[..., None], "fp8_channel"),
+        ({}, torch.tensor([1.0, 2.0, 4.0]), lambda scale: scale[:, None, None], "fp8_channel"),
+        ({}, torch.tensor([1.0, 2.0, 4.0]).reshape(E, 1, 1), lambda scale: scale, "fp8_channel"),
+        ({}, HALVES[..., None], lambda scale: scale.repeat_interleave(N // 2, 1), "fp8_channel"),
+        ({}, torch.tensor(0.5), lambda scale: scale, "fp8_tensor"),
+    ],
+    ids=["blocks", "mx", "rows", "rows [E, N]", "experts", "experts [E, 1, 1]", "halves", "all"],
+)
+def test_all_experts_in_one_tensor(fields, scale, spread, fmt, suffix):
+    stored = codes(E * N, K).reshape(E, N, K)
+    tensors = {"m.experts.gate_up_proj": stored, f"m.experts.gate_up_proj{suffix}": scale}
+    tensors |= {"m.experts.gate_up_proj_activation_scale": torch.tensor([1.0, 2.0, 3.0])}
+    tensors["m.experts.bias"] = torch.zeros(E, N, dtype=torch.bfloat16)
+    found = stored_tensors.read(config(**fields), tensors)
+    weight = found.weights["m.experts.gate_up_proj"]
+    assert (weight.format.name, weight.experts, weight.shape) == (fmt, E, (E, N, K))
+    assert set(found.plain) == {"m.experts.bias"}
+    if fmt != "fp8_tensor":  # whose one scale stands for all matrices, and is handed to each
+        assert torch.equal(stored_tensors.dequantized(weight, tensors), stored.float() * spread(scale))
+
+
+def test_static_scales_of_all_experts():
+    tensors = {
+        "m.experts.down_proj": codes(E * N, K).reshape(E, N, K),
+        "m.experts.down_proj_scale": torch.ones(E, 1, 1),
+        "m.experts.down_proj_activation_scale": torch.tensor([1.0, 2.0, 3.0]),
+    }
+    found = stored_tensors.read(config(activation_scheme="static"), tensors)
+    scale = found.weights["m.experts.down_proj"].activations.scale
+    assert (scale.name, scale.nbytes) == ("m.experts.down_proj_activation_scale", 12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows", "scale", "error", "message"),
+    [
+        ({"weight_block_size": BLOCKS}, 200, torch.ones(E, 2, 2), UnsupportedCheckpointError, "has 200 rows for each"),
+        ({"weight_block_size": BLOCKS}, 250, torch.ones(E, 2, 2), UnsupportedCheckpointError, "has 250 rows for each"),
+        ({"weight_block_size": BLOCKS}, 256, torch.ones(E, 2, 3), CheckpointError, r"shape \[6, 3\].*needs \[6, 2\]"),
+        ({}, 256, torch.ones(E, 4, 1), CheckpointError, r"shape \[12, 1\].*needs \[768\]"),
+        ({}, 255, torch.ones(E, 2, 1), CheckpointError, r"shape \[6, 1\].*needs \[765\]"),
+    ],
+)
+def test_scales_that_do_not_fit_all_experts(fields, rows, scale, error, message):
+    tensors = {"m.experts.down_proj": codes(E * rows, K).reshape(E, rows, K), "m.experts.down_proj_scale_inv": scale}
+    with pytest.raises(error, match=message):
+        stored_tensors.read(config(**fields), tensors)
 
 
 @pytest.mark.parametrize("field", ["modules_to_not_convert", "ignored_layers"])

@@ -87,7 +87,7 @@ def test_a_name_means_whole_parts_of_names(name):
         ({"version": "gemv"}, r"quantization_config\.version is 'gemv'; supported: 'gemm'"),
         ({"pack_method": "order"}, r"quantization_config\.pack_method is 'order'"),
         ({"modules_to_not_convert": "q"}, r"modules_to_not_convert is 'q'; expected a list"),
-        ({"modules_to_not_convert": ["("]}, r"modules_to_not_convert has 're:"),
+        ({"modules_to_not_convert": ["("]}, r"modules_to_not_convert has '\(', which is not a regular expression"),
     ],
 )
 def test_a_wrong_field_is_named(fields, message):

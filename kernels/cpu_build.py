@@ -11,10 +11,16 @@ import numba as nb
 import numpy as np
 from numba import types
 
-from . import fp8, int8
 from . import statistics as st
 from .compiled import FINGERPRINT, KernelFunction, jit, locked, read_f32, read_f64, write_f32, write_f64
 from .magnitude_ir import amax_tile, count_above, magnitude_to_f32
+from .scale_rules import (
+    FP8_BLOCK_MIN_AMAX,
+    FP8_CHANNEL_MIN_SCALE,
+    FP8_LARGEST,
+    FP8_TENSOR_MIN_AMAX,
+    INT8_LARGEST,
+)
 from .scaled_ir import TILE_ELEMENTS, quantize_tile
 from .vector_ir import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
 
@@ -32,14 +38,14 @@ add_count_and_amax = nb.njit(nogil=True)(_add_count_and_amax)
 def _scale_of(rule: str, amax: Any) -> Any:
     """float32 scale of a float32 amax; `fp8.Fp8Codec` and `int8.Int8Codec` give the sources of the rules."""
     if rule == "fp8_channel":
-        return max(amax / np.float32(fp8.LARGEST), np.float32(fp8.CHANNEL_MIN_SCALE))
+        return max(amax / np.float32(FP8_LARGEST), np.float32(FP8_CHANNEL_MIN_SCALE))
     if rule == "fp8_tensor":
         return np.float32(1.0) / (
-            np.float32(1.0) / max(amax, np.float32(fp8.TENSOR_MIN_AMAX)) * np.float32(fp8.LARGEST)
+            np.float32(1.0) / max(amax, np.float32(FP8_TENSOR_MIN_AMAX)) * np.float32(FP8_LARGEST)
         )
     if rule == "fp8_block":
-        return max(amax, np.float32(fp8.BLOCK_MIN_AMAX)) / np.float32(fp8.LARGEST)
-    scale = amax / np.float32(int8.LARGEST)
+        return max(amax, np.float32(FP8_BLOCK_MIN_AMAX)) / np.float32(FP8_LARGEST)
+    scale = amax / np.float32(INT8_LARGEST)
     return scale if scale > np.float32(0.0) else np.float32(1.0)
 
 
@@ -55,7 +61,7 @@ STRIP_ROWS = 8
 def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
     fingerprint, width, infinity, target = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind], TARGETS[rule]
     finite = np.float32(LARGEST_FINITE[kind])
-    limit = np.float32((int8.LARGEST if rule == "int8_channel" else fp8.LARGEST) * (1.0 + st.SATURATION_SLACK))
+    limit = np.float32((INT8_LARGEST if rule == "int8_channel" else FP8_LARGEST) * (1.0 + st.SATURATION_SLACK))
     tile_elements, group_cols, strip_rows = TILE_ELEMENTS, GROUP_COLS, STRIP_ROWS
 
     def quantize(  # type: ignore[no-untyped-def]

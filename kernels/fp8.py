@@ -15,17 +15,13 @@ import torch
 
 from .formats import FNUZ, FORMATS, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, WeightFormat
 from .reference import Reference
-
-LARGEST = 448.0
-CHANNEL_MIN_SCALE = 1.0 / (448.0 * 512.0)
-TENSOR_MIN_AMAX = 1e-12
-BLOCK_MIN_AMAX = 1e-4
+from .scale_rules import FP8_BLOCK_MIN_AMAX, FP8_CHANNEL_MIN_SCALE, FP8_LARGEST, FP8_TENSOR_MIN_AMAX
 
 
 class Fp8Codec:
     """The arithmetic of one FP8 granularity in plain torch."""
 
-    largest: float = LARGEST
+    largest: float = FP8_LARGEST
 
     def __init__(self, fmt: WeightFormat) -> None:
         self.format = fmt
@@ -33,17 +29,17 @@ class Fp8Codec:
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
         """float32 scales; finite and positive for every finite amax."""
         if self.format is FP8_CHANNEL:
-            return divided(amax, LARGEST).clamp(min=CHANNEL_MIN_SCALE)
+            return divided(amax, FP8_LARGEST).clamp(min=FP8_CHANNEL_MIN_SCALE)
         if self.format is FP8_TENSOR:
-            return (amax.clamp(min=TENSOR_MIN_AMAX).reciprocal() * LARGEST).reciprocal()
-        return divided(amax.clamp(min=BLOCK_MIN_AMAX), LARGEST)
+            return (amax.clamp(min=FP8_TENSOR_MIN_AMAX).reciprocal() * FP8_LARGEST).reciprocal()
+        return divided(amax.clamp(min=FP8_BLOCK_MIN_AMAX), FP8_LARGEST)
 
     def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return values * scales.reciprocal() if self.format is FP8_BLOCK else values / scales
 
     def encode(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Nearest E4M3 code, ties to even, saturating at 448."""
-        return ratio.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return ratio.clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor:
         return codes.float() * scales
@@ -52,7 +48,7 @@ class Fp8Codec:
 class FnuzCodec:
     """The codes and scales of an `Fp8Codec` as E4M3 FNUZ."""
 
-    largest: float = LARGEST
+    largest: float = FP8_LARGEST
 
     def __init__(self, fmt: WeightFormat, ocp: Fp8Codec) -> None:
         self.format = fmt

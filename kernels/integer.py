@@ -29,11 +29,7 @@ from . import statistics as st
 from .formats import INT4FP8_CHANNEL, INTEGERS, WeightFormat
 from .fp8 import divided
 from .reference import Reference, check_scales, column_amax, row_chunks
-
-SMALLEST_SCALE = 2.0**-24
-"""The smallest float16 above zero. AutoAWQ's own limit is a range of 1e-5, eleven times that at four bits."""
-SYMMETRIC_LARGEST = 7.0
-"""Largest distance of a code of `int4fp8_channel` from its zero point."""
+from .scale_rules import SMALLEST_SCALE, SYMMETRIC_LARGEST
 
 
 @dataclass(frozen=True)

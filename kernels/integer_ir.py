@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba import types
 
 from . import statistics as st
-from .integer import SMALLEST_SCALE, SYMMETRIC_LARGEST
 from .processor import has
+from .scale_rules import SMALLEST_SCALE, SYMMETRIC_LARGEST
 from .scaled_decode_ir import to_bf16
 from .scaled_ir import floats
 from .vector_ir import (

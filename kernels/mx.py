@@ -5,39 +5,13 @@ Scale rules: EVEN for MXFP6, as AMD Quark writes it; RCEIL for MXFP8, as torchao
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
-from .formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, WeightFormat
+from .formats import FORMATS, MXFP8
+from .mx_elements import E2M3, E3M2, E4M3, MxElement, code_values
 from .mxfp4 import BLOCK, power_of_two
 from .reference import Reference
-
-
-@dataclass(frozen=True)
-class MxElement:
-    """A sign, exponent and mantissa code without infinities, and the scale rule that goes with it.
-
-    The scale byte is clamp(E - emax + inc, 0, 254) from exponent E and significand m of a block's float32 amax;
-    inc is m >= `threshold`.
-    """
-
-    format: WeightFormat
-    mantissa_bits: int
-    bias: int
-    emax: int
-    largest: float
-    threshold: int
-
-
-E2M1 = MxElement(MXFP4, 1, 1, 2, 6.0, 0x600000)
-E2M3 = MxElement(MXFP6_E2M3, 3, 1, 2, 7.5, 0x780000)
-E3M2 = MxElement(MXFP6_E3M2, 2, 3, 4, 28.0, 0x700000)
-E4M3 = MxElement(MXFP8, 3, 7, 8, 448.0, 0x600001)
-"""RCEIL: the next power of two from the first float32 above 448 = 1.75 * 2^8 on."""
-
-ELEMENTS = {element.format.name: element for element in (E2M1, E2M3, E3M2, E4M3)}
 
 
 class MxCodec:
@@ -45,7 +19,7 @@ class MxCodec:
 
     def __init__(self, element: MxElement) -> None:
         self.element = element
-        self.format = element.format
+        self.format = FORMATS[element.name]
         self.largest = element.largest
 
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
@@ -80,17 +54,6 @@ class MxCodec:
         return table[unpack_fp6(codes)[:, :cols]] * _per_element(power_of_two(scales.int()), cols)
 
 
-def code_values(element: MxElement) -> tuple[float, ...]:
-    """The values of all codes without a sign, in order (all finite: neither MXFP4 nor MXFP6 has NaN)."""
-    step = 1 << element.mantissa_bits
-    values = []
-    for code in range(1 << (element.format.code_bits - 1)):
-        exponent, mantissa = divmod(code, step)
-        fraction = mantissa + (step if exponent else 0)
-        values.append(fraction * 2.0 ** (max(exponent, 1) - element.bias - element.mantissa_bits))
-    return tuple(values)
-
-
 def pack_fp6(codes: torch.Tensor) -> torch.Tensor:
     """int32 [r, c] of six-bit codes, c a multiple of 4, to uint8 [r, 3c/4]: four little-endian in three bytes."""
     quads = codes.view(codes.shape[0], -1, 4)
@@ -109,4 +72,4 @@ def _per_element(blocks: torch.Tensor, cols: int) -> torch.Tensor:
     return blocks.repeat_interleave(BLOCK, 1)[:, :cols]
 
 
-references = {element.format.name: Reference(MxCodec(element)) for element in (E2M3, E3M2, E4M3)}
+references = {element.name: Reference(MxCodec(element)) for element in (E2M3, E3M2, E4M3)}

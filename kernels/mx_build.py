@@ -11,8 +11,8 @@ from numba import types
 from . import statistics as st
 from .compiled import FINGERPRINT, KernelFunction, jit, locked, read_f64, read_u8, write_f64
 from .cpu_build import add_count_and_amax
-from .formats import FORMATS
 from .magnitude_ir import count_above, magnitude_to_f32
+from .mx_elements import ELEMENTS
 from .mx_ir import RUN_BLOCKS, quantize_run
 from .mxfp4_table_ir import largest_error_run, quantize_bf16_run
 from .processor import has
@@ -33,7 +33,7 @@ largest_possible_error = nb.njit(nogil=True)(_largest_possible_error)
 
 def _mx_quantize(name: str, mode: str, kind: str, measure: bool) -> KernelFunction:
     fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
-    finite, code_bytes = np.float32(LARGEST_FINITE[kind]), 4 * FORMATS[name].code_bits
+    finite, code_bytes = np.float32(LARGEST_FINITE[kind]), 4 * ELEMENTS[name].code_bits
     run_blocks, exact = RUN_BLOCKS, "f64" if measure else "none"
     fast = name == "mxfp4" and mode == "default" and kind == "bf16"
     tables = has("avx512bw") and (has("avx512bf16") or not measure)

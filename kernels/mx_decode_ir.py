@@ -11,7 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .mx import ELEMENTS, MxElement, code_values
+from .mx_elements import ELEMENTS, MxElement, code_values
 from .mx_ir import power_of_two_bits
 from .mxfp4_decode_ir import decode_block
 from .scaled_decode_ir import HALF_UNIT, decode_with_halves
@@ -38,7 +38,7 @@ LANES = 32
 
 def block_bytes(family: str) -> int:
     """Bytes of 32 codes."""
-    return 4 * _element(family).format.code_bits
+    return 4 * _element(family).code_bits
 
 
 @emitted
@@ -97,7 +97,7 @@ def _element(family: str) -> MxElement:
 
 def _codes(b: ir.IRBuilder, address: ir.Value, element: MxElement) -> list[Vector]:
     """The even and the odd codes as int32."""
-    if element.format.code_bits == 8:
+    if element.code_bits == 8:
         pairs = load(b, address, I16, 16).zext(I32)
         return [pairs & 255, pairs >> 8]
     words = load(b, address, I8, 24).shuffle([3 * quad + k for quad in range(8) for k in (0, 1, 1, 2)]).cast(I16)
@@ -113,7 +113,7 @@ def _signed_pairs(b: ir.IRBuilder, address: ir.Value) -> list[Vector]:
 
 def _decode(codes: Vector, element: MxElement) -> Vector:
     """float32 values of int32 codes at scale 1."""
-    bits, kept = element.format.code_bits, element.mantissa_bits
+    bits, kept = element.code_bits, element.mantissa_bits
     magnitude = codes & ((1 << (bits - 1)) - 1)
     normal = (magnitude << (23 - kept)) + ((127 - element.bias) << 23)
     subnormal = (magnitude.to_float(F32) * 2.0 ** (1 - element.bias - kept)).cast(I32)

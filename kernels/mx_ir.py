@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 
 from . import statistics as st
-from .mx import ELEMENTS, MxElement
+from .mx_elements import ELEMENTS, MxElement
 from .vector_ir import (
     F32,
     F64,
@@ -92,7 +92,7 @@ class MxRun:
         largest = cgutils.alloca_once_value(b, I32(0))
         self._start_statistics()
         use_stored = b.icmp_unsigned("!=", known, I64(0))
-        code_bytes = 4 * self.element.format.code_bits
+        code_bytes = 4 * self.element.code_bits
         with count_to(b, blocks) as i:
             address = b.add(source, b.mul(i, I64(32 * ITEM_BYTES[self.kind])))
             bits = load(b, address, source_element(self.kind), 32)
@@ -145,7 +145,7 @@ class MxRun:
 
     def _store(self, even: Vector, odd: Vector, signs: Vector, address: ir.Value) -> None:
         """32 codes; `signs` holds them at bits 15 and 31 of each pair."""
-        n = self.element.format.code_bits
+        n = self.element.code_bits
         pairs = even | (odd << n)
         pairs = pairs | ((signs >> (16 - n)) & (1 << (n - 1))) | ((signs >> (32 - 2 * n)) & (1 << (2 * n - 1)))
         if n == 6:

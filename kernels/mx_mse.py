@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from . import mx, mxfp4
+from .mx_elements import ELEMENTS
 from .mxfp4 import BLOCK
 from .reference import Codec, Reference, check_finish, check_quantize, row_chunks
 
@@ -47,7 +48,7 @@ class MseReference(Reference):
 
 def least_error_bytes(codec: Codec, values: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     """uint8 [r, blocks] for finite float32 `values` [r, c], from amax [r, blocks]."""
-    emax = mx.ELEMENTS[codec.format.name].emax
+    emax = ELEMENTS[codec.format.name].emax
     floor = ((amax.view(torch.int32) >> 23) - emax).clamp(0, 254).to(torch.uint8)
     here, there = (_squared_errors(codec, values, floor + step) for step in (0, 1))
     return floor + (here > 4.0 * there).to(torch.uint8)

@@ -6,13 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from .formats import MXFP4, WeightFormat
+from .mx_elements import E2M1
 from .reference import Reference
 
 BLOCK = 32
-LARGEST = 6.0
-EMAX = 2
-T_EVEN = 0x600000
-"""Smallest float32 significand of a block's amax that would round up to the next power of two in E2M1."""
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -20,12 +17,12 @@ class Mxfp4Codec:
     """The arithmetic of MXFP4 in plain torch."""
 
     format: WeightFormat = MXFP4
-    largest: float = LARGEST
+    largest: float = E2M1.largest
 
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
         """E8M0 bytes of the EVEN rule: clamp(E - 2 + (m >= T_even), 0, 254) from the float32 bits of amax."""
         bits = amax.view(torch.int32)
-        byte = (bits >> 23) - EMAX + ((bits & 0x7FFFFF) >= T_EVEN).int()
+        byte = (bits >> 23) - E2M1.emax + ((bits & 0x7FFFFF) >= E2M1.threshold).int()
         return byte.clamp(0, 254).to(torch.uint8)
 
     def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from . import statistics as st
+from .mx_elements import E2M1
 from .mx_ir import SUMMABLE, scale_byte, umax
-from .mxfp4 import EMAX, T_EVEN
 from .vector_ir import (
     F32,
     F64,
@@ -118,7 +118,7 @@ def _add_bf16_statistics(acc: Accumulators, blocks: ir.Value, out: ir.Value) -> 
 
 def even_byte(b: ir.IRBuilder, amax: ir.Value, mantissa_bits: int) -> ir.Value:
     """EVEN scale byte from the i32 magnitude bits of a block's amax (8 exponent bits above `mantissa_bits`)."""
-    return scale_byte(b, amax, T_EVEN, EMAX, mantissa_bits)
+    return scale_byte(b, amax, E2M1.threshold, E2M1.emax, mantissa_bits)
 
 
 def store_pairs(code: Vector, address: ir.Value) -> None:

@@ -21,18 +21,17 @@ import torch.nn.functional as F
 
 from . import mxfp4
 from .formats import MULTIPLIER_BYTES, MXFP4_ROWS, WeightFormat
+from .mx_elements import E2M1
 from .mxfp4 import BLOCK, power_of_two
 from .reference import Reference, check_finish, check_quantize, check_scales, column_amax, row_chunks
-
-CANDIDATES = tuple(float(torch.tensor(2.0 ** (j / 16), dtype=torch.float32)) for j in range(16))
-"""The multipliers that are tried, as float32 has them."""
+from .scale_rules import CANDIDATES
 
 
 class Mxfp4RowsCodec:
     """The arithmetic in plain torch; `scales` are rows of the scale tensor."""
 
     format: WeightFormat = MXFP4_ROWS
-    largest: float = mxfp4.LARGEST
+    largest: float = E2M1.largest
 
     def __init__(self) -> None:
         self._blocks = mxfp4.Mxfp4Codec()

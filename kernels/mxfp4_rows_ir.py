@@ -9,9 +9,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .mx import E2M1
+from .mx_elements import E2M1
 from .mx_ir import MxRun, even_and_odd, float32_bits, nearest, power_of_two, power_of_two_bits, scale_byte, umax
-from .mxfp4_rows import CANDIDATES
+from .scale_rules import CANDIDATES
 from .vector_ir import (
     F32,
     F64,

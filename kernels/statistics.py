@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 COUNT = 0
 """Elements seen (padding is not counted)."""
@@ -32,12 +34,14 @@ SATURATION_SLACK = 2.0**-20
 
 def new_statistics(device: torch.device | str = "cpu") -> torch.Tensor:
     """A zeroed float64 [STATS] vector that quantize kernels accumulate into."""
+    import torch  # the numbers above are for processes without it, too
+
     return torch.zeros(STATS, dtype=torch.float64, device=device)
 
 
 def merge(into: torch.Tensor, other: torch.Tensor) -> None:
     """Add the float64 [STATS] vector `other` to `into` in place (maxima by maximum)."""
-    maxima = [torch.maximum(into[i], other[i]) for i in MAXIMA]
+    maxima = [into[i].maximum(other[i]) for i in MAXIMA]
     into += other
     for i, value in zip(MAXIMA, maxima, strict=True):
         into[i] = value

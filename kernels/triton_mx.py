@@ -9,7 +9,7 @@ import torch
 
 from .formats import WeightFormat
 from .jit import mx
-from .mx import ELEMENTS
+from .mx_elements import ELEMENTS
 from .triton_launch import EXACT, SCALES, TILE, as_one_row, bits, grid_of, new_partials, width_of
 
 

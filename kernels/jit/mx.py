@@ -33,7 +33,7 @@ def quantize_mx(
     R: tl.constexpr,
     B: tl.constexpr,
 ):
-    """Codes and scale bytes of a matrix; see `registry` for `quantize` and `mx.MxElement` for the constants.
+    """Codes and scale bytes of a matrix; see `registry` for `quantize` and `mx_elements.MxElement` for the constants.
 
     Columns from `cols` to the end of their block are written as zeros. KNOWN: the scale bytes are read, not made.
     """

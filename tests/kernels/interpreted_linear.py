@@ -14,6 +14,7 @@ from quantload.kernels import fp8, int8, integer, mx, mxfp4, mxfp4_rows
 from quantload.kernels.formats import FORMATS, MX, MXFP4, MXFP4_ROWS
 from quantload.kernels.gpu_target import GpuTarget
 from quantload.kernels.row_multiplied import MultipliedExperts, MultipliedLinear
+from quantload.kernels.scale_rules import FP8_BLOCK_MIN_AMAX, FP8_LARGEST
 from quantload.kernels.scaled_mm import ScaledMmLinear
 from quantload.kernels.triton_activations import quantize_mx_activations, quantize_scaled_activations
 from quantload.kernels.triton_experts import TritonExperts
@@ -69,7 +70,7 @@ def rounded(name: str, x: torch.Tensor) -> torch.Tensor:
     """The values that activations have once they are codes of a format; scales per token, tensor or 1 x 128."""
     if name.startswith("fp8_block"):
         blocks = F.pad(x.float(), (0, -x.shape[1] % 128)).view(-1, 128)
-        scale = blocks.abs().amax(1, keepdim=True).clamp(min=fp8.BLOCK_MIN_AMAX) / fp8.LARGEST
+        scale = blocks.abs().amax(1, keepdim=True).clamp(min=FP8_BLOCK_MIN_AMAX) / FP8_LARGEST
         codes = (blocks * scale.reciprocal()).to(torch.float8_e4m3fn)
         return (codes.float() * scale).view(x.shape[0], -1)[:, : x.shape[1]].double()
     return dequantized(name, *quantized_matrix(name, x), *x.shape)

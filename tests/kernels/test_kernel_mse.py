@@ -6,7 +6,7 @@ import pytest
 import torch
 from quantload.kernels import statistics as stats
 from quantload.kernels.formats import FORMATS, MX
-from quantload.kernels.mx import ELEMENTS
+from quantload.kernels.mx_elements import ELEMENTS
 from quantload.kernels.registry import NoKernel, candidates, kernel_set
 
 NAMES = [fmt.name for fmt in MX]

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from quantload.kernels import statistics as stats
 from quantload.kernels.formats import MXFP4_ROWS
 from quantload.kernels.mxfp4 import VALUES
-from quantload.kernels.mxfp4_rows import CANDIDATES, split
+from quantload.kernels.mxfp4_rows import split
 from quantload.kernels.registry import NoKernel, candidates, kernel_set, platform_kernels
+from quantload.kernels.scale_rules import CANDIDATES
 
 KERNELS = [kernel.name for kernel, reason in candidates("quantize", "mxfp4_rows", "cpu") if reason is None]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

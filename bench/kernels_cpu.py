@@ -27,7 +27,7 @@ from machine import describe_machine, headline
 from markdown import markdown
 from measured_formats import MEASURED
 from quantload.kernels import statistics as stats
-from quantload.kernels.registry import kernel_set, warm_up
+from quantload.kernels.registry import kernel_set, needed_to_load, prepare
 from result_files import RESULTS, write_result
 
 PIECE_BYTES = 8 << 20
@@ -43,7 +43,7 @@ def anonymous():
     with open("/proc/self/smaps_rollup") as lines:
         return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) << 10
 before, start = anonymous(), time.perf_counter()
-registry.warm_up(sys.argv[1], "cpu", torch.bfloat16)
+registry.prepare(registry.needed_to_load(sys.argv[1], "cpu", torch.bfloat16))
 print(json.dumps({"seconds": time.perf_counter() - start, "anonymous_bytes": anonymous() - before}))
 """
 
@@ -121,7 +121,7 @@ def measure_rates(formats: list[str], repeats: int) -> list[dict[str, Any]]:
     found = []
     for name in formats:
         for dtype in SOURCES:
-            warm_up(name, "cpu", dtype)
+            prepare(needed_to_load(name, "cpu", dtype))
             goal = GOALS.get(name) if dtype == torch.bfloat16 else None
             row = {"format": name, "source": str(dtype), "gb_per_second": rates(name, dtype, repeats), "goal": goal}
             found.append(row)

@@ -31,7 +31,7 @@ from load_child import process_memory
 from machine import describe_machine, headline
 from markdown import markdown
 from quantload.kernels.formats import FORMATS
-from quantload.kernels.registry import kernel_set, select, warm_up
+from quantload.kernels.registry import kernel_set, needed_to_load, prepare, select
 from result_files import RESULTS, write_result
 from torch import Tensor
 
@@ -223,7 +223,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     peaks: list[dict[str, Any]] = []
     for name in options.formats:
-        warm_up(name, "cpu", torch.bfloat16, False, torch.bfloat16)
+        prepare(needed_to_load(name, "cpu", torch.bfloat16, False, torch.bfloat16))
         for shape in options.shapes:
             weights = make_weights(name, parse_shape(shape), options.rotated_bytes)
             for tokens in options.tokens:

@@ -3,6 +3,10 @@
 What is compiled are closures over constants only: numba's disk cache keys closures by the values they close over, and
 `FINGERPRINT` among them makes an upgrade of any kernel source miss the old entries (numba itself looks only at the
 file that holds the function).
+
+Every closure has files of its own in that cache. numba numbers those of all closures of one function in a shared index
+without a lock, so that two processes may give one number to two of them, and the next process would get the machine
+code of the one for the other.
 """
 
 from __future__ import annotations
@@ -12,11 +16,15 @@ import logging
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numba as nb
 from numba import types
+from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from .vector_ir import F32, F64, I8, I64, load_scalar, store_scalar
@@ -69,42 +77,122 @@ read_f64, write_f64 = _memory_access(F64, types.float64)
 read_i64, _ = _memory_access(I64, types.int64)
 
 
-def jit(function: Callable[..., Any], signature: Any) -> KernelFunction:
-    """A Python function that runs `function`, compiled for `signature`, without the GIL."""
-    compiled: KernelFunction = _cached(lambda **options: nb.njit(signature, nogil=True, **options)(function))
-    return compiled
+@dataclass(frozen=True)
+class Recipe(Generic[Made]):
+    """A closure over constants, and how numba compiles it for a signature."""
+
+    function: Callable[..., Any]
+    signature: Any
+    decorator: Callable[..., Any]
+
+    def compile(self) -> Made:
+        """The compiled function: from the disk cache, or put there."""
+        options = {"boundscheck": False, "error_model": "numpy"}
+        made: Made
+        try:
+            made = self.decorator(cache=True, **options)(self.function)
+            return made
+        except RuntimeError as error:
+            if not _has_no_folder(error):
+                raise
+            _say_no_folder()
+        except DAMAGED as error:
+            logger.warning("numba's disk cache is damaged (%s); delete it (NUMBA_CACHE_DIR, or __pycache__)", error)
+        made = self.decorator(**options)(self.function)
+        return made
+
+    def is_missing(self) -> bool:
+        """Whether the disk cache could hold the compiled function and does not."""
+        try:
+            entries = FunctionCache(self.function)
+            key = entries._index_key(self.signature, cpu_target.target_context.codegen())
+            return entries._cache_file.load(key) is None
+        except RuntimeError as error:
+            if not _has_no_folder(error):
+                raise
+        except DAMAGED:
+            pass  # `compile` says it
+        return False
 
 
-def c_function(function: Callable[..., Any], signature: Any) -> CFunction:
-    """A C function that runs `function`, compiled for `signature`."""
-    compiled: CFunction = _cached(lambda **options: nb.cfunc(signature, **options)(function))
-    return compiled
+DAMAGED = EOFError, pickle.UnpicklingError
+"""What numba raises for files of its disk cache that were cut off."""
 
 
-def _cached(compile_with: Callable[..., Any]) -> Any:
-    options = {"boundscheck": False, "error_model": "numpy"}
-    try:
-        return compile_with(cache=True, **options)
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
-            raise
-        logger.info("numba has no folder to cache compiled kernels in, every process compiles them: %s", error)
-    except (EOFError, pickle.UnpicklingError) as error:
-        logger.warning("numba's disk cache is damaged (%s); delete it (NUMBA_CACHE_DIR, or __pycache__)", error)
-    return compile_with(**options)
+def _has_no_folder(error: RuntimeError) -> bool:
+    return "cannot cache" in str(error)
 
 
-def locked(build: Callable[..., Made]) -> Callable[..., Made]:
-    """Make and keep one function per argument tuple; threads that need one that is being made wait for it."""
-    made: dict[tuple[Any, ...], Made] = {}
+@cache
+def _say_no_folder() -> None:
+    logger.warning(
+        "numba can write to no folder to keep compiled kernels in: every process compiles them, which takes "
+        "seconds, and about %d MiB of memory for each; let NUMBA_CACHE_DIR name a folder",
+        COMPILE_MIB,
+    )
 
-    def get(*key: Any) -> Made:
-        function = made.get(key)
+
+COMPILE_MIB = 20
+"""About what the process that compiles a kernel has less afterwards."""
+
+
+def jit(function: Callable[..., Any], signature: Any) -> Recipe[KernelFunction]:
+    """How to compile `function`, which then runs without the GIL."""
+    return Recipe(_with_own_files(function, signature), signature, partial(nb.njit, signature, nogil=True))
+
+
+def c_function(function: Callable[..., Any], signature: Any) -> Recipe[CFunction]:
+    """How to compile `function` to a C function."""
+    return Recipe(_with_own_files(function, signature), signature, partial(nb.cfunc, signature))
+
+
+def _with_own_files(function: Callable[..., Any], signature: Any) -> Callable[..., Any]:
+    """`function` by a name, which numba makes file names of, that says what it closes over and the processor."""
+    constants = [cell.cell_contents for cell in function.__closure__ or ()]
+    identity = repr((signature, cpu_target.target_context.codegen().magic_tuple(), constants))
+    function.__qualname__ += f".{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    return function
+
+
+class Compiled(Generic[Made]):
+    """The functions that a builder gives recipes for, by its arguments: each made when it is first asked for, and kept.
+
+    Threads that need one that is being made wait for it.
+    """
+
+    def __init__(self, build: Callable[..., Recipe[Made]]) -> None:
+        self.build = build
+        self._made: dict[tuple[Any, ...], Made] = {}
+
+    def __call__(self, *key: Any) -> Made:
+        function = self._made.get(key)
         if function is None:
             with _compiling:
-                function = made.get(key)
+                function = self._made.get(key)
                 if function is None:
-                    function = made[key] = build(*key)
+                    function = self._made[key] = self.build(*key).compile()
         return function
 
-    return get
+    def needed(self, *key: Any) -> Needed[Made]:
+        """The function of these arguments, for later."""
+        return Needed(self, key)
+
+    def is_missing(self, *key: Any) -> bool:
+        """Whether a function is not made yet, and not in the disk cache either although there is one."""
+        return key not in self._made and self.build(*key).is_missing()
+
+
+@dataclass(frozen=True)
+class Needed(Generic[Made]):
+    """A function that will be called, whether it is compiled or not: the arguments of its builder, text and numbers."""
+
+    compiled: Compiled[Made]
+    key: tuple[Any, ...]
+
+    def get(self) -> Made:
+        """The function; compiled now, or fetched from the disk cache, if it was not before."""
+        return self.compiled(*self.key)
+
+    def is_missing(self) -> bool:
+        """Whether it has to be compiled, and the disk cache can hold it then."""
+        return self.compiled.is_missing(*self.key)

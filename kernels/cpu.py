@@ -1,13 +1,14 @@
-"""The numba CPU kernels as operations on torch tensors: checks, addresses, scratch memory, warm-up."""
+"""The numba CPU kernels as operations on torch tensors: checks, addresses, scratch memory, what to compile for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import cpu_build, cpu_dequantize, cpu_linear, fp8, int8, integer, mx, mx_build, mx_mse, mxfp4, mxfp4_rows
-from .compiled import KernelFunction
+from .compiled import KernelFunction, Needed
 from .cpu_dequantize import address
 from .formats import FORMATS, MX, MXFP4_ROWS, RowMultiplied, WeightFormat
 from .reference import Reference, check_quantize, check_scales
@@ -35,7 +36,7 @@ class NumbaKernels:
         rows, cols = source.shape
         if not rows or not cols:
             return 0
-        function = _quantize_function(self.format, self.scale_mode, KINDS[source.dtype], statistics is not None)
+        function = _quantize(self.format, self.scale_mode, KINDS[source.dtype], statistics is not None).get()
         blocks = self._blocks(rows, cols)
         if self.format in MX and cols % 32 == 0 and all(map(is_dense, (source, codes, scales))):
             rows, cols = 1, rows * cols
@@ -70,11 +71,10 @@ class NumbaKernels:
     ) -> torch.Tensor:
         return cpu_linear.linear(self.format, x, codes, scales, bias, n_rows, k)
 
-    def compile(self, kind: str, measure: bool) -> None:
-        """Compile what loading weights of a kind will call."""
-        _quantize_function(self.format, self.scale_mode, kind, measure)
-        if self.format.block_cols == 0:
-            cpu_build.observe(kind)
+    def needed(self, kind: str, measure: bool) -> list[Needed[KernelFunction]]:
+        """What loading weights of a kind will call."""
+        quantize = _quantize(self.format, self.scale_mode, kind, measure)
+        return [quantize, cpu_build.observe.needed(kind)] if self.format.block_cols == 0 else [quantize]
 
     def _blocks(self, rows: int, cols: int) -> tuple[int, ...]:
         if self.format in MX:
@@ -97,28 +97,27 @@ def numba_kernels(format_name: str, scale_mode: str = "default") -> NumbaKernels
     return NumbaKernels(FORMATS[format_name], references[scale_mode][format_name], scale_mode)
 
 
-def warm_up(
+def needed_to_load(
     format_name: str,
     source_dtype: torch.dtype,
     statistics: bool = True,
     activation_dtype: torch.dtype | None = None,
     scale_mode: str = "default",
-) -> None:
-    """Compile what loading weights of `source_dtype` into a format will call, and `linear` on `activation_dtype`."""
-    fmt, kind = FORMATS[format_name], KINDS[source_dtype]
-    numba_kernels(format_name, scale_mode).compile(kind, statistics)
+) -> list[Needed[Any]]:
+    """What loading weights of `source_dtype` into a format will call, and `linear` on `activation_dtype`."""
+    fmt = FORMATS[format_name]
+    found: list[Needed[Any]] = [*numba_kernels(format_name, scale_mode).needed(KINDS[source_dtype], statistics)]
     if activation_dtype is not None:
         fmt = fmt.blocks if isinstance(fmt, RowMultiplied) else fmt
-        cpu_dequantize.dequantize_function(
-            fmt, torch.float32 if activation_dtype == torch.float16 else activation_dtype
-        )
-        cpu_linear.dot_function(fmt, activation_dtype, 1)
+        found.append(cpu_dequantize.needed(fmt, activation_dtype))
+        found.append(cpu_linear.needed(fmt, activation_dtype, 1))
+    return found
 
 
-def _quantize_function(fmt: WeightFormat, scale_mode: str, kind: str, measure: bool) -> KernelFunction:
+def _quantize(fmt: WeightFormat, scale_mode: str, kind: str, measure: bool) -> Needed[KernelFunction]:
     if fmt in MX:
-        return mx_build.mx_quantize(fmt.name, scale_mode, kind, measure)
-    return cpu_build.scaled_quantize(fmt.name, kind, measure)
+        return mx_build.mx_quantize.needed(fmt.name, scale_mode, kind, measure)
+    return cpu_build.scaled_quantize.needed(fmt.name, kind, measure)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 
 from . import statistics as st
-from .compiled import FINGERPRINT, KernelFunction, jit, locked, read_f32, read_f64, write_f32, write_f64
+from .compiled import FINGERPRINT, Compiled, KernelFunction, Recipe, jit, read_f32, read_f64, write_f32, write_f64
 from .magnitude_ir import amax_tile, count_above, magnitude_to_f32
 from .scale_rules import (
     FP8_BLOCK_MIN_AMAX,
@@ -58,7 +58,7 @@ STRIP_ROWS = 8
 """Rows of a block that are worked on before going to the block beside it."""
 
 
-def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
+def _scaled_quantize(rule: str, kind: str, measure: bool) -> Recipe[KernelFunction]:
     fingerprint, width, infinity, target = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind], TARGETS[rule]
     finite = np.float32(LARGEST_FINITE[kind])
     limit = np.float32((INT8_LARGEST if rule == "int8_channel" else FP8_LARGEST) * (1.0 + st.SATURATION_SLACK))
@@ -136,7 +136,7 @@ def _scaled_quantize(rule: str, kind: str, measure: bool) -> KernelFunction:
     return jit(quantize, types.int64(*[_i64] * 12))
 
 
-def _observe(kind: str) -> KernelFunction:
+def _observe(kind: str) -> Recipe[KernelFunction]:
     fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
     finite = np.float32(LARGEST_FINITE[kind])
 
@@ -157,5 +157,5 @@ def _observe(kind: str) -> KernelFunction:
     return jit(observe, types.int64(*[_i64] * 8))
 
 
-scaled_quantize = locked(_scaled_quantize)
-observe = locked(_observe)
+scaled_quantize = Compiled(_scaled_quantize)
+observe = Compiled(_observe)

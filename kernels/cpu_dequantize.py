@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from . import linear_build, team
-from .compiled import CFunction
+from .compiled import CFunction, Needed
 from .formats import MX, WeightFormat
 from .processor import has
 from .reference import scale_rows
@@ -29,7 +29,7 @@ def dequantize(
     if out.dtype == torch.float16:
         _dequantize_f16(fmt, codes, scales, out, threads)
         return
-    function = dequantize_function(fmt, out.dtype)
+    function = needed(fmt, out.dtype).get()
     blocks = fmt.block_rows or rows, fmt.block_cols or cols
     if threads == 1 or rows * cols < ALONE_ELEMENTS:
         function.ctypes(*address(codes), *address(scales), *address(out), rows, cols, *blocks)
@@ -39,11 +39,11 @@ def dequantize(
     run_task(task, codes, scales, blocks, out, rows, cols, step, threads, 0, 0, function.address)
 
 
-def dequantize_function(fmt: WeightFormat, dtype: torch.dtype) -> CFunction:
-    """The compiled function that dequantizes to `dtype`, bfloat16 or float32."""
+def needed(fmt: WeightFormat, dtype: torch.dtype) -> Needed[CFunction]:
+    """The compiled function that dequantizes to `dtype`; to float16 it goes through float32."""
     kind = family(fmt)
     target = f"{kind}_f16c" if kind in ("fp8", "mxfp8") and has("f16c") else kind
-    return linear_build.dequantize(target, "bf16" if dtype == torch.bfloat16 else "f32")
+    return linear_build.dequantize.needed(target, "bf16" if dtype == torch.bfloat16 else "f32")
 
 
 def family(fmt: WeightFormat) -> str:

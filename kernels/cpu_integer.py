@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from . import integer_build
-from .compiled import KernelFunction
+from .compiled import KernelFunction, Needed
 from .cpu import KINDS, NumbaKernels, is_dense
 from .cpu_dequantize import address
 from .formats import INT4FP8_CHANNEL
@@ -31,7 +31,7 @@ class NumbaIntegers(NumbaKernels):
         if not rows or not cols:
             return 0
         group = self.format.block_cols or cols
-        function = self._quantize_function(KINDS[source.dtype], statistics is not None)
+        function = self._quantize(KINDS[source.dtype], statistics is not None).get()
         if self.format.block_cols and cols % group == 0 and all(map(is_dense, (source, codes, scales))):
             rows, cols = 1, rows * cols
         out = 0 if statistics is None else statistics.data_ptr()
@@ -46,15 +46,15 @@ class NumbaIntegers(NumbaKernels):
         function = integer_build.observe(self._lanes, KINDS[source.dtype])
         return function(*address(source), *address(amax), rows, cols, self.format.block_cols or cols)
 
-    def compile(self, kind: str, measure: bool) -> None:
-        self._quantize_function(kind, measure)
-        if self.format.block_cols == 0:
-            integer_build.observe(self._lanes, kind)
+    def needed(self, kind: str, measure: bool) -> list[Needed[KernelFunction]]:
+        """What loading weights of a kind will call."""
+        quantize = self._quantize(kind, measure)
+        return [quantize] if self.format.block_cols else [quantize, integer_build.observe.needed(self._lanes, kind)]
 
-    def _quantize_function(self, kind: str, measure: bool) -> KernelFunction:
+    def _quantize(self, kind: str, measure: bool) -> Needed[KernelFunction]:
         fmt = self.format
         rule = fmt.code_bits, KINDS[fmt.scale_dtype], fmt is INT4FP8_CHANNEL
-        return integer_build.quantize(*rule, self._lanes, kind, measure)
+        return integer_build.quantize.needed(*rule, self._lanes, kind, measure)
 
     @property
     def _lanes(self) -> int:

@@ -7,7 +7,7 @@ import threading
 import torch
 
 from . import linear_build
-from .compiled import CFunction
+from .compiled import CFunction, Needed
 from .cpu_dequantize import ALONE_ELEMENTS, address, dequantize, family, run_task
 from .dot_ir import BLOCK, DECODERS
 from .formats import WeightFormat
@@ -43,9 +43,9 @@ def linear(
     return _many_tokens(fmt, x, codes, scales, bias, n_rows, k)
 
 
-def dot_function(fmt: WeightFormat, dtype: torch.dtype, tokens: int) -> CFunction:
+def needed(fmt: WeightFormat, dtype: torch.dtype, tokens: int) -> Needed[CFunction]:
     """The compiled task that multiplies up to `tokens` tokens of `dtype`."""
-    return linear_build.dot_task(_decoder(fmt, dtype), _slots(tokens))
+    return linear_build.dot_task.needed(_decoder(fmt, dtype), _slots(tokens))
 
 
 def _few_tokens(
@@ -64,7 +64,7 @@ def _few_tokens(
     step = max(1, n_rows // (8 * threads * ROW_STEP)) * ROW_STEP
     blocks = fmt.block_rows or n_rows, fmt.block_cols or k
     cols = -(-k // BLOCK) * BLOCK
-    task = dot_function(fmt, x.dtype, tokens)
+    task = needed(fmt, x.dtype, tokens).get()
     run_task(task, codes, scales, blocks, out, n_rows, cols, step, threads, *address(prepared), 0)
     return (out[:tokens] if bias is None else out[:tokens].add_(bias)).to(x.dtype)
 

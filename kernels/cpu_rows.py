@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from . import rows_build
+from .compiled import KernelFunction, Needed
 from .cpu import KINDS, NumbaKernels, numba_kernels
 from .cpu_dequantize import address
 from .formats import MULTIPLIER_BYTES
 from .reference import check_quantize, check_scales
-from .rows_build import quantize_rows
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class NumbaRows(NumbaKernels):
             return 0
         out = 0 if statistics is None else statistics.data_ptr()
         addresses = (*address(source), *address(codes), *address(scales))
-        function = quantize_rows(KINDS[source.dtype], statistics is not None)
+        function = rows_build.quantize_rows(KINDS[source.dtype], statistics is not None)
         return function(*addresses, rows, cols, int(scales_known), out)
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
         check_scales(self.format, source, amax, torch.float32)
         return numba_kernels("mxfp4").observe(source, amax[:, :-MULTIPLIER_BYTES])
 
-    def compile(self, kind: str, measure: bool) -> None:
-        """Compile what loading weights of a kind will call."""
-        quantize_rows(kind, measure)
+    def needed(self, kind: str, measure: bool) -> list[Needed[KernelFunction]]:
+        """What loading weights of a kind will call."""
+        return [rows_build.quantize_rows.needed(kind, measure)]

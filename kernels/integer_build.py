@@ -7,9 +7,10 @@ from numba import types
 
 from .compiled import (
     FINGERPRINT,
+    Compiled,
     KernelFunction,
+    Recipe,
     jit,
-    locked,
     read_f32,
     read_f64,
     read_u8,
@@ -28,7 +29,9 @@ RUN = 8192
 """Elements whose squares are summed in float32."""
 
 
-def _quantize(bits: int, scale_kind: str, symmetric: bool, lanes: int, kind: str, measure: bool) -> KernelFunction:
+def _quantize(
+    bits: int, scale_kind: str, symmetric: bool, lanes: int, kind: str, measure: bool
+) -> Recipe[KernelFunction]:
     fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
     finite, far, word = np.float32(LARGEST_FINITE[kind]), np.float32(FAR), 2 * ITEM_BYTES[scale_kind]
     batch, run, levels, smallest = BATCH, RUN, (1 << bits) - 1, int(symmetric)
@@ -118,7 +121,7 @@ def _quantize(bits: int, scale_kind: str, symmetric: bool, lanes: int, kind: str
     return jit(quantize, types.int64(*[_i64] * 11))
 
 
-def _observe(lanes: int, kind: str) -> KernelFunction:
+def _observe(lanes: int, kind: str) -> Recipe[KernelFunction]:
     fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
     finite = np.float32(LARGEST_FINITE[kind])
 
@@ -147,5 +150,5 @@ def _observe(lanes: int, kind: str) -> KernelFunction:
     return jit(observe, types.int64(*[_i64] * 7))
 
 
-quantize = locked(_quantize)
-observe = locked(_observe)
+quantize = Compiled(_quantize)
+observe = Compiled(_observe)

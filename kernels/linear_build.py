@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .compiled import FINGERPRINT, CFunction, c_function, locked, read_f32, read_i64, read_u8, write_u8
+from .compiled import FINGERPRINT, CFunction, Compiled, Recipe, c_function, read_f32, read_i64, read_u8, write_u8
 from .cpu_build import STRIP_ROWS
 from .dot_ir import dot_rows
 from .integer_decode_ir import LANES, dequantize_group
@@ -82,7 +82,7 @@ take = intrinsic(_take)
 call_dequantize = intrinsic(_call_dequantize)
 
 
-def _dequantize(family: str, kind: str) -> CFunction:
+def _dequantize(family: str, kind: str) -> Recipe[CFunction]:
     """C function (codes, scales, out: address and stride each; rows, cols, block_rows, block_cols) for a tile."""
     if family.startswith("uint"):
         return c_function(_integer_dequantize(family, kind), DEQUANTIZE)
@@ -180,7 +180,7 @@ def _argument(data: int, index: int) -> int:
 argument = nb.njit(nogil=True)(_argument)
 
 
-def _dequantize_task() -> CFunction:
+def _dequantize_task() -> Recipe[CFunction]:
     fingerprint = FINGERPRINT
 
     def task(data: int) -> None:
@@ -210,7 +210,7 @@ def _dequantize_task() -> CFunction:
     return c_function(task, TASK)
 
 
-def _dot_task(decoder: str, tokens: int) -> CFunction:
+def _dot_task(decoder: str, tokens: int) -> Recipe[CFunction]:
     """The products of all rows with `tokens` tokens: out[t][row], float32."""
     fingerprint, group = FINGERPRINT, _group_rows(tokens)
 
@@ -242,6 +242,6 @@ def _dot_task(decoder: str, tokens: int) -> CFunction:
     return c_function(task, TASK)
 
 
-dequantize = locked(_dequantize)
-dequantize_task = locked(_dequantize_task)
-dot_task = locked(_dot_task)
+dequantize = Compiled(_dequantize)
+dequantize_task = Compiled(_dequantize_task)
+dot_task = Compiled(_dot_task)

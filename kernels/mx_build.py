@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 
 from . import statistics as st
-from .compiled import FINGERPRINT, KernelFunction, jit, locked, read_f64, read_u8, write_f64
+from .compiled import FINGERPRINT, Compiled, KernelFunction, Recipe, jit, read_f64, read_u8, write_f64
 from .cpu_build import add_count_and_amax
 from .magnitude_ir import count_above, magnitude_to_f32
 from .mx_elements import ELEMENTS
@@ -31,7 +31,7 @@ def _largest_possible_error(amax_bits: int) -> Any:
 largest_possible_error = nb.njit(nogil=True)(_largest_possible_error)
 
 
-def _mx_quantize(name: str, mode: str, kind: str, measure: bool) -> KernelFunction:
+def _mx_quantize(name: str, mode: str, kind: str, measure: bool) -> Recipe[KernelFunction]:
     fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
     finite, code_bytes = np.float32(LARGEST_FINITE[kind]), 4 * ELEMENTS[name].code_bits
     run_blocks, exact = RUN_BLOCKS, "f64" if measure else "none"
@@ -77,4 +77,4 @@ def _mx_quantize(name: str, mode: str, kind: str, measure: bool) -> KernelFuncti
     return jit(quantize, types.int64(*[_i64] * 10))
 
 
-mx_quantize = locked(_mx_quantize)
+mx_quantize = Compiled(_mx_quantize)

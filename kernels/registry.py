@@ -24,10 +24,10 @@ linear(x, codes, scales, bias, n_rows, k) -> Tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,6 +41,9 @@ from .implementations import SCALE_MODES as SCALE_MODES
 from .implementations import SCALING, implementations
 from .implementations import Kernel as Kernel
 from .implementations import NoKernel as NoKernel
+
+if TYPE_CHECKING:  # numba is imported where its kernels are used
+    from .compiled import Needed
 
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear", "experts")
 
@@ -177,23 +180,41 @@ def _usable_matmuls(format_name: str, device: torch.device | str) -> list[Kernel
     return [kernel for kernel, reason in found if reason is None]
 
 
-def warm_up(
+def needed_to_load(
     format_name: str,
     device: torch.device | str,
     source_dtype: torch.dtype,
     statistics: bool = True,
     activation_dtype: torch.dtype | None = None,
     scale_mode: str = "default",
-) -> None:
-    """Compile ahead what a load of `source_dtype` weights will call, and `linear` on `activation_dtype` where given.
+) -> list[Needed[Any]]:
+    """The compiled functions that a load of `source_dtype` weights will call, and `linear` on `activation_dtype`."""
+    format_name = stored_format(format_name, torch.device(device))
+    if select("quantize", format_name, device, scale_mode=scale_mode).name != "numba":
+        return []
+    from . import cpu
+
+    return cpu.needed_to_load(format_name, source_dtype, statistics, activation_dtype, scale_mode)
+
+
+def needed_to_read(format_name: str, device: torch.device | str) -> list[Needed[Any]]:
+    """The compiled functions that dequantize a format to float32."""
+    if select("dequantize", format_name, device).name != "numba":
+        return []
+    from . import cpu_dequantize
+
+    return [cpu_dequantize.needed(FORMATS[format_name], torch.float32)]
+
+
+def prepare(functions: Sequence[Needed[Any]]) -> None:
+    """Compile functions, or fetch them from the disk cache.
 
     Safe from any thread; returns at once where there is nothing to compile or it is compiled already.
     """
-    format_name = stored_format(format_name, torch.device(device))
-    if select("quantize", format_name, device, scale_mode=scale_mode).name == "numba":
-        from . import cpu
+    if functions:
+        from . import ahead
 
-        cpu.warm_up(format_name, source_dtype, statistics, activation_dtype, scale_mode)
+        ahead.prepare(functions)
 
 
 def _reason(kernel: Kernel, device: torch.device) -> str | None:

@@ -7,7 +7,18 @@ import numpy as np
 from numba import types
 
 from . import statistics as st
-from .compiled import FINGERPRINT, KernelFunction, jit, locked, read_f32, read_f64, read_u8, write_f32, write_f64
+from .compiled import (
+    FINGERPRINT,
+    Compiled,
+    KernelFunction,
+    Recipe,
+    jit,
+    read_f32,
+    read_f64,
+    read_u8,
+    write_f32,
+    write_f64,
+)
 from .cpu_build import add_count_and_amax
 from .magnitude_ir import count_above, magnitude_to_f32
 from .mxfp4_rows_ir import LANES, candidate_errors, quantize_row
@@ -32,7 +43,7 @@ def _best_candidate(errors: np.ndarray, blocks: int) -> int:
 best_candidate = nb.njit(nogil=True)(_best_candidate)
 
 
-def _quantize_rows(kind: str, measure: bool) -> KernelFunction:
+def _quantize_rows(kind: str, measure: bool) -> Recipe[KernelFunction]:
     fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
     finite, sums, candidates, lanes = np.float32(LARGEST_FINITE[kind]), "f64" if measure else "none", CANDIDATES, LANES
 
@@ -74,4 +85,4 @@ def _quantize_rows(kind: str, measure: bool) -> KernelFunction:
     return jit(quantize, types.int64(*[types.int64] * 10))
 
 
-quantize_rows = locked(_quantize_rows)
+quantize_rows = Compiled(_quantize_rows)

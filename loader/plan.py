@@ -71,6 +71,8 @@ def plan_load(
     plain = (index.tensors[name] for name in routes.spans if name not in whole_names and name not in sources.weights)
     entries = sorted(plain, key=_place)
     _check_dtypes(entries, routes, loaders)
+    for dtype in _quantized_dtypes(entries, routes, loaders):
+        schemes.expect(dtype)
     pieces = plan_pieces(entries, routes.spans, loaders.sinks, options.chunk_bytes)
     pieces += plan_whole(routes.whole, index.tensors, mapped.shapes, loaders.sinks, loaders.landing)
     weights = sorted((sources.weights[name] for name in routes.spans if name in sources.weights), key=_place)
@@ -148,6 +150,14 @@ def _check_dtype(entry: TensorEntry, parameter: str, loader: Any) -> None:
             f"{', '.join(str(dtype).removeprefix('torch.') for dtype in QUANTIZABLE)} can be quantized: "
             f"leave {parameter.rpartition('.')[0]} as stored with an ignore pattern"
         )
+
+
+def _quantized_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoaders) -> Iterator[torch.dtype]:
+    """The dtypes of the tensors that are quantized."""
+    for dtype in {entry.dtype for entry in entries}:
+        names = (entry.name for entry in entries if entry.dtype == dtype)
+        if any(not loaders.sinks[span.parameter].direct for name in names for span in routes.spans[name]):
+            yield dtype
 
 
 def _sizes(

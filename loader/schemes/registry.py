@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ class SchemeFactory:
         self._options = options
         self._scale_mode = scale_mode
         self._made: dict[Any, Any] = {}
+        self._source_dtypes: set[torch.dtype] = set()
+        self._read: set[str] = set()
 
     def linear(self, name: str) -> LinearScheme | None:
         """The linear scheme of a name, `None` where it leaves linears as stored."""
@@ -149,29 +152,39 @@ class SchemeFactory:
         return kept
 
     def dequantizer(self, format_name: str) -> Callable[..., None]:
-        """The kernel that turns stored codes of a format into the values they stand for."""
+        """The kernel that turns stored codes of a format into the values they stand for, in float32."""
+        self._read.add(format_name)
+        self.expect(torch.float32)
         try:
             return kernel_registry.select("dequantize", format_name, self.device)
         except LookupError as error:
             raise NoKernelError(str(error)) from error
 
+    def expect(self, dtype: torch.dtype) -> None:
+        """Weights of `dtype` will be quantized."""
+        self._source_dtypes.add(dtype)
+
     @contextmanager
     def compiling(self, dtype: torch.dtype) -> Iterator[None]:
         """Meanwhile, compile in another thread, or fetch from the disk cache, what weights of `dtype` will call.
 
-        Ends when both are done, with the first error of either.
+        Ends when both are done, with the first error of either. What turns out to be called for other weights than
+        those of `dtype` is compiled then, so that all is there before the first weight.
         """
         with ThreadPoolExecutor(1, "quantload-compile") as pool:
-            compiled = pool.submit(self._compile, dtype)
+            compiled = pool.submit(self._compile, {dtype}, ())
             yield
             compiled.result()
+        self._compile(self._source_dtypes - {dtype}, self._read)
 
-    def _compile(self, dtype: torch.dtype) -> None:
+    def _compile(self, dtypes: Iterable[torch.dtype], read: Iterable[str]) -> None:
         start = time.perf_counter()
-        for scheme in list(self._made.values()):
-            kernel_registry.warm_up(
+        functions = [function for name in read for function in kernel_registry.needed_to_read(name, self.device)]
+        for scheme, dtype in itertools.product(list(self._made.values()), dtypes):
+            functions += kernel_registry.needed_to_load(
                 scheme.format_name, self.device, dtype, self._options.stats, scale_mode=self._scale_mode
             )
+        kernel_registry.prepare(functions)
         logger.debug("Kernels were ready after %.3f s", time.perf_counter() - start)
 
     def _keep(self, cls: Any, name: str, format_name: str, activations: StoredActivations | None) -> Any:

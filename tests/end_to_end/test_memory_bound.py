@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import big_checkpoints
@@ -36,14 +38,19 @@ class Measured:
     log: str
 
 
-def measure(path: Path, scheme: str, options: dict[str, Any], *warm_up: Path) -> Measured:
+def measure(
+    path: Path,
+    scheme: str,
+    options: dict[str, Any],
+    *warm_up: Path,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Measured:
     """Load in a child process and sample its memory from here, every half millisecond."""
     command = [sys.executable, HERE / "measured_load.py", path, scheme, json.dumps(options), *warm_up]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
-        ) as child,
+        subprocess.Popen(command, stderr=log, env={**os.environ, **environment}, **streams) as child,
     ):
         assert child.stdin is not None
         assert child.stdout is not None
@@ -172,6 +179,31 @@ def test_the_arena_is_what_the_user_sets(staging: int, one_big_tensor: Path, che
     measured = measure(one_big_tensor, "quark_mxfp4", options, checkpoint("llama"))
     assert_bounded(measured, staging * MIB)
     assert_well_measured(measured)
+
+
+FOUR_FORMATS = {
+    "linear": "quark_mxfp4",
+    "overrides": [
+        ["re:.*[qkv]_proj", "fp8_per_channel"],
+        ["*.o_proj", "int4_per_group"],
+        ["*.down_proj", "int8_per_channel"],
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "policy"), [("qwen3_moe", {"linear": "quark_int4fp8_moe"}), ("llama", FOUR_FORMATS)])
+def test_compiling_kernels_takes_nothing_of_the_bound(
+    model: str, policy: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The first load of a format compiles its kernels, and the process that loads is none the larger for it."""
+    options = {"staging_bytes": 4 * MIB, "chunk_bytes": MIB, "workers": 2, "policy": policy}
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first, second = (measure(checkpoint(model), "auto", options, environment=environment) for _ in range(2))
+    assert re.search(r"^Compiled \d CPU kernels in", first.log, re.MULTILINE), first.log
+    assert "CPU kernels" not in second.log
+    assert_bounded(first, 4 * MIB)
+    assert first.peak <= second.peak + 8 * MIB
 
 
 WIDE_FP8 = "fp8_per_block", "compressed-tensors"

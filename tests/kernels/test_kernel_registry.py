@@ -10,7 +10,16 @@ import pytest
 import torch
 from quantload.kernels import registry
 from quantload.kernels.formats import FORMATS
-from quantload.kernels.registry import NUMBA_FORMATS, OPERATIONS, NoKernel, candidates, kernel_set, select, warm_up
+from quantload.kernels.registry import (
+    NUMBA_FORMATS,
+    OPERATIONS,
+    NoKernel,
+    candidates,
+    kernel_set,
+    needed_to_load,
+    prepare,
+    select,
+)
 from tested_formats import QUANTIZED
 
 
@@ -55,14 +64,14 @@ def test_importing_the_registry_does_not_import_numba():
     assert out.stdout.strip() == "False"
 
 
-def test_warm_up_from_several_threads_compiles_once():
+def test_preparing_in_several_threads_compiles_once():
     from quantload.kernels import cpu_build
 
     errors: list[BaseException] = []
 
     def warm() -> None:
         try:
-            warm_up("int8_channel", "cpu", torch.bfloat16, activation_dtype=torch.bfloat16)
+            prepare(needed_to_load("int8_channel", "cpu", torch.bfloat16, activation_dtype=torch.bfloat16))
         except BaseException as error:  # so that the main thread can report it
             errors.append(error)
 

@@ -155,30 +155,52 @@ def test_the_listing_says_why_a_device_has_none() -> None:
 
 
 def test_kernels_are_compiled_in_another_thread_meanwhile(monkeypatch):
-    seen: list[tuple[str, int]] = []
+    seen: list[tuple[list[str], int]] = []
     started, planned = threading.Event(), threading.Event()
 
-    def warm_up(format_name, device, dtype, statistics, scale_mode):
+    def prepare(functions):
         started.set()
         assert planned.wait(10)
-        seen.append((format_name, threading.get_ident()))
+        seen.append((functions, threading.get_ident()))
 
-    monkeypatch.setattr(kernel_registry, "warm_up", warm_up)
+    monkeypatch.setattr(kernel_registry, "needed_to_load", lambda name, *_, **__: [name])
+    monkeypatch.setattr(kernel_registry, "prepare", prepare)
     schemes = factory()
     schemes.linear("quark_mxfp4")
     schemes.experts("experts_int8")
     with schemes.compiling(torch.bfloat16):
         assert started.wait(10)
         planned.set()
-    assert [name for name, _ in seen] == ["mxfp4", "int8_channel"]
-    assert threading.get_ident() not in {thread for _, thread in seen}
+    (functions, thread), (others, _) = seen
+    assert functions == ["mxfp4", "int8_channel"]
+    assert thread != threading.get_ident()
+    assert others == []
+
+
+def test_what_other_weights_call_is_compiled_before_the_first_of_them(monkeypatch):
+    seen: list[list[tuple[str, ...]]] = []
+    monkeypatch.setattr(kernel_registry, "needed_to_load", lambda name, _, dtype, *__, **___: [(name, str(dtype))])
+    monkeypatch.setattr(kernel_registry, "needed_to_read", lambda name, _: [("read", name)])
+    monkeypatch.setattr(kernel_registry, "prepare", seen.append)
+    schemes = factory()
+    schemes.linear("quark_mxfp4")
+    with schemes.compiling(torch.bfloat16):
+        schemes.expect(torch.bfloat16)
+        schemes.expect(torch.float16)
+    assert seen == [[("mxfp4", "torch.bfloat16")], [("mxfp4", "torch.float16")]]
+    seen.clear()
+    schemes = factory()
+    schemes.linear("quark_mxfp4")
+    with schemes.compiling(torch.bfloat16):
+        schemes.dequantizer("fp8_block")
+    assert seen[1:] == [[("read", "fp8_block"), ("mxfp4", "torch.float32")]]
 
 
 def test_what_goes_wrong_while_compiling_is_raised(monkeypatch):
-    def warm_up(*arguments, **named):
+    def prepare(functions):
         raise OSError("no compiler today")
 
-    monkeypatch.setattr(kernel_registry, "warm_up", warm_up)
+    monkeypatch.setattr(kernel_registry, "prepare", prepare)
     schemes = factory()
     schemes.linear("quark_mxfp4")
     before = threading.active_count()

@@ -1,0 +1,202 @@
+"""Kernels are compiled in a process of its own where numba's disk cache does not have them, else here, said aloud."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numba
+import psutil
+import pytest
+from numba import types
+from quantload.kernels import ahead, compiled, cpu_build, integer_build, linear_build, mx_build
+from quantload.kernels.compiled import Compiled, KernelFunction, Needed, Recipe, jit
+
+_numbers = itertools.count()
+
+
+def _add(number: int) -> Recipe[KernelFunction]:
+    def add(x):
+        return x + number
+
+    return jit(add, types.int64(types.int64))
+
+
+add = Compiled(_add)
+
+
+@pytest.fixture
+def needed() -> Needed[KernelFunction]:
+    """A function that no test has asked for."""
+    return add.needed(next(_numbers))
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _messages(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "quantload")
+
+
+@pytest.fixture
+def compiled_here() -> Iterator[list[str]]:
+    """The names of the functions that are compiled in this process."""
+    names: list[str] = []
+
+    class Listener(numba.core.event.Listener):
+        def on_start(self, event):
+            names.append(event.data["dispatcher"].py_func.__name__)
+
+        def on_end(self, event):
+            pass
+
+    with numba.core.event.install_listener("numba:compile", Listener()):
+        yield names
+
+
+def program(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _no_child_stays() -> Iterator[None]:
+    before = psutil.Process().children()
+    yield
+    assert psutil.Process().children() == before
+
+
+def test_another_process_compiles(needed, compiled_here, caplog, capfd):
+    before = set(os.listdir("/proc/self/fd"))
+    ahead.prepare([needed, needed])
+    assert needed.get()(2) == 2 + needed.key[0]
+    assert compiled_here == []
+    assert [record.getMessage().split(" in ")[0] for record in caplog.records] == ["Compiled 1 CPU kernels"]
+    assert capfd.readouterr() == ("", "")
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_there_is_not_compiled_again(needed, compiled_here, monkeypatch):
+    ahead.prepare([needed])
+    monkeypatch.setattr(ahead, "_run_child", lambda described: pytest.fail("nothing is missing"))
+    ahead.prepare([needed])
+    add._made.clear()  # as in another process
+    ahead.prepare([needed])
+    assert needed.get()(2) == 2 + needed.key[0]
+    assert compiled_here == []
+
+
+@pytest.mark.parametrize(
+    ("executable", "said"),
+    [
+        ("", "sys.executable is ''"),
+        ("/usr/sbin/uwsgi", "sys.executable is '/usr/sbin/uwsgi'"),
+        ("/nowhere/python3", "No such file or directory"),
+        ("exit 0", "did not leave them in the disk cache"),
+        ("echo first >&2; echo the last line >&2; exit 3", "ended with code 3: the last line"),
+        ("kill -9 $$", "ended with code -9: no message"),
+        ("exec sleep 60", "timed out after 0.5 seconds"),
+    ],
+)
+def test_else_this_process_compiles_and_says_why(
+    executable, said, needed, compiled_here, caplog, monkeypatch, tmp_path
+):
+    if " " in executable:
+        executable = program(tmp_path / "python3", executable)
+    monkeypatch.setattr(sys, "executable", executable)
+    monkeypatch.setattr(ahead, "LIMIT_SECONDS", 0.5 if "timed out" in said else 60.0)
+    ahead.prepare([needed])
+    assert needed.get()(2) == 2 + needed.key[0]
+    assert compiled_here == ["add"]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "1 CPU kernels are compiled in this process" in record.getMessage()
+    assert said in record.getMessage()
+
+
+def test_a_program_that_was_frozen_is_not_started_again(needed, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    ahead.prepare([needed])
+    assert needed.get()(2) == 2 + needed.key[0]
+    assert "need not be a Python interpreter" in caplog.text
+
+
+def test_without_a_folder_for_the_cache_this_process_compiles(needed, compiled_here, caplog, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "ZipCacheLocator")
+    monkeypatch.setattr(ahead, "_run_child", lambda described: pytest.fail("nobody could read what it makes"))
+    compiled._say_no_folder.cache_clear()
+    ahead.prepare([needed, add.needed(next(_numbers))])
+    assert compiled_here == ["add", "add"]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "let NUMBA_CACHE_DIR name a folder" in record.getMessage()
+
+
+def test_a_damaged_cache_is_named(needed, compiled_here, caplog, monkeypatch, tmp_path):
+    ahead.prepare([needed])
+    (index,) = (tmp_path / "cache").rglob("*.nbi")
+    index.write_bytes(b"")
+    add._made.clear()
+    monkeypatch.setattr(ahead, "_run_child", lambda described: pytest.fail("it would find the same damage"))
+    ahead.prepare([needed])
+    assert compiled_here == ["add"]
+    assert "numba's disk cache is damaged" in caplog.text
+
+
+def test_every_closure_has_files_of_its_own():
+    """numba gives the closures of one function numbers in one index; two processes may give one number twice."""
+    formats, kinds, flags = ("mxfp4", "mxfp6_e2m3", "mxfp8"), ("bf16", "f16", "f32"), (False, True)
+    keys = list(itertools.product(formats, ("default", "mse"), kinds, flags))
+    names = {mx_build._mx_quantize(*key).function.__qualname__ for key in keys}
+    assert len(names) == len(keys)
+    assert mx_build._mx_quantize(*keys[0]).function.__qualname__ in names  # the same in every process
+    scaled = {cpu_build._scaled_quantize(rule, "bf16", True).function.__qualname__ for rule in cpu_build.TARGETS}
+    assert len(scaled) == len(cpu_build.TARGETS)
+    assert len({integer_build._observe(lanes, "bf16").function.__qualname__ for lanes in (16, 32)}) == 2
+    assert len({linear_build._dequantize(name, "f32").function.__qualname__ for name in ("mxfp4", "fp8", "int8")}) == 3
+
+
+def test_what_compiles_does_without_torch():
+    modules = ("mx_build", "cpu_build", "integer_build", "rows_build", "linear_build", "ahead")
+    code = "import sys; " + "; ".join(f"import quantload.kernels.{name}" for name in modules)
+    code += "; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+PROCESS = """
+import json, logging, sys
+from quantload.kernels import ahead, cpu_build, mx_build
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+rules = json.loads(sys.argv[1])
+ahead.prepare([cpu_build.scaled_quantize.needed(rule, "bf16", True) for rule in rules])
+misses = [sum(cpu_build.scaled_quantize(rule, "bf16", True).stats.cache_misses.values()) for rule in rules]
+print("compiled here:", sum(misses))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_start_together_do_not_disturb_each_other(tmp_path):
+    orders = [["fp8_channel", "fp8_block", "int8_channel"], ["int8_channel", "fp8_block"], ["fp8_tensor"]]
+    commands = [[sys.executable, "-c", PROCESS, json.dumps(order)] for order in orders]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    for child in children:
+        out, _ = child.communicate(timeout=120)
+        assert child.returncode == 0
+        assert "for this and later processes" in out
+        assert out.endswith("compiled here: 0\n")
+    everything = sorted({rule for order in orders for rule in order})
+    command = [sys.executable, "-c", PROCESS, json.dumps(everything)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "compiled here: 0\n"

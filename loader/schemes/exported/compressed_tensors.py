@@ -65,8 +65,9 @@ WEIGHTS: Mapping[str, ExportedWeight] = {
     ),
     "mxfp6_e2m3": ExportedWeight(_PACKED, _group("mxfp6-pack-quantized", _mx(6), None), column_multiple=32),
     "mxfp8": ExportedWeight(_PLAIN, _group("mxfp8-quantized", _mx(8), None), column_multiple=32),
+    # vLLM and SGLang refuse experts with one scale for a weight and one for every token.
     "fp8_tensor": ExportedWeight(
-        _PLAIN_WHOLE, _group("float-quantized", _float("tensor"), _float("token", dynamic=True))
+        _PLAIN_WHOLE, _group("float-quantized", _float("tensor"), _float("tensor", dynamic=True))
     ),
     "fp8_channel": ExportedWeight(
         _PLAIN, _group("float-quantized", _float("channel"), _float("token", dynamic=True))

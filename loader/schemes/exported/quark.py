@@ -71,7 +71,7 @@ WEIGHTS: Mapping[str, ExportedWeight] = {
 def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str]) -> dict[str, Any]:
     """Quark's `quantization_config`: the most frequent format for all, others by module, kept modules excluded."""
     most = Counter(modules.values()).most_common(1)[0][0]
-    others = {name: WEIGHTS[fmt.name].config for name, fmt in modules.items() if fmt is not most}
+    others = {_pattern(name): WEIGHTS[fmt.name].config for name, fmt in modules.items() if fmt is not most}
     return {
         "algo_config": None,
         "exclude": kept,
@@ -89,6 +89,12 @@ def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str]) ->
         "softmax_quant_spec": None,
         "version": VERSION,
     }  # fmt: skip
+
+
+def _pattern(module: str) -> str:
+    """A module's name, or one glob for all experts of a layer, which vLLM looks up by the name they share."""
+    experts, separator, _ = module.partition(".*.")
+    return f"{experts}*" if separator else module
 
 
 QUARK = ExportFormat("quark", WEIGHTS, quantization_config)

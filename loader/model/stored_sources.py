@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from ..checkpoint.headers import TensorEntry
 from ..errors import CheckpointError, UnsupportedCheckpointError
 from ..kernels.formats import FNUZ, FP8_CHANNEL, FP8_TENSOR, WeightFormat
-from ..schemes.stored.weights import StoredActivations, StoredCheckpoint, StoredPart, StoredWeight
+from ..schemes.stored.layouts import repeated
+from ..schemes.stored.weights import Role, StoredActivations, StoredCheckpoint, StoredWeight
 from .routes import CheckpointMap
 
 
@@ -30,10 +31,11 @@ class StoredModule:
     @property
     def format(self) -> WeightFormat:
         """The format of all of them; raises `UnsupportedCheckpointError` where they differ, activations included."""
-        kinds = {(weight.format.name, _kind(weight.activations)): weight.name for weight in self._all()}
+        kinds = {(weight.format.name, weight.activations and weight.activations.kind): weight for weight in self._all()}
         if len(kinds) > 1:
             listed = "; ".join(
-                f"{name} is {fmt}, activations {_described(kind)}" for (fmt, kind), name in kinds.items()
+                f"{weight.name} is {weight.format.name}, activations {_described(weight.activations)}"
+                for weight in kinds.values()
             )
             raise UnsupportedCheckpointError(
                 f"the parts of one module are quantized differently and cannot be kept as stored: {listed}; name a "
@@ -123,11 +125,6 @@ class StoredSources:
         return StoredModule(adapted)
 
 
-def _kind(activations: StoredActivations | None) -> StoredActivations | None:
-    """What weights of one module must have in common: all but the scale."""
-    return None if activations is None else dataclasses.replace(activations, scale=None)
-
-
 def _described(activations: StoredActivations | None) -> str:
     if activations is None:
         return "as they are"
@@ -138,29 +135,27 @@ def _described(activations: StoredActivations | None) -> str:
 def _adapted(weight: StoredWeight, fmt: WeightFormat) -> StoredWeight:
     parts = weight.parts
     if weight.format is FP8_TENSOR and not fmt.name.startswith(FP8_TENSOR.name):
-        parts = tuple(_repeated(part, weight.rows) if part.role == "scale" else part for part in parts)
+        parts = tuple(
+            part._replace(convert=repeated(part.convert, weight.rows)) if part.role == "scale" else part
+            for part in parts
+        )
     if fmt.name in FNUZ.values():
-        parts = tuple(_as_fnuz(part) for part in parts)
-    return dataclasses.replace(weight, format=fmt, parts=parts)
+        parts = tuple(
+            part._replace(convert=_to_fnuz(part.role, part.convert)) if part.role in ("codes", "scale") else part
+            for part in parts
+        )
+    return weight._replace(format=fmt, parts=parts)
 
 
-def _repeated(part: StoredPart, rows: int) -> StoredPart:
-    """A scale for the whole tensor as one for each row."""
+@cache
+def _to_fnuz(role: Role, convert: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """What makes E4M3 codes E4M3 FNUZ, where the same bits stand for half as much and negative zero for NaN."""
 
-    def convert(stored: Tensor) -> Tensor:
-        return (stored if part.convert is None else part.convert(stored)).expand(rows, 1)
-
-    return dataclasses.replace(part, convert=convert)
-
-
-def _as_fnuz(part: StoredPart) -> StoredPart:
-    """E4M3 codes as E4M3 FNUZ, where the same bits stand for half as much and negative zero for NaN."""
-
-    def convert(stored: Tensor) -> Tensor:
-        values = stored if part.convert is None else part.convert(stored)
-        if part.role != "codes":
+    def to_fnuz(stored: Tensor) -> Tensor:
+        values = stored if convert is None else convert(stored)
+        if role != "codes":
             return values * 2
         bits = values.view(torch.uint8)
         return torch.where(bits == 0x80, 0, bits).view(torch.float8_e4m3fnuz)
 
-    return dataclasses.replace(part, convert=convert) if part.role in ("codes", "scale") else part
+    return to_fnuz

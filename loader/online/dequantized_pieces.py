@@ -32,9 +32,8 @@ Dequantize = Callable[[Tensor, Tensor, Tensor], None]
 class DequantizedWeight:
     """A stored weight on its way through float32, and its scales from their arrival to the last slab of codes."""
 
-    def __init__(self, weight: StoredWeight, dequantize: Dequantize) -> None:
-        self.weight, self._dequantize = weight, dequantize
-        self.name, self.shard, self.offset = weight.name, weight.shard, weight.offset
+    def __init__(self, weight: StoredWeight, dequantizer: Callable[[str], Dequantize]) -> None:
+        self.weight, self._dequantize = weight, dequantizer(weight.format.name)
         self._codes = codes_of(weight)
         self._scales_there: Barrier | None = None
         self._scales: Tensor | None = None

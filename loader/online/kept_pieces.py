@@ -11,23 +11,43 @@ from ..errors import CheckpointError
 from ..model.routes import Span
 from ..schemes.stored.weights import StoredWeight
 from .cuts import Sink
+from .kept_bundles import KeptBundler
 from .regions import Interval
 from .slabs import Slab, SlabPart, lines_per_slab, rows_of, slabs
 from .stored import check_codes
-from .stored_parts import PartMatrix, all_but_codes, codes_of
+from .stored_parts import PartMatrix, codes_of
+from .stored_stacks import Families
 
 
 def plan_kept(
-    weight: StoredWeight, spans: Sequence[Span], sinks: Mapping[str, Sink], chunk_bytes: int
+    weights: Sequence[StoredWeight], spans: Mapping[str, Sequence[Span]], sinks: Mapping[str, Sink], chunk_bytes: int
+) -> list[Piece]:
+    """The pieces of some weights by shard and offset; every sink of them has the closures of a stored parameter."""
+    pieces: list[Piece] = []
+    families, bundler = Families(), KeptBundler(sinks, chunk_bytes)
+    for weight in weights:
+        taken, family = spans[weight.name], families.of(weight)
+        whole = family.whole_span(taken)
+        for part, matrix in zip(weight.parts, family.matrices, strict=True):
+            if whole is not None and bundler.takes(part.entry.nbytes):
+                bundler.add(part.entry, matrix, whole)
+            elif part.role == "codes":
+                pieces += _codes_pieces(codes_of(weight), taken, sinks, chunk_bytes)
+            else:
+                pieces += _other_pieces(PartMatrix(weight, part), taken, sinks, chunk_bytes)
+        if weight.input_scale is not None and family.input_scale is not None:
+            bundler.add(weight.input_scale, family.input_scale, taken[0])
+    pieces += bundler.pieces()
+    return sorted(pieces, key=lambda piece: (piece.shard, piece.extents[0][0]))
+
+
+def _codes_pieces(
+    codes: PartMatrix, spans: Sequence[Span], sinks: Mapping[str, Sink], chunk_bytes: int
 ) -> Iterator[Piece]:
-    """The pieces of one weight; every sink of it has the closures of a stored parameter."""
-    codes = codes_of(weight)
+    """The codes of a weight, read straight into their final storage where they lie there as they are stored."""
+    weight = codes.weight
     for slab in slabs(weight, spans, lines_per_slab(codes.row_bytes, weight.step, chunk_bytes)):
         yield _codes_piece(codes, slab, sinks)
-    for matrix in all_but_codes(weight):
-        for rows in matrix.ranges(chunk_bytes):
-            yield matrix.piece(rows, functools.partial(_deliver_scales, matrix, rows, spans, sinks))
-    yield from _input_scale_pieces(weight, spans, sinks)
 
 
 def _codes_piece(codes: PartMatrix, slab: Slab, sinks: Mapping[str, Sink]) -> Piece:
@@ -39,7 +59,7 @@ def _codes_piece(codes: PartMatrix, slab: Slab, sinks: Mapping[str, Sink]) -> Pi
 
         def arrived(workspace: Workspace) -> None:
             check_codes(entry.name, workspace.buffer.view(entry.dtype))
-            loader.commit(only.region)
+            loader.commit(only.region.numel)
 
         return codes.piece(lines, arrived, target=functools.partial(loader.direct_target, only.region))
 
@@ -52,10 +72,18 @@ def _codes_piece(codes: PartMatrix, slab: Slab, sinks: Mapping[str, Sink]) -> Pi
     return codes.piece(lines, deliver)
 
 
+def _other_pieces(
+    matrix: PartMatrix, spans: Sequence[Span], sinks: Mapping[str, Sink], chunk_bytes: int
+) -> Iterator[Piece]:
+    """Scales, zero points, and what is only checked."""
+    for rows in matrix.ranges(chunk_bytes):
+        yield matrix.piece(rows, functools.partial(_deliver_scales, matrix, rows, spans, sinks))
+
+
 def _deliver_scales(
     matrix: PartMatrix, rows: Interval, spans: Sequence[Span], sinks: Mapping[str, Sink], workspace: Workspace
 ) -> None:
-    """Hand over some rows of scales or zero points; one that must be zero is checked as it is converted."""
+    """Hand over some rows of scales or zero points."""
     values, weight = matrix.canonical(workspace.buffer, rows), matrix.weight
     if matrix.part.role == "must_be_zero":
         return
@@ -79,17 +107,3 @@ def _scale_rows(matrix: PartMatrix, part: SlabPart) -> slice:
             f"model ({part.span.parameter}, {part.region}), so their scales cannot be kept: choose a quantization"
         )
     return slice(rows.start // block, -(-rows.stop // block)) if block else slice(None)
-
-
-def _input_scale_pieces(weight: StoredWeight, spans: Sequence[Span], sinks: Mapping[str, Sink]) -> Iterator[Piece]:
-    """The static scale of the activations, where the scheme has a use for it."""
-    entry = None if weight.activations is None else weight.activations.scale
-    sink = sinks[spans[0].parameter]
-    loader = sink.loader.progress.loader(sink.loader.parameter, "input_scale")
-    if entry is None or loader is None:
-        return
-
-    def deliver(workspace: Workspace) -> None:
-        loader(sink.param, workspace.buffer.view(entry.dtype))
-
-    yield Piece(entry.shard, ((entry.offset, entry.nbytes),), deliver)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -74,6 +75,15 @@ class QuantizedParameter:
         if expert is not None:
             codes, scales = codes[expert], scales[expert]
         return codes[block.code_index], scales[block.scale_index]
+
+    def stack(self, experts: Sequence[int | None], block: Block) -> tuple[Tensor, Tensor]:
+        """The codes and scales of one block of several experts, a range of them, as views [experts, rows, columns]."""
+        codes, scales = self.tensors()
+        if isinstance(experts, range):
+            chosen = slice(experts.start, experts.stop, experts.step)
+            return codes[chosen, *block.code_index], scales[chosen, *block.scale_index]
+        codes, scales = self.views(experts[0], block)
+        return codes.unsqueeze(0), scales.unsqueeze(0)
 
     def begin_observing(self, expert: int | None) -> None:
         """The first pass of a matrix begins with maxima of zero; later callers find it begun."""

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import threading
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteWeightError, ShapeMismatchError
+from ..errors import CheckpointError, NonFiniteWeightError, ShapeMismatchError
 from ..schemes.activations import InputScales
 from ..schemes.layout import Block
 from .parameter import QuantizedParameter
-from .regions import Region, RegionTracker
-from .weight_loader import DetachedWeightLoader, whole_shard
+from .regions import Interval, Region, RegionTracker
+from .weight_loader import DetachedWeightLoader, ParameterLoader, whole_shard
 
 WORDS = "scale", "zero_point"
 """The words of a scale tensor, in their order."""
@@ -87,7 +87,7 @@ class StoredParameter:
         self.loaders["scale"].beside = self.loaders.get("zero_point")
 
 
-class StoredWeightLoader(ABC):
+class StoredWeightLoader(ParameterLoader):
     """Writes the codes, or one word of the scales, of one parameter into place."""
 
     progress: StoredProgress
@@ -96,40 +96,44 @@ class StoredWeightLoader(ABC):
         layout = parameter.layout
         self.parameter = parameter
         self.tracker = RegionTracker(f"{parameter.full_name}{suffix}", layout.experts, layout.rows, layout.columns)
+        self._blocks: dict[tuple[Interval, Interval], Block] = {}
 
-    def __reduce__(self) -> tuple[type[DetachedWeightLoader], tuple[str]]:
-        return DetachedWeightLoader, (self.tracker.name,)
+    @property
+    def name(self) -> str:
+        return self.tracker.name
 
-    def __call__(
-        self,
-        param: Tensor,
-        loaded_weight: Tensor,
-        *,
-        shard_id: str | None = None,
-        expert_id: int | None = None,
-        region: Region | None = None,
-    ) -> None:
-        """Take what belongs to a whole shard, or to the rows and columns `region` names, in the canonical layout."""
-        region = region or whole_shard(self.parameter, shard_id, expert_id)
+    def load_shard(self, loaded_weight: Tensor, shard_id: str | None, expert_id: int | None) -> None:
+        self.load_region(loaded_weight, whole_shard(self.parameter, shard_id, expert_id))
+
+    def load_region(self, loaded_weight: Tensor, region: Region) -> None:
+        """Take what belongs to the rows and columns of a region, in the canonical layout."""
+        self.load_experts(loaded_weight.unsqueeze(0), (region.expert,), region.rows, region.columns)
+
+    def load_experts(self, values: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
+        """Take what belongs to the same rows and columns of several experts: [experts, ...] in the canonical layout."""
+        region = Region(experts[0], rows, columns)
         block = self.block(region)
-        self.tracker.claim(region)
-        self.write(loaded_weight, region, block)
-        self.commit(region)
+        self.tracker.claim_each(experts, rows, columns)
+        self.write(values, self.parameter.stack(experts, block), experts)
+        self.commit(len(experts) * region.numel)
 
     @abstractmethod
-    def write(self, values: Tensor, region: Region, block: Block) -> None:
-        """Write the values of one block."""
+    def write(self, values: Tensor, targets: tuple[Tensor, Tensor], experts: Sequence[int | None]) -> None:
+        """Write what came of some experts to their codes or their scales, [experts, rows, columns] each."""
 
     def block(self, region: Region) -> Block:
         """The one block a region is; raises `ShapeMismatchError` where it has several, or cuts through scales."""
-        blocks = list(self.parameter.layout.blocks(region))
-        if len(blocks) != 1:
-            raise ShapeMismatchError(f"{self.tracker.name}: {region} reaches over a shard; hand over each on its own")
-        return blocks[0]
+        key = region.rows, region.columns
+        if key not in self._blocks:
+            blocks = list(self.parameter.layout.blocks(region))
+            if len(blocks) != 1:
+                raise ShapeMismatchError(f"{self.name}: {region} reaches over a shard; hand over each on its own")
+            self._blocks[key] = blocks[0]
+        return self._blocks[key]
 
-    def commit(self, region: Region) -> None:
-        """What was claimed is written."""
-        if self.tracker.commit(region.numel):
+    def commit(self, numel: int) -> None:
+        """So much of what was claimed is written."""
+        if self.tracker.commit(numel):
             self.progress.complete(self)
 
     def gaps(self) -> Iterator[str]:
@@ -161,9 +165,9 @@ class StoredCodesLoader(StoredWeightLoader):
         """Codes are not computed from anything."""
         return True
 
-    def write(self, values: Tensor, region: Region, block: Block) -> None:
-        codes, _ = self.parameter.views(region.expert, block)
-        _check(self.tracker.name, values, codes)
+    def write(self, values: Tensor, targets: tuple[Tensor, Tensor], experts: Sequence[int | None]) -> None:
+        codes, _ = targets
+        _check(self.name, values, codes)
         codes.copy_(values)
 
     def accepts_bytes(self, region: Region) -> bool:
@@ -197,18 +201,30 @@ class StoredScaleLoader(StoredWeightLoader):
         super().__init__(parameter, suffix)
         self._word, self._zero_point, self._largest = word, zero_point, largest
 
-    def write(self, values: Tensor, region: Region, block: Block) -> None:
+    def block(self, region: Region) -> Block:
+        block = super().block(region)
         if not block.whole:
-            raise ShapeMismatchError(f"{self.tracker.name}: {region} cuts through scale blocks of the parameter")
-        _, scales = self.parameter.views(region.expert, block)
+            raise ShapeMismatchError(f"{self.name}: {region} cuts through scale blocks of the parameter")
+        return block
+
+    def write(self, values: Tensor, targets: tuple[Tensor, Tensor], experts: Sequence[int | None]) -> None:
+        _, scales = targets
         words = self.parameter.layout.format.scale_words
-        target = scales[:, self._word :: words]
-        _check(self.tracker.name, values, target)
-        expert = "" if region.expert is None else f" of expert {region.expert}"
-        check_finite(f"{self.tracker.name}{expert}", values, self._largest)
+        target = scales[..., self._word :: words]
+        _check(self.name, values, target)
+        self._check_finite(values, experts)
         target.copy_(values)
         if self._zero_point is not None:
-            scales[:, 1::words].fill_(self._zero_point)
+            scales[..., 1::words].fill_(self._zero_point)
+
+    def _check_finite(self, values: Tensor, experts: Sequence[int | None]) -> None:
+        """Check the scales of all experts at once, and where that fails those of each, to name it."""
+        try:
+            check_finite(self.name, values, self._largest)
+        except NonFiniteWeightError:
+            for own, expert in zip(values, experts, strict=True):
+                check_finite(self.name if expert is None else f"{self.name} of expert {expert}", own, self._largest)
+            raise
 
 
 class InputScaleLoader:
@@ -229,27 +245,35 @@ class InputScaleLoader:
     ) -> None:
         self.parameter, self._name, self._expected, self._scales, self._write = parameter, name, expected, scales, write
         self._arrived: list[Tensor] = []
+        self._count = 0
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[DetachedWeightLoader], tuple[str]]:
         return DetachedWeightLoader, (self._name,)
 
     def __call__(self, param: Tensor, loaded_weight: Tensor, **_: Any) -> None:
+        self.load_experts(loaded_weight.unsqueeze(0))
+
+    def load_experts(self, values: Tensor, *_: Any) -> None:
+        """Take the scales of several weights; to which experts they belong says nothing."""
+        scales = values.detach().float().reshape(-1).clone()
         with self._lock:
-            self._arrived.append(loaded_weight.detach().float().reshape(-1).clone())
-            last = len(self._arrived) == self._expected
+            self._arrived.append(scales)
+            self._count += len(values)
+            last = self._count == self._expected
         if last:
             self._write(self._scales.collapse(torch.cat(self._arrived), self._name))
             self.progress.complete(self)
 
     def gaps(self) -> Iterator[str]:
         """What has not arrived."""
-        if len(self._arrived) < self._expected:
-            yield f"{self._name}, of which {len(self._arrived)} of {self._expected} scales came"
+        if self._count < self._expected:
+            yield f"{self._name}, of which {self._count} of {self._expected} scales came"
 
     def forget(self) -> None:
         """Nothing has arrived."""
         self._arrived.clear()
+        self._count = 0
 
     def reset(self) -> None:
         """Announce a reload of the layer."""
@@ -286,9 +310,18 @@ def check_codes(name: str, codes: Tensor) -> None:
         )
 
 
+def check_zero(name: str, values: Tensor) -> None:
+    """Raise `CheckpointError` for zero points that are not zero, of a quantization that has none."""
+    if bool(values.float().any()):
+        raise CheckpointError(
+            f"{name} is not zero everywhere, but the config says that the quantization is symmetric; "
+            f"correct the config, or load the original checkpoint, which quantload quantizes while it loads"
+        )
+
+
 def _check(name: str, values: Tensor, target: Tensor) -> None:
     if values.shape != target.shape or values.dtype != target.dtype:
         raise ShapeMismatchError(
-            f"{name}: got {values.dtype} of shape {tuple(values.shape)}, {target.dtype} of shape "
-            f"{tuple(target.shape)} belongs there"
+            f"{name}: got {values.dtype} of shape {tuple(values.shape[1:])}, {target.dtype} of shape "
+            f"{tuple(target.shape[1:])} belongs there"
         )

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..schemes.stored.weights import StoredPart, StoredWeight
 from .regions import Interval
 from .slabs import lines_per_slab
-from .stored import check_codes
+from .stored import check_codes, check_zero
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,18 @@ class PartMatrix:
         return Piece(self.part.entry.shard, ((start, (rows[1] - rows[0]) * self.row_bytes),), deliver, **how)
 
     def canonical(self, buffer: Tensor, rows: Interval) -> Tensor:
-        """What some rows, as they lie in a piece's buffer, are in the canonical layout."""
+        """What some rows, as they lie in a piece's buffer, are in the canonical layout.
+
+        Raises a `CheckpointError` for codes and zero points that cannot be.
+        """
+        role, name = self.part.role, self.part.entry.name
         stored = buffer.view(self.part.entry.dtype).view(rows[1] - rows[0], -1)
-        if self.part.role == "codes":
-            check_codes(self.part.entry.name, stored)
-            return (stored if self.part.convert is None else self.part.convert(stored)).view(
-                self.weight.format.code_dtype
-            )
-        return stored if self.part.convert is None else self.part.convert(stored)
+        if role == "must_be_zero":
+            check_zero(name, stored)
+        if role != "codes":
+            return stored if self.part.convert is None else self.part.convert(stored)
+        check_codes(name, stored)
+        return (stored if self.part.convert is None else self.part.convert(stored)).view(self.weight.format.code_dtype)
 
 
 def codes_of(weight: StoredWeight) -> PartMatrix:

@@ -10,10 +10,12 @@ from ..checkpoint.pieces import Piece
 from ..model.routes import Span
 from ..schemes.stored.weights import StoredWeight
 from .cuts import Sink
+from .dequantized_bundles import DequantizedBundler, Member
 from .dequantized_pieces import Dequantize, DequantizedWeight
 from .kept_pieces import plan_kept
 from .slabs import Slab
 from .stored import StoredCodesLoader
+from .stored_stacks import Families
 from .two_passes import first_pass, read_twice, together
 
 
@@ -34,36 +36,55 @@ def plan_stored(
     dequantizer: Callable[[str], Dequantize],
 ) -> StoredPieces:
     """Pieces of all stored weights; `dequantizer(format name)` gives the kernel for those that are not kept."""
-    planned = StoredPieces()
-    others: list[DequantizedWeight] = []
+    keeps = {parameter: isinstance(sink.loader, StoredCodesLoader) for parameter, sink in sinks.items()}
+    kept: list[StoredWeight] = []
+    others: list[StoredWeight] = []
     for weight in weights:
-        loaders = [sinks[span.parameter].loader for span in spans[weight.name]]
-        if all(isinstance(loader, StoredCodesLoader) for loader in loaders):
-            planned.pieces.extend(plan_kept(weight, spans[weight.name], sinks, chunk_bytes))
-        else:
-            others.append(DequantizedWeight(weight, dequantizer(weight.format.name)))
-    _plan_dequantized(others, spans, sinks, chunk_bytes, planned)
+        (kept if all(keeps[span.parameter] for span in spans[weight.name]) else others).append(weight)
+    planned = StoredPieces(plan_kept(kept, spans, sinks, chunk_bytes))
+    _plan_dequantized(others, spans, sinks, chunk_bytes, dequantizer, planned)
     return planned
 
 
 def _plan_dequantized(
-    weights: Sequence[DequantizedWeight],
+    weights: Sequence[StoredWeight],
     spans: Mapping[str, Sequence[Span]],
     sinks: Mapping[str, Sink],
     chunk_bytes: int,
+    dequantizer: Callable[[str], Dequantize],
     planned: StoredPieces,
 ) -> None:
-    cuts = {weight.name: weight.cut(spans[weight.name], sinks, chunk_bytes) for weight in weights}
+    """Add the pieces of weights that become something else: small neighbours bundled, the others slab by slab."""
+    bundler = DequantizedBundler(planned.pieces, sinks, chunk_bytes, dequantizer)
+    families, small = Families(), {}
+    for weight in weights:
+        family = families.of(weight)
+        span = family.whole_span(spans[weight.name])
+        if span is not None and bundler.takes(family, span):
+            small[weight.name] = Member(weight, family, span)
+    large = {weight.name: DequantizedWeight(weight, dequantizer) for weight in weights if weight.name not in small}
+    cuts = {name: weight.cut(spans[name], sinks, chunk_bytes) for name, weight in large.items()}
     twice = read_twice(cuts.values(), sinks)
+    for name in [name for name, member in small.items() if twice and member.matrix in twice]:
+        large[name] = DequantizedWeight(small.pop(name).weight, dequantizer)
+        cuts[name] = large[name].cut(spans[name], sinks, chunk_bytes)
 
-    def observing(weight: DequantizedWeight, slab: Slab, parts: tuple[Any, ...]) -> Piece:
-        return weight.observing_piece(slab, parts, sinks)
+    def observing(weight: StoredWeight, slab: Slab, parts: tuple[Any, ...]) -> Piece:
+        return large[weight.name].observing_piece(slab, parts, sinks)
 
     for group in together(weights, cuts, twice):
+        if group[0].name in small:
+            bundler.add(small[group[0].name])
+            continue
+        bundler.close()
         for weight in group:
-            planned.pieces += weight.scale_pieces(chunk_bytes)
+            planned.pieces += large[weight.name].scale_pieces(chunk_bytes)
         barrier = first_pass(group, cuts, twice, observing, planned.pieces)
         for weight in group:
-            planned.pieces += [weight.piece(slab, sinks, barrier) for slab in cuts[weight.name]]
-        planned.held_bytes = max(planned.held_bytes, sum(weight.held_bytes for weight in group))
-    planned.scratch_bytes = max((w.scratch_bytes(slab) for w in weights for slab in cuts[w.name]), default=0)
+            planned.pieces += [large[weight.name].piece(slab, sinks, barrier) for slab in cuts[weight.name]]
+        planned.held_bytes = max(planned.held_bytes, sum(large[weight.name].held_bytes for weight in group))
+    bundler.close()
+    planned.held_bytes = max(planned.held_bytes, bundler.held_bytes)
+    slabs = (weight.scratch_bytes(slab) for name, weight in large.items() for slab in cuts[name])
+    planned.scratch_bytes = max(slabs, default=0)
+    planned.scratch_bytes = max(planned.scratch_bytes, bundler.scratch_bytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -49,25 +50,24 @@ class DetachedWeightLoader:
     observe = reset = __call__
 
 
-class DirectWeightLoader:
-    """Writes pieces of one parameter or buffer that is kept as stored, converting the dtype where it differs.
+class ParameterLoader(ABC):
+    """A closure on a parameter: takes the shards that servers hand over, and the pieces that quantload reads."""
 
-    Coordinates are those of the tensor flattened to two dimensions, [product of the others, last].
-    """
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it calls itself in messages."""
 
-    def __init__(self, module: nn.Module, name: str, full_name: str, dtype: torch.dtype, storage: FinalStorage) -> None:
-        # A closure hangs on its parameter and so on its module: a strong reference back would keep both alive.
-        self._module, self._name, self.dtype, self._storage = weakref.ref(module), name, dtype, storage
-        self._shape = _held(module, name).shape
-        self.columns = int(self._shape[-1]) if len(self._shape) else 1
-        self.rows = self._shape.numel() // self.columns if self.columns else 0
-        self.tracker = RegionTracker(full_name, None, self.rows, self.columns)
-        self._lock = threading.Lock()
-        if not self._shape.numel():  # no piece will ever come for it
-            materialize(module, name, storage, dtype)
+    @abstractmethod
+    def load_shard(self, loaded_weight: Tensor, shard_id: str | None, expert_id: int | None) -> None:
+        """Take a whole shard."""
+
+    @abstractmethod
+    def load_region(self, loaded_weight: Tensor, region: Region) -> None:
+        """Take the rows and columns of a region."""
 
     def __reduce__(self) -> tuple[type[DetachedWeightLoader], tuple[str]]:
-        return DetachedWeightLoader, (self.tracker.name,)
+        return DetachedWeightLoader, (self.name,)
 
     def __call__(
         self,
@@ -79,13 +79,43 @@ class DirectWeightLoader:
         region: Region | None = None,
     ) -> None:
         if region is None:
-            _check_shape(self.tracker.name, loaded_weight, self._shape)
-            region = Region(None, (0, self.rows), (0, self.columns))
+            self.load_shard(loaded_weight, shard_id, expert_id)
         else:
-            _check_shape(self.tracker.name, loaded_weight, _extent(region))
+            self.load_region(loaded_weight, region)
+
+
+class DirectWeightLoader(ParameterLoader):
+    """Writes pieces of one parameter or buffer that is kept as stored, converting the dtype where it differs.
+
+    Coordinates are those of the tensor flattened to two dimensions, [product of the others, last].
+    """
+
+    def __init__(self, module: nn.Module, name: str, full_name: str, dtype: torch.dtype, storage: FinalStorage) -> None:
+        # A closure hangs on its parameter and so on its module: a strong reference back would keep both alive.
+        self._module, self._attribute, self.dtype, self._storage = weakref.ref(module), name, dtype, storage
+        self._shape = _held(module, name).shape
+        self.columns = int(self._shape[-1]) if len(self._shape) else 1
+        self.rows = self._shape.numel() // self.columns if self.columns else 0
+        self.tracker = RegionTracker(full_name, None, self.rows, self.columns)
+        self._lock = threading.Lock()
+        if not self._shape.numel():  # no piece will ever come for it
+            materialize(module, name, storage, dtype)
+
+    @property
+    def name(self) -> str:
+        return self.tracker.name
+
+    def load_shard(self, loaded_weight: Tensor, shard_id: str | None, expert_id: int | None) -> None:
+        """There is one shard: the whole tensor."""
+        _check_shape(self.name, loaded_weight, self._shape)
+        whole = Region(None, (0, self.rows), (0, self.columns))
+        self.load_region(loaded_weight.reshape(self.rows, self.columns), whole)
+
+    def load_region(self, loaded_weight: Tensor, region: Region) -> None:
+        _check_shape(self.name, loaded_weight, _extent(region))
         view = self._view(region)
         self.tracker.claim(region)
-        view.copy_(loaded_weight.reshape(view.shape))
+        view.copy_(loaded_weight)
         self.tracker.commit(region.numel)
 
     def direct_target(self, region: Region) -> Tensor:
@@ -105,7 +135,7 @@ class DirectWeightLoader:
     def tensors(self) -> tuple[Tensor, ...]:
         """The final tensor."""
         with self._lock:
-            return (materialize(alive(self._module), self._name, self._storage, self.dtype).data,)
+            return (materialize(alive(self._module), self._attribute, self._storage, self.dtype).data,)
 
     def restored(self, statistics: Tensor | None) -> None:
         """What `tensors` gave out was filled with what it held after an earlier load; there are no statistics."""
@@ -134,35 +164,31 @@ class DirectWeightLoader:
         return flat[slice(*region.rows), slice(*region.columns)]
 
 
-class OnlineWeightLoader:
+class OnlineWeightLoader(ParameterLoader):
     """The `weight_loader` of one quantized parameter, linear or experts: quantizes what arrives."""
 
-    def __init__(self, name: str, quantizer: RegionQuantizer) -> None:
-        self._name = name
+    def __init__(self, attribute: str, quantizer: RegionQuantizer) -> None:
+        self._attribute = attribute
         self._quantizer = quantizer
-        self.parameter = quantizer.progress.parameters[name]
+        self.parameter = quantizer.progress.parameters[attribute]
 
-    def __reduce__(self) -> tuple[type[DetachedWeightLoader], tuple[str]]:
-        return DetachedWeightLoader, (self.parameter.full_name,)
+    @property
+    def name(self) -> str:
+        return self.parameter.full_name
 
-    def __call__(
-        self,
-        param: Tensor,
-        loaded_weight: Tensor,
-        *,
-        shard_id: str | None = None,
-        expert_id: int | None = None,
-        region: Region | None = None,
-    ) -> None:
-        self._quantizer.load(self._name, loaded_weight, region or whole_shard(self.parameter, shard_id, expert_id))
+    def load_shard(self, loaded_weight: Tensor, shard_id: str | None, expert_id: int | None) -> None:
+        self.load_region(loaded_weight, whole_shard(self.parameter, shard_id, expert_id))
+
+    def load_region(self, loaded_weight: Tensor, region: Region) -> None:
+        self._quantizer.load(self._attribute, loaded_weight, region)
 
     def load_experts(self, weights: Tensor, experts: range, rows: Interval, columns: Interval) -> None:
         """Take the same rows and columns of several experts at once: `weights` [experts, rows, columns]."""
-        self._quantizer.load_experts(self._name, weights, experts, rows, columns)
+        self._quantizer.load_experts(self._attribute, weights, experts, rows, columns)
 
     def observe(self, loaded_weight: Tensor, region: Region) -> None:
         """First pass over a piece of a matrix whose scales span several pieces."""
-        self._quantizer.observe(self._name, loaded_weight, region)
+        self._quantizer.observe(self._attribute, loaded_weight, region)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The final codes and scales."""
@@ -170,7 +196,7 @@ class OnlineWeightLoader:
 
     def restored(self, statistics: Tensor | None) -> None:
         """What `tensors` gave out was filled with what it held after an earlier load, which measured `statistics`."""
-        self._quantizer.restored(self._name, TensorStats(statistics))
+        self._quantizer.restored(self._attribute, TensorStats(statistics))
 
     @property
     def nbytes(self) -> int:

@@ -42,7 +42,7 @@ def test_awq_codes_are_transposed(half, groups, seed):
 @given(sizes, sizes, seeds)
 def test_awq_zero_points_are_transposed(rows, groups, seed):
     values = codes(rows, 8 * groups, seed)
-    found = packing.awq_values(words(values, AWQ_ORDER), torch.float16)
+    found = packing.column_values(torch.float16)(words(values, AWQ_ORDER))
     assert found.dtype is torch.float16
     assert torch.equal(found, values.t().half())
 

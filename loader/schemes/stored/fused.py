@@ -7,18 +7,15 @@ it has the layouts of a linear layer.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...checkpoint.headers import TensorEntry
 from ...errors import UnsupportedCheckpointError
 from ...kernels.formats import FP8_BLOCK, WeightFormat
-from .layouts import FP8, float32
+from .layouts import FP8, float32, repeated
 from .modules import Read, StoredModule
 from .weights import StoredPart, StoredWeight
 
@@ -74,7 +71,7 @@ class FusedExperts(StoredModule):
     ) -> StoredWeight:
         """The weight of all experts."""
         one = super().weight(fmt, shape, tuple(map(self._by_row, parts)), **more)
-        return replace(one, name=self.name, experts=self._experts, rows=self._rows)
+        return one._replace(name=self.name, experts=self._experts, rows=self._rows)
 
     def _flat(self, name: str, entry: TensorEntry) -> TensorEntry:
         if not name.startswith("weight"):
@@ -90,12 +87,8 @@ class FusedExperts(StoredModule):
         each = self._experts * self._rows // max(_count(part.entry), 1)
         if part.role != "scale" or part.block != 1 or each <= 1 or part.entry.shape[1:] != (1,):
             return part
-        return replace(part, block=each, convert=functools.partial(_repeated, each))
+        return part._replace(block=each, convert=repeated(float32, each))
 
 
 def _count(entry: TensorEntry) -> int:
     return entry.nbytes // entry.dtype.itemsize
-
-
-def _repeated(count: int, stored: Tensor) -> Tensor:
-    return float32(stored).repeat_interleave(count, dim=0)

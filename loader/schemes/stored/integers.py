@@ -12,7 +12,7 @@ from ...errors import CheckpointError
 from ...kernels.formats import INTEGERS
 from .layouts import Layout, float32, zero_points
 from .modules import FLOATS, ONE, StoredModule
-from .packing import WORD, awq_codes, awq_values, plain_bytes, row_values, unsigned_codes, unsigned_values
+from .packing import WORD, awq_codes, column_values, plain_bytes, row_values, unsigned_codes, unsigned_values
 from .weights import StoredPart, StoredWeight
 
 _WORDS = (torch.int32, torch.uint32)
@@ -106,7 +106,7 @@ def awq(group: int, zero_point: bool) -> Layout:
         ]
         if zero_point:
             zeros = module.shaped("qzeros", _WORDS, ((groups, rows // WORD),), why=why)
-            parts.append(StoredPart("zero_point", zeros, group, lambda words: awq_values(words, fmt.scale_dtype)))
+            parts.append(StoredPart("zero_point", zeros, group, column_values(fmt.scale_dtype)))
         return module.weight(
             fmt, (rows, columns), tuple(parts), along="columns", step=group or 2, zero_point=0.0 if zero_point else 8.0
         )

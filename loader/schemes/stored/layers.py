@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 from ...kernels.formats import WeightFormat
@@ -23,11 +24,15 @@ class Activations:
 
     def of(self, module: StoredModule) -> StoredActivations:
         """What a module's tensors make of it; raises `CheckpointError` where a static scale is missing."""
-        scale = None
-        if not self.dynamic:
-            tensor = next((name for name in self.scales if name in module), self.scales[0])
-            scale = module.shaped(tensor, FLOATS, ONE, why="a static scale of activations")
+        if self.dynamic:
+            return self._without_scale
+        tensor = next((name for name in self.scales if name in module), self.scales[0])
+        scale = module.shaped(tensor, FLOATS, ONE, why="a static scale of activations")
         return StoredActivations(self.format, self.dynamic, self.granularity, self.group, scale)
+
+    @cached_property
+    def _without_scale(self) -> StoredActivations:
+        return StoredActivations(self.format, self.dynamic, self.granularity, self.group)
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Layer:
         if self.activations is None:
             return weight
         zeros = zero_points(module, "input_zero_point", ONE, 0)
-        return replace(weight, activations=self.activations.of(module), parts=(*weight.parts, *zeros))
+        return weight._replace(activations=self.activations.of(module), parts=(*weight.parts, *zeros))
 
 
 @dataclass(frozen=True)

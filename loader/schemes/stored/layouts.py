@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def int8_tensor() -> Layout:
         scale = module.shaped("weight_scale", FLOATS, ONE, why=why)
         parts = (
             StoredPart("codes", codes),
-            StoredPart("scale", scale, 0, lambda stored: float32(stored).reshape(1, 1).repeat(rows, 1)),
+            StoredPart("scale", scale, 0, repeated(float32, rows)),
             *zero_points(module, "weight_zero_point", ONE, 0),
         )
         return module.weight(INT8_CHANNEL, codes.shape, parts)
@@ -136,7 +137,7 @@ def zero_points(
     if tensor not in module:
         return ()
     entry = module.shaped(tensor, _ZERO_POINTS, shapes, why="a zero point of a symmetric quantization")
-    return (StoredPart("must_be_zero", entry, block, _must_be_zero(entry.name)),)
+    return (StoredPart("must_be_zero", entry, block),)
 
 
 def as_bytes(entry: TensorEntry) -> TensorEntry:
@@ -148,6 +149,16 @@ def float32(stored: Tensor) -> Tensor:
     """Scales in float32, exactly: from float types, and from E8M0 bytes."""
     exponents = stored.view(torch.float8_e8m0fnu) if stored.dtype is torch.uint8 else stored
     return exponents.float().reshape(stored.shape[0] if stored.ndim else 1, -1)
+
+
+@cache
+def repeated(convert: Callable[[Tensor], Tensor] | None, rows: int) -> Callable[[Tensor], Tensor]:
+    """What makes a scale for so many rows one for each of them, after another conversion."""
+
+    def repeat(stored: Tensor) -> Tensor:
+        return (stored if convert is None else convert(stored)).repeat_interleave(rows, 0)
+
+    return repeat
 
 
 _ZERO_POINTS = (torch.int8, torch.uint8, torch.int32, torch.int64, *FLOATS, *FP8)
@@ -165,15 +176,3 @@ def _by_channel(fmt: WeightFormat, why: str, scale: str) -> Layout:
         return module.weight(fmt, codes.shape, parts)
 
     return read
-
-
-def _must_be_zero(name: str) -> Callable[[Tensor], Tensor]:
-    def check(stored: Tensor) -> Tensor:
-        if bool(stored.float().any()):
-            raise CheckpointError(
-                f"{name} is not zero everywhere, but the config says that the quantization is symmetric; "
-                f"correct the config, or load the original checkpoint, which quantload quantizes while it loads"
-            )
-        return stored
-
-    return check

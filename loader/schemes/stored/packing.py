@@ -8,7 +8,7 @@ four low nibbles hold the columns 0, 4, 1, 5, and the four high ones 2, 6, 3, 7.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ def awq_codes(words: Tensor) -> Tensor:
     return codes.view(groups * WORD, k // 2)
 
 
-def awq_values(words: Tensor, dtype: torch.dtype) -> Tensor:
+@cache
+def column_values(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """AWQ's `qzeros` [g, N / 8] to numbers [N, g] of `dtype`."""
-    return _columns(words).permute(1, 2, 0).reshape(-1, words.shape[0]).to(dtype)
+    return partial(_column_values, dtype)
 
 
 def reordered_codes(words: Tensor) -> Tensor:
@@ -50,16 +51,19 @@ PACK_METHODS: dict[str, Callable[[Tensor], Tensor]] = {"reorder": reordered_code
 """What undoes a `pack_method` of AMD Quark."""
 
 
+@cache
 def plain_bytes(count: int) -> Callable[[Tensor], Tensor]:
     """Unsigned codes in the order of their columns: the first `count` bytes of each row of words."""
     return partial(_plain_bytes, count)
 
 
+@cache
 def filled_up(lacking: int) -> Callable[[Tensor], Tensor]:
     """Codes, and so many bytes of zeros at the end of each row: what the last block of it lacks."""
     return partial(_filled_up, lacking)
 
 
+@cache
 def row_values(bits: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Numbers packed along the rows, [n * bits / 32, G] words, to [n, G] of `dtype`."""
     return partial(_row_values, bits, dtype)
@@ -70,6 +74,7 @@ def unsigned_codes(bits: int) -> Callable[[Tensor], Tensor]:
     return _unsigned_bytes if bits == 8 else _unsigned_pairs
 
 
+@cache
 def unsigned_values(bits: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Signed zero points, one in a byte, to those of unsigned codes in `dtype`."""
     return partial(_unsigned_values, 1 << bits - 1, dtype)
@@ -86,6 +91,10 @@ def _unsigned_pairs(codes: Tensor) -> Tensor:
 
 def _unsigned_values(offset: int, dtype: torch.dtype, values: Tensor) -> Tensor:
     return (values.to(torch.int16) + offset).to(dtype)
+
+
+def _column_values(dtype: torch.dtype, words: Tensor) -> Tensor:
+    return _columns(words).permute(1, 2, 0).reshape(-1, words.shape[0]).to(dtype)
 
 
 def _plain_bytes(count: int, words: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,19 +12,19 @@ from torch import Tensor
 from ...checkpoint.headers import TensorEntry
 from ...kernels.formats import WeightFormat
 
-Role = Literal["codes", "scale", "zero_point", "must_be_zero"]
+Role = Literal["codes", "scale", "zero_point", "must_be_zero", "input_scale"]
 
 
-@dataclass(frozen=True)
-class StoredPart:
+class StoredPart(NamedTuple):
     """One tensor of a stored weight, and how it becomes canonical.
 
     The tensor is seen as a matrix: its leading dimensions are flattened, a scalar or vector has one column. One row of
     it stands for `block` rows of the weight (columns, where the weight is cut along columns); 0: it has one row, for
     everything. `convert` takes some of its rows, [n, ...] in the stored dtype, and returns what they are in the
     canonical layout: codes [rows, code columns], or the values of one scale word, [scale rows, scale blocks], in the
-    dtype of the format's scales. `None`: the bytes are canonical as they are. A `must_be_zero` part is converted for
-    the error it raises.
+    dtype of the format's scales. `None`: the bytes are canonical as they are. Where several weights share one, it is
+    called once for the rows of all of them, one weight's below the other's. A `must_be_zero` part is only checked;
+    `input_scale` is the role of the scale of a weight's activations.
     """
 
     role: Role
@@ -47,17 +47,21 @@ class StoredActivations:
     group: int = 0
     scale: TensorEntry | None = None
 
+    @property
+    def kind(self) -> tuple[str, bool, str, int]:
+        """All of it that two layers can have in common."""
+        return self.format, self.dynamic, self.granularity, self.group
 
-@dataclass(frozen=True)
-class StoredWeight:
+
+class StoredWeight(NamedTuple):
     """Tensors that stand for the weight `name`, as one tensor that is not quantized.
 
     `rows` and `columns` are those of the matrix [N, K] as its codes lie, `experts` how many of them there are (None:
     one, without a dimension for it). `transposed` says that the model keeps it as [K, N]. `dtype` is that of the weight
-    it stands for. `along` is the dimension pieces are cut along, where `parts` lie contiguously (columns: of one matrix
-    only), and `step` the rows or columns a piece must come in multiples of. Without a `zero_point` part, all zero
-    points are `zero_point`. `values` are small tensors that were read with the config, such as a second scale: what
-    they say is in the parts.
+    it stands for. The codes are the first of `parts`. `along` is the dimension pieces are cut along, where `parts` lie
+    contiguously (columns: of one matrix only), and `step` the rows or columns a piece must come in multiples of.
+    Without a `zero_point` part, all zero points are `zero_point`. `values` are small tensors that were read with the
+    config, such as a second scale: what they say is in the parts.
     """
 
     name: str
@@ -94,7 +98,12 @@ class StoredWeight:
     @property
     def codes(self) -> StoredPart:
         """The part with the codes."""
-        return next(part for part in self.parts if part.role == "codes")
+        return self.parts[0]
+
+    @property
+    def input_scale(self) -> TensorEntry | None:
+        """The static scale of the activations."""
+        return None if self.activations is None else self.activations.scale
 
     @property
     def shard(self) -> int:
@@ -125,8 +134,8 @@ class StoredWeight:
         """The checkpoint tensors it is made of."""
         yield from (part.entry for part in self.parts)
         yield from self.values
-        if self.activations is not None and self.activations.scale is not None:
-            yield self.activations.scale
+        if self.input_scale is not None:
+            yield self.input_scale
 
 
 def _largest_code(fmt: WeightFormat) -> float:

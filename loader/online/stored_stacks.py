@@ -1,0 +1,143 @@
+"""Small stored weights that are alike: their tensors taken from a buffer, checked and converted together.
+
+A checkpoint with one tensor an expert has tens of thousands of weights of a few shapes. What follows from shapes and
+conversions is worked out once for a family, and the tensors of experts that follow each other are one stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.headers import TensorEntry
+from ..errors import CheckpointError, NonFiniteWeightError
+from ..model.routes import Span
+from ..schemes.stored.weights import Role, StoredPart, StoredWeight
+from .regions import Region
+from .stored import check_finite
+from .stored_parts import PartMatrix
+
+MAX_HOLE = 256
+"""Bytes between two tensors, such as a few numbers that nothing needs, that are read with them."""
+
+
+class Family:
+    """Stored weights of the same shapes, dtypes and conversions; `weight` is one of them."""
+
+    def __init__(self, weight: StoredWeight) -> None:
+        self.weight = weight
+        self.matrices = [PartMatrix(weight, part) for part in weight.parts]
+        self.row_bytes = [matrix.row_bytes for matrix in self.matrices]
+        scale = weight.input_scale
+        self.input_scale = None if scale is None else PartMatrix(weight, StoredPart("input_scale", scale, 0))
+        self.nbytes = weight.nbytes
+        self.values_bytes = weight.rows * weight.columns * torch.float32.itemsize
+
+    def whole_span(self, spans: Sequence[Span]) -> Span | None:
+        """The span that takes a weight row by row, all of it, if that is all that takes anything."""
+        if len(spans) != 1 or self.weight.experts is not None:
+            return None
+        (span,) = spans
+        rows, columns = span.region.rows, span.region.columns
+        shape = rows[1] - rows[0], columns[1] - columns[0]
+        strides = span.row_stride if shape[0] > 1 else shape[1], span.column_stride if shape[1] > 1 else 1
+        same = (shape, strides, span.offset) == ((self.weight.rows, self.weight.columns), (shape[1], 1), 0)
+        return span if same else None
+
+
+class Families:
+    """The families of some weights, as they are met."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Family] = {}
+
+    def of(self, weight: StoredWeight) -> Family:
+        """The family of a weight."""
+        parts = tuple([(p.role, p.entry.dtype, p.entry.shape, p.block, p.convert) for p in weight.parts])
+        scale = weight.input_scale
+        key = weight.format.name, weight[2:6], weight[7:11], parts, scale and scale[1:3]
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = Family(weight)
+        return found
+
+
+class PartStack:
+    """The same tensor of weights of one family: `pitch` bytes apart in a buffer, experts `step` apart in the model.
+
+    `entries` are the tensors; `region` is where the first weight lands, `offset` where its tensor begins.
+    """
+
+    __slots__ = ("entries", "matrix", "offset", "pitch", "region", "step")
+
+    def __init__(self, matrix: PartMatrix, entry: TensorEntry, region: Region, offset: int) -> None:
+        self.matrix, self.entries, self.region, self.offset = matrix, [entry], region, offset
+        self.pitch = self.step = 0
+
+    @property
+    def experts(self) -> Sequence[int | None]:
+        """The experts, in the order of their tensors."""
+        first, step = self.region.expert, self.step or 1
+        return (None,) if first is None else range(first, first + len(self.entries) * step, step)
+
+    @property
+    def role(self) -> Role:
+        """What the tensor is to its weight."""
+        return self.matrix.part.role
+
+    def continues(self, region: Region, offset: int) -> bool:
+        """Whether a weight of the same rows and columns stands where the next one would, its tensor at `offset`."""
+        count, first = len(self.entries), self.region.expert
+        if first is None or region.expert is None:
+            return False
+        step, pitch = region.expert - first, offset - self.offset
+        return step > 0 and (count == 1 or (step == count * self.step and pitch == count * self.pitch))
+
+    def append(self, entry: TensorEntry, region: Region, offset: int) -> None:
+        """Put a weight that continues the stack at its end."""
+        if len(self.entries) == 1:
+            assert region.expert is not None
+            assert self.region.expert is not None
+            self.step, self.pitch = region.expert - self.region.expert, offset - self.offset
+        self.entries.append(entry)
+
+    def values(self, buffer: Tensor) -> Tensor:
+        """The canonical form [tensors, rows, columns] of what stands in a buffer.
+
+        Raises a `CheckpointError` that names the tensor for one that cannot be.
+        """
+        matrix, count = self.matrix, len(self.entries)
+        nbytes = matrix.part.entry.nbytes
+        stored = buffer.as_strided((count, nbytes), (self.pitch or nbytes, 1), buffer.storage_offset() + self.offset)
+        aligned = stored.storage_offset() % matrix.part.entry.dtype.itemsize == 0
+        stored = stored.contiguous() if aligned else stored.clone(memory_format=torch.contiguous_format)
+        try:
+            values = matrix.canonical(stored.view(-1), (0, count * matrix.rows))
+        except CheckpointError:
+            self._name(stored)
+            raise
+        if matrix.weight.along == "columns":
+            return values.reshape(len(values), count, -1).transpose(0, 1)
+        return values.reshape(count, -1, values.shape[1])
+
+    def finite(self, buffer: Tensor) -> Tensor:
+        """What `values` returns; raises `NonFiniteWeightError` naming the tensor where it is scales that are not."""
+        values = self.values(buffer)
+        if self.role in ("scale", "zero_point"):
+            largest = self.matrix.weight.largest_scale if self.role == "scale" else torch.inf
+            try:
+                check_finite(self.entries[0].name, values, largest)
+            except NonFiniteWeightError:
+                for entry, own in zip(self.entries, values, strict=True):
+                    check_finite(entry.name, own, largest)
+                raise
+        return values
+
+    def _name(self, stored: Tensor) -> None:
+        """Raise the error of the first tensor that is to blame, in its own name."""
+        for entry, own in zip(self.entries, stored, strict=True):
+            matrix = PartMatrix(self.matrix.weight, self.matrix.part._replace(entry=entry))
+            matrix.canonical(own, (0, matrix.rows))

@@ -66,17 +66,33 @@ class Prefixes:
     """
 
     def __init__(self, patterns: Iterable[str], where: str) -> None:
+        listed = list(patterns)
         self._expressions = [
-            (pattern, compile_pattern(rf"re:(?:{pattern})(?:(?<=\.)|(?=\.|$))", where, pattern), f".{pattern}")
-            for pattern in patterns
+            (pattern, compile_pattern(_prefix(pattern), where, pattern), f".{pattern}") for pattern in listed
         ]
+        # A config may list hundreds of names, and tens of thousands of modules are asked about: one look at them all.
+        names = [pattern for pattern in listed if _NAME.fullmatch(pattern)]
+        together = [compile_pattern(_prefix("|".join(names)), where, "|".join(names))] if names else []
+        self._any = [*together, *(found for pattern, found, _ in self._expressions if not _NAME.fullmatch(pattern))]
+        self._endings = tuple([ending for *_, ending in self._expressions])
 
     def first(self, name: str) -> str | None:
         """The first pattern that means a module."""
-        for pattern, expression, ending in self._expressions:
-            if expression.match(name) or name.endswith(ending):
-                return pattern
-        return None
+        if not name.endswith(self._endings) and not any(expression.match(name) for expression in self._any):
+            return None
+        return next(
+            pattern
+            for pattern, expression, ending in self._expressions
+            if expression.match(name) or name.endswith(ending)
+        )
+
+
+_NAME = re.compile(r"[\w.-]+")
+"""What stands for itself, dots aside."""
+
+
+def _prefix(pattern: str) -> str:
+    return rf"re:(?:{pattern})(?:(?<=\.)|(?=\.|$))"
 
 
 def _is_pattern(pattern: str, globs: bool) -> bool:

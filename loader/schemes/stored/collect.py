@@ -9,7 +9,7 @@ import torch
 
 from ...checkpoint.headers import TensorEntry
 from ...errors import CheckpointError
-from .fused import FusedExperts, take_fused
+from .fused import FusedExperts, modules_of_fused, take_fused
 from .layers import Family, Kept
 from .modules import Read, StoredModule, by_module
 from .settings import Settings
@@ -68,8 +68,9 @@ class _Collection:
 
     def collect(self, tensors: Mapping[str, TensorEntry]) -> StoredCheckpoint:
         """Sorts the tensors of a checkpoint; raises `CheckpointError` for one that fits nothing."""
+        fused = modules_of_fused(tensors)
         for name, found in by_module(tensors).items():
-            for weight, own in take_fused(found):
+            for weight, own in take_fused(found) if name in fused else ():
                 self._add(FusedExperts(f"{name}.{weight}", own, self._read, self._dtype))
             if self._is_quantized(found):
                 self._add(StoredModule(name, found, self._read, self._dtype))

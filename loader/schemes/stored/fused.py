@@ -29,6 +29,11 @@ _NAMES = {
 _BLOCK_ROWS = FP8_BLOCK.block_rows
 
 
+def modules_of_fused(tensors: Mapping[str, TensorEntry]) -> set[str]:
+    """The modules that may have weights of all experts: few or none among a hundred thousand tensors."""
+    return {name.rpartition(".")[0] for name, entry in tensors.items() if len(entry.shape) == 3}
+
+
 def take_fused(found: dict[str, TensorEntry]) -> Iterator[tuple[str, dict[str, TensorEntry]]]:
     """Take the weights of all experts out of the tensors of a module: the name of each, and its tensors."""
     for name, entry in list(found.items()):

@@ -70,7 +70,7 @@ def test_another_scheme_for_experts() -> None:
 def test_experts_only() -> None:
     policy = at_work(linear="experts_int8")
     assert linear(policy, Q) == "experts_int8 leaves linear layers as stored"
-    assert experts(policy) == "int8_per_channel"
+    assert experts(policy) == "experts_int8"
 
 
 def test_none_leaves_both_with_a_reason() -> None:

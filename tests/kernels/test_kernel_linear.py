@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -24,6 +25,21 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def quantized(kernels, n_rows: int, k: int, size: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    fmt = kernels.format
+    weight = (torch.randn(n_rows, k, generator=torch.Generator().manual_seed(1)) * size).bfloat16()
+    codes = torch.zeros(fmt.code_shape(n_rows, k), dtype=torch.uint8).view(fmt.code_dtype)
+    scales = torch.zeros(fmt.scale_shape(n_rows, k), dtype=fmt.scale_dtype)
+    assert kernels.quantize(weight, codes, scales) == 0
+    return codes, scales
+
+
+@cache
+def small_weight(name: str, n_rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantized once for all kernels and types of x: `test_kernel_bits.py` says that every kernel gives these bytes."""
+    return quantized(kernel_set(name, "cpu"), n_rows, k, size=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("tokens", "n_rows", "k", "bias_kind"),
@@ -39,11 +55,10 @@ def torch_threads(count: int) -> Iterator[None]:
 )
 def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows, k, bias_kind):
     generator = torch.Generator().manual_seed(tokens)
-    weight = (torch.randn(n_rows, k, generator=generator) * 0.05).bfloat16()
     bias_dtype = dtype if bias_kind == "as x" else bias_kind
     bias = torch.randn(n_rows, generator=generator).to(bias_dtype) if bias_dtype is not None else None
     x = torch.randn(tokens, k, generator=generator).to(dtype)
-    codes, scales = runner.quantize(weight)
+    codes, scales = small_weight(runner.format.name, n_rows, k)
     dequantized = runner.dequantize(codes, scales, (n_rows, k), dtype)
     want = F.linear(x.double(), dequantized.double(), None if bias is None else bias.double())
     on_device = [t if t is None else t.to(runner.device) for t in (x, codes, scales, bias)]
@@ -78,15 +93,6 @@ def test_arguments_that_do_not_fit_are_named(runner):
         runner.kernels.linear(x, codes, scales, None, 9, 64)
     with pytest.raises(ValueError, match="bias"):
         runner.kernels.linear(x, codes, scales, torch.ones(3, device=runner.device), 8, 64)
-
-
-def quantized(kernels, n_rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    fmt = kernels.format
-    weight = torch.randn(n_rows, k, generator=torch.Generator().manual_seed(1)).bfloat16()
-    codes = torch.zeros(fmt.code_shape(n_rows, k), dtype=torch.uint8).view(fmt.code_dtype)
-    scales = torch.zeros(fmt.scale_shape(n_rows, k), dtype=fmt.scale_dtype)
-    assert kernels.quantize(weight, codes, scales) == 0
-    return codes, scales
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED)

@@ -43,7 +43,7 @@ or (kernel_golden and not float32 and not nonfinite)
 or (kernel_mx and not float32 and not (mxfp8 and nearest))
 or (kernel_bits and (code_byte or (bit_patterns and not (fnuz or group32 or group64 or int4fp8))
     or (test_dequantize and shape1) or (of_every_value and bf16 and (mxfp4 or channel) and not fnuz)))
-or (kernel_statistics and ((saturation and not fnuz) or (against_float64 and shape1 and bfloat16)))
+or (kernel_statistics and ((saturation and not fnuz) or (against_float64 and 5x70 and bfloat16)))
 or (kernel_pieces and ((strided and 200 and bfloat16) or (nonfinite and where0 and bfloat16) or empty or named))
 """
 """Tests of every kernel, chosen for what they cover in the interpreter within seconds; the slow group runs them all."""

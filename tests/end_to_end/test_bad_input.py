@@ -387,16 +387,22 @@ SCHEMES = [
 ]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+PLACES = [
+    ("llama", Q_PROJ, (63, 61)),
+    ("llama_odd", "model.layers.0.mlp.down_proj.weight", (77, 111)),
+    ("qwen3_moe", EXPERT, (21, 9)),
+    ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj", (3, 59, 33)),
+    ("gpt2", "transformer.h.0.mlp.c_fc.weight", (41, 203)),
+]
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+
+
 @pytest.mark.parametrize(
-    ("name", "tensor", "index"),
+    ("scheme", "value", "name", "tensor", "index"),
     [
-        ("llama", Q_PROJ, (63, 61)),
-        ("llama_odd", "model.layers.0.mlp.down_proj.weight", (77, 111)),
-        ("qwen3_moe", EXPERT, (21, 9)),
-        ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj", (3, 59, 33)),
-        ("gpt2", "transformer.h.0.mlp.c_fc.weight", (41, 203)),
+        pytest.param(scheme, NOT_FINITE[(i + j) % 3], *place, id=f"{scheme}-{NOT_FINITE[(i + j) % 3]}-{place[0]}")
+        for i, scheme in enumerate(SCHEMES)
+        for j, place in enumerate(PLACES)
     ],
 )
 def test_nonfinite_weight(
@@ -408,6 +414,7 @@ def test_nonfinite_weight(
     checkpoint: Checkpoint,
     tmp_path: Path,
 ) -> None:
+    """Each scheme and each place meets every value; `test_kernel_pieces.py` has all of them in every format."""
     path = rewritten(tmp_path, checkpoint(name), lambda tensors: tensors[tensor].__setitem__(index, value))
     with pytest.raises(e.NonFiniteWeightError, match=re.escape(tensor)) as caught:
         load_quantized(path, scheme, options=LoadOptions(chunk_bytes=4096))

@@ -95,7 +95,7 @@ class DequantizedWeight:
             for part in parts:
                 sinks[part.span.parameter].loader.observe(values[part.rows], part.region)
 
-        return self._codes.piece((slab.low, slab.high), deliver, after=self._scales_there)
+        return self._codes.piece(self._codes.rows_of((slab.low, slab.high)), deliver, after=self._scales_there)
 
     def piece(self, slab: Slab, sinks: Mapping[str, Sink], after: Barrier | None) -> Piece:
         """The piece that hands over a slab; `after` opens behind those that observed it, if any did."""
@@ -107,12 +107,12 @@ class DequantizedWeight:
                 sink.loader(sink.param, values[part.rows], region=part.region)
             self._done()
 
-        return self._codes.piece((slab.low, slab.high), deliver, after=after or self._scales_there)
+        return self._codes.piece(self._codes.rows_of((slab.low, slab.high)), deliver, after=after or self._scales_there)
 
     def _hold(self, matrix: PartMatrix, rows: Interval, workspace: Workspace) -> None:
         weight, fmt = self.weight, self.weight.format
         values = matrix.canonical(workspace.buffer, rows)
-        if matrix.part.role == "must_be_zero":
+        if matrix.part.only_checked:
             return
         check_finite(matrix.part.entry.name, values, weight.largest_scale if matrix.part.role == "scale" else torch.inf)
         with self._lock:
@@ -134,7 +134,7 @@ class DequantizedWeight:
         """The float32 matrix of a slab, in the scratch buffer."""
         weight, fmt, scales = self.weight, self.weight.format, self._scales
         assert scales is not None
-        codes = self._codes.canonical(workspace.buffer, (slab.low, slab.high))
+        codes = self._codes.canonical(workspace.buffer, self._codes.rows_of((slab.low, slab.high)))
         if weight.along == "columns":
             words = fmt.scale_columns(slab.low, slab.high, weight.columns)
             shape, scales = (weight.all_rows, slab.lines), scales[:, words]

@@ -36,7 +36,7 @@ class KeptBundler:
 
     def add(self, entry: TensorEntry, matrix: PartMatrix, span: Span) -> None:
         """A tensor to be read, unless its parameter has no use for it."""
-        if matrix.part.role == "must_be_zero" or self._loader(span.parameter, matrix.part.role) is not None:
+        if matrix.part.only_checked or self._loader(span.parameter, matrix.part.role) is not None:
             self._parts.append(SmallPart(entry, matrix, span))
 
     def pieces(self) -> Iterator[Piece]:

@@ -13,7 +13,7 @@ from ..schemes.stored.weights import StoredWeight
 from .cuts import Sink
 from .kept_bundles import KeptBundler
 from .regions import Interval
-from .slabs import Slab, SlabPart, lines_per_slab, rows_of, slabs
+from .slabs import Slab, SlabPart, rows_of, slabs
 from .stored import check_codes
 from .stored_parts import PartMatrix, codes_of
 from .stored_stacks import Families
@@ -46,12 +46,12 @@ def _codes_pieces(
 ) -> Iterator[Piece]:
     """The codes of a weight, read straight into their final storage where they lie there as they are stored."""
     weight = codes.weight
-    for slab in slabs(weight, spans, lines_per_slab(codes.row_bytes, weight.step, chunk_bytes)):
+    for slab in slabs(weight, spans, codes.lines_within(chunk_bytes, weight.step)):
         yield _codes_piece(codes, slab, sinks)
 
 
 def _codes_piece(codes: PartMatrix, slab: Slab, sinks: Mapping[str, Sink]) -> Piece:
-    lines = slab.low, slab.high
+    rows = codes.rows_of((slab.low, slab.high))
     only, entry = slab.parts[0], codes.part.entry
     whole = len(slab.parts) == 1 and only.rows == slice(0, slab.lines, 1) and codes.weight.along == "rows"
     loader = sinks[only.span.parameter].loader
@@ -61,15 +61,15 @@ def _codes_piece(codes: PartMatrix, slab: Slab, sinks: Mapping[str, Sink]) -> Pi
             check_codes(entry.name, workspace.buffer.view(entry.dtype))
             loader.commit(only.region.numel)
 
-        return codes.piece(lines, arrived, target=functools.partial(loader.direct_target, only.region))
+        return codes.piece(rows, arrived, target=functools.partial(loader.direct_target, only.region))
 
     def deliver(workspace: Workspace) -> None:
-        values = codes.canonical(workspace.buffer, lines)
+        values = codes.canonical(workspace.buffer, rows)
         for part in slab.parts:
             sink = sinks[part.span.parameter]
             sink.loader(sink.param, values[part.rows], region=part.region)
 
-    return codes.piece(lines, deliver)
+    return codes.piece(rows, deliver)
 
 
 def _other_pieces(
@@ -85,7 +85,7 @@ def _deliver_scales(
 ) -> None:
     """Hand over some rows of scales or zero points."""
     values, weight = matrix.canonical(workspace.buffer, rows), matrix.weight
-    if matrix.part.role == "must_be_zero":
+    if matrix.part.only_checked:
         return
     lines = matrix.lines(rows)
     for taken in (rows_of(weight, span) for span in spans):

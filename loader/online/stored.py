@@ -319,6 +319,16 @@ def check_zero(name: str, values: Tensor) -> None:
         )
 
 
+def check_order(name: str, groups: Tensor, group: int) -> None:
+    """Raise `CheckpointError` for columns [.., K] that are in another group than the one of `group` they stand in."""
+    if not torch.equal(groups, (torch.arange(groups.shape[-1], dtype=groups.dtype) // group).expand_as(groups)):
+        raise CheckpointError(
+            f"{name} does not count groups of {group} columns one after the other: the columns were quantized in the "
+            f"order of their activations (desc_act), which is not read; load the original checkpoint, which quantload "
+            f"quantizes while it loads, or one that was quantized without desc_act"
+        )
+
+
 def _check(name: str, values: Tensor, target: Tensor) -> None:
     if values.shape != target.shape or values.dtype != target.dtype:
         raise ShapeMismatchError(

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..schemes.stored.weights import StoredPart, StoredWeight
 from .regions import Interval
 from .slabs import lines_per_slab
-from .stored import check_codes, check_zero
+from .stored import check_codes, check_order, check_zero
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,14 @@ class PartMatrix:
             )
         return entry.nbytes // max(self.rows, 1)
 
+    def lines_within(self, limit: int, step: int) -> int:
+        """How many lines fit `limit` bytes, in steps of so many, which are whole rows; at least one step."""
+        return lines_per_slab(self.row_bytes, step // self.part.block, limit) * self.part.block
+
+    def rows_of(self, lines: Interval) -> Interval:
+        """The rows that stand for some lines, from one step to another."""
+        return lines[0] // self.part.block, -(-lines[1] // self.part.block)
+
     def ranges(self, chunk_bytes: int) -> Iterator[Interval]:
         """The rows, as many at once as fit a piece."""
         step = lines_per_slab(self.row_bytes, 1, chunk_bytes)
@@ -65,6 +73,8 @@ class PartMatrix:
         stored = buffer.view(self.part.entry.dtype).view(rows[1] - rows[0], -1)
         if role == "must_be_zero":
             check_zero(name, stored)
+        if role == "order":
+            check_order(name, stored, self.weight.format.block_cols or self.weight.columns)
         if role != "codes":
             return stored if self.part.convert is None else self.part.convert(stored)
         check_codes(name, stored)
@@ -72,10 +82,10 @@ class PartMatrix:
 
 
 def codes_of(weight: StoredWeight) -> PartMatrix:
-    """The codes of a weight, which lie line by line."""
+    """The codes of a weight, of which a step of lines is whole rows."""
     part = weight.codes
-    if part.block != 1:
-        raise CheckpointError(f"{part.entry.name}: the codes of {weight.name} do not lie line by line")
+    if not part.block or weight.step % part.block:
+        raise CheckpointError(f"{part.entry.name}: the codes of {weight.name} cannot be cut every {weight.step} lines")
     return PartMatrix(weight, part)
 
 

@@ -119,7 +119,7 @@ class PartStack:
         except CheckpointError:
             self._name(stored)
             raise
-        if matrix.weight.along == "columns":
+        if matrix.weight.along == "columns" and not matrix.part.only_checked:
             return values.reshape(len(values), count, -1).transpose(0, 1)
         return values.reshape(count, -1, values.shape[1])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,18 @@ def fp8_blocks(module: str, weight: Tensor) -> tuple[Stored, Tensor]:
 
 def awq(module: str, weight: Tensor, group: int = 16) -> tuple[Stored, Tensor]:
     """INT4 with float16 scales and zero points for groups of 16 along K, as AutoAWQ's GEMM stores it."""
-    grouped = weight.unflatten(1, (-1, group))
-    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
-    scale = ((high - low) / 15).clamp(min=1e-4).half()
-    zero = (-low / scale.float()).round().clamp(0, 15)
-    spread, zeros = scale.float().repeat_interleave(group, 1), zero.repeat_interleave(group, 1)
-    codes = ((weight / spread).round() + zeros).clamp(0, 15)
+    codes, zero, scale, values = _int4(weight, group)
     parts = {"qweight": _packed(codes.T), "qzeros": _packed(zero.T), "scales": scale.T.contiguous()}
-    return {f"{module}.{name}": tensor for name, tensor in parts.items()}, (codes - zeros) * spread
+    return {f"{module}.{name}": tensor for name, tensor in parts.items()}, values
+
+
+def gptq(module: str, weight: Tensor, group: int = 16) -> tuple[Stored, Tensor]:
+    """INT4 with float16 scales and zero points for groups of 16 along K, as GPTQModel stores it."""
+    codes, zero, scale, values = _int4(weight, group)
+    columns, ones = torch.arange(weight.shape[1], dtype=torch.int32), 0x11111111
+    parts = {"qweight": _packed(codes, range(8)).T.contiguous(), "qzeros": _packed(zero.T, range(8)) - ones}
+    parts |= {"scales": scale.T.contiguous(), "g_idx": columns // group}
+    return {f"{module}.{name}": tensor for name, tensor in parts.items()}, values
 
 
 def nvfp4(module: str, weight: Tensor) -> tuple[Stored, Tensor]:
@@ -107,10 +111,21 @@ def mxfp8(module: str, weight: Tensor) -> tuple[Stored, Tensor]:
     return {f"{module}.{name}": tensor for name, tensor in parts.items()}, (codes.float() * spread).flatten(1)
 
 
-def _packed(codes: Tensor) -> Tensor:
+def _int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes [N, K], zero points and float16 scales [N, K / group], and the values they stand for."""
+    grouped = weight.unflatten(1, (-1, group))
+    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    scale = ((high - low) / 15).clamp(min=1e-4).half()
+    zero = (-low / scale.float()).round().clamp(0, 15)
+    spread, zeros = scale.float().repeat_interleave(group, 1), zero.repeat_interleave(group, 1)
+    codes = ((weight / spread).round() + zeros).clamp(0, 15)
+    return codes, zero, scale, (codes - zeros) * spread
+
+
+def _packed(codes: Tensor, order: Sequence[int] = AWQ_ORDER) -> Tensor:
     """Eight codes an int32, in AWQ's order."""
     words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int64)
-    for place, column in enumerate(AWQ_ORDER):
+    for place, column in enumerate(order):
         words |= codes[:, column::8].long() << (4 * place)
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
@@ -152,4 +167,5 @@ METHODS: dict[str, tuple[Quantize, dict[str, Any]]] = {
     ),
     "mxfp8": (mxfp8, MXFP8),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}),
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}),
 }

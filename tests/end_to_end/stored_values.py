@@ -103,6 +103,16 @@ def _awq(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
         yield layer, ((codes - zeros) * scales.repeat_interleave(group, 0)).T
 
 
+def _gptq(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+    for layer in _layers(tensors, "qweight"):
+        words, scales = tensors[f"{layer}.qweight"], tensors[f"{layer}.scales"].float()
+        codes = torch.stack([(words >> (4 * i)) & 15 for i in range(8)], 1).flatten(0, 1).float()
+        zeros = tensors[f"{layer}.qzeros"] + 0x11111111
+        zeros = torch.stack([(zeros >> (4 * i)) & 15 for i in range(8)], -1).flatten(-2).float()
+        group = tensors[f"{layer}.g_idx"].long()
+        yield layer, ((codes - zeros[group]) * scales[group]).T
+
+
 def _gptoss(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
     for name in tensors:
         if name.endswith("_blocks"):
@@ -126,6 +136,7 @@ _METHODS = {
     "llama_blockfp8": lambda t: _scaled("weight_scale_inv", t),
     "llama_int4_fp8": _int4_fp8,
     "llama_w4a16": _packed,
+    "llama_gptq": _gptq,
     "llama_awq": _awq,
     "gptoss_mxfp4": _gptoss,
 }

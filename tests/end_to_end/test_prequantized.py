@@ -32,6 +32,7 @@ FORMATS = {
     "ct_llama_w4a16": "int4_group128_bf16",
     "native_llama_awq": "int4_group128_f16",
     "native_llama_blockfp8": "fp8_block",
+    "native_llama_gptq": "int4_group64_f16",
     "native_gptoss_mxfp4": "mxfp4",
 }
 SMALL = LoadOptions(chunk_bytes=4096, workers=3)

@@ -55,9 +55,10 @@ def test_every_weight_stands_for_what_its_codes_say(
     assert torch.isfinite(logits(got, architecture.inputs())).all()
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "llama"])
-def test_awq_of_linear_layers_and_of_experts(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    quantized, plain = quantized_copy(tmp_path, checkpoint(name), *METHODS["awq"])
+def test_int4_of_linear_layers_and_of_experts(name: str, method: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quantized, plain = quantized_copy(tmp_path, checkpoint(name), *METHODS[method])
     got, want = load_quantized(quantized, options=LoadOptions(chunk_bytes=4096)), load_quantized(plain, "none")
     assert {layer.format for layer in got.load_report.layers} == {"int4_group16_f16"}
     assert {layer.scheme for layer in got.load_report.layers} == {"prequantized"}

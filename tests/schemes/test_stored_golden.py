@@ -24,6 +24,7 @@ FORMATS = {
     "native_gptoss_mxfp4": "mxfp4",
     "native_llama_awq": "int4_group128_f16",
     "native_llama_blockfp8": "fp8_block",
+    "native_llama_gptq": "int4_group64_f16",
     "quark_llama_fp8": "fp8_tensor",
     "quark_llama_int4_fp8": "int4_group0_f32",
     "quark_llama_int8": "int8_channel",

@@ -25,7 +25,7 @@ def test_without_a_quantization_config_all_tensors_are_plain(config):
     assert (stored.method, stored.weights, stored.plain) == ("none", {}, entries)
 
 
-@pytest.mark.parametrize("method", ["gptq", None, "bitsandbytes", 3, ["awq"]])
+@pytest.mark.parametrize("method", ["hqq", None, "bitsandbytes", 3, ["awq"]])
 def test_an_unknown_method_is_unsupported(method):
     with pytest.raises(UnsupportedCheckpointError, match=r"'awq', 'compressed-tensors', 'fp8'.*'mxfp4'.*'quark'"):
         read_stored({"quantization_config": {"quant_method": method}}, {}, no_read)

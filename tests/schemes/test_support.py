@@ -87,7 +87,7 @@ def test_json_has_the_kernels_of_every_platform_by_kind() -> None:
     json.dumps(list(rows.values()))
 
 
-_INT4_TOOLS = ("compressed-tensors", "awq")
+_INT4_TOOLS = ("compressed-tensors", "awq", "gptq")
 
 
 def test_tables_answer_what_a_user_asks() -> None:

@@ -12,7 +12,17 @@ from ...errors import CheckpointError
 from ...kernels.formats import INTEGERS
 from .layouts import Layout, float32, zero_points
 from .modules import FLOATS, ONE, StoredModule
-from .packing import WORD, awq_codes, column_values, plain_bytes, row_values, unsigned_codes, unsigned_values
+from .packing import (
+    WORD,
+    awq_codes,
+    column_values,
+    gptq_codes,
+    gptq_zero_points,
+    plain_bytes,
+    row_values,
+    unsigned_codes,
+    unsigned_values,
+)
 from .weights import StoredPart, StoredWeight
 
 _WORDS = (torch.int32, torch.uint32)
@@ -110,6 +120,40 @@ def awq(group: int, zero_point: bool) -> Layout:
         return module.weight(
             fmt, (rows, columns), tuple(parts), along="columns", step=group or 2, zero_point=0.0 if zero_point else 8.0
         )
+
+    return read
+
+
+def gptq(bits: int, group: int, first_zero: int, ordered: bool) -> Layout:
+    """GPTQ's `qweight` [K * bits / 32, N] words, `scales` [K / group, N], `qzeros` [K / group, N * bits / 32] words.
+
+    A zero point is what is stored there plus `first_zero`. `g_idx` [K] says which group each column is in; it must be
+    there if columns may be `ordered` by their activations, and may say nothing but that they are not.
+    """
+    per_word = 32 // bits
+    why = f"a weight of {bits} bits in GPTQ's layout"
+
+    def read(module: StoredModule) -> StoredWeight:
+        codes = module.matrix("qweight", _WORDS, why=why)
+        columns, rows = codes.shape[0] * per_word, codes.shape[1]
+        if columns % (group or 1):
+            raise CheckpointError(
+                f"{codes.name} has {codes.shape[0]} rows, {columns} columns of its weight; {why} with group_size "
+                f"{group} has a multiple of that; the config is of another checkpoint, or the tensor is damaged"
+            )
+        groups = columns // group if group else 1
+        scales = module.shaped("scales", FLOATS, ((groups, rows),), why=why)
+        zeros = module.shaped("qzeros", _WORDS, ((groups, -(-rows // per_word)),), why=why)
+        fmt = _FORMATS[bits, group, scales.dtype]
+        parts = [
+            StoredPart("codes", codes, per_word, gptq_codes),
+            StoredPart("scale", scales, group, _transposed),
+            StoredPart("zero_point", zeros, group, gptq_zero_points(bits, rows, first_zero, fmt.scale_dtype)),
+        ]
+        if ordered or "g_idx" in module:
+            order = module.shaped("g_idx", _WORDS, ((columns,),), why=f"the groups of {why}")
+            parts.append(StoredPart("order", order, 0))
+        return module.weight(fmt, (rows, columns), tuple(parts), along="columns", step=group or per_word)
 
     return read
 

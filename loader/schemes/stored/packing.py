@@ -69,6 +69,21 @@ def row_values(bits: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return partial(_row_values, bits, dtype)
 
 
+def gptq_codes(words: Tensor) -> Tensor:
+    """GPTQ's `qweight`, codes of columns one after the other, [k * bits / 32, N] words, to codes of rows, [N, k * bits / 8]."""
+    return _bytes(words).transpose(0, 1).reshape(words.shape[1], -1)
+
+
+@cache
+def gptq_zero_points(bits: int, count: int, first: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """GPTQ's `qzeros` [g, count * bits / 32] words, counted from `first`, to numbers [count, g] of `dtype`.
+
+    Who subtracted `first` did so from whole words, and a number below it borrowed from the next.
+    """
+    in_each = first * sum(1 << place for place in range(0, 32, bits))
+    return partial(_gptq_zero_points, bits, count, in_each, dtype)
+
+
 def unsigned_codes(bits: int) -> Callable[[Tensor], Tensor]:
     """Signed codes, one in a byte, to unsigned ones: [n, K], or [n, ceil(K / 2)] of four bits."""
     return _unsigned_bytes if bits == 8 else _unsigned_pairs
@@ -106,10 +121,17 @@ def _filled_up(lacking: int, codes: Tensor) -> Tensor:
 
 
 def _row_values(bits: int, dtype: torch.dtype, words: Tensor) -> Tensor:
+    return _in_words(bits, words).transpose(1, 2).reshape(-1, words.shape[1]).to(dtype)
+
+
+def _gptq_zero_points(bits: int, count: int, in_each: int, dtype: torch.dtype, words: Tensor) -> Tensor:
+    return _in_words(bits, words.view(torch.int32) + in_each).flatten(1)[:, :count].t().to(dtype)
+
+
+def _in_words(bits: int, words: Tensor) -> Tensor:
+    """The numbers of each word, its lowest bits first, [rows, words, 32 / bits]."""
     values = _bytes(words)
-    if bits == 4:
-        values = torch.stack((values & 15, values >> 4), dim=-1).flatten(2)
-    return values.transpose(1, 2).reshape(-1, words.shape[1]).to(dtype)
+    return values if bits == 8 else torch.stack((values & 15, values >> 4), dim=-1).flatten(2)
 
 
 def _columns(words: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .collect import collect
 from .compressed_tensors import CompressedTensors
 from .fp8 import Fp8
 from .gpt_oss import FORMATS_OF_BLOCKS, read_gpt_oss
+from .gptq import Gptq
 from .modelopt import ModelOpt
 from .modules import Read
 from .quantload import read_quantload
@@ -43,7 +44,7 @@ class Reader:
         return weight_format in self.formats and ("experts" if experts else "linear") in self.layers
 
 
-def _of(tool: str, family: type[Awq | CompressedTensors | Fp8 | ModelOpt | Quark]) -> Reader:
+def _of(tool: str, family: type[Awq | CompressedTensors | Fp8 | Gptq | ModelOpt | Quark]) -> Reader:
     return Reader(tool, partial(collect, family), family.formats)
 
 
@@ -52,6 +53,7 @@ READERS: Mapping[str, Reader] = MappingProxyType(
         "quark": _of("AMD Quark", Quark),
         "compressed-tensors": _of("llm-compressor and others that use compressed-tensors", CompressedTensors),
         "awq": _of("AutoAWQ in its GEMM layout", Awq),
+        "gptq": _of("AutoGPTQ and GPTQModel", Gptq),
         "mxfp4": Reader("gpt-oss", read_gpt_oss, FORMATS_OF_BLOCKS, ("experts",)),
         "fp8": _of("DeepSeek and others like it", Fp8),
         **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed"), _of("NVIDIA ModelOpt", ModelOpt)),

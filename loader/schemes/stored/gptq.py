@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from .integers import GROUPS, OF_4_BITS, OF_8_BITS, gptq
 from .layers import Kept, Layer
-from .patterns import compile_pattern
+from .patterns import Patterns
 from .settings import Settings
 
 _KEPT, _OTHER = "-:", "+:"
@@ -29,27 +30,28 @@ class Gptq:
         settings.choice("is_marlin_format", (False,), False)
         self._first_zero = _FIRST_ZERO[settings.choice("checkpoint_format", tuple(_FIRST_ZERO), "gptq")]
         self._layer = self._read(settings, {})
+        self._dynamic = dict(self._overrides(settings))
         self._where = f"{settings.path}.dynamic"
-        self._dynamic = [
-            (pattern, compile_pattern(f"re:{pattern.removeprefix(_KEPT).removeprefix(_OTHER)}", self._where), layer)
-            for pattern, layer in self._overrides(settings)
-        ]
+        self._patterns = Patterns(self._dynamic, self._where, meaning=_expression)
 
     def layer(self, module: str) -> Layer | Kept:
         """Every layer with GPTQ's tensors has the bits and groups of the config, or of what `dynamic` says."""
-        found = ((pattern, layer) for pattern, expression, layer in self._dynamic if expression.match(module))
-        pattern, layer = next(found, ("", self._layer))
+        pattern = self._patterns.first(module)
+        layer = self._layer if pattern is None else self._dynamic[pattern]
         return Kept(f"{self._where} has {pattern!r}") if layer is None else layer
 
-    def _overrides(self, settings: Settings) -> list[tuple[str, Layer | None]]:
+    def _overrides(self, settings: Settings) -> Iterator[tuple[str, Layer | None]]:
         defaults = {name: settings.get(name) for name in ("bits", "group_size", "desc_act")}
-        return [
-            (pattern, None if pattern.startswith(_KEPT) or other is None else self._read(other, defaults))
-            for pattern, other in settings.sections("dynamic")
-        ]
+        for pattern, other in settings.sections("dynamic"):
+            kept = pattern.startswith(_KEPT) or other is None
+            yield pattern, None if kept else self._read(other, defaults)
 
     def _read(self, settings: Settings, defaults: dict[str, Any]) -> Layer:
         bits = settings.choice("bits", (4, 8), defaults.get("bits"))
         group = settings.choice("group_size", (*GROUPS, -1), defaults.get("group_size"))
         ordered = settings.choice("desc_act", (True, False), defaults.get("desc_act", False))
         return Layer(gptq(bits, max(group, 0), self._first_zero, ordered))
+
+
+def _expression(pattern: str) -> tuple[str, ...]:
+    return (f"re:{pattern.removeprefix(_KEPT).removeprefix(_OTHER)}",)

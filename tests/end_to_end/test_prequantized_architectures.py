@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import raw_checkpoint
 import torch
 from architectures import ALL, Architecture, logits
 from quantized_copies import METHODS, quantized_copy
@@ -93,6 +95,20 @@ def test_experts_in_several_formats_are_quantized_anew_and_not_kept(checkpoint: 
         load_quantized(quantized)
     policy = QuantizationPolicy(linear="none", experts="fp8_per_block")
     assert load_quantized(quantized, policy=policy).load_report.layers
+
+
+@pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
+def test_columns_in_the_order_of_their_activations_are_refused(
+    scheme: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    tensors = "model.layers.1.mlp.experts.2.up_proj.g_idx", "model.layers.0.self_attn.q_proj.g_idx"
+    quantized, _ = quantized_copy(tmp_path, checkpoint("qwen3_moe"), *METHODS["gptq"])
+    for name in tensors:
+        stored = raw_checkpoint.read(quantized)
+        stored[name] = stored[name].flip(0)
+        reordered = raw_checkpoint.write(tmp_path / name, quantized, [stored])
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)} does not count groups of 16 .*\(desc_act\)"):
+            load_quantized(reordered, scheme)
 
 
 @pytest.mark.parametrize("method", ["nvfp4", "mxfp8", "fp8 rows", "fp8 tensors", "fp8 blocks"])

@@ -43,8 +43,7 @@ class Gptq:
     def _overrides(self, settings: Settings) -> Iterator[tuple[str, Layer | None]]:
         defaults = {name: settings.get(name) for name in ("bits", "group_size", "desc_act")}
         for pattern, other in settings.sections("dynamic"):
-            kept = pattern.startswith(_KEPT) or other is None
-            yield pattern, None if kept else self._read(other, defaults)
+            yield pattern, None if other is None or pattern.startswith(_KEPT) else self._read(other, defaults)
 
     def _read(self, settings: Settings, defaults: dict[str, Any]) -> Layer:
         bits = settings.choice("bits", (4, 8), defaults.get("bits"))

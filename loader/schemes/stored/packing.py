@@ -70,7 +70,7 @@ def row_values(bits: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def gptq_codes(words: Tensor) -> Tensor:
-    """GPTQ's `qweight` [k * bits / 32, N], codes of columns one after the other in a word, to codes [N, k * bits / 8]."""
+    """GPTQ's `qweight` [k * bits / 32, N], words of a row's columns in their order, to codes [N, k * bits / 8]."""
     return _bytes(words).transpose(0, 1).reshape(words.shape[1], -1)
 
 

@@ -132,8 +132,8 @@ def _say_no_folder() -> None:
     )
 
 
-COMPILE_MIB = 20
-"""About what the process that compiles a kernel has less afterwards."""
+COMPILE_MIB = 15
+"""About what compiling a kernel takes from the process that does it, for good."""
 
 
 def jit(function: Callable[..., Any], signature: Any) -> Recipe[KernelFunction]:

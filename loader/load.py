@@ -127,7 +127,8 @@ def draft_load(
     schemes = SchemeFactory(storage.device, options, chosen.scale_mode)
     rules = Policy(chosen, schemes, checkpoint.is_quantized)
     recipe = find_model(checkpoint, trust_remote_code)
-    with schemes.compiling(recipe.dtype), collector_paused():
+    source_dtype = torch.float32 if checkpoint.is_quantized else recipe.dtype  # codes become float32 on their way
+    with schemes.compiling(source_dtype), collector_paused():
         index = read_index(checkpoint)
         stored = read_stored(checkpoint.config(), index.tensors, SmallTensors(checkpoint, index))
         model, dtype = recipe.build(stored.plain.values())

@@ -192,7 +192,7 @@ def test_processes_that_start_together_do_not_disturb_each_other(tmp_path):
     commands = [[sys.executable, "-c", PROCESS, json.dumps(order)] for order in orders]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     for child in children:
-        out, _ = child.communicate(timeout=120)
+        out, _ = child.communicate(timeout=900)
         assert child.returncode == 0
         assert "for this and later processes" in out
         assert out.endswith("compiled here: 0\n")

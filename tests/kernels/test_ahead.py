@@ -15,6 +15,7 @@ import numba
 import psutil
 import pytest
 from numba import types
+from numba.core.caching import IndexDataCacheFile
 from quantload.kernels import ahead, compiled, cpu_build, integer_build, linear_build, mx_build
 from quantload.kernels.compiled import Compiled, KernelFunction, Needed, Recipe, jit
 
@@ -154,8 +155,23 @@ def test_a_damaged_cache_is_named(needed, compiled_here, caplog, monkeypatch, tm
     assert "numba's disk cache is damaged" in caplog.text
 
 
+def test_processes_that_write_at_once_do_not_swap_their_functions(compiled_here, monkeypatch):
+    """Both read an empty index of the cache; then one writes its index last, the other its machine code."""
+    late = []
+    numbers = next(_numbers), next(_numbers)
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexDataCacheFile, "_load_index", lambda self: {})
+        patch.setattr(IndexDataCacheFile, "_save_data", lambda *file: late.append(file))
+        for number in numbers:
+            _add(number).compile()
+    for file in reversed(late):
+        IndexDataCacheFile._save_data(*file)
+    assert compiled_here == ["add", "add"]
+    assert [_add(number).compile()(1000) for number in numbers] == [1000 + number for number in numbers]
+    assert compiled_here == ["add", "add"]  # they came from the cache
+
+
 def test_every_closure_has_files_of_its_own():
-    """numba gives the closures of one function numbers in one index; two processes may give one number twice."""
     formats, kinds, flags = ("mxfp4", "mxfp6_e2m3", "mxfp8"), ("bf16", "f16", "f32"), (False, True)
     keys = list(itertools.product(formats, ("default", "mse"), kinds, flags))
     names = {mx_build._mx_quantize(*key).function.__qualname__ for key in keys}

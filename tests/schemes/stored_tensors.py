@@ -31,11 +31,16 @@ def read(quantization: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], 
     return stored
 
 
+def matrix(part: StoredPart, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A whole part as a matrix: leading dimensions flattened, a scalar or vector with one column."""
+    columns = part.entry.shape[-1] if len(part.entry.shape) > 1 else 1
+    return tensors[part.entry.name].reshape(-1, columns)
+
+
 def converted(part: StoredPart, tensors: Mapping[str, Tensor]) -> Tensor:
     """A whole part in the canonical layout."""
-    columns = part.entry.shape[-1] if len(part.entry.shape) > 1 else 1
-    matrix = tensors[part.entry.name].view(part.entry.dtype).reshape(-1, columns)
-    return matrix if part.convert is None else part.convert(matrix)
+    stored = matrix(part, tensors)
+    return stored if part.convert is None else part.convert(stored)
 
 
 def dequantized(weight: StoredWeight, tensors: Mapping[str, Tensor]) -> Tensor:

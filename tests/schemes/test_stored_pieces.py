@@ -34,8 +34,7 @@ def test_pieces_are_the_whole(stored, data):
     edges = sorted({0, extent, *(cut * step for cut in cuts if cut * step < extent)})
     for part in weight.parts:
         whole = stored_tensors.converted(part, tensors)
-        columns = part.entry.shape[-1] if len(part.entry.shape) > 1 else 1
-        matrix = tensors[part.entry.name].reshape(-1, columns)
+        matrix = stored_tensors.matrix(part, tensors)
         if part.block == 0 or part.convert is None:
             assert part.block or len(matrix) == 1
             continue

@@ -152,7 +152,7 @@ def gptq(bits: int, group: int, first_zero: int, ordered: bool) -> Layout:
         ]
         if ordered or "g_idx" in module:
             order = module.shaped("g_idx", _WORDS, ((columns,),), why=f"the groups of {why}")
-            parts.append(StoredPart("order", order, 0))
+            parts.append(StoredPart("order", order._replace(shape=(1, columns)), 0))
         return module.weight(fmt, (rows, columns), tuple(parts), along="columns", step=group or per_word)
 
     return read

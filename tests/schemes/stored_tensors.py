@@ -34,7 +34,7 @@ def read(quantization: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], 
 def matrix(part: StoredPart, tensors: Mapping[str, Tensor]) -> Tensor:
     """A whole part as a matrix: leading dimensions flattened, a scalar or vector with one column."""
     columns = part.entry.shape[-1] if len(part.entry.shape) > 1 else 1
-    return tensors[part.entry.name].reshape(-1, columns)
+    return tensors[part.entry.name].view(part.entry.dtype).reshape(-1, columns)
 
 
 def converted(part: StoredPart, tensors: Mapping[str, Tensor]) -> Tensor:

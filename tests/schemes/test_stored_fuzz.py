@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 DATA = Path(__file__).parents[1] / "data" / "stored"
 NAMES = ("ct_llama_fp8_block", "ct_made", "native_gptoss_mxfp4", "native_llama_awq", "native_llama_blockfp8",
-         "quark_llama_int4_fp8", "quark_llama_int8", "quark_qwen3moe_mxfp4")  # fmt: skip
+         "native_llama_gptq", "quark_llama_int4_fp8", "quark_llama_int8", "quark_qwen3moe_mxfp4")  # fmt: skip
 VALUES = st.sampled_from([None, True, False, -1, 0, 1, 3.5, "", "x", "re:(", [], [1], ["a", None], [[]], {}, {"a": 1}])
 
 

@@ -130,7 +130,8 @@ def draft_load(
     source_dtype = torch.float32 if checkpoint.is_quantized else recipe.dtype  # codes become float32 on their way
     with schemes.compiling(source_dtype), collector_paused():
         index = read_index(checkpoint)
-        stored = read_stored(checkpoint.config(), index.tensors, SmallTensors(checkpoint, index))
+        with SmallTensors(checkpoint, index) as read:
+            stored = read_stored(checkpoint.config(), index.tensors, read)
         model, dtype = recipe.build(stored.plain.values())
         mapped = map_checkpoint(model, stored.entries)
         sources = StoredSources(stored, mapped)

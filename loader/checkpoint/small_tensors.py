@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -15,16 +17,21 @@ MAX_BYTES = 1 << 20
 
 
 class SmallTensors:
-    """Reads tensors of at most a mebibyte; raises `CheckpointError` for a larger one."""
+    """Reads tensors of at most a mebibyte; raises `CheckpointError` for a larger one. Use it as a context manager."""
 
     def __init__(self, checkpoint: Checkpoint, index: CheckpointIndex) -> None:
-        self._root, self._shards = checkpoint.root, index.shards
+        self._files, self._shards = FileSource(checkpoint.root, page_cache="keep"), index.shards
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._files.close()
 
     def __call__(self, entry: TensorEntry) -> Tensor:
         if entry.nbytes > MAX_BYTES:
             raise CheckpointError(
                 f"{entry.name} has {entry.nbytes:,} bytes; what it says takes a few numbers: copy the checkpoint again"
             )
-        with FileSource(self._root, page_cache="keep") as files:
-            data = read_bytes(files, self._shards[entry.shard].path, entry.offset, entry.nbytes)
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(entry.dtype).view(entry.shape)
+        data = read_bytes(self._files, self._shards[entry.shard].path, entry.offset, entry.nbytes)
+        return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).view(entry.shape)

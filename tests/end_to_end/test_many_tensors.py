@@ -16,6 +16,7 @@ from quantized_models import state_bytes
 from quantload import LoadOptions, load_quantized, plan_quantized
 
 HIDDEN, INTERMEDIATE = 64, 32
+ITEMSIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
 
 
 def config(layers: int, experts: int) -> dict[str, Any]:
@@ -46,14 +47,14 @@ def shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
     return dict(sorted(found.items()))  # the order in which safetensors stores them
 
 
-def headers_only(folder: Path, layers: int, experts: int) -> int:
-    """A checkpoint whose weights are a hole in its file; how many tensors it has."""
-    (folder / "config.json").write_text(json.dumps(config(layers, experts)))
+def headers_only(folder: Path, config: dict[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """A checkpoint whose weights are a hole in its file; `tensors` are dtypes and shapes. How many tensors it has."""
+    (folder / "config.json").write_text(json.dumps(config))
     header: dict[str, Any] = {}
     at = 0
-    for name, shape in shapes(layers, experts).items():
-        stop = at + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, stop]}
+    for name, (dtype, shape) in tensors.items():
+        stop = at + ITEMSIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, stop]}
         at = stop
     raw_checkpoint.join_header(folder / raw_checkpoint.SINGLE, header, b"")
     with (folder / raw_checkpoint.SINGLE).open("r+b") as file:
@@ -70,7 +71,8 @@ def test_index_and_routes_of_many_tensors_take_little_time(
     layers: int, experts: int, seconds: float, tmp_path: Path
 ) -> None:
     """The goal is 3 s for 100,000; the limit, in processor time, is for slow and busy machines."""
-    count = headers_only(tmp_path, layers, experts)
+    tensors = {name: ("BF16", shape) for name, shape in shapes(layers, experts).items()}
+    count = headers_only(tmp_path, config(layers, experts), tensors)
     assert count >= layers * experts * 3
     plan_quantized(tmp_path)  # imports
     start = time.process_time()
@@ -80,6 +82,37 @@ def test_index_and_routes_of_many_tensors_take_little_time(
     assert sum(piece.nbytes for piece in draft.plan.pieces) == draft.index.total_bytes
     assert len(draft.plan.pieces) < count / 10
     assert taken < seconds
+
+
+def in_blocks(layers: int, experts: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The same in FP8 with blocks of 128 x 128, scales first, as safetensors stores them."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in shapes(layers, experts).items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = "BF16", shape
+            continue
+        tensors[name] = "F8_E4M3", shape
+        tensors[f"{name}_scale_inv"] = "F32", (-(-shape[0] // 128), -(-shape[1] // 128))
+    return dict(sorted(tensors.items(), key=lambda item: (-ITEMSIZES[item[1][0]], item[0])))
+
+
+@pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
+def test_many_stored_weights_are_few_pieces_and_take_little_time(scheme: str, tmp_path: Path) -> None:
+    """The goal is 1 s for 10,000 weights, 20,000 tensors; the limit, in processor time, is for slow machines."""
+    layers, experts = 13, 256
+    kept = ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(layers))]
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": kept}
+    count = headers_only(
+        tmp_path, {**config(layers, experts), "quantization_config": quantization}, in_blocks(layers, experts)
+    )
+    assert count >= layers * experts * 6
+    plan_quantized(tmp_path, scheme)  # imports
+    start = time.process_time()
+    draft = plan_quantized(tmp_path, scheme)
+    taken = time.process_time() - start
+    assert sum(piece.nbytes for piece in draft.plan.pieces) == draft.index.total_bytes
+    assert len(draft.plan.pieces) < count / 20
+    assert taken < 3.0
 
 
 def fused(tensors: Mapping[str, torch.Tensor], layers: int, experts: int) -> dict[str, torch.Tensor]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from ...checkpoint.headers import TensorEntry
 from ...errors import CheckpointError
+from .alike import Alike
 from .fused import FusedExperts, modules_of_fused, take_fused
-from .layers import Family, Kept
+from .layers import Family, Kept, Layer
 from .modules import Read, StoredModule, by_module
 from .settings import Settings
 from .weights import StoredCheckpoint, StoredWeight
@@ -65,6 +67,7 @@ class _Collection:
         self._plain: dict[str, TensorEntry] = {}
         self._unused: dict[str, str] = {}
         self._experts: dict[str, dict[bool, str]] = {}
+        self._alike: dict[Any, Alike] = {}
 
     def collect(self, tensors: Mapping[str, TensorEntry]) -> StoredCheckpoint:
         """Sorts the tensors of a checkpoint; raises `CheckpointError` for one that fits nothing."""
@@ -92,18 +95,30 @@ class _Collection:
                 f"{module.name} is stored quantized, with the tensors {', '.join(sorted(module.left))}, but "
                 f"{layer.reason}; correct the config, or export the checkpoint again"
             )
-        weight = layer.read(module)
-        if "weight" in module:
-            raise CheckpointError(
-                f"{weight.name} is stored twice: as it is, and quantized in {weight.codes.entry.name}; "
-                f"leave one of them away"
-            )
+        weight = self._weight(layer, module)
         self._weights[weight.name] = weight
         expert = _EXPERT.match(module.name)
         if expert:
             self._experts.setdefault(expert[0], {}).setdefault(True, module.name)
         for tensor, entry in module.left.items():
             self._place(tensor, entry)
+
+    def _weight(self, layer: Layer, module: StoredModule) -> StoredWeight:
+        """Take the weight of a module, read like an earlier one with the same tensors where there was one."""
+        key = layer, module.kind
+        alike = self._alike.get(key)
+        if alike is not None:
+            return alike.take(module)
+        tensors = dict(module.left)
+        weight = layer.read(module)
+        if "weight" in module:
+            raise CheckpointError(
+                f"{weight.name} is stored twice: as it is, and quantized in {weight.codes.entry.name}; "
+                f"leave one of them away"
+            )
+        if not weight.values:
+            self._alike[key] = Alike(module, weight, tensors)
+        return weight
 
     def _keep(self, name: str, found: Mapping[str, TensorEntry]) -> None:
         weight = found.get("weight")

@@ -52,6 +52,10 @@ class FusedExperts(StoredModule):
         self._blocks = self._experts * rows_of_blocks, columns_of_blocks
         super().__init__(name, {key: self._flat(key, entry) for key, entry in tensors.items()}, read, dtype)
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return self._experts, *super().kind
+
     def shaped(
         self, tensor: str, dtypes: Collection[torch.dtype], shapes: Collection[tuple[int, ...]], *, why: str
     ) -> TensorEntry:

@@ -36,6 +36,17 @@ class StoredModule:
         """The tensors that nothing has taken yet."""
         return self._left
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What modules have in common of which the same can be read: the names, dtypes and shapes of their tensors."""
+        return tuple([(tensor, entry.dtype, entry.shape) for tensor, entry in self._left.items()])
+
+    def take_all_but(self, left: Collection[str]) -> Mapping[str, TensorEntry]:
+        """Take all tensors but those named, of a module that is known to have what it should: all it had."""
+        before = self._left
+        self._left = {tensor: before[tensor] for tensor in left}
+        return before
+
     def take(self, tensor: str, dtypes: Collection[torch.dtype], *, why: str) -> TensorEntry:
         """The tensor of that name; raises `CheckpointError` if it is missing or not of one of `dtypes`."""
         entry = self._left.pop(tensor, None)

@@ -1,0 +1,37 @@
+"""Modules whose tensors have the same names, dtypes and shapes: what one of them is, the others are too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ...checkpoint.headers import TensorEntry
+from .modules import StoredModule
+from .weights import StoredWeight
+
+
+class Alike:
+    """A weight that was read from a module of `tensors`, to be had from others of its kind without reading them.
+
+    Only for a weight of which the tensors themselves say all: one without `values`.
+    """
+
+    def __init__(self, module: StoredModule, weight: StoredWeight, tensors: Mapping[str, TensorEntry]) -> None:
+        names = {entry.name: tensor for tensor, entry in tensors.items()}
+        self._weight, self._suffix = weight, weight.name.removeprefix(module.name)
+        self._left = list(module.left)
+        self._tensors = [names[part.entry.name] for part in weight.parts]
+        self._scale = None if weight.input_scale is None else names[weight.input_scale.name]
+
+    def take(self, module: StoredModule) -> StoredWeight:
+        """The weight of another module; its tensors are taken."""
+        weight, parts = self._weight, []
+        taken = module.take_all_but(self._left)
+        for part, tensor in zip(weight.parts, self._tensors, strict=True):
+            name, _, _, shard, offset, nbytes = taken[tensor]
+            entry = TensorEntry(name, part.entry.dtype, part.entry.shape, shard, offset, nbytes)
+            parts.append(part._replace(entry=entry))
+        activations = weight.activations
+        if activations is not None and self._scale is not None:
+            activations = replace(activations, scale=taken[self._scale])
+        return weight._replace(name=f"{module.name}{self._suffix}", parts=tuple(parts), activations=activations)

@@ -28,6 +28,7 @@ def test_the_checkpoint_is_the_published_one() -> None:
     assert recipe.shards == 16
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results"
     monkeypatch.setattr(bench, "qwen3_30b", small)

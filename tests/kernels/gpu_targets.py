@@ -8,6 +8,7 @@ prints at the end of the run.
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,14 +194,31 @@ class Interpreted:
 
 
 def interpret(
-    *files: Path, table: Table = TABLE, arguments: Sequence[str] = (), timeout: float = 280.0
+    *files: Path, table: Table = TABLE, shares: Sequence[Sequence[str]] = ((),), timeout: float = 280.0
 ) -> list[Interpreted]:
-    """Run the tests of files in another process under Triton's interpreter, and record them in `table`.
+    """Run the tests of files in other processes under Triton's interpreter, and record them in `table`.
 
-    The interpreter must be chosen before Triton is imported, hence the process. The tests name what they check by
-    `record_property("kernel", label)`; they must compare bit for bit, or say so in `record_property("result", ...)`.
-    `arguments` go to pytest.
+    The interpreter must be chosen before Triton is imported, hence a process. `shares` are the arguments for pytest of
+    one process each, which run at the same time. The tests name what they check by `record_property("kernel", label)`;
+    they must compare bit for bit, or say so in `record_property("result", ...)`.
     """
+    with ThreadPoolExecutor(len(shares)) as pool:
+        parts = list(pool.map(lambda arguments: _interpreted_cases(files, arguments, timeout), shares))
+    results = []
+    for case in itertools.chain.from_iterable(parts):
+        properties = [(p.get("name"), p.get("value") or "") for p in case.iter("property")]
+        kernels = tuple(value for name, value in properties if name == "kernel")
+        failures = [node for node in case if node.tag in ("failure", "error")]
+        failure = (failures[0].text or failures[0].get("message")) if failures else None
+        results.append(Interpreted(case.get("name", "?"), kernels, failure))
+        for kernel in kernels:
+            said = next((value for name, value in properties if name == "result"), "bit for bit")
+            table.add_interpreted(kernel, "FAILED" if failures else said)
+    return results
+
+
+def _interpreted_cases(files: Sequence[Path], arguments: Sequence[str], timeout: float) -> list[ET.Element]:
+    """The test cases in the report of one process."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
@@ -211,18 +230,7 @@ def interpret(
         )
         if not report.exists():
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-        cases = list(ET.parse(report).iter("testcase"))
-    results = []
-    for case in cases:
-        properties = [(p.get("name"), p.get("value") or "") for p in case.iter("property")]
-        kernels = tuple(value for name, value in properties if name == "kernel")
-        failures = [node for node in case if node.tag in ("failure", "error")]
-        failure = (failures[0].text or failures[0].get("message")) if failures else None
-        results.append(Interpreted(case.get("name", "?"), kernels, failure))
-        for kernel in kernels:
-            said = next((value for name, value in properties if name == "result"), "bit for bit")
-            table.add_interpreted(kernel, "FAILED" if failures else said)
-    return results
+        return list(ET.parse(report).iter("testcase"))
 
 
 def interpreter_trouble() -> str | None:

@@ -100,7 +100,8 @@ def test_activations_and_sums(target: str) -> None:
 
 @pytest.mark.skipif(interpreter_trouble() is not None, reason=interpreter_trouble() or "")
 def test_arithmetic_in_the_interpreter() -> None:
-    results = interpret(Path(__file__).parent / "interpreted_linear.py", arguments=("--noconftest",))
+    shares = [["--noconftest", "-k", tests] for tests in ("weight_only", "not weight_only")]
+    results = interpret(Path(__file__).parent / "interpreted_linear.py", shares=shares)
     assert len(results) > 50
     assert not [result for result in results if result.failure]
 

@@ -238,12 +238,16 @@ def files(*names: str) -> list[Path]:
     return [HERE / "interpreted_quantize.py", *(HERE / f"test_kernel_{name}.py" for name in names)]
 
 
+def shares(tests: str) -> list[list[str]]:
+    """Arguments for the tests of an expression in two processes, with about half of the formats each."""
+    half = "(mx or int4)"
+    return [["-k", f"({tests}) and {half}"], ["-k", f"({tests}) and not {half}"]]
+
+
 @pytest.mark.skipif(interpreter_trouble() is not None, reason=interpreter_trouble() or "")
 def test_interpreted_bits() -> None:
     """The tests of every kernel, on the Triton ones in the interpreter: those that take seconds."""
-    results = interpret(
-        *files("golden", "mx", "bits", "statistics", "pieces"), arguments=["-k", " ".join(QUICK.split())]
-    )
+    results = interpret(*files("golden", "mx", "bits", "statistics", "pieces"), shares=shares(" ".join(QUICK.split())))
     check(results)
     labels = {label for result in results for label in result.kernels}
     assert {f"{op} {name}" for op in gpu_quantize.OPERATIONS for name in TRITON} <= labels
@@ -253,9 +257,7 @@ def test_interpreted_bits() -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(interpreter_trouble() is not None, reason=interpreter_trouble() or "")
 def test_interpreted_bits_of_everything() -> None:
-    results = interpret(
-        *files("golden", "mx", "bits", "statistics", "pieces"), arguments=["-k", "not one"], timeout=1500
-    )
+    results = interpret(*files("golden", "mx", "bits", "statistics", "pieces"), shares=shares("not one"), timeout=1500)
     check(results)
     assert len(results) > 900
 

@@ -18,15 +18,24 @@ WORD = 8
 
 _LOW_COLUMNS = (0, 4, 1, 5)
 _HIGH_COLUMNS = (2, 6, 3, 7)
+_LOW_NIBBLES = 0x0F0F0F0F
 
 
 def awq_codes(words: Tensor) -> Tensor:
-    """AWQ's `qweight` [k, N / 8] to codes [N, k / 2]; k is even."""
+    """AWQ's `qweight` [k, N / 8] to codes [N, k / 2]; k is even.
+
+    Two words one below the other become one with the codes of four columns and one with those of the other four. Words
+    are transposed before they are taken apart: four times fewer elements than bytes.
+    """
     k, groups = words.shape
-    first, second = _bytes(words)[0::2], _bytes(words)[1::2]
+    even, odd = words.view(torch.int32)[0::2], words.view(torch.int32)[1::2]
+    low = (even & _LOW_NIBBLES) | ((odd & _LOW_NIBBLES) << 4)
+    high = ((even >> 4) & _LOW_NIBBLES) | (odd & ~_LOW_NIBBLES)
     codes = torch.empty(groups, WORD, k // 2, dtype=torch.uint8, device=words.device)
-    codes[:, _LOW_COLUMNS] = ((first & 15) | (second << 4)).permute(1, 2, 0)
-    codes[:, _HIGH_COLUMNS] = ((first >> 4) | (second & 0xF0)).permute(1, 2, 0)
+    for columns, pairs in ((_LOW_COLUMNS, low), (_HIGH_COLUMNS, high)):
+        found = pairs.t().clone(memory_format=torch.contiguous_format).view(torch.uint8).view(groups, k // 2, -1)
+        for place, column in enumerate(columns):
+            codes[:, column] = found[..., place]
     return codes.view(groups * WORD, k // 2)
 
 

@@ -13,7 +13,7 @@ from .decoded_matmul import load_weight
 from .elements import encode_int, narrowed, power_of_two, widened
 from .measure import count_nonfinite, store_partials
 from .tile_matmul import rows_from
-from .tiles import tile_start
+from .tiles import block_place, tile_place
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def quantize_integers(
     W: tl.constexpr,
 ):
     """Codes of a matrix, and scales and zero points unless they are KNOWN, which those of whole rows must be."""
-    row, block, col, inside = _place(rows, cols, R, B, W)
+    row, block, col, inside = block_place(rows, cols, R, B, W)
     raw = tl.load(source + row[:, None, None] * source_stride + col[None, :, :], mask=inside, other=0)
     values = widened(raw)
     signed = values.to(tl.int32, bitcast=True)
@@ -72,12 +72,12 @@ def quantize_integers(
         distance = code - zero[:, :, None]
         error = tl.where(inside, tl.abs(values - distance.to(tl.float32) * scale[:, :, None]), 0.0)
         # Squares of float32 near 1 and below, whatever the weights: no error is larger than its weight, zero is a code.
-        exponent = tl.maximum(tl.maximum(high, low) >> 23, 1)
+        exponent = tl.maximum(amax >> 23, 1)
         unit = power_of_two(exponent).to(tl.float64)
-        near = values * power_of_two(254 - exponent)[:, :, None]
-        off = error * power_of_two(254 - exponent)[:, :, None]
-        signal = tl.sum(tl.sum(tl.sum(near * near, 2).to(tl.float64) * unit * unit, 1), 0)
-        noise = tl.sum(tl.sum(tl.sum(off * off, 2).to(tl.float64) * unit * unit, 1), 0)
+        near = values * power_of_two(254 - exponent)
+        off = error * power_of_two(254 - exponent)
+        signal = tl.sum(tl.sum(tl.sum(near * near, 2).to(tl.float64), 1), 0) * unit * unit
+        noise = tl.sum(tl.sum(tl.sum(off * off, 2).to(tl.float64), 1), 0) * unit * unit
         max_error = tl.max(tl.max(tl.max(error, 2), 1), 0).to(tl.float64)
         beyond = tl.abs(ratio + zero.to(tl.float32)[:, :, None] - MIDDLE) > REACH
         # Both counts in one sum: a tile has fewer than 2^15 elements.
@@ -101,7 +101,7 @@ def observe_integers(
     W: tl.constexpr,
 ):
     """Raise int32 `amax` to the float32 bits of the largest weight of each group and of minus its smallest."""
-    row, block, col, inside = _place(rows, cols, R, B, W)
+    row, block, col, inside = block_place(rows, cols, R, B, W)
     raw = tl.load(source + row[:, None, None] * source_stride + col[None, :, :], mask=inside, other=0)
     signed = widened(raw).to(tl.int32, bitcast=True)
     high, low = _maxima(signed)
@@ -153,25 +153,12 @@ def dequantize_groups(
     C: tl.constexpr,
 ):
     """The values of codes and scales, R x C a program; see `load_weight` for CODE."""
-    first_row, first_col = tile_start(cols, R, C)
+    first_row, first_col, row, col, inside = tile_place(rows, cols, R, C)
     codes += first_row * code_stride
     scales += first_row * scale_stride
-    row = rows_from(first_row, rows, R).to(tl.int32)
-    values = load_weight(codes, scales, row, first_col, cols, code_stride, scale_stride, CODE, GROUP, False, R, C)
-    row = first_row + tl.arange(0, R)
-    col = first_col + tl.arange(0, C)
-    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    near = rows_from(first_row, rows, R).to(tl.int32)
+    values = load_weight(codes, scales, near, first_col, cols, code_stride, scale_stride, CODE, GROUP, False, R, C)
     tl.store(out + (row * out_stride)[:, None] + col[None, :], narrowed(values, out), mask=inside)
-
-
-@triton.jit
-def _place(rows, cols, R: tl.constexpr, B: tl.constexpr, W: tl.constexpr):
-    """Rows (int64) [R], blocks [B] and columns [B, W] of this program, and which elements are in the matrix."""
-    first_row, first_col = tile_start(cols, R, B * W)
-    row = first_row + tl.arange(0, R)
-    block = first_col // W + tl.arange(0, B)
-    col = block[:, None] * W + tl.arange(0, W)[None, :]
-    return row, block, col, (row < rows)[:, None, None] & (col < cols)[None, :, :]
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .elements import decode_float, encode_float, narrowed, power_of_two, six_bit_codes, widened, with_sign
 from .measure import count_nonfinite, store_partials
-from .tiles import tile_start
+from .tiles import block_place, tile_start
 
 
 @triton.jit
@@ -37,12 +37,7 @@ def quantize_mx(
 
     Columns from `cols` to the end of their block are written as zeros. KNOWN: the scale bytes are read, not made.
     """
-    blocks = tl.cdiv(cols, 32)
-    first_row, first_block = tile_start(blocks, R, B)
-    row = first_row + tl.arange(0, R).to(tl.int64)
-    block = first_block + tl.arange(0, B)
-    col = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    inside = (row < rows)[:, None, None] & (col < cols)[None, :, :]
+    row, block, col, inside = block_place(rows, cols, R, B, 32)
     raw = tl.load(source + row[:, None, None] * source_stride + col[None, :, :], mask=inside, other=0)
     signed = widened(raw).to(tl.int32, bitcast=True)
     bits = signed & 0x7FFFFFFF
@@ -52,12 +47,11 @@ def quantize_mx(
         count_nonfinite(bits, nonfinite)
 
     scale_at = scales + row[:, None] * scale_stride + block[None, :]
-    block_inside = (row < rows)[:, None] & (block < blocks)[None, :]
+    block_inside = (row < rows)[:, None] & (block * 32 < cols)[None, :]
     if KNOWN:
         byte = tl.load(scale_at, mask=block_inside, other=0).to(tl.int32)
     else:
-        byte = (amax >> 23) - EMAX + ((amax & 0x7FFFFF) >= THRESHOLD).to(tl.int32)
-        byte = tl.minimum(tl.maximum(byte, 0), 254)
+        byte = _scale_byte(amax, EMAX, THRESHOLD)
         tl.store(scale_at, byte.to(tl.uint8), mask=block_inside)
 
     ratio = bits.to(tl.float32, bitcast=True) * power_of_two(254 - byte)[:, :, None]
@@ -76,7 +70,8 @@ def quantize_mx(
         # Both counts in one sum: a tile has fewer than 2^15 elements, and those outside the matrix are zeros.
         counts = ((ratio > LIMIT).to(tl.int32) << 16) + (code == 0).to(tl.int32)
         counted = tl.sum(tl.sum(tl.sum(counts, 2), 1), 0)
-        seen = tl.minimum(rows - first_row, R) * tl.minimum(cols - first_block * 32, B * 32)
+        first_row, first_col = tile_start(cols, R, B * 32)
+        seen = tl.minimum(rows - first_row, R) * tl.minimum(cols - first_col, B * 32)
         zeros = (counted & 0xFFFF) - (R * B * 32 - seen)
         store_partials(partials, signal, noise, max_error, largest, counted >> 16, zeros)
 
@@ -84,19 +79,14 @@ def quantize_mx(
 @triton.jit
 def observe_mx(source, amax, nonfinite, rows, cols, source_stride, amax_stride, R: tl.constexpr, B: tl.constexpr):
     """float32 bits of the largest magnitude of each block, where it exceeds what int32 `amax` holds already."""
-    blocks = tl.cdiv(cols, 32)
-    first_row, first_block = tile_start(blocks, R, B)
-    row = first_row + tl.arange(0, R).to(tl.int64)
-    block = first_block + tl.arange(0, B)
-    col = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    inside = (row < rows)[:, None, None] & (col < cols)[None, :, :]
+    row, block, col, inside = block_place(rows, cols, R, B, 32)
     raw = tl.load(source + row[:, None, None] * source_stride + col[None, :, :], mask=inside, other=0)
     bits = widened(raw).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     top = tl.max(bits, 2)
     if tl.max(tl.max(top, 1), 0) >= 0x7F800000:
         count_nonfinite(bits, nonfinite)
     at = amax + row[:, None] * amax_stride + block[None, :]
-    block_inside = (row < rows)[:, None] & (block < blocks)[None, :]
+    block_inside = (row < rows)[:, None] & (block * 32 < cols)[None, :]
     tl.store(at, tl.maximum(top, tl.load(at, mask=block_inside, other=0)), mask=block_inside)
 
 
@@ -108,9 +98,7 @@ def scales_mx(
     i = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     row, col = i // cols, i % cols
     top = tl.load(amax + row * amax_stride + col, mask=row < rows, other=0)
-    byte = (top >> 23) - EMAX + ((top & 0x7FFFFF) >= THRESHOLD).to(tl.int32)
-    byte = tl.minimum(tl.maximum(byte, 0), 254)
-    tl.store(scales + row * scale_stride + col, byte.to(tl.uint8), mask=row < rows)
+    tl.store(scales + row * scale_stride + col, _scale_byte(top, EMAX, THRESHOLD).to(tl.uint8), mask=row < rows)
 
 
 @triton.jit
@@ -131,11 +119,8 @@ def dequantize_mx(
     B: tl.constexpr,
 ):
     """The values of codes and scale bytes; NAN is the code (without sign) that is no number, -1 where there is none."""
-    blocks = tl.cdiv(cols, 32)
-    first_row, first_block = tile_start(blocks, R, B)
-    row = first_row + tl.arange(0, R).to(tl.int64)
-    block = first_block + tl.arange(0, B)
-    block_inside = (row < rows)[:, None] & (block < blocks)[None, :]
+    row, block, col, inside = block_place(rows, cols, R, B, 32)
+    block_inside = (row < rows)[:, None] & (block * 32 < cols)[None, :]
     byte = tl.load(scales + row[:, None] * scale_stride + block[None, :], mask=block_inside, other=0).to(tl.int32)
     code = _load_codes(codes, row, block, code_stride, block_inside, CODE_BITS, R, B)
     magnitude = code & ((1 << (CODE_BITS - 1)) - 1)
@@ -143,9 +128,14 @@ def dequantize_mx(
     if NAN >= 0:
         values = tl.where(magnitude == NAN, float("nan"), values)
     values = with_sign(values, code, CODE_BITS - 1) * power_of_two(byte)[:, :, None]
-    col = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    inside = (row < rows)[:, None, None] & (col < cols)[None, :, :]
     tl.store(out + row[:, None, None] * out_stride + col[None, :, :], narrowed(values, out), mask=inside)
+
+
+@triton.jit
+def _scale_byte(amax, EMAX: tl.constexpr, THRESHOLD: tl.constexpr):
+    """int32 scale bytes from the float32 bits of block maxima (see `mx.MxElement`)."""
+    byte = (amax >> 23) - EMAX + ((amax & 0x7FFFFF) >= THRESHOLD).to(tl.int32)
+    return tl.minimum(tl.maximum(byte, 0), 254)
 
 
 @triton.jit

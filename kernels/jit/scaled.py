@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .elements import decode_float, encode_float, encode_int, narrowed, widened, with_sign
 from .measure import count_nonfinite, store_partials
-from .tiles import tile_start
+from .tiles import tile_place
 
 
 @triton.jit
@@ -120,10 +120,7 @@ def quantize_tiles(
 
     BLOCKS: the tile is a scale block. Else one scale serves the matrix, and must be KNOWN.
     """
-    first_row, first_col = tile_start(cols, R, C)
-    row = first_row + tl.arange(0, R)
-    col = first_col + tl.arange(0, C)
-    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    first_row, first_col, row, col, inside = tile_place(rows, cols, R, C)
     signed = _bits(source + (row * source_stride)[:, None] + col[None, :], inside)
     bits = _magnitude(signed)
     largest = tl.max(tl.max(bits, 1), 0)
@@ -174,10 +171,7 @@ def observe_scaled(
     C: tl.constexpr,
 ):
     """Raise int32 `amax` to the float32 bits of the largest magnitudes: of each "row", "block" (a tile), or "all"."""
-    first_row, first_col = tile_start(cols, R, C)
-    row = first_row + tl.arange(0, R)
-    col = first_col + tl.arange(0, C)
-    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    first_row, first_col, row, col, inside = tile_place(rows, cols, R, C)
     bits = _magnitude(_bits(source + (row * source_stride)[:, None] + col[None, :], inside))
     top = tl.max(bits, 1)
     largest = tl.max(top, 0)
@@ -218,10 +212,7 @@ def dequantize_scaled(
     C: tl.constexpr,
 ):
     """The values of codes ("int8", "e4m3" or "fnuz") and float32 scales of each "row", "block" (a tile), or "all"."""
-    first_row, first_col = tile_start(cols, R, C)
-    row = first_row + tl.arange(0, R)
-    col = first_col + tl.arange(0, C)
-    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    first_row, first_col, row, col, inside = tile_place(rows, cols, R, C)
     code = tl.load(codes + (row * code_stride)[:, None] + col[None, :], mask=inside, other=0).to(tl.int32)
     if GROUP == "row":
         scale = tl.load(scales + row * scale_stride, mask=row < rows, other=1.0)[:, None]

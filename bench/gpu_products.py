@@ -155,12 +155,23 @@ def measure_linear(
     names: Sequence[str], shapes: Sequence[tuple[int, int]], tokens: Sequence[int], how: How
 ) -> list[dict[str, Any]]:
     """A row for every format, shape and number of tokens."""
+    return _measure("linear", compare_linear, names, shapes, tokens, how)
+
+
+def _measure(
+    kind: str,
+    compare_one: Callable[[How, Weights, int], dict[str, Any]],
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    tokens: Sequence[int],
+    how: How,
+) -> list[dict[str, Any]]:
     rows = []
     for name, shape in itertools.product(names, shapes):
-        label = f"linear {name} {shape[0]}x{shape[1]}"
+        label = f"{kind} {name} {'x'.join(map(str, shape))}"
         weights = how.attempt(label, partial(make_weights, name, shape, how.rotated_bytes, how.device))
         for count in tokens if weights is not None else ():
-            row = how.attempt(f"{label} {count} tokens", partial(compare_linear, how, weights, count))
+            row = how.attempt(f"{label} {count} tokens", partial(compare_one, how, weights, count))
             rows += [row] if row is not None else []
         del weights
     return rows
@@ -234,13 +245,5 @@ def measure_experts(
     names: Sequence[str], shapes: Sequence[tuple[int, int, int]], tokens: Sequence[int], how: How
 ) -> list[dict[str, Any]]:
     """A row for every format, shape and number of tokens."""
-    rows = []
-    names = [name for name in names if grouped_kernels(name, how.device)]
-    for name, shape in itertools.product(names, shapes):
-        label = f"experts {name} {'x'.join(map(str, shape))}"
-        weights = how.attempt(label, partial(make_weights, name, shape, how.rotated_bytes, how.device))
-        for count in tokens if weights is not None else ():
-            row = how.attempt(f"{label} {count} tokens", partial(compare_experts, how, weights, count))
-            rows += [row] if row is not None else []
-        del weights
-    return rows
+    grouped = [name for name in names if grouped_kernels(name, how.device)]
+    return _measure("experts", compare_experts, grouped, shapes, tokens, how)

@@ -11,7 +11,7 @@ from . import cpu_build, cpu_dequantize, cpu_linear, fp8, int8, integer, mx, mx_
 from .compiled import KernelFunction, Needed
 from .cpu_dequantize import address
 from .formats import FORMATS, MX, MXFP4_ROWS, RowMultiplied, WeightFormat
-from .reference import Reference, check_quantize, check_scales
+from .reference import Reference, as_one_row, check_quantize, check_scales
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
@@ -36,10 +36,9 @@ class NumbaKernels:
         rows, cols = source.shape
         if not rows or not cols:
             return 0
-        function = _quantize(self.format, self.scale_mode, KINDS[source.dtype], statistics is not None).get()
-        blocks = self._blocks(rows, cols)
-        if self.format in MX and cols % 32 == 0 and all(map(is_dense, (source, codes, scales))):
-            rows, cols = 1, rows * cols
+        function = self._quantize(KINDS[source.dtype], statistics is not None).get()
+        blocks = self.format.block_rows or rows, self.format.block_cols or cols
+        rows, cols = as_one_row(self.format, source, codes, scales)
         out = 0 if statistics is None else statistics.data_ptr()
         addresses = (*address(source), *address(codes), *address(scales))
         return function(*addresses, rows, cols, int(scales_known), out, *blocks)
@@ -49,9 +48,8 @@ class NumbaKernels:
         rows, cols = source.shape
         if not rows or not cols:
             return 0
-        function = cpu_build.observe(KINDS[source.dtype])
-        rows_cols = (self.format.block_rows or rows, self.format.block_cols or cols)
-        return function(*address(source), *address(amax), rows, cols, *rows_cols)
+        blocks = self.format.block_rows or rows, self.format.block_cols or cols
+        return self._observe(KINDS[source.dtype]).get()(*address(source), *address(amax), rows, cols, *blocks)
 
     def finish_scales(self, amax: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return self.reference.finish_scales(amax, out)
@@ -73,13 +71,16 @@ class NumbaKernels:
 
     def needed(self, kind: str, measure: bool) -> list[Needed[KernelFunction]]:
         """What loading weights of a kind will call."""
-        quantize = _quantize(self.format, self.scale_mode, kind, measure)
-        return [quantize, cpu_build.observe.needed(kind)] if self.format.block_cols == 0 else [quantize]
+        quantize = self._quantize(kind, measure)
+        return [quantize] if self.format.block_cols else [quantize, self._observe(kind)]
 
-    def _blocks(self, rows: int, cols: int) -> tuple[int, ...]:
+    def _quantize(self, kind: str, measure: bool) -> Needed[KernelFunction]:
         if self.format in MX:
-            return ()
-        return self.format.block_rows or rows, self.format.block_cols or cols
+            return mx_build.mx_quantize.needed(self.format.name, self.scale_mode, kind, measure)
+        return cpu_build.scaled_quantize.needed(self.format.name, kind, measure)
+
+    def _observe(self, kind: str) -> Needed[KernelFunction]:
+        return cpu_build.observe.needed(kind)
 
 
 def numba_kernels(format_name: str, scale_mode: str = "default") -> NumbaKernels:
@@ -112,14 +113,3 @@ def needed_to_load(
         found.append(cpu_dequantize.needed(fmt, activation_dtype))
         found.append(cpu_linear.needed(fmt, activation_dtype, 1))
     return found
-
-
-def _quantize(fmt: WeightFormat, scale_mode: str, kind: str, measure: bool) -> Needed[KernelFunction]:
-    if fmt in MX:
-        return mx_build.mx_quantize.needed(fmt.name, scale_mode, kind, measure)
-    return cpu_build.scaled_quantize.needed(fmt.name, kind, measure)
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether rows follow one another without gaps."""
-    return tensor.stride(0) == tensor.shape[1]

@@ -25,6 +25,10 @@ from .scaled_ir import TILE_ELEMENTS, quantize_tile
 from .vector_ir import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
 
 _i64 = types.int64
+QUANTIZE = types.int64(*[_i64] * 12)
+"""(source, codes, scales: address and stride each; rows, cols, known, statistics, block_rows, block_cols)."""
+OBSERVE = types.int64(*[_i64] * 8)
+"""(source, amax: address and stride each; rows, cols, block_rows, block_cols)."""
 
 
 def _add_count_and_amax(out: int, count: int, amax: float) -> None:
@@ -133,7 +137,7 @@ def _scaled_quantize(rule: str, kind: str, measure: bool) -> Recipe[KernelFuncti
             write_f64(out + 8 * st.SATURATED, read_f64(out + 8 * st.SATURATED) + saturated)
         return 0
 
-    return jit(quantize, types.int64(*[_i64] * 12))
+    return jit(quantize, QUANTIZE)
 
 
 def _observe(kind: str) -> Recipe[KernelFunction]:
@@ -154,7 +158,7 @@ def _observe(kind: str) -> Recipe[KernelFunction]:
             return count_above(source, source_stride, rows, cols, finite, kind)
         return 0
 
-    return jit(observe, types.int64(*[_i64] * 8))
+    return jit(observe, OBSERVE)
 
 
 scaled_quantize = Compiled(_scaled_quantize)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import types
 
 from .compiled import (
     FINGERPRINT,
@@ -18,13 +17,12 @@ from .compiled import (
     write_f64,
     write_u8,
 )
-from .cpu_build import add_count_and_amax
+from .cpu_build import OBSERVE, QUANTIZE, add_count_and_amax
 from .integer_ir import BATCH, FAR, group_extremes, quantize_groups, scales_of_extremes, split_words
 from .magnitude_ir import count_above, magnitude_to_f32
 from .statistics import ZERO
 from .vector_ir import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
 
-_i64 = types.int64
 RUN = 8192
 """Elements whose squares are summed in float32."""
 
@@ -36,7 +34,7 @@ def _quantize(
     finite, far, word = np.float32(LARGEST_FINITE[kind]), np.float32(FAR), 2 * ITEM_BYTES[scale_kind]
     batch, run, levels, smallest = BATCH, RUN, (1 << bits) - 1, int(symmetric)
 
-    def quantize(source, source_stride, codes, codes_stride, scales, scales_stride, rows, cols, known, out, group):  # type: ignore[no-untyped-def]
+    def quantize(source, source_stride, codes, codes_stride, scales, scales_stride, rows, cols, known, out, _, group):  # type: ignore[no-untyped-def]
         len(fingerprint)
         extremes, steps = np.zeros((4, batch), np.float32), np.zeros((2, batch), np.float32)
         words, padded, coded = (
@@ -118,14 +116,14 @@ def _quantize(
             write_f64(out + 8 * ZERO, read_f64(out + 8 * ZERO) - padding)
         return 0
 
-    return jit(quantize, types.int64(*[_i64] * 11))
+    return jit(quantize, QUANTIZE)
 
 
 def _observe(lanes: int, kind: str) -> Recipe[KernelFunction]:
     fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
     finite = np.float32(LARGEST_FINITE[kind])
 
-    def observe(source, source_stride, amax, amax_stride, rows, cols, group):  # type: ignore[no-untyped-def]
+    def observe(source, source_stride, amax, amax_stride, rows, cols, _, group):  # type: ignore[no-untyped-def]
         len(fingerprint)
         found, padded = np.zeros(4, np.float32), np.zeros(lanes * width, np.uint8)
         high, pad = np.int64(found.ctypes.data), np.int64(padded.ctypes.data)
@@ -147,7 +145,7 @@ def _observe(lanes: int, kind: str) -> Recipe[KernelFunction]:
             return count_above(source, source_stride, rows, cols, finite, kind)
         return 0
 
-    return jit(observe, types.int64(*[_i64] * 7))
+    return jit(observe, OBSERVE)
 
 
 quantize = Compiled(_quantize)

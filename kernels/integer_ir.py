@@ -15,7 +15,8 @@ from . import statistics as st
 from .processor import has
 from .scale_rules import SMALLEST_SCALE, SYMMETRIC_LARGEST
 from .scaled_decode_ir import to_bf16
-from .scaled_ir import floats
+from .scaled_ir import corrected_quotient, floats
+from .statistics_ir import add_measured
 from .vector_ir import (
     F32,
     F64,
@@ -27,14 +28,11 @@ from .vector_ir import (
     Codegen,
     Vector,
     accumulate_product,
-    add_f64,
     constant,
     count_to,
     emitted,
-    fused,
     load,
     load_scalar,
-    max_f64,
     source_element,
     splat,
     store,
@@ -235,7 +233,7 @@ class _Groups:
                 zero,
             )
         if self.measure:
-            self._add_statistics(out)
+            add_measured(acc, out)
 
     def _group(self, source: ir.Value, codes: ir.Value, scale: ir.Value, zero: ir.Value) -> None:
         b, acc, half = self.b, self.acc, self.half
@@ -277,9 +275,7 @@ class _Groups:
         if not self.corrected:
             y = x / self.scale
             return y if self.near else y.max(-FAR).min(FAR)
-        first = x * self.reciprocal
-        rest = fused(first.new(first.b.fneg(first.value)), self.scale, x)
-        return fused(rest, self.reciprocal, first)
+        return corrected_quotient(x, self.scale, self.reciprocal)
 
     def _measure(self, x: Vector, y: Vector, rounded: Vector) -> None:
         acc = self.acc
@@ -301,11 +297,3 @@ class _Groups:
         acc.update("noise", lambda a: accumulate_product(difference, difference, a))
         narrow = (x - rounded * self.scale).call("llvm.fabs")
         acc.update("error", lambda a: a.max(narrow))
-
-    def _add_statistics(self, out: ir.Value) -> None:
-        b, acc = self.b, self.acc
-        add_f64(b, out, st.SIGNAL, acc.get("signal").sum())
-        add_f64(b, out, st.NOISE, acc.get("noise").sum())
-        max_f64(b, out, st.MAX_ERROR, b.fpext(acc.get("error").reduce("fmax"), F64))
-        for name, index in (("zero", st.ZERO), ("saturated", st.SATURATED)):
-            add_f64(b, out, index, b.uitofp(acc.get(name).reduce("add"), F64))

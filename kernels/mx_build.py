@@ -6,19 +6,16 @@ from typing import Any
 
 import numba as nb
 import numpy as np
-from numba import types
 
 from . import statistics as st
 from .compiled import FINGERPRINT, Compiled, KernelFunction, Recipe, jit, read_f64, read_u8, write_f64
-from .cpu_build import add_count_and_amax
+from .cpu_build import QUANTIZE, add_count_and_amax
 from .magnitude_ir import count_above, magnitude_to_f32
 from .mx_elements import ELEMENTS
 from .mx_ir import RUN_BLOCKS, quantize_run
 from .mxfp4_table_ir import largest_error_run, quantize_bf16_run
 from .processor import has
 from .vector_ir import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
-
-_i64 = types.int64
 
 
 def _largest_possible_error(amax_bits: int) -> Any:
@@ -38,7 +35,7 @@ def _mx_quantize(name: str, mode: str, kind: str, measure: bool) -> Recipe[Kerne
     fast = name == "mxfp4" and mode == "default" and kind == "bf16"
     tables = has("avx512bw") and (has("avx512bf16") or not measure)
 
-    def quantize(source, source_stride, codes, codes_stride, scales, scales_stride, rows, cols, known, out):  # type: ignore[no-untyped-def]
+    def quantize(source, source_stride, codes, codes_stride, scales, scales_stride, rows, cols, known, out, _, __):  # type: ignore[no-untyped-def]
         len(fingerprint)
         blocks, rest, largest = cols // 32, cols % 32, 0
         padded = np.zeros(32 * width, np.uint8)
@@ -74,7 +71,7 @@ def _mx_quantize(name: str, mode: str, kind: str, measure: bool) -> Recipe[Kerne
                 write_f64(out + 8 * st.ZERO, read_f64(out + 8 * st.ZERO) - rows * (32 - rest))
         return 0
 
-    return jit(quantize, types.int64(*[_i64] * 10))
+    return jit(quantize, QUANTIZE)
 
 
 mx_quantize = Compiled(_mx_quantize)

@@ -15,6 +15,7 @@ from numba.core import cgutils
 
 from . import statistics as st
 from .mx_elements import ELEMENTS, MxElement
+from .statistics_ir import add_measured
 from .vector_ir import (
     F32,
     F64,
@@ -27,14 +28,12 @@ from .vector_ir import (
     Codegen,
     Vector,
     accumulate_product,
-    add_f64,
     constant,
     count_to,
     emitted,
     load,
     load_scalar,
     magnitudes,
-    max_f64,
     source_element,
     splat,
     store,
@@ -96,8 +95,7 @@ class MxRun:
         with count_to(b, blocks) as i:
             address = b.add(source, b.mul(i, I64(32 * ITEM_BYTES[self.kind])))
             bits = load(b, address, source_element(self.kind), 32)
-            amax = magnitudes(bits, self.kind).reduce("umax")
-            amax = amax if amax.type == I32 else b.zext(amax, I32)
+            amax = largest_bits(bits, self.kind)
             b.store(umax(b, b.load(largest), amax), largest)
             values, signs = even_and_odd(bits, self.kind)
             byte = self._byte(amax, values)
@@ -204,7 +202,7 @@ class MxRun:
         if self.sums == "none":
             return result
         if self.sums == "f64":
-            self._add_statistics(out)
+            add_measured(self.acc, out)
             return result
         bits = float32_bits(b, largest, self.kind)
         outside = b.or_(
@@ -212,17 +210,8 @@ class MxRun:
         )
         unfit = b.and_(outside, b.icmp_unsigned("!=", bits, I32(0)))
         with b.if_then(b.not_(unfit)):
-            self._add_statistics(out)
+            add_measured(self.acc, out)
         return b.select(unfit, I64(-1), result)
-
-    def _add_statistics(self, out: ir.Value) -> None:
-        b, acc = self.b, self.acc
-        for name, index in (("signal", st.SIGNAL), ("noise", st.NOISE)):
-            total = acc.get(name).sum()
-            add_f64(b, out, index, total if total.type == F64 else b.fpext(total, F64))
-        max_f64(b, out, st.MAX_ERROR, b.fpext(acc.get("error").reduce("fmax"), F64))
-        add_f64(b, out, st.SATURATED, b.sitofp(acc.get("saturated").reduce("add"), F64))
-        add_f64(b, out, st.ZERO, b.sitofp(acc.get("zero").reduce("add"), F64))
 
 
 def scale_byte(b: ir.IRBuilder, amax: ir.Value, threshold: int, emax: int, mantissa_bits: int) -> ir.Value:
@@ -251,6 +240,12 @@ def _like(value: ir.Value, number: int) -> ir.Constant:
 def float32_bits(b: ir.IRBuilder, magnitude: ir.Value, kind: str) -> ir.Value:
     """The i32 bits of the float32 that i32 magnitude bits of a kind of source stand for."""
     return b.extract_element(widen(splat(b, magnitude, 1), kind).cast(I32).value, I32(0))
+
+
+def largest_bits(bits: Vector, kind: str) -> ir.Value:
+    """i32 magnitude bits of the largest of some elements of a kind of source."""
+    largest = magnitudes(bits, kind).reduce("umax")
+    return largest if largest.type == I32 else bits.b.zext(largest, I32)
 
 
 def umax(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:

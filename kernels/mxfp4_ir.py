@@ -13,6 +13,7 @@ from numba.core import cgutils
 from . import statistics as st
 from .mx_elements import E2M1
 from .mx_ir import SUMMABLE, scale_byte, umax
+from .statistics_ir import add_f64, max_f64
 from .vector_ir import (
     F32,
     F64,
@@ -23,12 +24,10 @@ from .vector_ir import (
     Accumulators,
     Vector,
     accumulate_product,
-    add_f64,
     constant,
     count_to,
     load,
     magnitudes,
-    max_f64,
     splat,
     store,
     store_scalar,
@@ -37,6 +36,37 @@ from .vector_ir import (
 MIN_FAST_BYTE = 3
 FAST_AMAX = SUMMABLE[0] << 7, SUMMABLE[1] << 7
 """BF16 bits between which a run's amax must lie for its squares to be summed in float32."""
+
+
+class Blocks:
+    """What comes first with every block, however codes are made: its scale byte, and whether the run can be fast."""
+
+    def __init__(self, b: ir.IRBuilder, source: ir.Value, scales: ir.Value) -> None:
+        self.b, self.source, self.scales = b, source, scales
+        self.largest, self.odd = cgutils.alloca_once_value(b, I32(0)), cgutils.alloca_once_value(b, I32(0))
+
+    def take(self, i: ir.Value) -> tuple[Vector, Vector, ir.Value]:
+        """Bits and magnitudes of block `i`, and its scale byte, which is stored."""
+        b = self.b
+        bits = load(b, b.add(self.source, b.mul(i, I64(64))), I16, 32)
+        magnitude = magnitudes(bits, "bf16")
+        amax = b.zext(magnitude.reduce("umax"), I32)
+        b.store(umax(b, b.load(self.largest), amax), self.largest)
+        byte = even_byte(b, amax, 7)
+        slow = b.and_(b.icmp_unsigned("<", byte, I32(MIN_FAST_BYTE)), b.icmp_unsigned("!=", amax, I32(0)))
+        b.store(b.or_(b.load(self.odd), b.zext(slow, I32)), self.odd)
+        store_scalar(b, b.trunc(byte, I8), b.add(self.scales, i))
+        return bits, magnitude, byte
+
+    def result(self, with_statistics: bool) -> tuple[ir.Value, ir.Value]:
+        """Largest amax bits, and whether the run must take the other path."""
+        b, largest = self.b, self.b.load(self.largest)
+        unfit = b.icmp_unsigned("!=", b.load(self.odd), I32(0))
+        if with_statistics:
+            low, high = FAST_AMAX
+            outside = b.icmp_unsigned(">", b.sub(largest, I32(low)), I32(high - low))
+            unfit = b.or_(unfit, b.and_(outside, b.icmp_unsigned("!=", largest, I32(0))))
+        return largest, unfit
 
 
 def emit_bf16_run(
@@ -50,21 +80,13 @@ def emit_bf16_run(
 ) -> ir.Value:
     """What `mxfp4_table_ir.quantize_bf16_run` does, for any processor."""
     acc = Accumulators(b)
-    largest = cgutils.alloca_once_value(b, I32(0))
-    odd_block = cgutils.alloca_once_value(b, I32(0))
+    taken = Blocks(b, source, scales)
     if with_statistics:
         for name in ("signal0", "signal1", "noise0", "noise1", "error"):
             acc.start(name, constant(b, F32, 16, 0.0))
         acc.start("counts", constant(b, I16, 32, 0))
     with count_to(b, blocks) as i:
-        bits = load(b, b.add(source, b.mul(i, I64(64))), I16, 32)
-        magnitude = magnitudes(bits, "bf16")
-        amax = b.zext(magnitude.reduce("umax"), I32)
-        b.store(umax(b, b.load(largest), amax), largest)
-        byte = even_byte(b, amax, 7)
-        slow = b.and_(b.icmp_unsigned("<", byte, I32(MIN_FAST_BYTE)), b.icmp_unsigned("!=", amax, I32(0)))
-        b.store(b.or_(b.load(odd_block), b.zext(slow, I32)), odd_block)
-        store_scalar(b, b.trunc(byte, I8), b.add(scales, i))
+        bits, magnitude, byte = taken.take(i)
         used = umax(b, byte, I32(MIN_FAST_BYTE))
         quarter = splat(b, b.trunc(b.shl(b.sub(used, I32(2)), I32(7)), I16), 32)
         v = magnitude.minus_saturating(quarter)
@@ -80,13 +102,8 @@ def emit_bf16_run(
             saturated = v.gt(256 + 256 + 64)
             acc.update("counts", lambda a: a + saturated.select(constant(b, I16, 32, 257), nonzero))
             _measure_bf16(acc, magnitude, decoded)
-    result = b.load(largest)
-    unfit = b.icmp_unsigned("!=", b.load(odd_block), I32(0))
+    result, unfit = taken.result(with_statistics)
     if with_statistics:
-        outside = b.or_(
-            b.icmp_unsigned("<", result, I32(FAST_AMAX[0])), b.icmp_unsigned(">", result, I32(FAST_AMAX[1]))
-        )
-        unfit = b.or_(unfit, b.and_(outside, b.icmp_unsigned("!=", result, I32(0))))
         with b.if_then(b.not_(unfit)):
             _add_bf16_statistics(acc, blocks, out)
     return b.select(unfit, I64(-1), b.zext(result, I64))

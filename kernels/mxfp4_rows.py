@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from . import mxfp4
 from .formats import MULTIPLIER_BYTES, MXFP4_ROWS, WeightFormat
 from .mx_elements import E2M1
+from .mx_mse import folded, squared_errors
 from .mxfp4 import BLOCK, power_of_two
-from .reference import Reference, check_finish, check_quantize, check_scales, column_amax, row_chunks
+from .reference import Reference, check_finish, check_scales, column_amax, row_chunks
 from .scale_rules import CANDIDATES
 
 
@@ -75,14 +76,10 @@ class Mxfp4RowsCodec:
 
     def _squared_error(self, values: torch.Tensor, bytes_: torch.Tensor, reciprocal: torch.Tensor) -> torch.Tensor:
         """float64 [r, 1] of values / multiplier."""
-        ratio = values * _factors(bytes_, reciprocal, values.shape[1])
-        unscaled = torch.full_like(bytes_, 127)
-        error = ratio - self._blocks.decode(self._blocks.encode(ratio, bytes_), unscaled, values.shape[1])
-        square = F.pad(error, (0, -error.shape[1] % BLOCK)).square().view(*bytes_.shape, BLOCK)
-        in_units = _halved(square[..., 0::2] + square[..., 1::2])[..., 0]
+        in_units = squared_errors(self._blocks, values * _factors(bytes_, reciprocal, values.shape[1]), bytes_)
         squared_scale = ((2 * bytes_.long() + 1023 - 254) << 52).view(torch.float64)
         total = in_units.double() * squared_scale
-        return _halved(F.pad(total, (0, (1 << (total.shape[1] - 1).bit_length()) - total.shape[1])))
+        return folded(F.pad(total, (0, (1 << (total.shape[1] - 1).bit_length()) - total.shape[1])))
 
 
 class Mxfp4RowsReference(Reference):
@@ -90,20 +87,11 @@ class Mxfp4RowsReference(Reference):
 
     codec: Mxfp4RowsCodec
 
-    def quantize(
-        self,
-        source: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        statistics: torch.Tensor | None = None,
-        scales_known: bool = False,
-    ) -> int:
-        check_quantize(self.codec.format, source, codes, scales)
-        if not scales_known and source.shape[1]:
-            for start, stop in row_chunks(*source.shape):
-                values = source[start:stop].float()
-                scales[start:stop].copy_(self.codec.best_scales(torch.where(torch.isfinite(values), values, 0)))
-        return super().quantize(source, codes, scales, statistics, scales_known=True)
+    def make_scales(self, source: torch.Tensor, scales: torch.Tensor) -> int:
+        for start, stop in row_chunks(*source.shape) if source.shape[1] else ():
+            values = source[start:stop].float()
+            scales[start:stop].copy_(self.codec.best_scales(torch.where(torch.isfinite(values), values, 0)))
+        return 0
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
         check_scales(self.codec.format, source, amax, torch.float32)
@@ -123,14 +111,6 @@ def split(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _factors(bytes_: torch.Tensor, reciprocal: torch.Tensor, cols: int) -> torch.Tensor:
     return (power_of_two(254 - bytes_.int()) * reciprocal).repeat_interleave(BLOCK, 1)[:, :cols]
-
-
-def _halved(values: torch.Tensor) -> torch.Tensor:
-    """Sums over the last dimension, a power of two, halves onto halves; it stays, with one element."""
-    while values.shape[-1] > 1:
-        low, high = values.chunk(2, dim=-1)
-        values = low + high
-    return values
 
 
 reference = Mxfp4RowsReference(Mxfp4RowsCodec())

@@ -10,7 +10,17 @@ from numba import types
 from numba.core import cgutils
 
 from .mx_elements import E2M1
-from .mx_ir import MxRun, even_and_odd, float32_bits, nearest, power_of_two, power_of_two_bits, scale_byte, umax
+from .mx_ir import (
+    MxRun,
+    even_and_odd,
+    float32_bits,
+    largest_bits,
+    nearest,
+    power_of_two,
+    power_of_two_bits,
+    scale_byte,
+    umax,
+)
 from .scale_rules import CANDIDATES
 from .vector_ir import (
     F32,
@@ -24,7 +34,6 @@ from .vector_ir import (
     count_to,
     emitted,
     load,
-    magnitudes,
     source_element,
     splat,
     store,
@@ -49,8 +58,7 @@ def candidate_errors(typing: Any, source: Any, blocks: Any, kind: Any, errors: A
         largest = cgutils.alloca_once_value(b, I32(0))
         with count_to(b, blocks) as i:
             bits = load(b, b.add(source, b.mul(i, I64(32 * ITEM_BYTES[name]))), source_element(name), 32)
-            amax = magnitudes(bits, name).reduce("umax")
-            amax = amax if amax.type == I32 else b.zext(amax, I32)
+            amax = largest_bits(bits, name)
             b.store(umax(b, b.load(largest), amax), largest)
             amax_f32 = splat(b, b.bitcast(float32_bits(b, amax, name), F32), LANES)
             values, _ = even_and_odd(bits, name)

@@ -16,7 +16,8 @@ from numba.core import cgutils
 
 from . import statistics as st
 from .mx_ir import power_of_two_bits, umax
-from .mxfp4_ir import FAST_AMAX, MIN_FAST_BYTE, emit_bf16_run, even_byte, store_pairs
+from .mxfp4_ir import MIN_FAST_BYTE, Blocks, emit_bf16_run, store_pairs
+from .statistics_ir import add_f64, max_f64
 from .vector_ir import (
     F32,
     F64,
@@ -27,16 +28,13 @@ from .vector_ir import (
     Accumulators,
     Codegen,
     Vector,
-    add_f64,
     constant,
     count_to,
     emitted,
     load,
     load_scalar,
     magnitudes,
-    max_f64,
     splat,
-    store_scalar,
 )
 
 CODES = (0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7)
@@ -77,19 +75,12 @@ def _emit_with_tables(
     with_statistics: bool,
 ) -> ir.Value:
     acc = Accumulators(b)
-    largest, odd_block = cgutils.alloca_once_value(b, I32(0)), cgutils.alloca_once_value(b, I32(0))
+    taken = Blocks(b, source, scales)
     counts = {name: cgutils.alloca_once_value(b, I32(0)) for name in ("nonzero", "saturated")}
     for name in ("signal", "cross", "decoded"):
         acc.start(name, constant(b, F32, 16, 0.0))
     with count_to(b, blocks) as i:
-        bits = load(b, b.add(source, b.mul(i, I64(64))), I16, LANES)
-        magnitude = magnitudes(bits, "bf16")
-        amax = b.zext(magnitude.reduce("umax"), I32)
-        b.store(umax(b, b.load(largest), amax), largest)
-        byte = even_byte(b, amax, 7)
-        slow = b.and_(b.icmp_unsigned("<", byte, I32(MIN_FAST_BYTE)), b.icmp_unsigned("!=", amax, I32(0)))
-        b.store(b.or_(b.load(odd_block), b.zext(slow, I32)), odd_block)
-        store_scalar(b, b.trunc(byte, I8), b.add(scales, i))
+        bits, magnitude, byte = taken.take(i)
         below, above, index = _index(magnitude, byte)
         code = _table(b, CODES).permuted(index)
         store_pairs(code | ((bits >> 12) & 8), b.add(codes, b.mul(i, I64(16))))
@@ -101,12 +92,8 @@ def _emit_with_tables(
             acc.update("decoded", lambda a: a.add_bf16_products(decoded, decoded))
             _count(b, counts["nonzero"], nonzero)
             _count(b, counts["saturated"], above.gt(31 + 576))
-    result = b.load(largest)
-    unfit = b.icmp_unsigned("!=", b.load(odd_block), I32(0))
+    result, unfit = taken.result(with_statistics)
     if with_statistics:
-        low, high = FAST_AMAX
-        outside = b.icmp_unsigned(">", b.sub(result, I32(low)), I32(high - low))
-        unfit = b.or_(unfit, b.and_(outside, b.icmp_unsigned("!=", result, I32(0))))
         signal, cross, decoded = (b.fpext(acc.get(name).sum(), F64) for name in ("signal", "cross", "decoded"))
         noise = b.fadd(b.fsub(signal, b.fmul(F64(2.0), cross)), decoded)
         exact = b.fcmp_ordered("==", noise, F64(0.0))

@@ -92,14 +92,10 @@ class Reference(Reading):
         statistics: torch.Tensor | None = None,
         scales_known: bool = False,
     ) -> int:
-        codec, fmt = self.codec, self.codec.format
-        check_quantize(fmt, source, codes, scales)
-        if not scales_known:
-            amax = torch.zeros(scales.shape, dtype=torch.float32, device=source.device)
-            nonfinite = self.observe(source, amax)
-            if nonfinite:
-                return nonfinite
-            scales.copy_(codec.scales_from_amax(amax))
+        codec = self.codec
+        check_quantize(codec.format, source, codes, scales)
+        if not scales_known and (nonfinite := self.make_scales(source, scales)):
+            return nonfinite
         nonfinite = 0
         for start, stop in row_chunks(*source.shape):
             values = source[start:stop].float()
@@ -113,6 +109,14 @@ class Reference(Reading):
             codes[start:stop].copy_(encoded)
             if statistics is not None:
                 self._measure(values, ratio, encoded, expanded, statistics)
+        return nonfinite
+
+    def make_scales(self, source: torch.Tensor, scales: torch.Tensor) -> int:
+        """Write the scales of whole blocks; the number of NaN and infinite elements, or 0 to leave them to be found."""
+        amax = torch.zeros(scales.shape, dtype=torch.float32, device=source.device)
+        nonfinite = self.observe(source, amax)
+        if not nonfinite:
+            scales.copy_(self.codec.scales_from_amax(amax))
         return nonfinite
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
@@ -249,6 +253,14 @@ def scale_rows(fmt: WeightFormat, scales: torch.Tensor, start: int, stop: int) -
     if fmt.block_rows == 0:
         return scales
     return scales[start // fmt.block_rows : -(-stop // fmt.block_rows)]
+
+
+def as_one_row(fmt: WeightFormat, source: torch.Tensor, *others: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of `source`, as one row where nothing but whole blocks lies between the first and the last."""
+    rows, cols = source.shape
+    dense = all(tensor.stride(0) == tensor.shape[1] for tensor in (source, *others))
+    in_row = fmt.block_rows == 1 and fmt.block_cols and cols % fmt.block_cols == 0
+    return (1, rows * cols) if dense and in_row and rows * cols < 1 << 31 else (rows, cols)
 
 
 def row_chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numba as nb
 import numpy as np
-from numba import types
 
 from . import statistics as st
 from .compiled import (
@@ -19,7 +18,7 @@ from .compiled import (
     write_f32,
     write_f64,
 )
-from .cpu_build import add_count_and_amax
+from .cpu_build import QUANTIZE, add_count_and_amax
 from .magnitude_ir import count_above, magnitude_to_f32
 from .mxfp4_rows_ir import LANES, candidate_errors, quantize_row
 from .scale_rules import CANDIDATES
@@ -47,7 +46,7 @@ def _quantize_rows(kind: str, measure: bool) -> Recipe[KernelFunction]:
     fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
     finite, sums, candidates, lanes = np.float32(LARGEST_FINITE[kind]), "f64" if measure else "none", CANDIDATES, LANES
 
-    def quantize(source, source_stride, codes, codes_stride, scales, scales_stride, rows, cols, known, out):  # type: ignore[no-untyped-def]
+    def quantize(source, source_stride, codes, codes_stride, scales, scales_stride, rows, cols, known, out, _, __):  # type: ignore[no-untyped-def]
         len(fingerprint)
         whole, rest, largest = cols // 32, cols % 32, 0
         blocks = whole + (rest > 0)
@@ -82,7 +81,7 @@ def _quantize_rows(kind: str, measure: bool) -> Recipe[KernelFunction]:
                 write_f64(out + 8 * st.ZERO, read_f64(out + 8 * st.ZERO) - rows * (32 - rest))
         return 0
 
-    return jit(quantize, types.int64(*[types.int64] * 10))
+    return jit(quantize, QUANTIZE)
 
 
 quantize_rows = Compiled(_quantize_rows)

@@ -18,6 +18,7 @@ from numba.core import cgutils
 
 from . import statistics as st
 from .processor import has
+from .statistics_ir import add_f64, max_f64
 from .vector_ir import (
     F32,
     F64,
@@ -30,7 +31,6 @@ from .vector_ir import (
     Codegen,
     Vector,
     accumulate_product,
-    add_f64,
     constant,
     count_to,
     emitted,
@@ -38,7 +38,6 @@ from .vector_ir import (
     load,
     load_scalar,
     magnitudes,
-    max_f64,
     source_element,
     splat,
     store,
@@ -183,9 +182,7 @@ class _Tile:
             return x * self.reciprocal
         if not corrected:
             return x / self.scale
-        first = x * self.reciprocal
-        rest = fused(_negated(first), self.scale, x)
-        return fused(rest, self.reciprocal, first)
+        return corrected_quotient(x, self.scale, self.reciprocal)
 
     def add_statistics(self, out: ir.Value) -> None:
         b, acc = self.b, self.acc
@@ -200,8 +197,11 @@ class _Tile:
         add_f64(b, out, st.ZERO, b.sitofp(zeros, F64))
 
 
-def _negated(value: Vector) -> Vector:
-    return value.new(value.b.fneg(value.value))
+def corrected_quotient(x: Vector, scale: Vector, reciprocal: Vector) -> Vector:
+    """x / scale without a division (see the module), for processors with `fma`."""
+    first = x * reciprocal
+    rest = fused(first.new(first.b.fneg(first.value)), scale, x)
+    return fused(rest, reciprocal, first)
 
 
 @contextmanager

@@ -62,15 +62,6 @@ def grid_of(rows: int, cols: int, tile_rows: int, tile_cols: int) -> tuple[int]:
     return (-(-rows // tile_rows) * -(-cols // tile_cols),)
 
 
-def as_one_row(fmt: WeightFormat, source: torch.Tensor, *others: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of `source`, as one row where nothing but whole blocks lies between the first and the last."""
-    rows, cols = source.shape
-    dense = all(t.stride(0) == t.shape[1] for t in (source, *others))
-    if dense and fmt.block_cols and cols % fmt.block_cols == 0 and rows * cols < 1 << 31:
-        return 1, rows * cols
-    return rows, cols
-
-
 def new_partials(source: torch.Tensor, grid: tuple[int], measured: bool) -> torch.Tensor:
     """Where the programs of a grid write their statistics."""
     return torch.empty(_PARTIALS, grid[0] if measured else 0, dtype=torch.float64, device=source.device)

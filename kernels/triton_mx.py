@@ -10,7 +10,8 @@ import torch
 from .formats import WeightFormat
 from .jit import mx
 from .mx_elements import ELEMENTS
-from .triton_launch import EXACT, SCALES, TILE, as_one_row, bits, grid_of, new_partials, width_of
+from .reference import as_one_row
+from .triton_launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,15 @@ class Vector:
         fn = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
         return self.new(self.b.call(fn, [self.value, x.cast(I32).value, y.cast(I32).value]))
 
+    def narrowed_with(self, other: Vector) -> Vector:
+        """BF16 bits nearest to self and then `other`, ties to even, of 16 float32 each; needs avx512bf16.
+
+        The instruction reads subnormal inputs as zero.
+        """
+        kind = ir.FunctionType(ir.VectorType(I16, 32), [self.type, self.type])
+        fn = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
+        return self.new(self.b.call(fn, [other.value, self.value]))
+
     def minus_saturating(self, other: Vector) -> Vector:
         """max(self - other, 0) on unsigned lanes."""
         return self.call("llvm.usub.sat", other)
@@ -287,16 +296,3 @@ def widen(magnitude: Vector, kind: str) -> Vector:
     if kind == "f16":
         return (magnitude << 13).cast(F32) * 2.0**112
     return magnitude.cast(F32)
-
-
-def add_f64(b: ir.IRBuilder, out: ir.Value, index: int, value: ir.Value) -> None:
-    """out[index] += value."""
-    address = b.add(out, I64(8 * index))
-    store_scalar(b, b.fadd(load_scalar(b, address, F64), value), address)
-
-
-def max_f64(b: ir.IRBuilder, out: ir.Value, index: int, value: ir.Value) -> None:
-    """out[index] = max(out[index], value)."""
-    address = b.add(out, I64(8 * index))
-    old = load_scalar(b, address, F64)
-    store_scalar(b, b.select(b.fcmp_ordered(">", value, old), value, old), address)

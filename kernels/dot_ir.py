@@ -16,7 +16,7 @@ from numba import types
 from .integer_decode_ir import even_and_odd, look_up, scale_and_zero, table_of_codes
 from .mx_decode_ir import look_up_mxfp6, values
 from .mxfp4_decode_ir import decode_block, look_up_block
-from .scaled_decode_ir import HALF_UNIT, decode, decode_with_halves
+from .scaled_decode_ir import HALF_UNIT, decode, decode_with_halves, signed_pairs
 from .vector_ir import (
     F32,
     I8,
@@ -120,8 +120,7 @@ def _fp8_bits(b: ir.IRBuilder, codes: ir.Value, _: None) -> list[Vector]:
 
 
 def _int8_bits(b: ir.IRBuilder, codes: ir.Value, _: None) -> list[Vector]:
-    pairs = load(b, codes, I16, 16).zext(I32)
-    even, odd = (pairs << 24).shift_right_signed(24), (pairs << 16).shift_right_signed(24)
+    even, odd = signed_pairs(b, codes)
     return [_interleave(decode(even, "int8"), decode(odd, "int8"))]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 
 from .processor import has
-from .scaled_decode_ir import to_bf16
+from .scaled_decode_ir import store_pairs, to_bf16
 from .vector_ir import (
     F16,
     F32,
@@ -45,17 +46,44 @@ def dequantize_group(
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         codes, words, out, length, *_ = args
+        width = ITEM_BYTES[out_kind]
         scale, zero = (splat(b, word, LANES) for word in scale_and_zero(b, words, scale_kind))
-        with count_to(b, b.udiv(length, I64(LANES))) as i:
-            at = b.add(codes, b.mul(i, I64(LANES * code_bits // 8)))
-            value = (_codes(b, at, code_bits).zext(I32).to_float(F32) - zero) * scale
-            store(
-                value if out_kind == "f32" else to_bf16(value),
-                b.add(out, b.mul(i, I64(LANES * ITEM_BYTES[out_kind]))),
+        pairs = b.udiv(length, I64(2 * LANES))
+        store_values = _table_of_values if code_bits == 4 and out_kind == "bf16" and has("avx512bw") else _arithmetic
+        store_next = store_values(b, scale, zero, code_bits, out_kind, scale_kind == "f16")
+        with count_to(b, pairs) as i:
+            store_next(
+                b.add(codes, b.mul(i, I64(2 * LANES * code_bits // 8))), b.add(out, b.mul(i, I64(2 * LANES * width)))
             )
+        done = b.mul(pairs, I64(2 * LANES))
+        with b.if_then(b.icmp_unsigned("<", done, length)):
+            at = b.add(codes, b.udiv(b.mul(done, I64(code_bits)), I64(8)))
+            value = (_codes(b, at, code_bits).zext(I32).to_float(F32) - zero) * scale
+            store(value if out_kind == "f32" else to_bf16(value), b.add(out, b.mul(done, I64(width))))
         return context.get_dummy_value()
 
     return types.void(codes, words, out, length, bits, dtype, kind), codegen
+
+
+def _table_of_values(
+    b: ir.IRBuilder, scale: Vector, zero: Vector, bits: int, kind: str, normal: bool
+) -> Callable[[ir.Value, ir.Value], None]:
+    """Stores the values of 32 codes of four bits in BF16, of which a group has no more than sixteen."""
+    codes = Vector(b, ir.Constant(ir.VectorType(F32, 16), [float(code) for code in range(16)]))
+    table = _twice(to_bf16((codes - zero) * scale))
+    return lambda address, out: store(look_up(b, address, table), out)
+
+
+def _arithmetic(
+    b: ir.IRBuilder, scale: Vector, zero: Vector, bits: int, kind: str, normal: bool
+) -> Callable[[ir.Value, ir.Value], None]:
+    """Stores the values of 32 codes; `normal` promises that none is a subnormal float32."""
+
+    def store_next(address: ir.Value, out: ir.Value) -> None:
+        even, odd = (each * scale for each in even_and_odd(b, address, bits, zero))
+        store_pairs(even, odd, out, kind, normal)
+
+    return store_next
 
 
 def _codes(b: ir.IRBuilder, address: ir.Value, bits: int) -> Vector:
@@ -88,12 +116,16 @@ def _word(b: ir.IRBuilder, address: ir.Value, kind: str) -> ir.Value:
 def table_of_codes(b: ir.IRBuilder, zero: ir.Value) -> Vector:
     """BF16 bits of code - zero for the sixteen codes of four bits, twice."""
     codes = Vector(b, ir.Constant(ir.VectorType(F32, 16), [float(code) for code in range(16)]))
-    values = ((codes - splat(b, zero, 16)).cast(I32) >> 16).trunc(I16)
-    return values.shuffle([*range(16), *range(16)])
+    return _twice(((codes - splat(b, zero, 16)).cast(I32) >> 16).trunc(I16))
+
+
+def _twice(table: Vector) -> Vector:
+    """A table of sixteen for `look_up`."""
+    return table.shuffle([*range(16), *range(16)])
 
 
 def look_up(b: ir.IRBuilder, codes: ir.Value, table: Vector) -> Vector:
-    """BF16 bits of the next 32 codes of four bits from a `table_of_codes`; needs avx512bw."""
+    """BF16 bits of the next 32 codes of four bits from a table that stands there twice; needs avx512bw."""
     pairs = load(b, codes, I8, 16).zext(I32)
     # Only five bits of a lane's index count, and both halves of the table are the same: nothing needs masking off.
     return table.permuted((pairs | (pairs << 12)).cast(I16))

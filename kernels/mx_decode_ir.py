@@ -6,6 +6,8 @@ A family is the name of an MX format, or "mxfp8_f16c" for MXFP8 through the conv
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -13,8 +15,9 @@ from numba import types
 
 from .mx_elements import ELEMENTS, MxElement, code_values
 from .mx_ir import power_of_two_bits
-from .mxfp4_decode_ir import decode_block
-from .scaled_decode_ir import HALF_UNIT, decode_with_halves
+from .mxfp4_decode_ir import decode_block, look_up_block
+from .processor import has
+from .scaled_decode_ir import HALF_UNIT, decode_with_halves, signed_pairs, store_pairs
 from .vector_ir import (
     F32,
     I8,
@@ -47,7 +50,8 @@ def dequantize_run(
 ) -> tuple[Any, Codegen]:
     """(codes, scales, out addresses, blocks, family, kind "bf16" or "f32"): whole blocks of 32 values."""
     name, out_kind = str(family.literal_value), str(kind.literal_value)
-    store_block = _store_mxfp4 if name == "mxfp4" else _store_products
+    with_table = name in LOOK_UPS and out_kind == "bf16" and has("avx512bw")
+    store_block = _store_looked_up if with_table else _store_exact
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         codes, scales, out, blocks, _, _ = args
@@ -60,33 +64,33 @@ def dequantize_run(
     return types.void(codes, scales, out, blocks, family, kind), codegen
 
 
-def _store_mxfp4(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value, out: ir.Value, family: str, kind: str) -> None:
-    bits = decode_block(b, codes, scale)
-    store(bits if kind == "bf16" else bits.zext(I32) << 16, out)
+def _store_looked_up(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value, out: ir.Value, family: str, kind: str) -> None:
+    """Through a table, but where a code would be no normal BF16."""
+    element = _element(family)
+    first, last = _first_normal_byte(element), 254 - element.emax
+    byte = b.zext(load_scalar(b, scale, I8), I32)
+    beyond = b.icmp_unsigned(">", b.sub(byte, I32(first)), I32(last - first))
+    with b.if_else(beyond, likely=False) as (then, otherwise):
+        with then:
+            _store_exact(b, codes, scale, out, family, kind)
+        with otherwise:
+            store(LOOK_UPS[family](b, codes, scale), out)
 
 
-def _store_products(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value, out: ir.Value, family: str, kind: str) -> None:
-    even, odd = values(b, codes, scale, family)
-    if kind == "bf16":
-        low, high = (_rounded_to_bf16(each) for each in (even, odd))
-        store((low >> 16) | (high & 0xFFFF0000), out)
+def _store_exact(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value, out: ir.Value, family: str, kind: str) -> None:
+    if family == "mxfp4":
+        bits = decode_block(b, codes, scale)
+        store(bits if kind == "bf16" else bits.zext(I32) << 16, out)
         return
-    for part in (0, 1):
-        lanes = [lane for k in range(8 * part, 8 * part + 8) for lane in (k, 16 + k)]
-        store(even.shuffle(lanes, odd), b.add(out, I64(64 * part)))
-
-
-def _rounded_to_bf16(value: Vector) -> Vector:
-    """int32 whose upper half is the nearest BF16, ties to even: only numbers below 2^-126 need rounding at all."""
-    bits = value.cast(I32)
-    return bits + 0x7FFF + ((bits >> 16) & 1)
+    even, odd = values(b, codes, scale, family)
+    store_pairs(even, odd, out, kind)  # rounds only numbers below 2^-126
 
 
 def values(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value, family: str) -> list[Vector]:
     """float32 values of the even and of the odd ones of 32 codes, with the scale byte at an address."""
     unit = splat(b, b.bitcast(power_of_two_bits(b, b.zext(load_scalar(b, scale, I8), I32)), F32), 16)
     if family == "mxfp8_f16c":
-        return [decode_with_halves(each.trunc(I16)) * HALF_UNIT * unit for each in _signed_pairs(b, codes)]
+        return [decode_with_halves(each.trunc(I16)) * HALF_UNIT * unit for each in signed_pairs(b, codes)]
     element = _element(family)
     return [_decode(each, element) * unit for each in _codes(b, codes, element)]
 
@@ -103,12 +107,6 @@ def _codes(b: ir.IRBuilder, address: ir.Value, element: MxElement) -> list[Vecto
     words = load(b, address, I8, 24).shuffle([3 * quad + k for quad in range(8) for k in (0, 1, 1, 2)]).cast(I16)
     pairs = words.zext(I32) >> Vector(b, ir.Constant(ir.VectorType(I32, 16), [0, 4] * 8))
     return [pairs & 63, (pairs >> 6) & 63]
-
-
-def _signed_pairs(b: ir.IRBuilder, address: ir.Value) -> list[Vector]:
-    """The even and the odd byte codes, sign-extended."""
-    pairs = load(b, address, I16, 16).sext(I32)
-    return [(pairs << 24).shift_right_signed(24), pairs.shift_right_signed(8)]
 
 
 def _decode(codes: Vector, element: MxElement) -> Vector:
@@ -131,8 +129,7 @@ def look_up_mxfp6(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value, name: str) 
     bits = [_bf16_bits(value) for value in code_values(element)]
     byte = b.zext(load_scalar(b, scale, I8), I32)
     shift = splat(b, b.trunc(b.shl(b.sub(byte, I32(127)), I32(7)), I16), LANES)
-    smallest = 128 - (bits[1] >> 7)  # the first byte under which the smallest code is still normal
-    tiny = b.icmp_unsigned("<", byte, I32(smallest))
+    tiny = b.icmp_unsigned("<", byte, I32(_first_normal_byte(element)))
     kept = Vector(b, b.bitcast(b.select(tiny, I32(0), I32(0xFFFFFFFE)), ir.VectorType(ir.IntType(1), LANES)))
     positive = kept.select(Vector(b, ir.Constant(ir.VectorType(I16, LANES), bits)) + shift, 0)
     negative = positive | constant(b, I16, LANES, 0x8000)
@@ -140,6 +137,40 @@ def look_up_mxfp6(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value, name: str) 
     words = load(b, codes, I8, 24).shuffle(spread).cast(I16)
     index = words >> Vector(b, ir.Constant(ir.VectorType(I16, LANES), [0, 6, 4, 2] * 8))
     return positive.permuted_with(negative, index)  # only six bits of a lane's index count
+
+
+def shift_mxfp8(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> Vector:
+    """BF16 bits of 32 MXFP8 values in order, for avx512bw: E4M3 moved up, and a table for what is subnormal in it.
+
+    Blocks in which a code has no normal BF16, whose largest weight is below 2^-108, count as zero.
+    """
+    element = ELEMENTS["mxfp8"]
+    byte = b.zext(load_scalar(b, scale, I8), I32)
+    shift = splat(b, b.trunc(b.shl(b.sub(byte, I32(127)), I32(7)), I16), LANES)
+    kept = b.select(b.icmp_unsigned("<", byte, I32(_first_normal_byte(element))), I16(0), I16(0x7FFF))
+    code = load(b, codes, I8, LANES).zext(I16)
+    magnitude = code & 0x7F
+    normal = (magnitude << 4) + (shift + ((127 - element.bias) << 7))
+    steps = [_bf16_bits(value) for value in code_values(element)[: 1 << element.mantissa_bits]]
+    table = Vector(b, ir.Constant(ir.VectorType(I16, LANES), steps + [0] * (LANES - len(steps))))
+    nonzero = Vector(b, ir.Constant(ir.VectorType(I16, LANES), [0] + [0xFFFF] * (LANES - 1)))
+    subnormal = (table + (shift & nonzero)).permuted(magnitude)
+    value = magnitude.gt((1 << element.mantissa_bits) - 1).select(normal, subnormal)
+    return (value & splat(b, kept, LANES)) | ((code << 8) & 0x8000)
+
+
+LOOK_UPS: Mapping[str, Callable[[ir.IRBuilder, ir.Value, ir.Value], Vector]] = {
+    "mxfp4": look_up_block,
+    **{name: partial(look_up_mxfp6, name=name) for name in ("mxfp6_e2m3", "mxfp6_e3m2")},
+    "mxfp8": shift_mxfp8,
+    "mxfp8_f16c": shift_mxfp8,
+}
+"""(builder, addresses of 32 codes and of their scale byte) -> BF16 bits, by format; tiny blocks become zeros."""
+
+
+def _first_normal_byte(element: MxElement) -> int:
+    """The first scale byte under which the smallest code is a normal BF16."""
+    return 128 - (_bf16_bits(code_values(element)[1]) >> 7)
 
 
 def _bf16_bits(value: float) -> int:

@@ -48,7 +48,7 @@ def _small_bits(b: ir.IRBuilder, magnitude: Vector, byte: ir.Value) -> Vector:
 
 
 def look_up_block(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> Vector:
-    """Like `decode_block` through a table in a register, for avx512bw; weights under 2^-126 or so become zero.
+    """Like `decode_block` through a table in a register, for avx512bw; blocks of scale byte 0 or 1 become zeros.
 
     The table is scaled, not the 32 values looked up in it: adding to the exponent multiplies by a power of two.
     """
@@ -59,6 +59,7 @@ def look_up_block(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> Vector:
     # Halves of scale 2^-126 and less have no normal BF16: the whole block counts as zero.
     kept = b.select(b.icmp_unsigned("<", byte, I32(2)), I32(0), I32(NONZERO))
     mask = Vector(b, b.bitcast(kept, ir.VectorType(ir.IntType(1), 32)))
-    scaled = mask.select(table + shift, 0)
+    zeros = Vector(b, ir.Constant(ir.VectorType(I16, 32), [bits & 0x8000 for bits in E2M1_BITS * 2]))
+    scaled = mask.select(table + shift, zeros)
     # Only five bits of a lane's index count, and both halves of the table are the same: nothing needs masking off.
     return scaled.permuted((pairs | (pairs << 12)).cast(I16))

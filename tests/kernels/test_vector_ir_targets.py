@@ -94,7 +94,9 @@ def module_of(name: str) -> str:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", EMITTED)
-def test_compiles_to_vector_instructions(name, target):
+def test_compiles_to_vector_instructions(name, target, monkeypatch):
+    for module in (integer_decode_ir, integer_ir, mx_decode_ir, scaled_decode_ir, scaled_ir):
+        monkeypatch.setattr(module, "has", lambda feature: False)  # what every processor can do
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     triple, cpu, register = TARGETS[target]

@@ -111,5 +111,5 @@ def needed_to_load(
     if activation_dtype is not None:
         fmt = fmt.blocks if isinstance(fmt, RowMultiplied) else fmt
         found.append(cpu_dequantize.needed(fmt, activation_dtype))
-        found.append(cpu_linear.needed(fmt, activation_dtype, 1))
+        found.extend(cpu_linear.needed_for(fmt, activation_dtype))
     return found

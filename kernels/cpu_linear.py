@@ -1,4 +1,8 @@
-"""Matmul with quantized weights on a CPU: fused dot products for a few tokens, dequantized tiles for many."""
+"""Matmul with quantized weights on a CPU.
+
+A few tokens meet weights that are decoded in registers, more of them rows that a core has dequantized into its own
+cache, and many a dequantized tile that torch multiplies.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,23 @@ import torch
 from . import linear_build
 from .compiled import CFunction, Needed
 from .cpu_dequantize import ALONE_ELEMENTS, address, dequantize, family, run_task
+from .cpu_dequantize import needed as needed_to_dequantize
 from .dot_ir import BLOCK, DECODERS
 from .formats import WeightFormat
+from .panel_build import CHUNK, PAD, panel_task
+from .panel_ir import ROWS, TOKENS
 from .processor import has
 from .reference import check_linear, scale_rows, tile_rows, times_tile
 
 DECODES = 5
-"""Times that decoding the weights anew is worth it, for `linear_build.most_tokens` each; else a tile is stored."""
+"""Times that decoding the weights anew, for `linear_build.most_tokens` each, beats torch's product with a tile."""
 ROW_STEP = 8
 """Threads take rows in multiples of it: of the rows that are worked on together, inside blocks of rows."""
+PANEL_TOKENS = 128
+"""Tokens up to which rows that one core dequantizes and multiplies are faster than torch's product with a tile."""
+PANEL_ROWS = 64
+PANEL_BYTES = 1 << 19
+"""At most, so that a panel stays in the cache of one core beside the tokens that come by."""
 
 _reused = threading.local()
 
@@ -35,17 +47,33 @@ def linear(
     check_linear(fmt, x, codes, scales, bias, n_rows, k)
     if not x.shape[0] or not n_rows or not k:
         return times_tile(x, x.new_zeros(n_rows, k), bias).to(x.dtype)
-    together = linear_build.most_tokens()
-    whole = fmt.pads_cols or k % BLOCK == fmt.block_cols % BLOCK == 0
-    if x.shape[0] <= DECODES * together and whole:
-        parts = [_few_tokens(fmt, part, codes, scales, bias, n_rows, k) for part in torch.split(x, together)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    tokens, together = x.shape[0], linear_build.most_tokens()
+    whole = fmt.pads_cols or k % BLOCK == 0
+    in_registers = whole and fmt.block_cols % BLOCK == 0
+    if in_registers and tokens <= together:
+        return _few_tokens(fmt, x, codes, scales, bias, n_rows, k)
+    if whole and tokens <= most_in_panels(fmt, x.dtype):
+        return _in_panels(fmt, x, codes, scales, bias, n_rows, k)
+    if in_registers and tokens <= DECODES * together:
+        return torch.cat([_few_tokens(fmt, part, codes, scales, bias, n_rows, k) for part in torch.split(x, together)])
     return _many_tokens(fmt, x, codes, scales, bias, n_rows, k)
 
 
 def needed(fmt: WeightFormat, dtype: torch.dtype, tokens: int) -> Needed[CFunction]:
     """The compiled task that multiplies up to `tokens` tokens of `dtype`."""
     return linear_build.dot_task.needed(_decoder(fmt, dtype), _slots(tokens))
+
+
+def most_in_panels(fmt: WeightFormat, dtype: torch.dtype) -> int:
+    """Tokens up to which `_in_panels` serves: none without products of BF16, few where torch has those of tiles."""
+    if not _decoder(fmt, dtype).endswith("_bf16"):
+        return 0
+    return DECODES * linear_build.most_tokens() if has("amx-bf16") else PANEL_TOKENS
+
+
+def needed_for(fmt: WeightFormat, dtype: torch.dtype) -> list[Needed[CFunction]]:
+    """What one token of a type, or many, will call beside what dequantizes."""
+    return [needed(fmt, dtype, 1), *([panel_task.needed()] if most_in_panels(fmt, dtype) else [])]
 
 
 def _few_tokens(
@@ -67,6 +95,30 @@ def _few_tokens(
     task = needed(fmt, x.dtype, tokens).get()
     run_task(task, codes, scales, blocks, out, n_rows, cols, step, threads, *address(prepared), 0)
     return (out[:tokens] if bias is None else out[:tokens].add_(bias)).to(x.dtype)
+
+
+def _in_panels(
+    fmt: WeightFormat,
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_rows: int,
+    k: int,
+) -> torch.Tensor:
+    tokens, cols = x.shape[0], -(-k // BLOCK) * BLOCK
+    slots, threads = -(-tokens // TOKENS) * TOKENS, torch.get_num_threads() if n_rows * k >= ALONE_ELEMENTS else 1
+    prepared = _in_chunks(x, slots)
+    out = torch.empty(slots, -(-n_rows // ROWS) * ROWS, dtype=torch.float32)
+    row_bytes = 2 * cols + PAD
+    most = min(PANEL_ROWS, PANEL_BYTES // row_bytes, n_rows // (8 * threads))
+    step = max(ROWS, 1 << max(most, 1).bit_length() - 1)  # a power of two divides the height of blocks of rows
+    panels = _scratch(torch.uint8, threads * step, row_bytes)
+    blocks, function = (fmt.block_rows or n_rows, fmt.block_cols or k), needed_to_dequantize(fmt, x.dtype).get()
+    rest = (*address(prepared), function.address, slots, panels.data_ptr(), 0)
+    run_task(panel_task(), codes, scales, blocks, out, n_rows, cols, step, threads, *rest)
+    product = out[:tokens, :n_rows]
+    return (product if bias is None else product.add_(bias)).to(x.dtype)
 
 
 def _many_tokens(
@@ -102,6 +154,14 @@ def _activations(x: torch.Tensor, slots: int, decoder: str) -> torch.Tensor:
     if DECODERS[decoder].even_first:
         x = x.view(slots, cols // BLOCK, BLOCK // 2, 2).transpose(2, 3).reshape(slots, cols)
     return x.to(dtype).contiguous()
+
+
+def _in_chunks(x: torch.Tensor, slots: int) -> torch.Tensor:
+    """x [T, K] as `panel_build` reads it: [chunks, slots, CHUNK], filled up with zeros."""
+    tokens, k = x.shape
+    padded = x.new_zeros(slots, -(-k // CHUNK) * CHUNK)
+    padded[:tokens, :k] = x
+    return padded.view(slots, -1, CHUNK).transpose(0, 1).contiguous()
 
 
 def _decoder(fmt: WeightFormat, dtype: torch.dtype) -> str:

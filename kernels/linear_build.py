@@ -42,8 +42,11 @@ ARGUMENTS = (
     "x",
     "x_stride",
     "dequantize",
+    "tokens",
+    "panels",
+    "next_panel",
 )
-"""The arguments of a task in order; strides are bytes between rows, `x` and `dequantize` are used by one task each."""
+"""The arguments of a task in order, of which it uses those it needs; strides are bytes between rows."""
 
 
 def _take(typing: Any, address: Any, count: Any) -> Any:

@@ -21,8 +21,8 @@ FEATURES_OF = {
     "icelake-server": ("fma", "f16c", "avx512bw"),
     "x86-64-v4": ("fma", "f16c", "avx512bw"),
     "cooperlake": ("fma", "f16c", "avx512bw", "avx512bf16"),
-    "sapphirerapids": ("fma", "f16c", "avx512bw", "avx512bf16"),
-    "graniterapids": ("fma", "f16c", "avx512bw", "avx512bf16"),
+    "sapphirerapids": ("fma", "f16c", "avx512bw", "avx512bf16", "amx-bf16"),
+    "graniterapids": ("fma", "f16c", "avx512bw", "avx512bf16", "amx-bf16"),
     "znver4": ("fma", "f16c", "avx512bw", "avx512bf16"),
     "znver5": ("fma", "f16c", "avx512bw", "avx512bf16"),
 }
@@ -31,7 +31,7 @@ FEATURES_OF = {
 
 @cache
 def has(feature: str) -> bool:
-    """Whether the processor compiled for has an LLVM feature: `fma`, `f16c`, `avx512bw` or `avx512bf16`."""
+    """Whether the processor compiled for has an LLVM feature: `fma`, `f16c`, `avx512bw`, `avx512bf16` or `amx-bf16`."""
     if llvm.get_process_triple().startswith(("aarch64", "arm64")):
         return feature == "fma"
     features, name = config.CPU_FEATURES, config.CPU_NAME or "host"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: no test may reach the network
 
 import architectures
 import pytest
+from gpu_kernel_table import TABLE
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.set_verbosity_error()
@@ -36,3 +38,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def golden() -> Path:
     """Folder of the checkpoints written by the reference tools."""
     return DATA / "golden"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its part of the table over."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["gpu_kernels"] = TABLE.record()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended; one that crashed has handed nothing over."""
+    if "gpu_kernels" in getattr(node, "workeroutput", {}):
+        TABLE.merge(node.workeroutput["gpu_kernels"])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One table of every GPU kernel that was compiled or interpreted in this run."""
+    lines = TABLE.lines()
+    if lines:
+        terminalreporter.section("GPU kernels")
+        for line in lines:
+            terminalreporter.write_line(line)

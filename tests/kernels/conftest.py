@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -137,13 +136,3 @@ def all_f16() -> torch.Tensor:
     """Every finite FP16 value: 63488 of them."""
     values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     return values[torch.isfinite(values)]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One table of every GPU kernel that was compiled or interpreted in this run."""
-    targets = sys.modules.get("gpu_targets")
-    lines = [] if targets is None else targets.TABLE.lines()
-    if lines:
-        terminalreporter.section("GPU kernels")
-        for line in lines:
-            terminalreporter.write_line(line)

@@ -1,8 +1,8 @@
 """Compiles Triton kernels for GPUs that are not here, reads what they need, and keeps the table of all of them.
 
-`compile_for` gives the assembly, registers, spills and shared memory of one specialisation for one target; `interpret`
-runs a file of tests under Triton's interpreter; `TABLE` collects a row per kernel and target, which `conftest.py`
-prints at the end of the run.
+`compile_for` gives the assembly, registers, spills and shared memory of one specialisation for one target;
+`add_compiled` puts them in the table that is printed at the end of the run; `interpret` runs files of tests under
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton
+from gpu_kernel_table import TABLE, Row, Table
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
@@ -133,55 +134,11 @@ def _ptx_spills(ptx: str, gpu: GPUTarget, settings: Mapping[str, Any]) -> int:
     return sum(int(stores) + int(loads) for stores, loads in found)
 
 
-@dataclass
-class Row:
-    compiled: Compiled
-    native: str
-
-
-@dataclass
-class Table:
-    """Rows by (label, target); interpreter results by label."""
-
-    rows: dict[tuple[str, str], Row] = field(default_factory=dict)
-    interpreted: dict[str, str] = field(default_factory=dict)
-
-    def add(self, label: str, compiled: Compiled, native: str | None = None) -> Compiled:
-        """Record a compiled kernel; `native` is the native instruction that was looked for and found, if any."""
-        self.rows[label, compiled.target] = Row(compiled, native or "-")
-        return compiled
-
-    def add_interpreted(self, label: str, result: str) -> None:
-        """Record what the interpreter said of a kernel: "bit for bit", "close", "failed"."""
-        if self.interpreted.get(label) != "FAILED":
-            self.interpreted[label] = result
-
-    def lines(self) -> list[str]:
-        """The table as text; empty when nothing was recorded."""
-        if not self.rows and not self.interpreted:
-            return []
-        head = ("kernel", "target", "compiled", "native instruction", "regs", "spills", "shared", "interpreter")
-        body = [
-            (
-                label,
-                target,
-                "yes",
-                row.native,
-                str(row.compiled.registers),
-                str(row.compiled.spills),
-                str(row.compiled.shared_bytes),
-                self.interpreted.get(label, "-"),
-            )
-            for (label, target), row in sorted(self.rows.items())
-        ]
-        known = {label for label, _ in self.rows}
-        body += [(k, *("-",) * 6, v) for k, v in sorted(self.interpreted.items()) if k not in known]
-        widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-        return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *body)]
-
-
-TABLE = Table()
-"""The one table of a test run."""
+def add_compiled(label: str, compiled: Compiled, native: str | None = None, table: Table = TABLE) -> Compiled:
+    """Record a compiled kernel; `native` is the native instruction that was looked for and found, if any."""
+    sizes = (str(size) for size in (compiled.registers, compiled.spills, compiled.shared_bytes))
+    table.rows[label, compiled.target] = Row(native or "-", *sizes)
+    return compiled
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from gpu_targets import TABLE, Compiled, compile_for
+from gpu_targets import Compiled, add_compiled, compile_for
 from quantload.kernels.formats import FORMATS, MX
 from quantload.kernels.gpu_target import GpuTarget
 from quantload.kernels.jit import matmul
@@ -105,6 +105,6 @@ def check(
     native = native_instruction(name, target, is_quantized, dtype)
     found = built.find(native)
     if dtype == torch.bfloat16:
-        TABLE.add(label(operation, name, is_quantized, tokens), built, found)
+        add_compiled(label(operation, name, is_quantized, tokens), built, found)
     assert found, f"no {native} in the code of {name} {operation} for {target}"
     assert built.spills == 0

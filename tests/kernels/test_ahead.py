@@ -45,7 +45,8 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _messages(caplog: pytest.LogCaptureFixture) -> None:
+def _messages(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("quantload"), "handlers", [])  # those of tests of the command line
     caplog.set_level(logging.INFO, "quantload")
 
 

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is on Linux only")
 
 import torch
-from gpu_targets import TABLE, TARGETS, compile_for, interpret, interpreter_trouble
+from gpu_targets import TARGETS, add_compiled, compile_for, interpret, interpreter_trouble
 from matmul_kernels import MANY, check
 from quantload.kernels import triton_tiles
 from quantload.kernels.formats import FORMATS
@@ -94,7 +94,7 @@ def test_activations_and_sums(target: str) -> None:
         given = {name: f"{kind}:16" for name, kind in pointers.items()}
         signature = given | {name: "i32:16" for name in kernel.arg_names if name not in {*pointers, *constants}}
         built = compile_for(kernel, signature, target, constants=constants, enable_fp_fusion=True)
-        TABLE.add(f"{kernel.__name__} {constants.get('RULE') or constants.get('CODE', '')}".strip(), built)
+        add_compiled(f"{kernel.__name__} {constants.get('RULE') or constants.get('CODE', '')}".strip(), built)
         assert built.spills == 0
 
 

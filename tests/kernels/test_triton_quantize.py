@@ -15,7 +15,8 @@ from quantload.kernels.formats import FNUZ, FORMATS
 
 pytest.importorskip("triton", reason="Triton is on Linux only")
 
-from gpu_targets import TABLE, TARGETS, Compiled, compile_for, interpret, interpreter_trouble
+from gpu_kernel_table import TABLE
+from gpu_targets import TARGETS, Compiled, add_compiled, compile_for, interpret, interpreter_trouble
 from quantload.kernels import gpu_quantize, triton_quantize
 from quantload.kernels.jit import integer, measure, mx, scaled
 from tested_formats import TRITON
@@ -118,7 +119,7 @@ def compile_all(launches: list[Launch], operation: str, target: str, name: str) 
         assert built.spills == 0
         assert_keeps_subnormals(built)
         if launch.kernel.__name__ != "merge_partials":
-            TABLE.add(f"{operation} {name}", built, native_of(built))
+            add_compiled(f"{operation} {name}", built, native_of(built))
     launches.clear()
 
 

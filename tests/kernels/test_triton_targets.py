@@ -10,7 +10,8 @@ pytest.importorskip("triton", reason="Triton is on Linux only")
 
 import triton
 import triton.language as tl
-from gpu_targets import TARGETS, Table, compile_for, interpret
+from gpu_kernel_table import Table
+from gpu_targets import TARGETS, add_compiled, compile_for, interpret
 
 
 @triton.jit
@@ -75,11 +76,13 @@ def test_table_has_one_line_a_kernel_and_target():
     table = Table()
     assert table.lines() == []
     built = compile_for(_normalize, {"x": "*fp32", "y": "*fp32"}, "sm_80", constants={"N": 64}, num_warps=1)
-    table.add("norm", built, "st.global")
+    add_compiled("norm", built, "st.global", table)
     table.add_interpreted("norm", "bit for bit")
     table.add_interpreted("other", "FAILED")
     table.add_interpreted("other", "bit for bit")
-    lines = table.lines()
+    whole = Table()
+    whole.merge(table.record())
+    lines = whole.lines()
     assert [line.split()[0] for line in lines] == ["kernel", "norm", "other"]
     assert lines[1].endswith("bit for bit")
     assert lines[2].endswith("FAILED")

@@ -66,10 +66,11 @@ class DequantizedWeight:
             step //= 2  # a part of a row of blocks: what it lands in may have to be observed first
         refused = [span.parameter for span in spans if axis == 1 and sinks[span.parameter].whole_rows]
         if refused and weight.columns * self._line_bytes > limit:
+            whole = weight.columns * self._line_bytes
             raise PolicyError(
-                f"{refused[0]}: {weight.name} is stored column by column, and its whole rows take "
-                f"{weight.columns * self._line_bytes} bytes as float32, more than a piece of {limit}; choose a scheme "
-                "without a multiplier for each row, such as quark_mxfp4, or a larger chunk"
+                f"{weight.name} is stored column by column: only all of it has whole rows, {whole} bytes as float32, "
+                f"more than a piece of {limit}; choose a scheme without a multiplier for each row, such as "
+                f"quark_mxfp4, or pieces that large: --chunk {-(-whole >> 20)}MiB, chunk_bytes={whole}"
             )
         found = list(slabs(weight, spans, lines_per_slab(self._line_bytes, step, limit)))
         self._slabs_left = len(found)

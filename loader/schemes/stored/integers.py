@@ -139,7 +139,8 @@ def gptq(bits: int, group: int, first_zero: int, ordered: bool) -> Layout:
         if columns % (group or 1):
             raise CheckpointError(
                 f"{codes.name} has {codes.shape[0]} rows, {columns} columns of its weight; {why} with group_size "
-                f"{group} has a multiple of that; the config is of another checkpoint, or the tensor is damaged"
+                f"{group} is read where that divides them, and a last group that is not full is not; load the original "
+                f"checkpoint, which quantload quantizes while it loads"
             )
         groups = columns // group if group else 1
         scales = module.shaped("scales", FLOATS, ((groups, rows),), why=why)

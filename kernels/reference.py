@@ -263,8 +263,9 @@ def as_one_row(fmt: WeightFormat, source: torch.Tensor, *others: torch.Tensor) -
     return (1, rows * cols) if dense and in_row and rows * cols < 1 << 31 else (rows, cols)
 
 
-def row_chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
-    step = max(1, CHUNK_ELEMENTS // max(cols, 1))
+def row_chunks(rows: int, cols: int, elements: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """Rows, first and behind the last, of chunks of at most so many elements, at least one row."""
+    step = max(1, elements // max(cols, 1))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

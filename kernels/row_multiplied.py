@@ -16,6 +16,9 @@ from .formats import RowMultiplied
 from .mxfp4_rows import split
 from .reference import check_linear, check_quantize, row_chunks
 
+IN_CACHE = 1 << 17
+"""Elements of a product that are multiplied at once, in float32."""
+
 
 @dataclass(frozen=True)
 class MultipliedDequantize:
@@ -54,8 +57,12 @@ class MultipliedLinear:
     ) -> torch.Tensor:
         check_linear(self.format, x, codes, scales, bias, n_rows, k)
         bytes_, multipliers = split(scales)
-        out = self.inner(x, codes, bytes_, None, n_rows, k).float() * multipliers.T
-        return (out if bias is None else out.add_(bias)).to(x.dtype)
+        out = self.inner(x, codes, bytes_, None, n_rows, k)
+        for start, stop in row_chunks(*out.shape, IN_CACHE):
+            part = out[start:stop].float()
+            part *= multipliers.T
+            out[start:stop] = part if bias is None else part.add_(bias)
+        return out
 
 
 @dataclass(frozen=True)
@@ -77,15 +84,18 @@ class MultipliedExperts:
     ) -> torch.Tensor:
         check_experts(self.format, x, codes, scales, bias, offsets, n_rows, k)
         bytes_, multipliers = split(scales)
-        out = self.inner(x, codes, bytes_, None, offsets, n_rows, k).float()
+        out = self.inner(x, codes, bytes_, None, offsets, n_rows, k)
         tokens = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
         expert = torch.searchsorted(offsets[1:].contiguous(), tokens, right=True)
         nobody = expert >= codes.shape[0]
         expert = expert.clamp_(max=codes.shape[0] - 1)
-        out *= multipliers[expert, :, 0]
-        if bias is not None:
-            out += bias[expert].masked_fill(nobody[:, None], 0)
-        return out.to(x.dtype)
+        for start, stop in row_chunks(*out.shape, IN_CACHE):
+            own, part = expert[start:stop], out[start:stop].float()
+            part *= multipliers[own, :, 0]
+            if bias is not None:
+                part += bias[own].masked_fill(nobody[start:stop, None], 0)
+            out[start:stop] = part
+        return out
 
 
 MULTIPLIED: dict[str, Callable[..., Callable[..., Any]]] = {

@@ -180,6 +180,7 @@ def test_100_mb_of_hostile_json_costs_little(start: bytes, unit: bytes, end: byt
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.timing
 def test_100_000_tensors_take_about_a_second():
     tensors = {
         f"model.layers.{i // 999}.experts.{i % 999}.up.weight": entry("U8", [1], i, i + 1) for i in range(100_000)

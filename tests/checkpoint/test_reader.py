@@ -327,6 +327,7 @@ def crawl() -> tuple[Crawling, list[Shard], list[Piece]]:
     return source, [Shard("a", 64 << 20)], [Piece(0, ((0, 64 << 20),), nothing, signal=barrier), *waiting]
 
 
+@pytest.mark.timing
 def test_cancel_takes_less_than_a_second_even_in_a_slow_read():
     source, shards, pieces = crawl()
     cancel = threading.Event()
@@ -337,6 +338,7 @@ def test_cancel_takes_less_than_a_second_even_in_a_slow_read():
     assert time.monotonic() - started < 1
 
 
+@pytest.mark.timing
 def test_ctrl_c_takes_less_than_a_second_even_in_a_slow_read():
     source, shards, pieces = crawl()
     started = time.monotonic()
@@ -363,6 +365,7 @@ def test_a_source_that_fails_wakes_those_who_wait_for_its_piece():
         PieceReader(Failing({"a": bytes(20_000)}), [Shard("a", 20_000)], workers=2, chunk_bytes=8192).run(pieces)
 
 
+@pytest.mark.timing
 def test_small_pieces_cost_little():
     source, shards = memory_shards(bytes(1 << 20))
     pieces = [Piece(0, ((40 * n, 40),), nothing) for n in range(20_000)]

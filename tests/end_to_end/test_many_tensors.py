@@ -62,6 +62,7 @@ def headers_only(folder: Path, config: dict[str, Any], tensors: Mapping[str, tup
     return len(header)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("layers", "experts", "seconds"),
     [(13, 256, 1.5), pytest.param(130, 256, 5.0, marks=pytest.mark.slow)],
@@ -96,6 +97,7 @@ def in_blocks(layers: int, experts: int) -> dict[str, tuple[str, tuple[int, ...]
     return dict(sorted(tensors.items(), key=lambda item: (-ITEMSIZES[item[1][0]], item[0])))
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
 def test_many_stored_weights_are_few_pieces_and_take_little_time(scheme: str, tmp_path: Path) -> None:
     """The goal is 1 s for 10,000 weights, 20,000 tensors; the limit, in processor time, is for slow machines."""

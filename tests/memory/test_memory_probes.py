@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -153,15 +154,23 @@ def test_reset_peak_forgets_what_was_before() -> None:
 
 
 @linux
+@linux
+@pytest.mark.timing
 def test_sampling_costs_under_a_hundredth_of_two_cores() -> None:
-    """Processor time of the thread per second of wall time; the best try looks past what others on the machine do."""
-    probe = AnonymousRssProbe()
+    """Processor time of the sampling thread per second of wall time, while a core works as in a load.
+
+    To wake an idle machine costs the thread more, and nobody. The best try looks past others on the machine.
+    """
     shares = [1.0]
-    while min(shares) >= 0.01 and len(shares) <= 8:
-        with probe:
-            processor, wall = time.process_time(), time.perf_counter()
-            time.sleep(0.4)
-            shares.append((time.process_time() - processor) / (time.perf_counter() - wall) / 2)
+    work = bytes(1 << 20)
+    with AnonymousRssProbe():
+        (sampler,) = (thread for thread in threading.enumerate() if thread.name == "quantload-memory")
+        clock = time.pthread_getcpuclockid(sampler.ident)
+        while min(shares) >= 0.01 and len(shares) <= 30:
+            processor, wall = time.clock_gettime(clock), time.perf_counter()
+            while time.perf_counter() - wall < 0.2:
+                hashlib.sha256(work)  # lets go of the interpreter's lock
+            shares.append((time.clock_gettime(clock) - processor) / (time.perf_counter() - wall) / 2)
     assert min(shares) < 0.01
 
 

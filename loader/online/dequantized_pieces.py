@@ -23,7 +23,7 @@ from ..schemes.stored.weights import StoredWeight
 from .cuts import Sink
 from .regions import Interval
 from .slabs import Slab, SlabPart, lines_per_slab, slabs
-from .stored import check_finite
+from .stored_checks import check_finite
 from .stored_parts import PartMatrix, all_but_codes, codes_of
 
 Dequantize = Callable[[Tensor, Tensor, Tensor], None]

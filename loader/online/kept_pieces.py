@@ -14,7 +14,7 @@ from .cuts import Sink
 from .kept_bundles import KeptBundler
 from .regions import Interval
 from .slabs import Slab, SlabPart, rows_of, slabs
-from .stored import check_codes
+from .stored_checks import check_codes
 from .stored_parts import PartMatrix, codes_of
 from .stored_stacks import Families
 

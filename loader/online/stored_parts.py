@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..schemes.stored.weights import StoredPart, StoredWeight
 from .regions import Interval
 from .slabs import lines_per_slab
-from .stored import check_codes, check_order, check_zero
+from .stored_checks import check_codes, check_order, check_zero
 
 
 @dataclass(frozen=True)

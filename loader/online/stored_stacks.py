@@ -17,7 +17,7 @@ from ..errors import CheckpointError, NonFiniteWeightError
 from ..model.routes import Span
 from ..schemes.stored.weights import Role, StoredPart, StoredWeight
 from .regions import Region
-from .stored import check_finite
+from .stored_checks import check_finite
 from .stored_parts import PartMatrix
 
 MAX_HOLE = 256

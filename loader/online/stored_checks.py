@@ -1,0 +1,58 @@
+"""What the tensors of a stored weight must not be: each check raises an error that names the tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, NonFiniteWeightError
+
+
+def check_finite(name: str, scales: Tensor, largest: float = torch.inf) -> None:
+    """Raise `NonFiniteWeightError` for a scale that is NaN or infinite; an E8M0 byte of 255 is NaN.
+
+    So is a float scale above `largest`, with which codes would be infinite in the dtype of the weight.
+    """
+    if not scales.numel():
+        return
+    if scales.dtype == torch.uint8:
+        found = torch.nan if int(scales.max()) == 255 else 0.0
+    else:
+        found = float(scales.abs().max())
+    if not found < torch.inf:
+        raise NonFiniteWeightError(f"{name}: a scale is NaN or infinite; the checkpoint is damaged, copy it again")
+    if found > largest:
+        raise NonFiniteWeightError(
+            f"{name}: a scale is {found:g}; with one above {largest:g} codes are infinite in the dtype of the model; "
+            f"the checkpoint is damaged, or its quantization went wrong: copy or export it again"
+        )
+
+
+def check_codes(name: str, codes: Tensor) -> None:
+    """Raise `NonFiniteWeightError` for E4M3 codes that are NaN: 0x7F and 0xFF, the largest byte of either reading."""
+    if codes.dtype != torch.float8_e4m3fn or not codes.numel():
+        return
+    if int(codes.view(torch.int8).amax()) == 0x7F or int(codes.view(torch.uint8).amax()) == 0xFF:
+        raise NonFiniteWeightError(
+            f"{name}: a code is NaN; the checkpoint is damaged, or its quantization went wrong: copy or export it again"
+        )
+
+
+def check_zero(name: str, values: Tensor) -> None:
+    """Raise `CheckpointError` for zero points that are not zero, of a quantization that has none."""
+    if bool(values.float().any()):
+        raise CheckpointError(
+            f"{name} is not zero everywhere, but the config says that the quantization is symmetric; "
+            f"correct the config, or load the original checkpoint, which quantload quantizes while it loads"
+        )
+
+
+def check_order(name: str, groups: Tensor, group: int) -> None:
+    """Raise `CheckpointError` for columns [.., K] that are in another group than the one of `group` they stand in."""
+    in_order = torch.arange(groups.shape[-1], dtype=groups.dtype, device=groups.device) // group
+    if not torch.equal(groups, in_order.expand_as(groups)):
+        raise CheckpointError(
+            f"{name} does not count groups of {group} columns one after the other: the columns were quantized in the "
+            f"order of their activations (desc_act), which is not read; load the original checkpoint, which quantload "
+            f"quantizes while it loads, or one that was quantized without desc_act"
+        )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, NonFiniteWeightError
+from ..schemes.stored.weights import StoredWeight
 
 
 def check_finite(name: str, scales: Tensor, largest: float = torch.inf) -> None:
@@ -55,4 +56,15 @@ def check_order(name: str, groups: Tensor, group: int) -> None:
             f"{name} does not count groups of {group} columns one after the other: the columns were quantized in the "
             f"order of their activations (desc_act), which is not read; load the original checkpoint, which quantload "
             f"quantizes while it loads, or one that was quantized without desc_act"
+        )
+
+
+def check_shape(name: str, shapes: Tensor, weight: StoredWeight) -> None:
+    """Raise `CheckpointError` for shapes [.., 2] that are not the rows and columns of a weight."""
+    stored = [weight.rows, weight.columns]
+    wrong = next((shape for shape in shapes.reshape(-1, 2).tolist() if shape != stored), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{name} says {wrong}, but {weight.codes.entry.name} and its scales are those of a weight of {stored}; one "
+            f"of them is damaged, or of another checkpoint: copy or export it again"
         )

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..schemes.stored.weights import StoredPart, StoredWeight
 from .regions import Interval
 from .slabs import lines_per_slab
-from .stored_checks import check_codes, check_order, check_zero
+from .stored_checks import check_codes, check_order, check_shape, check_zero
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class PartMatrix:
     def canonical(self, buffer: Tensor, rows: Interval) -> Tensor:
         """What some rows, as they lie in a piece's buffer, are in the canonical layout.
 
-        Raises a `CheckpointError` for codes and zero points that cannot be.
+        Raises a `CheckpointError` for what cannot be, or does not fit the weight.
         """
         role, name = self.part.role, self.part.entry.name
         stored = buffer.view(self.part.entry.dtype).view(rows[1] - rows[0], -1)
@@ -75,6 +75,8 @@ class PartMatrix:
             check_zero(name, stored)
         if role == "order":
             check_order(name, stored, self.weight.format.block_cols or self.weight.columns)
+        if role == "shape":
+            check_shape(name, stored, self.weight)
         if role != "codes":
             return stored if self.part.convert is None else self.part.convert(stored)
         check_codes(name, stored)

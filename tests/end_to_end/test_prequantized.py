@@ -170,6 +170,25 @@ def test_a_missing_scale_is_named(golden: Path, tmp_path: Path) -> None:
         load_quantized(folder)
 
 
+@pytest.mark.parametrize("options", [LoadOptions(), SMALL], ids=["whole", "small pieces"])
+@pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
+def test_a_packed_shape_in_another_shard_is_compared_with_the_codes(
+    scheme: str, options: LoadOptions, golden: Path, tmp_path: Path
+) -> None:
+    tensors = raw_checkpoint.read(golden / "ct_llama_w4a16")
+    shapes = {key: tensors.pop(key) for key in list(tensors) if key.endswith("weight_shape")}
+    without = raw_checkpoint.write(tmp_path / "without", golden / "ct_llama_w4a16", [tensors])
+    want = load_quantized(golden / "ct_llama_w4a16", scheme, options=options).state_dict()
+    got = load_quantized(without, scheme, options=options).state_dict()
+    assert all(torch.equal(got[key].view(torch.uint8), want[key].view(torch.uint8)) for key in want)
+    key = "model.layers.1.mlp.down_proj.weight_shape"
+    shapes[key] = shapes[key].flip(0)
+    assert not torch.equal(shapes[key], shapes[key].flip(0))
+    folder = raw_checkpoint.write(tmp_path / "wrong", golden / "ct_llama_w4a16", [shapes, tensors])
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj\.weight_shape says \[\d+, \d+\], but"):
+        load_quantized(folder, scheme, options=options)
+
+
 @pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
 def test_a_scale_that_is_not_finite_is_named(scheme: str, golden: Path, tmp_path: Path) -> None:
     tensors = raw_checkpoint.read(golden / "native_llama_blockfp8")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantload.checkpoint.headers import TensorEntry
 from quantload.errors import CheckpointError
-from quantload.online.stored_checks import check_order
+from quantload.kernels.formats import FORMATS
+from quantload.online.stored_checks import check_order, check_shape
+from quantload.schemes.stored.weights import StoredPart, StoredWeight
 
 
 def test_the_order_of_columns_is_checked_where_the_tensor_lies() -> None:
@@ -14,3 +17,13 @@ def test_the_order_of_columns_is_checked_where_the_tensor_lies() -> None:
         check_order("q.g_idx", groups.expand(2, 8), 4)
         with pytest.raises(CheckpointError, match=r"q\.g_idx does not count groups of 4 columns"):
             check_order("q.g_idx", groups.flip(0), 4)
+
+
+def test_a_shape_is_that_of_codes_and_scales() -> None:
+    codes = StoredPart("codes", TensorEntry("q.weight_packed", torch.int32, (8, 8), 0, 0, 256))
+    weight = StoredWeight("q.weight", FORMATS["int4_group32_f16"], None, 8, 64, torch.float16, (codes,))
+    with torch.device("meta"):
+        check_shape("q.weight_shape", torch.tensor([[8, 64], [8, 64]], device="cpu"), weight)
+        message = r"q\.weight_shape says \[8, 62\], but q\.weight_packed and its scales are .* of \[8, 64\]"
+        with pytest.raises(CheckpointError, match=message):
+            check_shape("q.weight_shape", torch.tensor([[8, 64], [8, 62]], device="cpu"), weight)

@@ -300,6 +300,8 @@ def without(tensors, name):
         (PACKED, {**packed("q", columns=80, group=16)}, r"q\.weight_packed has room for 80 codes .* groups for 160"),
         (PACKED, without(packed("q"), "q.weight_scale"), r"q\.weight_scale is missing"),
         (PACKED, {**packed("q"), "q.weight_scale": torch.ones(7, 2)}, r"q\.weight_scale has the shape \[7, 2\]"),
+        (PACKED, {**packed("q"), "q.weight_shape": torch.ones(3).int()}, r"q\.weight_shape has the shape \[3\]"),
+        (PACKED, {**packed("q"), "q.weight_shape": torch.ones(2)}, r"q\.weight_shape is float32"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(group, tensors, message):
@@ -315,14 +317,24 @@ def test_a_packed_shape_that_does_not_fit_is_named():
         stored_tensors.read(config(group), tensors)
 
 
+def test_a_shape_that_groups_say_too_is_to_be_checked():
+    tensors = packed("q") | without(packed("k"), "k.weight_shape")
+    weights = stored_tensors.read(config(PACKED), tensors).weights
+    assert [part.role for part in weights["k.weight"].parts] == ["codes", "scale"]
+    part = weights["q.weight"].parts[-1]
+    assert (part.role, part.only_checked, part.entry.name) == ("shape", True, "q.weight_shape")
+    assert stored_tensors.matrix(part, tensors).tolist() == [[8, 64]]
+
+
 def test_packed_zero_points_of_rows_that_do_not_fill_the_last_word():
     group = {**PACKED, "weights": {**PACKED["weights"], "symmetric": False}}
     zeros = torch.tensor([[0x76543210, 0], [0x0000BA98, 0]], dtype=torch.int32)
     tensors = {**packed("q", rows=12), "q.weight_zero_point": zeros}
     weight = stored_tensors.read(config(group), tensors).weights["q.weight"]
-    assert (weight.step, weight.parts[-1].block) == (1, 0)
-    assert weight.parts[-1].convert is not None
-    in_one_row = weight.parts[-1].convert(zeros.reshape(1, -1))
+    (part,) = (part for part in weight.parts if part.role == "zero_point")
+    assert (weight.step, part.block) == (1, 0)
+    assert part.convert is not None
+    in_one_row = part.convert(zeros.reshape(1, -1))
     assert in_one_row.tolist() == [[float(row), 0.0] for row in range(12)]
     assert torch.equal(stored_tensors.dequantized(weight, tensors)[:, 0], -torch.arange(12.0))
 

@@ -40,7 +40,6 @@ _UNUSED = {
         ("input_scale", "activation_scale", "input_zero_point", "input_scale_2", "input_global_scale"),
         "the input of this layer is not quantized with a scale from the checkpoint",
     ),
-    "weight_shape": "its codes and scales say the same",
 }
 """Tensors of quantized layers that nothing here needs, if nothing took them, and why."""
 

@@ -14,7 +14,7 @@ from .layouts import Layout, fp8_block, fp8_channel, fp8_tensor, int8_channel, i
 from .modules import StoredModule
 from .patterns import Lookup, Patterns
 from .settings import Settings
-from .weights import StoredWeight
+from .weights import StoredPart, StoredWeight
 
 _MX = {"mxfp4-pack-quantized": MXFP4, "mxfp6-pack-quantized": MXFP6_E2M3, "mxfp8-quantized": MXFP8}
 _FP8: Mapping[str, Layout] = {"tensor": fp8_tensor(), "channel": fp8_channel(), "block": fp8_block()}
@@ -22,7 +22,7 @@ _INT8: Mapping[str, Layout] = {"tensor": int8_tensor(), "channel": int8_channel(
 _NVFP4 = "nvfp4-pack-quantized"
 _FORMATS = (*_MX, _NVFP4, "float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
 _BLOCKS = [FP8_BLOCK.block_rows, FP8_BLOCK.block_cols]
-_LINEAR = "Linear"
+_LINEAR, _SHAPE = "Linear", "weight_shape"
 _ARGUMENTS = frozenset(
     (
         *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic"),
@@ -39,7 +39,7 @@ class CompressedTensors:
     tensors = frozenset(
         (
             *("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
-            *("weight_shape", "input_scale", "input_zero_point", "input_global_scale"),
+            *(_SHAPE, "input_scale", "input_zero_point", "input_global_scale"),
         )
     )
     formats = frozenset(
@@ -85,10 +85,11 @@ class CompressedTensors:
                 raise group.error("format", written, _FORMATS)
         else:
             written = group.choice("format", _FORMATS)
+        layout = _of_its_shape(_layout(weights, written))
         inputs = group.section("input_activations")
         if inputs is None or written == _NVFP4:  # which is only read to be quantized anew
-            return Layer(_layout(weights, written))
-        return Layer(_layout(weights, written), _activations(inputs))
+            return Layer(layout)
+        return Layer(layout, _activations(inputs))
 
 
 def _refuse(settings: Settings) -> None:
@@ -166,6 +167,19 @@ def _in_order(weights: Settings, group: int, layout: Layout) -> Layout:
                     f"quantize without an activation order that moves columns, or load the original checkpoint"
                 )
         return layout(module)
+
+    return read
+
+
+def _of_its_shape(layout: Layout) -> Layout:
+    """A layout that keeps `weight_shape` to be checked, where there is one that was not needed to find the shape."""
+
+    def read(module: StoredModule) -> StoredWeight:
+        weight = layout(module)
+        if _SHAPE not in module:
+            return weight
+        entry = module.shaped(_SHAPE, (torch.int64, torch.int32), ((2,),), why="the shape of a stored weight")
+        return weight._replace(parts=(*weight.parts, StoredPart("shape", entry._replace(shape=(1, 2)), 0)))
 
     return read
 

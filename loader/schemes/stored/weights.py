@@ -12,7 +12,7 @@ from torch import Tensor
 from ...checkpoint.headers import TensorEntry
 from ...kernels.formats import WeightFormat
 
-Role = Literal["codes", "scale", "zero_point", "must_be_zero", "order", "input_scale"]
+Role = Literal["codes", "scale", "zero_point", "must_be_zero", "order", "shape", "input_scale"]
 
 
 class StoredPart(NamedTuple):
@@ -23,8 +23,9 @@ class StoredPart(NamedTuple):
     everything. `convert` takes some of its rows, [n, ...] in the stored dtype, and returns what they are in the
     canonical layout: codes [rows, code columns], or the values of one scale word, [scale rows, scale blocks], in the
     dtype of the format's scales. `None`: the bytes are canonical as they are. Where several weights share one, it is
-    called once for the rows of all of them, one weight's below the other's. `must_be_zero` and `order`, the group that
-    each column is in, are only checked; `input_scale` is the role of the scale of a weight's activations.
+    called once for the rows of all of them, one weight's below the other's. `must_be_zero`, `order`, the group that
+    each column is in, and `shape`, the rows and columns of the weight, are only checked; `input_scale` is the role of
+    the scale of a weight's activations.
     """
 
     role: Role
@@ -35,7 +36,7 @@ class StoredPart(NamedTuple):
     @property
     def only_checked(self) -> bool:
         """Whether nothing is made of it."""
-        return self.role in ("must_be_zero", "order")
+        return self.role in ("must_be_zero", "order", "shape")
 
 
 @dataclass(frozen=True)

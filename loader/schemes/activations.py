@@ -187,20 +187,28 @@ class ActivationChoice:
 
 
 def choose_activations(
-    weights: WeightFormat, stored: StoredActivations | None, option: str, device: torch.device, *, name: str
+    weights: WeightFormat,
+    stored: StoredActivations | None,
+    option: str,
+    device: torch.device,
+    *,
+    name: str,
+    online: bool = False,
 ) -> ActivationChoice:
     """What becomes of the activations in front of `weights`, by `LoadOptions.activations`.
 
-    `stored` is what the config of a quantized checkpoint says, `name` the scheme or layer for error messages. Raises
-    `PolicyError` for a pair that does not exist, `CheckpointError` for a static scale that is not there, `NoKernel`
-    where nothing can round on the device.
+    `stored` is what the config of a quantized checkpoint says, None where it leaves them alone; for weights that are
+    quantized `online` no config does, and kernels may do what they do on their own. `name` is the scheme or layer, for
+    error messages. Raises `PolicyError` for a pair that does not exist, `CheckpointError` for a static scale that is
+    not there, `NoKernel` where nothing can round on the device.
     """
     weight_only = kernel_registry.weight_only(weights.name, device)
     if option == "none":
         return ActivationChoice(None, weight_only)
     own, configured = pairs(weights)[:1], None if stored is None else _configured(weights, stored, name)
     if option == "auto":  # what kernels do on their own is right only if it is what the config asks for
-        return ActivationChoice(None, {} if configured is None or (configured,) == own else weight_only)
+        as_kernels_do = online if configured is None else (configured,) == own
+        return ActivationChoice(None, {} if as_kernels_do else weight_only)
     wanted = _wanted(weights, configured, option, name)
     native = kernel_registry.quantizing(weights.name, device) if (wanted,) == own and option != "emulate" else {}
     if native:

@@ -194,16 +194,19 @@ class SchemeFactory:
                 f"such as {DEFAULT}"
             )
         try:
-            return cls(*self._arguments(name, format_name, activations, "default"))
+            return cls(*self._arguments(name, format_name, activations, online=False))
         except LookupError as error:
             raise NoKernelError(f"{name} is stored as {format_name}: {error}") from error
 
     def _arguments(
-        self, name: str, format_name: str, stored: StoredActivations | None, scale_mode: ScaleMode
+        self, name: str, format_name: str, stored: StoredActivations | None, *, online: bool
     ) -> tuple[Quantizer, Activation | None]:
         """What a scheme is made of: the kernels for its weights, and what its activations are rounded to."""
-        choice = choose_activations(FORMATS[format_name], stored, self._options.activations, self.device, name=name)
+        choice = choose_activations(
+            FORMATS[format_name], stored, self._options.activations, self.device, name=name, online=online
+        )
         overrides = {**choice.kernels, **self._options.kernels}
+        scale_mode = self._scale_mode if online else "default"
         kernels = kernel_registry.kernel_set(format_name, self.device, overrides, scale_mode)
         return Quantizer(kernels, self._options.stats, self.device), choice.emulated
 
@@ -216,7 +219,7 @@ class SchemeFactory:
                     f"{', '.join(_names_with(self._scale_mode))}"
                 )
             try:
-                self._made[cls] = cls(*self._arguments(name, format_name, None, self._scale_mode))
+                self._made[cls] = cls(*self._arguments(name, format_name, None, online=True))
             except LookupError as error:
                 raise NoKernelError(str(error)) from error
         made: _S = self._made[cls]

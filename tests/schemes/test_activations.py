@@ -190,19 +190,20 @@ def test_kernels_that_round_on_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(act, "kernels_of", lambda *_: None)
     gpu = torch.device("cuda")
 
-    def choice(name: str, option: str, config: StoredActivations | None = None) -> tuple[Any, Any]:
-        made = choose_activations(FORMATS[name], config, option, gpu, name="fc")
+    def choice(name: str, option: str, config: StoredActivations | None = None, online: bool = True) -> tuple[Any, Any]:
+        made = choose_activations(FORMATS[name], config, option, gpu, name="fc", online=online)
         return made.emulated and made.emulated.format, made.kernels
 
     plain = {"linear": "triton"}
     assert choice("mxfp4", "auto") == (None, {})
-    assert choice("mxfp4", "auto", stored(act.MXFP4)) == (None, {})
-    assert choice("mxfp4", "auto", stored(act.MXFP6_E2M3)) == (None, plain)
+    assert choice("mxfp4", "auto", None, online=False) == (None, plain)  # a config that quantizes weights only
+    assert choice("mxfp4", "auto", stored(act.MXFP4), online=False) == (None, {})
+    assert choice("mxfp4", "auto", stored(act.MXFP6_E2M3), online=False) == (None, plain)
     assert choice("mxfp4", "none") == (None, plain)
     assert choice("mxfp4", "mxfp4") == (None, {"linear": "aiter"})
     assert choice("mxfp4", "emulate") == (act.MXFP4, plain)
     assert choice("mxfp4", "mxfp6_e2m3") == (act.MXFP6_E2M3, plain)
-    assert choice("mxfp4", "fp8", stored(act.FP8_STATIC)) == (act.FP8_STATIC, plain)
+    assert choice("mxfp4", "fp8", stored(act.FP8_STATIC), online=False) == (act.FP8_STATIC, plain)
     assert choice("int8_channel", "auto") == (None, {})  # weight-only is the best there
     assert choice("int8_channel", "int8") == (None, {"linear": "triton_w8a8"})
 

@@ -58,7 +58,7 @@ class MultipliedLinear:
         check_linear(self.format, x, codes, scales, bias, n_rows, k)
         bytes_, multipliers = split(scales)
         out = self.inner(x, codes, bytes_, None, n_rows, k)
-        for start, stop in row_chunks(*out.shape, IN_CACHE):
+        for start, stop in row_chunks(len(out), n_rows, IN_CACHE):
             part = out[start:stop].float()
             part *= multipliers.T
             out[start:stop] = part if bias is None else part.add_(bias)
@@ -89,7 +89,7 @@ class MultipliedExperts:
         expert = torch.searchsorted(offsets[1:].contiguous(), tokens, right=True)
         nobody = expert >= codes.shape[0]
         expert = expert.clamp_(max=codes.shape[0] - 1)
-        for start, stop in row_chunks(*out.shape, IN_CACHE):
+        for start, stop in row_chunks(len(out), n_rows, IN_CACHE):
             own, part = expert[start:stop], out[start:stop].float()
             part *= multipliers[own, :, 0]
             if bias is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -66,7 +65,7 @@ def plan_load(
     schemes: SchemeFactory,
 ) -> LoadPlan:
     """Cut every route into pieces and add up what will be held at once."""
-    _check_whole(routes, sources)
+    _check_whole(routes, sources, index, loaders)
     whole_names = {name for conversion in routes.whole for name in conversion.names()}
     plain = (index.tensors[name] for name in routes.spans if name not in whole_names and name not in sources.weights)
     entries = sorted(plain, key=_place)
@@ -116,7 +115,7 @@ def plan_staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) ->
     return workers, workers * each
 
 
-def _check_whole(routes: Routes, sources: StoredSources) -> None:
+def _check_whole(routes: Routes, sources: StoredSources, index: CheckpointIndex, loaders: WeightLoaders) -> None:
     for conversion in routes.whole:
         for name in conversion.names():
             if name in sources.weights:
@@ -124,6 +123,7 @@ def _check_whole(routes: Routes, sources: StoredSources) -> None:
                     f"{name} is stored quantized, and transformers computes {conversion.target} from values, not by "
                     f"moving them: load the checkpoint this one was made from"
                 )
+            _check_values(index.tensors[name], conversion.target, loaders)
 
 
 def _check_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoaders) -> None:
@@ -131,25 +131,35 @@ def _check_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoa
     for entry in entries:
         if entry.dtype not in QUANTIZABLE:
             for span in routes.spans[entry.name]:
-                _check_dtype(entry, span.parameter, loaders.sinks[span.parameter].loader)
+                _check_dtype(entry, span.parameter, loaders)
 
 
-def _check_dtype(entry: TensorEntry, parameter: str, loader: Any) -> None:
-    kept_as = loader.dtype if isinstance(loader, DirectWeightLoader) else None
-    if kept_as == entry.dtype or (kept_as is not None and not kept_as.is_floating_point):
-        return
-    if entry.dtype != torch.float64:
-        raise CheckpointError(
-            f"checkpoint tensor {entry.name} is {entry.dtype}, which holds codes and not the values of {parameter}, "
-            f"and no quantization_config in config.json says what they stand for: use the config.json that belongs to "
-            f"this checkpoint, or the checkpoint that it was quantized from"
-        )
-    if kept_as is None:
+def _check_dtype(entry: TensorEntry, parameter: str, loaders: WeightLoaders) -> None:
+    _check_values(entry, parameter, loaders)
+    if entry.dtype == torch.float64 and _kept_as(parameter, loaders) is None:
         raise UnsupportedCheckpointError(
             f"checkpoint tensor {entry.name} is {entry.dtype}; only "
             f"{', '.join(str(dtype).removeprefix('torch.') for dtype in QUANTIZABLE)} can be quantized: "
             f"leave {parameter.rpartition('.')[0]} as stored with an ignore pattern"
         )
+
+
+def _check_values(entry: TensorEntry, parameter: str, loaders: WeightLoaders) -> None:
+    """Raise `CheckpointError` for codes that no config explains, where a parameter is made of values."""
+    kept_as = _kept_as(parameter, loaders)
+    if entry.dtype in (*QUANTIZABLE, torch.float64, kept_as) or not (kept_as is None or kept_as.is_floating_point):
+        return
+    raise CheckpointError(
+        f"checkpoint tensor {entry.name} is {entry.dtype}, which holds codes and not the values of {parameter}, "
+        f"and no quantization_config in config.json says what they stand for: use the config.json that belongs to "
+        f"this checkpoint, or the checkpoint that it was quantized from"
+    )
+
+
+def _kept_as(parameter: str, loaders: WeightLoaders) -> torch.dtype | None:
+    """The dtype that a parameter has in the model; `None` for one that is quantized."""
+    loader = loaders.sinks[parameter].loader
+    return loader.dtype if isinstance(loader, DirectWeightLoader) else None
 
 
 def _quantized_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoaders) -> Iterator[torch.dtype]:

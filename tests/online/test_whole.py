@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import pytest
 import torch
 from architectures import BY_NAME, logits, reference
 from quantload import LoadOptions, load_quantized, plan_quantized
-from quantload.errors import NonFiniteWeightError
+from quantload.errors import CheckpointError, NonFiniteWeightError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import conversion_mapping
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 
@@ -97,16 +98,51 @@ def test_without_such_a_conversion_there_is_no_fallback(checkpoint: Checkpoint) 
     assert load_quantized(checkpoint("qwen3_moe")).load_report.fallback_conversions == 0
 
 
-@pytest.mark.usefixtures("halving")
-def test_a_weight_of_a_group_that_is_not_finite_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = checkpoint("qwen3_moe")
+def changed(source: Path, folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
+    """A copy of a checkpoint in which one tensor is another one."""
     for file in source.glob("*.json"):
-        (tmp_path / file.name).write_text(file.read_text())
+        (folder / file.name).write_text(file.read_text())
     (shard,) = source.glob("*.safetensors")
     tensors = load_file(shard)
-    name = "model.layers.1.mlp.experts.2.up_proj.weight"
-    tensors[name][3, 5] = torch.nan
-    save_file(tensors, tmp_path / shard.name, metadata={"format": "pt"})
+    save_file(tensors | {name: change(tensors[name])}, folder / shard.name, metadata={"format": "pt"})
+    return folder
+
+
+UP_PROJ = "model.layers.1.mlp.experts.2.up_proj.weight"
+K_NORM = "model.layers.1.self_attn.k_norm.weight"
+
+
+@pytest.mark.usefixtures("halving")
+def test_a_weight_of_a_group_that_is_not_finite_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = changed(checkpoint("qwen3_moe"), tmp_path, UP_PROJ, lambda values: torch.full_like(values, torch.nan))
     with pytest.raises(NonFiniteWeightError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj"):
-        load_quantized(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3_moe"
+        load_quantized(path)
+
+
+@pytest.mark.usefixtures("halving")
+@pytest.mark.parametrize("scheme", ["none", "quark_mxfp4"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "parameter"),
+    [
+        (UP_PROJ, torch.float8_e4m3fn, "model.layers.1.mlp.experts.gate_up_proj"),
+        (UP_PROJ, torch.uint8, "model.layers.1.mlp.experts.gate_up_proj"),
+        (K_NORM, torch.float8_e4m3fn, K_NORM),
+    ],
+)
+def test_codes_of_a_group_that_no_config_explains_are_an_error(
+    name: str, dtype: torch.dtype, parameter: str, scheme: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    path = changed(checkpoint("qwen3_moe"), tmp_path, name, lambda values: values.to(dtype))
+    message = f"{re.escape(name)} is {dtype}, .* not the values of {re.escape(parameter)}, and no quantization_config"
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized(path, scheme)
+
+
+@pytest.mark.usefixtures("halving")
+@pytest.mark.parametrize("scheme", ["none", "quark_mxfp4"])
+def test_float64_of_a_group_is_converted_in_the_dtype_of_the_parameter(
+    scheme: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    path = changed(checkpoint("qwen3_moe"), tmp_path, UP_PROJ, Tensor.double)
+    want, got = (load_quantized(each, scheme).state_dict() for each in (checkpoint("qwen3_moe"), path))
+    assert all(torch.equal(got[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in want.items())

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checkpoint.pieces import Piece
 from ..checkpoint.workspace import Workspace
 from ..errors import CheckpointError
+from ..schemes.activations import check_input_scales
 from ..schemes.stored.weights import StoredPart, StoredWeight
 from .regions import Interval
 from .slabs import lines_per_slab
@@ -77,6 +78,8 @@ class PartMatrix:
             check_order(name, stored, self.weight.format.block_cols or self.weight.columns)
         if role == "shape":
             check_shape(name, stored, self.weight)
+        if role == "input_scale":
+            check_input_scales(name, stored)
         if role != "codes":
             return stored if self.part.convert is None else self.part.convert(stored)
         check_codes(name, stored)

@@ -257,6 +257,16 @@ def _listed(weights: WeightFormat, static: bool) -> str:
     return ", ".join([str(each) for each in pairs(weights) if static or not each.static] + ["none"])
 
 
+def check_input_scales(name: str, scales: Tensor) -> None:
+    """Raise `CheckpointError` for static scales of activations that are not finite or not positive, or for none."""
+    values = scales.float()
+    if not values.numel() or not bool((torch.isfinite(values) & (values > 0)).all()):
+        raise CheckpointError(
+            f"{name} is {values.flatten().tolist()}; static scales of activations are finite numbers above zero: copy "
+            f"or export the checkpoint again, or load it with activations='none', which uses none of them"
+        )
+
+
 class InputScales:
     """The static input scales of one load, made one a layer."""
 
@@ -271,8 +281,7 @@ class InputScales:
         Raises `CheckpointError` for a scale that is not finite or not positive, or if there is none.
         """
         scales = values.detach().float().reshape(-1)
-        if not scales.numel() or not bool((torch.isfinite(scales) & (scales > 0)).all()):
-            raise CheckpointError(f"{name} is {scales.tolist()}; expected finite numbers above zero: export it again")
+        check_input_scales(name, scales)
         largest = scales.max().reshape(1)
         if bool((scales != largest).any()):
             self._warn(name, scales)

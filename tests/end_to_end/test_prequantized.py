@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import raw_checkpoint
 import torch
+from quantized_copies import fp8_tensors, quantized_copy
 from quantized_models import quantized_modules
 from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
 from quantload.errors import CheckpointError, NonFiniteWeightError, PolicyError
@@ -275,6 +278,40 @@ def test_static_input_scales_are_read_where_activations_are_emulated(golden: Pat
     assert report.final_bytes == report.predicted_final_bytes
     tokens = torch.arange(8)[None]
     assert not torch.equal(model(tokens).logits, load_quantized(folder)(tokens).logits)
+
+
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf, 0.0, -1.0])
+def test_a_static_input_scale_that_is_none_is_named_where_it_is_used(
+    scale: float, golden: Path, tmp_path: Path
+) -> None:
+    tensors = raw_checkpoint.read(golden / "quark_llama_fp8")
+    key = "model.layers.1.mlp.down_proj.input_scale"
+    tensors[key] = torch.full_like(tensors[key], scale)
+    folder = raw_checkpoint.write(tmp_path / "broken", golden / "quark_llama_fp8", [tensors])
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(key)} is \[{scale}\]; static scales.*activations='none'"):
+        load_quantized(folder, options=LoadOptions(activations="emulate"))
+    tokens = torch.arange(8)[None]
+    want = load_quantized(golden / "quark_llama_fp8")(tokens).logits
+    for activations in ("auto", "none"):  # nothing rounds on a CPU
+        assert torch.equal(load_quantized(folder, options=LoadOptions(activations=activations))(tokens).logits, want)
+    load_quantized(folder, "quark_mxfp4")
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_bytes": 4096, "workers": 3}], ids=["whole", "small pieces"])
+def test_the_expert_with_an_input_scale_that_is_none_is_named(
+    options: dict[str, int], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    wrong = "model.layers.1.mlp.experts.2.up_proj"
+
+    def static(module: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, values = fp8_tensors(module, weight)
+        return tensors | {f"{module}.input_scale": torch.tensor(0.0 if module == wrong else 0.5)}, values
+
+    config = {"quant_method": "fp8", "activation_scheme": "static"}
+    folder, _ = quantized_copy(tmp_path, checkpoint("qwen3_moe"), static, config)
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(wrong)}\.input_scale is \[0\.0\]; static scales"):
+        load_quantized(folder, options=LoadOptions(activations="emulate", **options))
+    assert load_quantized(folder, options=LoadOptions(**options)).load_report.quantization == "prequantized"
 
 
 @pytest.mark.parametrize("options", [LoadOptions(), SMALL], ids=["whole", "small pieces"])

@@ -355,7 +355,7 @@ def test_scales_of_experts_become_their_largest_with_one_warning(caplog: pytest.
 
 @pytest.mark.parametrize("values", [[0.5, float("nan")], [float("inf")], [0.0], [0.5, -1.0], []])
 def test_scales_that_are_none(values: list[float]) -> None:
-    with pytest.raises(CheckpointError, match=r"fc\.input_scale is .* expected finite numbers above zero"):
+    with pytest.raises(CheckpointError, match=r"fc\.input_scale is .* are finite numbers above zero"):
         InputScales().collapse(torch.tensor(values), "fc.input_scale")
 
 

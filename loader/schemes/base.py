@@ -83,6 +83,8 @@ class _Scheme(ABC):
     def __init__(self, quantizer: Quantizer, activation: Activation | None = None) -> None:
         self.quantizer = quantizer
         self.activation = activation
+        self.called = self.name
+        """The name in messages, which has the alias with it that a user gave."""
 
     @property
     def kernels(self) -> KernelSet:

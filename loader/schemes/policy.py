@@ -14,7 +14,7 @@ from ..kernels.formats import FNUZ, FORMATS, WeightFormat
 from ..options import QuantizationPolicy
 from .base import LinearScheme, MoEScheme
 from .prequantized import NAME as PREQUANTIZED
-from .registry import AS_STORED, SchemeFactory, get_entry
+from .registry import AS_STORED, DEFAULT, SchemeFactory, get_entry
 from .stored.weights import StoredActivations
 
 logger = logging.getLogger("quantload")
@@ -67,7 +67,10 @@ class Policy:
         if policy.experts is not None and self._called(policy.experts) != self.name:
             self.name = f"{self.name}+{self._called(policy.experts)}"
         self._unused = {*policy.ignore, *(pattern for pattern, _ in policy.overrides)}
-        for scheme in (policy.linear, policy.experts or policy.linear, *(scheme for _, scheme in policy.overrides)):
+        wanted = policy.linear, policy.experts or policy.linear, *(scheme for _, scheme in policy.overrides)
+        for scheme, entry in {scheme: get_entry(scheme) for scheme in wanted}.items():
+            if scheme in entry.aliases:
+                logger.info("%s is %s, its name in reports and metrics", scheme, entry.name)
             factory.linear(scheme)  # a name that does not exist, or has no kernel, is an error before anything is read
             factory.experts(scheme)
 
@@ -155,9 +158,10 @@ def choose_policy(
     def meant(scheme_name: str) -> str:
         return AS_STORED if is_quantized and scheme_name == "auto" else scheme_name
 
+    linear = meant(policy.linear if quantization == "auto" else quantization)
     return replace(
         policy,
-        linear=get_entry(meant(policy.linear if quantization == "auto" else quantization)).name,
+        linear=DEFAULT if linear == "auto" else linear,
         experts=None if policy.experts is None else meant(policy.experts),
         overrides=tuple((pattern, meant(scheme_name)) for pattern, scheme_name in policy.overrides),
     )

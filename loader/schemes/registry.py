@@ -53,6 +53,10 @@ class SchemeEntry:
     scale: str
     aliases: tuple[str, ...] = ()
 
+    def called(self, name: str) -> str:
+        """What messages call it where a user gave that name: both, for an alias."""
+        return f"{name} ({self.name})" if name in self.aliases else self.name
+
 
 ENTRIES = (
     SchemeEntry("quark_mxfp4", QuarkMxfp4Linear, QuarkMxfp4MoE, "E2M1", "E8M0 per 32 along K, EVEN"),
@@ -129,13 +133,13 @@ class SchemeFactory:
 
     def linear(self, name: str) -> LinearScheme | None:
         """The linear scheme of a name, `None` where it leaves linears as stored."""
-        cls = get_entry(name).linear
-        return None if cls is None else self._make(cls)
+        entry = get_entry(name)
+        return None if entry.linear is None else self._make(entry.linear, entry.called(name))
 
     def experts(self, name: str) -> MoEScheme | None:
         """The MoE scheme of a name, `None` where it leaves experts as stored."""
-        cls = get_entry(name).experts
-        return None if cls is None else self._make(cls)
+        entry = get_entry(name)
+        return None if entry.experts is None else self._make(entry.experts, entry.called(name))
 
     def prequantized_linear(
         self, name: str, format_name: str, activations: StoredActivations | None
@@ -210,17 +214,18 @@ class SchemeFactory:
         kernels = kernel_registry.kernel_set(format_name, self.device, overrides, scale_mode)
         return Quantizer(kernels, self._options.stats, self.device), choice.emulated
 
-    def _make(self, cls: Callable[[Quantizer, Activation | None], _S]) -> _S:
+    def _make(self, cls: Callable[[Quantizer, Activation | None], _S], called: str) -> _S:
         if cls not in self._made:
-            name, format_name = cls.name, cls.format_name  # type: ignore[attr-defined]
+            format_name = cls.format_name  # type: ignore[attr-defined]
             if format_name not in kernel_registry.SCALE_MODES[self._scale_mode]:
                 raise PolicyError(
-                    f"{name} has no scale mode {self._scale_mode!r}; leave scale_mode at default, or choose one of "
+                    f"{called} has no scale mode {self._scale_mode!r}; leave scale_mode at default, or choose one of "
                     f"{', '.join(_names_with(self._scale_mode))}"
                 )
             try:
-                self._made[cls] = cls(*self._arguments(name, format_name, None, online=True))
+                self._made[cls] = cls(*self._arguments(called, format_name, None, online=True))
             except LookupError as error:
                 raise NoKernelError(str(error)) from error
+            self._made[cls].called = called
         made: _S = self._made[cls]
         return made

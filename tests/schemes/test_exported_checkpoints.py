@@ -217,6 +217,10 @@ def test_a_pair_that_does_not_exist_names_those_that_do(golden: Path, tmp_path: 
     for form in ("quark", "compressed-tensors", "mxfp4"):  # none has a place for multipliers of rows
         with pytest.raises(PolicyError, match=f"mxfp4_rows cannot be written as {form}, which has no such weights"):
             convert_checkpoint(golden / "bf16_llama", tmp_path / "out", "mxfp4_rows", format=form)
+    with pytest.raises(
+        PolicyError, match=r"ptpc_fp8 \(fp8_per_channel\) cannot be written as mxfp4, which has no such"
+    ):
+        convert_checkpoint(golden / "bf16_llama", tmp_path / "out", "ptpc_fp8", format="mxfp4")
     with pytest.raises(PolicyError, match="format is 'gguf'; choose one of quark, compressed-tensors, mxfp4"):
         convert_checkpoint(golden / "bf16_llama", tmp_path / "out", format="gguf")
     assert not list(tmp_path.iterdir())

@@ -166,16 +166,25 @@ def test_an_unknown_scheme_is_an_error_before_anything_is_read(values: dict[str,
 def test_the_scheme_that_was_asked_for_replaces_that_of_the_policy() -> None:
     policy = QuantizationPolicy(linear="fp8_per_block", ignore=("a",))
     assert choose_policy("auto", policy) == policy
-    assert choose_policy("ptpc_fp8", policy) == QuantizationPolicy(linear="fp8_per_channel", ignore=("a",))
+    assert choose_policy("ptpc_fp8", policy) == QuantizationPolicy(linear="ptpc_fp8", ignore=("a",))
     assert choose_policy("auto", None) == QuantizationPolicy(linear="quark_mxfp4")
     assert choose_policy("int8_per_channel", None).linear == "int8_per_channel"
+
+
+def test_an_alias_is_said_once_to_be_one(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="quantload"):
+        at_work(linear="fp8_per_channel", overrides={"a": "int8_per_channel"})
+        assert caplog.messages == []
+        policy = at_work(linear="ptpc_fp8", overrides={"a": "ptpc_fp8"})
+    assert caplog.messages == ["ptpc_fp8 is fp8_per_channel, its name in reports and metrics"]
+    assert policy.name == linear(policy, Q) == "fp8_per_channel"
 
 
 def test_a_quantized_checkpoint_stays_as_it_is_unless_a_scheme_is_named() -> None:
     ignoring = QuantizationPolicy(ignore=("a",))
     assert choose_policy("auto", ignoring, is_quantized=True) == QuantizationPolicy(linear="none", ignore=("a",))
     assert choose_policy("auto", ignoring) == QuantizationPolicy(linear="quark_mxfp4", ignore=("a",))
-    assert choose_policy("ptpc_fp8", None, is_quantized=True).linear == "fp8_per_channel"
+    assert choose_policy("ptpc_fp8", None, is_quantized=True).linear == "ptpc_fp8"
     named = QuantizationPolicy(linear="quark_mxfp4")
     assert choose_policy("auto", named, is_quantized=True) == named
     everywhere = QuantizationPolicy(linear="mxfp8", experts="auto", overrides=(("a", "auto"), ("b", "mxfp8")))

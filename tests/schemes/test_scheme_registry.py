@@ -70,6 +70,22 @@ def test_experts_int8_is_called_what_the_user_called_it() -> None:
         SchemeFactory(CPU, LoadOptions(), "mse").experts("experts_int8")
 
 
+def test_an_alias_is_named_with_what_it_stands_for() -> None:
+    entry = get_entry("ptpc_fp8")
+    assert [entry.called(name) for name in ("ptpc_fp8", "fp8_per_channel")] == [
+        "ptpc_fp8 (fp8_per_channel)",
+        "fp8_per_channel",
+    ]
+    assert get_entry("auto").called("auto") == "quark_mxfp4"
+    scheme = factory().linear("ptpc_fp8")
+    assert scheme is not None
+    assert (scheme.name, scheme.called) == ("fp8_per_channel", "ptpc_fp8 (fp8_per_channel)")
+    with pytest.raises(PolicyError, match=r"^ptpc_fp8 \(fp8_per_channel\) has no scale mode 'mse'"):
+        SchemeFactory(CPU, LoadOptions(), "mse").experts("ptpc_fp8")
+    with pytest.raises(PolicyError, match=r"^ptpc_fp8 \(fp8_per_channel\): fp8_channel weights do not go with mxfp4"):
+        factory(activations="mxfp4").linear("ptpc_fp8")
+
+
 def test_a_device_without_kernels_gets_every_candidate_with_its_reason() -> None:
     with pytest.raises(NoKernelError) as caught:
         SchemeFactory(META, LoadOptions()).linear("quark_mxfp4")

@@ -41,7 +41,7 @@ def exported_weight(scheme: LinearScheme | MoEScheme, export: ExportFormat) -> E
     except KeyError:
         pairs = "; ".join(f"{name}: {', '.join(schemes)}" for name, schemes in _pairs())
         raise PolicyError(
-            f"{scheme.name} cannot be written as {export.name}, which has no such weights; there are: {pairs}"
+            f"{scheme.called} cannot be written as {export.name}, which has no such weights; there are: {pairs}"
         ) from None
 
 
@@ -61,7 +61,7 @@ def why_not_columns(scheme: LinearScheme | MoEScheme, columns: int, export: Expo
     ways += [f"{export.name} holds them as {', '.join(schemes)}"] if schemes else []
     return (
         f"has {columns} columns, which are no multiple of {export.weights[fmt].column_multiple}, as {export.name} "
-        f"needs for {scheme.name}{' (' + '; '.join(ways) + ')' if ways else ''}"
+        f"needs for {scheme.called}{' (' + '; '.join(ways) + ')' if ways else ''}"
     )
 
 

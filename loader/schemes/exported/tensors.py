@@ -156,7 +156,7 @@ def _why_not(
         return why
     layout = WeightLayout(scheme.kernels.format, None, (("", rows),), columns)
     if not all(sinks[span.parameter].whole(span.region) and layout.whole(_rows_of(span, columns)) for span in spans):
-        return f"is scaled together with other tensors, or in parts, by {scheme.name}"
+        return f"is scaled together with other tensors, or in parts, by {scheme.called}"
     return ""
 
 

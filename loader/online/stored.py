@@ -21,7 +21,7 @@ from ..schemes.layout import Block
 from .parameter import QuantizedParameter
 from .regions import Interval, Region, RegionTracker
 from .stored_checks import check_finite
-from .weight_loader import DetachedWeightLoader, ParameterLoader, whole_shard
+from .weight_loader import ParameterLoader, whole_shard
 
 WORDS = "scale", "zero_point"
 """The words of a scale tensor, in their order."""
@@ -228,10 +228,11 @@ class StoredScaleLoader(StoredWeightLoader):
             raise
 
 
-class InputScaleLoader:
+class InputScaleLoader(ParameterLoader):
     """The closure of a static input scale: the largest of those that come with the weights of one parameter.
 
-    `expected` scales come, each a tensor of one number; `write` takes the last word, float32 [1].
+    `expected` scales come, each a tensor of one number for the region of its weight; `write` takes the last word,
+    float32 [1]. Raises `RepeatedRegionError` for a second scale of the same weight.
     """
 
     progress: StoredProgress
@@ -244,35 +245,44 @@ class InputScaleLoader:
         scales: InputScales,
         write: Callable[[Tensor], None],
     ) -> None:
-        self.parameter, self._name, self._expected, self._scales, self._write = parameter, name, expected, scales, write
+        self.parameter, self._expected, self._scales, self._write = parameter, expected, scales, write
+        layout = parameter.layout
+        self._tracker = RegionTracker(name, layout.experts, layout.rows, layout.columns)
         self._arrived: list[Tensor] = []
         self._count = 0
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[DetachedWeightLoader], tuple[str]]:
-        return DetachedWeightLoader, (self._name,)
+    @property
+    def name(self) -> str:
+        return self._tracker.name
 
-    def __call__(self, param: Tensor, loaded_weight: Tensor, **_: Any) -> None:
-        self.load_experts(loaded_weight.unsqueeze(0))
+    def load_shard(self, loaded_weight: Tensor, shard_id: str | None, expert_id: int | None) -> None:
+        self.load_region(loaded_weight, whole_shard(self.parameter, shard_id, expert_id))
 
-    def load_experts(self, values: Tensor, *_: Any) -> None:
-        """Take the scales of several weights; to which experts they belong says nothing."""
+    def load_region(self, loaded_weight: Tensor, region: Region) -> None:
+        """Take the scale of the weight that fills a region."""
+        self.load_experts(loaded_weight.unsqueeze(0), (region.expert,), region.rows, region.columns)
+
+    def load_experts(self, values: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
+        """Take the scales of weights that fill the same rows and columns of several experts."""
+        self._tracker.claim_each(experts, rows, columns)
         scales = values.detach().float().reshape(-1).clone()
         with self._lock:
             self._arrived.append(scales)
             self._count += len(values)
             last = self._count == self._expected
         if last:
-            self._write(self._scales.collapse(torch.cat(self._arrived), self._name))
+            self._write(self._scales.collapse(torch.cat(self._arrived), self.name))
             self.progress.complete(self)
 
     def gaps(self) -> Iterator[str]:
         """What has not arrived."""
         if self._count < self._expected:
-            yield f"{self._name}, of which {self._count} of {self._expected} scales came"
+            yield f"{self.name}, of which {self._count} of {self._expected} scales came"
 
     def forget(self) -> None:
         """Nothing has arrived."""
+        self._tracker.reset()
         self._arrived.clear()
         self._count = 0
 

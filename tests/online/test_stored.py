@@ -138,13 +138,27 @@ def test_the_largest_input_scale_is_written_when_all_have_come() -> None:
     world, written = World("mxfp4"), []
     loader = InputScaleLoader(world.parameter, "experts.w13_input_scale", 3, InputScales(), written.append)
     loader.progress = world.progress
-    for value in (0.5, 2.0):
-        loader(world.layer.w13, torch.tensor(value, dtype=torch.bfloat16))
+    for shard, value in (("w1", 0.5), ("w3", 2.0)):
+        loader(world.layer.w13, torch.tensor(value, dtype=torch.bfloat16), expert_id=0, shard_id=shard)
     assert written == []
     assert list(loader.gaps()) == ["experts.w13_input_scale, of which 2 of 3 scales came"]
-    loader(world.layer.w13, torch.tensor([1.0]))
+    loader(world.layer.w13, torch.tensor([1.0]), expert_id=1, shard_id="w1")
     assert [value.tolist() for value in written] == [[2.0]]
     assert list(loader.gaps()) == []
+
+
+def test_the_input_scale_of_a_weight_comes_once_until_a_reload_is_announced() -> None:
+    world, written = World("mxfp4"), []
+    loader = InputScaleLoader(world.parameter, "experts.w13_input_scale", 2, InputScales(), written.append)
+    loader.progress = world.progress
+    loader(world.layer.w13, torch.tensor(0.5), expert_id=0, shard_id="w1")
+    with pytest.raises(RepeatedRegionError, match=r"^experts\.w13_input_scale: expert 0, rows 0:4"):
+        loader(world.layer.w13, torch.tensor(0.5), expert_id=0, shard_id="w1")
+    assert written == []
+    loader.forget()
+    for expert in range(2):
+        loader(world.layer.w13, torch.tensor(0.25), expert_id=expert, shard_id="w1")
+    assert [value.tolist() for value in written] == [[0.25]]
 
 
 def test_a_copy_of_the_closures_says_that_it_is_one() -> None:

@@ -27,7 +27,7 @@ from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from .vector_ir import F32, F64, I8, I64, load_scalar, store_scalar
+from .vector_ir import F32, F64, I8, load_scalar, store_scalar
 
 logger = logging.getLogger("quantload")
 _compiling = threading.RLock()
@@ -74,7 +74,6 @@ def _memory_access(element: Any, numba_type: Any) -> tuple[Any, Any]:
 read_u8, write_u8 = _memory_access(I8, types.uint8)
 read_f32, write_f32 = _memory_access(F32, types.float32)
 read_f64, write_f64 = _memory_access(F64, types.float64)
-read_i64, _ = _memory_access(I64, types.int64)
 
 
 @dataclass(frozen=True)

@@ -91,14 +91,14 @@ def _scaled_quantize(rule: str, kind: str, measure: bool) -> Recipe[KernelFuncti
         for r in range(0, rows, block_rows):
             height = min(block_rows, rows - r)
             for left in range(0, cols, group):
-                right = min(left + group, cols)
+                right, worst = min(left + group, cols), 0
                 block_bits[:] = 0
                 for y in range(r, r + height, down_step):
                     for c in range(left, right, block_cols):
                         s, down = source + y * source_stride + c * width, min(down_step, r + height - y)
                         bits = amax_tile(s, source_stride, down, min(block_cols, right - c), kind)
                         block_bits[(c - left) // block_cols] = max(block_bits[(c - left) // block_cols], bits)
-                worst = block_bits.max()
+                        worst = max(worst, bits)
                 largest = max(largest, worst)
                 if worst >= infinity:
                     continue

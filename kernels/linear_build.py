@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .compiled import FINGERPRINT, CFunction, Compiled, Recipe, c_function, read_f32, read_i64, read_u8, write_u8
+from .compiled import FINGERPRINT, CFunction, Compiled, Recipe, c_function, read_f32, read_u8, write_u8
 from .cpu_build import STRIP_ROWS
 from .dot_ir import dot_rows
 from .integer_decode_ir import LANES, dequantize_group
 from .mx_decode_ir import block_bytes, dequantize_run
 from .processor import has
 from .scaled_decode_ir import dequantize_tile
-from .vector_ir import I64, ITEM_BYTES
+from .vector_ir import I64, ITEM_BYTES, load_scalar
 
 _i64 = types.int64
 DEQUANTIZE = types.int64(*[_i64] * 10)
@@ -176,11 +175,16 @@ def _group_rows(tokens: int) -> int:
     return min(4, (16 if has("avx512bw") else 4) // tokens)
 
 
-def _argument(data: int, index: int) -> int:
-    return read_i64(data + 8 * index)  # type: ignore[no-any-return]
+def _argument(typing: Any, data: Any, index: Any) -> Any:
+    """Argument `index` of a task. Emitted: numba would compile a function of it for every index, in every process."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return load_scalar(b, b.add(args[0], b.mul(args[1], I64(8))), I64)
+
+    return types.int64(types.int64, types.int64), codegen
 
 
-argument = nb.njit(nogil=True)(_argument)
+argument = intrinsic(_argument)
 
 
 def _dequantize_task() -> Recipe[CFunction]:

@@ -89,9 +89,10 @@ def _interpreter() -> str:
 
 
 def main() -> None:
-    """Compile what the argument lists."""
-    for module, builder, key in json.loads(sys.argv[1]):
-        getattr(import_module(module), builder)(*key).compile()
+    """Compile what the argument lists; first what no other process is compiling, so that several share the work."""
+    recipes = [getattr(import_module(module), builder)(*key) for module, builder, key in json.loads(sys.argv[1])]
+    for recipe in [recipe for recipe in recipes if not recipe.compile_unless_another_does()]:
+        recipe.compile()
 
 
 if __name__ == "__main__":

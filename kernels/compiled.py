@@ -27,6 +27,7 @@ from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from .compile_lock import CompileLock
 from .vector_ir import F32, F64, I8, load_scalar, store_scalar
 
 logger = logging.getLogger("quantload")
@@ -85,7 +86,27 @@ class Recipe(Generic[Made]):
     decorator: Callable[..., Any]
 
     def compile(self) -> Made:
-        """The compiled function: from the disk cache, or put there."""
+        """The compiled function: from the disk cache, or put there; what another process compiles is waited for."""
+        if not self.is_missing():
+            return self._compile()
+        with CompileLock(self._lock_path()) as lock:
+            lock.wait()
+            return self._compile()
+
+    def compile_unless_another_does(self) -> bool:
+        """Put the compiled function into the disk cache; False where another process is doing it."""
+        if not self.is_missing():
+            return True
+        with CompileLock(self._lock_path()) as lock:
+            if lock.take():
+                self._compile()
+                return True
+        return False
+
+    def _lock_path(self) -> str:
+        return str(FunctionCache(self.function)._cache_file._index_path) + ".lock"
+
+    def _compile(self) -> Made:
         options = {"boundscheck": False, "error_model": "numpy"}
         made: Made
         try:

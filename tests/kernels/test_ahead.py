@@ -8,7 +8,9 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numba
@@ -17,6 +19,7 @@ import pytest
 from numba import types
 from numba.core.caching import IndexDataCacheFile
 from quantload.kernels import ahead, compiled, cpu_build, integer_build, linear_build, mx_build
+from quantload.kernels.compile_lock import CompileLock
 from quantload.kernels.compiled import Compiled, KernelFunction, Needed, Recipe, jit
 
 _numbers = itertools.count()
@@ -170,6 +173,37 @@ def test_processes_that_write_at_once_do_not_swap_their_functions(compiled_here,
     assert compiled_here == ["add", "add"]
     assert [_add(number).compile()(1000) for number in numbers] == [1000 + number for number in numbers]
     assert compiled_here == ["add", "add"]  # they came from the cache
+
+
+def test_what_another_process_compiles_is_waited_for(compiled_here):
+    number = next(_numbers)
+    with CompileLock(_add(number)._lock_path()) as lock:
+        assert lock.take()
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(_add(number).compile)
+            _add(number)._compile()  # as the other process does
+            lock.release()
+            assert waiting.result()(1000) == 1000 + number
+    assert compiled_here == ["add"]
+
+
+def test_processes_share_what_all_of_them_need(compiled_here, monkeypatch):
+    """What another is compiling comes last."""
+    first, second = next(_numbers), next(_numbers)
+    described = [(__name__, "_add", (first,)), (__name__, "_add", (second,))]
+    monkeypatch.setattr(sys, "argv", ["ahead", json.dumps(described)])
+    with CompileLock(_add(first)._lock_path()) as lock:
+        assert lock.take()
+        with ThreadPoolExecutor() as pool:
+            compiling = pool.submit(ahead.main)
+            while _add(second).is_missing():
+                time.sleep(0.01)
+            assert not compiling.done()
+            assert _add(first).is_missing()
+            lock.release()
+            compiling.result()
+    assert not _add(first).is_missing()
+    assert compiled_here == ["add", "add"]
 
 
 def test_every_closure_has_files_of_its_own():

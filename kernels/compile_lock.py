@@ -1,0 +1,61 @@
+"""One process at a time compiles a kernel, the others wait for what it puts into the disk cache.
+
+A lock only saves work: numba's cache takes what several processes write at once. So nobody waits for long, and where
+files cannot be locked, as on some network file systems, everybody compiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from typing import Self
+
+WAIT_SECONDS = 60.0
+"""When another process is no longer waited for; it compiles a kernel in one or two, or it was stopped."""
+POLL_SECONDS = 0.02
+
+
+class CompileLock:
+    """A lock on a file of its own, which goes with it; it ends with the process, however that ends."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = -1
+
+    def take(self) -> bool:
+        """Whether this process holds it now, or has nothing to wait for; False where another holds it."""
+        try:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError:
+            return True  # numba says what is wrong with the folder
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            return not isinstance(error, BlockingIOError)
+        self._fd = fd
+        return True
+
+    def wait(self) -> None:
+        """Until `take` says yes, or for `WAIT_SECONDS`."""
+        end = time.monotonic() + WAIT_SECONDS
+        while not self.take() and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+
+    def release(self) -> None:
+        """Let go of it, where it is held."""
+        if self._fd >= 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # a process forked meanwhile has it open, too
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()

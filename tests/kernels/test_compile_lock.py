@@ -1,0 +1,62 @@
+"""What one process compiles is left to it by the others, unless it was killed or takes too long."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from quantload.kernels import compile_lock
+from quantload.kernels.compile_lock import CompileLock
+
+HOLDER = """
+import sys
+from quantload.kernels.compile_lock import CompileLock
+with CompileLock(sys.argv[1]) as lock:
+    print(lock.take(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Of a lock in a folder that does not exist yet."""
+    return str(tmp_path / "cache" / "kernel.lock")
+
+
+def test_one_holds_it_and_nothing_is_left_of_it(path):
+    before = os.listdir("/proc/self/fd")
+    with CompileLock(path) as first, CompileLock(path) as second:
+        assert first.take()
+        assert not second.take()
+    assert not os.path.exists(path)
+    with CompileLock(path) as third:
+        assert third.take()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_it_ends_with_a_process_that_is_killed(path):
+    command = [sys.executable, "-c", HOLDER, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "True\n"
+        with CompileLock(path) as lock:
+            assert not lock.take()
+            holder.kill()
+            holder.wait()
+            assert lock.take()
+
+
+def test_nobody_waits_for_ever(path, monkeypatch):
+    monkeypatch.setattr(compile_lock, "WAIT_SECONDS", 0.1)
+    with CompileLock(path) as holder, CompileLock(path) as waiting:
+        assert holder.take()
+        waiting.wait()
+        assert os.path.exists(path)
+
+
+def test_nobody_waits_where_nothing_can_be_locked(tmp_path):
+    (tmp_path / "file").touch()
+    with CompileLock(str(tmp_path / "file" / "kernel.lock")) as lock:
+        assert lock.take()

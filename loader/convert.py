@@ -38,7 +38,7 @@ from .schemes.exported.tensors import kept_modules, plan_tensors, quantized_modu
 from .schemes.exported.weights import ExportFormat
 
 MAX_SHARD_BYTES = 4 * 10**9
-_KEY_VERSION = 1
+_KEY_VERSION = 2
 
 
 def convert_checkpoint(

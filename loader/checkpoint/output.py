@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -73,7 +73,7 @@ class OutputFolder:
 
     def record(self, plan: ShardPlan, extents: Sequence[Extent], notes: Mapping[str, Any]) -> None:
         """A shard has its name and is on the disk; `notes`, JSON-able, are given to who takes it up."""
-        line = {"shard": plan.path, "extents": [astuple(extent) for extent in extents], "notes": notes}
+        line = {"shard": plan.path, "extents": list(extents), "notes": notes}
         with self._explained():
             self._append(line)
         self._finished[plan.path] = _Finished(list(extents), dict(notes))

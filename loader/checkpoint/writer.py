@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_ALIGNMENT = 8
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """A tensor to be written."""
 
     name: str
@@ -95,8 +94,7 @@ def weight_index(plans: Iterable[ShardPlan]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """`rows` stretches of `width` bytes, `pitch` apart, from byte `offset` of a file on; CRC-32 of them, end to end."""
 
     offset: int
@@ -122,39 +120,40 @@ class ShardWriter:
         self._unfinished = folder / f"{plan.path}{UNFINISHED_SUFFIX}"
         self._parts = parts
         self._on_finished = on_finished
-        self._extents: dict[tuple[int, int, int, int], int] = {}
+        self._extents: list[Extent] = []
         self._lock = threading.Lock()
         self._fd = -1
         self._unflushed = 0
 
     def write(self, offset: int, data: Tensor, pitch: int) -> None:
         """Write the rows of `data`, uint8 [rows, width] and contiguous, to `offset` and every `pitch` bytes after."""
-        rows, width = data.shape
+        self.write_each((offset,), data.unsqueeze(0), pitch)
+
+    def write_each(self, offsets: Sequence[int], data: Tensor, pitch: int) -> None:
+        """Write each matrix of `data`, uint8 [matrices, rows, width] and contiguous, as `write` does to its offset."""
+        _, rows, width = data.shape
         if rows * width == 0:
             return
-        fd = self._open()
+        fd, written = self._open(), []
         with data.numpy().data as view:
             buffer = view.cast("B")
-            step = len(buffer) if width == pitch else width
-            try:
-                for number in range(len(buffer) // step):
-                    write_all(fd, buffer[number * step : (number + 1) * step], offset + number * pitch)
-            except OSError as error:
-                raise self._failed(error) from error
-            crc = zlib.crc32(buffer)
+            for number, offset in enumerate(offsets):
+                matrix = buffer[number * rows * width : (number + 1) * rows * width]
+                self._write_rows(fd, matrix, len(matrix) if width == pitch else width, offset, pitch)
+                written.append(Extent(offset, rows, width, pitch, zlib.crc32(matrix)))
         with self._lock:
-            self._extents[offset, rows, width, pitch] = crc
-            self._unflushed += rows * width
+            self._extents += written
+            self._unflushed += data.numel()
             flush = self._unflushed >= FLUSH_BYTES
             if flush:
                 self._unflushed = 0
         if flush:
             self._flush(fd)
 
-    def done(self) -> None:
-        """One more part is complete."""
+    def done(self, parts: int = 1) -> None:
+        """So many more parts are complete."""
         with self._lock:
-            self._parts -= 1
+            self._parts -= parts
             last = self._parts == 0
         if last:
             self._finish()
@@ -177,12 +176,19 @@ class ShardWriter:
                     raise self._failed(error) from error
             return self._fd
 
+    def _write_rows(self, fd: int, matrix: memoryview, step: int, offset: int, pitch: int) -> None:
+        """Write `step` bytes after the other, `pitch` apart."""
+        try:
+            for number in range(len(matrix) // step):
+                write_all(fd, matrix[number * step : (number + 1) * step], offset + number * pitch)
+        except OSError as error:
+            raise self._failed(error) from error
+
     def _finish(self) -> None:
         self._flush(self._open())
         self.close()
         os.rename(self._unfinished, self._path)
-        extents = [Extent(*place, crc) for place, crc in self._extents.items()]
-        self._extents.clear()
+        extents, self._extents = self._extents, []
         self._on_finished(self.plan, extents)
 
     def _flush(self, fd: int) -> None:

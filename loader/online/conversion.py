@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +27,7 @@ from .exporting import Buffers, CopyingLoader, ExportingLoader
 PlannedTensor = QuantizedTensor | KeptTensor
 _NAMES_SHOWN = 8
 _STATISTICS = "statistics"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Conversion:
@@ -50,7 +52,7 @@ class Conversion:
         self._folder = folder
         self._modules = _ModuleStatistics(tensors, on_layer)
         self._writers: dict[str, ShardWriter] = {}
-        self._statistics: dict[str, dict[str, list[float]]] = defaultdict(dict)
+        self._statistics: dict[str, list[tuple[str, int, list[float]]]] = defaultdict(list)
         self._buffers = Buffers()
         self._complete: list[Callable[[], None]] = []
         where = {name: plan for plan in shards for name in plan.offsets}
@@ -59,6 +61,8 @@ class Conversion:
             members[where[tensor.specs()[0].name].path].append(tensor)
         for plan in shards:
             self._prepare(plan, members[plan.path])
+        self.entries.sort(key=_place)
+        self.stored.sort(key=_place)
 
     def __enter__(self) -> Self:
         return self
@@ -92,21 +96,40 @@ class Conversion:
             self._complete.append(functools.partial(self._take_up, notes[_STATISTICS]))
             return
         writer = self._writers[plan.path] = ShardWriter(self._folder.files, plan, len(tensors), self._record)
+        stacks: dict[Any, list[QuantizedTensor]] = defaultdict(list)
         for tensor in tensors:
-            self._attach(tensor, writer)
+            if isinstance(tensor, QuantizedTensor):
+                stacks[_kind(tensor)].append(tensor)
+            else:
+                self._copy(tensor, writer)
+        for stack in stacks.values():
+            self._quantize(stack, writer)
 
-    def _attach(self, tensor: PlannedTensor, writer: ShardWriter) -> None:
-        entry: Source = tensor.entry
-        if isinstance(tensor, KeptTensor):
-            # Its bytes, whatever they stand for: no kernel looks at them, and torch need not know the dtype.
-            entry = tensor.entry._replace(dtype=torch.uint8, shape=(entry.nbytes,))
-            loader: Any = CopyingLoader(entry.name, entry.nbytes, writer, writer.done)
-        else:
+    def _copy(self, tensor: KeptTensor, writer: ShardWriter) -> None:
+        # Its bytes, whatever they stand for: no kernel looks at them, and torch need not know the dtype.
+        entry = tensor.entry._replace(dtype=torch.uint8, shape=(tensor.entry.nbytes,))
+        loader = CopyingLoader(entry.name, entry.nbytes, writer, writer.done)
+        self._attach(entry, loader, tensor.spans)
 
-            def written(statistics: Tensor | None) -> None:
-                self._written(writer, tensor.entry.name, statistics)
+    def _quantize(self, tensors: Sequence[QuantizedTensor], writer: ShardWriter) -> None:
+        """Give tensors that are alike one closure, in whose coordinates each is an expert where they are several."""
+        module = tensors[0].assignment.name
 
-            loader = ExportingLoader(tensor, writer, self._buffers, written)
+        def written(statistics: Tensor) -> None:
+            self._statistics[writer.plan.path].append((module, len(tensors), statistics.tolist()))
+            self._modules.add(module, len(tensors), statistics)
+            writer.done(len(tensors))
+
+        loader = ExportingLoader(tensors, writer, self._buffers, written)
+        if len(tensors) == 1:
+            self._attach(tensors[0].entry, loader, tensors[0].spans)
+            return
+        sink = f"{tensors[0].entry.name} and those like it"
+        for number, tensor in enumerate(tensors):
+            self._attach(tensor.entry, loader, [_of_expert(span, sink, number) for span in tensor.spans])
+
+    def _attach(self, entry: Source, loader: Any, spans: Sequence[Span]) -> None:
+        """Have a tensor read for a closure."""
         if entry.nbytes == 0:
             self._complete.append(loader.finish)
             return
@@ -114,40 +137,50 @@ class Conversion:
             self.stored.append(entry)
         else:
             self.entries.append(entry)
-        self.spans[entry.name] = list(tensor.spans)
-        self.sinks[entry.name] = Sink(torch.empty(0), loader)
+        self.spans[entry.name] = list(spans)
+        for span in spans:
+            self.sinks.setdefault(span.parameter, Sink(torch.empty(0), loader))
 
-    def _take_up(self, statistics: Mapping[str, list[float]]) -> None:
-        for name, values in statistics.items():
-            self._modules.add(name, torch.tensor(values, dtype=torch.float64) if values else None)
-
-    def _written(self, writer: ShardWriter, name: str, statistics: Tensor | None) -> None:
-        self._statistics[writer.plan.path][name] = [] if statistics is None else statistics.tolist()
-        self._modules.add(name, statistics)
-        writer.done()
+    def _take_up(self, statistics: Iterable[tuple[str, int, list[float]]]) -> None:
+        for module, tensors, values in statistics:
+            self._modules.add(module, tensors, torch.tensor(values, dtype=torch.float64))
 
     def _record(self, plan: ShardPlan, extents: list[Extent]) -> None:
-        self._folder.record(plan, extents, {_STATISTICS: self._statistics.pop(plan.path, {})})
+        self._folder.record(plan, extents, {_STATISTICS: self._statistics.pop(plan.path, [])})
 
 
 class _ModuleStatistics:
     """Adds up what was measured on the tensors of each module."""
 
     def __init__(self, tensors: Iterable[PlannedTensor], on_layer: Callable[[str, Tensor], None]) -> None:
-        quantized = [tensor for tensor in tensors if isinstance(tensor, QuantizedTensor)]
-        self._module: Mapping[str, str] = {each.entry.name: each.assignment.name for each in quantized}
-        self._left = Counter(self._module.values())
+        self._left = Counter(each.assignment.name for each in tensors if isinstance(each, QuantizedTensor))
         self._sums = {name: new_statistics() for name in self._left}
         self._on_layer = on_layer
         self._lock = threading.Lock()
 
-    def add(self, tensor: str, statistics: Tensor | None) -> None:
-        """A tensor is complete."""
-        module = self._module[tensor]
+    def add(self, module: str, tensors: int, statistics: Tensor) -> None:
+        """So many more tensors of a module are complete."""
         with self._lock:
-            if statistics is not None:
-                merge(self._sums[module], statistics)
-            self._left[module] -= 1
+            merge(self._sums[module], statistics)
+            self._left[module] -= tensors
             last = self._left[module] == 0
         if last:
             self._on_layer(module, self._sums.pop(module))
+
+
+def _kind(tensor: QuantizedTensor) -> Any:
+    """What tensors that are quantized and written together have in common, such as the up projections of all experts.
+
+    An empty one, and one that holds all experts already, stands for itself.
+    """
+    alone = tensor.entry.name if tensor.layout.experts is not None or tensor.entry.nbytes == 0 else ""
+    pattern = _NUMBER.sub("*", tensor.entry.name)
+    return alone, pattern, tensor.assignment.name, tensor.layout, id(tensor.scheme), id(tensor.weight)
+
+
+def _place(entry: Source) -> tuple[int, int]:
+    return entry.shard, entry.offset
+
+
+def _of_expert(span: Span, parameter: str, expert: int) -> Span:
+    return span._replace(parameter=parameter, region=span.region._replace(expert=expert))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.writer import ShardWriter
-from ..kernels.statistics import merge
+from ..errors import NonFiniteWeightError
 from ..schemes.base import NonFiniteError
 from ..schemes.exported.tensors import QuantizedTensor
 from ..schemes.exported.weights import ExportedPart
-from ..schemes.layout import Block
-from .quantizing import non_finite_error
+from ..schemes.layout import Block, WeightLayout
+from .quantizing import StatisticsSum, non_finite_error, rows_below_each_other
 from .regions import Interval, Region, RegionTracker
 
 
@@ -62,25 +63,31 @@ class CopyingLoader:
 
 
 class ExportingLoader:
-    """Takes pieces of a checkpoint tensor, quantizes them and writes the tensors a checkpoint format makes of them.
+    """Takes pieces of checkpoint tensors, quantizes them and writes the tensors a checkpoint format makes of them.
 
-    Where scales span several pieces, the maxima of a matrix are held until all of it is written.
+    Several `tensors` are alike but for their names, and in the coordinates of a piece they are experts, in their order;
+    `on_written(statistics)` runs when all of them are. Where scales span several pieces, the maxima of a matrix are
+    held until all is written.
     """
 
     def __init__(
         self,
-        tensor: QuantizedTensor,
+        tensors: Sequence[QuantizedTensor],
         shard: ShardWriter,
         buffers: Buffers,
-        on_written: Callable[[Tensor | None], None],
+        on_written: Callable[[Tensor], None],
     ) -> None:
-        layout = tensor.layout
-        self._layout, self._quantizer, self._weight = layout, tensor.scheme.quantizer, tensor.weight
-        self._stem, self._shard, self._buffers, self._on_written = tensor.stem, shard, buffers, on_written
-        self._tracker = RegionTracker(tensor.entry.name, layout.experts, layout.rows, layout.columns)
+        first, layout = tensors[0], tensors[0].layout
+        self._layout = layout if len(tensors) == 1 else replace(layout, experts=len(tensors))
+        self._names = [tensor.entry.name for tensor in tensors]
+        self._stems = [tensor.stem for tensor in tensors]
+        self._quantizer, self._weight = first.scheme.quantizer, first.weight
+        self._shard, self._buffers, self._on_written = shard, buffers, on_written
+        self._parts = [_WrittenPart(part, layout, self._stems, shard) for part in first.weight.parts]
+        self._tracker = RegionTracker(first.entry.name, self._layout.experts, layout.rows, layout.columns)
         self._maxima: dict[int | None, Tensor] = {}
         self._unobserved: dict[int | None, int] = {}
-        self._statistics: Tensor | None = None
+        self._statistics = StatisticsSum()
         self._lock = threading.Lock()
 
     @property
@@ -100,32 +107,30 @@ class ExportingLoader:
 
     def missing(self) -> Iterator[str]:
         """What has not arrived."""
-        return self._tracker.described_gaps()
+        for region in () if self._tracker.complete else self._tracker.missing():
+            inside = region if len(self._names) == 1 else region._replace(expert=None)
+            yield f"{self._name(region.expert)} {inside}"
 
     def __call__(self, param: Tensor, loaded_weight: Tensor, *, region: Region, **_: Any) -> None:
         """Quantize and write `loaded_weight` [rows, columns of the region]."""
-        (block,) = self._layout.blocks(region)
-        maxima, fmt = self._maxima.get(region.expert), self._layout.format
-        codes = self._buffers.take("codes", _extent(block.code_index), fmt.code_dtype)
-        if maxima is None:
-            scales = self._buffers.take("scales", _extent(block.scale_index), fmt.scale_dtype)
-        else:
-            scales = maxima[block.scale_index]
-        try:
-            stats = self._quantizer.quantize(loaded_weight, codes, scales, scales_known=maxima is not None)
-        except NonFiniteError:
-            raise non_finite_error(self._tracker.name, loaded_weight) from None
-        self._tracker.claim(region)
-        for part in self._weight.parts:
-            self._write(part, block, region.expert, codes if part.source == "codes" else scales)
-        self._add(stats.values)
-        if self._tracker.commit(region.numel):
-            self.finish()
+        self.load_experts(loaded_weight.unsqueeze(0), (region.expert,), region.rows, region.columns)
 
-    def load_experts(self, weights: Tensor, experts: range, rows: Interval, columns: Interval) -> None:
-        """Take the same rows and columns of several experts: `weights` [experts, rows, columns]."""
-        for weight, expert in zip(weights, experts, strict=True):
-            self(weight, weight, region=Region(expert, rows, columns))
+    def load_experts(self, weights: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
+        """Quantize and write the same rows and columns of several experts: `weights` [experts, rows, columns]."""
+        region, fmt = Region(experts[0], rows, columns), self._layout.format
+        (block,) = self._layout.blocks(region)
+        maxima, count = self._maxima.get(experts[0]), len(experts)
+        codes = self._buffers.take("codes", (count, *_extent(block.code_index)), fmt.code_dtype)
+        if maxima is None:
+            scales = self._buffers.take("scales", (count, *_extent(block.scale_index)), fmt.scale_dtype)
+        else:  # only what is no whole matrix has any, and that comes alone
+            scales = maxima[block.scale_index].unsqueeze(0)
+        self._quantize(weights, codes, scales, experts, scales_known=maxima is not None)
+        self._tracker.claim_each(experts, rows, columns)
+        for part in self._parts:
+            part.write(self._shard, block, experts, codes if part.of_codes else scales)
+        if self._tracker.commit(count * region.numel):
+            self.finish()
 
     def observe(self, loaded_weight: Tensor, region: Region) -> None:
         """First pass over a piece of a matrix whose scales span several pieces."""
@@ -134,7 +139,7 @@ class ExportingLoader:
         try:
             self._quantizer.observe(loaded_weight, amax)
         except NonFiniteError:
-            raise non_finite_error(self._tracker.name, loaded_weight) from None
+            raise non_finite_error(self._name(region.expert), loaded_weight) from None
         with self._lock:
             if region.expert not in self._maxima:
                 self._maxima[region.expert] = torch.zeros(self._layout.scale_shape[-2:])
@@ -147,33 +152,74 @@ class ExportingLoader:
         if last:
             self._quantizer.finish_scales(maxima)
 
-    def _write(self, part: ExportedPart, block: Block, expert: int | None, source: Tensor) -> None:
-        rows, columns = block.code_index if part.source == "codes" else block.scale_index
-        data = source if part.convert is None else part.convert(source)
-        pitch = part.pitch(self._layout)
-        row = rows.start // part.block + (expert or 0) * part.rows(self._layout)
-        column = int(columns.start * source.dtype.itemsize * part.width)
-        offset = self._shard.plan.offsets[self._stem + part.name] + row * pitch + column
-        # A tensor of one element is contiguous to torch with any stride, but then cannot be viewed as bytes.
-        rows_of_bytes = data.contiguous().as_strided(data.shape, (data.shape[1], 1)).view(torch.uint8)
-        self._shard.write(offset, rows_of_bytes[:, : pitch - column].contiguous(), pitch)
+    def _name(self, expert: int | None) -> str:
+        """The tensor that stands for an expert; all experts may be in one."""
+        return self._names[0 if len(self._names) == 1 else expert or 0]
 
-    def _add(self, statistics: Tensor | None) -> None:
-        if statistics is None:
-            return
-        with self._lock:
-            if self._statistics is None:
-                self._statistics = statistics
-            else:
-                merge(self._statistics, statistics)
+    def _quantize(
+        self, weights: Tensor, codes: Tensor, scales: Tensor, experts: Sequence[int | None], *, scales_known: bool
+    ) -> None:
+        """Quantize several matrices in as few calls as their format allows."""
+        joined = rows_below_each_other(self._layout.format, weights, codes, scales)
+        for weight, own_codes, own_scales in zip(weights, codes, scales, strict=True) if joined is None else (joined,):
+            try:
+                stats = self._quantizer.quantize(weight, own_codes, own_scales, scales_known=scales_known)
+            except NonFiniteError:
+                raise self._non_finite_error(weights, experts) from None
+            with self._lock:
+                self._statistics.add(stats.values)
+
+    def _non_finite_error(self, weights: Tensor, experts: Sequence[int | None]) -> NonFiniteWeightError:
+        """The error for the first matrix that is not finite."""
+        pairs = zip(weights, experts, strict=True)
+        weight, expert = next((weight, expert) for weight, expert in pairs if not torch.isfinite(weight).all())
+        return non_finite_error(self._name(expert), weight)
 
     def finish(self) -> None:
         """The last piece is written."""
         for constant in self._weight.constants:
             value = constant.make(self._layout.rows, self._layout.columns).view(1, -1).view(torch.uint8)
-            self._shard.write(self._shard.plan.offsets[self._stem + constant.name], value, value.numel())
+            offsets = [self._shard.plan.offsets[stem + constant.name] for stem in self._stems]
+            self._shard.write_each(offsets, value.repeat(len(offsets), 1, 1), value.numel())
         self._maxima.clear()
-        self._on_written(self._statistics)
+        self._on_written(self._statistics.total())
+
+
+class _WrittenPart:
+    """One of the tensors that a weight becomes, and where it lies in a shard for each expert."""
+
+    def __init__(self, part: ExportedPart, layout: WeightLayout, stems: Sequence[str], shard: ShardWriter) -> None:
+        self._part, self._pitch = part, part.pitch(layout)
+        matrix = part.rows(layout) * self._pitch
+        begins = [shard.plan.offsets[stem + part.name] for stem in stems]
+        self._begins = [begin + expert * matrix for begin in begins for expert in range(layout.experts or 1)]
+
+    @property
+    def of_codes(self) -> bool:
+        """Whether it is made of the codes, and not of the scales."""
+        return self._part.source == "codes"
+
+    def write(self, shard: ShardWriter, block: Block, experts: Sequence[int | None], source: Tensor) -> None:
+        """Write what is made of the codes or scales [experts, rows, columns] of a block."""
+        rows, columns = block.code_index if self.of_codes else block.scale_index
+        data = self._converted(source)
+        column = int(columns.start * source.dtype.itemsize * self._part.width)
+        begin = rows.start // self._part.block * self._pitch + column
+        # A tensor of one element is contiguous to torch with any stride, but then cannot be viewed as bytes.
+        _, lines, width = data.shape
+        rows_of_bytes = data.contiguous().as_strided(data.shape, (lines * width, width, 1)).view(torch.uint8)
+        offsets = [self._begins[expert or 0] + begin for expert in experts]
+        shard.write_each(offsets, rows_of_bytes[..., : self._pitch - column].contiguous(), self._pitch)
+
+    def _converted(self, source: Tensor) -> Tensor:
+        """What is made of the matrices of a stack, all at once where no row of it is made of rows of two of them."""
+        convert, count = self._part.convert, len(source)
+        if convert is None:
+            return source
+        if count == 1 or source.shape[1] % self._part.block == 0:
+            together = convert(source.flatten(0, 1))
+            return together.view(count, -1, together.shape[1])
+        return torch.stack([convert(each) for each in source])
 
 
 def _extent(index: tuple[slice, slice]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteWeightError, ShapeMismatchError
+from ..kernels.formats import WeightFormat
 from ..kernels.statistics import MAXIMA, merge, new_statistics
 from ..schemes.base import LinearScheme, NonFiniteError, TensorStats
 from ..schemes.layout import WeightLayout
@@ -20,6 +21,35 @@ MERGED_AT_ONCE = 64
 """Pieces whose statistics are merged in one go."""
 
 
+class StatisticsSum:
+    """The sum of what was measured on pieces; its owner sees to it that one thread at a time uses it."""
+
+    def __init__(self) -> None:
+        self._total = new_statistics()
+        self._to_merge: list[Tensor] = []
+
+    def add(self, values: Tensor | None) -> None:
+        """Add the statistics of a piece, if any were measured."""
+        if values is not None:
+            self._to_merge.append(values)
+            if len(self._to_merge) == MERGED_AT_ONCE:
+                self._merge()
+
+    def total(self) -> Tensor:
+        """The sum of all so far, zeros without any."""
+        if self._to_merge:
+            self._merge()
+        return self._total
+
+    def _merge(self) -> None:
+        """Add up what has come since the last time; merging vectors one by one takes as long as a small piece."""
+        together = torch.stack(self._to_merge).to(self._total.device)
+        total = together.sum(0)
+        total[list(MAXIMA)] = together[:, list(MAXIMA)].amax(0)
+        merge(self._total, total)
+        self._to_merge.clear()
+
+
 class LayerProgress:
     """The parameters of one quantized layer on their way, and the statistics of what was quantized.
 
@@ -28,19 +58,15 @@ class LayerProgress:
 
     def __init__(self, parameters: dict[str, QuantizedParameter], finish: Callable[[Tensor], None]) -> None:
         self.parameters = parameters
-        self._statistics = new_statistics()
-        self._to_merge: list[Tensor] = []
+        self._statistics = StatisticsSum()
         self._finish = finish
         self._incomplete = set(parameters)
         self._lock = threading.Lock()
 
     def add(self, stats: TensorStats) -> None:
         """Add the statistics of one piece."""
-        if stats.values is not None:
-            with self._lock:
-                self._to_merge.append(stats.values)
-                if len(self._to_merge) == MERGED_AT_ONCE:
-                    self._merge()
+        with self._lock:
+            self._statistics.add(stats.values)
 
     def commit(self, name: str, numel: int) -> None:
         """So many elements of a parameter are written."""
@@ -49,27 +75,16 @@ class LayerProgress:
         with self._lock:
             self._incomplete.discard(name)
             last = not self._incomplete
-            if last and self._to_merge:
-                self._merge()
         if last:
-            self._finish(self._statistics)
+            self._finish(self._statistics.total())
 
     def reset(self) -> None:
         """A reload begins."""
         with self._lock:
             self._incomplete = set(self.parameters)
-            self._statistics = new_statistics()
-            self._to_merge.clear()
+            self._statistics = StatisticsSum()
         for parameter in self.parameters.values():
             parameter.reset()
-
-    def _merge(self) -> None:
-        """Add up what has come since the last time; merging vectors one by one takes as long as a small piece."""
-        together = torch.stack(self._to_merge).to(self._statistics.device)
-        total = together.sum(0)
-        total[list(MAXIMA)] = together[:, list(MAXIMA)].amax(0)
-        merge(self._statistics, total)
-        self._to_merge.clear()
 
 
 class Quantize(Protocol):
@@ -196,6 +211,22 @@ def non_finite_error(name: str, weight: Tensor) -> NonFiniteWeightError:
     )
     error.position = (row, column)
     return error
+
+
+def rows_below_each_other(fmt: WeightFormat, *stacks: Tensor) -> list[Tensor] | None:
+    """Stacks of weights, codes and scales as one matrix each, all to be quantized at once; `None` where they cannot be.
+
+    The rows [matrices, rows, columns] of all matrices lie one below the other, or, where no scale reaches over the end
+    of a row, those of each matrix end to end.
+    """
+    count, rows, columns = stacks[0].shape
+    blocks_end = count == 1 or (fmt.block_rows and rows % fmt.block_rows == 0)
+    if blocks_end and all(stack.stride(0) == stack.shape[1] * stack.stride(1) or count == 1 for stack in stacks):
+        return [stack.flatten(0, 1) for stack in stacks]
+    in_row = fmt.block_rows == 1 and fmt.block_cols and columns % fmt.block_cols == 0
+    if in_row and all(stack[0].is_contiguous() for stack in stacks):
+        return [stack.flatten(1) for stack in stacks]
+    return None
 
 
 def _rows_can_be_joined(layout: WeightLayout, columns: Interval) -> bool:

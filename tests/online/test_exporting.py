@@ -18,6 +18,7 @@ from quantload.checkpoint.output import OutputFolder
 from quantload.checkpoint.reader import PieceReader
 from quantload.checkpoint.source import FileSource
 from quantload.checkpoint.writer import plan_shards
+from quantload.errors import MissingWeightsError, NonFiniteWeightError
 from quantload.kernels.registry import kernel_set
 from quantload.model.routes import Span
 from quantload.model.skeleton import Assignment
@@ -170,3 +171,79 @@ def test_transposed_experts(
     codes, scales = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
     check(got, "x.down_proj", exported, codes, scales)
     assert got["x.down_proj_blocks"].shape == (experts, rows, blocks, 16)
+
+
+def experts_of(projections: dict[str, tuple[int, int]], count: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """The weights of some experts, those of one expert after those of another, as they lie in a file."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"x.experts.{expert}.{name}.weight": torch.randn(shape, generator=generator).to(dtype)
+        for expert in range(count)
+        for name, shape in projections.items()
+    }
+
+
+def plan_of_experts(entries: dict[str, TensorEntry], scheme: Any, exported: ExportedWeight) -> list[Any]:
+    """Every tensor quantized for the same module."""
+    assignment = Assignment("x.experts", "experts", torch.nn.Identity(), scheme, "")
+    planned = []
+    for name, entry in entries.items():
+        rows, columns = entry.shape
+        layout = WeightLayout(scheme.kernels.format, None, (("", rows),), columns)
+        spans = (Span(name, Region(None, (0, rows), (0, columns)), 0, columns, 1),)
+        planned.append(QuantizedTensor(entry, name.removesuffix("weight"), assignment, scheme, layout, exported, spans))
+    return planned
+
+
+@pytest.mark.parametrize(("tool", "format_name"), CASES)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    experts=st.integers(2, 7),
+    rows=st.sampled_from((1, 8, 13, 128)),
+    other_rows=st.sampled_from((3, 16, 128)),
+    chunk_bytes=st.sampled_from((64, 4096, 1 << 20)),
+    workers=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_experts_that_are_alike(
+    tool: str, format_name: str, experts: int, rows: int, other_rows: int, chunk_bytes: int, workers: int, seed: int
+) -> None:
+    """Two that follow each other and a third of another size, taken as stacks: each becomes what it does alone."""
+    exported, scheme = TABLES[tool][format_name], scheme_of(format_name)
+    columns = exported.column_multiple * (2 if exported.column_multiple >= 32 else 66)
+    sizes = {"down": (other_rows, columns), "gate": (rows, columns), "up": (rows, columns)}
+    tensors = experts_of(sizes, experts, torch.bfloat16, seed)
+
+    def planned(entries: dict[str, TensorEntry]) -> list[Any]:
+        return plan_of_experts(entries, scheme, exported)
+
+    with tempfile.TemporaryDirectory() as folder:
+        got, statistics = convert(tensors, planned, Path(folder), chunk_bytes, workers)
+    for name, weight in tensors.items():
+        check(got, name.removesuffix("weight"), exported, *whole(weight, scheme))
+    assert statistics.keys() == {"x.experts"}
+    assert statistics["x.experts"][0] == sum(weight.numel() for weight in tensors.values())
+
+
+@pytest.mark.parametrize("format_name", ["mxfp4", "fp8_channel"])
+def test_what_is_not_finite_is_named_among_experts_that_are_alike(format_name: str, tmp_path: Path) -> None:
+    scheme = scheme_of(format_name)
+    tensors = experts_of({"gate": (8, 64), "up": (8, 64)}, 6, torch.bfloat16, 0)
+    tensors["x.experts.4.up.weight"][3, 5] = torch.nan
+    with pytest.raises(NonFiniteWeightError, match=r"tensor x\.experts\.4\.up\.weight is not finite at index \[3, 5\]"):
+        convert(tensors, lambda entries: plan_of_experts(entries, scheme, QUARK[format_name]), tmp_path, 1 << 20, 1)
+
+
+def test_missing_experts_are_named(tmp_path: Path) -> None:
+    scheme = scheme_of("mxfp4")
+    save_file(experts_of({"up": (8, 64)}, 3, torch.bfloat16, 0), tmp_path / "model.safetensors")
+    with FileSource(tmp_path) as source:
+        header = read_header(source, "model.safetensors")
+    plan = plan_of_experts(header.tensors, scheme, QUARK["mxfp4"])
+    shards = plan_shards([tensor.specs() for tensor in plan], 10**9)
+    with OutputFolder(tmp_path / "out", "key") as out, Conversion(plan, shards, out, lambda *_: None) as conversion:
+        pieces = plan_pieces(conversion.entries[:2], conversion.spans, conversion.sinks, 4096)
+        shard = Shard("model.safetensors", header.size)
+        PieceReader(FileSource(tmp_path), [shard], workers=1, chunk_bytes=4096).run(pieces)
+        with pytest.raises(MissingWeightsError, match=r"written: x\.experts\.2\.up\.weight rows 0:8, columns 0:64$"):
+            conversion.check_complete()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..model.routes import Span
 from ..schemes.stored.weights import StoredWeight
 from .cuts import Sink
 from .regions import Interval
-from .slabs import Slab, SlabPart, lines_per_slab, slabs
+from .slabs import Slab, SlabPart, lines_per_slab, slabs, slabs_across
 from .stored_checks import check_finite
 from .stored_parts import PartMatrix, all_but_codes, codes_of
 
@@ -37,7 +37,8 @@ class DequantizedWeight:
         self._codes = codes_of(weight)
         self._scales_there: Barrier | None = None
         self._scales: Tensor | None = None
-        self._slabs_left = 0
+        self._slabs_left, self._slabs_per_read = 0, 1
+        self._along = weight.along
         self._lock = threading.Lock()
 
     @property
@@ -50,7 +51,7 @@ class DequantizedWeight:
     def _line_bytes(self) -> int:
         """Bytes of the float32 values of one line."""
         weight = self.weight
-        return (weight.columns if weight.along == "rows" else weight.all_rows) * torch.float32.itemsize
+        return (weight.columns if self._along == "rows" else weight.all_rows) * torch.float32.itemsize
 
     def scratch_bytes(self, slab: Slab) -> int:
         """Bytes of a slab's float32 values."""
@@ -64,17 +65,33 @@ class DequantizedWeight:
         step = math.lcm(weight.step, block, *(sinks[span.parameter].align[axis] for span in spans))
         while axis == 0 and step % 2 == 0 and step * self._line_bytes > limit:
             step //= 2  # a part of a row of blocks: what it lands in may have to be observed first
-        refused = [span.parameter for span in spans if axis == 1 and sinks[span.parameter].whole_rows]
-        if refused and weight.columns * self._line_bytes > limit:
-            whole = weight.columns * self._line_bytes
-            raise PolicyError(
-                f"{weight.name} is stored column by column: only all of it has whole rows, {whole} bytes as float32, "
-                f"more than a piece of {limit}; choose a scheme without a multiplier for each row, such as "
-                f"quark_mxfp4, or pieces that large: --chunk {-(-whole >> 20)}MiB, chunk_bytes={whole}"
-            )
-        found = list(slabs(weight, spans, lines_per_slab(self._line_bytes, step, limit)))
+        whole_rows = axis == 1 and any(sinks[span.parameter].whole_rows for span in spans)
+        if whole_rows and weight.columns * self._line_bytes > limit:
+            found = self._cut_across(spans, sinks, limit)
+        else:
+            found = list(slabs(weight, spans, lines_per_slab(self._line_bytes, step, limit)))
         self._slabs_left = len(found)
         return found
+
+    def _cut_across(self, spans: Sequence[Span], sinks: Mapping[str, Sink], limit: int) -> list[Slab]:
+        """Slabs of whole rows of a weight that is stored column by column.
+
+        Their codes are a part of every line of the tensor. As many slabs as fit `limit` bytes as codes are one read,
+        for its lines to be long.
+        """
+        self._along = "rows"
+        weight = self.weight
+        step = math.lcm(self._codes.rows_across, *(sinks[span.parameter].align[0] for span in spans))
+        least = step * self._line_bytes
+        if least > limit:
+            raise PolicyError(
+                f"{weight.name} is stored column by column, and {step} whole rows of it take {least} bytes as float32, "
+                f"more than a piece of {limit}; choose a scheme without a multiplier for each row, such as "
+                f"quark_mxfp4, or pieces that large: --chunk {-(-least >> 10)}KiB, chunk_bytes={least}"
+            )
+        rows = lines_per_slab(self._line_bytes, step, limit)
+        self._slabs_per_read = lines_per_slab(rows * self._codes.part.entry.nbytes // weight.rows, 1, limit)
+        return list(slabs_across(weight, spans, rows))
 
     def scale_pieces(self, chunk_bytes: int) -> list[Piece]:
         """Pieces of the scales and zero points; pieces of codes wait for them."""
@@ -90,25 +107,39 @@ class DequantizedWeight:
 
     def observing_piece(self, slab: Slab, parts: Sequence[SlabPart], sinks: Mapping[str, Sink]) -> Piece:
         """The piece that shows some parts of a slab to closures that need to see all of a matrix first."""
+        read = slab.low, slab.high
 
         def deliver(workspace: Workspace) -> None:
-            values = self._values(workspace, slab)
+            values = self._values(workspace, read, slab)
             for part in parts:
                 sinks[part.span.parameter].loader.observe(values[part.rows], part.region)
 
-        return self._codes.piece(self._codes.rows_of((slab.low, slab.high)), deliver, after=self._scales_there)
+        return self._read(read, deliver, self._scales_there)
 
-    def piece(self, slab: Slab, sinks: Mapping[str, Sink], after: Barrier | None) -> Piece:
-        """The piece that hands over a slab; `after` opens behind those that observed it, if any did."""
+    def pieces(self, cuts: Sequence[Slab], sinks: Mapping[str, Sink], after: Barrier | None) -> Iterator[Piece]:
+        """The pieces that hand over all slabs; `after` opens behind those that observed them, if any did."""
+        for first in range(0, len(cuts), self._slabs_per_read):
+            together = cuts[first : first + self._slabs_per_read]
+            read = together[0].low, together[-1].high
+            deliver = functools.partial(self._deliver, read, together, sinks)
+            yield self._read(read, deliver, after or self._scales_there)
 
-        def deliver(workspace: Workspace) -> None:
-            values = self._values(workspace, slab)
+    def _deliver(
+        self, read: Interval, together: Sequence[Slab], sinks: Mapping[str, Sink], workspace: Workspace
+    ) -> None:
+        """Hand over the slabs of one read."""
+        for slab in together:
+            values = self._values(workspace, read, slab)
             for part in slab.parts:
                 sink = sinks[part.span.parameter]
                 sink.loader(sink.param, values[part.rows], region=part.region)
-            self._done()
+        self._done(len(together))
 
-        return self._codes.piece(self._codes.rows_of((slab.low, slab.high)), deliver, after=after or self._scales_there)
+    def _read(self, lines: Interval, deliver: Callable[[Workspace], None], after: Barrier | None) -> Piece:
+        """The piece that reads the codes of some lines."""
+        if self._along == self.weight.along:
+            return self._codes.piece(self._codes.rows_of(lines), deliver, after=after)
+        return self._codes.piece_across(lines, deliver, after=after)
 
     def _hold(self, matrix: PartMatrix, rows: Interval, workspace: Workspace) -> None:
         weight, fmt = self.weight, self.weight.format
@@ -131,22 +162,25 @@ class DequantizedWeight:
             block = fmt.block_rows or weight.all_rows
             word[first // block : -(-last // block)] = values
 
-    def _values(self, workspace: Workspace, slab: Slab) -> Tensor:
-        """The float32 matrix of a slab, in the scratch buffer."""
-        weight, fmt, scales = self.weight, self.weight.format, self._scales
+    def _values(self, workspace: Workspace, read: Interval, slab: Slab) -> Tensor:
+        """The float32 matrix of a slab, in the scratch buffer, of the codes of all lines that were read."""
+        weight, fmt, scales, lines = self.weight, self.weight.format, self._scales, (slab.low, slab.high)
         assert scales is not None
-        codes = self._codes.canonical(workspace.buffer, self._codes.rows_of((slab.low, slab.high)))
-        if weight.along == "columns":
-            words = fmt.scale_columns(slab.low, slab.high, weight.columns)
+        if self._along == weight.along:
+            codes = self._codes.canonical(workspace.buffer, self._codes.rows_of(lines))
+        else:
+            codes = self._codes.canonical_across(workspace.buffer, read, lines)
+        if self._along == "columns":
+            words = fmt.scale_columns(*lines, weight.columns)
             shape, scales = (weight.all_rows, slab.lines), scales[:, words]
         else:
-            shape, scales = (slab.lines, weight.columns), scale_rows(fmt, scales, slab.low, slab.high)
+            shape, scales = (slab.lines, weight.columns), scale_rows(fmt, scales, *lines)
         values = workspace.scratch(self.scratch_bytes(slab)).view(torch.float32).view(shape)
         self._dequantize(codes, scales, values)
         return values
 
-    def _done(self) -> None:
+    def _done(self, slabs: int) -> None:
         with self._lock:
-            self._slabs_left -= 1
+            self._slabs_left -= slabs
             if self._slabs_left == 0:
                 self._scales = None

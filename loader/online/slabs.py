@@ -85,6 +85,14 @@ def slabs(weight: StoredWeight, spans: Sequence[Span], lines: int) -> Iterator[S
             yield Slab(low, high, parts)
 
 
+def slabs_across(weight: StoredWeight, spans: Sequence[Span], rows: int) -> Iterator[Slab]:
+    """Slabs of at most so many rows, of a weight that is cut along columns; all of it, whatever spans take."""
+    taken = [rows_of(weight, span) for span in spans]
+    for low in range(0, weight.rows, rows):
+        high = min(low + rows, weight.rows)
+        yield Slab(low, high, tuple(part for part in (each.part(low, high) for each in taken) if part is not None))
+
+
 def lines_per_slab(line_bytes: int, step: int, limit: int) -> int:
     """How many lines fit `limit` bytes, in whole steps and at least one."""
     return max(limit // max(line_bytes, 1) // step, 1) * step

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint.pieces import Piece
+from ..checkpoint.pieces import Lines, Piece
 from ..checkpoint.workspace import Workspace
 from ..errors import CheckpointError
 from ..schemes.activations import check_input_scales
@@ -42,6 +42,11 @@ class PartMatrix:
             )
         return entry.nbytes // max(self.rows, 1)
 
+    @cached_property
+    def rows_across(self) -> int:
+        """How many rows an element stands for, where the weight is cut along columns."""
+        return self.weight.rows * self.part.entry.dtype.itemsize // self.row_bytes
+
     def lines_within(self, limit: int, step: int) -> int:
         """How many lines fit `limit` bytes, in steps of so many, which are whole rows; at least one step."""
         return lines_per_slab(self.row_bytes, step // self.part.block, limit) * self.part.block
@@ -65,13 +70,29 @@ class PartMatrix:
         start = self.part.entry.offset + rows[0] * self.row_bytes
         return Piece(self.part.entry.shard, ((start, (rows[1] - rows[0]) * self.row_bytes),), deliver, **how)
 
+    def piece_across(self, lines: Interval, deliver: Callable[[Workspace], None], **how: Any) -> Piece:
+        """The piece that reads some rows of a weight that is cut along columns: a part of every row of the tensor."""
+        entry = self.part.entry
+        first, last = (line // self.rows_across * entry.dtype.itemsize for line in lines)
+        if last - first == self.row_bytes:
+            return self.piece((0, self.rows), deliver, **how)
+        return Piece(entry.shard, Lines(entry.offset + first, self.row_bytes, last - first, self.rows), deliver, **how)
+
     def canonical(self, buffer: Tensor, rows: Interval) -> Tensor:
         """What some rows, as they lie in a piece's buffer, are in the canonical layout.
 
         Raises a `CheckpointError` for what cannot be, or does not fit the weight.
         """
+        return self._canonical(buffer.view(self.part.entry.dtype).view(rows[1] - rows[0], -1))
+
+    def canonical_across(self, buffer: Tensor, read: Interval, lines: Interval) -> Tensor:
+        """What some rows of the weight, of those that `piece_across` has read, are in the canonical layout."""
+        stored = buffer.view(self.part.entry.dtype).view(self.rows, -1)
+        first, last = ((line - read[0]) // self.rows_across for line in lines)
+        return self._canonical(stored[:, first:last])
+
+    def _canonical(self, stored: Tensor) -> Tensor:
         role, name = self.part.role, self.part.entry.name
-        stored = buffer.view(self.part.entry.dtype).view(rows[1] - rows[0], -1)
         if role == "must_be_zero":
             check_zero(name, stored)
         if role == "order":

@@ -81,7 +81,7 @@ def _plan_dequantized(
             planned.pieces += large[weight.name].scale_pieces(chunk_bytes)
         barrier = first_pass(group, cuts, twice, observing, planned.pieces)
         for weight in group:
-            planned.pieces += [large[weight.name].piece(slab, sinks, barrier) for slab in cuts[weight.name]]
+            planned.pieces += large[weight.name].pieces(cuts[weight.name], sinks, barrier)
         planned.held_bytes = max(planned.held_bytes, sum(large[weight.name].held_bytes for weight in group))
     bundler.close()
     planned.held_bytes = max(planned.held_bytes, bundler.held_bytes)

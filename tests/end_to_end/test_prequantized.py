@@ -11,7 +11,7 @@ import pytest
 import raw_checkpoint
 import torch
 from quantized_copies import fp8_tensors, quantized_copy
-from quantized_models import quantized_modules
+from quantized_models import quantized_modules, state_bytes
 from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
 from quantload.errors import CheckpointError, NonFiniteWeightError, PolicyError
 from quantload.kernels.registry import kernel_set
@@ -107,7 +107,7 @@ def test_quantizing_anew_equals_quantizing_what_the_codes_stand_for(
     if (name, scheme) == BY_COLUMNS and options is SMALL:
         with pytest.raises(
             PolicyError,
-            match=r"_proj.weight is stored column by column.* such as quark_mxfp4, or .* --chunk 1MiB, chunk_bytes=\d+",
+            match=r"_proj.weight is stored column by column.* such as quark_mxfp4, or .* --chunk \d+KiB, chunk_bytes",
         ):
             load_quantized(golden / name, scheme, options=options)
         return
@@ -143,6 +143,14 @@ def test_a_layer_can_stay_as_stored_while_the_others_are_quantized_anew(golden: 
     assert schemes["v_proj"] == ("prequantized", "fp8_block")
     assert schemes["o_proj"] == ("int8_per_channel", "int8_channel")
     assert schemes["k_proj"] == ("quark_mxfp4", "mxfp4")
+
+
+def test_rows_of_what_is_stored_column_by_column_come_in_pieces(golden: Path) -> None:
+    """Smaller than most weights, and large enough for the eight rows that share a word."""
+    pieces = LoadOptions(chunk_bytes=1 << 14, workers=3)
+    got, want = (load_quantized(golden / BY_COLUMNS[0], BY_COLUMNS[1], options=o) for o in (pieces, LoadOptions()))
+    assert max(len(tensor.flatten()) * 4 for tensor in stored_values(golden / BY_COLUMNS[0]).values()) > 1 << 16
+    assert state_bytes(got) == state_bytes(want)
 
 
 @pytest.mark.parametrize("experts", ["auto", "none"])

@@ -21,6 +21,7 @@ from .checkpoint.source import FileSource
 from .checkpoint.weight_map import INDEX_NAME
 from .checkpoint.working_memory import CPU, slots_per_worker
 from .checkpoint.writer import ShardPlan, plan_shards, weight_index
+from .collector import collector_paused
 from .errors import PolicyError
 from .load import Draft, draft_load
 from .memory.budget import check_budget
@@ -31,7 +32,7 @@ from .online.pieces import plan_pieces
 from .online.storage import FinalStorage
 from .online.stored_pieces import plan_stored
 from .options import LoadOptions, QuantizationPolicy
-from .plan import MIN_CHUNK, LoadPlan, plan_staging
+from .plan import MIN_CHUNK, LoadPlan, plan_staging, plan_without_pieces
 from .recording import Progress, Recorder
 from .schemes.exported.registry import get_export_format
 from .schemes.exported.tensors import kept_modules, plan_tensors, quantized_modules
@@ -70,12 +71,22 @@ def convert_checkpoint(
     with torch.inference_mode(False), Recorder(CPU, options.stats, progress) as recorder:
         checkpoint = resolve(model_id, revision)
         storage = FinalStorage(CPU)
-        draft = draft_load(checkpoint, quantization, policy, options, storage, lambda *_: None, trust_remote_code)
-        tensors = plan_tensors(draft.sources.entries, draft.routes, draft.loaders.sinks, draft.assignments, export)
-        shards = plan_shards((tensor.specs() for tensor in tensors), max_shard_bytes)
-        config = _config(checkpoint, draft, tensors, export)
-        stored = checkpoint.config().get("quantization_config")
-        key = _key(checkpoint, draft.index, shards, [config, stored, policy and asdict(policy), options.stats])
+        with collector_paused():
+            draft = draft_load(
+                checkpoint,
+                quantization,
+                policy,
+                options,
+                storage,
+                lambda *_: None,
+                trust_remote_code,
+                plan=plan_without_pieces,
+            )
+            tensors = plan_tensors(draft.sources.entries, draft.routes, draft.loaders.sinks, draft.assignments, export)
+            shards = plan_shards((tensor.specs() for tensor in tensors), max_shard_bytes)
+            config = _config(checkpoint, draft, tensors, export)
+            stored = checkpoint.config().get("quantization_config")
+            key = _key(checkpoint, draft.index, shards, [config, stored, policy and asdict(policy), options.stats])
         with OutputFolder(Path(out), key) as folder:
             with Conversion(tensors, shards, folder, recorder.on_layer) as conversion:
                 plan = _plan(draft, conversion, options)
@@ -100,6 +111,7 @@ def convert_checkpoint(
     return report
 
 
+@collector_paused()
 def _plan(draft: Draft, conversion: Conversion, options: LoadOptions) -> LoadPlan:
     """Pieces of what is left to convert, and the memory it takes: a worker's buffers, and one that it writes from."""
     spans, sinks = conversion.spans, conversion.sinks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,9 @@ def draft_load(
     storage: FinalStorage,
     on_layer: OnFinished,
     trust_remote_code: bool,
+    plan: Callable[..., LoadPlan] = plan_load,
 ) -> Draft:
-    """Everything before the first weight: schemes and kernels, index, skeleton, routes, plan."""
+    """Everything before the first weight: schemes and kernels, index, skeleton, routes, and what `plan` makes of it."""
     chosen = choose_policy(quantization, policy, checkpoint.is_quantized)
     schemes = SchemeFactory(storage.device, options, chosen.scale_mode)
     rules = Policy(chosen, schemes, checkpoint.is_quantized)
@@ -139,8 +141,8 @@ def draft_load(
         assignments = assign_schemes(model, rules, dtype, options.strict, sources)
         loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
         routes = build_routes(mapped, loaders.landing)
-        plan = plan_load(model, index, mapped, sources, routes, loaders, assignments, options, schemes)
-    return Draft(index, model, schemes, rules, mapped, sources, assignments, loaders, routes, plan)
+        planned = plan(model, index, mapped, sources, routes, loaders, assignments, options, schemes)
+    return Draft(index, model, schemes, rules, mapped, sources, assignments, loaders, routes, planned)
 
 
 def plan_quantized(

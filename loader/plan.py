@@ -21,6 +21,7 @@ from .model.skeleton import Assignment
 from .model.stored_sources import StoredSources
 from .online.attach import WeightLoaders
 from .online.pieces import plan_pieces
+from .online.stored import StoredCodesLoader
 from .online.stored_pieces import plan_stored
 from .online.weight_loader import DirectWeightLoader
 from .online.whole import plan_whole, whole_bytes
@@ -65,16 +66,9 @@ def plan_load(
     schemes: SchemeFactory,
 ) -> LoadPlan:
     """Cut every route into pieces and add up what will be held at once."""
-    _check_whole(routes, sources, index, loaders)
-    whole_names = {name for conversion in routes.whole for name in conversion.names()}
-    plain = (index.tensors[name] for name in routes.spans if name not in whole_names and name not in sources.weights)
-    entries = sorted(plain, key=_place)
-    _check_dtypes(entries, routes, loaders)
-    for dtype in _quantized_dtypes(entries, routes, loaders):
-        schemes.expect(dtype)
+    entries, weights = _expected(index, sources, routes, loaders, schemes)
     pieces = plan_pieces(entries, routes.spans, loaders.sinks, options.chunk_bytes)
     pieces += plan_whole(routes.whole, index.tensors, mapped.shapes, loaders.sinks, loaders.landing)
-    weights = sorted((sources.weights[name] for name in routes.spans if name in sources.weights), key=_place)
     stored = plan_stored(weights, routes.spans, loaders.sinks, options.chunk_bytes, schemes.dequantizer)
     pieces += stored.pieces
     chunk = max((piece.nbytes for piece in pieces if piece.target is None), default=MIN_CHUNK)
@@ -90,6 +84,56 @@ def plan_load(
         checkpoint_bytes=index.total_bytes,
     )
     return LoadPlan(pieces, chunk, workers, memory, sum(piece.nbytes for piece in pieces), bytes_in, len(routes.whole))
+
+
+def plan_without_pieces(
+    model: PreTrainedModel,
+    index: CheckpointIndex,
+    mapped: CheckpointMap,
+    sources: StoredSources,
+    routes: Routes,
+    loaders: WeightLoaders,
+    assignments: list[Assignment],
+    options: LoadOptions,
+    schemes: SchemeFactory,
+) -> LoadPlan:
+    """What `plan_load` checks and adds up, for who reads the same tensors in pieces of their own."""
+    _, weights = _expected(index, sources, routes, loaders, schemes)
+    for name in {weight.format.name for weight in weights if not _stays(weight, routes, loaders)}:
+        schemes.dequantizer(name)  # that it is there, and compiled in time
+    memory = plan_memory(
+        _sizes(mapped, loaders, assignments, sources),
+        sum(buffer.nbytes for buffer in _unrouted(model, loaders, mapped)),
+        0,
+        checkpoint_bytes=index.total_bytes,
+    )
+    bytes_in = dict(_bytes_in(mapped, assignments, sources))
+    return LoadPlan([], MIN_CHUNK, 1, memory, 0, bytes_in, len(routes.whole))
+
+
+def _stays(weight: StoredWeight, routes: Routes, loaders: WeightLoaders) -> bool:
+    """Whether a weight is kept as it is stored."""
+    sinks = (loaders.sinks[span.parameter] for span in routes.spans[weight.name])
+    return all(isinstance(sink.loader, StoredCodesLoader) for sink in sinks)
+
+
+def _expected(
+    index: CheckpointIndex,
+    sources: StoredSources,
+    routes: Routes,
+    loaders: WeightLoaders,
+    schemes: SchemeFactory,
+) -> tuple[list[TensorEntry], list[StoredWeight]]:
+    """Plain tensors and stored weights in the order of files and offsets, checked; `schemes` learn of their dtypes."""
+    _check_whole(routes, sources, index, loaders)
+    whole_names = {name for conversion in routes.whole for name in conversion.names()}
+    plain = (index.tensors[name] for name in routes.spans if name not in whole_names and name not in sources.weights)
+    entries = sorted(plain, key=_place)
+    _check_dtypes(entries, routes, loaders)
+    for dtype in _quantized_dtypes(entries, routes, loaders):
+        schemes.expect(dtype)
+    weights = sorted((sources.weights[name] for name in routes.spans if name in sources.weights), key=_place)
+    return entries, weights
 
 
 def _place(entry: TensorEntry | StoredWeight) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.output import OutputFolder
 from ..checkpoint.writer import Extent, ShardPlan, ShardWriter
+from ..collector import collector_paused
 from ..errors import MissingWeightsError
 from ..kernels.statistics import merge, new_statistics
 from ..model.routes import Source, Span
@@ -38,6 +39,7 @@ class Conversion:
     piece.
     """
 
+    @collector_paused()
     def __init__(
         self,
         tensors: Sequence[PlannedTensor],
@@ -55,10 +57,10 @@ class Conversion:
         self._statistics: dict[str, list[tuple[str, int, list[float]]]] = defaultdict(list)
         self._buffers = Buffers()
         self._complete: list[Callable[[], None]] = []
-        where = {name: plan for plan in shards for name in plan.offsets}
+        where = {name: plan.path for plan in shards for name in plan.offsets}
         members: dict[str, list[PlannedTensor]] = defaultdict(list)
         for tensor in tensors:
-            members[where[tensor.specs()[0].name].path].append(tensor)
+            members[where[tensor.specs()[0].name]].append(tensor)
         for plan in shards:
             self._prepare(plan, members[plan.path])
         self.entries.sort(key=_place)
@@ -129,7 +131,7 @@ class Conversion:
             self._attach(tensor.entry, loader, [_of_expert(span, sink, number) for span in tensor.spans])
 
     def _attach(self, entry: Source, loader: Any, spans: Sequence[Span]) -> None:
-        """Have a tensor read for a closure."""
+        """Have a tensor read for a closure, which all of it goes to."""
         if entry.nbytes == 0:
             self._complete.append(loader.finish)
             return
@@ -138,8 +140,8 @@ class Conversion:
         else:
             self.entries.append(entry)
         self.spans[entry.name] = list(spans)
-        for span in spans:
-            self.sinks.setdefault(span.parameter, Sink(torch.empty(0), loader))
+        if spans[0].parameter not in self.sinks:
+            self.sinks[spans[0].parameter] = Sink(torch.empty(0), loader)
 
     def _take_up(self, statistics: Iterable[tuple[str, int, list[float]]]) -> None:
         for module, tensors, values in statistics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from ...checkpoint.headers import TensorEntry
 from ...checkpoint.writer import TensorSpec
 from ...errors import PolicyError
+from ...kernels.formats import WeightFormat
 from ...model.routes import Routes, Source, Span
 from ...model.skeleton import Assignment
 from ...online.cuts import Sink
@@ -89,6 +91,7 @@ def plan_tensors(
     whole = [each.target for each in routes.whole if each.target in sinks and not sinks[each.target].direct]
     problems = {target.rpartition(".")[0]: "its weights cannot be quantized one by one" for target in whole}
     planned: list[QuantizedTensor | KeptTensor] = []
+    why_not = _WhyNot(sinks, export)
     for entry in sorted(tensors.values(), key=lambda entry: (entry.shard, entry.offset)):
         spans = [span for span in routes.spans.get(entry.name, ()) if not sinks[span.parameter].direct]
         if isinstance(entry, StoredWeight):
@@ -105,11 +108,7 @@ def plan_tensors(
         assert scheme is not None
         weight = exported_weight(scheme, export)
         if all(each is not None and each.scheme is scheme for each in owners):
-            why = (
-                _why_not_fused(entry, assignment, scheme, export)
-                if weight.fused
-                else _why_not(entry, spans, sinks, scheme, export)
-            )
+            why = _why_not_fused(entry, assignment, scheme, export) if weight.fused else why_not(entry, spans, scheme)
         else:
             why = "is one tensor for several modules, which get different schemes"
         if why:
@@ -137,27 +136,39 @@ def _why_not_anew(weight: StoredWeight, spans: Sequence[Span], routes: Routes, s
     return ""
 
 
-def _why_not(
-    entry: Source,
-    spans: Sequence[Span],
-    sinks: Mapping[str, Sink],
-    scheme: LinearScheme | MoEScheme,
-    export: ExportFormat,
-) -> str:
-    """Why a checkpoint tensor cannot become a quantized weight under its own name; nothing if it can."""
-    if len(entry.shape) == 3:
-        return "holds all experts of a layer, which only the format mxfp4 has a place for, and only for gpt-oss"
-    if len(entry.shape) != 2 or not entry.name.endswith(_SUFFIX):
-        return "is not the matrix of one linear layer or one expert"
-    rows, columns = entry.shape
-    if any(span.column_stride != 1 or span.row_stride % columns or span.offset % columns for span in spans):
-        return "is stored transposed, or its columns are taken apart"
-    if why := why_not_columns(scheme, columns, export):
-        return why
-    layout = WeightLayout(scheme.kernels.format, None, (("", rows),), columns)
-    if not all(sinks[span.parameter].whole(span.region) and layout.whole(_rows_of(span, columns)) for span in spans):
-        return f"is scaled together with other tensors, or in parts, by {scheme.called}"
-    return ""
+class _WhyNot:
+    """Why a checkpoint tensor cannot become a quantized weight under its own name; nothing if it can.
+
+    Experts that go to the same rows and columns differ in nothing, and are looked at once.
+    """
+
+    def __init__(self, sinks: Mapping[str, Sink], export: ExportFormat) -> None:
+        self._sinks, self._export = sinks, export
+        self._known: dict[Any, str] = {}
+
+    def __call__(self, entry: Source, spans: Sequence[Span], scheme: LinearScheme | MoEScheme) -> str:
+        where = [(span.parameter, span.region.rows, span.region.columns, *span[2:]) for span in spans]
+        key = entry.shape, entry.name.endswith(_SUFFIX), id(scheme), *where
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._look(entry, spans, scheme)
+        return known
+
+    def _look(self, entry: Source, spans: Sequence[Span], scheme: LinearScheme | MoEScheme) -> str:
+        if len(entry.shape) == 3:
+            return "holds all experts of a layer, which only the format mxfp4 has a place for, and only for gpt-oss"
+        if len(entry.shape) != 2 or not entry.name.endswith(_SUFFIX):
+            return "is not the matrix of one linear layer or one expert"
+        rows, columns = entry.shape
+        if any(span.column_stride != 1 or span.row_stride % columns or span.offset % columns for span in spans):
+            return "is stored transposed, or its columns are taken apart"
+        if why := why_not_columns(scheme, columns, self._export):
+            return why
+        layout = _layout(scheme.kernels.format, rows, columns)
+        for span in spans:
+            if not (self._sinks[span.parameter].whole(span.region) and layout.whole(_rows_of(span, columns))):
+                return f"is scaled together with other tensors, or in parts, by {scheme.name}"
+        return ""
 
 
 def _why_not_fused(
@@ -174,9 +185,15 @@ def _matrix(
     entry: Source, assignment: Assignment, scheme: LinearScheme | MoEScheme, weight: ExportedWeight
 ) -> QuantizedTensor:
     rows, columns = entry.shape
-    layout = WeightLayout(scheme.kernels.format, None, (("", rows),), columns)
+    layout = _layout(scheme.kernels.format, rows, columns)
     spans = (Span(entry.name, Region(None, (0, rows), (0, columns)), 0, columns, 1),)
     return QuantizedTensor(entry, entry.name.removesuffix(_NAME), assignment, scheme, layout, weight, spans)
+
+
+@lru_cache(maxsize=256)
+def _layout(fmt: WeightFormat, rows: int, columns: int) -> WeightLayout:
+    """The layout of a matrix: the same for thousands of experts."""
+    return WeightLayout(fmt, None, (("", rows),), columns)
 
 
 def _fused(

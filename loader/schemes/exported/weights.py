@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -85,7 +86,7 @@ class ExportedConstant:
     make: Callable[[int, int], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExportedWeight:
     """How weights of one format are stored, and what the config says about them.
 
@@ -111,11 +112,18 @@ class ExportedWeight:
 
     def specs(self, stem: str, layout: WeightLayout) -> Iterator[TensorSpec]:
         """All tensors of one weight."""
-        for part in self.parts:
-            yield part.spec(stem, layout)
-        for constant in self.constants:
-            value = constant.make(layout.rows, layout.columns)
-            yield TensorSpec(stem + constant.name, value.dtype, tuple(value.shape))
+        for name, dtype, shape in _specs(self, layout):
+            yield TensorSpec(stem + name, dtype, shape)
+
+
+@lru_cache(maxsize=256)
+def _specs(weight: ExportedWeight, layout: WeightLayout) -> list[TensorSpec]:
+    """The tensors of a weight by what follows on their stem: the same for thousands of experts."""
+    specs = [part.spec("", layout) for part in weight.parts]
+    for constant in weight.constants:
+        value = constant.make(layout.rows, layout.columns)
+        specs.append(TensorSpec(constant.name, value.dtype, tuple(value.shape)))
+    return specs
 
 
 @dataclass(frozen=True)

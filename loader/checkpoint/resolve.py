@@ -22,7 +22,8 @@ from ..errors import CheckpointError, UnsupportedCheckpointError
 from .weight_map import INDEX_NAME, SINGLE_NAME, explicit_name, parse_weight_map
 
 # Everything transformers reads beside the weights. Never pickles.
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes", "*.tokenizer", "*.py")
+"""What lies beside the weights, by name: configs, code, and the vocabularies of all tokenizers of transformers."""
 CONFIG_NAME = "config.json"
 MODELOPT_CONFIG_NAME = "hf_quant_config.json"
 _MAX_CONFIG_BYTES = 16 << 20

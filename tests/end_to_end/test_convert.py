@@ -95,7 +95,9 @@ def test_small_files_come_along(golden: Path, converted: Path, tmp_path: Path) -
     source = tmp_path / "source"
     shutil.copytree(golden / "bf16_qwen3moe", source)
     (source / "tokenizer.json").write_text("{}")
-    (source / "vocab.txt").write_text("words")
+    vocabularies = {"vocab.txt", "tokenizer.model", "qwen.tiktoken", "source.spm", "bpe.codes", "prophetnet.tokenizer"}
+    for name in vocabularies:
+        (source / name).write_text("words")
     (source / "nested").mkdir()
     (source / "nested/chat_template.jinja").write_text("hello")
     (source / "pytorch_model.bin").write_text("a pickle")
@@ -103,7 +105,7 @@ def test_small_files_come_along(golden: Path, converted: Path, tmp_path: Path) -
     (source / ".cache/download.json").write_text("{}")
     convert_checkpoint(source, tmp_path / "out", "quark_mxfp4")
     more = files(tmp_path / "out").keys() - files(converted).keys()
-    assert more == {"tokenizer.json", "vocab.txt", "nested/chat_template.jinja"}
+    assert more == {"tokenizer.json", "nested/chat_template.jinja", *vocabularies}
 
 
 def test_a_folder_inside_the_model(golden: Path, converted: Path, tmp_path: Path) -> None:

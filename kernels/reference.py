@@ -14,6 +14,8 @@ from .formats import WeightFormat
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements a chunk may hold: the temporaries of a chunk stay under about 64 MiB."""
+IN_CACHE = 1 << 17
+"""Elements of a chunk that is worked on in many threads at once, with temporaries in each of them."""
 
 
 class Decoder(Protocol):
@@ -44,7 +46,7 @@ class Reading:
         fmt = self.codec.format
         check_quantize(fmt, out, codes, scales)
         rows, cols = out.shape
-        for start, stop in row_chunks(rows, cols):
+        for start, stop in row_chunks(rows, cols, IN_CACHE):
             expanded = self.expand(scales, start, stop, cols)
             out[start:stop].copy_(self.codec.decode(codes[start:stop], expanded, cols))
 

@@ -14,10 +14,7 @@ import torch
 from .experts import check_experts
 from .formats import RowMultiplied
 from .mxfp4_rows import split
-from .reference import check_linear, check_quantize, row_chunks
-
-IN_CACHE = 1 << 17
-"""Elements of a product that are multiplied at once, in float32."""
+from .reference import IN_CACHE, check_linear, check_quantize, row_chunks
 
 
 @dataclass(frozen=True)

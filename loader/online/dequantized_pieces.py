@@ -69,7 +69,10 @@ class DequantizedWeight:
         if whole_rows and weight.columns * self._line_bytes > limit:
             found = self._cut_across(spans, sinks, limit)
         else:
-            found = list(slabs(weight, spans, lines_per_slab(self._line_bytes, step, limit)))
+            lines = lines_per_slab(self._line_bytes, step, limit)
+            found = list(
+                slabs(weight, spans, lines if whole_rows else min(lines, self._codes.lines_within(limit, step)))
+            )
         self._slabs_left = len(found)
         return found
 

@@ -18,6 +18,10 @@ from .regions import Interval
 from .slabs import lines_per_slab
 from .stored_checks import check_codes, check_order, check_shape, check_zero
 
+CONVERTED_BYTES = 1 << 19
+"""Bytes of a tensor that are converted or checked at once: what that takes beside them, several times as much, is not
+in the arena, and each worker takes it."""
+
 
 @dataclass(frozen=True)
 class PartMatrix:
@@ -49,7 +53,10 @@ class PartMatrix:
 
     def lines_within(self, limit: int, step: int) -> int:
         """How many lines fit `limit` bytes, in steps of so many, which are whole rows; at least one step."""
-        return lines_per_slab(self.row_bytes, step // self.part.block, limit) * self.part.block
+        return lines_per_slab(self.row_bytes, step // self.part.block, self._at_once(limit)) * self.part.block
+
+    def _at_once(self, limit: int) -> int:
+        return limit if self.part.role == "codes" and self.part.convert is None else min(limit, CONVERTED_BYTES)
 
     def rows_of(self, lines: Interval) -> Interval:
         """The rows that stand for some lines, from one step to another."""
@@ -57,7 +64,7 @@ class PartMatrix:
 
     def ranges(self, chunk_bytes: int) -> Iterator[Interval]:
         """The rows, as many at once as fit a piece."""
-        step = lines_per_slab(self.row_bytes, 1, chunk_bytes)
+        step = lines_per_slab(self.row_bytes, 1, self._at_once(chunk_bytes))
         return ((low, min(low + step, self.rows)) for low in range(0, self.rows, step))
 
     def lines(self, rows: Interval) -> Interval:

@@ -17,7 +17,9 @@ from typing import Any
 
 import big_checkpoints
 import pytest
+import torch
 from process_state import MIB, status_bytes
+from quantized_copies import METHODS, Stored, quantized_copy
 from quantload import QuantizationPolicy, convert_checkpoint
 from quantload.memory import logs
 
@@ -237,3 +239,38 @@ def test_every_quantized_checkpoint_is_bounded(
     convert_checkpoint(request.getfixturevalue(name), tmp_path / "stored", scheme, format=form, policy=policy)
     options = {"staging_bytes": STAGING, "chunk_bytes": 4 * MIB}
     assert_bounded(measure(tmp_path / "stored", anew, options, checkpoint("llama")), STAGING)
+
+
+def _awq(module: str, weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
+    """Any words, in groups of 16."""
+    rows, columns = weight.shape
+    parts = {
+        "qweight": torch.randint(-(2**31), 2**31, (columns, rows // 8), dtype=torch.int32),
+        "qzeros": torch.randint(-(2**31), 2**31, (columns // 16, rows // 8), dtype=torch.int32),
+        "scales": torch.full((columns // 16, rows), 0.01, dtype=torch.float16),
+    }
+    return {f"{module}.{name}": tensor for name, tensor in parts.items()}, weight
+
+
+def _nvfp4(module: str, weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
+    """Any codes."""
+    rows, columns = weight.shape
+    parts = {
+        "weight": torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8),
+        "weight_scale": torch.ones(rows, columns // 16).to(torch.float8_e4m3fn),
+        "weight_scale_2": torch.tensor(0.01),
+    }
+    return {f"{module}.{name}": tensor for name, tensor in parts.items()}, weight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "scheme"), [("awq", "auto"), ("awq", "fp8_per_channel"), ("nvfp4", "quark_mxfp4")])
+def test_what_is_converted_on_its_way_is_bounded_in_many_workers(
+    method: str, scheme: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Codes are unpacked, scales multiplied: what that takes beside the arena, every worker takes."""
+    original = big_checkpoints.llama(tmp_path / "llama", hidden_size=1024, intermediate_size=16384, num_hidden_layers=1)
+    quantize = {"awq": _awq, "nvfp4": _nvfp4}[method]
+    path, _ = quantized_copy(tmp_path, original, quantize, METHODS[method][1])
+    options = {"staging_bytes": 128 * MIB, "chunk_bytes": 8 * MIB, "workers": 8}
+    assert_bounded(measure(path, scheme, options, checkpoint("llama")), 128 * MIB)

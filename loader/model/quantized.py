@@ -121,6 +121,8 @@ class QuantizedLinearReadByDtype(QuantizedLinear):
         found: Any = super().__getattr__(name)  # parameters are no instance attributes: they are always found here
         if name != "weight":
             return found
+        if torch.compiler.is_compiling():  # which takes a tensor's dtype from the tensor; its elements are not read
+            return found.new_empty((), dtype=self.compute_dtype).expand(found.shape)
         facade = found.as_subclass(DtypeFacade)
         facade.__dict__.update(found.__dict__)
         facade.compute_dtype = self.compute_dtype

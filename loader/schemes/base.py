@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels.registry import KernelSet, kernel_set
 from ..kernels.statistics import new_statistics
+from . import operators
 from .activations import Activation
 from .layout import WeightLayout
 
@@ -40,6 +41,7 @@ class Quantizer:
         self.kernels = kernels
         self.stats = stats
         self.device = torch.device(device)
+        self.chosen = operators.describe_kernels(kernels, self.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -83,6 +85,7 @@ class _Scheme(ABC):
     def __init__(self, quantizer: Quantizer, activation: Activation | None = None) -> None:
         self.quantizer = quantizer
         self.activation = activation
+        self._rounding = "" if activation is None else operators.describe_activation(activation)
         self.called = self.name
         """The name in messages, which has the alias with it that a user gave."""
 
@@ -116,7 +119,7 @@ class _Scheme(ABC):
         if self.activation is None:
             return x
         scale = layer._parameters[self.input_scale_name(weight)] if self.activation.static else None
-        return self.activation(x, scale)
+        return operators.call("rounded", self.activation, self._rounding, x, scale)
 
     @staticmethod
     def weight(layer: nn.Module, name: str) -> tuple[Tensor, Tensor]:

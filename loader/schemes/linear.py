@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from . import operators
 from .base import LinearScheme, meta_parameter
 from .layout import WeightLayout
 
@@ -39,7 +40,9 @@ class QuantizedLinearScheme(LinearScheme):
         """`x` [..., K] times the layer's weight, plus bias; [..., N] in the dtype of `x`."""
         layout, (codes, scales) = self.layouts(layer)["weight"], self.weight(layer, "weight")
         flat = self.activations(layer, x.reshape(-1, layout.columns), "weight")
-        out: Tensor = self.kernels.linear(flat, codes, scales, bias, layout.rows, layout.columns)
+        out = operators.call(
+            "linear", self.kernels.linear, self.quantizer.chosen, flat, codes, scales, bias, layout.rows, layout.columns
+        )
         return out.view(*x.shape[:-1], layout.rows)
 
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import operators
 from .base import MoEScheme, TensorStats, meta_parameter
 from .layout import WeightLayout
 
@@ -131,7 +132,8 @@ class QuantizedMoEScheme(MoEScheme):
         for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
             shard_bias = None if bias is None else bias[:, shard]
             rows = shard.stop - shard.start
-            parts.append(self.kernels.experts(x, shard_codes, shard_scales, shard_bias, offsets, rows, layout.columns))
+            arguments = x, shard_codes, shard_scales, shard_bias, offsets, rows, layout.columns
+            parts.append(operators.call("experts", self.kernels.experts, self.quantizer.chosen, *arguments))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:

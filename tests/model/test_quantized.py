@@ -143,6 +143,35 @@ def test_the_face_has_what_was_attached_to_the_parameter() -> None:
     assert module.weight.device == CPU
 
 
+def test_a_graph_sees_the_dtype_of_the_face() -> None:
+    module, x = read_by_dtype(), torch.randn(3, 80)
+
+    def forward(x: Tensor) -> Tensor:
+        wanted = module.weight
+        out: Tensor = module(x.to(wanted.dtype)) if wanted.shape == (48, 80) else x
+        return out
+
+    with torch.no_grad():
+        got = torch.compile(forward, backend="eager", fullgraph=True)(x)
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, module(x.bfloat16()))
+
+
+def test_a_gradient_goes_around_the_graph() -> None:
+    module, x = linear(), torch.randn(3, 80, dtype=torch.bfloat16)
+    compiled = torch.compile(lambda x: module(x * 2) * 2, backend="aot_eager")
+
+    def gradient(of: Any) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        of(leaf).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    assert torch.equal(gradient(compiled), gradient(lambda x: module(x * 2) * 2))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="quantload computes gradients"):
+        gradient(torch.compile(lambda x: module(x), backend="eager", fullgraph=True))
+
+
 def test_other_attributes_are_as_everywhere() -> None:
     module = read_by_dtype()
     assert module.weight_scale.dtype == torch.float32

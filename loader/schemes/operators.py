@@ -1,0 +1,95 @@
+"""What a quantized layer computes, as operators of torch: torch.compile calls them and does not look inside.
+
+Kernels are no torch code: they hand addresses to compiled functions, which they choose by the number of tokens. A graph
+names them by what they are chosen by, so that one that torch keeps on disk means the same in another process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.registry import KernelSet, kernel_set
+from .activations import Activation, ActivationFormat
+
+Chosen = str
+"""What kernels, or the rounding of activations, are chosen by."""
+
+
+def describe_kernels(kernels: KernelSet, device: torch.device) -> Chosen:
+    """The kernels of a format on a device."""
+    return json.dumps([kernels.format.name, str(device), dict(kernels.names)])
+
+
+def describe_activation(activation: Activation) -> Chosen:
+    """The rounding of activations on a device."""
+    return json.dumps([asdict(activation.format), str(activation.device)])
+
+
+def call(name: str, function: Callable[..., Tensor], chosen: Chosen, x: Tensor, *rest: Any) -> Tensor:
+    """`function(x, *rest)`, and where torch.compile traces that, the operator of that name.
+
+    `name` is `linear` or `experts`, with the function of that name in a kernel set (`quantload.kernels.registry` has
+    their arguments), or `rounded` with an `Activation`; `chosen` describes the one or the other. Where a gradient is
+    wanted, the graph breaks, and the function is called between its parts.
+    """
+    if not torch.compiler.is_compiling():
+        return function(x, *rest)
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *rest) if isinstance(each, Tensor)):
+        from .between_graphs import call_between_graphs
+
+        return call_between_graphs(function, x, *rest)
+    traced: Tensor = _OPERATORS[name](x, *rest, chosen)
+    return traced
+
+
+@cache
+def _kernels(chosen: Chosen) -> KernelSet:
+    format_name, device, names = json.loads(chosen)
+    return kernel_set(format_name, device, names)
+
+
+@cache
+def _activation(chosen: Chosen) -> Activation:
+    fields, device = json.loads(chosen)
+    return Activation(ActivationFormat(**fields), torch.device(device))
+
+
+def _linear(*args: Any) -> Tensor:
+    return _kernels(args[-1]).linear(*args[:-1]).contiguous()
+
+
+def _experts(*args: Any) -> Tensor:
+    return _kernels(args[-1]).experts(*args[:-1]).contiguous()
+
+
+def _rounded(x: Tensor, scale: Tensor | None, chosen: Chosen) -> Tensor:
+    return _activation(chosen)(x, scale).contiguous() if x.numel() else torch.empty_like(x)
+
+
+def _product(x: Tensor, *rest: Any) -> Tensor:
+    """[T, n]: before the last two arguments, k and the kernels, is n."""
+    return x.new_empty(x.shape[0], rest[-3])
+
+
+def _operator(name: str, function: Callable[..., Tensor], schema: str, like: Callable[..., Tensor]) -> Any:
+    """`like` makes what a graph knows of the result: its shape, contiguous, and its dtype."""
+    operator = torch.library.custom_op(f"quantload::{name}", function, mutates_args=(), schema=f"({schema}) -> Tensor")
+    operator.register_fake(like)
+    return operator
+
+
+_WEIGHT = "Tensor x, Tensor codes, Tensor scales, Tensor? bias"
+_OPERATORS = {
+    "linear": _operator("linear", _linear, f"{_WEIGHT}, int n, int k, str chosen", _product),
+    "experts": _operator("experts", _experts, f"{_WEIGHT}, Tensor offsets, int n, int k, str chosen", _product),
+    "rounded": _operator(
+        "rounded", _rounded, "Tensor x, Tensor? scale, str chosen", lambda x, *_: x.new_empty(x.shape)
+    ),
+}

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantload.checkpoint import Barrier, FileSource, Piece, PieceReader, Shard, Workspace, read_index, resolve
+from quantload.checkpoint.pieces import Lines
 from quantload.errors import LoadCancelledError, PolicyError, TruncatedShardError
 from shard_files import MemorySource, write_sharded
 from torch import Tensor
@@ -42,6 +43,41 @@ def nothing_is_left():
     yield
     assert alive() == []
     assert process.num_fds() == files
+
+
+@given(
+    start=st.integers(0, 40),
+    length=st.integers(1, 300),
+    gap=st.integers(0, 300),
+    count=st.integers(1, 200),
+    step=st.sampled_from([1, 500, 1 << 20]),
+    target=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_lines_come_end_to_end_with_what_lies_between_them_read_and_dropped(
+    start: int, length: int, gap: int, count: int, step: int, target: bool
+) -> None:
+    pitch = length + gap
+    content = random.Random(count).randbytes(start + count * pitch)
+    source, shards = memory_shards(content)
+    source.read_bytes = step
+    lines = Lines(start, pitch, length, count)
+    storage, got = torch.zeros(lines.lines * length, dtype=torch.uint8), []
+    piece = Piece(
+        0, lines, lambda w: got.append(bytes(w.buffer.tolist())), target=(lambda: storage) if target else None
+    )
+    totals = PieceReader(source, shards, chunk_bytes=count * length).run([piece])
+    assert got == [b"".join(content[at : at + length] for at, _ in lines)]
+    assert totals.bytes_read == count * length
+
+
+def test_lines_close_to_each_other_are_read_together() -> None:
+    source, shards = memory_shards(random.Random(0).randbytes(1 << 20))
+    PieceReader(source, shards, chunk_bytes=1 << 18).run([Piece(0, Lines(0, 256, 64, 4096), nothing)])
+    assert len(source.reads) < 50
+    far, shards = memory_shards(bytes(1 << 20))
+    PieceReader(far, shards, chunk_bytes=4096).run([Piece(0, Lines(0, 1 << 16, 64, 16), nothing)])
+    assert far.reads == [("0.safetensors", at << 16, 64) for at in range(16)]
 
 
 @st.composite

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from forced_to_disk import Disk
 from quantload.cache.checksums import Checksums
 from quantload.cache.entry import CHECKSUMS, ENTRY, Entry
 from quantload.cache.store import REMOVED, WRITING, Store
@@ -51,6 +52,24 @@ def test_what_is_published_is_found(tmp_path: Path) -> None:
     assert entry.source(LoadOptions()).size("model") == 7
     assert entry.nbytes == 7 + 8
     assert sorted(path.name for path in store.root.iterdir()) == [A, "lock"]
+
+
+def test_an_entry_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, store = Disk(monkeypatch), Store(tmp_path)
+    unfinished = store.reserve(A, 1000)
+    unfinished.publish({"note.json": b"{}"}, {})
+    assert disk.renamed[-1] == A
+    assert [Path(path).name for path in disk.lacking] == ["lock"]  # which says nothing of the entry
+    assert disk.holds(store.root)
+
+
+def test_an_entry_of_another_version_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("quantload.cache.entry.FORMAT_VERSION", 999)
+        publish(store, A)
+    with pytest.raises(DamagedEntryError, match="it is of version 999, 1 is read"):
+        store.find(A)
 
 
 def test_nobody_finds_what_is_not_published(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -128,6 +129,29 @@ def test_a_tensor_that_never_came_is_an_error(tmp_path: Path) -> None:
         writer.take({"a": tensors["a"]}, nothing)
         with pytest.raises(RuntimeError, match=r"never handed to the cache: \['b'\]"):
             writer.finish()
+
+
+def test_nothing_more_is_done_for_a_load_that_has_failed(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(10), "b": torch.zeros(10)}
+    failed, done = threading.Event(), list[str]()
+    writer = TensorWriter(tmp_path, plans_of(tensors))
+
+    def first() -> None:
+        failed.wait(60)
+        done.append("a")
+
+    def fail() -> None:
+        """Once the load has given up, which it does before it waits for the thread."""
+        while not writer._given_up:
+            threading.Event().wait(0.001)
+        failed.set()
+
+    with contextlib.suppress(ZeroDivisionError), writer:
+        writer.take({"a": tensors["a"]}, first)
+        writer.take({"b": tensors["b"]}, lambda: done.append("b"))
+        threading.Thread(target=fail).start()
+        raise ZeroDivisionError
+    assert done == ["a"]
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

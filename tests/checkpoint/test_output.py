@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forced_to_disk import Disk
 from quantload.checkpoint.output import OutputFolder
 from quantload.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, plan_shards
 from quantload.errors import OutputError
@@ -43,6 +44,21 @@ def test_it_appears_when_it_is_published(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "deep") == ["out"]
     names = {str(path.relative_to(tmp_path / "deep/out")) for path in (tmp_path / "deep/out").rglob("*")}
     assert names == {"config.json", "sub", "sub/small.json", *(plan.path for plan in PLANS)}
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that loses its power leaves nothing that looks finished, and no line about a shard that is not."""
+    disk = Disk(monkeypatch)
+    (tmp_path / "small.json").write_text("{}")
+    with OutputFolder(tmp_path / "out", "key") as folder:
+        for plan in PLANS:
+            write(folder, plan)
+            assert disk.holds(folder.files.with_name("journal.jsonl"))
+        folder.write("config.json", b"{}")
+        folder.copy(tmp_path / "small.json", "sub/small.json")
+        folder.publish()
+    assert disk.renamed == [*(plan.path for plan in PLANS), "out"]
+    assert disk.lacking == []
 
 
 def test_finished_shards_are_taken_up(tmp_path: Path) -> None:

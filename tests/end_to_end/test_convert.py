@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 import raw_checkpoint
 import torch
-from quantload import LoadOptions, LoadReport, QuantloadError, convert_checkpoint, load_quantized
+from quantload import (
+    LoadOptions,
+    LoadReport,
+    QuantizationPolicy,
+    QuantloadError,
+    convert_checkpoint,
+    load_quantized,
+)
 from quantload.errors import CheckpointError, MemoryBudgetError, NonFiniteWeightError, OutputError, TruncatedShardError
 
 KILLED_AT_A_WRITE = """
@@ -160,23 +167,69 @@ class Stop(Exception):
     pass
 
 
-def stopped(source: Path, out: Path) -> None:
+def stopped(source: Path, out: Path, *, policy: QuantizationPolicy | None = None, stats: bool = True) -> None:
     """A conversion that finishes some shards and is stopped."""
 
     def progress(done: int, total: int) -> None:
         if done:
             raise Stop
 
+    options = LoadOptions(workers=1, stats=stats)
     with pytest.raises(Stop):
         convert_checkpoint(
-            source, out, "quark_mxfp4", options=LoadOptions(workers=1), max_shard_bytes=30_000, progress=progress
+            source, out, "quark_mxfp4", policy=policy, options=options, max_shard_bytes=30_000, progress=progress
         )
+    assert list(out.with_name(f"{out.name}.unfinished").glob("files/*.safetensors"))
 
 
 def test_a_changed_option_starts_anew(golden: Path, converted: Path, tmp_path: Path) -> None:
     stopped(golden / "bf16_qwen3moe", tmp_path / "out")
     convert_checkpoint(golden / "bf16_qwen3moe", tmp_path / "out", "quark_mxfp4")
     assert files(tmp_path / "out") == files(converted)
+
+
+def test_another_rule_for_scales_starts_anew(golden: Path, tmp_path: Path) -> None:
+    """The same tensors of the same shapes."""
+    source, policy = golden / "bf16_qwen3moe", QuantizationPolicy(scale_mode="mse")
+    stopped(source, tmp_path / "out")
+    for out in ("out", "want"):
+        convert_checkpoint(source, tmp_path / out, "quark_mxfp4", policy=policy, max_shard_bytes=30_000)
+    assert files(tmp_path / "out") == files(tmp_path / "want")
+
+
+def test_statistics_that_were_not_measured_are_measured_anew(golden: Path, tmp_path: Path) -> None:
+    stopped(golden / "bf16_qwen3moe", tmp_path / "out", stats=False)
+    report = convert_checkpoint(golden / "bf16_qwen3moe", tmp_path / "out", "quark_mxfp4", max_shard_bytes=30_000)
+    assert all(layer.sqnr_db is not None for layer in report.layers)
+
+
+def trained(shard: Path) -> None:
+    """Other weights of the same shapes, in a file as large."""
+    header, data = raw_checkpoint.split_header(shard)
+    raw_checkpoint.join_header(shard, header, data[:100] + data[102:] + data[100:102])
+    os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+
+
+def test_other_weights_start_anew(golden: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(golden / "bf16_qwen3moe", source)
+    stopped(source, tmp_path / "out")
+    trained(source / "model.safetensors")
+    for out in ("out", "want"):
+        convert_checkpoint(source, tmp_path / out, "quark_mxfp4", max_shard_bytes=30_000)
+    assert files(tmp_path / "out") == files(tmp_path / "want")
+
+
+def test_weights_in_a_file_of_another_name(golden: Path, tmp_path: Path) -> None:
+    """What is written has the usual names, and its config does not say otherwise."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(golden / "bf16_llama", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    (source / "model.safetensors").rename(source / "other.safetensors")
+    convert_checkpoint(source, out, "quark_mxfp4")
+    assert "transformers_weights" not in json.loads((out / "config.json").read_text())
+    assert load_quantized(out).load_report.quantization == "prequantized"
 
 
 def test_a_corrected_config_of_a_quantized_checkpoint_starts_anew(golden: Path, tmp_path: Path) -> None:

@@ -20,16 +20,27 @@ from torch import nn
 N, K, E = 4, 64, 2
 
 
+class UsedMemory(FinalStorage):
+    """Memory that is not zero, as that of a GPU."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        tensor = super().empty(shape, dtype)
+        tensor.view(torch.uint8).fill_(0xA5)
+        return tensor
+
+
 class World:
     """A layer of two experts, gate and up, and the closures on its parameters."""
 
-    def __init__(self, name: str, has_zero_points: bool = True, zero_point: float = 0.0) -> None:
+    def __init__(
+        self, name: str, has_zero_points: bool = True, zero_point: float = 0.0, multiples: tuple[int, int] = (1, 1)
+    ) -> None:
         fmt = FORMATS[name]
-        layout = WeightLayout(fmt, E, (("w1", N), ("w3", N)), K)
+        layout = WeightLayout(fmt, E, (("w1", N), ("w3", N)), K, multiples)
         self.layer = nn.Module()
         self.layer.register_parameter("w13", meta_parameter(layout.code_shape, fmt.code_dtype))
         self.layer.register_parameter("w13_scale", meta_parameter(layout.scale_shape, fmt.scale_dtype))
-        storage = FinalStorage(torch.device("cpu"))
+        storage = UsedMemory(torch.device("cpu"))
         self.parameter = QuantizedParameter(self.layer, "w13", "experts.w13", layout, storage)
         self.stored = StoredParameter(self.parameter, has_zero_points, zero_point, largest_scale=100.0)
         self.finished = 0
@@ -57,6 +68,32 @@ def test_shards_of_experts_arrive_in_any_order_and_the_layer_finishes_once() -> 
     assert torch.equal(world.layer.w13, codes)
     assert torch.equal(world.layer.w13_scale, scales)
     assert list(world.loaders["codes"].missing()) == []
+
+
+@pytest.mark.parametrize("multiple", [32, 64, 128, 256])
+def test_codes_of_a_padded_parameter_stand_between_zeros(multiple: int) -> None:
+    """They do not lie in one piece there, so that nothing may be read straight into it."""
+    world, plain = World("mxfp4", multiples=(multiple, multiple)), World("mxfp4")
+    whole = Region(0, (0, N), (0, K))
+    assert plain.loaders["codes"].accepts_bytes(whole)
+    assert world.loaders["codes"].accepts_bytes(whole) == (not world.parameter.layout.is_padded)
+    generator = torch.Generator().manual_seed(0)
+    for expert in range(E):
+        for shard in ("w1", "w3"):
+            world.give(
+                "codes", torch.randint(1, 256, (N, K // 2), dtype=torch.uint8, generator=generator), expert, shard
+            )
+            world.give(
+                "scale", torch.randint(1, 255, (N, K // 32), dtype=torch.uint8, generator=generator), expert, shard
+            )
+    rows, columns = -(-N // multiple) * multiple, -(-K // multiple) * multiple
+    assert (world.layer.w13.shape, world.layer.w13_scale.shape) == (
+        (E, 2 * rows, columns // 2),
+        (E, 2 * rows, columns // 32),
+    )
+    for tensor, width in ((world.layer.w13, K // 2), (world.layer.w13_scale, K // 32)):
+        assert (tensor.unflatten(1, (2, rows))[:, :, :N, :width] != 0).all()
+        assert int((tensor != 0).sum()) == E * 2 * N * width
 
 
 def test_zero_points_stand_beside_the_scales_or_are_filled_in() -> None:

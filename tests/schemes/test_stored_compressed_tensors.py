@@ -145,6 +145,15 @@ def test_a_name_comes_before_a_pattern_and_both_before_linear():
     }
 
 
+def test_of_several_patterns_the_first_in_the_alphabet_counts():
+    """As in compressed-tensors, whatever the order of the config."""
+    groups = {"one": {**PACKED, "targets": ["re:b.*"]}, "two": {**W8A8, "targets": ["re:.*q_proj"]}}
+    for order in (["one", "two"], ["two", "one"]):
+        stored = config() | {"config_groups": {name: copy.deepcopy(groups[name]) for name in order}}
+        weights = stored_tensors.read(stored, linear("b.q_proj")).weights
+        assert weights["b.q_proj.weight"].format.name == "int8_channel"
+
+
 def test_the_format_of_the_config_is_that_of_a_group_without_one():
     group = {name: value for name, value in W8A8.items() if name != "format"}
     assert stored_tensors.read(config(group, format="int-quantized"), linear("a.q_proj")).weights

@@ -282,8 +282,10 @@ class Dirty(FinalStorage):
         return tensor
 
 
-def loaded(scheme: QuarkMxfp4MoE, layer: Any, hidden: int = 512, intermediate: int = 256) -> dict[str, Tensor]:
-    """Load random weights through the layer's closures; returns what their codes stand for."""
+def loaded(
+    scheme: QuarkMxfp4MoE, layer: Any, hidden: int = 512, intermediate: int = 256, times: int = 1
+) -> dict[str, Tensor]:
+    """Load random weights through the layer's closures, and reload them; returns what their codes stand for."""
     shards = {"gate_up_proj": (("w1", intermediate), ("w3", intermediate)), "down_proj": (("w2", hidden),)}
     columns = {"gate_up_proj": hidden, "down_proj": intermediate}
     scheme.create_weights(layer, num_experts=3, **{name: (shards[name], columns[name]) for name in shards})
@@ -291,13 +293,27 @@ def loaded(scheme: QuarkMxfp4MoE, layer: Any, hidden: int = 512, intermediate: i
     generator, weights = torch.Generator().manual_seed(3), {}
     for name, parts in shards.items():
         size = 3, sum(rows for _, rows in parts), columns[name]
-        weight = torch.randn(size, generator=generator) * 0.05
-        for expert in range(3):
-            for (shard_id, rows), piece in zip(parts, weight[expert].split([rows for _, rows in parts]), strict=True):
-                assert piece.shape[0] == rows
-                loader(layer._parameters[name], piece, shard_id=shard_id, expert_id=expert)
-        weights[name] = torch.stack([values(*quantize(each))[:, : columns[name]] for each in weight])
-    return weights
+        weights[name] = torch.randn(size, generator=generator) * 0.05
+    for time in range(times):
+        if time:
+            loader.reset()
+        for name, parts in shards.items():
+            for expert, weight in enumerate(weights[name]):
+                for (shard_id, _), piece in zip(parts, weight.split([rows for _, rows in parts]), strict=True):
+                    loader(layer._parameters[name], piece, shard_id=shard_id, expert_id=expert)
+    return {
+        name: torch.stack([values(*quantize(each))[:, : columns[name]] for each in weight])
+        for name, weight in weights.items()
+    }
+
+
+def test_a_reload_leaves_nothing_of_the_load_before_in_the_padding(stand_in: StandIn) -> None:
+    """Codes that were arranged lie where the next ones have zeros."""
+    scheme, layer, again = QuarkMxfp4MoE(Quantizer(through_aiter())), Experts(), Experts()
+    loaded(scheme, layer, 90, 100)
+    loaded(scheme, again, 90, 100, times=2)
+    for name, tensor in layer.named_parameters():
+        assert torch.equal(again.get_parameter(name), tensor)
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(512, 256), (90, 100), (288, 33)])
@@ -350,13 +366,13 @@ def test_what_is_no_plain_swiglu_is_not_fused(stand_in: StandIn, what: str) -> N
         assert torch.equal(scheme.dequantize(layer, name), want)
 
 
-@pytest.mark.parametrize("name", ["llama_odd", "qwen3_moe_odd"])
+@pytest.mark.parametrize(("name", "chunk"), [("llama_odd", 4096), ("qwen3_moe_odd", 4096), ("qwen3_moe", 1 << 20)])
 def test_a_load_counts_the_padding(
-    stand_in: StandIn, name: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    stand_in: StandIn, name: str, chunk: int, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = load_quantized(checkpoint(name), "quark_mxfp4", device="cpu")
     monkeypatch.setattr(registry, "kernel_set", lambda *_: through_aiter())
-    options = LoadOptions(chunk_bytes=4096)
+    options = LoadOptions(chunk_bytes=chunk)
     padded = load_quantized(checkpoint(name), "quark_mxfp4", device="cpu", options=options)
     report = padded.load_report
     assert report.final_bytes == report.predicted_final_bytes
@@ -369,6 +385,34 @@ def test_a_load_counts_the_padding(
         for weight in layer_weights(padded.get_submodule(layer.name)):
             want = plain.get_submodule(layer.name).dequantize(weight)
             assert torch.equal(padded.get_submodule(layer.name).dequantize(weight), want)
+
+
+@pytest.mark.parametrize("name", ["quark_llama_mxfp4", "quark_qwen3moe_mxfp4"])
+def test_codes_that_are_stored_are_padded_too(
+    stand_in: StandIn, name: str, golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_quantized(golden / name, device="cpu")
+    monkeypatch.setattr(registry, "kernel_set", lambda *_: through_aiter())
+    padded = load_quantized(golden / name, device="cpu", options=LoadOptions(chunk_bytes=4096))
+    assert padded.load_report.final_bytes > plain.load_report.final_bytes
+    for layer in padded.load_report.layers:
+        for weight in layer_weights(padded.get_submodule(layer.name)):
+            want = plain.get_submodule(layer.name).dequantize(weight)
+            assert torch.equal(padded.get_submodule(layer.name).dequantize(weight), want)
+
+
+def test_a_linear_layer_that_is_reloaded_has_zeros_in_its_padding(
+    stand_in: StandIn, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "kernel_set", lambda *_: through_aiter())
+    model = load_quantized(checkpoint("llama_odd"), "quark_mxfp4", device="cpu")
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    before = layer.weight.clone(), layer.weight_scale.clone()
+    weight = layer.dequantize()
+    layer.weight.weight_loader.reset()
+    layer.weight.weight_loader(layer.weight, weight)
+    assert torch.equal(layer.weight, before[0])
+    assert torch.equal(layer.weight_scale, before[1])
 
 
 def layer_weights(module: Any) -> list[str]:

@@ -177,8 +177,9 @@ def test_two_passes_over_pieces_give_the_bytes_of_one(scheme: str) -> None:
 
 
 def test_observing_again_after_a_reload_starts_from_nothing() -> None:
+    """Where the maxima will stand are the scales of the load before, which are larger here than all that comes."""
     fused = Fused("fp8_per_tensor", shards=False)
-    large, small = weight(Q + K + V) * 100, weight(Q + K + V)
+    large, small = weight(Q + K + V) * 2.0**20, weight(Q + K + V)
     for whole in (large, small):
         fused.loader.reset()
         halves = [(whole[low : low + 20], Region(None, (low, low + 20), (0, COLUMNS))) for low in (0, 20)]

@@ -65,9 +65,8 @@ def load_quantized(
                 draft = draft_load(
                     checkpoint, quantization, policy, options, storage, cache.on_layer, trust_remote_code
                 )
-                totals = _stream(draft, cache, recorder, options, storage.device)
                 transformers_api.adopt_generation_config(draft.model, checkpoint.root)
-                return draft, totals
+                return draft, _stream(draft, cache, recorder, options, storage.device)
 
         draft, totals = cache.attempt(load)
     model = draft.model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -36,10 +37,11 @@ class Assignment:
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """The class and config of a checkpoint's model, imported but not built."""
+    """The class and config of the model of the checkpoint folder `root`, imported but not built."""
 
     cls: type[PreTrainedModel]
     config: Any
+    root: Path
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,7 +52,7 @@ class ModelRecipe:
     def build(self, tensors: Iterable[TensorEntry]) -> tuple[PreTrainedModel, torch.dtype]:
         """The model on the meta device, and the dtype of what is not quantized; `tensors` are those that are not."""
         dtype = transformers_api.settle_dtype(self.config, (entry.dtype for entry in tensors))
-        return transformers_api.meta_model(self.cls, self.config, dtype), dtype
+        return transformers_api.meta_model(self.cls, self.config, self.root, dtype), dtype
 
 
 def find_model(checkpoint: Checkpoint, trust_remote_code: bool) -> ModelRecipe:
@@ -59,7 +61,7 @@ def find_model(checkpoint: Checkpoint, trust_remote_code: bool) -> ModelRecipe:
     cls = transformers_api.model_class(config, checkpoint.root, trust_remote_code)
     config.name_or_path = checkpoint.model_id
     config.__dict__.pop("quantization_config", None)  # it speaks of the files, and of no module of the model
-    return ModelRecipe(cls, config)
+    return ModelRecipe(cls, config, checkpoint.root)
 
 
 def assign_schemes(

@@ -31,12 +31,14 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.monkey_patching import patch_output_recorders
 
+from ..checkpoint.resolve import CONFIG_NAME
 from ..errors import CheckpointError, UnsupportedCheckpointError
 from .name_families import Member, families, rename_family
 
 _default_dtype = threading.Lock()
 """Held while transformers builds on torch's default dtype, which it sets for the whole process: one load at a time."""
 
+GENERATION_CONFIG_NAME = "generation_config.json"
 AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -55,8 +57,9 @@ def load_config(root: Path, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code)
     except Exception as error:  # config classes validate in many ways, each with exceptions of its own
         raise CheckpointError(
-            f"config.json of {root.name!r} does not describe a model this transformers ({transformers.__version__}) "
-            f"knows: {error}"
+            f"{root / CONFIG_NAME}: transformers {transformers.__version__} cannot read it as the config of a model: "
+            f"{_said(error)}; the weights have not been looked at: compare the file with the original of this "
+            f"checkpoint, or update transformers if it does not know the model yet"
         ) from error
 
 
@@ -65,8 +68,8 @@ def model_class(config: Any, root: Path, trust_remote_code: bool) -> type[PreTra
     names = getattr(config, "architectures", None)
     if not isinstance(names, (list, tuple)) or not names or not isinstance(names[0], str):
         raise CheckpointError(
-            f"config.json of {root.name!r} has no `architectures`; it must name the model class, "
-            f'for example ["LlamaForCausalLM"]'
+            f"{root / CONFIG_NAME}: `architectures` is {names!r}; expected a list with the name of the model class, "
+            f'such as ["LlamaForCausalLM"]: copy the field from the original of this checkpoint'
         )
     found = getattr(transformers, names[0], None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
@@ -76,9 +79,14 @@ def model_class(config: Any, root: Path, trust_remote_code: bool) -> type[PreTra
     ships_code = getattr(config, "auto_map", None) is not None
     advice = "pass trust_remote_code=True to run the code it ships" if ships_code else "update transformers"
     raise UnsupportedCheckpointError(
-        f"architecture {names[0]!r} of {root.name!r} is not a model class of transformers {transformers.__version__}; "
-        f"{advice}, or correct `architectures` in config.json"
+        f"{root / CONFIG_NAME}: architecture {names[0]!r} is not a model class of transformers "
+        f"{transformers.__version__}; {advice}, or correct `architectures`"
     )
+
+
+def _said(error: Exception) -> str:
+    """What an exception says, on one line; the names of most say what kind of value was wrong."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _remote_class(config: Any, root: Path) -> type[PreTrainedModel]:
@@ -90,7 +98,8 @@ def _remote_class(config: Any, root: Path) -> type[PreTrainedModel]:
             remote: type[PreTrainedModel] = get_class_from_dynamic_module(reference, str(root))
             return remote
     raise UnsupportedCheckpointError(
-        f"the auto_map of {root.name!r} names none of {', '.join(AUTO_CLASSES)}; it names {', '.join(config.auto_map)}"
+        f"{root / CONFIG_NAME}: auto_map names {', '.join(config.auto_map)}; expected one of "
+        f"{', '.join(AUTO_CLASSES)}: name the model's class there"
     )
 
 
@@ -117,8 +126,8 @@ def settle_dtype(config: Any, stored: Iterable[torch.dtype]) -> torch.dtype:
     return settled
 
 
-def meta_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """An instance of `cls` on the meta device, as `from_pretrained` builds it."""
+def meta_model(cls: type[PreTrainedModel], config: Any, root: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """An instance of `cls` on the meta device, as `from_pretrained` builds it with the config of the folder `root`."""
     with _default_dtype, contextlib.ExitStack() as stack:
         for context in cls.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
@@ -126,8 +135,9 @@ def meta_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> P
             model = cls(config)
         except Exception as error:  # what a model class makes of impossible sizes is its own affair
             raise CheckpointError(
-                f"config.json describes no {cls.__name__} that can be built: {type(error).__name__}: {error}; "
-                f"compare it with the original of this checkpoint"
+                f"{root / CONFIG_NAME}: transformers {transformers.__version__} cannot build a {cls.__name__} of it: "
+                f"{_said(error)}; the weights have not been looked at: compare the file with the original of this "
+                f"checkpoint"
             ) from error
         patch_output_recorders(model)
     return model
@@ -322,15 +332,22 @@ def finish(model: PreTrainedModel, missing: Iterable[str], weight_conversions: l
 
 
 def adopt_generation_config(model: PreTrainedModel, root: Path) -> None:
-    """Take the generation config of the checkpoint folder, or make one from its model config."""
+    """Take the generation config of the checkpoint folder, or make one from its model config where it has none.
+
+    Raises `CheckpointError` for one that is none.
+    """
     if not model.can_generate():
         return
+    has_own = (root / GENERATION_CONFIG_NAME).exists()
+    name, how = (GENERATION_CONFIG_NAME, {}) if has_own else (CONFIG_NAME, {"_from_model_config": True})
     try:
-        model.generation_config = GenerationConfig.from_pretrained(root)
-    except OSError:
-        model.generation_config = GenerationConfig.from_pretrained(
-            root, config_file_name="config.json", _from_model_config=True
-        )
+        model.generation_config = GenerationConfig.from_pretrained(root, config_file_name=name, **how)
+    except Exception as error:  # of many kinds, as for the config of a model
+        instead = f", or remove it, for what {CONFIG_NAME} says of generation" if has_own else ""
+        raise CheckpointError(
+            f"{root / name}: transformers {transformers.__version__} cannot read it as a generation config: "
+            f"{_said(error)}; correct it by the original of this checkpoint{instead}"
+        ) from error
 
 
 def choose_experts_forward(module: Any, implementation: str) -> None:

@@ -18,6 +18,7 @@ import raw_checkpoint
 import torch
 from quantload import LoadOptions, QuantizationPolicy, load_quantized
 from quantload import errors as e
+from quantload.checkpoint.reader import PieceReader
 from quantload.model import transformers_api
 from torch import Tensor
 
@@ -248,11 +249,42 @@ def test_architectures(architectures: object, message: str, llama: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "change", [{"model_type": "no_such_model"}, {"hidden_size": "wide"}, {"num_hidden_layers": -1}]
+    ("change", "said"),
+    [
+        ({"model_type": "no_such_model"}, "ValueError: .*no_such_model.*update transformers"),
+        ({"hidden_size": "wide"}, "hidden_size.*TypeError: .*wide.*compare the file with the original"),
+        ({"rope_parameters": {"rope_type": "no_such_rope"}}, "no_such_rope.*compare the file with the original"),
+        ({"hidden_act": "no_such_act"}, "build a LlamaForCausalLM of it: KeyError: .*no_such_act.*compare the file"),
+        ({"head_dim": -1}, "build a LlamaForCausalLM of it: RuntimeError: .*negative.*compare the file"),
+    ],
 )
-def test_config_values_that_make_no_model(change: dict[str, object], llama: Path) -> None:
+def test_config_values_that_make_no_model(change: dict[str, object], said: str, llama: Path) -> None:
     edit_json(llama / "config.json", lambda config: config.update(change))
-    with pytest.raises(e.QuantloadError):
+    with pytest.raises(
+        e.CheckpointError, match=f"^{re.escape(str(llama / 'config.json'))}: transformers .*{said}"
+    ) as caught:
+        load_quantized(llama)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '"text"', '{"max_new_tokens": "many"}', '{"max_new_tokens": -4}', '{"eos_token_id": ']
+)
+def test_a_broken_generation_config_is_named_before_a_weight_is_read(
+    content: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = llama / "generation_config.json"
+    path.write_text(content)
+    monkeypatch.setattr(PieceReader, "run", None)
+    with pytest.raises(
+        e.CheckpointError, match=rf"^{re.escape(str(path))}: transformers .* or remove it, for what config"
+    ):
+        load_quantized(llama)
+
+
+def test_a_number_of_layers_that_is_none(llama: Path) -> None:
+    edit_json(llama / "config.json", lambda config: config.update(num_hidden_layers=-1))
+    with pytest.raises(e.UnexpectedWeightsError, match=r"is config\.json the one of this checkpoint"):
         load_quantized(llama)
 
 

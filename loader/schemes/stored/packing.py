@@ -46,9 +46,13 @@ def column_values(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def reordered_codes(words: Tensor) -> Tensor:
-    """AMD Quark's `reorder` of signed codes, [n, K / 8] words, to unsigned ones, [n, K / 2]."""
-    columns = _columns(words)
-    return ((columns[..., 0::2] | (columns[..., 1::2] << 4)) ^ 0x88).view(words.shape[0], -1)
+    """AMD Quark's `reorder` of signed codes, [n, K / 8] words, to unsigned ones, [n, K / 2].
+
+    The codes of even columns are the low half of a word, in their order, and those of odd ones the high half.
+    """
+    words = words.contiguous().view(torch.int32)
+    codes = _one_in_each_byte(words >> 16).bitwise_left_shift_(4).bitwise_or_(_one_in_each_byte(words))
+    return codes.view(torch.uint8).bitwise_xor_(0x88)
 
 
 def ordered_codes(words: Tensor) -> Tensor:
@@ -141,6 +145,12 @@ def _in_words(bits: int, words: Tensor) -> Tensor:
     """The numbers of each word, its lowest bits first, [rows, words, 32 / bits]."""
     values = _bytes(words)
     return values if bits == 8 else torch.stack((values & 15, values >> 4), dim=-1).flatten(2)
+
+
+def _one_in_each_byte(words: Tensor) -> Tensor:
+    """The four codes in the low half of int32 words, one in the low bits of each byte."""
+    pairs = (words & 0xFF).bitwise_or_((words & 0xFF00) << 8)
+    return (pairs & 0x000F000F).bitwise_or_((pairs & 0x00F000F0) << 4)
 
 
 def _columns(words: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ weights, dequantized to float32, make the checkpoint to compare with.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -75,7 +76,7 @@ def awq(module: str, weight: Tensor, group: int = 16) -> tuple[Stored, Tensor]:
 
 
 def gptq(module: str, weight: Tensor, group: int = 16) -> tuple[Stored, Tensor]:
-    """INT4 with float16 scales and zero points for groups of 16 along K, as GPTQModel stores it."""
+    """INT4 with float16 scales and zero points for groups along K, as GPTQModel stores it."""
     codes, zero, scale, values = _int4(weight, group)
     columns, ones = torch.arange(weight.shape[1], dtype=torch.int32), 0x11111111
     parts = {"qweight": _packed(codes, range(8)).T.contiguous(), "qzeros": _packed(zero.T, range(8)) - ones}
@@ -112,12 +113,13 @@ def mxfp8(module: str, weight: Tensor) -> tuple[Stored, Tensor]:
 
 
 def _int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes [N, K], zero points and float16 scales [N, K / group], and the values they stand for."""
-    grouped = weight.unflatten(1, (-1, group))
+    """Codes [N, K], zero points and float16 scales [N, K / group], and the values; the last group may not be full."""
+    columns = weight.shape[1]
+    grouped = torch.nn.functional.pad(weight, (0, -columns % group)).unflatten(1, (-1, group))
     low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
     scale = ((high - low) / 15).clamp(min=1e-4).half()
     zero = (-low / scale.float()).round().clamp(0, 15)
-    spread, zeros = scale.float().repeat_interleave(group, 1), zero.repeat_interleave(group, 1)
+    spread, zeros = (each.float().repeat_interleave(group, 1)[:, :columns] for each in (scale, zero))
     codes = ((weight / spread).round() + zeros).clamp(0, 15)
     return codes, zero, scale, (codes - zeros) * spread
 
@@ -168,4 +170,8 @@ METHODS: dict[str, tuple[Quantize, dict[str, Any]]] = {
     "mxfp8": (mxfp8, MXFP8),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}),
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}),
+    "gptq 64": (
+        functools.partial(gptq, group=64),
+        {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False},
+    ),
 }

@@ -31,9 +31,10 @@ def linear(name, rows=16, columns=64, group=32, bits=4, *, first_zero=1, ordered
     """
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (columns, rows), generator=generator)
-    zeros = torch.randint(0, 1 << bits, (columns // group, rows), generator=generator)
+    groups = -(-columns // group)
+    zeros = torch.randint(0, 1 << bits, (groups, rows), generator=generator)
     ones = sum(1 << place for place in range(0, 32, bits))
-    scales = (torch.rand(columns // group, rows, generator=generator) + 0.5).to(dtype)
+    scales = (torch.rand(groups, rows, generator=generator) + 0.5).to(dtype)
     tensors = {
         f"{name}.qweight": packed(codes, bits),
         f"{name}.qzeros": packed(zeros.t(), bits).t().clone(memory_format=torch.contiguous_format) - first_zero * ones,
@@ -42,8 +43,8 @@ def linear(name, rows=16, columns=64, group=32, bits=4, *, first_zero=1, ordered
     }
     if ordered:
         tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].flip(0)
-    values = (codes - zeros.repeat_interleave(group, 0)) * scales.float().repeat_interleave(group, 0)
-    return tensors, values.t()
+    own = torch.arange(columns) // group
+    return tensors, ((codes - zeros[own]) * scales.float()[own]).t()
 
 
 def test_a_word_by_hand():
@@ -68,6 +69,8 @@ def test_a_word_by_hand():
         ({"group_size": -1, "desc_act": True}, {"group": 64}, "int4_group0_f16", 8),
         ({"group_size": -1, "bits": 8}, {"group": 64, "bits": 8, "rows": 10}, "int8_group0_f16", 4),
         ({"checkpoint_format": "gptq_v2"}, {"first_zero": 0}, "int4_group32_f16", 32),
+        ({}, {"columns": 72}, "int4_group32_f16", 32),
+        ({"group_size": 128}, {"group": 128}, "int4_group128_f16", 128),
         ({"checkpoint_format": "gptq", "is_marlin_format": False}, {"rows": 13}, "int4_group32_f16", 32),
     ],
 )
@@ -80,14 +83,14 @@ def test_layouts(fields, how, fmt, step):
 
 @given(
     rows=st.integers(1, 20),
-    groups=st.integers(1, 3),
+    words=st.integers(1, 50),
     group=st.sampled_from([16, 32, 128]),
     bits=st.sampled_from([4, 8]),
     first_zero=st.sampled_from([0, 1]),
     seed=st.integers(0, 99),
 )
-def test_any_size(rows, groups, group, bits, first_zero, seed):
-    tensors, want = linear("q", rows, groups * group, group, bits, first_zero=first_zero, seed=seed)
+def test_any_size(rows, words, group, bits, first_zero, seed):
+    tensors, want = linear("q", rows, words * 32 // bits, group, bits, first_zero=first_zero, seed=seed)
     fields = {"bits": bits, "group_size": group, "checkpoint_format": "gptq" if first_zero else "gptq_v2"}
     weight = stored_tensors.read(config(**fields), tensors).weights["q.weight"]
     assert torch.equal(stored_tensors.dequantized(weight, tensors), want)
@@ -147,7 +150,8 @@ def without(name):
         ({}, without("a.q.qweight"), r"a\.q\.qweight is missing"),
         ({"desc_act": True}, without("a.q.g_idx"), r"a\.q\.g_idx is missing"),
         ({"group_size": 64}, linear("a.q")[0], r"a\.q\.scales has the shape \[2, 16\].*needs \[1, 16\]"),
-        ({"group_size": 128}, linear("a.q")[0], r"a\.q\.qweight has 8 rows, 64 columns .* group_size 128"),
+        ({"group_size": 128}, linear("a.q")[0], r"a\.q\.scales has the shape \[2, 16\].*needs \[1, 16\]"),
+        ({}, linear("a.q", columns=72)[0] | {"a.q.scales": torch.ones(2, 16)}, r"a\.q\.scales .*needs \[3, 16\]"),
         ({"bits": 8}, linear("a.q")[0], r"a\.q\.scales has the shape \[2, 16\].*needs \[1, 16\]"),
         ({}, {**linear("a.q")[0], "a.q.g_idx": torch.zeros(63).int()}, r"a\.q\.g_idx has the shape \[63\]"),
         ({}, {**linear("a.q")[0], "a.q.qweight": torch.zeros(8, 16).long()}, r"a\.q\.qweight is int64"),

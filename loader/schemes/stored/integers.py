@@ -127,8 +127,9 @@ def awq(group: int, zero_point: bool) -> Layout:
 def gptq(bits: int, group: int, first_zero: int, ordered: bool) -> Layout:
     """GPTQ's `qweight` [K * bits / 32, N] words, `scales` [K / group, N], `qzeros` [K / group, N * bits / 32] words.
 
-    A zero point is what is stored there plus `first_zero`. `g_idx` [K] says which group each column is in; it must be
-    there if columns may be `ordered` by their activations, and may say nothing but that they are not.
+    The last group of a row may have fewer columns, as GPTQModel writes and reads it. A zero point is what is stored
+    there plus `first_zero`. `g_idx` [K] says which group each column is in; it must be there if columns may be
+    `ordered` by their activations, and may say nothing but that they are not.
     """
     per_word = 32 // bits
     why = f"a weight of {bits} bits in GPTQ's layout"
@@ -136,13 +137,7 @@ def gptq(bits: int, group: int, first_zero: int, ordered: bool) -> Layout:
     def read(module: StoredModule) -> StoredWeight:
         codes = module.matrix("qweight", _WORDS, why=why)
         columns, rows = codes.shape[0] * per_word, codes.shape[1]
-        if columns % (group or 1):
-            raise CheckpointError(
-                f"{codes.name} has {codes.shape[0]} rows, {columns} columns of its weight; {why} with group_size "
-                f"{group} is read where that divides them, and a last group that is not full is not; load the original "
-                f"checkpoint, which quantload quantizes while it loads"
-            )
-        groups = columns // group if group else 1
+        groups = -(-columns // group) if group else 1
         scales = module.shaped("scales", FLOATS, ((groups, rows),), why=why)
         zeros = module.shaped("qzeros", _WORDS, ((groups, -(-rows // per_word)),), why=why)
         fmt = _FORMATS[bits, group, scales.dtype]

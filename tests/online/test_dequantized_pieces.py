@@ -19,6 +19,7 @@ from quantload.kernels.formats import MXFP4_ROWS
 from quantload.kernels.registry import kernel_set, select
 from quantload.model.routes import Span
 from quantload.online.cuts import Sink
+from quantload.online.dequantized_pieces import DequantizedWeight
 from quantload.online.regions import Region
 from quantload.online.stored_pieces import StoredPieces, plan_stored
 from quantload.schemes.stored.read import read_stored
@@ -159,3 +160,38 @@ def test_codes_are_read_once_where_they_fit_a_piece() -> None:
     assert len(codes) == 1
     assert len(codes[0].extents) == 1
     assert planned.scratch_bytes == 8 * 256 * 4
+
+
+def test_rows_of_wide_blocks_are_cut_where_a_piece_ends() -> None:
+    """A row of blocks of FP8 is 128 rows, which may be larger than a piece."""
+    shapes = {"x.weight": (torch.float8_e4m3fn, (256, 4096)), "x.weight_scale_inv": (torch.float32, (2, 32))}
+    entries = {n: TensorEntry(n, dtype, shape, 0, 0, torch.Size(shape).numel() * dtype.itemsize)
+               for n, (dtype, shape) in shapes.items()}  # fmt: skip
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    weight = read_stored(config, entries, lambda entry: torch.empty(entry.shape)).weights["x.weight"]
+    limit = 32 * 4096 * torch.float32.itemsize
+    sinks = {"x": Sink(torch.empty(0), RowsLoader(256, 4096))}
+    found = DequantizedWeight(weight, lambda _: KERNELS.dequantize).cut(spans_of(weight, False), sinks, limit)
+    assert [(slab.low, slab.high) for slab in found] == [(low, low + 32) for low in range(0, 256, 32)]
+
+
+def test_scales_are_held_until_the_last_codes_have_come(tmp_path: Path) -> None:
+    tensors = random_tensors("awq", 64, 256, 0)
+    save_file(tensors, tmp_path / FILE)
+    with FileSource(tmp_path) as source:
+        weight = read("awq", tensors, read_header(source, FILE).tensors)
+    on_its_way = DequantizedWeight(weight, lambda name: select("dequantize", name, "cpu"))
+    held = []
+
+    class Watching(RowsLoader):
+        def __call__(self, *args: Any, **where: Any) -> None:
+            held.append(on_its_way._scales is not None)
+            super().__call__(*args, **where)
+
+    sinks = {"x": Sink(torch.empty(0), Watching(64, 256))}
+    spans = spans_of(weight, False)
+    slabs = on_its_way.cut(spans, sinks, 16 * 256 * torch.float32.itemsize)
+    pieces = [*on_its_way.scale_pieces(1 << 20), *on_its_way.pieces(slabs, sinks, None)]
+    load(StoredPieces(pieces, 1 << 20), tmp_path)
+    assert held == [True] * len(slabs)
+    assert on_its_way._scales is None

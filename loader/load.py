@@ -21,7 +21,7 @@ from .memory.budget import check_budget
 from .model import transformers_api
 from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint
 from .model.skeleton import Assignment, assign_schemes, find_model
-from .model.stored_sources import StoredSources
+from .model.stored_sources import StoredSources, turn_conv1d
 from .online.attach import OnFinished, WeightLoaders, attach_weight_loaders
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy
@@ -134,6 +134,7 @@ def draft_load(
         with SmallTensors(checkpoint, index) as read:
             stored = read_stored(checkpoint.config(), index.tensors, read)
         model, dtype = recipe.build(stored.plain.values())
+        stored = turn_conv1d(model, stored)
         mapped = map_checkpoint(model, stored.entries)
         sources = StoredSources(stored, mapped)
         dtype_of = transformers_api.DtypePlan(model, dtype)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.headers import TensorEntry
 from ..errors import CheckpointError, UnsupportedCheckpointError
 from ..kernels.formats import FNUZ, FP8_CHANNEL, FP8_TENSOR, WeightFormat
 from ..schemes.stored.layouts import repeated
 from ..schemes.stored.weights import Role, StoredActivations, StoredCheckpoint, StoredWeight
+from . import transformers_api
 from .routes import CheckpointMap
 
 
@@ -61,6 +64,19 @@ class StoredModule:
         if len({*roles}) > 1:
             raise CheckpointError(f"some of what {parameter} is made of has zero points and some has none")
         return roles[0]
+
+
+def turn_conv1d(model: PreTrainedModel, stored: StoredCheckpoint) -> StoredCheckpoint:
+    """The checkpoint with the weights of `Conv1D` layers as the model keeps them, [K, N]: GPTQ packs all as [N, K]."""
+    layers = (name for name, module in model.named_modules() if isinstance(module, Conv1D))
+    turned = {f"{name}.weight" for name in layers} if stored.method == "gptq" else set()
+    if not turned:
+        return stored
+    weights = dict(stored.weights)
+    for conversion in transformers_api.plan_names(model, stored.entries).conversions:
+        if conversion.target in turned:
+            weights |= {name: weights[name]._replace(transposed=True) for name in conversion.names() if name in weights}
+    return replace(stored, weights=weights)
 
 
 class StoredSources:

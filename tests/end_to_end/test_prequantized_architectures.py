@@ -81,6 +81,34 @@ def test_int4_of_linear_layers_and_of_experts(
         assert torch.equal(state[key].view(torch.uint8), tensor.view(torch.uint8)), key
 
 
+@pytest.mark.parametrize("options", [LoadOptions(), LoadOptions(chunk_bytes=4096)], ids=["whole", "small pieces"])
+def test_gptq_of_layers_that_the_model_keeps_the_other_way_round(
+    options: LoadOptions, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    gptq, config = METHODS["gptq 64"]
+
+    def turned(module: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        parts, values = gptq(module, weight.T.contiguous())
+        return parts, values.T.contiguous()
+
+    quantized, plain = quantized_copy(tmp_path, checkpoint("gpt2"), turned, config)
+    got, want = load_quantized(quantized, options=options), load_quantized(plain, "none")
+    modules = quantized_modules(got)
+    assert {layer.format for layer in got.load_report.layers} == {"int4_group64_f16"}
+    assert len(modules) == len(got.load_report.layers) == 8
+    for path, module in modules.items():
+        values = want.get_submodule(path).weight
+        assert torch.equal(module.dequantize().to(values.dtype), values), path
+    inputs = BY_NAME["gpt2"].inputs()
+    torch.testing.assert_close(logits(got, inputs), logits(want, inputs), rtol=0.05, atol=0.05)
+    anew, state = (
+        load_quantized(plain, "quark_mxfp4"),
+        load_quantized(quantized, "quark_mxfp4", options=options).state_dict(),
+    )
+    for key, tensor in anew.state_dict().items():
+        assert torch.equal(state[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
 def test_experts_in_several_formats_are_quantized_anew_and_not_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (rows, by_rows), (blocks, by_blocks) = METHODS["fp8 rows"], METHODS["mxfp8"]
     group = by_rows["config_groups"]["group_0"] | {"targets": [r"re:.*experts\.2\."]}

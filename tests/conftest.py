@@ -9,20 +9,26 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: no test may reach the network
 
-import architectures
 import pytest
 from gpu_kernel_table import TABLE
-from transformers.utils import logging as transformers_logging
-
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
 
 DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_transformers() -> None:
+    """Imported by the processes that run tests only: they do not start before the one that starts them has got here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of the tiny checkpoint of an architecture, built when first asked for. Tests must not write to it."""
+    import architectures
+
     root = tmp_path_factory.mktemp("checkpoints")
 
     def folder(name: str) -> Path:

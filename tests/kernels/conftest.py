@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 from quantload.kernels.formats import RowMultiplied, WeightFormat
-from quantload.kernels.registry import OPERATIONS, KernelSet, candidates, kernel_set
+from quantload.kernels.registry import (
+    NUMBA_FORMATS,
+    OPERATIONS,
+    SCALE_MODES,
+    KernelSet,
+    candidates,
+    kernel_set,
+    needed_to_load,
+    prepare,
+)
 from tested_formats import QUANTIZED, TRITON
 
 INTERPRETED = ("quantize", "observe", "finish_scales", "dequantize")
@@ -20,6 +30,11 @@ INTERPRETED = ("quantize", "observe", "finish_scales", "dequantize")
 _called: set[str] = set()
 FAMILIES = {**{name: name for name in ("mx", "mxfp4", "mxfp6", "mxfp8", "fp8")}, "int8": "int8_channel"}
 """What the names of the formats begin with that a test is for, by the second word of its name."""
+
+MANY_TESTS = 4000
+"""Tests of a run that needs nearly every kernel."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HOW: tuple[dict[str, Any], ...] = ({"statistics": True}, {"statistics": False}, {"scale_mode": "mse"})
 
 PLAIN = ("torch", "cpu")
 """The kernels that the `contender` fixture leaves out, because it is compared with them."""
@@ -94,6 +109,24 @@ def called_kernels(record_property: Callable[[str, object], None]) -> Iterator[N
     yield
     for label in sorted(_called):
         record_property("kernel", label)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile what a run of nearly all tests needs at once, which its processes share.
+
+    Else it would be compiled by a process for nearly every kernel, each of which has to get ready for that first.
+    """
+    if len(session.items) < MANY_TESTS or session.config.getoption("collectonly"):
+        return
+    wanted = itertools.product(QUANTIZED, DTYPES, HOW)
+    prepare(
+        [
+            function
+            for name, dtype, how in wanted
+            if name in NUMBA_FORMATS and name in SCALE_MODES[how.get("scale_mode", "default")]
+            for function in needed_to_load(name, "cpu", dtype, activation_dtype=dtype, **how)
+        ]
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

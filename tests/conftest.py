@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: no test may reach the network
+# Read when torch is imported, in child processes too: threads that have nothing to do give way to other processes of
+# the run, instead of keeping a core busy until there is something.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from gpu_kernel_table import TABLE

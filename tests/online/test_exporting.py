@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,24 @@ from quantload.kernels.registry import kernel_set
 from quantload.model.routes import Span
 from quantload.model.skeleton import Assignment
 from quantload.online.conversion import Conversion
+from quantload.online.cuts import Sink
+from quantload.online.kept_pieces import plan_kept
+from quantload.online.parameter import QuantizedParameter
 from quantload.online.pieces import plan_pieces
 from quantload.online.regions import Region
+from quantload.online.storage import FinalStorage
+from quantload.online.stored import StoredParameter, StoredProgress
 from quantload.options import LoadOptions
+from quantload.schemes.base import meta_parameter
 from quantload.schemes.exported.compressed_tensors import WEIGHTS as COMPRESSED_TENSORS
 from quantload.schemes.exported.gpt_oss import WEIGHTS as GPT_OSS
 from quantload.schemes.exported.quark import WEIGHTS as QUARK
+from quantload.schemes.exported.registry import EXPORT_FORMATS
 from quantload.schemes.exported.tensors import KeptTensor, QuantizedTensor
 from quantload.schemes.exported.weights import ExportedWeight
 from quantload.schemes.layout import WeightLayout
 from quantload.schemes.registry import ENTRIES, SchemeFactory
+from quantload.schemes.stored.read import read_stored
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,6 +84,32 @@ def convert(
         conversion.check_complete()
         out.publish()
     return load_file(folder / "out/model.safetensors"), statistics
+
+
+def read_back(
+    folder: Path, config: dict[str, Any], layout: WeightLayout, spans: Sequence[Span], chunk_bytes: int, workers: int
+) -> tuple[Tensor, Tensor]:
+    """The codes and scales of a parameter of that layout, read from a checkpoint with the weight `a.weight`."""
+    layer, fmt, tensors = torch.nn.Module(), layout.format, load_file(folder / "model.safetensors")
+    with FileSource(folder) as source:
+        header = read_header(source, "model.safetensors")
+        checkpoint = read_stored({"quantization_config": config}, header.tensors, lambda entry: tensors[entry.name])
+        stored = checkpoint.weights["a.weight"]
+        layer.register_parameter("weight", meta_parameter(layout.code_shape, fmt.code_dtype))
+        layer.register_parameter("weight_scale", meta_parameter(layout.scale_shape, fmt.scale_dtype))
+        parameter = QuantizedParameter(layer, "weight", "a.weight", layout, FinalStorage(torch.device("cpu")))
+        zero_points = any(part.role == "zero_point" for part in stored.parts)
+        closures = StoredParameter(parameter, zero_points, stored.zero_point, stored.largest_scale)
+        finished: list[bool] = []
+        progress = StoredProgress([closures], lambda: finished.append(True))
+        sinks = {"a.weight": Sink(layer.get_parameter("weight"), closures.loaders["codes"])}
+        pieces = plan_kept([stored], {"a.weight": spans}, sinks, chunk_bytes)
+        largest = max(piece.nbytes for piece in pieces)
+        shard = Shard("model.safetensors", header.size)
+        PieceReader(source, [shard], workers=workers, chunk_bytes=largest).run(pieces)
+        assert all(not list(loader.gaps()) for loader in progress.loaders_of(parameter))
+    assert finished == [True]
+    return layer.get_parameter("weight").data, layer.get_parameter("weight_scale").data
 
 
 def whole(weight: Tensor, scheme: Any) -> tuple[Tensor, Tensor]:
@@ -138,6 +172,57 @@ def test_a_matrix_between_others(
         assert got[name].shape == tensors[name].shape
         assert raw(got[name]) == raw(tensors[name]), name
     assert statistics["a"][0] == rows * columns
+
+
+@pytest.mark.parametrize(("tool", "format_name"), CASES)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    rows=st.integers(1, 300),
+    blocks=st.integers(1, 5),
+    dtype=st.sampled_from(DTYPES),
+    written=st.sampled_from((64, 512, 4096, 1 << 20)),
+    read=st.sampled_from((64, 512, 4096, 1 << 20)),
+    multiple=st.sampled_from((1, 32, 64, 128, 256)),
+    workers=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_what_is_written_is_read_back(
+    tool: str,
+    format_name: str,
+    rows: int,
+    blocks: int,
+    dtype: torch.dtype,
+    written: int,
+    read: int,
+    multiple: int,
+    workers: int,
+    seed: int,
+) -> None:
+    """Quantized, written, read beside padding, dequantized: codes, scales and values are those of the whole."""
+    exported, scheme = TABLES[tool][format_name], scheme_of(format_name)
+    columns = exported.column_multiple * blocks * (1 if exported.column_multiple >= 32 else 37)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    fmt, spans = scheme.kernels.format, (Span("a.weight", Region(None, (0, rows), (0, columns)), 0, columns, 1),)
+    assignment = Assignment("a", "linear", torch.nn.Identity(), scheme, "")
+    plain = WeightLayout(fmt, None, (("", rows),), columns)
+
+    def planned(entries: dict[str, TensorEntry]) -> list[Any]:
+        return [QuantizedTensor(entries["a.weight"], "a.", assignment, scheme, plain, exported, spans)]
+
+    layout = WeightLayout(fmt, None, (("", rows),), columns, (multiple, multiple))
+    with tempfile.TemporaryDirectory() as folder:
+        convert({"a.weight": weight}, planned, Path(folder), written, workers)
+        config = EXPORT_FORMATS[tool].quantization_config({"a": fmt}, [])
+        padded_codes, padded_scales = read_back(Path(folder) / "out", config, layout, spans, read, workers)
+    (part,) = layout.parts()
+    codes, scales = padded_codes[part.codes], padded_scales[part.scales]
+    want_codes, want_scales = whole(weight, scheme)
+    assert raw(codes) == raw(want_codes)
+    assert raw(scales) == raw(want_scales)
+    values, want = torch.empty(rows, columns), torch.empty(rows, columns)
+    scheme.kernels.dequantize(codes, scales, values)
+    scheme.kernels.dequantize(want_codes, want_scales, want)
+    assert torch.equal(values, want)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])

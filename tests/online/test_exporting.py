@@ -17,7 +17,7 @@ from quantload.checkpoint.index import Shard
 from quantload.checkpoint.output import OutputFolder
 from quantload.checkpoint.reader import PieceReader
 from quantload.checkpoint.source import FileSource
-from quantload.checkpoint.writer import plan_shards
+from quantload.checkpoint.writer import ShardWriter, plan_shards
 from quantload.errors import MissingWeightsError, NonFiniteWeightError
 from quantload.kernels.registry import kernel_set
 from quantload.model.routes import Span
@@ -332,3 +332,26 @@ def test_missing_experts_are_named(tmp_path: Path) -> None:
         PieceReader(FileSource(tmp_path), [shard], workers=1, chunk_bytes=4096).run(pieces)
         with pytest.raises(MissingWeightsError, match=r"written: x\.experts\.2\.up\.weight rows 0:8, columns 0:64$"):
             conversion.check_complete()
+
+
+def test_experts_that_follow_each_other_are_quantized_and_written_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme, experts = scheme_of("mxfp4"), 60
+    tensors = experts_of({"down": (64, 32), "gate": (32, 64), "up": (32, 64)}, experts, torch.bfloat16, 0)
+    calls: dict[str, int] = {"quantize": 0, "write_each": 0}
+
+    def count(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **more: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **more)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(scheme.quantizer, "quantize")
+    count(ShardWriter, "write_each")
+    got, _ = convert(tensors, lambda entries: plan_of_experts(entries, scheme, QUARK["mxfp4"]), tmp_path, 1 << 20, 1)
+    assert len(got) == 2 * 3 * experts
+    assert calls == {"quantize": 3, "write_each": 6}  # all of a projection at once; its codes, and its scales

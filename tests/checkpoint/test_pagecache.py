@@ -119,26 +119,35 @@ def resident_share(path: Path, size: int) -> float:
     ("auto", True, 1.0), ("auto", False, 0.0), ("keep", False, 1.0), ("drop", True, 0.0),
 ])  # fmt: skip
 def test_on_a_real_disk(tmp_path: Path, policy: str, warm: bool, left: float):
+    """The kernel may take pages away, or keep them in use for a moment, whatever it is told; hence three tries."""
     size, path = 12 * MIB, tmp_path / "shard"
-    with open(path, "wb") as file:
-        file.write(os.urandom(size))
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    try:
-        cold = resident_share(path, size) < 0.1
-    except OSError as error:
-        pytest.skip(f"this filesystem cannot say what is cached: {error}")
-    if not cold:
-        pytest.skip("this filesystem keeps everything in memory")
+    found: list[float] = []
+    while len(found) < 3 and not (found and abs(found[-1] - left) <= 0.1):
+        with open(path, "wb") as file:
+            file.write(os.urandom(size))
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            cold = resident_share(path, size) < 0.1
+        except OSError as error:
+            pytest.skip(f"this filesystem cannot say what is cached: {error}")
+        if not cold:
+            pytest.skip("this filesystem keeps everything in memory")
+        found.append(left_of(path, size, policy, warm))
+    assert found[-1] == pytest.approx(left, abs=0.1), found
+
+
+def left_of(path: Path, size: int, policy: str, warm: bool) -> float:
+    """The share of a file that is in the page cache when it was read once, to the end."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if warm:
         path.read_bytes()
-    with FileSource(tmp_path, page_cache=policy, calls=FileCalls()) as source:
+    with FileSource(path.parent, page_cache=policy, calls=FileCalls()) as source:
         buffer = memoryview(bytearray(MIB))
         for offset in range(0, size, MIB):
-            source.prefetch("shard", offset + MIB, MIB)
-            source.read_into("shard", offset, buffer)
-            source.release("shard", offset, MIB)
-    assert resident_share(path, size) == pytest.approx(left, abs=0.1)
+            source.prefetch(path.name, offset + MIB, MIB)
+            source.read_into(path.name, offset, buffer)
+            source.release(path.name, offset, MIB)
+    return resident_share(path, size)

@@ -73,7 +73,7 @@ def test_from_start_to_sigterm(tmp_path: Path, model: Any, tokenizer: Any) -> No
         *_, failure, done = stream.read().decode().strip().split("\n\n")
         assert "the server is stopping" in failure
         assert done == "data: [DONE]"
-        assert process.wait(20) == 0
+        assert process.wait(100) == 0
         assert process.stdout is not None
         assert process.stdout.read() == b"clean\n"
         assert "Traceback" not in log.read_text()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantload.kernels.differentiable import Linear
+from quantload.kernels.reference import tile_rows
 from quantload.kernels.registry import kernel_set
 from tested_formats import QUANTIZED
 
@@ -40,6 +41,16 @@ def test_linear(name, tokens):
     want.backward(direction.double())
     for got, twin in zip((x, bias), twins, strict=True):
         torch.testing.assert_close(got.grad.double(), twin.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_of_more_than_one_tile():
+    """The last one, of 8 rows, is smaller than the others."""
+    kernels, [(codes, scales, weight)] = quantized("mxfp4", 40, 1 << 16)
+    assert tile_rows(kernels.format, 40, 1 << 16) == 32
+    x = torch.randn(2, 1 << 16, requires_grad=True)
+    direction = torch.randn(2, 40)
+    kernels.linear(x, codes, scales, None, 40, 1 << 16).backward(direction)
+    torch.testing.assert_close(x.grad, direction @ weight, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [3, 301])

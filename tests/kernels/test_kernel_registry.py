@@ -106,3 +106,16 @@ def test_what_a_platform_can_run_does_not_depend_on_what_is_here():
     assert names("quantize", "nvfp4", "cpu") == []
     with pytest.raises(NoKernel, match="unknown platform 'sm_70'; platforms are cpu, sm_80"):
         names("linear", "mxfp4", "sm_70")
+
+
+def test_a_kernel_of_linear_layers_alone_leaves_experts_their_own(monkeypatch):
+    """As `torch._scaled_mm`, which can be named for linear layers and has no kernel for experts."""
+    found = registry.candidates
+
+    def without_experts(operation, *where):
+        return [each for each in found(operation, *where) if (operation, each[0].name) != ("experts", "torch")]
+
+    assert registry.kernel_set("mxfp4", "cpu", {"linear": "torch"}).names["experts"] == "torch"
+    monkeypatch.setattr(registry, "candidates", without_experts)
+    names = registry.kernel_set("mxfp4", "cpu", {"linear": "torch"}).names
+    assert (names["linear"], names["experts"]) == ("torch", "numba")

@@ -74,8 +74,9 @@ def test_a_part_that_nothing_takes_is_not_read() -> None:
         Span("w", Region(None, (0, 4), (0, 8)), 0, 1, 4),
         Span("w", Region(None, (0, 8), (0, 3)), 0, 4, 1),
         Span("w", Region(None, (0, 8), (0, 4)), 2, 4, 1),
+        Span("w", Region(None, (0, 6), (0, 4)), 0, 5, 1),
     ],
-    ids=["transposed", "some columns", "shifted"],
+    ids=["transposed", "some columns", "shifted", "askew"],
 )
 def test_what_takes_no_whole_rows_is_refused(span: Span) -> None:
     with pytest.raises(UnsupportedCheckpointError, match="w goes to w with its rows and columns exchanged or cut"):

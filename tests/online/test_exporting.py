@@ -18,7 +18,7 @@ from quantload.checkpoint.output import OutputFolder
 from quantload.checkpoint.reader import PieceReader
 from quantload.checkpoint.source import FileSource
 from quantload.checkpoint.writer import ShardWriter, plan_shards
-from quantload.errors import MissingWeightsError, NonFiniteWeightError
+from quantload.errors import CheckpointError, MissingWeightsError, NonFiniteWeightError
 from quantload.kernels.registry import kernel_set
 from quantload.model.routes import Span
 from quantload.model.skeleton import Assignment
@@ -223,6 +223,28 @@ def test_what_is_written_is_read_back(
     scheme.kernels.dequantize(codes, scales, values)
     scheme.kernels.dequantize(want_codes, want_scales, want)
     assert torch.equal(values, want)
+
+
+def test_blocks_of_rows_that_come_apart_are_refused(tmp_path: Path) -> None:
+    """Gate and up that are interleaved: one scale stands for rows of both."""
+    exported, scheme = COMPRESSED_TENSORS["fp8_block"], scheme_of("fp8_block")
+    fmt, rows, columns = scheme.kernels.format, 256, 128
+    plain = WeightLayout(fmt, None, (("", rows),), columns)
+    span = Span("a.weight", Region(None, (0, rows), (0, columns)), 0, columns, 1)
+    assignment = Assignment("a", "linear", torch.nn.Identity(), scheme, "")
+
+    def planned(entries: dict[str, TensorEntry]) -> list[Any]:
+        return [QuantizedTensor(entries["a.weight"], "a.", assignment, scheme, plain, exported, (span,))]
+
+    convert({"a.weight": torch.randn(rows, columns)}, planned, tmp_path, 1 << 20, 1)
+    halves = WeightLayout(fmt, None, (("w1", 128), ("w3", 128)), columns)
+    spans = [
+        Span("a.weight", Region(None, (128 * half, 128 * (half + 1)), (0, columns)), half * columns, 2 * columns, 1)
+        for half in range(2)
+    ]
+    config = EXPORT_FORMATS["compressed-tensors"].quantization_config({"a": fmt}, [])
+    with pytest.raises(CheckpointError, match=r"a\.weight_scale: blocks of 128 rows lie across the border"):
+        read_back(tmp_path / "out", config, halves, spans, 1 << 20, 1)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])

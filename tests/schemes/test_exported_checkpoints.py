@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_
 from quantload.errors import PolicyError
 from quantload.schemes.exported.registry import formats_of
 from quantload.schemes.registry import ENTRIES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 TOOLS = ("quark", "compressed-tensors")
@@ -134,6 +135,31 @@ def test_kept_experts_are_one_name(form: str, golden: Path, tmp_path: Path) -> N
     policy = QuantizationPolicy(experts="none")
     kept = check(golden / "bf16_qwen3moe", tmp_path / "out", "auto", form, policy)
     assert len([name for name in kept if "experts" in name]) == 2 * 3
+
+
+@pytest.mark.parametrize(("form", "field"), [("quark", "exclude"), ("compressed-tensors", "ignore")])
+def test_matrices_that_the_model_passes_over_are_kept_and_said_to_be(
+    form: str, field: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The layer that predicts more tokens at once, which transformers does not build and other tools do."""
+    source = Path(shutil.copytree(checkpoint("deepseek_v3"), tmp_path / "source"))
+    (shard,) = source.glob("*.safetensors")
+    more = {
+        "model.layers.61.eh_proj.weight": torch.randn(32, 64).bfloat16(),
+        "model.layers.61.embed_tokens.weight": torch.randn(32, 64).bfloat16(),
+        "model.layers.61.mlp.experts.0.up_proj.weight": torch.randn(32, 64).bfloat16(),
+        "model.layers.61.mlp.experts.1.up_proj.weight": torch.randn(32, 64).bfloat16(),
+        "model.layers.61.enorm.weight": torch.randn(32).bfloat16(),
+    }
+    save_file({**load_file(shard), **more}, shard, metadata={"format": "pt"})
+    convert_checkpoint(source, tmp_path / "out", "int8_per_channel", format=form)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    named = [name for name in config[field] if "61" in name]
+    experts = {"quark": "model.layers.61.mlp.experts.*.up_proj"}
+    experts["compressed-tensors"] = r"re:model\.layers\.61\.mlp\.experts\.[0-9]+\.up_proj$"
+    assert named == ["model.layers.61.eh_proj", experts[form]]
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in more.items())
 
 
 @pytest.mark.parametrize("form", TOOLS)

@@ -21,17 +21,22 @@ class Alike:
         self._weight, self._suffix = weight, weight.name.removeprefix(module.name)
         self._left = list(module.left)
         self._tensors = [names[part.entry.name] for part in weight.parts]
+        self._namesake = names.get(weight.name)
         self._scale = None if weight.input_scale is None else names[weight.input_scale.name]
 
     def take(self, module: StoredModule) -> StoredWeight:
-        """The weight of another module; its tensors are taken."""
+        """The weight of another module; its tensors are taken.
+
+        A checkpoint may have a hundred thousand: names and entries that are the same are the same objects.
+        """
         weight, parts = self._weight, []
         taken = module.take_all_but(self._left)
         for part, tensor in zip(weight.parts, self._tensors, strict=True):
-            name, _, _, shard, offset, nbytes = taken[tensor]
-            entry = TensorEntry(name, part.entry.dtype, part.entry.shape, shard, offset, nbytes)
-            parts.append(part._replace(entry=entry))
+            entry, dtype, shape = taken[tensor], part.entry.dtype, part.entry.shape
+            same = entry.dtype == dtype and entry.shape == shape
+            parts.append(part._replace(entry=entry if same else entry._replace(dtype=dtype, shape=shape)))
         activations = weight.activations
         if activations is not None and self._scale is not None:
             activations = replace(activations, scale=taken[self._scale])
-        return weight._replace(name=f"{module.name}{self._suffix}", parts=tuple(parts), activations=activations)
+        name = f"{module.name}{self._suffix}" if self._namesake is None else taken[self._namesake].name
+        return weight._replace(name=name, parts=tuple(parts), activations=activations)

@@ -180,8 +180,8 @@ class WeightStack:
         weight, self.family, span = member
         self.parameter, self.region, self._where = span.parameter, span.region, where
         self._parts = [
-            PartStack(matrix, part.entry, span.region, offset)
-            for matrix, part, offset in zip(self.family.matrices, weight.parts, offsets, strict=True)
+            PartStack(matrix, weight, span.region, offset)
+            for matrix, offset in zip(self.family.matrices, offsets, strict=True)
         ]
 
     @property
@@ -192,7 +192,7 @@ class WeightStack:
     @property
     def values_bytes(self) -> int:
         """Bytes of the float32 values."""
-        return len(self._parts[0].entries) * self.family.values_bytes
+        return len(self._parts[0].weights) * self.family.values_bytes
 
     def takes(self, member: Member, where: Sequence[int], offsets: Sequence[int]) -> bool:
         """Put one more weight at the end, if all its tensors stand where the next ones would."""
@@ -201,8 +201,8 @@ class WeightStack:
             part.continues(region, offset) for part, offset in zip(self._parts, offsets, strict=True)
         ):
             return False
-        for part, stored, offset in zip(self._parts, member.weight.parts, offsets, strict=True):
-            part.append(stored.entry, region, offset)
+        for part, offset in zip(self._parts, offsets, strict=True):
+            part.append(member.weight, region, offset)
         return True
 
     def values(self, buffers: Sequence[Tensor], workspace: Workspace, dequantize: Dequantize) -> Tensor:

@@ -9,6 +9,7 @@ from ..checkpoint.headers import TensorEntry
 from ..checkpoint.pieces import MAX_SHARED_READ, SMALL_PIECE, Piece
 from ..checkpoint.workspace import Workspace
 from ..model.routes import Span
+from ..schemes.stored.weights import StoredWeight
 from .cuts import Sink
 from .stored_parts import PartMatrix
 from .stored_stacks import MAX_HOLE, PartStack
@@ -18,6 +19,7 @@ class SmallPart(NamedTuple):
     """A tensor of a weight that goes to the model as a whole; `matrix` is that of any weight of its family."""
 
     entry: TensorEntry
+    weight: StoredWeight
     matrix: PartMatrix
     span: Span
 
@@ -34,10 +36,10 @@ class KeptBundler:
         """Whether a tensor is small."""
         return nbytes <= self._largest
 
-    def add(self, entry: TensorEntry, matrix: PartMatrix, span: Span) -> None:
-        """A tensor to be read, unless its parameter has no use for it."""
+    def add(self, entry: TensorEntry, weight: StoredWeight, matrix: PartMatrix, span: Span) -> None:
+        """A tensor of a weight to be read, unless its parameter has no use for it."""
         if matrix.part.only_checked or self._loader(span.parameter, matrix.part.role) is not None:
-            self._parts.append(SmallPart(entry, matrix, span))
+            self._parts.append(SmallPart(entry, weight, matrix, span))
 
     def pieces(self) -> Iterator[Piece]:
         """The pieces of all tensors that were added."""
@@ -83,11 +85,11 @@ class KeptDelivery:
 def _stacks(members: Sequence[SmallPart], start: int) -> Iterator[tuple[str, str, PartStack]]:
     """Tensors whose first byte in a buffer is byte `start` of a file, in as few stacks as they make."""
     growing: dict[Any, PartStack] = {}
-    for entry, matrix, (parameter, region, *_) in members:
+    for entry, weight, matrix, (parameter, region, *_) in members:
         key = id(matrix), parameter, region.rows, region.columns
         stack, offset = growing.get(key), entry.offset - start
         if stack is not None and stack.continues(region, offset):
-            stack.append(entry, region, offset)
+            stack.append(weight, region, offset)
             continue
-        stack = growing[key] = PartStack(matrix, entry, region, offset)
+        stack = growing[key] = PartStack(matrix, weight, region, offset)
         yield parameter, matrix.part.role, stack

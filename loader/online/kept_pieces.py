@@ -30,13 +30,13 @@ def plan_kept(
         whole = family.whole_span(taken)
         for part, matrix in zip(weight.parts, family.matrices, strict=True):
             if whole is not None and bundler.takes(part.entry.nbytes):
-                bundler.add(part.entry, matrix, whole)
+                bundler.add(part.entry, weight, matrix, whole)
             elif part.role == "codes":
                 pieces += _codes_pieces(codes_of(weight), taken, sinks, chunk_bytes)
             else:
                 pieces += _other_pieces(PartMatrix(weight, part), taken, sinks, chunk_bytes)
         if weight.input_scale is not None and family.input_scale is not None:
-            bundler.add(weight.input_scale, family.input_scale, taken[0])
+            bundler.add(weight.input_scale, weight, family.input_scale, taken[0])
     pieces += bundler.pieces()
     return sorted(pieces, key=lambda piece: (piece.shard, piece.extents[0][0]))
 

@@ -51,6 +51,13 @@ class PartMatrix:
         """How many rows an element stands for, where the weight is cut along columns."""
         return self.weight.rows * self.part.entry.dtype.itemsize // self.row_bytes
 
+    def of(self, weight: StoredWeight) -> PartMatrix:
+        """The same tensor of another weight of the family."""
+        if self.part.role != "input_scale":
+            return PartMatrix(weight, weight.parts[self.weight.parts.index(self.part)])
+        assert weight.input_scale is not None
+        return PartMatrix(weight, self.part._replace(entry=weight.input_scale))
+
     def lines_within(self, limit: int, step: int) -> int:
         """How many lines fit `limit` bytes, in steps of so many, which are whole rows; at least one step."""
         return lines_per_slab(self.row_bytes, step // self.part.block, self._at_once(limit)) * self.part.block

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.headers import TensorEntry
 from ..errors import CheckpointError, NonFiniteWeightError
 from ..model.routes import Span
 from ..schemes.stored.weights import Role, StoredPart, StoredWeight
@@ -68,20 +67,21 @@ class Families:
 class PartStack:
     """The same tensor of weights of one family: `pitch` bytes apart in a buffer, experts `step` apart in the model.
 
-    `entries` are the tensors; `region` is where the first weight lands, `offset` where its tensor begins.
+    `matrix` is that of any weight of the family; `region` is where the first of `weights` lands, `offset` where its
+    tensor begins.
     """
 
-    __slots__ = ("entries", "matrix", "offset", "pitch", "region", "step")
+    __slots__ = ("matrix", "offset", "pitch", "region", "step", "weights")
 
-    def __init__(self, matrix: PartMatrix, entry: TensorEntry, region: Region, offset: int) -> None:
-        self.matrix, self.entries, self.region, self.offset = matrix, [entry], region, offset
+    def __init__(self, matrix: PartMatrix, weight: StoredWeight, region: Region, offset: int) -> None:
+        self.matrix, self.weights, self.region, self.offset = matrix, [weight], region, offset
         self.pitch = self.step = 0
 
     @property
     def experts(self) -> Sequence[int | None]:
         """The experts, in the order of their tensors."""
         first, step = self.region.expert, self.step or 1
-        return (None,) if first is None else range(first, first + len(self.entries) * step, step)
+        return (None,) if first is None else range(first, first + len(self.weights) * step, step)
 
     @property
     def role(self) -> Role:
@@ -90,26 +90,26 @@ class PartStack:
 
     def continues(self, region: Region, offset: int) -> bool:
         """Whether a weight of the same rows and columns stands where the next one would, its tensor at `offset`."""
-        count, first = len(self.entries), self.region.expert
+        count, first = len(self.weights), self.region.expert
         if first is None or region.expert is None:
             return False
         step, pitch = region.expert - first, offset - self.offset
         return step > 0 and (count == 1 or (step == count * self.step and pitch == count * self.pitch))
 
-    def append(self, entry: TensorEntry, region: Region, offset: int) -> None:
+    def append(self, weight: StoredWeight, region: Region, offset: int) -> None:
         """Put a weight that continues the stack at its end."""
-        if len(self.entries) == 1:
+        if len(self.weights) == 1:
             assert region.expert is not None
             assert self.region.expert is not None
             self.step, self.pitch = region.expert - self.region.expert, offset - self.offset
-        self.entries.append(entry)
+        self.weights.append(weight)
 
     def values(self, buffer: Tensor) -> Tensor:
         """The canonical form [tensors, rows, columns] of what stands in a buffer.
 
         Raises a `CheckpointError` that names the tensor for one that cannot be.
         """
-        matrix, count = self.matrix, len(self.entries)
+        matrix, count = self.matrix, len(self.weights)
         nbytes = matrix.part.entry.nbytes
         stored = buffer.as_strided((count, nbytes), (self.pitch or nbytes, 1), buffer.storage_offset() + self.offset)
         aligned = stored.storage_offset() % matrix.part.entry.dtype.itemsize == 0
@@ -129,15 +129,14 @@ class PartStack:
         if self.role in ("scale", "zero_point"):
             largest = self.matrix.weight.largest_scale if self.role == "scale" else torch.inf
             try:
-                check_finite(self.entries[0].name, values, largest)
+                check_finite(self.matrix.part.entry.name, values, largest)
             except NonFiniteWeightError:
-                for entry, own in zip(self.entries, values, strict=True):
-                    check_finite(entry.name, own, largest)
+                for weight, own in zip(self.weights, values, strict=True):
+                    check_finite(self.matrix.of(weight).part.entry.name, own, largest)
                 raise
         return values
 
     def _name(self, stored: Tensor) -> None:
-        """Raise the error of the first tensor that is to blame, in its own name."""
-        for entry, own in zip(self.entries, stored, strict=True):
-            matrix = PartMatrix(self.matrix.weight, self.matrix.part._replace(entry=entry))
-            matrix.canonical(own, (0, matrix.rows))
+        """Raise the error of the first weight that is to blame, with the names of its own tensors."""
+        for weight, own in zip(self.weights, stored, strict=True):
+            self.matrix.of(weight).canonical(own, (0, self.matrix.rows))

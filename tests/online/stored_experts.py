@@ -54,12 +54,17 @@ class Workspace:
 class StoredExperts:
     """The tensors of one layer in `stored` format, and the closures of a layer in `wanted` format.
 
-    `hole` bytes of something else stand after every tensor, `zeros` adds zero points that must be zero.
+    `hole` bytes of something else stand after every tensor, `zeros` adds zero points that must be zero, `shapes` the
+    rows and columns of every weight.
     """
 
-    def __init__(self, stored: str, wanted: str, order: str, hole: int = 0, zeros: bool = False) -> None:
+    def __init__(
+        self, stored: str, wanted: str, order: str, hole: int = 0, zeros: bool = False, shapes: bool = False
+    ) -> None:
         self.format, self.wanted = FORMATS[stored], FORMATS[wanted]
         self.tensors = dict(_tensors(stored, zeros))
+        if shapes:
+            self.tensors |= {(*key, "shape"): torch.tensor(SHAPES[key[0]]) for key in self._keys()}
         self.entries: dict[tuple[str, int, str], TensorEntry] = {}
         self.size = 0
         for key in sorted(self.tensors, key=lambda key: ORDERS[order](*key)):
@@ -123,8 +128,7 @@ class StoredExperts:
             return StoredPart(role, self.entries[kind, expert, role], block, convert)
 
         parts = [part("codes"), part("scale", self.format.block_rows, None if self.format.name == "mxfp4" else float32)]
-        if (kind, expert, "must_be_zero") in self.entries:
-            parts.append(part("must_be_zero", 0))
+        parts += [part(role, 0) for role in ("must_be_zero", "shape") if (kind, expert, role) in self.entries]
         return StoredWeight(f"{kind}.{expert}", self.format, None, *SHAPES[kind], torch.bfloat16, tuple(parts))
 
     @staticmethod

@@ -60,3 +60,17 @@ def test_a_zero_point_that_is_not_zero_is_named_by_its_own_tensor(wanted: str) -
     experts.tensors["up", 9, "must_be_zero"][0] = -1
     with pytest.raises(CheckpointError, match=r"up\.9\.must_be_zero is not zero everywhere"):
         experts.load()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 23, 5000])
+@pytest.mark.parametrize("order", ["by text", "scales first"])
+@pytest.mark.parametrize("wanted", ["fp8_tensor", "mxfp4"])
+def test_a_shape_that_is_another_is_compared_with_the_codes_beside_it(
+    wanted: str, order: str, chunk_bytes: int
+) -> None:
+    StoredExperts("fp8_tensor", wanted, order, shapes=True).load(chunk_bytes)
+    experts = StoredExperts("fp8_tensor", wanted, order, shapes=True)
+    experts.tensors["up", 9, "shape"][0] += 1
+    message = r"up\.9\.shape says \[129, 256\], but up\.9\.codes and its scales are those of a weight of \[128, 256\]"
+    with pytest.raises(CheckpointError, match=message):
+        experts.load(chunk_bytes)

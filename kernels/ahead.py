@@ -5,7 +5,8 @@ belong to the compiler that holds the machine code, and neither the collector no
 another process compiles, puts the machine code into numba's disk cache, and ends; from there a function takes less than
 one MiB. That process imports numba and what kernels are generated from, not torch.
 
-Run with `-m` this module is that process. Its argument is JSON, a list of [module, builder, arguments].
+Run with `-m` this module is that process. Its argument is JSON, a list of [module, builder, arguments]. What it logs as
+INFO goes to standard error, for the process that waits for it to log.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .compiled import COMPILE_MIB, Needed
 
@@ -28,6 +30,8 @@ logger = logging.getLogger("quantload")
 LIMIT_SECONDS = 600.0
 """When a process that compiles is given up: hundreds of times what it takes."""
 _one_at_a_time = threading.Lock()
+_INFO = "INFO: "
+"""What a line of the process that compiles begins with if it is for the log."""
 
 
 def prepare(functions: Iterable[Needed[Any]]) -> None:
@@ -73,11 +77,34 @@ def _run_child(described: list[tuple[str, str, tuple[Any, ...]]]) -> None:
     # The child finds what this process finds; -P keeps it from looking into the working directory on its own account.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     command = [_interpreter(), "-P", "-m", __name__, json.dumps(described)]
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    child = subprocess.run(command, env=environment, timeout=LIMIT_SECONDS, check=False, **streams)  # type: ignore[call-overload]
-    if child.returncode:
-        last = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise subprocess.SubprocessError(f"another process ended with code {child.returncode}: {last or 'no message'}")
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with (
+        subprocess.Popen(
+            command, env=environment, stdin=null, stdout=null, stderr=pipe, text=True, errors="replace"
+        ) as child,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert child.stderr is not None
+        last = pool.submit(_relay, child.stderr)
+        try:
+            code = child.wait(LIMIT_SECONDS)
+        except BaseException:  # an interruption, too: nobody waits for it any more
+            child.kill()
+            raise
+        said = last.result()
+    if code:
+        raise subprocess.SubprocessError(f"another process ended with code {code}: {said or 'no message'}")
+
+
+def _relay(lines: IO[str]) -> str:
+    """Log what is meant for the log; the last of the other lines says what went wrong, if anything did."""
+    last = ""
+    for line in lines:
+        if line.startswith(_INFO):
+            logger.info(line.removeprefix(_INFO).rstrip())
+        else:
+            last = line.strip() or last
+    return last
 
 
 def _interpreter() -> str:
@@ -95,5 +122,13 @@ def main() -> None:
         recipe.compile()
 
 
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
 if __name__ == "__main__":
+    _log_to_stderr()
     main()

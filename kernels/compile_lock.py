@@ -8,13 +8,39 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import time
 from typing import Self
 
+logger = logging.getLogger("quantload")
 WAIT_SECONDS = 60.0
 """When another process is no longer waited for; it compiles a kernel in one or two, or it was stopped."""
 POLL_SECONDS = 0.02
+NOTICE_SECONDS = 5.0
+"""How long a process waits, for all kernels together, before it says so."""
+
+
+class _Waiting:
+    """How long this process has waited so far; it is said once."""
+
+    def __init__(self) -> None:
+        self._seconds, self._said = 0.0, False
+
+    def poll(self) -> None:
+        """Wait a little longer."""
+        time.sleep(POLL_SECONDS)
+        self._seconds += POLL_SECONDS
+        if self._seconds > NOTICE_SECONDS and not self._said:
+            self._said = True
+            logger.info(
+                "waiting for another process that compiles CPU kernels; what it does not finish in %.0f s is compiled "
+                "without it",
+                WAIT_SECONDS,
+            )
+
+
+_waiting = _Waiting()
 
 
 class CompileLock:
@@ -43,7 +69,7 @@ class CompileLock:
         """Until `take` says yes, or for `WAIT_SECONDS`."""
         end = time.monotonic() + WAIT_SECONDS
         while not self.take() and time.monotonic() < end:
-            time.sleep(POLL_SECONDS)
+            _waiting.poll()
 
     def release(self) -> None:
         """Let go of it, where it is held."""

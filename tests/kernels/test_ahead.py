@@ -130,6 +130,35 @@ def test_else_this_process_compiles_and_says_why(
     assert said in record.getMessage()
 
 
+IMPATIENT = """
+exec {python} -c "
+import runpy, sys
+from quantload.kernels import compile_lock
+compile_lock.NOTICE_SECONDS = 0
+sys.argv = ['ahead', sys.argv[-1]]
+runpy.run_module('quantload.kernels.ahead', run_name='__main__')
+" "$@"
+"""
+
+
+def test_the_process_that_compiles_says_that_it_waits(needed, compiled_here, caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", program(tmp_path / "python3", IMPATIENT.format(python=sys.executable)))
+    with CompileLock(_add(*needed.key)._lock_path()) as lock:  # as another process has it
+        assert lock.take()
+
+        class Release(logging.Handler):
+            def emit(self, record):
+                lock.release()
+
+        monkeypatch.setattr(logging.getLogger("quantload"), "handlers", [Release()])
+        ahead.prepare([needed])
+    assert compiled_here == []
+    waiting, compiled = caplog.records
+    assert waiting.levelname == "INFO"
+    assert waiting.getMessage().startswith("waiting for another process that compiles CPU kernels; ")
+    assert compiled.getMessage().startswith("Compiled 1 CPU kernels in ")
+
+
 def test_a_program_that_was_frozen_is_not_started_again(needed, caplog, monkeypatch):
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     ahead.prepare([needed])

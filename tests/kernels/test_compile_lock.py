@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -54,6 +55,30 @@ def test_nobody_waits_for_ever(path, monkeypatch):
         assert holder.take()
         waiting.wait()
         assert os.path.exists(path)
+
+
+def test_who_waits_for_long_says_so_once(path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "quantload")
+    monkeypatch.setattr(logging.getLogger("quantload"), "handlers", [])  # those of tests of the command line
+    monkeypatch.setattr(compile_lock, "WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(compile_lock, "NOTICE_SECONDS", 2.5)
+    monkeypatch.setattr(compile_lock, "_waiting", compile_lock._Waiting())
+    with CompileLock(path) as holder, CompileLock(path) as waiting:
+        assert holder.take()
+        polls = []
+
+        def sleep(seconds):
+            polls.append(len(caplog.records))
+            if len(polls) == 6:
+                holder.release()
+
+        monkeypatch.setattr(compile_lock, "POLL_SECONDS", 1.0)
+        monkeypatch.setattr(compile_lock.time, "sleep", sleep)
+        waiting.wait()
+    assert polls == [0, 0, 0, 1, 1, 1]
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert record.getMessage().startswith("waiting for another process that compiles CPU kernels; ")
 
 
 def test_nobody_waits_where_nothing_can_be_locked(tmp_path):

@@ -65,7 +65,6 @@ def load_quantized(
                 draft = draft_load(
                     checkpoint, quantization, policy, options, storage, cache.on_layer, trust_remote_code
                 )
-                transformers_api.adopt_generation_config(draft.model, checkpoint.root)
                 return draft, _stream(draft, cache, recorder, options, storage.device)
 
         draft, totals = cache.attempt(load)

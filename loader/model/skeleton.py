@@ -50,9 +50,14 @@ class ModelRecipe:
         return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
 
     def build(self, tensors: Iterable[TensorEntry]) -> tuple[PreTrainedModel, torch.dtype]:
-        """The model on the meta device, and the dtype of what is not quantized; `tensors` are those that are not."""
+        """The model on the meta device, and the dtype of what is not quantized; `tensors` are those that are not.
+
+        It has its generation config already: what is wrong with that file is a `CheckpointError` here, before a weight.
+        """
         dtype = transformers_api.settle_dtype(self.config, (entry.dtype for entry in tensors))
-        return transformers_api.meta_model(self.cls, self.config, self.root, dtype), dtype
+        model = transformers_api.meta_model(self.cls, self.config, self.root, dtype)
+        transformers_api.adopt_generation_config(model, self.root)
+        return model, dtype
 
 
 def find_model(checkpoint: Checkpoint, trust_remote_code: bool) -> ModelRecipe:

@@ -16,9 +16,10 @@ import process_state
 import pytest
 import raw_checkpoint
 import torch
-from quantload import LoadOptions, QuantizationPolicy, load_quantized
+from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
 from quantload import errors as e
 from quantload.checkpoint.reader import PieceReader
+from quantload.load import plan_quantized
 from quantload.model import transformers_api
 from torch import Tensor
 
@@ -267,19 +268,28 @@ def test_config_values_that_make_no_model(change: dict[str, object], said: str, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '"text"', '{"max_new_tokens": "many"}', '{"max_new_tokens": -4}', '{"eos_token_id": ']
-)
+BROKEN_GENERATION_CONFIGS = {
+    "not finished": "{", "a list": "[]", "text": '"text"', "null": "null", "a number": "3", "deep": "[" * 100_000,
+    "no value": '{"eos_token_id": ', "bytes": "\udcff",
+    "max_new_tokens as text": '{"max_new_tokens": "many"}', "max_new_tokens below 0": '{"max_new_tokens": -4}',
+    "max_new_tokens 0": '{"max_new_tokens": 0}', "cache_implementation": '{"cache_implementation": "nope"}',
+    "cache_implementation as number": '{"cache_implementation": 3}', "compile_config": '{"compile_config": "x"}',
+    "watermarking_config": '{"watermarking_config": "x"}', "pad_token_id": '{"pad_token_id": "x"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN_GENERATION_CONFIGS.values(), ids=BROKEN_GENERATION_CONFIGS.keys())
 def test_a_broken_generation_config_is_named_before_a_weight_is_read(
-    content: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+    content: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = llama / "generation_config.json"
-    path.write_text(content)
+    path.write_text(content, errors="surrogateescape")
     monkeypatch.setattr(PieceReader, "run", None)
-    with pytest.raises(
-        e.CheckpointError, match=rf"^{re.escape(str(path))}: transformers .* or remove it, for what config"
-    ):
-        load_quantized(llama)
+    said = rf"^{re.escape(str(path))}: transformers .* or remove it, for what config"
+    for call in (load_quantized, plan_quantized, lambda folder: convert_checkpoint(folder, tmp_path / "out")):
+        with pytest.raises(e.CheckpointError, match=said):
+            call(llama)
+    assert not (tmp_path / "out.unfinished").exists()
 
 
 def test_a_number_of_layers_that_is_none(llama: Path) -> None:

@@ -62,7 +62,7 @@ def convert_checkpoint(
     `load_quantized`, and so are the codes and scales. Memory is bounded by the arena, not by the model. While it runs
     the files lie in `out` + `.unfinished`; a run that was interrupted is taken up there, shard by shard. The report is
     that of a load, its `final_bytes` the bytes written. Raises a `QuantloadError`: `PolicyError` for a scheme or module
-    the format cannot hold, `OutputError` where nothing can be written.
+    the format cannot hold and where nothing would be quantized, `OutputError` where nothing can be written.
     """
     options = options or LoadOptions()
     export = get_export_format(format)
@@ -142,11 +142,9 @@ def _config(
     config = checkpoint.config()
     config.pop("transformers_weights", None)  # the shards have the usual names
     config.pop("quantization_config", None)
-    quantized = dict(quantized_modules(tensors))
-    if quantized:
-        formats = {name: tensor.layout.format for name, tensor in quantized.items()}
-        kept = kept_modules(draft.model, tensors, draft.routes)
-        config["quantization_config"] = export.quantization_config(formats, kept)
+    formats = {name: tensor.layout.format for name, tensor in quantized_modules(tensors)}
+    kept = kept_modules(draft.model, tensors, draft.routes)
+    config["quantization_config"] = export.quantization_config(formats, kept)
     return config
 
 

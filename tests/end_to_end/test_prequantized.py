@@ -344,8 +344,11 @@ def test_a_quantized_checkpoint_is_converted_to_another(
         assert torch.equal(got.state_dict()[key].view(torch.uint8), tensor.view(torch.uint8)), key
 
 
-@pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
+@pytest.mark.parametrize("scheme", ["auto", "none", "quark_mxfp4"])
 def test_converting_to_what_a_checkpoint_is_already_is_refused(scheme: str, golden: Path, tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match=r"would stay mxfp4, as the checkpoint stores it.*name another quantization"):
+    said = r"would stay mxfp4, as the checkpoint stores it.*; and \d+ more; convert writes .* name a scheme .*-q SCHEME"
+    with pytest.raises(PolicyError, match=said) as caught:
         convert_checkpoint(golden / "quark_llama_mxfp4", tmp_path / "out", scheme)
+    assert "needs no converting: load the checkpoint as it is" in str(caught.value)
+    assert "keep them" not in str(caught.value)
     assert not list(tmp_path.iterdir())

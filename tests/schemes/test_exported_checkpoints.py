@@ -162,13 +162,28 @@ def test_matrices_that_the_model_passes_over_are_kept_and_said_to_be(
     assert all(torch.equal(written[name], tensor) for name, tensor in more.items())
 
 
-@pytest.mark.parametrize("form", TOOLS)
-def test_nothing_to_quantize_gives_a_copy(form: str, golden: Path, tmp_path: Path) -> None:
-    convert_checkpoint(golden / "bf16_llama", tmp_path / "out", "none", format=form)
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config == json.loads((golden / "bf16_llama/config.json").read_text())
-    got, want = load_file(tmp_path / "out/model.safetensors"), load_file(golden / "bf16_llama/model.safetensors")
-    assert_same(got, want)
+NO_EXPERTS = "the model has no experts modules"
+
+
+@pytest.mark.parametrize("form", [*TOOLS, "mxfp4"])
+@pytest.mark.parametrize(
+    ("scheme", "policy", "why"),
+    [
+        ("experts_int8", None, rf"{NO_EXPERTS}; linear layers: experts_int8 leaves linear layers as stored \(14\); "),
+        ("none", None, rf"{NO_EXPERTS}; linear layers: none leaves linear layers as stored \(14\); "),
+        ("quark_mxfp4", QuantizationPolicy(ignore=("*",)), r"linear layers: ignored by pattern '\*' \(15\)"),
+        ("quark_mxfp4", QuantizationPolicy(ignore=("*_proj",)), r"pattern '\*_proj' \(14\); .*: output head \(1\)"),
+    ],
+    ids=["experts of a dense model", "none", "everything ignored", "the rest ignored"],
+)
+def test_nothing_to_quantize_is_refused(
+    scheme: str, policy: QuantizationPolicy | None, why: str, form: str, golden: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        PolicyError, match=rf"^no module would be quantized, .*{why}.*; choose a scheme .*\(-q, .* ignore less"
+    ):
+        convert_checkpoint(golden / "bf16_llama", tmp_path / "out", scheme, format=form, policy=policy)
+    assert not list(tmp_path.iterdir())
 
 
 GPT_OSS = QuantizationPolicy(linear="none", experts="quark_mxfp4")

@@ -12,7 +12,6 @@ from torch import nn
 
 from ...checkpoint.headers import TensorEntry
 from ...checkpoint.writer import TensorSpec
-from ...errors import PolicyError
 from ...kernels.formats import WeightFormat
 from ...model.routes import Routes, Source, Span
 from ...model.skeleton import Assignment
@@ -23,12 +22,12 @@ from ..base import LinearScheme, MoEScheme
 from ..layout import WeightLayout
 from ..policy import name_reason
 from ..stored.weights import StoredWeight
+from .refusals import impossible, nothing_quantized
 from .registry import exported_weight, why_not_columns
 from .weights import ExportedWeight, ExportFormat
 
 _NAME = "weight"
 _SUFFIX = f".{_NAME}"
-_PROBLEMS_SHOWN = 4
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
@@ -78,18 +77,19 @@ def plan_tensors(
     tensors: Mapping[str, Source],
     routes: Routes,
     sinks: Mapping[str, Sink],
-    assignments: Iterable[Assignment],
+    assignments: Sequence[Assignment],
     export: ExportFormat,
 ) -> list[QuantizedTensor | KeptTensor]:
     """What becomes of all tensors of a checkpoint, in the order of files and offsets.
 
     A weight that is stored quantized is one tensor here, which can only be quantized anew. Raises `PolicyError` naming
-    all modules whose weights the format cannot hold as the checkpoint stores them, and for
-    a scheme the format has no weights for.
+    all modules whose weights the format cannot hold as the checkpoint stores them, for
+    a scheme the format has no weights for, and where nothing is quantized.
     """
     by_name = {assignment.name: assignment for assignment in assignments}
     whole = [each.target for each in routes.whole if each.target in sinks and not sinks[each.target].direct]
     problems = {target.rpartition(".")[0]: "its weights cannot be quantized one by one" for target in whole}
+    anew: dict[str, str] = {}
     planned: list[QuantizedTensor | KeptTensor] = []
     why_not = _WhyNot(sinks, export)
     for entry in sorted(tensors.values(), key=lambda entry: (entry.shard, entry.offset)):
@@ -97,7 +97,7 @@ def plan_tensors(
         if isinstance(entry, StoredWeight):
             why = _why_not_anew(entry, spans, routes, sinks)
             if why:
-                problems.setdefault(entry.name.removesuffix(_SUFFIX), why)
+                anew.setdefault(entry.name.removesuffix(_SUFFIX), why)
                 continue
         elif not spans:
             planned.append(KeptTensor(entry))
@@ -112,15 +112,18 @@ def plan_tensors(
         else:
             why = "is one tensor for several modules, which get different schemes"
         if why:
-            problems.setdefault(assignment.name, f"checkpoint tensor {entry.name} {list(entry.shape)} {why}")
+            found = anew if isinstance(entry, StoredWeight) else problems
+            found.setdefault(assignment.name, f"checkpoint tensor {entry.name} {list(entry.shape)} {why}")
         else:
             planned.append(
                 _fused(entry, spans, assignment, scheme, weight)
                 if weight.fused
                 else _matrix(entry, assignment, scheme, weight)
             )
-    if problems:
-        raise _impossible(problems, export)
+    if problems or anew:
+        raise impossible(problems, anew, export)
+    if not any(isinstance(tensor, QuantizedTensor) for tensor in planned):
+        raise nothing_quantized(assignments)
     return planned
 
 
@@ -129,10 +132,7 @@ def _why_not_anew(weight: StoredWeight, spans: Sequence[Span], routes: Routes, s
     if len(spans) < len(routes.spans.get(weight.name, ())) or not spans:
         return f"is stored as {weight.format.name} and belongs to a module that cannot be quantized"
     if any(isinstance(sinks[span.parameter].loader, StoredCodesLoader) for span in spans):
-        return (
-            f"would stay {weight.format.name}, as the checkpoint stores it, and convert writes what it quantizes "
-            f"itself: name another quantization"
-        )
+        return f"would stay {weight.format.name}, as the checkpoint stores it"
     return ""
 
 
@@ -214,15 +214,6 @@ def _rows_of(span: Span, columns: int) -> Region:
     first = span.offset // columns
     count = (span.region.rows[1] - span.region.rows[0] - 1) * span.row_stride // columns + 1
     return Region(None, (first, first + count), (0, columns))
-
-
-def _impossible(problems: Mapping[str, str], export: ExportFormat) -> PolicyError:
-    shown = "; ".join(f"{module}: {why}" for module, why in list(problems.items())[:_PROBLEMS_SHOWN])
-    more = f"; and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
-    return PolicyError(
-        f"{len(problems)} modules cannot be written as {export.name}: {shown}{more}; keep them with ignore patterns "
-        "(--ignore), or choose another scheme for them (--override)"
-    )
 
 
 def kept_modules(model: nn.Module, planned: Sequence[QuantizedTensor | KeptTensor], routes: Routes) -> list[str]:

@@ -13,13 +13,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.headers import TensorEntry
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.resolve import CONFIG_NAME, Checkpoint
+from ..errors import CheckpointError
 from ..schemes.base import LinearScheme, MoEScheme
 from ..schemes.policy import Choice, Policy, name_reason
 from . import modeling_code, transformers_api
 from .experts import convert_experts, is_fused_experts, unsupported_reason
 from .quantized import GivenMethod, QuantizedLinear, QuantizedLinearReadByDtype, refuse_to_save
 from .stored_sources import StoredModule, StoredSources
+
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes a model can be built in."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,28 @@ class ModelRecipe:
 
 def find_model(checkpoint: Checkpoint, trust_remote_code: bool) -> ModelRecipe:
     """The model a checkpoint's config names; raises `CheckpointError` or `UnsupportedCheckpointError`."""
+    _check_dtype(checkpoint)
     config = transformers_api.load_config(checkpoint.root, trust_remote_code)
     cls = transformers_api.model_class(config, checkpoint.root, trust_remote_code)
     config.name_or_path = checkpoint.model_id
     config.__dict__.pop("quantization_config", None)  # it speaks of the files, and of no module of the model
     return ModelRecipe(cls, config, checkpoint.root)
+
+
+def _check_dtype(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` for a dtype in the config that no model can be built in."""
+    config = checkpoint.config()
+    field = "torch_dtype" if config.get("dtype") is None else "dtype"
+    named = config.get(field)
+    for value in named.values() if isinstance(named, dict) else (named,):
+        dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+        if value is not None and dtype not in MODEL_DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in MODEL_DTYPES)
+            raise CheckpointError(
+                f"{checkpoint.root / CONFIG_NAME}: `{field}` is {named!r}; models are built in one of {allowed}: "
+                f"give the dtype of the weights, or the one they had before they were quantized, or remove the field "
+                f"for the dtype of the tensors"
+            )
 
 
 def assign_schemes(

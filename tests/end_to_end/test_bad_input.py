@@ -292,6 +292,47 @@ def test_a_broken_generation_config_is_named_before_a_weight_is_read(
     assert not (tmp_path / "out.unfinished").exists()
 
 
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(
+    "value", ["float8_e4m3fn", "float8_e8m0fnu", "int8", "bool", "auto", "Tensor", "", "\ud800", 3, True, ["float16"],
+              {"": "int8"}, {"": "float16", "text_config": 3}]
+)  # fmt: skip
+def test_a_dtype_that_no_model_is_built_in(
+    value: Any, field: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config.pop("dtype")
+        config[field] = value
+
+    edit_json(llama / "config.json", change)
+    monkeypatch.setattr(PieceReader, "run", None)
+    message = f"{llama / 'config.json'}: `{field}` is {value!r}; models are built in one of float32, bfloat16, float16,"
+    for attempt in (load_quantized, plan_quantized):
+        with pytest.raises(e.CheckpointError, match=f"^{re.escape(message)}"):
+            attempt(llama, "none")
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"dtype": "float16"}, torch.float16),
+        ({"dtype": "double"}, torch.float64),
+        ({"dtype": {"": "float16"}}, torch.float16),
+        ({"torch_dtype": "float32"}, torch.float32),
+        ({"dtype": "float16", "torch_dtype": "int8"}, torch.float16),
+        ({"dtype": None}, torch.bfloat16),
+        ({}, torch.bfloat16),
+    ],
+)
+def test_a_dtype_that_a_model_is_built_in(fields: dict[str, Any], dtype: torch.dtype, llama: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config.pop("dtype")
+        config.update(fields)
+
+    edit_json(llama / "config.json", change)
+    assert plan_quantized(llama, "none").model.dtype is dtype
+
+
 def test_a_number_of_layers_that_is_none(llama: Path) -> None:
     edit_json(llama / "config.json", lambda config: config.update(num_hidden_layers=-1))
     with pytest.raises(e.UnexpectedWeightsError, match=r"is config\.json the one of this checkpoint"):

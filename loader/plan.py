@@ -13,12 +13,13 @@ from .checkpoint.headers import TensorEntry
 from .checkpoint.index import CheckpointIndex
 from .checkpoint.pieces import Piece
 from .checkpoint.working_memory import slots_per_worker
-from .errors import CheckpointError, PolicyError, UnsupportedCheckpointError
+from .errors import PolicyError, UnsupportedCheckpointError
 from .memory.planner import MemoryPlan, ParameterSize, plan_memory
 from .model import transformers_api
 from .model.routes import CheckpointMap, Routes
 from .model.skeleton import Assignment
 from .model.stored_sources import StoredSources
+from .model.unexplained_codes import VALUES, unexplained
 from .online.attach import WeightLoaders
 from .online.pieces import plan_pieces
 from .online.stored import StoredCodesLoader
@@ -191,13 +192,9 @@ def _check_dtype(entry: TensorEntry, parameter: str, loaders: WeightLoaders) -> 
 def _check_values(entry: TensorEntry, parameter: str, loaders: WeightLoaders) -> None:
     """Raise `CheckpointError` for codes that no config explains, where a parameter is made of values."""
     kept_as = _kept_as(parameter, loaders)
-    if entry.dtype in (*QUANTIZABLE, torch.float64, kept_as) or not (kept_as is None or kept_as.is_floating_point):
+    if entry.dtype in (*VALUES, kept_as) or not (kept_as is None or kept_as.is_floating_point):
         return
-    raise CheckpointError(
-        f"checkpoint tensor {entry.name} is {entry.dtype}, which holds codes and not the values of {parameter}, "
-        f"and no quantization_config in config.json says what they stand for: use the config.json that belongs to "
-        f"this checkpoint, or the checkpoint that it was quantized from"
-    )
+    raise unexplained(entry, parameter)
 
 
 def _kept_as(parameter: str, loaders: WeightLoaders) -> torch.dtype | None:

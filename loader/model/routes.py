@@ -20,6 +20,7 @@ from ..schemes.stored.weights import StoredWeight
 from . import transformers_api
 from .coordinates import Box, Coordinates, NotExpressible, merge_boxes
 from .transformers_api import Conversion
+from .unexplained_codes import check_scales
 
 NAMES_SHOWN = 8
 
@@ -103,7 +104,7 @@ def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Source]) -> Che
     """Rename, group and convert every checkpoint name, without a byte of data.
 
     Raises `UnexpectedWeightsError`, `MissingWeightsError` and `ShapeMismatchError`, after the exceptions the model
-    class declares.
+    class declares, and `CheckpointError` for codes with scales that no config explains.
     """
     names = transformers_api.plan_names(model, tensors)
     mapped = CheckpointMap(ModelShapes(model), names.conversions, {}, [], [], set(), names.weight_conversions)
@@ -117,6 +118,7 @@ def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Source]) -> Che
     missing = set(mapped.shapes.tensors) - loaded
     wanted, surplus = transformers_api.complaints(model, missing, unexpected)
     if surplus:
+        check_scales(surplus, names.conversions, tensors)
         raise UnexpectedWeightsError(
             f"{len(surplus)} checkpoint tensors that no parameter of {type(model).__name__} takes: {_some(surplus)}; "
             f"is config.json the one of this checkpoint?"

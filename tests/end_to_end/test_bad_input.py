@@ -440,6 +440,32 @@ def test_codes_without_a_config_that_says_what_they_stand_for(
     assert type(caught.value) is e.CheckpointError
 
 
+@pytest.mark.parametrize("quantization", ["auto", "none", "quark_mxfp4"])
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "weight_scale_2"])
+@pytest.mark.parametrize(("name", "tensor"), [("llama", Q_PROJ), ("qwen3_moe", EXPERT)])
+def test_codes_and_their_scales_without_a_config_that_says_what_they_stand_for(
+    name: str, tensor: str, scale: str, quantization: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Tensors of a quantized checkpoint beside a config that lost its `quantization_config`."""
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[tensor] = tensors[tensor].to(torch.float8_e4m3fn)
+        tensors[f"{tensor.removesuffix('weight')}{scale}"] = torch.ones(1, 1)
+
+    path = rewritten(tmp_path, checkpoint(name), quantize)
+    message = f"{re.escape(tensor)} is torch.float8_e4m3fn, .*, and no quantization_config in config.json says"
+    with pytest.raises(e.CheckpointError, match=message):
+        load_quantized(path, quantization)
+
+
+def test_scales_of_what_is_not_codes_are_unexpected(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = rewritten(
+        tmp_path, checkpoint("llama"), lambda tensors: tensors.update({f"{Q_PROJ}_scale": torch.ones(1, 1)})
+    )
+    with pytest.raises(e.UnexpectedWeightsError, match=rf"1 checkpoint tensors .*{re.escape(Q_PROJ)}_scale"):
+        load_quantized(path)
+
+
 def test_a_parameter_that_the_model_itself_holds_in_float8(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

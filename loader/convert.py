@@ -25,7 +25,7 @@ from .collector import collector_paused
 from .errors import PolicyError
 from .load import Draft, draft_load
 from .memory.budget import check_budget
-from .memory.planner import SLACK_BYTES
+from .memory.overhead import WRITTEN_PIECES, WRITTEN_TENSORS
 from .memory.report import LoadReport
 from .online.conversion import Conversion, PlannedTensor
 from .online.pieces import plan_pieces
@@ -89,7 +89,7 @@ def convert_checkpoint(
             key = _key(checkpoint, draft.index, shards, [config, stored, policy and asdict(policy), options.stats])
         with OutputFolder(Path(out), key) as folder:
             with Conversion(tensors, shards, folder, recorder.on_layer) as conversion:
-                plan = _plan(draft, conversion, options)
+                plan = _plan(draft, conversion, sum(len(shard.offsets) for shard in shards), options)
                 recorder.expect(plan, draft.assignments)
                 check_budget(plan.memory, options.max_memory)
                 reader = PieceReader(
@@ -112,8 +112,11 @@ def convert_checkpoint(
 
 
 @collector_paused()
-def _plan(draft: Draft, conversion: Conversion, options: LoadOptions) -> LoadPlan:
-    """Pieces of what is left to convert, and the memory it takes: a worker's buffers, and one that it writes from."""
+def _plan(draft: Draft, conversion: Conversion, written: int, options: LoadOptions) -> LoadPlan:
+    """Pieces of what is left to convert, and the memory it takes: a worker's buffers, and one that it writes from.
+
+    `written` is how many tensors come out.
+    """
     spans, sinks = conversion.spans, conversion.sinks
     pieces = plan_pieces(conversion.entries, spans, sinks, options.chunk_bytes)
     stored = plan_stored(conversion.stored, spans, sinks, options.chunk_bytes, draft.schemes.dequantizer)
@@ -121,7 +124,8 @@ def _plan(draft: Draft, conversion: Conversion, options: LoadOptions) -> LoadPla
     chunk = max((piece.nbytes for piece in pieces), default=MIN_CHUNK)
     chunk = max(chunk, stored.scratch_bytes, min(options.chunk_bytes, 1 << 20))
     workers, staging = plan_staging(options, chunk, len(pieces), slots_per_worker(CPU) + 1)
-    slack = SLACK_BYTES + (workers + 1) * stored.held_bytes
+    slack = draft.plan.memory.slack_bytes + (workers + 1) * stored.held_bytes
+    slack += WRITTEN_PIECES.beyond(len(pieces)) + WRITTEN_TENSORS.beyond(written)
     memory = replace(
         draft.plan.memory,
         final_bytes=0,

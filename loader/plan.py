@@ -14,7 +14,8 @@ from .checkpoint.index import CheckpointIndex
 from .checkpoint.pieces import Piece
 from .checkpoint.working_memory import slots_per_worker
 from .errors import PolicyError, UnsupportedCheckpointError
-from .memory.planner import MemoryPlan, ParameterSize, plan_memory
+from .memory.overhead import PIECES, TENSORS
+from .memory.planner import SLACK_BYTES, MemoryPlan, ParameterSize, plan_memory
 from .model import transformers_api
 from .model.routes import CheckpointMap, Routes
 from .model.skeleton import Assignment
@@ -32,10 +33,6 @@ from .schemes.stored.weights import StoredWeight
 
 QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
 MIN_CHUNK = 4096
-PIECE_BYTES = 1280
-"""What a planned piece takes, with the closures around it."""
-PIECES_IN_SLACK = 16384
-"""Pieces that the allowance for everything else covers."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,8 @@ def plan_load(
         _sizes(mapped, loaders, assignments, sources),
         sum(buffer.nbytes for buffer in _unrouted(model, loaders, mapped)),
         staging,
-        transient_bytes=whole + (workers + 1) * stored.held_bytes + piece_bytes(len(pieces)),
+        transient_bytes=whole + (workers + 1) * stored.held_bytes,
+        overhead_bytes=SLACK_BYTES + TENSORS.beyond(len(index.tensors)) + PIECES.beyond(len(pieces)),
         checkpoint_bytes=index.total_bytes,
     )
     return LoadPlan(pieces, chunk, workers, memory, sum(piece.nbytes for piece in pieces), bytes_in, len(routes.whole))
@@ -106,6 +104,7 @@ def plan_without_pieces(
         _sizes(mapped, loaders, assignments, sources),
         sum(buffer.nbytes for buffer in _unrouted(model, loaders, mapped)),
         0,
+        overhead_bytes=SLACK_BYTES + TENSORS.beyond(len(index.tensors)),
         checkpoint_bytes=index.total_bytes,
     )
     bytes_in = dict(_bytes_in(mapped, assignments, sources))
@@ -139,11 +138,6 @@ def _expected(
 
 def _place(entry: TensorEntry | StoredWeight) -> tuple[int, int]:
     return entry.shard, entry.offset
-
-
-def piece_bytes(pieces: int) -> int:
-    """Memory of so many pieces beyond those that the allowance covers: of huge checkpoints, and of tiny chunks."""
-    return max(pieces - PIECES_IN_SLACK, 0) * PIECE_BYTES
 
 
 def plan_staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) -> tuple[int, int]:

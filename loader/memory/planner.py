@@ -75,9 +75,9 @@ def plan_memory(
 
     `buffers_bytes`: all buffers of the finished model. `transient_bytes`: the largest group of tensors that a fallback
     conversion holds whole at one time; it is counted in `slack_bytes`. `overhead_bytes`: allowance for threads, the
-    allocator and module objects. `checkpoint_bytes`: bytes to read where they differ from the sum of `bytes_in`, as
-    when a tied tensor is stored twice. Raises `ValueError` for a negative size and for a name given twice, either of
-    which would make the prediction wrong.
+    allocator, and the objects of modules, tensors and pieces. `checkpoint_bytes`: bytes to read where they differ from
+    the sum of `bytes_in`, as when a tied tensor is stored twice. Raises `ValueError` for a negative size and for a name
+    given twice, either of which would make the prediction wrong.
     """
     for label, size in (("buffers", buffers_bytes), ("staging", staging_bytes), ("transient", transient_bytes)):
         if size < 0:

@@ -13,7 +13,8 @@ import pytest
 import raw_checkpoint
 import torch
 from quantized_models import state_bytes
-from quantload import LoadOptions, load_quantized, plan_quantized
+from quantload import LoadOptions, convert_checkpoint, load_quantized, plan_quantized
+from quantload.errors import MemoryBudgetError
 
 HIDDEN, INTERMEDIATE = 64, 32
 ITEMSIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
@@ -97,16 +98,21 @@ def in_blocks(layers: int, experts: int) -> dict[str, tuple[str, tuple[int, ...]
     return dict(sorted(tensors.items(), key=lambda item: (-ITEMSIZES[item[1][0]], item[0])))
 
 
+def fp8_checkpoint(folder: Path, layers: int, experts: int) -> int:
+    """Headers of FP8 experts; how many tensors there are."""
+    kept = ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(layers))]
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": kept}
+    return headers_only(
+        folder, {**config(layers, experts), "quantization_config": quantization}, in_blocks(layers, experts)
+    )
+
+
 @pytest.mark.timing
 @pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
 def test_many_stored_weights_are_few_pieces_and_take_little_time(scheme: str, tmp_path: Path) -> None:
     """The goal is 1 s for 10,000 weights, 20,000 tensors; the limit, in processor time, is for slow machines."""
     layers, experts = 13, 256
-    kept = ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(layers))]
-    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": kept}
-    count = headers_only(
-        tmp_path, {**config(layers, experts), "quantization_config": quantization}, in_blocks(layers, experts)
-    )
+    count = fp8_checkpoint(tmp_path, layers, experts)
     assert count >= layers * experts * 6
     plan_quantized(tmp_path, scheme)  # imports
     start = time.process_time()
@@ -115,6 +121,45 @@ def test_many_stored_weights_are_few_pieces_and_take_little_time(scheme: str, tm
     assert sum(piece.nbytes for piece in draft.plan.pieces) == draft.index.total_bytes
     assert len(draft.plan.pieces) < count / 20
     assert taken < 3.0
+
+
+def test_a_load_plans_for_tensors_beyond_those_its_allowance_covers(tmp_path: Path) -> None:
+    count = fp8_checkpoint(tmp_path, 22, 256)
+    assert count > 32768
+    assert plan_quantized(tmp_path).plan.memory.slack_bytes == (64 << 20) + (count - 32768) * 1024
+
+
+@pytest.mark.parametrize(
+    ("layers", "chunk", "limit"),
+    [(13, 8 << 20, 72 << 20), (26, 4096, 100 << 20)],
+    ids=["written tensors", "pieces, too"],
+)
+def test_a_conversion_refuses_what_its_tensors_and_pieces_have_no_memory_for(
+    layers: int, chunk: int, limit: int, tmp_path: Path
+) -> None:
+    """Every matrix has 4096 bytes and becomes two tensors; without the pieces the second would fit."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        name: ("BF16", shape) for name, shape in shapes(layers, 256).items()
+    }
+    headers_only(tmp_path, config(layers, 256), tensors)
+    options = LoadOptions(workers=1, chunk_bytes=chunk, max_memory=limit)
+    with pytest.raises(MemoryBudgetError):
+        convert_checkpoint(tmp_path, tmp_path / "out", "quark_mxfp4", options=options)
+
+
+@pytest.mark.slow
+def test_a_load_of_very_many_tensors_takes_no_more_than_planned(tmp_path: Path) -> None:
+    fp8_checkpoint(tmp_path, 60, 256)
+    model = load_quantized(tmp_path)
+    assert model.load_report.peak_bytes <= model.load_report.predicted_peak_bytes
+
+
+@pytest.mark.slow
+def test_a_conversion_of_very_many_tensors_takes_no_more_than_planned(tmp_path: Path) -> None:
+    tensors = {name: ("BF16", shape) for name, shape in shapes(60, 256).items()}
+    headers_only(tmp_path, config(60, 256), tensors)
+    report = convert_checkpoint(tmp_path, tmp_path / "out", "quark_mxfp4")
+    assert report.peak_bytes <= report.predicted_peak_bytes
 
 
 def fused(tensors: Mapping[str, torch.Tensor], layers: int, experts: int) -> dict[str, torch.Tensor]:

@@ -148,10 +148,18 @@ def plan_staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) ->
     if options.staging_bytes < each:
         raise PolicyError(
             f"staging is {options.staging_bytes} bytes; one worker needs {buffers} buffers of {chunk}, {each} bytes: "
-            f"give that much, or a smaller chunk"
+            f"give that much{_instead_of_staging(options, chunk, options.staging_bytes // buffers)}"
         )
     workers = min(workers, options.staging_bytes // each)
     return workers, workers * each
+
+
+def _instead_of_staging(options: LoadOptions, chunk: int, available: int) -> str:
+    """What helps other than more staging where a buffer can have `available` bytes, or why nothing does."""
+    if chunk > options.chunk_bytes:
+        return f"; scale blocks cannot be cut, so a chunk below {options.chunk_bytes} bytes changes nothing"
+    fitting = available // rounded_slot(1) * rounded_slot(1)
+    return f", or a chunk of at most {fitting} bytes" if fitting >= MIN_CHUNK else ""
 
 
 def _check_whole(routes: Routes, sources: StoredSources, index: CheckpointIndex, loaders: WeightLoaders) -> None:

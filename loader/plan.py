@@ -74,14 +74,8 @@ def plan_load(
     workers, staging = plan_staging(options, chunk, len(pieces), slots_per_worker(schemes.device))
     whole = 2 * max((whole_bytes(conversion, index.tensors) for conversion in routes.whole), default=0)
     bytes_in = dict(_bytes_in(mapped, assignments, sources))
-    memory = plan_memory(
-        _sizes(mapped, loaders, assignments, sources),
-        sum(buffer.nbytes for buffer in _unrouted(model, loaders, mapped)),
-        staging,
-        transient_bytes=whole + (workers + 1) * stored.held_bytes,
-        overhead_bytes=SLACK_BYTES + TENSORS.beyond(len(index.tensors)) + PIECES.beyond(len(pieces)),
-        checkpoint_bytes=index.total_bytes,
-    )
+    held = whole + (workers + 1) * stored.held_bytes
+    memory = _memory(model, index, mapped, sources, loaders, assignments, staging, held, len(pieces))
     return LoadPlan(pieces, chunk, workers, memory, sum(piece.nbytes for piece in pieces), bytes_in, len(routes.whole))
 
 
@@ -100,15 +94,31 @@ def plan_without_pieces(
     _, weights = _expected(index, sources, routes, loaders, schemes)
     for name in {weight.format.name for weight in weights if not _stays(weight, routes, loaders)}:
         schemes.dequantizer(name)  # that it is there, and compiled in time
-    memory = plan_memory(
-        _sizes(mapped, loaders, assignments, sources),
-        sum(buffer.nbytes for buffer in _unrouted(model, loaders, mapped)),
-        0,
-        overhead_bytes=SLACK_BYTES + TENSORS.beyond(len(index.tensors)),
-        checkpoint_bytes=index.total_bytes,
-    )
+    memory = _memory(model, index, mapped, sources, loaders, assignments, staging=0, held=0, pieces=0)
     bytes_in = dict(_bytes_in(mapped, assignments, sources))
     return LoadPlan([], MIN_CHUNK, 1, memory, 0, bytes_in, len(routes.whole))
+
+
+def _memory(
+    model: PreTrainedModel,
+    index: CheckpointIndex,
+    mapped: CheckpointMap,
+    sources: StoredSources,
+    loaders: WeightLoaders,
+    assignments: list[Assignment],
+    staging: int,
+    held: int,
+    pieces: int,
+) -> MemoryPlan:
+    """The memory of a load with an arena of `staging` bytes, `held` bytes beside it and so many pieces."""
+    return plan_memory(
+        _sizes(mapped, loaders, assignments, sources),
+        sum(buffer.nbytes for buffer in _unrouted(model, loaders, mapped)),
+        staging,
+        transient_bytes=held,
+        overhead_bytes=SLACK_BYTES + TENSORS.beyond(len(index.tensors)) + PIECES.beyond(pieces),
+        checkpoint_bytes=index.total_bytes,
+    )
 
 
 def _stays(weight: StoredWeight, routes: Routes, loaders: WeightLoaders) -> bool:

@@ -27,7 +27,7 @@ WORDS = "scale", "zero_point"
 """The words of a scale tensor, in their order."""
 
 Closure = Any
-"""A `StoredWeightLoader`, or the `InputScaleLoader` of a parameter."""
+"""A `StoredTensorLoader` of a parameter."""
 
 
 class StoredProgress:
@@ -88,16 +88,15 @@ class StoredParameter:
         self.loaders["scale"].beside = self.loaders.get("zero_point")
 
 
-class StoredWeightLoader(ParameterLoader):
-    """Writes the codes, or one word of the scales, of one parameter into place."""
+class StoredTensorLoader(ParameterLoader):
+    """Takes one tensor of each weight of a parameter, once, by the region that the weight fills."""
 
     progress: StoredProgress
 
-    def __init__(self, parameter: QuantizedParameter, suffix: str) -> None:
+    def __init__(self, parameter: QuantizedParameter, name: str) -> None:
         layout = parameter.layout
         self.parameter = parameter
-        self.tracker = RegionTracker(f"{parameter.full_name}{suffix}", layout.experts, layout.rows, layout.columns)
-        self._blocks: dict[tuple[Interval, Interval], Block] = {}
+        self.tracker = RegionTracker(name, layout.experts, layout.rows, layout.columns)
 
     @property
     def name(self) -> str:
@@ -110,8 +109,31 @@ class StoredWeightLoader(ParameterLoader):
         """Take what belongs to the rows and columns of a region, in the canonical layout."""
         self.load_experts(loaded_weight.unsqueeze(0), (region.expert,), region.rows, region.columns)
 
+    @abstractmethod
     def load_experts(self, values: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
         """Take what belongs to the same rows and columns of several experts: [experts, ...] in the canonical layout."""
+
+    @abstractmethod
+    def gaps(self) -> Iterator[str]:
+        """What has not arrived of this tensor."""
+
+    def forget(self) -> None:
+        """Nothing has arrived."""
+        self.tracker.reset()
+
+    def reset(self) -> None:
+        """Announce a reload of the layer: every region may, and must, arrive again."""
+        self.progress.reset()
+
+
+class StoredWeightLoader(StoredTensorLoader):
+    """Writes the codes, or one word of the scales, of one parameter into place."""
+
+    def __init__(self, parameter: QuantizedParameter, suffix: str) -> None:
+        super().__init__(parameter, f"{parameter.full_name}{suffix}")
+        self._blocks: dict[tuple[Interval, Interval], Block] = {}
+
+    def load_experts(self, values: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
         region = Region(experts[0], rows, columns)
         block = self.block(region)
         self.tracker.claim_each(experts, rows, columns)
@@ -138,16 +160,7 @@ class StoredWeightLoader(ParameterLoader):
             self.progress.complete(self)
 
     def gaps(self) -> Iterator[str]:
-        """What has not arrived of this tensor."""
         return self.tracker.described_gaps()
-
-    def forget(self) -> None:
-        """Nothing has arrived."""
-        self.tracker.reset()
-
-    def reset(self) -> None:
-        """Announce a reload of the layer: every region may, and must, arrive again."""
-        self.progress.reset()
 
 
 class StoredCodesLoader(StoredWeightLoader):
@@ -228,14 +241,12 @@ class StoredScaleLoader(StoredWeightLoader):
             raise
 
 
-class InputScaleLoader(ParameterLoader):
+class InputScaleLoader(StoredTensorLoader):
     """The closure of a static input scale: the largest of those that come with the weights of one parameter.
 
     `expected` scales come, each a tensor of one number for the region of its weight; `write` takes the last word,
     float32 [1]. Raises `RepeatedRegionError` for a second scale of the same weight.
     """
-
-    progress: StoredProgress
 
     def __init__(
         self,
@@ -245,27 +256,14 @@ class InputScaleLoader(ParameterLoader):
         scales: InputScales,
         write: Callable[[Tensor], None],
     ) -> None:
-        self.parameter, self._expected, self._scales, self._write = parameter, expected, scales, write
-        layout = parameter.layout
-        self._tracker = RegionTracker(name, layout.experts, layout.rows, layout.columns)
+        super().__init__(parameter, name)
+        self._expected, self._scales, self._write = expected, scales, write
         self._arrived: list[Tensor] = []
         self._count = 0
         self._lock = threading.Lock()
 
-    @property
-    def name(self) -> str:
-        return self._tracker.name
-
-    def load_shard(self, loaded_weight: Tensor, shard_id: str | None, expert_id: int | None) -> None:
-        self.load_region(loaded_weight, whole_shard(self.parameter, shard_id, expert_id))
-
-    def load_region(self, loaded_weight: Tensor, region: Region) -> None:
-        """Take the scale of the weight that fills a region."""
-        self.load_experts(loaded_weight.unsqueeze(0), (region.expert,), region.rows, region.columns)
-
     def load_experts(self, values: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
-        """Take the scales of weights that fill the same rows and columns of several experts."""
-        self._tracker.claim_each(experts, rows, columns)
+        self.tracker.claim_each(experts, rows, columns)
         scales = values.detach().float().reshape(-1).clone()
         with self._lock:
             self._arrived.append(scales)
@@ -276,19 +274,13 @@ class InputScaleLoader(ParameterLoader):
             self.progress.complete(self)
 
     def gaps(self) -> Iterator[str]:
-        """What has not arrived."""
         if self._count < self._expected:
             yield f"{self.name}, of which {self._count} of {self._expected} scales came"
 
     def forget(self) -> None:
-        """Nothing has arrived."""
-        self._tracker.reset()
+        super().forget()
         self._arrived.clear()
         self._count = 0
-
-    def reset(self) -> None:
-        """Announce a reload of the layer."""
-        self.progress.reset()
 
 
 def _check(name: str, values: Tensor, target: Tensor) -> None:

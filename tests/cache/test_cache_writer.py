@@ -133,10 +133,11 @@ def test_a_tensor_that_never_came_is_an_error(tmp_path: Path) -> None:
 
 def test_nothing_more_is_done_for_a_load_that_has_failed(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(10), "b": torch.zeros(10)}
-    failed, done = threading.Event(), list[str]()
+    begun, failed, done = threading.Event(), threading.Event(), list[str]()
     writer = TensorWriter(tmp_path, plans_of(tensors))
 
     def first() -> None:
+        begun.set()
         failed.wait(60)
         done.append("a")
 
@@ -150,6 +151,7 @@ def test_nothing_more_is_done_for_a_load_that_has_failed(tmp_path: Path) -> None
         writer.take({"a": tensors["a"]}, first)
         writer.take({"b": tensors["b"]}, lambda: done.append("b"))
         threading.Thread(target=fail).start()
+        assert begun.wait(60)
         raise ZeroDivisionError
     assert done == ["a"]
 

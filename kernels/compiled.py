@@ -45,9 +45,14 @@ class CFunction(Protocol):
     def ctypes(self) -> Callable[..., int]: ...
 
 
+def sources() -> list[Path]:
+    """The files that machine code depends on: an edit of any of them makes what was compiled before obsolete."""
+    return sorted(Path(__file__).parent.glob("*.py"))
+
+
 def _fingerprint() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

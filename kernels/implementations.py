@@ -136,7 +136,7 @@ class _Numba:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.function is None:
-            from .cpu import numba_kernels
+            from .cpu.choose import numba_kernels
 
             self.function = getattr(numba_kernels(self.format_name, self.scale_mode), self.operation)
         return self.function(*args, **kwargs)

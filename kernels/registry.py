@@ -43,7 +43,7 @@ from .implementations import Kernel as Kernel
 from .implementations import NoKernel as NoKernel
 
 if TYPE_CHECKING:  # numba is imported where its kernels are used
-    from .compiled import Needed
+    from .cpu.compiled import Needed
 
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize", "linear", "experts")
 
@@ -192,16 +192,16 @@ def needed_to_load(
     format_name = stored_format(format_name, torch.device(device))
     if select("quantize", format_name, device, scale_mode=scale_mode).name != "numba":
         return []
-    from . import cpu
+    from .cpu import choose
 
-    return cpu.needed_to_load(format_name, source_dtype, statistics, activation_dtype, scale_mode)
+    return choose.needed_to_load(format_name, source_dtype, statistics, activation_dtype, scale_mode)
 
 
 def needed_to_read(format_name: str, device: torch.device | str) -> list[Needed[Any]]:
     """The compiled functions that dequantize a format to float32."""
     if select("dequantize", format_name, device).name != "numba":
         return []
-    from . import cpu_dequantize
+    from .cpu import dequantize as cpu_dequantize
 
     return [cpu_dequantize.needed(FORMATS[format_name], torch.float32)]
 
@@ -212,7 +212,7 @@ def prepare(functions: Sequence[Needed[Any]]) -> None:
     Safe from any thread; returns at once where there is nothing to compile or it is compiled already.
     """
     if functions:
-        from . import ahead
+        from .cpu import ahead
 
         ahead.prepare(functions)
 

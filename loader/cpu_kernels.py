@@ -18,4 +18,4 @@ def import_cpu_kernels() -> None:
             f"{_THREADS} is {given!r} in the environment; numba takes 1 or more: set it so, or unset it, which means "
             f"one thread a core"
         )
-    import_module(".kernels.cpu", __package__)
+    import_module(".kernels.cpu.choose", __package__)

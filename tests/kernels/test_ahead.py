@@ -18,9 +18,13 @@ import psutil
 import pytest
 from numba import types
 from numba.core.caching import IndexDataCacheFile
-from quantload.kernels import ahead, compiled, cpu_build, integer_build, linear_build, mx_build
-from quantload.kernels.compile_lock import CompileLock
-from quantload.kernels.compiled import Compiled, KernelFunction, Needed, Recipe, jit
+from quantload.kernels.cpu import ahead, compiled
+from quantload.kernels.cpu.build import integer as integer_build
+from quantload.kernels.cpu.build import linear as linear_build
+from quantload.kernels.cpu.build import mx as mx_build
+from quantload.kernels.cpu.build import scaled as cpu_build
+from quantload.kernels.cpu.compile_lock import CompileLock
+from quantload.kernels.cpu.compiled import Compiled, KernelFunction, Needed, Recipe, jit
 
 _numbers = itertools.count()
 
@@ -136,7 +140,7 @@ import runpy, sys
 from quantload.kernels import compile_lock
 compile_lock.NOTICE_SECONDS = 0
 sys.argv = ['ahead', sys.argv[-1]]
-runpy.run_module('quantload.kernels.ahead', run_name='__main__')
+runpy.run_module('quantload.kernels.cpu.ahead', run_name='__main__')
 " "$@"
 """
 

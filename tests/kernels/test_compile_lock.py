@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from quantload.kernels import compile_lock
-from quantload.kernels.compile_lock import CompileLock
+from quantload.kernels.cpu import compile_lock
+from quantload.kernels.cpu.compile_lock import CompileLock
 
 HOLDER = """
 import sys

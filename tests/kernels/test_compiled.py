@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quantload.kernels.compiled import sources
+from quantload.kernels.cpu.compiled import sources
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 

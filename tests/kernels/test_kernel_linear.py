@@ -10,7 +10,10 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from quantload.kernels import cpu_dequantize, cpu_linear, linear_build, processor, team
+from quantload.kernels.cpu import dequantize as cpu_dequantize
+from quantload.kernels.cpu import linear as cpu_linear
+from quantload.kernels.cpu import processor, team
+from quantload.kernels.cpu.build import linear as linear_build
 from quantload.kernels.registry import NUMBA_FORMATS, kernel_set
 from tested_formats import QUANTIZED
 

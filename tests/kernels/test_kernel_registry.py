@@ -65,7 +65,7 @@ def test_importing_the_registry_does_not_import_numba():
 
 
 def test_preparing_in_several_threads_compiles_once():
-    from quantload.kernels import cpu_build
+    from quantload.kernels.cpu.build import scaled as cpu_build
 
     errors: list[BaseException] = []
 

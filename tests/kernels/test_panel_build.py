@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantload.kernels import cpu_linear
+from quantload.kernels.cpu import linear as cpu_linear
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import kernel_set
 

@@ -9,18 +9,16 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 from numba import types
-from quantload.kernels import (
-    dot_ir,
-    integer_decode_ir,
-    integer_ir,
-    mx_decode_ir,
-    mx_ir,
-    mxfp4_rows_ir,
-    mxfp4_table_ir,
-    scaled_decode_ir,
-    scaled_ir,
-)
-from quantload.kernels.vector_ir import F32, I64
+from quantload.kernels.cpu.ir import dot as dot_ir
+from quantload.kernels.cpu.ir import integer as integer_ir
+from quantload.kernels.cpu.ir import integer_decode as integer_decode_ir
+from quantload.kernels.cpu.ir import mx as mx_ir
+from quantload.kernels.cpu.ir import mx_decode as mx_decode_ir
+from quantload.kernels.cpu.ir import mxfp4_rows as mxfp4_rows_ir
+from quantload.kernels.cpu.ir import mxfp4_table as mxfp4_table_ir
+from quantload.kernels.cpu.ir import scaled as scaled_ir
+from quantload.kernels.cpu.ir import scaled_decode as scaled_decode_ir
+from quantload.kernels.cpu.ir.vector import F32, I64
 
 ADDRESS = types.int64
 CONTEXT = SimpleNamespace(get_dummy_value=lambda: ir.Constant(I64, 0))

@@ -7,15 +7,15 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-from . import statistics as st
-from .compiled import FINGERPRINT, Compiled, KernelFunction, Recipe, jit, read_f64, read_u8, write_f64
-from .cpu_build import QUANTIZE, add_count_and_amax
-from .magnitude_ir import count_above, magnitude_to_f32
-from .mx_elements import ELEMENTS
-from .mx_ir import RUN_BLOCKS, quantize_run
-from .mxfp4_table_ir import largest_error_run, quantize_bf16_run
-from .processor import has
-from .vector_ir import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
+from ... import statistics as st
+from ...mx_elements import ELEMENTS
+from ..compiled import FINGERPRINT, Compiled, KernelFunction, Recipe, jit, read_f64, read_u8, write_f64
+from ..ir.magnitude import count_above, magnitude_to_f32
+from ..ir.mx import RUN_BLOCKS, quantize_run
+from ..ir.mxfp4_table import largest_error_run, quantize_bf16_run
+from ..ir.vector import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
+from ..processor import has
+from .scaled import QUANTIZE, add_count_and_amax
 
 
 def _largest_possible_error(amax_bits: int) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .compiled import FINGERPRINT, CFunction, Compiled, Recipe, c_function
-from .linear_build import TASK, argument, call_dequantize, take
-from .panel_ir import BLOCK, ROWS, TOKENS, add_products
+from ..compiled import FINGERPRINT, CFunction, Compiled, Recipe, c_function
+from ..ir.panel import BLOCK, ROWS, TOKENS, add_products
+from .linear import TASK, argument, call_dequantize, take
 
 CHUNK = 2048
 """Columns that are multiplied at a time: those of `TOKENS` tokens fill half a first-level cache."""

@@ -28,7 +28,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from .compile_lock import CompileLock
-from .vector_ir import F32, F64, I8, load_scalar, store_scalar
+from .ir.vector import F32, F64, I8, load_scalar, store_scalar
 
 logger = logging.getLogger("quantload")
 _compiling = threading.RLock()
@@ -47,7 +47,8 @@ class CFunction(Protocol):
 
 def sources() -> list[Path]:
     """The files that machine code depends on: an edit of any of them makes what was compiled before obsolete."""
-    return sorted(Path(__file__).parent.glob("*.py"))
+    here = Path(__file__).parent
+    return sorted([*here.rglob("*.py"), *here.parent.glob("*.py")])
 
 
 def _fingerprint() -> str:

@@ -10,16 +10,16 @@ import threading
 
 import torch
 
-from . import linear_build
+from ..formats import WeightFormat
+from ..reference import check_linear, scale_rows, tile_rows, times_tile
+from .build import linear as linear_build
+from .build.panel import CHUNK, PAD, panel_task
 from .compiled import CFunction, Needed
-from .cpu_dequantize import ALONE_ELEMENTS, address, dequantize, family, run_task
-from .cpu_dequantize import needed as needed_to_dequantize
-from .dot_ir import BLOCK, DECODERS
-from .formats import WeightFormat
-from .panel_build import CHUNK, PAD, panel_task
-from .panel_ir import ROWS, TOKENS
+from .dequantize import ALONE_ELEMENTS, address, dequantize, family, run_task
+from .dequantize import needed as needed_to_dequantize
+from .ir.dot import BLOCK, DECODERS
+from .ir.panel import ROWS, TOKENS
 from .processor import has
-from .reference import check_linear, scale_rows, tile_rows, times_tile
 
 DECODES = 5
 """Times that decoding the weights anew, for `linear_build.most_tokens` each, beats torch's product with a tile."""

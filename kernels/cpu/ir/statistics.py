@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from . import statistics as st
-from .vector_ir import F64, I64, Accumulators, load_scalar, store_scalar
+from ... import statistics as st
+from .vector import F64, I64, Accumulators, load_scalar, store_scalar
 
 
 def add_f64(b: ir.IRBuilder, out: ir.Value, index: int, value: ir.Value) -> None:

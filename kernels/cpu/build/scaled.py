@@ -11,18 +11,12 @@ import numba as nb
 import numpy as np
 from numba import types
 
-from . import statistics as st
-from .compiled import FINGERPRINT, Compiled, KernelFunction, Recipe, jit, read_f32, read_f64, write_f32, write_f64
-from .magnitude_ir import amax_tile, count_above, magnitude_to_f32
-from .scale_rules import (
-    FP8_BLOCK_MIN_AMAX,
-    FP8_CHANNEL_MIN_SCALE,
-    FP8_LARGEST,
-    FP8_TENSOR_MIN_AMAX,
-    INT8_LARGEST,
-)
-from .scaled_ir import TILE_ELEMENTS, quantize_tile
-from .vector_ir import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
+from ... import statistics as st
+from ...scale_rules import FP8_BLOCK_MIN_AMAX, FP8_CHANNEL_MIN_SCALE, FP8_LARGEST, FP8_TENSOR_MIN_AMAX, INT8_LARGEST
+from ..compiled import FINGERPRINT, Compiled, KernelFunction, Recipe, jit, read_f32, read_f64, write_f32, write_f64
+from ..ir.magnitude import amax_tile, count_above, magnitude_to_f32
+from ..ir.scaled import TILE_ELEMENTS, quantize_tile
+from ..ir.vector import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
 
 _i64 = types.int64
 QUANTIZE = types.int64(*[_i64] * 12)

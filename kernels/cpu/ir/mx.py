@@ -13,10 +13,10 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from . import statistics as st
-from .mx_elements import ELEMENTS, MxElement
-from .statistics_ir import add_measured
-from .vector_ir import (
+from ... import statistics as st
+from ...mx_elements import ELEMENTS, MxElement
+from .statistics import add_measured
+from .vector import (
     F32,
     F64,
     I8,

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .vector_ir import (
+from .vector import (
     I32,
     I64,
     ITEM_BYTES,

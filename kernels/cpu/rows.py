@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import rows_build
+from .. import mxfp4
+from ..formats import MULTIPLIER_BYTES, MXFP4
+from ..reference import check_scales
+from .build import rows as rows_build
 from .compiled import KernelFunction, Needed
-from .cpu import NumbaKernels, numba_kernels
-from .formats import MULTIPLIER_BYTES
-from .reference import check_scales
+from .operations import NumbaKernels
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class NumbaRows(NumbaKernels):
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
         check_scales(self.format, source, amax, torch.float32)
-        return numba_kernels("mxfp4").observe(source, amax[:, :-MULTIPLIER_BYTES])
+        return NumbaKernels(MXFP4, mxfp4.reference).observe(source, amax[:, :-MULTIPLIER_BYTES])
 
     def needed(self, kind: str, measure: bool) -> list[Needed[KernelFunction]]:
         return [self._quantize(kind, measure)]

@@ -16,10 +16,10 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from . import statistics as st
-from .processor import has
-from .statistics_ir import add_f64, max_f64
-from .vector_ir import (
+from ... import statistics as st
+from ..processor import has
+from .statistics import add_f64, max_f64
+from .vector import (
     F32,
     F64,
     I8,

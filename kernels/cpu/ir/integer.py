@@ -11,13 +11,13 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from . import statistics as st
-from .processor import has
-from .scale_rules import SMALLEST_SCALE, SYMMETRIC_LARGEST
-from .scaled_decode_ir import to_bf16
-from .scaled_ir import corrected_quotient, floats
-from .statistics_ir import add_measured
-from .vector_ir import (
+from ... import statistics as st
+from ...scale_rules import SMALLEST_SCALE, SYMMETRIC_LARGEST
+from ..processor import has
+from .scaled import corrected_quotient, floats
+from .scaled_decode import to_bf16
+from .statistics import add_measured
+from .vector import (
     F32,
     F64,
     I16,

@@ -14,11 +14,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from . import statistics as st
-from .mx_ir import power_of_two_bits, umax
-from .mxfp4_ir import MIN_FAST_BYTE, Blocks, emit_bf16_run, store_pairs
-from .statistics_ir import add_f64, max_f64
-from .vector_ir import (
+from ... import statistics as st
+from .mx import power_of_two_bits, umax
+from .mxfp4 import MIN_FAST_BYTE, Blocks, emit_bf16_run, store_pairs
+from .statistics import add_f64, max_f64
+from .vector import (
     F32,
     F64,
     I8,

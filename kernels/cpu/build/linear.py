@@ -13,14 +13,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .compiled import FINGERPRINT, CFunction, Compiled, Recipe, c_function, read_f32, read_u8, write_u8
-from .cpu_build import STRIP_ROWS
-from .dot_ir import dot_rows
-from .integer_decode_ir import LANES, dequantize_group
-from .mx_decode_ir import block_bytes, dequantize_run
-from .processor import has
-from .scaled_decode_ir import dequantize_tile
-from .vector_ir import I64, ITEM_BYTES, load_scalar
+from ..compiled import FINGERPRINT, CFunction, Compiled, Recipe, c_function, read_f32, read_u8, write_u8
+from ..ir.dot import dot_rows
+from ..ir.integer_decode import LANES, dequantize_group
+from ..ir.mx_decode import block_bytes, dequantize_run
+from ..ir.scaled_decode import dequantize_tile
+from ..ir.vector import I64, ITEM_BYTES, load_scalar
+from ..processor import has
+from .scaled import STRIP_ROWS
 
 _i64 = types.int64
 DEQUANTIZE = types.int64(*[_i64] * 10)

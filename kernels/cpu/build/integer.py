@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiled import (
+from ...statistics import ZERO
+from ..compiled import (
     FINGERPRINT,
     Compiled,
     KernelFunction,
@@ -17,11 +18,10 @@ from .compiled import (
     write_f64,
     write_u8,
 )
-from .cpu_build import OBSERVE, QUANTIZE, add_count_and_amax
-from .integer_ir import BATCH, FAR, group_extremes, quantize_groups, scales_of_extremes, split_words
-from .magnitude_ir import count_above, magnitude_to_f32
-from .statistics import ZERO
-from .vector_ir import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
+from ..ir.integer import BATCH, FAR, group_extremes, quantize_groups, scales_of_extremes, split_words
+from ..ir.magnitude import count_above, magnitude_to_f32
+from ..ir.vector import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
+from .scaled import OBSERVE, QUANTIZE, add_count_and_amax
 
 RUN = 8192
 """Elements whose squares are summed in float32."""

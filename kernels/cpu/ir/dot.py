@@ -13,11 +13,11 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .integer_decode_ir import even_and_odd, look_up, scale_and_zero, table_of_codes
-from .mx_decode_ir import look_up_mxfp6, values
-from .mxfp4_decode_ir import decode_block, look_up_block
-from .scaled_decode_ir import HALF_UNIT, decode, decode_with_halves, signed_pairs
-from .vector_ir import (
+from .integer_decode import even_and_odd, look_up, scale_and_zero, table_of_codes
+from .mx_decode import look_up_mxfp6, values
+from .mxfp4_decode import decode_block, look_up_block
+from .scaled_decode import HALF_UNIT, decode, decode_with_halves, signed_pairs
+from .vector import (
     F32,
     I8,
     I16,

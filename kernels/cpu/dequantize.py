@@ -6,11 +6,12 @@ import ctypes
 
 import torch
 
-from . import linear_build, team
+from ..formats import MX, WeightFormat
+from ..reference import scale_rows
+from . import team
+from .build import linear as linear_build
 from .compiled import CFunction, Needed
-from .formats import MX, WeightFormat
 from .processor import has
-from .reference import scale_rows
 
 SCALE_KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 ALONE_ELEMENTS = 1 << 18

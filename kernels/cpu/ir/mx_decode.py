@@ -13,12 +13,12 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .mx_elements import ELEMENTS, MxElement, code_values
-from .mx_ir import power_of_two_bits
-from .mxfp4_decode_ir import decode_block, look_up_block
-from .processor import has
-from .scaled_decode_ir import HALF_UNIT, decode_with_halves, signed_pairs, store_pairs
-from .vector_ir import (
+from ...mx_elements import ELEMENTS, MxElement, code_values
+from ..processor import has
+from .mx import power_of_two_bits
+from .mxfp4_decode import decode_block, look_up_block
+from .scaled_decode import HALF_UNIT, decode_with_halves, signed_pairs, store_pairs
+from .vector import (
     F32,
     I8,
     I16,

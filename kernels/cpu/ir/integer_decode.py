@@ -8,9 +8,9 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .processor import has
-from .scaled_decode_ir import store_pairs, to_bf16
-from .vector_ir import (
+from ..processor import has
+from .scaled_decode import store_pairs, to_bf16
+from .vector import (
     F16,
     F32,
     I8,

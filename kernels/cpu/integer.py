@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import integer_build
+from ..formats import INT4FP8_CHANNEL
+from .build import integer as integer_build
 from .compiled import KernelFunction, Needed
-from .cpu import KINDS, NumbaKernels
-from .formats import INT4FP8_CHANNEL
+from .operations import KINDS, NumbaKernels
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .mx_elements import E2M1
-from .mx_ir import (
+from ...mx_elements import E2M1
+from ...scale_rules import CANDIDATES
+from .mx import (
     MxRun,
     even_and_odd,
     float32_bits,
@@ -21,8 +22,7 @@ from .mx_ir import (
     scale_byte,
     umax,
 )
-from .scale_rules import CANDIDATES
-from .vector_ir import (
+from .vector import (
     F32,
     F64,
     I32,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from . import cpu_build, cpu_dequantize, cpu_linear, fp8, int8, integer, mx, mx_build, mx_mse, mxfp4, mxfp4_rows
+from ..formats import MX, WeightFormat
+from ..reference import Reference, as_one_row, check_quantize, check_scales
+from . import dequantize as cpu_dequantize
+from . import linear as cpu_linear
+from .build import mx as mx_build
+from .build import scaled as cpu_build
 from .compiled import KernelFunction, Needed
-from .cpu_dequantize import address
-from .formats import FORMATS, MX, MXFP4_ROWS, RowMultiplied, WeightFormat
-from .reference import Reference, as_one_row, check_quantize, check_scales
+from .dequantize import address
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
@@ -81,35 +83,3 @@ class NumbaKernels:
 
     def _observe(self, kind: str) -> Needed[KernelFunction]:
         return cpu_build.observe.needed(kind)
-
-
-def numba_kernels(format_name: str, scale_mode: str = "default") -> NumbaKernels:
-    """The CPU operations of a format."""
-    if format_name == MXFP4_ROWS.name:
-        from .cpu_rows import NumbaRows
-
-        return NumbaRows(MXFP4_ROWS, mxfp4_rows.reference)
-    if format_name in integer.references:
-        from .cpu_integer import NumbaIntegers
-
-        return NumbaIntegers(FORMATS[format_name], integer.references[format_name], scale_mode)
-    own = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references, **mx.references}
-    references: dict[str, dict[str, Reference]] = {"default": own, "mse": {**mx_mse.references}}
-    return NumbaKernels(FORMATS[format_name], references[scale_mode][format_name], scale_mode)
-
-
-def needed_to_load(
-    format_name: str,
-    source_dtype: torch.dtype,
-    statistics: bool = True,
-    activation_dtype: torch.dtype | None = None,
-    scale_mode: str = "default",
-) -> list[Needed[Any]]:
-    """What loading weights of `source_dtype` into a format will call, and `linear` on `activation_dtype`."""
-    fmt = FORMATS[format_name]
-    found: list[Needed[Any]] = [*numba_kernels(format_name, scale_mode).needed(KINDS[source_dtype], statistics)]
-    if activation_dtype is not None:
-        fmt = fmt.blocks if isinstance(fmt, RowMultiplied) else fmt
-        found.append(cpu_dequantize.needed(fmt, activation_dtype))
-        found.extend(cpu_linear.needed_for(fmt, activation_dtype))
-    return found

@@ -10,11 +10,11 @@ from __future__ import annotations
 from llvmlite import ir
 from numba.core import cgutils
 
-from . import statistics as st
-from .mx_elements import E2M1
-from .mx_ir import SUMMABLE, scale_byte, umax
-from .statistics_ir import add_f64, max_f64
-from .vector_ir import (
+from ... import statistics as st
+from ...mx_elements import E2M1
+from .mx import SUMMABLE, scale_byte, umax
+from .statistics import add_f64, max_f64
+from .vector import (
     F32,
     F64,
     I8,

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .mx_ir import power_of_two_bits
-from .vector_ir import (
-    F32,
-    I8,
-    I16,
-    I32,
-    Vector,
-    constant,
-    load,
-    load_scalar,
-    splat,
-)
+from .mx import power_of_two_bits
+from .vector import F32, I8, I16, I32, Vector, constant, load, load_scalar, splat
 
 _MAGNITUDES = (0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
 E2M1_BITS = (*_MAGNITUDES, *(0x8000 | bits for bits in _MAGNITUDES))

@@ -7,19 +7,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .vector_ir import (
-    F32,
-    I16,
-    I64,
-    Accumulators,
-    Codegen,
-    Vector,
-    constant,
-    count_to,
-    emitted,
-    load,
-    store,
-)
+from .vector import F32, I16, I64, Accumulators, Codegen, Vector, constant, count_to, emitted, load, store
 
 ROWS = 4
 TOKENS = 4

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from . import statistics as st
-from .compiled import (
+from ... import statistics as st
+from ...scale_rules import CANDIDATES
+from ..compiled import (
     FINGERPRINT,
     Compiled,
     KernelFunction,
@@ -18,11 +19,10 @@ from .compiled import (
     write_f32,
     write_f64,
 )
-from .cpu_build import QUANTIZE, add_count_and_amax
-from .magnitude_ir import count_above, magnitude_to_f32
-from .mxfp4_rows_ir import LANES, candidate_errors, quantize_row
-from .scale_rules import CANDIDATES
-from .vector_ir import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
+from ..ir.magnitude import count_above, magnitude_to_f32
+from ..ir.mxfp4_rows import LANES, candidate_errors, quantize_row
+from ..ir.vector import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
+from .scaled import QUANTIZE, add_count_and_amax
 
 
 def _best_candidate(errors: np.ndarray, blocks: int) -> int:

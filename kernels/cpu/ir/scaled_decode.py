@@ -7,23 +7,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .processor import has
-from .vector_ir import (
-    F16,
-    F32,
-    I8,
-    I16,
-    I32,
-    I64,
-    ITEM_BYTES,
-    Codegen,
-    Vector,
-    count_to,
-    emitted,
-    load,
-    splat,
-    store,
-)
+from ..processor import has
+from .vector import F16, F32, I8, I16, I32, I64, ITEM_BYTES, Codegen, Vector, count_to, emitted, load, splat, store
 
 HALF_UNIT = 256.0
 """What 1 stands for in the values of `decode_with_halves`."""

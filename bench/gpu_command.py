@@ -21,7 +21,7 @@ from gpu_tables import PARTS, goals_of, render
 from machine import describe_machine, headline
 from measured_formats import MEASURED
 from quantload.kernels.formats import FNUZ, FORMATS
-from quantload.kernels.gpu_quantize import gpu_quantizers, stored_format
+from quantload.kernels.gpu.quantizers import gpu_quantizers, stored_format
 from result_files import RESULTS, write_result
 
 FORMATS_MEASURED = tuple(

@@ -7,7 +7,7 @@ import subprocess
 from typing import Any
 
 import torch
-from quantload.kernels.gpu_target import gpu_target
+from quantload.kernels.gpu.target import gpu_target
 
 SMI_FIELDS = (
     "driver_version",

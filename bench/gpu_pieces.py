@@ -60,7 +60,7 @@ def queued_quantize(kernels: KernelSet) -> Callable[..., None] | None:
     """The entry of the chosen quantize kernel that waits for nothing; None where it has none."""
     if kernels.names["quantize"] != "triton":
         return None
-    from quantload.kernels.triton_quantize import triton_quantize
+    from quantload.kernels.gpu.quantize import triton_quantize
 
     return triton_quantize(kernels.format.name).enqueue_quantize
 

@@ -17,9 +17,9 @@ import torch
 from .arrangement import Arrangement
 from .experts import ExpertsByLinear
 from .formats import FORMATS, INT4FP8_CHANNEL, INTEGERS, MX, RowMultiplied
-from .gpu_matmul import GpuMatmul, gpu_matmuls
-from .gpu_quantize import GpuQuantize, gpu_quantizers
-from .gpu_target import GpuTarget
+from .gpu.matmuls import GpuMatmul, gpu_matmuls
+from .gpu.quantizers import GpuQuantize, gpu_quantizers
+from .gpu.target import GpuTarget
 from .reference import Reading
 from .row_multiplied import MULTIPLIED
 

@@ -34,8 +34,8 @@ import torch
 from .arrangement import Arrangement
 from .differentiable import Experts, Linear
 from .formats import FORMATS, WeightFormat
-from .gpu_quantize import format_on, stored_format
-from .gpu_target import GpuTarget
+from .gpu.quantizers import format_on, stored_format
+from .gpu.target import GpuTarget
 from .implementations import NUMBA_FORMATS as NUMBA_FORMATS
 from .implementations import SCALE_MODES as SCALE_MODES
 from .implementations import SCALING, implementations

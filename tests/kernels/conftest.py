@@ -85,7 +85,7 @@ def interpreted() -> list[Runner]:
     """The Triton kernels on the CPU, where this process was started to interpret them; see `gpu_targets.interpret`."""
     if os.environ.get("TRITON_INTERPRET", "0") == "0":
         return []
-    from quantload.kernels.triton_quantize import triton_quantize
+    from quantload.kernels.gpu.quantize import triton_quantize
 
     found = []
     for name in TRITON:

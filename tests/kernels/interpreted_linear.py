@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from quantload.kernels import fp8, int8, integer, mx, mxfp4, mxfp4_rows
 from quantload.kernels.formats import FORMATS, MX, MXFP4, MXFP4_ROWS
-from quantload.kernels.gpu_target import GpuTarget
+from quantload.kernels.gpu.activations import quantize_mx_activations, quantize_scaled_activations
+from quantload.kernels.gpu.experts import TritonExperts
+from quantload.kernels.gpu.linear import TritonLinear
+from quantload.kernels.gpu.scaled_mm import ScaledMmLinear
+from quantload.kernels.gpu.target import GpuTarget
 from quantload.kernels.row_multiplied import MultipliedExperts, MultipliedLinear
 from quantload.kernels.scale_rules import FP8_BLOCK_MIN_AMAX, FP8_LARGEST
-from quantload.kernels.scaled_mm import ScaledMmLinear
-from quantload.kernels.triton_activations import quantize_mx_activations, quantize_scaled_activations
-from quantload.kernels.triton_experts import TritonExperts
-from quantload.kernels.triton_linear import TritonLinear
 from triton.runtime import interpreter
 
 interpreter_fixes.apply()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from quantload.kernels.formats import FORMATS, INTEGERS, WeightFormat
+from quantload.kernels.gpu.quantize import triton_quantize
 from quantload.kernels.registry import kernel_set
-from quantload.kernels.triton_quantize import triton_quantize
 from tested_formats import TRITON
 
 ROWS, COLS = 130, 200

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from gpu_targets import Compiled, add_compiled, compile_for
 from quantload.kernels.formats import FORMATS, MX
-from quantload.kernels.gpu_target import GpuTarget
-from quantload.kernels.jit import matmul
-from quantload.kernels.triton_linear import constants, tiles_for, way
+from quantload.kernels.gpu.jit import matmul
+from quantload.kernels.gpu.linear import constants, tiles_for, way
+from quantload.kernels.gpu.target import GpuTarget
 
 K, MANY = 4096, 512
 SIXTEENTHS = ("k", "k_step", "n_rows", "x_stride", "code_stride", "code_expert_stride", "bias_stride", "out_stride")

@@ -137,7 +137,7 @@ def test_else_this_process_compiles_and_says_why(
 IMPATIENT = """
 exec {python} -c "
 import runpy, sys
-from quantload.kernels import compile_lock
+from quantload.kernels.cpu import compile_lock
 compile_lock.NOTICE_SECONDS = 0
 sys.argv = ['ahead', sys.argv[-1]]
 runpy.run_module('quantload.kernels.cpu.ahead', run_name='__main__')
@@ -252,8 +252,8 @@ def test_every_closure_has_files_of_its_own():
 
 
 def test_what_compiles_does_without_torch():
-    modules = ("mx_build", "cpu_build", "integer_build", "rows_build", "linear_build", "ahead")
-    code = "import sys; " + "; ".join(f"import quantload.kernels.{name}" for name in modules)
+    modules = ("build.mx", "build.scaled", "build.integer", "build.rows", "build.linear", "build.panel", "ahead")
+    code = "import sys; " + "; ".join(f"import quantload.kernels.cpu.{name}" for name in modules)
     code += "; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -261,7 +261,7 @@ def test_what_compiles_does_without_torch():
 
 PROCESS = """
 import json, logging, sys
-from quantload.kernels import ahead, cpu_build, mx_build
+from quantload.kernels.cpu import ahead; from quantload.kernels.cpu.build import mx as mx_build, scaled as cpu_build
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 rules = json.loads(sys.argv[1])
 ahead.prepare([cpu_build.scaled_quantize.needed(rule, "bf16", True) for rule in rules])

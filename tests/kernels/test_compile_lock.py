@@ -14,7 +14,7 @@ from quantload.kernels.cpu.compile_lock import CompileLock
 
 HOLDER = """
 import sys
-from quantload.kernels.compile_lock import CompileLock
+from quantload.kernels.cpu.compile_lock import CompileLock
 with CompileLock(sys.argv[1]) as lock:
     print(lock.take(), flush=True)
     sys.stdin.read()

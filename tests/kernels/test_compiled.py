@@ -35,3 +35,9 @@ def test_every_file_that_machine_code_is_generated_from_is_in_the_fingerprint() 
     files = {Path(file).resolve() for file in listed}
     assert len(files) > 20
     assert files <= {path.resolve() for path in sources()}
+
+
+def test_an_edit_of_a_gpu_kernel_leaves_the_compiled_cpu_kernels_as_they_are() -> None:
+    triton = {path.resolve() for path in KERNELS.rglob("*.py") if "import triton" in path.read_text()}
+    assert len(triton) > 5
+    assert not triton & {path.resolve() for path in sources()}

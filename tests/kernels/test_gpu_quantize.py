@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantload.kernels import gpu_quantize
 from quantload.kernels.formats import FNUZ, FORMATS
-from quantload.kernels.gpu_target import GpuTarget
+from quantload.kernels.gpu import quantizers as gpu_quantize
+from quantload.kernels.gpu.target import GpuTarget
 from quantload.kernels.registry import kernel_set, select
 from tested_formats import TRITON
 

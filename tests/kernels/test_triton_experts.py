@@ -11,8 +11,8 @@ from gpu_targets import TARGETS
 from matmul_kernels import MANY, check
 from quantload.kernels.experts import ExpertsByLinear
 from quantload.kernels.formats import FORMATS
+from quantload.kernels.gpu.experts import TritonExperts, most_blocks
 from quantload.kernels.registry import kernel_set
-from quantload.kernels.triton_experts import TritonExperts, most_blocks
 
 NATIVE_FP8 = {"gfx942": "fp8_channel_fnuz", "gfx950": "fp8_channel", "sm_90": "fp8_channel", "sm_100": "fp8_channel"}
 

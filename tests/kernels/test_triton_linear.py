@@ -11,14 +11,14 @@ pytest.importorskip("triton", reason="Triton is on Linux only")
 import torch
 from gpu_targets import TARGETS, add_compiled, compile_for, interpret, interpreter_trouble
 from matmul_kernels import MANY, check
-from quantload.kernels import triton_tiles
 from quantload.kernels.formats import FORMATS
-from quantload.kernels.gpu_matmul import gpu_matmuls
-from quantload.kernels.gpu_target import GpuTarget, gpu_target
-from quantload.kernels.jit.mx_matmul import quantize_tokens_mx
-from quantload.kernels.jit.scaled_matmul import quantize_tokens
-from quantload.kernels.jit.tile_matmul import sum_parts
-from quantload.kernels.triton_linear import TritonLinear
+from quantload.kernels.gpu import tiles as triton_tiles
+from quantload.kernels.gpu.jit.mx_matmul import quantize_tokens_mx
+from quantload.kernels.gpu.jit.scaled_matmul import quantize_tokens
+from quantload.kernels.gpu.jit.tile_matmul import sum_parts
+from quantload.kernels.gpu.linear import TritonLinear
+from quantload.kernels.gpu.matmuls import gpu_matmuls
+from quantload.kernels.gpu.target import GpuTarget, gpu_target
 
 NATIVE_FP8 = {"gfx942": "fp8_block_fnuz", "gfx950": "fp8_block", "sm_90": "fp8_block", "sm_100": "fp8_block"}
 
@@ -189,7 +189,7 @@ def test_what_no_gpu_kernel_can_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in gpu_matmuls("linear", FORMATS["mxfp4"]):
         if not torch.cuda.is_available():
             assert "no GPU" in (kernel.unavailable(torch.device("cuda")) or "")
-        monkeypatch.setattr("quantload.kernels.gpu_quantize.gpu_target", lambda device: GpuTarget("sm_75"))
+        monkeypatch.setattr("quantload.kernels.gpu.quantizers.gpu_target", lambda device: GpuTarget("sm_75"))
         assert "needs sm_80 or newer" in (kernel.unavailable(torch.device("cuda")) or "")
         monkeypatch.undo()
     assert gpu_matmuls("quantize", FORMATS["mxfp4"]) == []

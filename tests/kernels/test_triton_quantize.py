@@ -17,8 +17,9 @@ pytest.importorskip("triton", reason="Triton is on Linux only")
 
 from gpu_kernel_table import TABLE
 from gpu_targets import TARGETS, Compiled, add_compiled, compile_for, interpret, interpreter_trouble
-from quantload.kernels import gpu_quantize, triton_quantize
-from quantload.kernels.jit import integer, measure, mx, scaled
+from quantload.kernels.gpu import quantize as triton_quantize
+from quantload.kernels.gpu import quantizers as gpu_quantize
+from quantload.kernels.gpu.jit import integer, measure, mx, scaled
 from tested_formats import TRITON
 
 HERE = Path(__file__).parent

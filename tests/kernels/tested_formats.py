@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantload.kernels.formats import FORMATS, INTEGERS, NVFP4
-from quantload.kernels.gpu_quantize import gpu_quantizers
+from quantload.kernels.gpu.quantizers import gpu_quantizers
 
 REPRESENTATIVES = ("int4_group128_f16", "int4_group32_bf16", "int8_group64_f32", "int4_group0_f32")
 TESTED = tuple(name for name, fmt in FORMATS.items() if fmt not in INTEGERS or name in REPRESENTATIVES)

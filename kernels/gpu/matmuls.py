@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from ..arrangement import Arrangement
+from ..formats import FORMATS, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, NVFP4, WeightFormat
 from . import aiter
-from .arrangement import Arrangement
-from .formats import FORMATS, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, NVFP4, WeightFormat
-from .gpu_quantize import triton_lacks, triton_unavailable
-from .gpu_target import GpuTarget, gpu_target
+from .quantizers import triton_lacks, triton_unavailable
+from .target import GpuTarget, gpu_target
 
 Reason = Callable[[WeightFormat, GpuTarget], str | None]
 
@@ -64,7 +64,7 @@ def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
     Activations are quantized too where that is what the format is for (FP8, and MXFP4 and MXFP8 with matrix
     instructions for them); INT8 only on request, because its activations lose more than its weights.
     """
-    attributes = {"linear": ("triton_linear", "TritonLinear"), "experts": ("triton_experts", "TritonExperts")}
+    attributes = {"linear": ("linear", "TritonLinear"), "experts": ("experts", "TritonExperts")}
     if operation not in attributes or fmt is NVFP4:
         return []
     module, attribute = attributes[operation]

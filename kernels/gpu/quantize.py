@@ -12,14 +12,14 @@ from functools import cached_property
 
 import torch
 
-from . import statistics as st
-from .formats import FORMATS, MX, WeightFormat
+from .. import statistics as st
+from ..formats import FORMATS, MX, WeightFormat
+from ..reference import check_finish, check_quantize, check_scales
+from .integer import IntegerLaunches
 from .jit import measure
-from .reference import check_finish, check_quantize, check_scales
-from .triton_integer import IntegerLaunches
-from .triton_launch import EXACT, Launches, on
-from .triton_mx import MxLaunches
-from .triton_scaled import ScaledLaunches
+from .launch import EXACT, Launches, on
+from .mx import MxLaunches
+from .scaled import ScaledLaunches
 
 MERGE = 1024
 

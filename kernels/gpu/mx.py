@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from .formats import WeightFormat
+from ..formats import WeightFormat
+from ..mx_elements import ELEMENTS
+from ..reference import as_one_row
 from .jit import mx
-from .mx_elements import ELEMENTS
-from .reference import as_one_row
-from .triton_launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
+from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .formats import WeightFormat
-from .gpu_target import GpuTarget
-from .reference import check_linear
-from .triton_activations import quantize_scaled_activations
-from .triton_linear import TritonLinear, on_device
-from .triton_tiles import FEW_TOKENS
+from ..formats import WeightFormat
+from ..reference import check_linear
+from .activations import quantize_scaled_activations
+from .linear import TritonLinear, on_device
+from .target import GpuTarget
+from .tiles import FEW_TOKENS
 
 
 @dataclass(frozen=True)

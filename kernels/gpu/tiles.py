@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .gpu_target import GpuTarget
+from .target import GpuTarget
 
 FEW_TOKENS = 32
 """Up to here a product is limited by reading the weight, and is split along K to keep every processor busy."""

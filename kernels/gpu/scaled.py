@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .formats import FNUZ, WeightFormat
+from ..formats import FNUZ, WeightFormat
 from .jit import scaled
-from .triton_launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, power_of_two, width_of
+from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, power_of_two, width_of
 
 ROW_TILE = 2048
 """Elements of rows that a program works on at a time, where it makes whole rows."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .experts import check_experts
-from .formats import WeightFormat
-from .gpu_target import GpuTarget
+from ..experts import check_experts
+from ..formats import WeightFormat
 from .jit.matmul import multiply_experts
-from .triton_linear import Operands, check_rows, code_bits, constants, on_device, operands, target_of, tiles_for
-from .triton_tiles import Tiles
+from .linear import Operands, check_rows, code_bits, constants, on_device, operands, target_of, tiles_for
+from .target import GpuTarget
+from .tiles import Tiles
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from .formats import MXFP4, WeightFormat
+from ..formats import MXFP4, WeightFormat
 from .jit.mx_matmul import quantize_tokens_mx
 from .jit.scaled_matmul import quantize_tokens, token_amax
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .formats import INT4FP8_CHANNEL, WeightFormat
+from ..formats import INT4FP8_CHANNEL, WeightFormat
+from ..reference import as_one_row
 from .jit import integer
-from .reference import as_one_row
-from .triton_launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
+from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
 
 
 @dataclass(frozen=True)

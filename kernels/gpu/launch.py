@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .formats import WeightFormat
+from ..formats import WeightFormat
 
 TILE = 4096
 """Elements that a program of four warps makes: 32 for each thread of NVIDIA's, 16 of AMD's."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .formats import FNUZ, MXFP4_ROWS, NVFP4, WeightFormat
-from .gpu_target import GpuTarget, gpu_target
+from ..formats import FNUZ, MXFP4_ROWS, NVFP4, WeightFormat
+from .target import GpuTarget, gpu_target
 
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize")
 
@@ -29,7 +29,7 @@ class GpuQuantize:
 
     @cached_property
     def _function(self) -> Any:
-        from .triton_quantize import triton_quantize
+        from .quantize import triton_quantize
 
         return getattr(triton_quantize(self.format.name), self.operation)
 

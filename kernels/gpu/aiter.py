@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .arrangement import Arrangement
-from .formats import MXFP4, WeightFormat
-from .gpu_target import GpuTarget
-from .reference import check_linear
+from ..arrangement import Arrangement
+from ..formats import MXFP4, WeightFormat
+from ..reference import check_linear
+from .target import GpuTarget
 
 WHERE = "get it from github.com/ROCm/aiter"
 MARKS = ("ops", "fused_moe")

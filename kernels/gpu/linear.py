@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import triton
 
-from .formats import MX, MXFP4, WeightFormat
-from .gpu_target import GpuTarget, gpu_target
+from ..formats import MX, MXFP4, WeightFormat
+from ..reference import check_linear
+from .activations import quantize_mx_activations, quantize_scaled_activations
 from .jit.matmul import multiply_linear
 from .jit.tile_matmul import sum_parts
-from .reference import check_linear
-from .triton_activations import quantize_mx_activations, quantize_scaled_activations
-from .triton_tiles import FEW_TOKENS, Tiles, decoded_tiles, mx_tiles, scaled_tiles, split_of_k
+from .target import GpuTarget, gpu_target
+from .tiles import FEW_TOKENS, Tiles, decoded_tiles, mx_tiles, scaled_tiles, split_of_k
 
 CODE_NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e4m3fnuz: "fnuz"}
 MX_CODES = {"mxfp4": "e2m1", "mxfp6_e2m3": "e2m3", "mxfp6_e3m2": "e3m2", "mxfp8": "e4m3"}

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from .arrangement import Arrangement
-from .experts import ExpertsByLinear
 from .formats import FORMATS, INT4FP8_CHANNEL, INTEGERS, MX, RowMultiplied
 from .gpu.matmuls import GpuMatmul, gpu_matmuls
 from .gpu.quantizers import GpuQuantize, gpu_quantizers
 from .gpu.target import GpuTarget
-from .reference import Reading
-from .row_multiplied import MULTIPLIED
+from .reference.experts import ExpertsByLinear
+from .reference.operations import Reading
+from .reference.row_multiplied import MULTIPLIED
 
 NUMBA_FORMATS = (
     *(
@@ -154,7 +154,7 @@ def _torch_kernel(operation: str, format_name: str, scale_mode: str) -> Kernel:
 
 
 def _references(scale_mode: str) -> Mapping[str, Reading]:
-    from . import fp8, int8, integer, mx, mx_mse, mxfp4, mxfp4_rows, nvfp4
+    from .reference import fp8, int8, integer, mx, mx_mse, mxfp4, mxfp4_rows, nvfp4
 
     if scale_mode == "mse":
         return mx_mse.references

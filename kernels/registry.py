@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .arrangement import Arrangement
-from .differentiable import Experts, Linear
 from .formats import FORMATS, WeightFormat
 from .gpu.quantizers import format_on, stored_format
 from .gpu.target import GpuTarget
@@ -41,6 +40,7 @@ from .implementations import SCALE_MODES as SCALE_MODES
 from .implementations import SCALING, implementations
 from .implementations import Kernel as Kernel
 from .implementations import NoKernel as NoKernel
+from .reference.differentiable import Experts, Linear
 
 if TYPE_CHECKING:  # numba is imported where its kernels are used
     from .cpu.compiled import Needed

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .. import fp8, int8, integer, mx, mx_mse, mxfp4, mxfp4_rows
 from ..formats import FORMATS, MXFP4_ROWS, RowMultiplied
-from ..reference import Reference
+from ..reference import fp8, int8, integer, mx, mx_mse, mxfp4, mxfp4_rows
+from ..reference.operations import Reference
 from . import dequantize as cpu_dequantize
 from . import linear as cpu_linear
 from .compiled import Needed

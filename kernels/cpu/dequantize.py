@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from ..formats import MX, WeightFormat
-from ..reference import scale_rows
+from ..reference.operations import scale_rows
 from . import team
 from .build import linear as linear_build
 from .compiled import CFunction, Needed

@@ -11,7 +11,8 @@ import threading
 import torch
 
 from ..formats import WeightFormat
-from ..reference import check_linear, scale_rows, tile_rows, times_tile
+from ..reference.arguments import check_linear
+from ..reference.operations import scale_rows, tile_rows, times_tile
 from .build import linear as linear_build
 from .build.panel import CHUNK, PAD, panel_task
 from .compiled import CFunction, Needed

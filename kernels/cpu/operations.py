@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import MX, WeightFormat
-from ..reference import Reference, as_one_row, check_quantize, check_scales
+from ..reference.arguments import check_quantize, check_scales
+from ..reference.operations import Reference, as_one_row
 from . import dequantize as cpu_dequantize
 from . import linear as cpu_linear
 from .build import mx as mx_build

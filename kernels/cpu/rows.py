@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import mxfp4
 from ..formats import MULTIPLIER_BYTES, MXFP4
-from ..reference import check_scales
+from ..reference import mxfp4
+from ..reference.arguments import check_scales
 from .build import rows as rows_build
 from .compiled import KernelFunction, Needed
 from .operations import NumbaKernels

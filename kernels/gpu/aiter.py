@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from ..arrangement import Arrangement
 from ..formats import MXFP4, WeightFormat
-from ..reference import check_linear
+from ..reference.arguments import check_linear
 from .target import GpuTarget
 
 WHERE = "get it from github.com/ROCm/aiter"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from ..experts import check_experts
 from ..formats import WeightFormat
+from ..reference.experts import check_experts
 from .jit.matmul import multiply_experts
 from .linear import Operands, check_rows, code_bits, constants, on_device, operands, target_of, tiles_for
 from .target import GpuTarget

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..formats import INT4FP8_CHANNEL, WeightFormat
-from ..reference import as_one_row
+from ..reference.operations import as_one_row
 from .jit import integer
 from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
 

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from ..formats import MX, MXFP4, WeightFormat
-from ..reference import check_linear
+from ..reference.arguments import check_linear
 from .activations import quantize_mx_activations, quantize_scaled_activations
 from .jit.matmul import multiply_linear
 from .jit.tile_matmul import sum_parts

@@ -9,7 +9,7 @@ import torch
 
 from ..formats import WeightFormat
 from ..mx_elements import ELEMENTS
-from ..reference import as_one_row
+from ..reference.operations import as_one_row
 from .jit import mx
 from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
 

@@ -14,7 +14,7 @@ import torch
 
 from .. import statistics as st
 from ..formats import FORMATS, MX, WeightFormat
-from ..reference import check_finish, check_quantize, check_scales
+from ..reference.arguments import check_finish, check_quantize, check_scales
 from .integer import IntegerLaunches
 from .jit import measure
 from .launch import EXACT, Launches, on

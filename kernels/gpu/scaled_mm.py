@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import WeightFormat
-from ..reference import check_linear
+from ..reference.arguments import check_linear
 from .activations import quantize_scaled_activations
 from .linear import TritonLinear, on_device
 from .target import GpuTarget

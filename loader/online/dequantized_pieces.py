@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoint.pieces import Barrier, Piece
 from ..checkpoint.workspace import Workspace
 from ..errors import PolicyError
-from ..kernels.reference import scale_rows
+from ..kernels.reference.operations import scale_rows
 from ..model.routes import Span
 from ..schemes.stored.weights import StoredWeight
 from .cuts import Sink

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError, PolicyError
 from ..kernels import registry as kernel_registry
 from ..kernels.formats import WeightFormat
-from ..kernels.fp8 import references as fp8_references
+from ..kernels.reference.fp8 import references as fp8_references
 from .stored.weights import StoredActivations
 
 logger = logging.getLogger("quantload")

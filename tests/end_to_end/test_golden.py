@@ -9,7 +9,7 @@ import pytest
 import raw_checkpoint
 import torch
 from quantload import load_quantized
-from quantload.kernels.mx import unpack_fp6
+from quantload.kernels.reference.mx import unpack_fp6
 from torch import Tensor, nn
 
 BLOCK = 32

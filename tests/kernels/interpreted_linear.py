@@ -10,14 +10,14 @@ import interpreter_fixes
 import pytest
 import torch
 import torch.nn.functional as F
-from quantload.kernels import fp8, int8, integer, mx, mxfp4, mxfp4_rows
 from quantload.kernels.formats import FORMATS, MX, MXFP4, MXFP4_ROWS
 from quantload.kernels.gpu.activations import quantize_mx_activations, quantize_scaled_activations
 from quantload.kernels.gpu.experts import TritonExperts
 from quantload.kernels.gpu.linear import TritonLinear
 from quantload.kernels.gpu.scaled_mm import ScaledMmLinear
 from quantload.kernels.gpu.target import GpuTarget
-from quantload.kernels.row_multiplied import MultipliedExperts, MultipliedLinear
+from quantload.kernels.reference import fp8, int8, integer, mx, mxfp4, mxfp4_rows
+from quantload.kernels.reference.row_multiplied import MultipliedExperts, MultipliedLinear
 from quantload.kernels.scale_rules import FP8_BLOCK_MIN_AMAX, FP8_LARGEST
 from triton.runtime import interpreter
 

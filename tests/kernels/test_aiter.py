@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantload import LoadOptions, load_quantized
-from quantload.kernels import mxfp4, registry
+from quantload.kernels import registry
 from quantload.kernels.formats import MXFP4
 from quantload.kernels.gpu import aiter
 from quantload.kernels.gpu.aiter import NotUsable
 from quantload.kernels.gpu.matmuls import gpu_matmuls
 from quantload.kernels.gpu.target import GpuTarget
+from quantload.kernels.reference import mxfp4
 from quantload.kernels.registry import KernelSet, kernel_set
 from quantload.online.moe import MoeOnlineWeightLoader
 from quantload.online.storage import FinalStorage

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from quantload.kernels.differentiable import Linear
-from quantload.kernels.reference import tile_rows
+from quantload.kernels.reference.differentiable import Linear
+from quantload.kernels.reference.operations import tile_rows
 from quantload.kernels.registry import kernel_set
 from tested_formats import QUANTIZED
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from quantload.kernels.mx import pack_fp6, unpack_fp6
 from quantload.kernels.mx_elements import ELEMENTS, code_values
+from quantload.kernels.reference.mx import pack_fp6, unpack_fp6
 
 SETS = ("gauss", "ties", "zeros")
 KEYS = {"mxfp6_e2m3": ("e2m3", "even"), "mxfp6_e3m2": ("e3m2", "even"), "mxfp8": ("e4m3", "rceil")}

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantload.kernels import statistics as stats
 from quantload.kernels.formats import MXFP4_ROWS
-from quantload.kernels.mxfp4 import VALUES
-from quantload.kernels.mxfp4_rows import split
+from quantload.kernels.reference.mxfp4 import VALUES
+from quantload.kernels.reference.mxfp4_rows import split
 from quantload.kernels.registry import NoKernel, candidates, kernel_set, platform_kernels
 from quantload.kernels.scale_rules import CANDIDATES
 

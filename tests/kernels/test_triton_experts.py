@@ -9,9 +9,9 @@ pytest.importorskip("triton", reason="Triton is on Linux only")
 import torch
 from gpu_targets import TARGETS
 from matmul_kernels import MANY, check
-from quantload.kernels.experts import ExpertsByLinear
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.gpu.experts import TritonExperts, most_blocks
+from quantload.kernels.reference.experts import ExpertsByLinear
 from quantload.kernels.registry import kernel_set
 
 NATIVE_FP8 = {"gfx942": "fp8_channel_fnuz", "gfx950": "fp8_channel", "sm_90": "fp8_channel", "sm_100": "fp8_channel"}

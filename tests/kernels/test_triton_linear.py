@@ -175,7 +175,7 @@ CHOICES = {
 
 @pytest.mark.parametrize(("name", "target"), CHOICES)
 def test_the_best_kernel_of_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str, target: str) -> None:
-    for module in ("gpu_matmul", "gpu_quantize"):
+    for module in ("gpu.matmuls", "gpu.quantizers"):
         monkeypatch.setattr(f"quantload.kernels.{module}.gpu_target", lambda device: GpuTarget(target))
     kernels = gpu_matmuls("linear", FORMATS[name])
     able = [kernel.name for kernel in kernels if kernel.unavailable(torch.device("cuda")) is None]

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from quantload import LoadOptions, load_quantized
 from quantload.checkpoint.headers import TensorEntry
 from quantload.errors import CheckpointError, PolicyError
-from quantload.kernels import fp8, int8, mx, mxfp4, registry
+from quantload.kernels import registry
 from quantload.kernels.formats import FORMATS
+from quantload.kernels.reference import fp8, int8, mx, mxfp4
 from quantload.schemes import activations as act
 from quantload.schemes.activations import Activation, ActivationFormat, InputScales, choose_activations
 from quantload.schemes.registry import SchemeFactory

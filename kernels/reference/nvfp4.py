@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from .formats import NVFP4, WeightFormat
+from ..formats import NVFP4, WeightFormat
 from .mxfp4 import VALUES
-from .reference import Reading
+from .operations import Reading
 
 
 class Nvfp4Decoder:

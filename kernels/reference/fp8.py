@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from .formats import FNUZ, FORMATS, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, WeightFormat
-from .reference import Reference
-from .scale_rules import FP8_BLOCK_MIN_AMAX, FP8_CHANNEL_MIN_SCALE, FP8_LARGEST, FP8_TENSOR_MIN_AMAX
+from ..formats import FNUZ, FORMATS, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, WeightFormat
+from ..scale_rules import FP8_BLOCK_MIN_AMAX, FP8_CHANNEL_MIN_SCALE, FP8_LARGEST, FP8_TENSOR_MIN_AMAX
+from .operations import Reference
 
 
 class Fp8Codec:

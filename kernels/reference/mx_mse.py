@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..mx_elements import ELEMENTS
 from . import mx, mxfp4
-from .mx_elements import ELEMENTS
+from .arguments import check_finish
 from .mxfp4 import BLOCK
-from .reference import Codec, Reference, check_finish, row_chunks
+from .operations import Codec, Reference, row_chunks
 
 
 class MseReference(Reference):

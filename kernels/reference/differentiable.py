@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .arrangement import Arrangement
+from ..arrangement import Arrangement
+from ..formats import WeightFormat
 from .experts import ExpertsByLinear
-from .formats import WeightFormat
-from .reference import scale_rows, tile_rows
+from .operations import scale_rows, tile_rows
 
 Dequantize = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .formats import FORMATS, MXFP8
-from .mx_elements import E2M3, E3M2, E4M3, MxElement, code_values
+from ..formats import FORMATS, MXFP8
+from ..mx_elements import E2M3, E3M2, E4M3, MxElement, code_values
 from .mxfp4 import BLOCK, power_of_two
-from .reference import Reference
+from .operations import Reference
 
 
 class MxCodec:

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from . import statistics as st
-from .formats import INT4FP8_CHANNEL, INTEGERS, WeightFormat
+from .. import statistics as st
+from ..formats import INT4FP8_CHANNEL, INTEGERS, WeightFormat
+from ..scale_rules import SMALLEST_SCALE, SYMMETRIC_LARGEST
+from .arguments import check_scales
 from .fp8 import divided
-from .reference import Reference, check_scales, column_amax, row_chunks
-from .scale_rules import SMALLEST_SCALE, SYMMETRIC_LARGEST
+from .operations import Reference, column_amax, row_chunks
 
 
 @dataclass(frozen=True)

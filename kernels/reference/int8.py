@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .formats import INT8_CHANNEL, WeightFormat
+from ..formats import INT8_CHANNEL, WeightFormat
+from ..scale_rules import INT8_LARGEST
 from .fp8 import divided
-from .reference import Reference
-from .scale_rules import INT8_LARGEST
+from .operations import Reference
 
 
 class Int8Codec:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from ..formats import RowMultiplied
+from .arguments import check_linear, check_quantize
 from .experts import check_experts
-from .formats import RowMultiplied
 from .mxfp4_rows import split
-from .reference import IN_CACHE, check_linear, check_quantize, row_chunks
+from .operations import IN_CACHE, row_chunks
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .formats import MXFP4, WeightFormat
-from .mx_elements import E2M1
-from .reference import Reference
+from ..formats import MXFP4, WeightFormat
+from ..mx_elements import E2M1
+from .operations import Reference
 
 BLOCK = 32
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

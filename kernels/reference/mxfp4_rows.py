@@ -19,13 +19,14 @@ from typing import NoReturn
 import torch
 import torch.nn.functional as F
 
+from ..formats import MULTIPLIER_BYTES, MXFP4_ROWS, WeightFormat
+from ..mx_elements import E2M1
+from ..scale_rules import CANDIDATES
 from . import mxfp4
-from .formats import MULTIPLIER_BYTES, MXFP4_ROWS, WeightFormat
-from .mx_elements import E2M1
+from .arguments import check_finish, check_scales
 from .mx_mse import folded, squared_errors
 from .mxfp4 import BLOCK, power_of_two
-from .reference import Reference, check_finish, check_scales, column_amax, row_chunks
-from .scale_rules import CANDIDATES
+from .operations import Reference, column_amax, row_chunks
 
 
 class Mxfp4RowsCodec:

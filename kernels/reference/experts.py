@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .formats import WeightFormat
+from ..formats import WeightFormat
 
 
 @dataclass(frozen=True)

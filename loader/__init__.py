@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .convert import convert_checkpoint
+    from .convert.flow import convert_checkpoint
+    from .draft import plan_quantized
     from .errors import QuantloadError
-    from .load import load_quantized, plan_quantized
+    from .load import load_quantized
     from .memory.report import LoadReport
     from .options import LoadOptions, QuantizationPolicy
 
@@ -23,9 +24,9 @@ _HOMES = {
     "LoadReport": ".memory.report",
     "QuantizationPolicy": ".options",
     "QuantloadError": ".errors",
-    "convert_checkpoint": ".convert",
+    "convert_checkpoint": ".convert.flow",
     "load_quantized": ".load",
-    "plan_quantized": ".load",
+    "plan_quantized": ".draft",
 }
 
 

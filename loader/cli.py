@@ -114,7 +114,7 @@ def plan(
 ) -> None:
     """Say what a load would do and how much memory it would take, from the headers alone."""
     policy, options = chosen.policy(), load_options(run, forward)
-    from .load import plan_quantized
+    from .draft import plan_quantized
 
     draft = plan_quantized(
         _model(model, source), quantization, device=device, policy=policy, options=options, **source.values()
@@ -190,8 +190,8 @@ def convert(
     """Write a quantized checkpoint, streaming; run again after an interruption, it goes on where it was."""
     policy, options = chosen.policy(), load_options(run, stream)
     _check_writable(report)
-    from .convert import convert_checkpoint
-    from .memory.budget import parse_bytes
+    from .convert.flow import convert_checkpoint
+    from .memory.amounts import parse_bytes
 
     with _progress_bar("converting") as progress:
         made = convert_checkpoint(
@@ -299,7 +299,7 @@ def _tell(report: Any, path: Path | None, as_json: bool) -> None:
 
 
 def _show(report: Any, as_json: bool) -> None:
-    from .memory.report import render
+    from .memory.summary import render
 
     if as_json:
         _print_json(report.to_dict())

@@ -169,7 +169,7 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
 
 def _bytes(sizes: Mapping[str, str | None]) -> dict[str, int]:
     """The sizes that were given, as numbers of bytes."""
-    from .memory.budget import parse_bytes
+    from .memory.amounts import parse_bytes
 
     return {name: parse_bytes(size) for name, size in sizes.items() if size is not None}
 

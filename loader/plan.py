@@ -17,17 +17,17 @@ from .errors import PolicyError, UnsupportedCheckpointError
 from .memory.overhead import PIECES, TENSORS
 from .memory.planner import SLACK_BYTES, MemoryPlan, ParameterSize, plan_memory
 from .model import transformers_api
+from .model.attach import WeightLoaders
 from .model.routes import CheckpointMap, Routes
 from .model.skeleton import Assignment
 from .model.stored_sources import StoredSources
 from .model.unexplained_codes import VALUES, unexplained
-from .online.attach import WeightLoaders
-from .online.pieces import plan_pieces
-from .online.stored import StoredCodesLoader
-from .online.stored_pieces import plan_stored
+from .online.as_stored import StoredCodesLoader
 from .online.weight_loader import DirectWeightLoader
-from .online.whole import plan_whole, whole_bytes
 from .options import LoadOptions
+from .pieces.plain import plan_pieces
+from .pieces.stored import plan_stored
+from .pieces.whole import plan_whole, whole_bytes
 from .schemes.registry import SchemeFactory
 from .schemes.stored.weights import StoredWeight
 

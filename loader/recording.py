@@ -16,8 +16,8 @@ from .memory import logs
 from .memory.ledger import Ledger
 from .memory.probes import probe_for
 from .memory.report import CacheResult, KeptReport, LayerReport, LoadReport
+from .model.attach import Process
 from .model.skeleton import Assignment
-from .online.attach import Process
 from .plan import LoadPlan
 from .schemes.prequantized import NAME as PREQUANTIZED
 

@@ -13,16 +13,16 @@ from torch import Tensor
 from ..checkpoint.resolve import Checkpoint
 from ..checkpoint.weight_map import INDEX_NAME
 from ..checkpoint.writer import plan_shards, weight_index
-from ..online.restored import final_tensors
 from ..online.weight_loader import DirectWeightLoader
 from ..plan import loaded_parameters
 from .checksums import SEGMENT_BYTES
 from .description import entry_config
+from .restored import final_tensors
 from .store import Store
 from .writer import TensorWriter
 
 if TYPE_CHECKING:
-    from ..load import Draft
+    from ..draft import Draft
 
 CONFIG, STATISTICS = "config.json", "statistics.json"
 MAX_SHARD_BYTES = 4 << 30

@@ -21,19 +21,19 @@ from ..checkpoint.index import Shard, read_index
 from ..checkpoint.resolve import Checkpoint
 from ..checkpoint.source import FileSource, Source
 from ..errors import CheckpointError, DamagedEntryError, PolicyError, RouteError
-from ..memory.budget import format_bytes
+from ..memory.amounts import format_bytes
 from ..memory.report import CacheResult
-from ..online.attach import OnFinished, Process
-from ..online.restored import plan_restored
+from ..model.attach import OnFinished, Process
 from ..options import LoadOptions
 from ..plan import LoadPlan, loaded_parameters
 from .entry import Entry
 from .key import entry_key
 from .recording import CONFIG, STATISTICS, EntryRecording
+from .restored import plan_restored
 from .store import Store
 
 if TYPE_CHECKING:
-    from ..load import Draft
+    from ..draft import Draft
 
 logger = logging.getLogger("quantload")
 

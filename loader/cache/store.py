@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.output import sync_folder
-from ..memory.budget import format_bytes
+from ..memory.amounts import format_bytes
 from .checksums import Checksums
 from .entry import ENTRY, LOCK, Entry, write_description, write_file
 from .locks import FileLock

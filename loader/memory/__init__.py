@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .amounts import format_bytes as format_bytes
+    from .amounts import parse_bytes as parse_bytes
     from .assertions import assert_load_memory as assert_load_memory
     from .budget import check_budget as check_budget
-    from .budget import format_bytes as format_bytes
-    from .budget import parse_bytes as parse_bytes
     from .ledger import Ledger as Ledger
     from .logs import MemoryLog as MemoryLog
     from .metrics import LoadMetrics as LoadMetrics
@@ -27,17 +27,19 @@ if TYPE_CHECKING:
     from .report import LayerReport as LayerReport
     from .report import LoadReport as LoadReport
     from .report import TimelinePoint as TimelinePoint
-    from .report import render as render
+    from .summary import render as render
 
 _HOMES = {
     "assertions": ("assert_load_memory",),
-    "budget": ("check_budget", "format_bytes", "parse_bytes"),
+    "amounts": ("format_bytes", "parse_bytes"),
+    "budget": ("check_budget",),
     "ledger": ("Ledger",),
     "logs": ("MemoryLog",),
     "metrics": ("LoadMetrics",),
     "planner": ("MemoryPlan", "ParameterSize", "plan_memory"),
     "probes": ("AllocatorProbe", "AnonymousRssProbe", "MemoryProbe", "probe_for"),
-    "report": ("KeptReport", "LayerReport", "LoadReport", "TimelinePoint", "render"),
+    "report": ("KeptReport", "LayerReport", "LoadReport", "TimelinePoint"),
+    "summary": ("render",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

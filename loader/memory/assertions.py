@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PolicyError, QuantloadError
-from .budget import format_bytes, parse_bytes
+from .amounts import format_bytes, parse_bytes
 from .logs import MemoryLog, parse_all
 from .report import LoadReport
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import QuantloadError
-from .budget import GIB
+from .amounts import GIB
 
 logger = logging.getLogger("quantload")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .budget import MIB
+from .amounts import MIB
 
 # What a load may take beyond the model and the staging arena; part of the promise made to users.
 SLACK_BYTES = 64 * MIB

@@ -14,7 +14,6 @@ from ..errors import QuantloadError
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
 ModuleKind = Literal["linear", "experts"]
 CacheResult = Literal["hit", "written", "rebuilt", "unwritten"]
@@ -176,13 +175,6 @@ class LoadReport:
                 f"{os.fspath(path)} is not a load report: {error}; give a file `save` wrote"
             ) from error
         return cls.from_dict(values)
-
-
-def render(report: LoadReport, console: Console | None = None) -> None:
-    """Print `report` as rich tables; `console` defaults to standard error, so that standard output stays JSON."""
-    from .summary import print_summary
-
-    print_summary(report, console)
 
 
 def _without_nonfinite(value: Any) -> Any:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .budget import GIB, format_bytes
+from .amounts import GIB, format_bytes
 from .planner import MemoryPlan
 from .report import KeptReport, LayerReport, LoadReport
 
@@ -20,7 +20,7 @@ WORST_LAYERS = 5
 NAMES_PER_REASON = 3
 
 
-def print_summary(report: LoadReport, console: Console | None = None) -> None:
+def render(report: LoadReport, console: Console | None = None) -> None:
     """Print schemes, worst layers, what was kept, memory and speed; `console` defaults to standard error."""
     console = console or Console(stderr=True)
     console.print(Text(f"{report.model} as {report.quantization} on {report.device}", style="bold"))

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.headers import TensorEntry
 from ..errors import MissingWeightsError, ShapeMismatchError, UnexpectedWeightsError
-from ..online.regions import Region
-from ..schemes.layout import WeightLayout
+from ..geometry.layout import WeightLayout
+from ..geometry.regions import Region
+from ..geometry.spans import Landing, Span
 from ..schemes.stored.weights import StoredWeight
 from . import transformers_api
 from .coordinates import Box, Coordinates, NotExpressible, merge_boxes
@@ -26,31 +27,6 @@ NAMES_SHOWN = 8
 
 Source = TensorEntry | StoredWeight
 """What a parameter is made of: a checkpoint tensor, or several that stand for a quantized one."""
-
-
-class Span(NamedTuple):
-    """A block of one checkpoint tensor that lands in one region.
-
-    Element (row, column) of the region is element `offset + row * row_stride + column * column_stride` of the
-    flattened checkpoint tensor.
-    """
-
-    parameter: str
-    region: Region
-    offset: int
-    row_stride: int
-    column_stride: int
-
-
-@dataclass(frozen=True)
-class Landing:
-    """The coordinates a parameter is written in: its matrices, and whether the model keeps them transposed."""
-
-    experts: int | None
-    rows: int
-    columns: int
-    transposed: bool = False
-    layout: WeightLayout | None = None
 
 
 class ModelShapes:

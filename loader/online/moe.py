@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeMismatchError
+from ..geometry.layout import WeightLayout
+from ..geometry.regions import Region
 from ..schemes.base import MoeQuantizationCallbacks
-from ..schemes.layout import WeightLayout
 from .parameter import QuantizedParameter, alive
 from .quantizing import LayerProgress, RegionQuantizer
-from .regions import Region
 from .storage import FinalStorage
 from .weight_loader import OnlineWeightLoader
 

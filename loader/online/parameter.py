@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..schemes.layout import Block, WeightLayout
-from .regions import Region, RegionTracker
+from ..geometry.layout import Block, WeightLayout
+from ..geometry.regions import Region, RegionTracker
 from .storage import FinalStorage
 
 M = TypeVar("M", bound=nn.Module)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteWeightError, ShapeMismatchError
+from ..geometry.layout import WeightLayout
+from ..geometry.regions import Interval, Region
 from ..kernels.formats import WeightFormat
 from ..kernels.statistics import MAXIMA, merge, new_statistics
 from ..schemes.base import LinearScheme, NonFiniteError, TensorStats
-from ..schemes.layout import WeightLayout
 from .parameter import QuantizedParameter
-from .regions import Interval, Region
 
 MERGED_AT_ONCE = 64
 """Pieces whose statistics are merged in one go."""

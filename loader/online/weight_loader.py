@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RouteError, ShapeMismatchError
+from ..geometry.regions import Interval, Region, RegionTracker
 from ..schemes.base import TensorStats
 from .parameter import QuantizedParameter, alive, materialize
 from .quantizing import RegionQuantizer
-from .regions import Interval, Region, RegionTracker
 from .storage import FinalStorage
 
 

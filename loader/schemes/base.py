@@ -10,11 +10,11 @@ from typing import Any, Protocol, Self, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..geometry.layout import WeightLayout
 from ..kernels.registry import KernelSet, kernel_set
 from ..kernels.statistics import new_statistics
 from . import operators
 from .activations import Activation
-from .layout import WeightLayout
 
 
 class NonFiniteError(ValueError):

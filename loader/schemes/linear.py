@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..geometry.layout import WeightLayout
 from . import operators
 from .base import LinearScheme, meta_parameter
-from .layout import WeightLayout
 
 
 class QuantizedLinearScheme(LinearScheme):

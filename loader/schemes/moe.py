@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..geometry.layout import WeightLayout
 from . import operators
 from .base import MoEScheme, TensorStats, meta_parameter
-from .layout import WeightLayout
 
 
 class QuantizedMoEScheme(MoEScheme):

@@ -14,7 +14,7 @@ from ..checkpoint.resolve import Checkpoint, resolve
 from ..errors import CheckpointError, LoadCancelledError, PolicyError, UnsupportedCheckpointError
 from ..load import load_quantized
 from ..memory.metrics import LoadMetrics
-from ..memory.report import render
+from ..memory.summary import render
 from ..model.skeleton import find_model
 from ..options import LoadOptions, QuantizationPolicy
 from .serve import Progress, serve

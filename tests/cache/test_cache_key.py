@@ -18,9 +18,9 @@ from quantload.cache import key as key_module
 from quantload.cache.key import entry_key
 from quantload.checkpoint.resolve import resolve
 from quantload.errors import MissingShardError
+from quantload.geometry.layout import WeightLayout
 from quantload.kernels.formats import FP8_CHANNEL, FP8_CHANNEL_FNUZ, WeightFormat
 from quantload.options import LoadOptions, QuantizationPolicy
-from quantload.schemes.layout import WeightLayout
 from safetensors.torch import load_file, save_file
 
 POLICY = QuantizationPolicy(ignore=("a", "b"), overrides=(("c", "fp8_per_channel"), ("d", "none")))

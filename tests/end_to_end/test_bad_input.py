@@ -19,7 +19,7 @@ import torch
 from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
 from quantload import errors as e
 from quantload.checkpoint.reader import PieceReader
-from quantload.load import plan_quantized
+from quantload.draft import plan_quantized
 from quantload.model import transformers_api
 from torch import Tensor
 

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from quantload.errors import QuantloadError
-from quantload.memory.report import KeptReport, LayerReport, LoadReport, TimelinePoint, render
+from quantload.memory.report import KeptReport, LayerReport, LoadReport, TimelinePoint
+from quantload.memory.summary import render
 from rich.console import Console
 
 # Section 7 of the design, in its order.

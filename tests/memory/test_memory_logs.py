@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quantload.errors import QuantloadError
 from quantload.memory import logs
-from quantload.memory.budget import GIB
+from quantload.memory.amounts import GIB
 from quantload.memory.logs import MemoryLog, layer_types, parse, parse_all
 
 HALF_DIGIT = 0.0005 * GIB + 1

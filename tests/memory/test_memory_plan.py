@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from quantload.errors import MemoryBudgetError, PolicyError
-from quantload.memory.budget import GIB, MIB, check_budget, format_bytes, parse_bytes
+from quantload.memory.amounts import GIB, MIB, format_bytes, parse_bytes
+from quantload.memory.budget import check_budget
 from quantload.memory.planner import SLACK_BYTES, MemoryPlan, ParameterSize, SchemeTotal, plan_memory
 
 

@@ -13,12 +13,13 @@ from quantload.checkpoint.headers import TensorEntry
 from quantload.checkpoint.index import read_index
 from quantload.checkpoint.resolve import resolve
 from quantload.errors import MissingWeightsError, ShapeMismatchError, UnexpectedWeightsError
+from quantload.geometry.layout import WeightLayout
+from quantload.geometry.spans import Landing
 from quantload.kernels.formats import FP8_BLOCK, MXFP4
 from quantload.model.coordinates import Coordinates
-from quantload.model.routes import CheckpointMap, Landing, build_routes, map_checkpoint
+from quantload.model.routes import CheckpointMap, build_routes, map_checkpoint
 from quantload.model.skeleton import find_model
 from quantload.model.transformers_api import Conversion
-from quantload.schemes.layout import WeightLayout
 from transformers import PreTrainedModel
 
 Checkpoint = Callable[[str], Path]

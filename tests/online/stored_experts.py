@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from quantload.checkpoint.headers import TensorEntry
 from quantload.checkpoint.pieces import Piece, check_barriers
+from quantload.geometry.layout import WeightLayout
+from quantload.geometry.regions import Region
+from quantload.geometry.spans import Span
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import kernel_set, select
-from quantload.model.routes import Span
-from quantload.online.cuts import Sink
+from quantload.online.as_stored import StoredParameter, StoredProgress
 from quantload.online.moe import MoeOnlineWeightLoader
 from quantload.online.parameter import QuantizedParameter
-from quantload.online.regions import Region
+from quantload.online.sink import Sink
 from quantload.online.storage import FinalStorage
-from quantload.online.stored import StoredParameter, StoredProgress
-from quantload.online.stored_pieces import StoredPieces, plan_stored
+from quantload.pieces.stored import StoredPieces, plan_stored
 from quantload.schemes.base import Quantizer, meta_parameter
-from quantload.schemes.layout import WeightLayout
 from quantload.schemes.moe import QuantizedMoEScheme
 from quantload.schemes.stored.layouts import float32
 from quantload.schemes.stored.weights import StoredPart, StoredWeight

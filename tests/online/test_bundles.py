@@ -10,16 +10,16 @@ import torch
 from quantload.checkpoint.headers import TensorEntry
 from quantload.checkpoint.pieces import MAX_SHARED_READ, Piece
 from quantload.errors import NonFiniteWeightError, RepeatedRegionError
+from quantload.geometry.layout import WeightLayout
+from quantload.geometry.regions import Region
+from quantload.geometry.spans import Span
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import kernel_set
-from quantload.model.routes import Span
-from quantload.online.bundles import stacks
-from quantload.online.cuts import Sink
 from quantload.online.moe import MoeOnlineWeightLoader
-from quantload.online.pieces import plan_pieces
-from quantload.online.regions import Region
+from quantload.online.sink import Sink
+from quantload.pieces.plain import plan_pieces
+from quantload.pieces.plain_bundles import stacks
 from quantload.schemes.base import Quantizer, meta_parameter
-from quantload.schemes.layout import WeightLayout
 from quantload.schemes.moe import QuantizedMoEScheme
 from torch import Tensor, nn
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from quantload.errors import NonFiniteWeightError
-from quantload.online.dequantized_bundles import Read, merged
-from quantload.online.stored_stacks import MAX_HOLE
+from quantload.pieces.decoded_bundles import Read, merged
+from quantload.pieces.stored_stacks import MAX_HOLE
 from stored_experts import EXPERTS, HIDDEN, INTERMEDIATE, ORDERS, StoredExperts
 
 SLABS = 20_000

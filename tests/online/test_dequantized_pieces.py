@@ -15,13 +15,13 @@ from quantload.checkpoint.index import Shard
 from quantload.checkpoint.reader import PieceReader
 from quantload.checkpoint.source import FileSource
 from quantload.errors import PolicyError
+from quantload.geometry.regions import Region
+from quantload.geometry.spans import Span
 from quantload.kernels.formats import MXFP4_ROWS
 from quantload.kernels.registry import kernel_set, select
-from quantload.model.routes import Span
-from quantload.online.cuts import Sink
-from quantload.online.dequantized_pieces import DequantizedWeight
-from quantload.online.regions import Region
-from quantload.online.stored_pieces import StoredPieces, plan_stored
+from quantload.online.sink import Sink
+from quantload.pieces.decoded import DequantizedWeight
+from quantload.pieces.stored import StoredPieces, plan_stored
 from quantload.schemes.stored.read import read_stored
 from quantload.schemes.stored.weights import StoredWeight
 from safetensors.torch import save_file

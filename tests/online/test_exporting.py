@@ -18,27 +18,27 @@ from quantload.checkpoint.output import OutputFolder
 from quantload.checkpoint.reader import PieceReader
 from quantload.checkpoint.source import FileSource
 from quantload.checkpoint.writer import ShardWriter, plan_shards
+from quantload.convert.shards import Conversion
+from quantload.convert.tensors import KeptTensor, QuantizedTensor
 from quantload.errors import CheckpointError, MissingWeightsError, NonFiniteWeightError
+from quantload.geometry.layout import WeightLayout
+from quantload.geometry.regions import Region
+from quantload.geometry.spans import Span
 from quantload.kernels.registry import kernel_set
-from quantload.model.routes import Span
 from quantload.model.skeleton import Assignment
-from quantload.online.conversion import Conversion
-from quantload.online.cuts import Sink
-from quantload.online.kept_pieces import plan_kept
+from quantload.online.as_stored import StoredParameter, StoredProgress
 from quantload.online.parameter import QuantizedParameter
-from quantload.online.pieces import plan_pieces
-from quantload.online.regions import Region
+from quantload.online.sink import Sink
 from quantload.online.storage import FinalStorage
-from quantload.online.stored import StoredParameter, StoredProgress
 from quantload.options import LoadOptions
+from quantload.pieces.as_is import plan_kept
+from quantload.pieces.plain import plan_pieces
 from quantload.schemes.base import meta_parameter
 from quantload.schemes.exported.compressed_tensors import WEIGHTS as COMPRESSED_TENSORS
 from quantload.schemes.exported.gpt_oss import WEIGHTS as GPT_OSS
 from quantload.schemes.exported.quark import WEIGHTS as QUARK
 from quantload.schemes.exported.registry import EXPORT_FORMATS
-from quantload.schemes.exported.tensors import KeptTensor, QuantizedTensor
 from quantload.schemes.exported.weights import ExportedWeight
-from quantload.schemes.layout import WeightLayout
 from quantload.schemes.registry import ENTRIES, SchemeFactory
 from quantload.schemes.stored.read import read_stored
 from safetensors.torch import load_file, save_file

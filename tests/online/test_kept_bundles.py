@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from quantload.errors import CheckpointError, NonFiniteWeightError
-from quantload.online.stored_stacks import MAX_HOLE
+from quantload.pieces.stored_stacks import MAX_HOLE
 from stored_experts import EXPERTS, HIDDEN, INTERMEDIATE, ORDERS, StoredExperts
 
 

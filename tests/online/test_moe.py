@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantload.errors import NonFiniteWeightError, RepeatedRegionError, ShapeMismatchError
+from quantload.geometry.layout import WeightLayout
+from quantload.geometry.regions import Region
 from quantload.kernels import statistics
 from quantload.kernels.formats import WeightFormat
 from quantload.online.moe import MoeOnlineWeightLoader
-from quantload.online.regions import Region
 from quantload.schemes.base import MoeQuantizationCallbacks, NonFiniteError, TensorStats, meta_parameter
-from quantload.schemes.layout import WeightLayout
 from torch import Tensor, nn
 
 EXPERTS, INTERMEDIATE, HIDDEN = 4, 6, 8

@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 from quantload.checkpoint.headers import TensorEntry
 from quantload.checkpoint.pieces import Piece, check_barriers
 from quantload.errors import NonFiniteWeightError
+from quantload.geometry.layout import WeightLayout
+from quantload.geometry.regions import Interval, Region
+from quantload.geometry.spans import Landing, Span
 from quantload.kernels.formats import FP8_CHANNEL, FP8_TENSOR, RowMultiplied, WeightFormat
 from quantload.model.coordinates import Coordinates
-from quantload.model.routes import Landing, Span, _spans
-from quantload.online.cuts import Sink, cut_tensor
-from quantload.online.pieces import plan_pieces
-from quantload.online.regions import Interval, Region
+from quantload.model.routes import _spans
+from quantload.online.sink import Sink
 from quantload.online.storage import FinalStorage
 from quantload.online.weight_loader import DirectWeightLoader
-from quantload.schemes.layout import WeightLayout
+from quantload.pieces.cuts import cut_tensor
+from quantload.pieces.plain import plan_pieces
 from torch import Tensor, nn
 
 U8 = torch.uint8

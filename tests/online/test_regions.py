@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantload.errors import RepeatedRegionError, RouteError
-from quantload.online.regions import Region, RegionTracker
+from quantload.geometry.regions import Region, RegionTracker
 from torch import Tensor
 
 THREADS = 4

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from quantload.cache.restored import final_tensors, plan_restored
 from quantload.checkpoint.headers import TensorEntry
 from quantload.checkpoint.pieces import Piece
 from quantload.errors import RepeatedRegionError, ShapeMismatchError
-from quantload.model.routes import Landing
-from quantload.online.attach import WeightLoaders
+from quantload.geometry.regions import Region
+from quantload.geometry.spans import Landing
+from quantload.model.attach import WeightLoaders
 from quantload.online.moe import MoeOnlineWeightLoader
-from quantload.online.regions import Region
-from quantload.online.restored import final_tensors, plan_restored
 from quantload.online.storage import FinalStorage
 from quantload.online.weight_loader import DirectWeightLoader
 from quantload.options import LoadOptions

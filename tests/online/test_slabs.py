@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quantload.checkpoint.headers import TensorEntry
 from quantload.errors import UnsupportedCheckpointError
+from quantload.geometry.regions import Region
+from quantload.geometry.spans import Span
 from quantload.kernels.formats import FORMATS
-from quantload.model.routes import Span
-from quantload.online.regions import Region
-from quantload.online.slabs import lines_per_slab, slabs
+from quantload.pieces.slabs import lines_per_slab, slabs
 from quantload.schemes.stored.weights import StoredPart, StoredWeight
 from torch import Tensor
 

@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 from quantload.errors import NonFiniteWeightError, RepeatedRegionError, RouteError, ShapeMismatchError
+from quantload.geometry.layout import WeightLayout
+from quantload.geometry.regions import Region
 from quantload.kernels.formats import FORMATS
+from quantload.online.as_stored import InputScaleLoader, StoredParameter, StoredProgress
 from quantload.online.parameter import QuantizedParameter
-from quantload.online.regions import Region
 from quantload.online.storage import FinalStorage
-from quantload.online.stored import InputScaleLoader, StoredParameter, StoredProgress
 from quantload.schemes.activations import InputScales
 from quantload.schemes.base import meta_parameter
-from quantload.schemes.layout import WeightLayout
 from torch import nn
 
 N, K, E = 4, 64, 2

@@ -7,7 +7,7 @@ import torch
 from quantload.checkpoint.headers import TensorEntry
 from quantload.errors import CheckpointError
 from quantload.kernels.formats import FORMATS
-from quantload.online.stored_checks import check_order, check_shape
+from quantload.schemes.stored.checks import check_order, check_shape
 from quantload.schemes.stored.weights import StoredPart, StoredWeight
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from quantload.checkpoint.headers import TensorEntry
 from quantload.kernels.formats import FORMATS
-from quantload.online.stored_parts import CONVERTED_BYTES, PartMatrix, codes_of
+from quantload.pieces.stored_parts import CONVERTED_BYTES, PartMatrix, codes_of
 from quantload.schemes.stored.weights import StoredPart, StoredWeight
 
 CHUNK = 8 << 20

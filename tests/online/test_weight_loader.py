@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 from quantload.errors import NonFiniteWeightError, RepeatedRegionError, ShapeMismatchError
+from quantload.geometry.layout import WeightLayout
+from quantload.geometry.regions import Region
 from quantload.kernels import statistics
 from quantload.online.parameter import QuantizedParameter, materialize
 from quantload.online.quantizing import LayerProgress, linear_quantizer
-from quantload.online.regions import Region
 from quantload.online.storage import FinalStorage
 from quantload.online.weight_loader import DirectWeightLoader, OnlineWeightLoader
 from quantload.options import LoadOptions
 from quantload.schemes.base import meta_parameter
-from quantload.schemes.layout import WeightLayout
 from quantload.schemes.registry import SchemeFactory
 from torch import Tensor, nn
 

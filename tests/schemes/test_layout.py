@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantload.geometry.layout import WeightLayout
+from quantload.geometry.regions import Region
 from quantload.kernels.formats import FORMATS, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, MXFP4, WeightFormat
-from quantload.online.regions import Region
-from quantload.schemes.layout import WeightLayout
 
 TINY = WeightFormat("tiny", torch.uint8, torch.float32, 3, 4, 1)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.writer import TensorSpec
+from ...geometry.layout import WeightLayout
 from ...kernels.formats import WeightFormat
-from ..layout import WeightLayout
 
 Shape = tuple[int, ...]
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteWeightError, ShapeMismatchError
+from ..geometry.layout import Block
+from ..geometry.regions import Interval, Region, RegionTracker
 from ..schemes.activations import InputScales
-from ..schemes.layout import Block
+from ..schemes.stored.checks import check_finite
 from .parameter import QuantizedParameter
-from .regions import Interval, Region, RegionTracker
-from .stored_checks import check_finite
 from .weight_loader import ParameterLoader, whole_shard
 
 WORDS = "scale", "zero_point"

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..checkpoint.writer import ShardWriter
 from ..errors import NonFiniteWeightError
+from ..geometry.layout import Block, WeightLayout
+from ..geometry.regions import Interval, Region, RegionTracker
+from ..online.quantizing import StatisticsSum, non_finite_error, rows_below_each_other
 from ..schemes.base import NonFiniteError
-from ..schemes.exported.tensors import QuantizedTensor
 from ..schemes.exported.weights import ExportedPart
-from ..schemes.layout import Block, WeightLayout
-from .quantizing import StatisticsSum, non_finite_error, rows_below_each_other
-from .regions import Interval, Region, RegionTracker
+from .tensors import QuantizedTensor
 
 
 class Buffers(threading.local):

@@ -10,21 +10,22 @@ from typing import Any
 
 from torch import nn
 
-from ...checkpoint.headers import TensorEntry
-from ...checkpoint.writer import TensorSpec
-from ...kernels.formats import WeightFormat
-from ...model.routes import Routes, Source, Span
-from ...model.skeleton import Assignment
-from ...online.cuts import Sink
-from ...online.regions import Region
-from ...online.stored import StoredCodesLoader
-from ..base import LinearScheme, MoEScheme
-from ..layout import WeightLayout
-from ..policy import name_reason
-from ..stored.weights import StoredWeight
+from ..checkpoint.headers import TensorEntry
+from ..checkpoint.writer import TensorSpec
+from ..geometry.layout import WeightLayout
+from ..geometry.regions import Region
+from ..geometry.spans import Span
+from ..kernels.formats import WeightFormat
+from ..model.routes import Routes, Source
+from ..model.skeleton import Assignment
+from ..online.as_stored import StoredCodesLoader
+from ..online.sink import Sink
+from ..schemes.base import LinearScheme, MoEScheme
+from ..schemes.exported.registry import exported_weight, why_not_columns
+from ..schemes.exported.weights import ExportedWeight, ExportFormat
+from ..schemes.policy import name_reason
+from ..schemes.stored.weights import StoredWeight
 from .refusals import impossible, nothing_quantized
-from .registry import exported_weight, why_not_columns
-from .weights import ExportedWeight, ExportFormat
 
 _NAME = "weight"
 _SUFFIX = f".{_NAME}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.formats import WeightFormat
-from ..online.regions import Interval, Region
+from .regions import Interval, Region
 
 
 @dataclass(frozen=True, slots=True)

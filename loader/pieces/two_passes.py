@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ..checkpoint.pieces import Barrier, Piece
-from ..model.routes import Span
-from .cuts import Sink
-from .regions import Region
+from ..geometry.regions import Region
+from ..geometry.spans import Span
+from ..online.sink import Sink
 
 Matrix = tuple[str, int | None]
 

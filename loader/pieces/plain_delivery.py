@@ -10,7 +10,8 @@ from torch import Tensor
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.workspace import Workspace
 from ..errors import NonFiniteWeightError
-from .cuts import Part, Sink
+from ..online.sink import Sink
+from .cuts import Part
 
 
 class Delivery:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.pieces import MAX_SHARED_READ, SMALL_PIECE, Piece
 from ..checkpoint.workspace import Workspace
-from ..model.routes import Span
+from ..geometry.spans import Span
+from ..online.sink import Sink
 from ..schemes.stored.weights import StoredWeight
-from .cuts import Sink
 from .stored_parts import PartMatrix
 from .stored_stacks import MAX_HOLE, PartStack
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.pieces import Piece
-from ..model.routes import Span
+from ..geometry.spans import Span
+from ..online.as_stored import StoredCodesLoader
+from ..online.sink import Sink
 from ..schemes.stored.weights import StoredWeight
-from .cuts import Sink
-from .dequantized_bundles import DequantizedBundler, Member
-from .dequantized_pieces import Dequantize, DequantizedWeight
-from .kept_pieces import plan_kept
+from .as_is import plan_kept
+from .decoded import Dequantize, DequantizedWeight
+from .decoded_bundles import DequantizedBundler, Member
 from .slabs import Slab
-from .stored import StoredCodesLoader
 from .stored_stacks import Families
 from .two_passes import first_pass, read_twice, together
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, NonFiniteWeightError
-from ..schemes.stored.weights import StoredWeight
+from ...errors import CheckpointError, NonFiniteWeightError
+from .weights import StoredWeight
 
 
 def check_finite(name: str, scales: Tensor, largest: float = torch.inf) -> None:

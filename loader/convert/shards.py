@@ -18,12 +18,13 @@ from ..checkpoint.output import OutputFolder
 from ..checkpoint.writer import Extent, ShardPlan, ShardWriter
 from ..collector import collector_paused
 from ..errors import MissingWeightsError
+from ..geometry.spans import Span
 from ..kernels.statistics import merge, new_statistics
-from ..model.routes import Source, Span
-from ..schemes.exported.tensors import KeptTensor, QuantizedTensor
+from ..model.routes import Source
+from ..online.sink import Sink
 from ..schemes.stored.weights import StoredWeight
-from .cuts import Sink
-from .exporting import Buffers, CopyingLoader, ExportingLoader
+from .closures import Buffers, CopyingLoader, ExportingLoader
+from .tensors import KeptTensor, QuantizedTensor
 
 PlannedTensor = QuantizedTensor | KeptTensor
 _NAMES_SHOWN = 8

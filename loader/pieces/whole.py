@@ -16,11 +16,12 @@ from ..checkpoint.headers import TensorEntry
 from ..checkpoint.pieces import Piece
 from ..checkpoint.workspace import Workspace
 from ..errors import UnexpectedWeightsError
+from ..geometry.regions import Region
+from ..geometry.spans import Landing
 from ..model import transformers_api
-from ..model.routes import Landing, ModelShapes
+from ..model.routes import ModelShapes
 from ..model.transformers_api import Conversion
-from .cuts import Sink
-from .regions import Region
+from ..online.sink import Sink
 
 
 class WholeConversion:

@@ -14,12 +14,13 @@ from torch import Tensor
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.pieces import Barrier, Lines, Piece
 from ..checkpoint.workspace import Workspace
-from ..model.routes import Span
-from .bundles import Bundler, QuantizedAlone, may_be_bundled
-from .cuts import Cut, Part, Sink, cut_tensor
-from .delivery import Delivery
+from ..geometry.spans import Span
+from ..online.sink import Sink
+from ..online.weight_loader import DirectWeightLoader
+from .cuts import Cut, Part, cut_tensor
+from .plain_bundles import Bundler, QuantizedAlone, may_be_bundled
+from .plain_delivery import Delivery
 from .two_passes import first_pass, read_twice, together
-from .weight_loader import DirectWeightLoader
 
 
 def plan_pieces(

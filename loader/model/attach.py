@@ -12,19 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import MissingWeightsError
-from ..model.quantized import QuantizedLinear
-from ..model.routes import Landing
-from ..model.skeleton import Assignment
-from ..model.stored_sources import StoredModule
+from ..geometry.spans import Landing
+from ..online.as_stored import InputScaleLoader, StoredParameter, StoredProgress
+from ..online.moe import MoeOnlineWeightLoader
+from ..online.parameter import QuantizedParameter, alive, materialize
+from ..online.quantizing import LayerProgress, linear_quantizer
+from ..online.sink import Sink
+from ..online.storage import FinalStorage
+from ..online.weight_loader import DirectWeightLoader, OnlineWeightLoader
 from ..schemes.activations import InputScales
 from ..schemes.base import LinearScheme
-from .cuts import Sink
-from .moe import MoeOnlineWeightLoader
-from .parameter import QuantizedParameter, alive, materialize
-from .quantizing import LayerProgress, linear_quantizer
-from .storage import FinalStorage
-from .stored import InputScaleLoader, StoredParameter, StoredProgress
-from .weight_loader import DirectWeightLoader, OnlineWeightLoader
+from .quantized import QuantizedLinear
+from .skeleton import Assignment
+from .stored_sources import StoredModule
 
 NAMES_SHOWN = 8
 

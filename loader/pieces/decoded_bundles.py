@@ -16,11 +16,11 @@ from torch import Tensor
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.pieces import MAX_SHARED_READ, SMALL_PIECE, Barrier, Piece
 from ..checkpoint.workspace import Workspace
-from ..model.routes import Span
+from ..geometry.spans import Span
+from ..online.sink import Sink
 from ..schemes.stored.weights import Role, StoredWeight
-from .bundles import QuantizedAlone
-from .cuts import Sink
-from .dequantized_pieces import Dequantize
+from .decoded import Dequantize
+from .plain_bundles import QuantizedAlone
 from .stored_stacks import MAX_HOLE, Family, PartStack
 from .two_passes import Matrix
 

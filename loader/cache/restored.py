@@ -18,8 +18,8 @@ from ..checkpoint.pieces import Piece
 from ..checkpoint.workspace import Workspace
 from ..checkpoint.writer import TensorSpec
 from ..errors import ShapeMismatchError
-from .attach import WeightLoaders
-from .weight_loader import DirectWeightLoader, OnlineWeightLoader
+from ..model.attach import WeightLoaders
+from ..online.weight_loader import DirectWeightLoader, OnlineWeightLoader
 
 
 def final_tensors(loaders: WeightLoaders, parameters: Iterable[str]) -> Iterator[TensorSpec]:

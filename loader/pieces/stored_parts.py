@@ -12,11 +12,11 @@ from torch import Tensor
 from ..checkpoint.pieces import Lines, Piece
 from ..checkpoint.workspace import Workspace
 from ..errors import CheckpointError
+from ..geometry.regions import Interval
 from ..schemes.activations import check_input_scales
+from ..schemes.stored.checks import check_codes, check_order, check_shape, check_zero
 from ..schemes.stored.weights import StoredPart, StoredWeight
-from .regions import Interval
 from .slabs import lines_per_slab
-from .stored_checks import check_codes, check_order, check_shape, check_zero
 
 CONVERTED_BYTES = 1 << 19
 """Bytes of a tensor that are converted or checked at once: what that takes beside them, several times as much, is not

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from ...errors import PolicyError
-from ...model.skeleton import Assignment
-from .weights import ExportFormat
+from ..errors import PolicyError
+from ..model.skeleton import Assignment
+from ..schemes.exported.weights import ExportFormat
 
 _SHOWN = 4
 _KINDS = {"linear": "linear layers", "experts": "experts modules"}

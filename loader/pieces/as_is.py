@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..checkpoint.pieces import Piece
 from ..checkpoint.workspace import Workspace
 from ..errors import CheckpointError
-from ..model.routes import Span
+from ..geometry.regions import Interval
+from ..geometry.spans import Span
+from ..online.sink import Sink
+from ..schemes.stored.checks import check_codes
 from ..schemes.stored.weights import StoredWeight
-from .cuts import Sink
-from .kept_bundles import KeptBundler
-from .regions import Interval
+from .as_is_bundles import KeptBundler
 from .slabs import Slab, SlabPart, rows_of, slabs
-from .stored_checks import check_codes
 from .stored_parts import PartMatrix, codes_of
 from .stored_stacks import Families
 

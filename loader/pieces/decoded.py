@@ -17,13 +17,13 @@ from torch import Tensor
 from ..checkpoint.pieces import Barrier, Piece
 from ..checkpoint.workspace import Workspace
 from ..errors import PolicyError
+from ..geometry.regions import Interval
+from ..geometry.spans import Span
 from ..kernels.reference.operations import scale_rows
-from ..model.routes import Span
+from ..online.sink import Sink
+from ..schemes.stored.checks import check_finite
 from ..schemes.stored.weights import StoredWeight
-from .cuts import Sink
-from .regions import Interval
 from .slabs import Slab, SlabPart, lines_per_slab, slabs, slabs_across
-from .stored_checks import check_finite
 from .stored_parts import PartMatrix, all_but_codes, codes_of
 
 Dequantize = Callable[[Tensor, Tensor, Tensor], None]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, NonFiniteWeightError
-from ..model.routes import Span
+from ..geometry.regions import Region
+from ..geometry.spans import Span
+from ..schemes.stored.checks import check_finite
 from ..schemes.stored.weights import Role, StoredPart, StoredWeight
-from .regions import Region
-from .stored_checks import check_finite
 from .stored_parts import PartMatrix
 
 MAX_HOLE = 256

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..errors import UnsupportedCheckpointError
-from ..model.routes import Span
+from ..geometry.regions import Interval, Region
+from ..geometry.spans import Span
 from ..schemes.stored.weights import StoredWeight
-from .regions import Interval, Region
 
 
 class SlabPart(NamedTuple):

@@ -17,10 +17,11 @@ from ..checkpoint.headers import TensorEntry
 from ..checkpoint.pieces import MAX_SHARED_READ, SMALL_PIECE, Piece
 from ..checkpoint.workspace import Workspace
 from ..errors import NonFiniteWeightError
-from ..model.routes import Span
-from .cuts import Part, Sink, is_dense
-from .delivery import located, matrix
-from .regions import Interval, Region
+from ..geometry.regions import Interval, Region
+from ..geometry.spans import Span
+from ..online.sink import Sink
+from .cuts import Part, is_dense
+from .plain_delivery import located, matrix
 
 Member = tuple[TensorEntry, Span]
 

@@ -12,31 +12,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint.index import CheckpointIndex
-from .checkpoint.output import UNFINISHED, OutputFolder
-from .checkpoint.paths import locate
-from .checkpoint.reader import PieceReader
-from .checkpoint.resolve import CONFIG_NAME, MODELOPT_CONFIG_NAME, SMALL_FILES, Checkpoint, resolve
-from .checkpoint.source import FileSource
-from .checkpoint.weight_map import INDEX_NAME
-from .checkpoint.working_memory import CPU, slots_per_worker
-from .checkpoint.writer import ShardPlan, plan_shards, weight_index
-from .collector import collector_paused
-from .errors import PolicyError
-from .load import Draft, draft_load
-from .memory.budget import check_budget
-from .memory.overhead import WRITTEN_PIECES, WRITTEN_TENSORS
-from .memory.report import LoadReport
-from .online.conversion import Conversion, PlannedTensor
-from .online.pieces import plan_pieces
-from .online.storage import FinalStorage
-from .online.stored_pieces import plan_stored
-from .options import LoadOptions, QuantizationPolicy
-from .plan import MIN_CHUNK, LoadPlan, plan_staging, plan_without_pieces
-from .recording import Progress, Recorder
-from .schemes.exported.registry import get_export_format
-from .schemes.exported.tensors import kept_modules, plan_tensors, quantized_modules
-from .schemes.exported.weights import ExportFormat
+from ..checkpoint.index import CheckpointIndex
+from ..checkpoint.output import UNFINISHED, OutputFolder
+from ..checkpoint.paths import locate
+from ..checkpoint.reader import PieceReader
+from ..checkpoint.resolve import CONFIG_NAME, MODELOPT_CONFIG_NAME, SMALL_FILES, Checkpoint, resolve
+from ..checkpoint.source import FileSource
+from ..checkpoint.weight_map import INDEX_NAME
+from ..checkpoint.working_memory import CPU, slots_per_worker
+from ..checkpoint.writer import ShardPlan, plan_shards, weight_index
+from ..collector import collector_paused
+from ..draft import Draft, draft_load
+from ..errors import PolicyError
+from ..memory.budget import check_budget
+from ..memory.overhead import WRITTEN_PIECES, WRITTEN_TENSORS
+from ..memory.report import LoadReport
+from ..online.storage import FinalStorage
+from ..options import LoadOptions, QuantizationPolicy
+from ..pieces.plain import plan_pieces
+from ..pieces.stored import plan_stored
+from ..plan import MIN_CHUNK, LoadPlan, plan_staging, plan_without_pieces
+from ..recording import Progress, Recorder
+from ..schemes.exported.registry import get_export_format
+from ..schemes.exported.weights import ExportFormat
+from .shards import Conversion, PlannedTensor
+from .tensors import kept_modules, plan_tensors, quantized_modules
 
 MAX_SHARD_BYTES = 4 * 10**9
 _KEY_VERSION = 2

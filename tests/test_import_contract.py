@@ -1,0 +1,192 @@
+"""Which part of the package may import which: a lower floor never imports a higher one, and nothing in a circle."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from import_graph import PACKAGE, Import, circles, imports_of, modules_of, within
+
+ROOT = Path(__file__).parent.parent
+MODULES = modules_of(ROOT / "loader")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What may be imported besides the floor's own modules (floors, or single modules of them), and why no more."""
+
+    may: str
+    why: str
+
+
+KERNELS = "kernels kernels.reference"
+GROUND = "errors options collector"
+FLOORS: dict[str, Floor] = {
+    "errors": Floor("", "everybody raises them"),
+    "collector": Floor("", "a context manager around Python's own collector"),
+    "kernels": Floor(
+        "", "what all kernels share; an engine may take kernels/ without the loader, and so without errors"
+    ),
+    "kernels.reference": Floor("kernels", "the meaning of the operations, whatever runs them"),
+    "kernels.cpu.processor": Floor("", "asks LLVM what the processor can do"),
+    "kernels.cpu.ir": Floor("kernels kernels.cpu.processor", "writes code, compiles and runs none"),
+    "kernels.cpu": Floor(f"{KERNELS} kernels.cpu.ir kernels.cpu.processor", "works where there is no GPU or Triton"),
+    "kernels.gpu.jit": Floor("", "Triton's own language: its compiler follows calls into nothing else"),
+    "kernels.gpu": Floor(f"{KERNELS} kernels.gpu.jit", "works where there is no numba"),
+    "kernels.implementations": Floor(f"{KERNELS} kernels.cpu kernels.gpu", "the list of all of them"),
+    "kernels.registry": Floor(f"{KERNELS} kernels.cpu kernels.gpu kernels.implementations", "chooses from the list"),
+    "cpu_kernels": Floor("errors kernels.cpu", "loads numba with the package's own errors"),
+    "options": Floor("errors kernels.registry", "checks what a caller asks for, kernels by name included"),
+    "geometry": Floor("errors kernels.formats", "where a piece lies: no files, no modules"),
+    "checkpoint": Floor("errors options", "files of any model: nothing about quantization"),
+    "memory": Floor("errors kernels.statistics", "measures and plans a load without knowing its steps"),
+    "schemes": Floor(
+        f"errors options geometry checkpoint {KERNELS} kernels.registry", "what a format means for a module"
+    ),
+    "online": Floor(
+        "errors geometry kernels.formats kernels.statistics schemes", "an engine can use the closures as they are"
+    ),
+    "model": Floor(
+        "errors geometry kernels.formats checkpoint schemes online", "the transformers side: whose parameter is where"
+    ),
+    "pieces": Floor(f"errors geometry {KERNELS} checkpoint schemes online model", "what is read at once, and for whom"),
+    "plan": Floor(f"{GROUND} checkpoint memory schemes online model pieces", "says what a load will do"),
+    "draft": Floor(f"{GROUND} checkpoint memory schemes online model plan", "is shared by load, convert and cache"),
+    "recording": Floor(f"{GROUND} checkpoint memory schemes model plan", "says what a load did"),
+    "convert": Floor(
+        f"{GROUND} {KERNELS} geometry checkpoint memory schemes online model pieces plan draft recording",
+        "a flow of its own beside load: neither knows the other",
+    ),
+    "cache": Floor(f"{GROUND} checkpoint memory schemes online model plan draft", "a load calls it at three places"),
+    "load": Floor(
+        f"{GROUND} cpu_kernels checkpoint memory schemes online model plan draft recording cache", "the flow of a load"
+    ),
+    "server": Floor("errors options checkpoint memory model load", "a user of load like any other"),
+    "cli_options": Floor("errors options memory", "imported before anything heavy is"),
+    "cli": Floor("errors options memory schemes draft load convert server cli_options", "a user of the package"),
+    "": Floor("errors options memory draft load convert", "the public names, each imported when it is first used"),
+}
+"""From the ground up: a floor names only floors above it in this list, so that the list itself has no circle."""
+
+WITHOUT_TRANSFORMERS = list(FLOORS)[: list(FLOORS).index("model")]
+"""The floors below `model`, which is what knows transformers."""
+
+
+def floor_of(module: str, floors: Iterable[str] = FLOORS) -> str:
+    """The floor with the longest name that the module's name begins with."""
+    name = module.removeprefix(PACKAGE).removeprefix(".")
+    return max((floor for floor in floors if floor in ("", name) or name.startswith(f"{floor}.")), key=len)
+
+
+def uphill(graph: Mapping[str, list[Import]], floors: Mapping[str, Floor]) -> list[str]:
+    """Imports that the table does not allow, as lines to read."""
+    found = []
+    for one in (one for imports in graph.values() for one in imports):
+        here, there = floor_of(one.importer, floors), floor_of(one.target, floors)
+        allowed = floors[here].may.split()
+        if here != there and there not in allowed and one.target.removeprefix(f"{PACKAGE}.") not in allowed:
+            found.append(f"{one.importer}:{one.line} imports {one.target}, but {here or PACKAGE}: {floors[here].why}")
+    return found
+
+
+def test_no_floor_imports_a_higher_one() -> None:
+    assert uphill(within(MODULES), FLOORS) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circles(within(MODULES)) == []
+
+
+def test_every_module_stands_on_a_floor_of_the_table() -> None:
+    assert [name for name in MODULES if floor_of(name) == "" and name != PACKAGE] == []
+    assert [floor for floor in FLOORS if not any(floor_of(name) == floor for name in MODULES)] == []
+
+
+def test_the_table_goes_from_the_ground_up() -> None:
+    below: list[str] = []
+    for name, floor in FLOORS.items():
+        known = {*below, *(module.removeprefix(f"{PACKAGE}.") for module in MODULES if floor_of(module) in below)}
+        assert set(floor.may.split()) <= known, name
+        below.append(name)
+
+
+def test_imports_within_the_package_are_relative_and_do_not_climb_out_of_it() -> None:
+    absolute = (PACKAGE, "loader", "kernels")  # the folders' names are never installed
+    wrong = [
+        f"{name}: {line.strip()}"
+        for name, path in MODULES.items()
+        for line in path.read_text().splitlines()
+        if line.split()[:1] in (["from"], ["import"]) and line.split()[1].split(".")[0] in absolute
+    ]
+    climbing = [one for name, path in MODULES.items() for one in imports_of(name, path) if one.target.startswith(".")]
+    assert wrong == []
+    assert climbing == []
+
+
+def test_only_the_floors_from_model_up_import_transformers() -> None:
+    found = [
+        one
+        for name, path in MODULES.items()
+        if floor_of(name) in WITHOUT_TRANSFORMERS
+        for one in imports_of(name, path)
+        if one.target.split(".")[0] == "transformers"
+    ]
+    assert found == []
+
+
+def test_the_closures_are_imported_where_there_is_no_transformers() -> None:
+    wanted = [name for name in MODULES if floor_of(name) == "online"]
+    code = (
+        "import sys; from importlib import import_module; sys.modules['transformers'] = None\n"
+        f"for name in {wanted}: import_module(name)\n"
+        f"print([name for name in sys.modules if name.startswith('{PACKAGE}.model')])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("from ..high import top", "quantload.low.one:1 imports quantload.high.top, but low: the ground"),
+        (
+            "def f():\n    from ..high.top import f",
+            "quantload.low.one:2 imports quantload.high.top, but low: the ground",
+        ),
+        ("import quantload.high.top as t", "quantload.low.one:1 imports quantload.high.top, but low: the ground"),
+        (
+            'import_module("..high.top", __package__)',
+            "quantload.low.one:1 imports quantload.high.top, but low: the ground",
+        ),
+        ("from . import other\nimport json", None),
+    ],
+)
+def test_an_import_uphill_is_found_wherever_it_stands(tmp_path: Path, source: str, message: str | None) -> None:
+    modules = _package(tmp_path, {"low/one.py": source, "low/other.py": "", "high/top.py": "from ..low import one"})
+    found = uphill(within(modules), {"low": Floor("", "the ground"), "high": Floor("low", "the roof")})
+    assert found == ([message] if message else [])
+
+
+def test_a_circle_through_an_import_inside_a_function_is_found(tmp_path: Path) -> None:
+    modules = _package(
+        tmp_path, {"a.py": "from . import b", "b.py": "from .c import f", "c.py": "def f():\n    from .a import g"}
+    )
+    assert circles(within(modules)) == [["quantload.a", "quantload.b", "quantload.c", "quantload.a"]]
+
+
+def test_a_relative_import_that_climbs_out_of_the_package_is_found(tmp_path: Path) -> None:
+    modules = _package(tmp_path, {"low/one.py": "from ...outside import name"})
+    ((_, path),) = modules.items()
+    assert [one.target for one in imports_of("quantload.low.one", path)] == ["...outside.name"]
+
+
+def _package(folder: Path, files: dict[str, str]) -> dict[str, Path]:
+    for name, source in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(source)
+    return modules_of(folder)

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -17,18 +17,13 @@ import typer
 from rich.console import Console
 
 from .cli_options import (
-    CacheOptions,
-    Device,
-    ForwardOptions,
+    ConvertOptions,
     Json,
-    PolicyOptions,
-    Quantization,
+    Model,
+    ModelOptions,
+    PlanOptions,
     Report,
-    RunOptions,
-    SourceOptions,
-    StreamOptions,
     command_with_groups,
-    load_options,
 )
 from .errors import (
     CheckpointError,
@@ -52,8 +47,6 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
-Model = Annotated[str | None, typer.Argument(help="Folder or hub id; the bundled demo model without it.")]
-
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -75,27 +68,17 @@ def about(
 def load(
     *,
     model: Model = None,
-    quantization: Quantization = "auto",
-    device: Device = "auto",
-    chosen: PolicyOptions,
-    run: RunOptions,
-    stream: StreamOptions,
-    forward: ForwardOptions,
-    caching: CacheOptions,
-    source: SourceOptions,
+    chosen: ModelOptions,
     as_json: Json = False,
     report: Report = None,
 ) -> None:
     """Load a model, and say what was quantized, what it lost and how much memory it took."""
-    policy, options = chosen.policy(), load_options(run, stream, forward, caching)
+    arguments = chosen.arguments()
     _check_writable(report)
     from .load import load_quantized
 
     with _progress_bar("loading") as progress:
-        loaded = load_quantized(
-            _model(model, source), quantization, device=device, policy=policy, options=options, progress=progress,
-            **source.values(),
-        )  # fmt: skip
+        loaded = load_quantized(_model(model, arguments), progress=progress, **arguments)
     _tell(loaded.load_report, report, as_json)
 
 
@@ -104,21 +87,14 @@ def load(
 def plan(
     *,
     model: Model = None,
-    quantization: Quantization = "auto",
-    device: Device = "auto",
-    chosen: PolicyOptions,
-    run: RunOptions,
-    forward: ForwardOptions,
-    source: SourceOptions,
+    chosen: PlanOptions,
     as_json: Json = False,
 ) -> None:
     """Say what a load would do and how much memory it would take, from the headers alone."""
-    policy, options = chosen.policy(), load_options(run, forward)
+    arguments = chosen.arguments()
     from .draft import plan_quantized
 
-    draft = plan_quantized(
-        _model(model, source), quantization, device=device, policy=policy, options=options, **source.values()
-    )
+    draft = plan_quantized(_model(model, arguments), **arguments)
     modules = [
         {"name": a.name, "kind": a.kind, "scheme": a.scheme.name if a.scheme is not None else None, "reason": a.reason}
         for a in draft.assignments
@@ -137,35 +113,43 @@ def plan(
 def serve(
     *,
     model: Model = None,
-    quantization: Quantization = "auto",
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but a local one can be reached from other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 takes a free one, which the log names.", min=0, max=65535)
+    ] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="QUANTLOAD_API_KEY", help="Required of every request but /health.")
+        str | None,
+        typer.Option(
+            envvar="QUANTLOAD_API_KEY",
+            help="Bearer token that every request but /health must carry.",
+            show_default="no key is asked for",
+        ),
     ] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="The name clients use; MODEL without it.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the model in the API.", show_default="MODEL as given")
+    ] = None,
     continuous_batching: Annotated[
-        bool, typer.Option("--continuous-batching", help="Batch requests with transformers' paged scheduler.")
+        bool,
+        typer.Option(
+            "--continuous-batching",
+            help="Generate for requests together, with transformers' paged scheduler; one after the other without.",
+        ),
     ] = False,
-    device: Device = "auto",
-    chosen: PolicyOptions,
-    run: RunOptions,
-    stream: StreamOptions,
-    forward: ForwardOptions,
-    caching: CacheOptions,
-    source: SourceOptions,
+    chosen: ModelOptions,
 ) -> None:
     """Load a model and serve it over an OpenAI-compatible API, with /metrics, /health and /load_report."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the server takes over as soon as it listens
-    policy, options = chosen.policy(), load_options(run, stream, forward, caching)
+    arguments = chosen.arguments()
     try:
         from .server.command import serve_model
     except ImportError as error:
         raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
     serve_model(
-        _model(model, source), quantization, device=device, policy=policy, options=options, host=host, port=port,
-        api_key=api_key, served_model_name=served_model_name or _display_name(model),
-        continuous_batching=continuous_batching, **source.values(),
+        _model(model, arguments), host=host, port=port, api_key=api_key,
+        served_model_name=served_model_name or _display_name(model), continuous_batching=continuous_batching,
+        **arguments,
     )  # fmt: skip
 
 
@@ -173,37 +157,38 @@ def serve(
 @command_with_groups
 def convert(
     *,
-    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
-    quantization: Quantization = "auto",
     checkpoint_format: Annotated[
-        str, typer.Option("--format", help="quark, compressed-tensors or, for gpt-oss, mxfp4.")
+        str,
+        typer.Option(
+            "--format", help="Whose form of a quantized checkpoint: quark, compressed-tensors or, for gpt-oss, mxfp4."
+        ),
     ] = "quark",
-    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 4GB.")] = "4GB",
-    chosen: PolicyOptions,
-    run: RunOptions,
-    stream: StreamOptions,
-    source: SourceOptions,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 4GB.")] = "4GB",
+    chosen: ConvertOptions,
     as_json: Json = False,
     report: Report = None,
 ) -> None:
     """Write a quantized checkpoint, streaming; run again after an interruption, it goes on where it was."""
-    policy, options = chosen.policy(), load_options(run, stream)
+    arguments = chosen.arguments()
     _check_writable(report)
     from .convert.flow import convert_checkpoint
     from .memory.amounts import parse_bytes
 
     with _progress_bar("converting") as progress:
         made = convert_checkpoint(
-            model, out, quantization, format=checkpoint_format, policy=policy, options=options,
-            max_shard_bytes=parse_bytes(max_shard_size), progress=progress, **source.values(),
+            model, out, format=checkpoint_format, max_shard_bytes=parse_bytes(max_shard_size), progress=progress,
+            **arguments,
         )  # fmt: skip
     _tell(made, report, as_json)
 
 
 @app.command()
 def schemes(
-    device: Annotated[str, typer.Option(help="The device to choose kernels for.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Device to choose kernels for: cpu, or a torch device such as cuda.")
+    ] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Say what there is for each scheme and format: layers, checkpoints read and written, activations, kernels."""
@@ -217,7 +202,7 @@ def schemes(
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(help="A report that `quantload load --report` wrote.")],
+    path: Annotated[Path, typer.Argument(help="File that --report of load or convert wrote.")],
     as_json: Json = False,
 ) -> None:
     """Show a saved load report."""
@@ -267,11 +252,12 @@ def _exit_code(error: QuantloadError) -> int:
     return EXIT_USAGE if isinstance(error, PolicyError) else EXIT_OTHER
 
 
-def _model(model: str | None, source: SourceOptions) -> str | Path:
-    if model is None and source.revision is not None:
+def _model(model: str | None, arguments: Mapping[str, Any]) -> str | Path:
+    revision = arguments["revision"]
+    if model is None and revision is not None:
         raise PolicyError(
-            f"--revision {source.revision} is given without MODEL, and the bundled demo model has no revisions: name "
-            f"the hub id it is of"
+            f"--revision {revision} is given without MODEL, and the bundled demo model has no revisions: name the hub "
+            f"id it is of"
         )
     return DEMO_MODEL if model is None else model
 

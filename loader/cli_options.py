@@ -1,40 +1,97 @@
-"""The options that several commands share, in groups: each a dataclass that also says what it means for a load."""
+"""The options of commands, each defined once: in groups, dataclasses that also say what they mean for a load."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_type_hints
 
 import typer
 
 from .errors import PolicyError
 
 if TYPE_CHECKING:
-    from .options import LoadOptions, QuantizationPolicy
+    from .options import QuantizationPolicy
 
-Quantization = Annotated[str, typer.Option("--quantization", "-q", help="Scheme; `quantload schemes` lists them.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, or a torch device.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
-Report = Annotated[Path | None, typer.Option(help="Also write the report to this file.")]
+Model = Annotated[
+    str | None, typer.Argument(help="Folder or hub id of a checkpoint.", show_default="the bundled demo model")
+]
+Quantization = Annotated[
+    str,
+    typer.Option(
+        "--quantization",
+        "-q",
+        help="Scheme for the weights; `quantload schemes` lists them. auto: as the checkpoint is stored where it is "
+        "quantized, else quark_mxfp4. none: quantize nothing.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where the model goes: cpu, or a torch device such as cuda:0. auto: a GPU that has kernels, else the CPU."
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables, and nothing else there.")
+]
+Report = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also write the report, as JSON.", show_default="not written")
+]
+
+
+class LoadOptionsGroup(Protocol):
+    """A group of options that are fields of `LoadOptions`."""
+
+    def values(self) -> dict[str, Any]:
+        """The fields by name."""
 
 
 @dataclass(frozen=True)
 class PolicyOptions:
     """Which module gets which scheme."""
 
-    experts: Annotated[str | None, typer.Option(help="Another scheme for the experts of MoE layers.")] = None
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Modules left as stored: name, glob or re:regex. Repeatable.")
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME", help="Scheme for the experts of MoE layers.", show_default="that of --quantization"
+        ),
     ] = None
-    override: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME for some modules. Repeatable.")] = None
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave these modules as stored: a name, a glob, or re: and a regular expression for the whole name. "
+            "Repeatable.",
+            show_default="no module",
+        ),
+    ] = None
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SCHEME",
+            help="Scheme for some modules, whatever else says they are left as stored; the first pattern that fits "
+            "counts. Repeatable.",
+            show_default="no module",
+        ),
+    ] = None
     no_default_ignore: Annotated[
-        bool, typer.Option("--no-default-ignore", help="Quantize output head and routers too.")
+        bool,
+        typer.Option(
+            "--no-default-ignore",
+            help="Quantize output head, embeddings, routers and gates too, which are left as stored without it.",
+        ),
     ] = False
-    scale_mode: Annotated[str, typer.Option(help="default, or mse: least error, for MX schemes.")] = "default"
+    scale_mode: Annotated[
+        str,
+        typer.Option(
+            help="How scales are chosen. default: by the rule of the scheme. mse: for the least squared error of each "
+            "block, for MX schemes only."
+        ),
+    ] = "default"
 
     def policy(self) -> QuantizationPolicy | None:
         """The policy, `None` where nothing was said."""
@@ -54,16 +111,47 @@ class PolicyOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a load may take, and the kernels it uses."""
+    """What it may take, and the kernels it uses."""
 
-    max_memory: Annotated[str | None, typer.Option(help="Refuse a load predicted to need more, such as 16GiB.")] = None
-    staging: Annotated[str | None, typer.Option(help="Size of the arena weights are read into, such as 64MiB.")] = None
-    chunk: Annotated[str | None, typer.Option(help="Largest piece read at once, such as 8MiB.")] = None
-    workers: Annotated[int | None, typer.Option(help="Reading and quantizing threads; one a core without it.")] = None
-    strict: Annotated[bool, typer.Option("--strict", help="A pattern that matches nothing is an error.")] = False
-    kernel: Annotated[list[str] | None, typer.Option(help="OPERATION=NAME to choose a kernel by hand. Repeatable.")] = (
-        None
-    )
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Limit such as 16GiB, or a number of bytes: what is predicted to need more memory ends with exit code 4 "
+            "before a weight is read.",
+            show_default="no limit",
+        ),
+    ] = None
+    staging: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Size of the arena that weights are read into, such as 64MiB; less means fewer workers.",
+            show_default="2 pieces a worker, 3 on a GPU and in convert",
+        ),
+    ] = None
+    chunk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Largest piece that is read and quantized at once, at least 4KiB; scale blocks stay whole.",
+            show_default="8MiB",
+        ),
+    ] = None
+    workers: Annotated[
+        int | None, typer.Option(help="Number of threads that read and quantize.", show_default="one a core")
+    ] = None
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Make a pattern that matches no module an error; it is a warning without.")
+    ] = False
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OPERATION=NAME",
+            help="Choose the kernel of an operation by hand, such as linear=torch. Repeatable.",
+            show_default="the first that can run",
+        ),
+    ] = None
 
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`."""
@@ -76,8 +164,16 @@ class RunOptions:
 class StreamOptions:
     """How weights are read, and what is measured on the way."""
 
-    page_cache: Annotated[str, typer.Option(help="auto, keep or drop.")] = "auto"
-    stats: Annotated[str, typer.Option(help="on or off: measure what quantization loses.")] = "on"
+    page_cache: Annotated[
+        str,
+        typer.Option(
+            help="What becomes of the checkpoint in the page cache. auto: what was there stays, the rest is dropped "
+            "once it is read. keep: all of it stays. drop: all of it is dropped."
+        ),
+    ] = "auto"
+    stats: Annotated[
+        str, typer.Option(help="on or off: measure what quantization loses, for the report; off is faster.")
+    ] = "on"
 
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`."""
@@ -90,7 +186,14 @@ class StreamOptions:
 class ForwardOptions:
     """What the model computes with."""
 
-    activations: Annotated[str, typer.Option(help="auto, none, emulate, or a format such as mxfp4 or fp8.")] = "auto"
+    activations: Annotated[
+        str,
+        typer.Option(
+            help="What the inputs of quantized layers are rounded to. auto: what the kernel does. none: they are not. "
+            "emulate: rounded and back, as the checkpoint says, else to the format of the weights. Or the name of a "
+            "format, such as mxfp4 or fp8."
+        ),
+    ] = "auto"
 
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`."""
@@ -102,14 +205,27 @@ class CacheOptions:
     """Where the quantized form is left for later loads."""
 
     cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Leave the quantized form in this folder; later loads read it.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Leave the quantized form in this folder; later loads of the same read it.",
+            show_default="no cache",
+        ),
     ] = None
     cache_size: Annotated[
-        str | None, typer.Option(help="Largest size of the cache, such as 200GiB; the disk without it.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Largest size of that folder, such as 200GiB; what was not used for longest is removed.",
+            show_default="what the disk has",
+        ),
     ] = None
-
     cache_verify: Annotated[
-        str, typer.Option(help="samples, or full: know the checkpoint by every byte of it, which is read for that.")
+        str,
+        typer.Option(
+            help="How the checkpoint's weights are known. samples: by 64 pages of each file, its size and its time of "
+            "change. full: by every byte, which is read for that."
+        ),
     ] = "samples"
 
     def values(self) -> dict[str, Any]:
@@ -125,9 +241,14 @@ class CacheOptions:
 class SourceOptions:
     """Where the checkpoint comes from."""
 
-    revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default="the hub's default branch")
+    ] = None
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modeling code the checkpoint ships.")
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run modeling code that the checkpoint ships; it is never run without this."
+        ),
     ] = False
 
     def values(self) -> dict[str, Any]:
@@ -135,36 +256,106 @@ class SourceOptions:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
-def load_options(*groups: RunOptions | StreamOptions | ForwardOptions | CacheOptions) -> LoadOptions:
-    """The options of a load from those of a command; what a command does not offer keeps its default."""
-    from .options import LoadOptions
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """What every command takes that reads a checkpoint."""
 
-    return LoadOptions.from_mapping({name: value for group in groups for name, value in group.values().items()})
+    quantization: Quantization = "auto"
+    chosen: PolicyOptions
+    run: RunOptions
+    source: SourceOptions
+
+    def groups(self) -> tuple[LoadOptionsGroup, ...]:
+        """The groups that make the `LoadOptions`; what a command does not offer keeps its default."""
+        return (self.run,)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `load_quantized` and its like. Raises `PolicyError`."""
+        from .options import LoadOptions
+
+        policy = self.chosen.policy()
+        options = LoadOptions.from_mapping({k: v for group in self.groups() for k, v in group.values().items()})
+        return {"quantization": self.quantization, "policy": policy, "options": options, **self.source.values()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(CheckpointOptions):
+    """What `convert` takes, beside what only it has."""
+
+    stream: StreamOptions
+
+    def groups(self) -> tuple[LoadOptionsGroup, ...]:
+        """The groups that make the `LoadOptions`."""
+        return (*super().groups(), self.stream)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(CheckpointOptions):
+    """What `plan` takes, and every command that builds a model."""
+
+    device: Device = "auto"
+    forward: ForwardOptions
+
+    def groups(self) -> tuple[LoadOptionsGroup, ...]:
+        """The groups that make the `LoadOptions`."""
+        return (*super().groups(), self.forward)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `load_quantized` and `plan_quantized`. Raises `PolicyError`."""
+        return {**super().arguments(), "device": self.device}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(PlanOptions):
+    """What `load` and `serve` take, which read the weights too."""
+
+    stream: StreamOptions
+    caching: CacheOptions
+
+    def groups(self) -> tuple[LoadOptionsGroup, ...]:
+        """The groups that make the `LoadOptions`."""
+        return (*super().groups(), self.stream, self.caching)
 
 
 def command_with_groups(function: Callable[..., None]) -> Callable[..., None]:
     """A command for typer whose parameters are those of `function`, groups of options taken apart."""
     hints = get_type_hints(function, include_extras=True)
-    own = [hints[name] if is_dataclass(hints[name]) else parameter.replace(annotation=hints[name])
-           for name, parameter in inspect.signature(function).parameters.items()]  # fmt: skip
-    parameters = [each for part in own for each in (_options_of(part) if is_dataclass(part) else [part])]
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    own = inspect.signature(function).parameters.items()
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in own:
+        group = is_dataclass(hints[name])
+        parameters += _options_of(hints[name]) if group else [parameter.replace(annotation=hints[name])]
 
     @functools.wraps(function)
     def command(**given: Any) -> None:
-        for name, group in groups.items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
-        function(**given)
+        function(**{name: _taken(hints[name], name, given) for name, _ in own})
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
-def _options_of(group: Any) -> list[inspect.Parameter]:
+def _options_of(group: Any, panel: str | None = None) -> Iterator[inspect.Parameter]:
+    """The options of a group, and of the groups in it; in the help, those of an inner one stand under what it is."""
     hints = get_type_hints(group, include_extras=True)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return [inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name]) for f in fields(group)]
+    for each in fields(group):
+        hint = hints[each.name]
+        if is_dataclass(hint):
+            yield from _options_of(hint, inspect.getdoc(hint))
+            continue
+        kind, (option,) = hint.__origin__, hint.__metadata__
+        option = copy.copy(option)
+        option.rich_help_panel = panel and panel.rstrip(".")
+        hint = Annotated[kind, option]
+        yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hint)
+
+
+def _taken(hint: Any, name: str, given: Mapping[str, Any]) -> Any:
+    """The value of a parameter, a group put together from what was given for its options."""
+    if not is_dataclass(hint):
+        return given[name]
+    hints = get_type_hints(hint, include_extras=True)
+    return hint(**{each.name: _taken(hints[each.name], each.name, given) for each in fields(hint)})  # type: ignore[operator]
 
 
 def _bytes(sizes: Mapping[str, str | None]) -> dict[str, int]:

@@ -30,35 +30,60 @@ def _from_mapping(cls: type[Any], values: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a load runs; nothing here changes the bytes that come out.
+    """How a load runs; nothing here changes the bytes of the quantized weights.
 
-    `chunk_bytes`: largest piece read at once (bytes). `staging_bytes`: size of the arena the pieces are read
-    into (bytes; default two buffers a worker). `max_memory`: limit for the predicted peak (bytes, None = no limit).
-    `workers`: reading and quantizing threads (None = one a core). `page_cache`: `auto` leaves warm files alone and
-    drops cold ones behind the reader. `strict`: a pattern that matches nothing is an error, not a warning.
-    `stats`: measure what quantizing loses, in the kernels. `activations`: `auto` lets the kernels decide, `none` keeps
-    activations as they are, `emulate` rounds them and back to what the checkpoint's config says or else to the scheme's
-    own format, and the name of a format to that one, in a kernel where there is one for it. `retries`: how often a
-    failed read is tried again. `kernels`: operation -> kernel name, to choose one by hand. `cache`: a folder where
-    loads leave what they quantized, for the next load of the same to read instead; `cache_bytes`: its largest size
-    (bytes, None = what the disk has), kept by removing what was not used for longest; `cache_verify`: what must be the
-    same of the checkpoint's files beside their sizes, headers, times of change and `samples` of the weights, or the
-    `full` content, which is read for it every time. Raises `PolicyError` for values out of range.
+    Raises `PolicyError` for values that are out of range or of another type.
     """
 
     chunk_bytes: int = 8 * MIB
+    """Largest piece that is read and quantized at once, in bytes; at least 4096. A scale block is never cut, so a piece
+    is larger where a block is."""
+
     staging_bytes: int | None = None
+    """Size of the staging arena, the buffers that pieces are read into, in bytes. None: what the workers need, which is
+    two buffers of the largest piece each (on a GPU, and in a conversion, three). Less means fewer workers, more is not
+    taken."""
+
     max_memory: int | None = None
+    """Limit in bytes for the predicted peak of a load: model, staging arena and allowance. A load that would take more
+    ends with `MemoryBudgetError` before a weight is read. None: no limit."""
+
     workers: int | None = None
+    """Threads that read and quantize. None: one for each core the process may use."""
+
     page_cache: PageCache = "auto"
+    """What becomes of the checkpoint's files in the page cache: `auto` leaves what was there before the load and drops
+    the rest behind the reader, `keep` drops nothing, `drop` everything."""
+
     stats: bool = True
+    """Measure in the kernels what quantizing loses (SQNR, largest error, saturation); loads without it are faster."""
+
     strict: bool = False
+    """Whether a pattern of the policy that matches no module is an error (`UnmatchedPatternError`) or a warning."""
+
     activations: Activations = "auto"
+    """What the inputs of quantized layers are rounded to. `auto`: what the chosen kernel does; `none`: never rounded;
+    `emulate`: rounded and back, to what the checkpoint's config says, else to the scheme's own format. The name of a
+    format (`mxfp4`, `fp8`, ...): to that one, in a kernel where there is one for it, else emulated."""
+
     retries: int = 4
+    """How often a read that failed with an error that may pass (EIO, ESTALE, ETIMEDOUT, EINTR) is tried again; 0 or
+    more."""
+
     kernels: Mapping[str, str] = field(default_factory=dict)
+    """Kernels chosen by hand: operation (`quantize`, `linear`, ...) to kernel name (`triton`, `numba`, `torch`, ...).
+    What is not named here gets the first kernel that can run."""
+
     cache: str | Path | None = None
+    """Folder in which a load leaves the quantized form, for the next load of the same to read. None: no cache."""
+
     cache_bytes: int | None = None
+    """Largest size of that folder in bytes; entries that were not used for longest are removed. None: what the disk
+    has."""
+
     cache_verify: CacheVerify = "samples"
+    """How a cache entry knows the checkpoint's weights. `samples`: by headers, sizes and times of change of the files,
+    and 64 pages of 4 KiB from each. `full`: by every byte, so that each load reads the whole checkpoint for it."""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -121,21 +146,30 @@ def _check_kernel(operation: object, kernel: object) -> None:
 class QuantizationPolicy:
     """Which module gets which scheme.
 
-    `linear` and `experts` are scheme names (`experts=None`: the same as `linear`). `auto` is what the checkpoint has
-    where it is quantized already, else `quark_mxfp4`. `ignore` are patterns of modules
-    left as stored; `overrides` are (pattern, scheme) pairs, first match wins, and win over `ignore`. A pattern is a
-    module name, a glob, or a regular expression after `re:`. `default_ignore` also leaves the output head,
-    embeddings, routers and gates as stored. `scale_mode`: `default` chooses scales by the rule of each scheme, `mse`
-    by the least squared error of each block, which the MX schemes offer. Raises `PolicyError` for values of another
-    kind.
+    A pattern is a module's name, a glob, or a regular expression after `re:` that fits the whole name. Raises
+    `PolicyError` for values of another type.
     """
 
     linear: str = "auto"
+    """Scheme of the linear layers. `auto`: as the checkpoint is stored where it is quantized, else `quark_mxfp4`. The
+    `quantization` argument of a load replaces it, unless that is `auto`."""
+
     experts: str | None = None
+    """Scheme of the experts of MoE layers. None: the same as `linear`."""
+
     ignore: tuple[str, ...] = ()
+    """Patterns of modules that are left as stored."""
+
     overrides: tuple[tuple[str, str], ...] = ()
+    """(pattern, scheme) pairs, or a mapping: the first pattern that fits a module gives its scheme, whatever `ignore`
+    and `default_ignore` say."""
+
     default_ignore: bool = True
+    """Leave output head, embeddings, routers and gates as stored."""
+
     scale_mode: ScaleMode = "default"
+    """How scales are chosen. `default`: by the rule of each scheme; `mse`: by the least squared error of each block,
+    which only the MX schemes offer."""
 
     def __post_init__(self) -> None:
         if self.scale_mode not in ("default", "mse"):

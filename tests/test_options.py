@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import os
+import textwrap
 from typing import Any
 
 import pytest
@@ -26,6 +30,19 @@ def test_frozen(cls: Any) -> None:
     for field in dataclasses.fields(cls):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, field.name, None)
+
+
+@pytest.mark.parametrize("cls", [LoadOptions, QuantizationPolicy])
+def test_a_docstring_stands_under_every_field(cls: Any) -> None:
+    (found,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(found, ast.ClassDef)
+    documented = [
+        field.target.id
+        for field, below in itertools.pairwise(found.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+    ]
+    assert documented == [field.name for field in dataclasses.fields(cls)]
 
 
 @pytest.mark.parametrize(

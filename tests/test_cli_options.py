@@ -1,0 +1,102 @@
+"""Every option says what it does, and is the same in all commands that have it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import typer
+from quantload import cli
+from quantload.cli_options import (
+    CacheOptions,
+    ForwardOptions,
+    ModelOptions,
+    PolicyOptions,
+    RunOptions,
+    SourceOptions,
+    StreamOptions,
+)
+from quantload.options import LoadOptions, QuantizationPolicy
+
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+PARAMETERS = [
+    pytest.param(parameter, id=f"{name}-{parameter.name}")
+    for name, command in COMMANDS.items()
+    for parameter in command.params
+]
+
+
+def test_all_commands_are_looked_at() -> None:
+    assert {"load", "plan", "serve", "convert", "schemes", "report"} == set(COMMANDS)
+    assert len(PARAMETERS) > 80
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_every_option_and_argument_has_help_that_is_a_sentence(parameter: Any) -> None:
+    assert parameter.help
+    assert parameter.help.endswith(".")
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_every_option_shows_its_default_or_is_a_switch(parameter: Any) -> None:
+    switch = getattr(parameter, "is_flag", False)
+    assert switch or parameter.required or parameter.default is not None or isinstance(parameter.show_default, str)
+
+
+@pytest.mark.parametrize("option", ["max_memory", "staging", "chunk", "cache_size", "max_shard_size"])
+def test_a_size_shows_a_size_with_its_unit(option: str) -> None:
+    parameters = [each for command in COMMANDS.values() for each in command.params if each.name == option]
+    assert parameters
+    for parameter in parameters:
+        assert parameter.metavar == "SIZE"
+        assert any(unit in parameter.help for unit in ("KiB", "MiB", "GiB", "GB"))
+
+
+def test_an_option_is_the_same_in_every_command_that_reads_a_checkpoint() -> None:
+    seen: dict[str, tuple[Any, ...]] = {}
+    for command in ("load", "plan", "serve", "convert"):
+        for each in COMMANDS[command].params:
+            if each.param_type_name == "option":
+                facts = (each.opts, each.help, each.default, each.show_default, each.metavar, each.rich_help_panel)
+                assert seen.setdefault(each.name, facts) == facts
+
+
+def names(command: str) -> set[str]:
+    return {parameter.name for parameter in COMMANDS[command].params}
+
+
+def test_what_commands_have_in_common() -> None:
+    of_serve = {"host", "port", "api_key", "served_model_name", "continuous_batching"}
+    reading = {"page_cache", "stats"}
+    cache = {"cache", "cache_size", "cache_verify"}
+    assert names("load") - {"as_json", "report"} == names("serve") - of_serve
+    assert names("load") - names("plan") == reading | cache | {"report"}
+    assert names("load") - names("convert") == {"device", "activations"} | cache
+    assert names("convert") - names("load") == {"out", "checkpoint_format", "max_shard_size"}
+
+
+def chosen(policy: PolicyOptions, run: RunOptions) -> dict[str, Any]:
+    groups = {"forward": ForwardOptions(), "stream": StreamOptions(), "caching": CacheOptions()}
+    return ModelOptions(chosen=policy, run=run, source=SourceOptions(), **groups).arguments()  # type: ignore[arg-type]
+
+
+def test_what_is_not_said_has_the_defaults_of_python() -> None:
+    arguments = {"quantization": "auto", "device": "auto", "revision": None, "trust_remote_code": False}
+    assert chosen(PolicyOptions(), RunOptions()) == {**arguments, "policy": None, "options": LoadOptions()}
+
+
+def test_what_is_said_becomes_a_policy_and_options() -> None:
+    arguments = chosen(
+        PolicyOptions(experts="none", ignore=["a"], override=["b=mxfp8"], no_default_ignore=True, scale_mode="mse"),
+        RunOptions(max_memory="1GiB", chunk="1MiB", workers=3, strict=True, kernel=["linear=torch"]),
+    )
+    assert arguments["policy"] == QuantizationPolicy("auto", "none", ("a",), (("b", "mxfp8"),), False, "mse")
+    assert arguments["options"] == LoadOptions(
+        max_memory=1 << 30, chunk_bytes=1 << 20, workers=3, strict=True, kernels={"linear": "torch"}
+    )
+
+
+def test_the_help_shows_groups_of_options_under_what_they_are_for() -> None:
+    panels = {each.rich_help_panel for each in COMMANDS["load"].params}
+    assert {"Which module gets which scheme", "Where the checkpoint comes from", None} <= panels
+    assert {each.rich_help_panel for each in COMMANDS["schemes"].params} == {None}

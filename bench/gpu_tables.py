@@ -144,7 +144,7 @@ def section(results: Sequence[Result]) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """The goals for the project's README."""
+    """The goals alone, for `docs/platforms.md`."""
     parts = []
     for result in newest_parts(results):
         parts += [gpu_headline(result["gpu"]), goal_table(goals_of(result)), source_line(result)]

@@ -1,4 +1,4 @@
-"""The README's tables of `bench/load.py`: warm, cold, and against the peers; each from the newest run that has it."""
+"""Tables of `bench/load.py`: warm, cold, and against the peers; each from the newest run that has it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from markdown import goal_table, markdown, source_line
 Result = dict[str, Any]
 Wanted = Callable[[list[Row]], bool]
 CHECKPOINTS = ("dense", "moe", "huge", "tiny")
-HEADER = ("loader", "seconds", "GB/s", "cpu s", "final GB", "peak anon GB", "linear", "experts")
+HEADER = ("loader", "seconds", "GB/s", "cpu s", "final GB", "peak anon GB", "file pages GB", "linear", "experts")
+SUMMARY = ("loader", "bits", "dense: s", "final GB", "peak GB", "MoE: s", "final GB", "peak GB", "experts quantized")
 
 
 def rows_of(result: Result, checkpoint: str, cold: bool) -> list[Row]:
@@ -47,6 +48,35 @@ def peers(results: Sequence[Result]) -> str:
     return _tables(results, False, _has_peer, lambda row: row.loader != "read-only", _against_peers)
 
 
+def summary(results: Sequence[Result]) -> str:
+    """One table of quantload and the peers that were measured on both the dense and the MoE checkpoint, fewest bits
+    first, then fastest; `experts quantized` as for a peer that is told where the experts are, if it can be."""
+    found = [
+        next((each for each in results if _has_peer(rows_of(each, name, False))), None) for name in ("dense", "moe")
+    ]
+    dense, moe = found
+    if dense is None or moe is None:
+        return ""
+    by_name = {row.loader: row for row in rows_of(dense, "dense", False) if row.seconds is not None}
+    of_experts = {
+        row.loader.removesuffix("-experts"): row for row in rows_of(moe, "moe", False) if row.seconds is not None
+    }
+    names = [name for name in by_name if name in of_experts and LOADERS[name].family != "floor"]
+    names.sort(key=lambda name: (LOADERS[name].bits, by_name[name].seconds))
+    table = markdown([_summary_cells(name, by_name[name], of_experts[name]) for name in names], SUMMARY)
+    return f"{table}\n\nDense: {source_line(dense)}; MoE: `{moe['file']}`"
+
+
+def _summary_cells(name: str, *rows: Row) -> list[str]:
+    own = LOADERS[name].family == "quantload"
+    cells = [f"**quantload `{name}`**" if own else name, str(LOADERS[name].bits)]
+    for row in rows:
+        sizes = ("-" if size is None else f"{size / GB:.2f}" for size in (row.final_bytes, row.peak_anon))
+        cells += [f"{row.seconds:.2f}", *sizes]
+    share = rows[-1].expert_share
+    return [*cells, "-" if share is None else f"{share:.0%}"]
+
+
 def _tables(
     results: Sequence[Result],
     cold: bool,
@@ -71,7 +101,7 @@ def _tables(
 def _cells(row: Row) -> list[str]:
     if row.seconds is None:
         return [row.loader, row.detail or row.status, *["-"] * (len(HEADER) - 2)]
-    sizes = [row.final_bytes, row.peak_anon]
+    sizes = [row.final_bytes, row.peak_anon, row.checkpoint_pages_after]
     shares = [row.linear_share, row.expert_share]
     return [
         row.loader,

@@ -19,13 +19,14 @@ import stored
 from goals import Goal
 from markdown import fill, goal_table, source_line
 from quantload.schemes.support_tables import markdown as support_markdown
-from quantload.schemes.support_tables import overview, support_tables
+from quantload.schemes.support_tables import online, overview, support_tables
 from result_files import RESULTS, results_of
 
 BENCH = Path(__file__).resolve().parent
+DOCS = BENCH.parent / "docs"
 DOCUMENTS = (
-    *(BENCH / "README.md", BENCH / "NOTES.md"),
-    *(BENCH.parent / "README.md", BENCH.parent / "docs" / "quantized-checkpoints.md"),
+    *(BENCH.parent / "README.md", BENCH / "README.md", BENCH / "NOTES.md"),
+    *(DOCS / "platforms.md", DOCS / "quantized-checkpoints.md", DOCS / "schemes.md"),
 )
 MISSING = "No full-size result yet."
 Result = dict[str, Any]
@@ -76,6 +77,7 @@ def render_all(folder: Path = RESULTS) -> dict[str, str]:
         "gpu": gpu_tables.section(on_gpus),
         "gpu_goals": gpu_tables.summary(on_gpus),
         "pipeline": _pipeline(pipelines, "warm", "cold", render=pipeline_results.render_pipeline),
+        "load_summary": load_tables.summary(loads) or MISSING,
         "load_warm": load_tables.warm(loads) or MISSING,
         "load_cold": load_tables.cold(loads) or MISSING,
         "many": _pipeline(pipelines, "many", "index", render=pipeline_results.render_counts),
@@ -96,7 +98,12 @@ def render_support() -> dict[str, str]:
     """Markdown of what `quantload schemes` prints."""
     tables = support_tables()
     schemes, _, kernels = tables
-    found = {"support": overview(tables), "support_schemes": schemes, "support_kernels": kernels}
+    found = {
+        "support_online": online(),
+        "support": overview(tables),
+        "support_schemes": schemes,
+        "support_kernels": kernels,
+    }
     return {name: support_markdown(table) for name, table in found.items()}
 
 

@@ -117,8 +117,8 @@ class RunOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Limit such as 16GiB, or a number of bytes: what is predicted to need more memory ends with exit code 4 "
-            "before a weight is read.",
+            help="Limit, as 16GiB or a number of bytes. What is predicted to need more memory ends before a weight "
+            "is read, with exit code 4.",
             show_default="no limit",
         ),
     ] = None

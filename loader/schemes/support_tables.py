@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..kernels.registry import PLATFORMS
@@ -40,6 +40,17 @@ def overview(tables: tuple[Table, ...]) -> Table:
     )
 
 
+def online() -> Table:
+    """The schemes that a BF16, FP16 or FP32 checkpoint can be quantized with, by the bits of a weight's code."""
+    rows = [row for row in support_matrix() if row.online]
+    names: dict[tuple[int, ...], list[str]] = {}
+    for row in rows:
+        names.setdefault(tuple(sorted({fmt.code_bits for fmt in row.formats.values()})), []).append(row.name)
+    cells = tuple((", ".join(each), " and ".join(map(str, bits))) for bits, each in sorted(names.items()))
+    alone = [f"`{row.name}` is for {kind} only" for row in rows for kind in row.formats if len(row.formats) == 1]
+    return Table("Schemes", ("scheme", "bits of a code"), cells, (f"{'; '.join((_special_names(rows), *alone))}.",))
+
+
 def markdown(table: Table) -> str:
     """Header, rows and notes of a table in Markdown."""
     rows = ((", ".join(f"`{name}`" for name in first.split(", ")), *others) for first, *others in table.rows)
@@ -50,17 +61,22 @@ def markdown(table: Table) -> str:
 
 def _schemes(rows: tuple[Support, ...]) -> Table:
     cells = ((row.name, _layers(row), row.weights, row.scale, ", ".join(row.activations) or "-") for row in rows)
-    names = "; ".join(f"`{alias}` is `{row.name}`" for row in rows for alias in row.aliases)
     mse = ", ".join(f"`{row.name}`" for row in rows if "mse" in row.scale_modes)
     notes = (
-        f"Layers: linear ones, experts of MoE models, or both. `auto` is what a checkpoint is stored in if it is "
-        f"quantized, else `{DEFAULT}`; `{AS_STORED}` quantizes nothing; {names}.",
+        f"Layers: linear ones, experts of MoE models, or both. {_special_names(rows)}.",
         "Activations stay as they are unless a kernel or `--activations` rounds them, to one of those named here; "
         "static scales come with a checkpoint.",
         f"`--scale-mode mse`, scales of least squared error, is for {mse}.",
     )
     header = ("scheme or format", "layers", "weights", "scale", "activations")
     return Table("Schemes, and formats that are only read", header, tuple(cells), notes)
+
+
+def _special_names(rows: Iterable[Support]) -> str:
+    """What the names mean that are no row."""
+    auto = f"`auto` is what a checkpoint is stored in if it is quantized, else `{DEFAULT}`"
+    aliases = (f"`{alias}` is `{row.name}`" for row in rows for alias in row.aliases)
+    return "; ".join((auto, f"`{AS_STORED}` quantizes nothing", *aliases))
 
 
 def _layers(row: Support) -> str:

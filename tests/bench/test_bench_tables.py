@@ -1,4 +1,4 @@
-"""The README's tables are what the results render, and goals, result files and markers do what they say."""
+"""The tables of the documents are what the results render, and goals, result files and markers do what they say."""
 
 from __future__ import annotations
 
@@ -107,6 +107,22 @@ def test_each_load_table_takes_the_newest_run_that_has_it() -> None:
     assert "torchao-mxfp4" not in warm
     assert "| missed | 1.0x (torchao-mxfp4) |" in peers
     assert load_tables.warm([]) == ""
+
+
+def test_the_summary_has_what_was_measured_on_both_checkpoints() -> None:
+    dense = load_result("dense.json", "read-only", "quark_mxfp4", "none", "bitsandbytes-nf4", "torchao-mxfp4")
+    moe = load_result("moe.json", "read-only", "quark_mxfp4", "bitsandbytes-nf4", "torchao-mxfp4-experts", seconds=2.0)
+    for row in moe["rows"]:
+        row.update(checkpoint="moe", final_bytes=1_500_000_000, expert_share=1.0)
+    dense["rows"][2]["seconds"] = 9.0
+    dense["rows"][4]["seconds"] = 0.5
+    found = load_tables.summary([dense, moe]).splitlines()
+    assert [line.split(" |")[0] for line in found[2:5]] == [
+        "| torchao-mxfp4", "| **quantload `quark_mxfp4`**", "| bitsandbytes-nf4",
+    ]  # fmt: skip
+    assert found[3] == "| **quantload `quark_mxfp4`** | 4 | 1.00 | - | - | 2.00 | 1.50 | - | 100% |"
+    assert found[-1].endswith("(`dense.json`); MoE: `moe.json`")
+    assert load_tables.summary([dense]) == ""
 
 
 def test_without_results_a_table_says_so(tmp_path: Path) -> None:

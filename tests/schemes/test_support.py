@@ -12,7 +12,7 @@ from quantload.schemes.listing import list_read_only, list_schemes
 from quantload.schemes.registry import ENTRIES
 from quantload.schemes.stored.read import READERS
 from quantload.schemes.support import METHODS, merged, support_matrix
-from quantload.schemes.support_tables import HARDWARE, markdown, support_tables
+from quantload.schemes.support_tables import HARDWARE, markdown, online, support_tables
 from safetensors.torch import load_file
 
 DATA = Path(__file__).parents[1] / "data"
@@ -105,8 +105,17 @@ def test_tables_answer_what_a_user_asks() -> None:
     assert set(HARDWARE) == set(PLATFORMS) - {"cpu"}
 
 
+def test_the_short_table_has_every_scheme_that_quantizes_once() -> None:
+    table = online()
+    names = [name for row in table.rows for name in row[0].split(", ")]
+    assert sorted(names) == sorted(entry.name for entry in ENTRIES if entry.linear or entry.experts)
+    bits = {name: row[1] for row in table.rows for name in row[0].split(", ")}
+    assert (bits["quark_mxfp4"], bits["quark_int4fp8_moe"], bits["mxfp8"]) == ("4", "4 and 8", "8")
+    assert "`experts_int8` is for experts only." in table.notes[0]
+
+
 def test_markdown_has_a_line_a_row() -> None:
-    for table in support_tables():
+    for table in (*support_tables(), online()):
         lines = markdown(table).split("\n\n")[0].splitlines()
         assert len(lines) == 2 + len(table.rows)
         assert {line.count("|") for line in lines} == {len(table.header) + 1}

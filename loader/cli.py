@@ -16,15 +16,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .cli_options import (
-    ConvertOptions,
-    Json,
-    Model,
-    ModelOptions,
-    PlanOptions,
-    Report,
-    command_with_groups,
-)
+from .cli_groups import command_with_groups
+from .cli_options import ConvertOptions, Json, Model, ModelOptions, PlanOptions, Report
 from .errors import (
     CheckpointError,
     MemoryBudgetError,

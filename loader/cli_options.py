@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -315,47 +312,6 @@ class ModelOptions(PlanOptions):
     def groups(self) -> tuple[LoadOptionsGroup, ...]:
         """The groups that make the `LoadOptions`."""
         return (*super().groups(), self.stream, self.caching)
-
-
-def command_with_groups(function: Callable[..., None]) -> Callable[..., None]:
-    """A command for typer whose parameters are those of `function`, groups of options taken apart."""
-    hints = get_type_hints(function, include_extras=True)
-    own = inspect.signature(function).parameters.items()
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in own:
-        group = is_dataclass(hints[name])
-        parameters += _options_of(hints[name]) if group else [parameter.replace(annotation=hints[name])]
-
-    @functools.wraps(function)
-    def command(**given: Any) -> None:
-        function(**{name: _taken(hints[name], name, given) for name, _ in own})
-
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
-
-
-def _options_of(group: Any, panel: str | None = None) -> Iterator[inspect.Parameter]:
-    """The options of a group, and of the groups in it; in the help, those of an inner one stand under what it is."""
-    hints = get_type_hints(group, include_extras=True)
-    for each in fields(group):
-        hint = hints[each.name]
-        if is_dataclass(hint):
-            yield from _options_of(hint, inspect.getdoc(hint))
-            continue
-        kind, (option,) = hint.__origin__, hint.__metadata__
-        option = copy.copy(option)
-        option.rich_help_panel = panel and panel.rstrip(".")
-        hint = Annotated[kind, option]
-        yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hint)
-
-
-def _taken(hint: Any, name: str, given: Mapping[str, Any]) -> Any:
-    """The value of a parameter, a group put together from what was given for its options."""
-    if not is_dataclass(hint):
-        return given[name]
-    hints = get_type_hints(hint, include_extras=True)
-    return hint(**{each.name: _taken(hints[each.name], each.name, given) for each in fields(hint)})  # type: ignore[operator]
 
 
 def _bytes(sizes: Mapping[str, str | None]) -> dict[str, int]:

@@ -22,8 +22,6 @@ from .model.routes import CheckpointMap, Routes
 from .model.skeleton import Assignment
 from .model.stored_sources import StoredSources
 from .model.unexplained_codes import VALUES, unexplained
-from .online.as_stored import StoredCodesLoader
-from .online.weight_loader import DirectWeightLoader
 from .options import LoadOptions
 from .pieces.plain import plan_pieces
 from .pieces.stored import plan_stored
@@ -67,7 +65,7 @@ def plan_load(
     entries, weights = _expected(index, sources, routes, loaders, schemes)
     pieces = plan_pieces(entries, routes.spans, loaders.sinks, options.chunk_bytes)
     pieces += plan_whole(routes.whole, index.tensors, mapped.shapes, loaders.sinks, loaders.landing)
-    stored = plan_stored(weights, routes.spans, loaders.sinks, options.chunk_bytes, schemes.dequantizer)
+    stored = plan_stored(weights, routes.spans, loaders.sinks, loaders.as_is, options.chunk_bytes, schemes.dequantizer)
     pieces += stored.pieces
     chunk = max((piece.nbytes for piece in pieces if piece.target is None), default=MIN_CHUNK)
     chunk = max(chunk, stored.scratch_bytes, min(options.chunk_bytes, 1 << 20))
@@ -123,8 +121,7 @@ def _memory(
 
 def _stays(weight: StoredWeight, routes: Routes, loaders: WeightLoaders) -> bool:
     """Whether a weight is kept as it is stored."""
-    sinks = (loaders.sinks[span.parameter] for span in routes.spans[weight.name])
-    return all(isinstance(sink.loader, StoredCodesLoader) for sink in sinks)
+    return all(span.parameter in loaders.as_is for span in routes.spans[weight.name])
 
 
 def _expected(
@@ -211,15 +208,14 @@ def _check_values(entry: TensorEntry, parameter: str, loaders: WeightLoaders) ->
 
 def _kept_as(parameter: str, loaders: WeightLoaders) -> torch.dtype | None:
     """The dtype that a parameter has in the model; `None` for one that is quantized."""
-    loader = loaders.sinks[parameter].loader
-    return loader.dtype if isinstance(loader, DirectWeightLoader) else None
+    return loaders.sinks[parameter].values_dtype
 
 
 def _quantized_dtypes(entries: list[TensorEntry], routes: Routes, loaders: WeightLoaders) -> Iterator[torch.dtype]:
     """The dtypes of the tensors that are quantized."""
     for dtype in {entry.dtype for entry in entries}:
         names = (entry.name for entry in entries if entry.dtype == dtype)
-        if any(not loaders.sinks[span.parameter].direct for name in names for span in routes.spans[name]):
+        if any(loaders.sinks[span.parameter].values_dtype is None for name in names for span in routes.spans[name]):
             yield dtype
 
 
@@ -228,17 +224,13 @@ def _sizes(
 ) -> Iterator[ParameterSize]:
     kinds = {assignment.name: assignment for assignment in assignments}
     for name in loaded_parameters(mapped, loaders):
-        loader = loaders.sinks[name].loader
+        sink = loaders.sinks[name]
         assignment = kinds.get(name.rpartition(".")[0])
         kind = assignment.kind if assignment is not None else "other"
         unquantized = mapped.shapes.tensors[name]
         bytes_in = sum(weight.nbytes for weight in sources.of(name)) or unquantized.nbytes
-        if isinstance(loader, DirectWeightLoader):
-            yield ParameterSize(name, kind, "none", bytes_in, unquantized.numel() * loader.dtype.itemsize)
-        else:
-            assert assignment is not None
-            assert assignment.scheme is not None
-            yield ParameterSize(name, kind, assignment.scheme.name, bytes_in, loader.nbytes)
+        scheme = assignment.scheme if assignment is not None and sink.values_dtype is None else None
+        yield ParameterSize(name, kind, "none" if scheme is None else scheme.name, bytes_in, sink.nbytes)
 
 
 def loaded_parameters(mapped: CheckpointMap, loaders: WeightLoaders) -> list[str]:
@@ -255,7 +247,7 @@ def _unrouted(model: PreTrainedModel, loaders: WeightLoaders, mapped: Checkpoint
             yield buffer
     for name in mapped.missing - tied:
         if name in loaders.sinks:
-            yield loaders.sinks[name].param
+            yield loaders.params[name]
 
 
 def _bytes_in(

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..checkpoint.resolve import Checkpoint
 from ..checkpoint.weight_map import INDEX_NAME
 from ..checkpoint.writer import plan_shards, weight_index
-from ..online.weight_loader import DirectWeightLoader
 from ..plan import loaded_parameters
 from .checksums import SEGMENT_BYTES
 from .description import entry_config
@@ -77,8 +76,8 @@ class EntryRecording:
     def finish(self) -> None:
         """All parameters are complete: write what was kept as stored, wait for the disk, and publish the entry."""
         for name in self._parameters:
-            loader = self._loaders.sinks[name].loader
-            if isinstance(loader, DirectWeightLoader):
+            loader = self._loaders.restorable[name]
+            if loader.values_dtype is not None:
                 self._writer.take(dict(zip(self._loaders.stored_names(name), loader.tensors(), strict=True)), _nothing)
         checksums = self._writer.finish()
         small = self._small | {STATISTICS: json.dumps(self._statistics, sort_keys=True).encode()}

@@ -19,20 +19,15 @@ from ..checkpoint.workspace import Workspace
 from ..checkpoint.writer import TensorSpec
 from ..errors import ShapeMismatchError
 from ..model.attach import WeightLoaders
-from ..online.weight_loader import DirectWeightLoader, OnlineWeightLoader
+from ..online.weight_loader import RestorableLoader
 
 
 def final_tensors(loaders: WeightLoaders, parameters: Iterable[str]) -> Iterator[TensorSpec]:
     """What `parameters` of the checkpoint become in memory, under the model's own names."""
     for parameter in parameters:
-        sink = loaders.sinks[parameter]
         names = loaders.stored_names(parameter)
-        if isinstance(sink.loader, DirectWeightLoader):
-            yield TensorSpec(names[0], sink.loader.dtype, tuple(sink.param.shape))
-            continue
-        layout = sink.loader.parameter.layout
-        yield TensorSpec(names[0], layout.format.code_dtype, layout.code_shape)
-        yield TensorSpec(names[1], layout.format.scale_dtype, layout.scale_shape)
+        for name, (dtype, shape) in zip(names, loaders.restorable[parameter].final_tensors, strict=True):
+            yield TensorSpec(name, dtype, shape)
 
 
 def plan_restored(
@@ -53,7 +48,7 @@ def plan_restored(
     left = dict(statistics)
     for parameter in parameters:
         measured = left.pop(parameter.rpartition(".")[0], None)
-        restored = _Restored(loaders.sinks[parameter].loader, measured)
+        restored = _Restored(loaders.restorable[parameter], measured)
         entries = [tensors[name] for name in loaders.stored_names(parameter)]
         pieces += restored.pieces(entries, chunk_bytes)
     return sorted(pieces, key=lambda piece: (piece.shard, piece.extents[0][0]))
@@ -62,7 +57,7 @@ def plan_restored(
 class _Restored:
     """One parameter on its way: complete when the last of its pieces was read."""
 
-    def __init__(self, loader: DirectWeightLoader | OnlineWeightLoader, statistics: Tensor | None) -> None:
+    def __init__(self, loader: RestorableLoader, statistics: Tensor | None) -> None:
         self._loader, self._statistics = loader, statistics
         self._left = 0
         self._lock = threading.Lock()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..errors import NonFiniteWeightError
 from ..geometry.layout import Block, WeightLayout
 from ..geometry.regions import Interval, Region, RegionTracker
 from ..online.quantizing import StatisticsSum, non_finite_error, rows_below_each_other
+from ..online.sink import InPlace, Sink
 from ..schemes.base import NonFiniteError
 from ..schemes.exported.weights import ExportedPart
 from .tensors import QuantizedTensor
@@ -36,16 +37,34 @@ class Buffers(threading.local):
         return held[:nbytes].view(dtype).view(shape)
 
 
-class CopyingLoader:
-    """Takes the bytes of a checkpoint tensor that is kept, as one row, and writes them as they are."""
+class WritingLoader(Sink, ABC):
+    """What pieces of a conversion are handed to: the memory they go to is not the model's."""
 
+    values_dtype = None
     align = 1, 1
+    whole_rows = False
+
+    def in_place(self, dtype: torch.dtype, region: Region) -> InPlace | None:
+        """Never: what arrives goes to a file."""
+        return None
+
+    @abstractmethod
+    def finish(self) -> None:
+        """The last piece is written."""
+
+
+class CopyingLoader(WritingLoader):
+    """Takes the bytes of a checkpoint tensor that is kept, as one row, and writes them as they are."""
 
     def __init__(self, name: str, nbytes: int, shard: ShardWriter, finish: Callable[[], None]) -> None:
         self._tracker = RegionTracker(name, None, 1, nbytes)
-        self._shard, self.finish = shard, finish
+        self._shard, self._finish = shard, finish
 
-    def __call__(self, param: Tensor, loaded_weight: Tensor, *, region: Region, **_: Any) -> None:
+    @property
+    def name(self) -> str:
+        return self._tracker.name
+
+    def load_region(self, loaded_weight: Tensor, region: Region) -> None:
         """`loaded_weight` uint8 [1, bytes]."""
         name = self._tracker.name
         self._tracker.claim(region)
@@ -53,16 +72,26 @@ class CopyingLoader:
         if self._tracker.commit(region.numel):
             self.finish()
 
-    def whole(self, region: Region) -> bool:
+    def load_experts(self, weights: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
+        """There is one row of bytes, and it is nobody's expert."""
+        for weight, expert in zip(weights, experts, strict=True):
+            self.load_region(weight, Region(expert, rows, columns))
+
+    def scales_are_local(self, region: Region) -> bool:
         """Every byte is written for itself."""
         return True
 
+    def observe(self, loaded_weight: Tensor, region: Region) -> None:
+        """There are no scales."""
+
     def missing(self) -> Iterator[str]:
-        """What has not arrived."""
         return self._tracker.described_gaps()
 
+    def finish(self) -> None:
+        self._finish()
 
-class ExportingLoader:
+
+class ExportingLoader(WritingLoader):
     """Takes pieces of checkpoint tensors, quantizes them and writes the tensors a checkpoint format makes of them.
 
     Several `tensors` are alike but for their names, and in the coordinates of a piece they are experts, in their order;
@@ -90,28 +119,23 @@ class ExportingLoader:
         self._statistics = StatisticsSum()
         self._lock = threading.Lock()
 
-    @property
-    def align(self) -> tuple[int, int]:
-        """Rows and columns of whole scale blocks, and of whole rows of every tensor."""
-        rows, columns = self._layout.align
-        return math.lcm(rows, self._weight.row_align), columns
+        block_rows, block_columns = self._layout.align
+        self.align = math.lcm(block_rows, self._weight.row_align), block_columns
+        self.whole_rows = self._layout.format.whole_rows
 
     @property
-    def whole_rows(self) -> bool:
-        """Whether scales can be told from whole rows only."""
-        return self._layout.format.whole_rows
+    def name(self) -> str:
+        return self._tracker.name
 
-    def whole(self, region: Region) -> bool:
-        """Whether the scales of a region depend on nothing outside of it."""
+    def scales_are_local(self, region: Region) -> bool:
         return self._layout.whole(region)
 
     def missing(self) -> Iterator[str]:
-        """What has not arrived."""
         for region in () if self._tracker.complete else self._tracker.missing():
             inside = region if len(self._names) == 1 else region._replace(expert=None)
             yield f"{self._name(region.expert)} {inside}"
 
-    def __call__(self, param: Tensor, loaded_weight: Tensor, *, region: Region, **_: Any) -> None:
+    def load_region(self, loaded_weight: Tensor, region: Region) -> None:
         """Quantize and write `loaded_weight` [rows, columns of the region]."""
         self.load_experts(loaded_weight.unsqueeze(0), (region.expert,), region.rows, region.columns)
 
@@ -176,7 +200,6 @@ class ExportingLoader:
         return non_finite_error(self._name(expert), weight)
 
     def finish(self) -> None:
-        """The last piece is written."""
         for constant in self._weight.constants:
             value = constant.make(self._layout.rows, self._layout.columns).view(1, -1).view(torch.uint8)
             offsets = [self._shard.plan.offsets[stem + constant.name] for stem in self._stems]

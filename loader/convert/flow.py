@@ -82,7 +82,7 @@ def convert_checkpoint(
                 trust_remote_code,
                 plan=plan_without_pieces,
             )
-            tensors = plan_tensors(draft.sources.entries, draft.routes, draft.loaders.sinks, draft.assignments, export)
+            tensors = plan_tensors(draft.sources.entries, draft.routes, draft.loaders, draft.assignments, export)
             shards = plan_shards((tensor.specs() for tensor in tensors), max_shard_bytes)
             config = _config(checkpoint, draft, tensors, export)
             stored = checkpoint.config().get("quantization_config")
@@ -119,7 +119,7 @@ def _plan(draft: Draft, conversion: Conversion, written: int, options: LoadOptio
     """
     spans, sinks = conversion.spans, conversion.sinks
     pieces = plan_pieces(conversion.entries, spans, sinks, options.chunk_bytes)
-    stored = plan_stored(conversion.stored, spans, sinks, options.chunk_bytes, draft.schemes.dequantizer)
+    stored = plan_stored(conversion.stored, spans, sinks, {}, options.chunk_bytes, draft.schemes.dequantizer)
     pieces += stored.pieces
     chunk = max((piece.nbytes for piece in pieces), default=MIN_CHUNK)
     chunk = max(chunk, stored.scratch_bytes, min(options.chunk_bytes, 1 << 20))

@@ -21,9 +21,8 @@ from ..errors import MissingWeightsError
 from ..geometry.spans import Span
 from ..kernels.statistics import merge, new_statistics
 from ..model.routes import Source
-from ..online.sink import Sink
 from ..schemes.stored.weights import StoredWeight
-from .closures import Buffers, CopyingLoader, ExportingLoader
+from .closures import Buffers, CopyingLoader, ExportingLoader, WritingLoader
 from .tensors import KeptTensor, QuantizedTensor
 
 PlannedTensor = QuantizedTensor | KeptTensor
@@ -51,7 +50,7 @@ class Conversion:
         self.entries: list[TensorEntry] = []
         self.stored: list[StoredWeight] = []
         self.spans: dict[str, list[Span]] = {}
-        self.sinks: dict[str, Sink] = {}
+        self.sinks: dict[str, WritingLoader] = {}
         self._folder = folder
         self._modules = _ModuleStatistics(tensors, on_layer)
         self._writers: dict[str, ShardWriter] = {}
@@ -87,7 +86,7 @@ class Conversion:
 
     def check_complete(self) -> None:
         """Raise `MissingWeightsError` naming every region that has not been written."""
-        gaps = [gap for sink in self.sinks.values() for gap in sink.loader.missing()]
+        gaps = [gap for sink in self.sinks.values() for gap in sink.missing()]
         if gaps:
             more = f" and {len(gaps) - _NAMES_SHOWN} more" if len(gaps) > _NAMES_SHOWN else ""
             raise MissingWeightsError(f"parts that were never written: {'; '.join(gaps[:_NAMES_SHOWN])}{more}")
@@ -131,7 +130,7 @@ class Conversion:
         for number, tensor in enumerate(tensors):
             self._attach(tensor.entry, loader, [_of_expert(span, sink, number) for span in tensor.spans])
 
-    def _attach(self, entry: Source, loader: Any, spans: Sequence[Span]) -> None:
+    def _attach(self, entry: Source, loader: WritingLoader, spans: Sequence[Span]) -> None:
         """Have a tensor read for a closure, which all of it goes to."""
         if entry.nbytes == 0:
             self._complete.append(loader.finish)
@@ -142,7 +141,7 @@ class Conversion:
             self.entries.append(entry)
         self.spans[entry.name] = list(spans)
         if spans[0].parameter not in self.sinks:
-            self.sinks[spans[0].parameter] = Sink(torch.empty(0), loader)
+            self.sinks[spans[0].parameter] = loader
 
     def _take_up(self, statistics: Iterable[tuple[str, int, list[float]]]) -> None:
         for module, tensors, values in statistics:

@@ -16,9 +16,9 @@ from ..geometry.layout import WeightLayout
 from ..geometry.regions import Region
 from ..geometry.spans import Span
 from ..kernels.formats import WeightFormat
+from ..model.attach import WeightLoaders
 from ..model.routes import Routes, Source
 from ..model.skeleton import Assignment
-from ..online.as_stored import StoredCodesLoader
 from ..online.sink import Sink
 from ..schemes.base import LinearScheme, MoEScheme
 from ..schemes.exported.registry import exported_weight, why_not_columns
@@ -77,7 +77,7 @@ class KeptTensor:
 def plan_tensors(
     tensors: Mapping[str, Source],
     routes: Routes,
-    sinks: Mapping[str, Sink],
+    loaders: WeightLoaders,
     assignments: Sequence[Assignment],
     export: ExportFormat,
 ) -> list[QuantizedTensor | KeptTensor]:
@@ -87,16 +87,17 @@ def plan_tensors(
     all modules whose weights the format cannot hold as the checkpoint stores them, for
     a scheme the format has no weights for, and where nothing is quantized.
     """
+    sinks = loaders.sinks
     by_name = {assignment.name: assignment for assignment in assignments}
-    whole = [each.target for each in routes.whole if each.target in sinks and not sinks[each.target].direct]
+    whole = [each.target for each in routes.whole if each.target in sinks and sinks[each.target].values_dtype is None]
     problems = {target.rpartition(".")[0]: "its weights cannot be quantized one by one" for target in whole}
     anew: dict[str, str] = {}
     planned: list[QuantizedTensor | KeptTensor] = []
     why_not = _WhyNot(sinks, export)
     for entry in sorted(tensors.values(), key=lambda entry: (entry.shard, entry.offset)):
-        spans = [span for span in routes.spans.get(entry.name, ()) if not sinks[span.parameter].direct]
+        spans = [span for span in routes.spans.get(entry.name, ()) if sinks[span.parameter].values_dtype is None]
         if isinstance(entry, StoredWeight):
-            why = _why_not_anew(entry, spans, routes, sinks)
+            why = _why_not_anew(entry, spans, routes, loaders)
             if why:
                 anew.setdefault(entry.name.removesuffix(_SUFFIX), why)
                 continue
@@ -128,11 +129,11 @@ def plan_tensors(
     return planned
 
 
-def _why_not_anew(weight: StoredWeight, spans: Sequence[Span], routes: Routes, sinks: Mapping[str, Sink]) -> str:
+def _why_not_anew(weight: StoredWeight, spans: Sequence[Span], routes: Routes, loaders: WeightLoaders) -> str:
     """Why a weight that is stored quantized cannot be quantized anew; nothing if it can."""
     if len(spans) < len(routes.spans.get(weight.name, ())) or not spans:
         return f"is stored as {weight.format.name} and belongs to a module that cannot be quantized"
-    if any(isinstance(sinks[span.parameter].loader, StoredCodesLoader) for span in spans):
+    if any(span.parameter in loaders.as_is for span in spans):
         return f"would stay {weight.format.name}, as the checkpoint stores it"
     return ""
 
@@ -167,7 +168,8 @@ class _WhyNot:
             return why
         layout = _layout(scheme.kernels.format, rows, columns)
         for span in spans:
-            if not (self._sinks[span.parameter].whole(span.region) and layout.whole(_rows_of(span, columns))):
+            local = self._sinks[span.parameter].scales_are_local(span.region)
+            if not (local and layout.whole(_rows_of(span, columns))):
                 return f"is scaled together with other tensors, or in parts, by {scheme.name}"
         return ""
 

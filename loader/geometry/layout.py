@@ -10,6 +10,9 @@ import torch
 from ..kernels.formats import WeightFormat
 from .regions import Interval, Region
 
+ShardId = str | int | tuple[int, ...] | None
+"""A part of a merged parameter: its name (`q`, `w1`), its number from the top, or several numbers; `None`: all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -73,6 +76,11 @@ class WeightLayout:
         return (*self._leading, rows, self.format.scale_shape(1, self._padded_columns)[1])
 
     @property
+    def tensors(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
+        """Dtype and shape of the codes, then of the scales."""
+        return (self.format.code_dtype, self.code_shape), (self.format.scale_dtype, self.scale_shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes and scales, padding included."""
         codes, scales = torch.Size(self.code_shape).numel(), torch.Size(self.scale_shape).numel()
@@ -95,19 +103,23 @@ class WeightLayout:
         block = self.format.block_rows
         return len(self.shards) == 1 or (block > 0 and all(rows % block == 0 for _, rows in self.shards))
 
-    def shard_rows(self, shard_id: str | None) -> Interval:
+    def shard_rows(self, shard_id: ShardId) -> Interval:
         """Rows of a shard; `None`, or `w13` for gate and up together, means all of them.
 
-        Raises `KeyError` for a shard that is not there.
+        Raises `KeyError` for a shard that is not there, and for several that do not lie one below the other.
         """
-        if shard_id is None or (shard_id == "w13" and self.shards[0][0] == "w1"):
+        names = [name for name, _ in self.shards]
+        if shard_id is None or (shard_id == "w13" and names[0] == "w1"):
             return 0, self.rows
-        at = 0
-        for name, rows in self.shards:
-            if name == shard_id:
-                return at, at + rows
-            at += rows
-        raise KeyError(f"no shard {shard_id!r}; there are {', '.join(repr(name) for name, _ in self.shards)}")
+        numbers = shard_id if isinstance(shard_id, tuple) else (shard_id,)
+        wanted = [names.index(each) if each in names else each for each in numbers]
+        first = wanted[0] if wanted else None
+        if not isinstance(first, int) or first < 0 or wanted != list(range(first, first + len(wanted))):
+            raise KeyError(f"no shard {shard_id!r}; there are {', '.join(map(repr, names))}")
+        borders = self.shard_borders()
+        if first + len(wanted) >= len(borders):
+            raise KeyError(f"no shard {shard_id!r}; there are {', '.join(map(repr, names))}")
+        return borders[first], borders[first + len(wanted)]
 
     def shard_borders(self) -> list[int]:
         """Rows at which a shard begins, the end included."""

@@ -17,11 +17,11 @@ from ..online.as_stored import InputScaleLoader, StoredParameter, StoredProgress
 from ..online.moe import MoeOnlineWeightLoader
 from ..online.parameter import QuantizedParameter, alive, materialize
 from ..online.quantizing import LayerProgress, linear_quantizer
-from ..online.sink import Sink
 from ..online.storage import FinalStorage
-from ..online.weight_loader import DirectWeightLoader, OnlineWeightLoader
+from ..online.weight_loader import DirectWeightLoader, OnlineWeightLoader, ParameterLoader, RestorableLoader
 from ..schemes.activations import InputScales
 from ..schemes.base import LinearScheme
+from ..schemes.stored.weights import Role
 from .quantized import QuantizedLinear
 from .skeleton import Assignment
 from .stored_sources import StoredModule
@@ -39,7 +39,12 @@ class WeightLoaders:
     """The closures of one model: where each parameter is written, and what has not arrived."""
 
     def __init__(self) -> None:
-        self.sinks: dict[str, Sink] = {}
+        self.sinks: dict[str, ParameterLoader] = {}
+        self.as_is: dict[str, Mapping[Role, ParameterLoader]] = {}
+        """Of parameters that stay as the checkpoint stores them: the closure of each of its tensors, by its role."""
+        self.restorable: dict[str, RestorableLoader] = {}
+        """All others."""
+        self.params: dict[str, Tensor] = {}
         self._landings: dict[str, Landing] = {}
         self._covers: dict[str, list[str]] = {}
 
@@ -53,15 +58,31 @@ class WeightLoaders:
 
     def check_complete(self, expected: Iterable[str]) -> None:
         """Raise `MissingWeightsError` naming every region of `expected` parameters that has not arrived."""
-        gaps = [gap for name in expected for gap in self.sinks[name].loader.missing()]
+        gaps = [gap for name in expected for gap in self.sinks[name].missing()]
         if gaps:
             more = f" and {len(gaps) - NAMES_SHOWN} more" if len(gaps) > NAMES_SHOWN else ""
             raise MissingWeightsError(f"parts that never arrived: {'; '.join(gaps[:NAMES_SHOWN])}{more}")
 
-    def add(self, name: str, param: Tensor, loader: Any, landing: Landing, stored: list[str]) -> None:
+    def add(self, name: str, param: Tensor, loader: RestorableLoader, landing: Landing, stored: list[str]) -> None:
         """Attach a closure to a parameter and remember where it writes."""
+        self.restorable[name] = loader
+        self._add(name, param, loader, landing, stored)
+
+    def add_as_is(
+        self,
+        name: str,
+        param: Tensor,
+        loaders: Mapping[Role, ParameterLoader],
+        landing: Landing,
+        stored: list[str],
+    ) -> None:
+        """Attach the closures of a parameter that stays as the checkpoint stores it."""
+        self.as_is[name] = loaders
+        self._add(name, param, loaders["codes"], landing, stored)
+
+    def _add(self, name: str, param: Tensor, loader: ParameterLoader, landing: Landing, stored: list[str]) -> None:
         param.weight_loader = loader  # type: ignore[attr-defined]
-        self.sinks[name] = Sink(param, loader)
+        self.sinks[name], self.params[name] = loader, param
         self._landings[name] = landing
         self._covers[name] = stored
 
@@ -161,7 +182,7 @@ def _attach_stored(
         closures = StoredParameter(parameter, stored.has_zero_points(full_name), first.zero_point, first.largest_scale)
         landing = Landing(layout.experts, layout.rows, layout.columns, transposed, layout)
         names = [full_name, f"{full_name}_scale"]
-        loaders.add(full_name, module._parameters[key], closures.loaders["codes"], landing, names)
+        loaders.add_as_is(full_name, module._parameters[key], closures.loaders, landing, names)
         module._parameters[f"{key}_scale"].weight_loader = closures.loaders["scale"]
         scale_key = scheme.input_scale_name(key)
         if scale_key in module._parameters:

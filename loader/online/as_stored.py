@@ -6,28 +6,27 @@ codes stand for, so that the same routes serve them.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteWeightError, ShapeMismatchError
-from ..geometry.layout import Block
+from ..geometry.layout import Block, ShardId
 from ..geometry.regions import Interval, Region, RegionTracker
 from ..schemes.activations import InputScales
 from ..schemes.stored.checks import check_finite
+from ..schemes.stored.weights import Role
 from .parameter import QuantizedParameter
-from .weight_loader import ParameterLoader, whole_shard
+from .sink import InPlace
+from .weight_loader import ParameterLoader, load_whole_shard
 
-WORDS = "scale", "zero_point"
+WORDS: tuple[Role, ...] = ("scale", "zero_point")
 """The words of a scale tensor, in their order."""
-
-Closure = Any
-"""A `StoredTensorLoader` of a parameter."""
 
 
 class StoredProgress:
@@ -35,7 +34,7 @@ class StoredProgress:
 
     def __init__(self, parameters: Iterable[StoredParameter], finish: Callable[[], None]) -> None:
         # The closures hang on their parameters and hold this; a cycle would keep the memory of a model that is gone.
-        self._by_role = weakref.WeakValueDictionary[tuple[int, str], Closure]()
+        self._by_role = weakref.WeakValueDictionary[tuple[int, str], StoredTensorLoader]()
         for parameter in parameters:
             for role, loader in parameter.loaders.items():
                 self._by_role[id(loader.parameter), role] = loader
@@ -44,15 +43,15 @@ class StoredProgress:
         self._finish = finish
         self._lock = threading.Lock()
 
-    def loaders_of(self, parameter: QuantizedParameter) -> Iterator[Closure]:
+    def loaders_of(self, parameter: QuantizedParameter) -> Iterator[StoredTensorLoader]:
         """All closures of one parameter."""
         return (loader for loader in self._by_role.values() if loader.parameter is parameter)
 
-    def loader(self, parameter: QuantizedParameter, role: str) -> Closure | None:
+    def loader(self, parameter: QuantizedParameter, role: str) -> StoredTensorLoader | None:
         """The closure of one tensor of a parameter; `None` for a role that it has no use for."""
         return self._by_role.get((id(parameter), role))
 
-    def complete(self, loader: Closure) -> None:
+    def complete(self, loader: StoredTensorLoader) -> None:
         """The last region of one tensor has arrived."""
         with self._lock:
             self._incomplete.discard(id(loader))
@@ -80,12 +79,13 @@ class StoredParameter:
     ) -> None:
         words = WORDS[: parameter.layout.format.scale_words]
         filled = None if has_zero_points or len(words) == 1 else zero_point
-        self.loaders: dict[str, Closure] = {"codes": StoredCodesLoader(parameter, "")}
+        scales: dict[Role, StoredScaleLoader] = {}
         for word, role in enumerate(words):
             if role == "scale" or filled is None:
                 largest = largest_scale if role == "scale" else torch.inf
-                self.loaders[role] = StoredScaleLoader(parameter, f" {role}", word, filled, largest)
-        self.loaders["scale"].beside = self.loaders.get("zero_point")
+                scales[role] = StoredScaleLoader(parameter, f" {role}", word, filled, largest)
+        scales["scale"].beside = scales.get("zero_point")
+        self.loaders: dict[Role, StoredTensorLoader] = {"codes": StoredCodesLoader(parameter, ""), **scales}
 
 
 class StoredTensorLoader(ParameterLoader):
@@ -102,8 +102,14 @@ class StoredTensorLoader(ParameterLoader):
     def name(self) -> str:
         return self.tracker.name
 
-    def load_shard(self, loaded_weight: Tensor, shard_id: str | None, expert_id: int | None) -> None:
-        self.load_region(loaded_weight, whole_shard(self.parameter, shard_id, expert_id))
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, and of a static input scale."""
+        has_input_scale = self.progress.loader(self.parameter, "input_scale") is not None
+        return self.parameter.layout.nbytes + has_input_scale * torch.float32.itemsize
+
+    def load_shard(self, loaded_weight: Tensor, shard_id: ShardId, expert_id: int | None) -> None:
+        load_whole_shard(self, self.parameter, loaded_weight, shard_id, expert_id)
 
     def load_region(self, loaded_weight: Tensor, region: Region) -> None:
         """Take what belongs to the rows and columns of a region, in the canonical layout."""
@@ -116,6 +122,9 @@ class StoredTensorLoader(ParameterLoader):
     @abstractmethod
     def gaps(self) -> Iterator[str]:
         """What has not arrived of this tensor."""
+
+    def missing(self) -> Iterator[str]:
+        return self.gaps()
 
     def forget(self) -> None:
         """Nothing has arrived."""
@@ -166,31 +175,19 @@ class StoredWeightLoader(StoredTensorLoader):
 class StoredCodesLoader(StoredWeightLoader):
     """The closure of a parameter's codes; it may be read into directly."""
 
-    align = 1, 1
-    whole_rows = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales, and of a static input scale."""
-        has_input_scale = self.progress.loader(self.parameter, "input_scale") is not None
-        return self.parameter.layout.nbytes + has_input_scale * torch.float32.itemsize
-
-    def whole(self, region: Region) -> bool:
-        """Codes are not computed from anything."""
-        return True
-
     def write(self, values: Tensor, targets: tuple[Tensor, Tensor], experts: Sequence[int | None]) -> None:
         codes, _ = targets
         _check(self.name, values, codes)
         codes.copy_(values)
 
-    def accepts_bytes(self, region: Region) -> bool:
-        """Whether the codes of a region lie contiguously in the parameter."""
+    def in_place(self, dtype: torch.dtype, region: Region) -> InPlace | None:
+        """Where the codes of a region lie contiguously in the parameter, whatever they are stored as."""
         layout = self.parameter.layout
-        return region.columns == (0, layout.columns) and not layout.is_padded
+        if region.columns != (0, layout.columns) or layout.is_padded:
+            return None
+        return InPlace(functools.partial(self._target, region), functools.partial(self.commit, region.numel))
 
-    def direct_target(self, region: Region) -> Tensor:
-        """The uint8 view that the codes of whole rows can be read into."""
+    def _target(self, region: Region) -> Tensor:
         codes, _ = self.parameter.views(region.expert, self.block(region))
         self.tracker.claim(region)
         return codes.view(torch.uint8).reshape(-1)

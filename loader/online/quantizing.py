@@ -118,13 +118,15 @@ class RegionQuantizer:
         """
         self._load_each(self.progress.parameters[name], name, (weight,), (region.expert,), region)
 
-    def load_experts(self, name: str, weights: Tensor, experts: range, rows: Interval, columns: Interval) -> None:
+    def load_experts(
+        self, name: str, weights: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval
+    ) -> None:
         """Quantize the same rows and columns of several experts, `weights` [experts, rows, columns], into place.
 
         In one call where rows may be laid end to end because no scale reaches over the end of a row. Raises as `load`.
         """
         parameter, region = self.progress.parameters[name], Region(experts[0], rows, columns)
-        if not _rows_can_be_joined(parameter.layout, columns):
+        if not isinstance(experts, range) or not _rows_can_be_joined(parameter.layout, columns):
             self._load_each(parameter, name, weights.unbind(), experts, region)
             return
         _check_shape(parameter.full_name, weights[0], region)

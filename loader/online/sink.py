@@ -1,39 +1,62 @@
-"""A parameter and its closure, as those who cut and deliver pieces see them."""
+"""What pieces are handed to: the closure of a parameter, as those see it who plan pieces and who deliver them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from ..geometry.regions import Region
-from .weight_loader import DirectWeightLoader
+from ..geometry.regions import Interval, Region
 
 
-@dataclass(frozen=True, slots=True)
-class Sink:
-    """A parameter and the closure attached to it."""
+class InPlace(NamedTuple):
+    """A read straight into final storage: `target` gives the 1-D uint8 view to read into, `arrived` ends it."""
 
-    param: Tensor
-    loader: Any
+    target: Callable[[], Tensor]
+    arrived: Callable[[], None]
+
+
+class Sink(Protocol):
+    """Takes the pieces of one parameter, or of a tensor in a file, from any number of threads.
+
+    Coordinates are those of `Region`. A scale is local to a region if nothing outside of the region decides it.
+    """
 
     @property
-    def direct(self) -> bool:
-        """Whether the parameter is kept as stored."""
-        return isinstance(self.loader, DirectWeightLoader)
+    def name(self) -> str:
+        """What it calls itself in messages."""
+
+    @property
+    def values_dtype(self) -> torch.dtype | None:
+        """The dtype of a parameter that keeps its values; `None` where they become codes, or go to a file."""
 
     @property
     def align(self) -> tuple[int, int]:
         """Rows and columns a piece must come in multiples of, to hold whole scale blocks."""
-        align: tuple[int, int] = self.loader.align
-        return align
 
     @property
     def whole_rows(self) -> bool:
-        """Whether pieces must hold whole rows, because nothing that is seen of their parts tells their scales."""
-        return bool(self.loader.whole_rows)
+        """Whether pieces must hold whole rows, because maxima of their parts do not tell their scales."""
 
-    def whole(self, region: Region) -> bool:
-        """Whether what becomes of a region depends on nothing outside of it."""
-        return bool(self.loader.whole(region))
+    def scales_are_local(self, region: Region) -> bool:
+        """Whether nothing outside of a region decides its scales; if not, every piece of the matrix is observed first.
+
+        Experts differ in nothing here.
+        """
+
+    def in_place(self, dtype: torch.dtype, region: Region) -> InPlace | None:
+        """How the bytes of a region, stored row after row as `dtype`, are read into place; `None`: they cannot be."""
+
+    def load_region(self, loaded_weight: Tensor, region: Region) -> None:
+        """Take a piece [rows, columns of the region]."""
+
+    def load_experts(self, weights: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
+        """Take the same rows and columns of several experts at once: `weights` [experts, rows, columns]."""
+
+    def observe(self, loaded_weight: Tensor, region: Region) -> None:
+        """First pass over a piece of a matrix whose scales are not local to its pieces."""
+
+    def missing(self) -> Iterator[str]:
+        """What has not arrived."""

@@ -6,6 +6,7 @@ replaced when its first piece arrives, and the closure moves along, so that a re
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -16,26 +17,35 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RouteError, ShapeMismatchError
+from ..geometry.layout import ShardId
 from ..geometry.regions import Interval, Region, RegionTracker
 from ..schemes.base import TensorStats
+from .engine_calls import NOT_GIVEN, shard_of
 from .parameter import QuantizedParameter, alive, materialize
 from .quantizing import RegionQuantizer
+from .sink import InPlace, Sink
 from .storage import FinalStorage
 
 
 class WeightLoader(Protocol):
-    """What vLLM and SGLang call for every checkpoint tensor, and quantload for every piece of one."""
+    """What vLLM and SGLang call for every checkpoint tensor (`engine_calls` says how), and anyone for a part of one."""
 
     def __call__(
         self,
         param: Tensor,
         loaded_weight: Tensor,
-        *,
-        shard_id: str | None = None,
+        *positional: Any,
+        weight_name: str | None = None,
+        shard_id: ShardId = None,
+        loaded_shard_id: ShardId = None,
         expert_id: int | None = None,
+        return_success: bool = False,
         region: Region | None = None,
-    ) -> None:
-        """Take a whole shard (`region=None`), or the rows and columns `region` names, in checkpoint precision."""
+    ) -> bool | None:
+        """Take a whole shard (`region=None`), or the rows and columns `region` names, in checkpoint precision.
+
+        Returns True where `return_success` asks for it.
+        """
 
 
 class DetachedWeightLoader:
@@ -50,21 +60,41 @@ class DetachedWeightLoader:
     observe = reset = __call__
 
 
-class ParameterLoader(ABC):
-    """A closure on a parameter: takes the shards that servers hand over, and the pieces that quantload reads."""
+class ParameterLoader(Sink, ABC):
+    """A closure on a parameter of a model: takes the shards that engines hand over, and the pieces quantload reads."""
+
+    values_dtype: torch.dtype | None = None
+    align: tuple[int, int] = (1, 1)
+    whole_rows: bool = False
 
     @property
     @abstractmethod
-    def name(self) -> str:
-        """What it calls itself in messages."""
+    def nbytes(self) -> int:
+        """Bytes of the final tensors."""
 
     @abstractmethod
-    def load_shard(self, loaded_weight: Tensor, shard_id: str | None, expert_id: int | None) -> None:
+    def load_shard(self, loaded_weight: Tensor, shard_id: ShardId, expert_id: int | None) -> None:
         """Take a whole shard."""
 
     @abstractmethod
-    def load_region(self, loaded_weight: Tensor, region: Region) -> None:
-        """Take the rows and columns of a region."""
+    def reset(self) -> None:
+        """A reload of the layer begins: every region may, and must, arrive again."""
+
+    def scales_are_local(self, region: Region) -> bool:
+        """Always, where nothing is computed from other elements."""
+        return True
+
+    def in_place(self, dtype: torch.dtype, region: Region) -> InPlace | None:
+        """Never, unless overridden."""
+        return None
+
+    def load_experts(self, weights: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
+        """Take the same rows and columns of several experts at once: `weights` [experts, rows, columns]."""
+        for weight, expert in zip(weights, experts, strict=True):
+            self.load_region(weight, Region(expert, rows, columns))
+
+    def observe(self, loaded_weight: Tensor, region: Region) -> None:
+        """There is nothing to learn where scales are local."""
 
     def __reduce__(self) -> tuple[type[DetachedWeightLoader], tuple[str]]:
         return DetachedWeightLoader, (self.name,)
@@ -73,26 +103,50 @@ class ParameterLoader(ABC):
         self,
         param: Tensor,
         loaded_weight: Tensor,
-        *,
-        shard_id: str | None = None,
-        expert_id: int | None = None,
+        *positional: Any,
+        weight_name: str | None = None,
+        shard_id: ShardId = NOT_GIVEN,
+        loaded_shard_id: ShardId = NOT_GIVEN,
+        expert_id: int | None = NOT_GIVEN,
+        return_success: bool = False,
         region: Region | None = None,
-    ) -> None:
-        if region is None:
-            self.load_shard(loaded_weight, shard_id, expert_id)
-        else:
+    ) -> bool | None:
+        if region is not None:
             self.load_region(loaded_weight, region)
+            return True if return_success else None
+        shard = shard_of(self.name, positional, weight_name, shard_id, loaded_shard_id, expert_id, return_success)
+        self.load_shard(loaded_weight, shard.shard_id, shard.expert_id)
+        return True if shard.return_success else None
 
 
-class DirectWeightLoader(ParameterLoader):
+class RestorableLoader(ParameterLoader):
+    """A closure whose final tensors an earlier load may have left, to be read back as they are."""
+
+    @property
+    @abstractmethod
+    def final_tensors(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
+        """Dtype and shape of each: codes and scales, or values."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The final tensors, to be read into."""
+
+    @abstractmethod
+    def restored(self, statistics: Tensor | None) -> None:
+        """What `tensors` gave out was filled with what it held after an earlier load, which measured `statistics`."""
+
+
+class DirectWeightLoader(RestorableLoader):
     """Writes pieces of one parameter or buffer that is kept as stored, converting the dtype where it differs.
 
     Coordinates are those of the tensor flattened to two dimensions, [product of the others, last].
     """
 
+    values_dtype: torch.dtype
+
     def __init__(self, module: nn.Module, name: str, full_name: str, dtype: torch.dtype, storage: FinalStorage) -> None:
         # A closure hangs on its parameter and so on its module: a strong reference back would keep both alive.
-        self._module, self._attribute, self.dtype, self._storage = weakref.ref(module), name, dtype, storage
+        self._module, self._attribute, self.values_dtype, self._storage = weakref.ref(module), name, dtype, storage
         self._shape = _held(module, name).shape
         self.columns = int(self._shape[-1]) if len(self._shape) else 1
         self.rows = self._shape.numel() // self.columns if self.columns else 0
@@ -105,7 +159,11 @@ class DirectWeightLoader(ParameterLoader):
     def name(self) -> str:
         return self.tracker.name
 
-    def load_shard(self, loaded_weight: Tensor, shard_id: str | None, expert_id: int | None) -> None:
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.columns * self.values_dtype.itemsize
+
+    def load_shard(self, loaded_weight: Tensor, shard_id: ShardId, expert_id: int | None) -> None:
         """There is one shard: the whole tensor."""
         _check_shape(self.name, loaded_weight, self._shape)
         whole = Region(None, (0, self.rows), (0, self.columns))
@@ -118,45 +176,39 @@ class DirectWeightLoader(ParameterLoader):
         view.copy_(loaded_weight)
         self.tracker.commit(region.numel)
 
-    def direct_target(self, region: Region) -> Tensor:
-        """The uint8 view of the final storage that whole rows of the stored dtype can be read into."""
-        self.tracker.claim(region)
-        return self._view(region).reshape(-1).view(torch.uint8)
-
-    def direct_done(self, region: Region) -> None:
-        """What `direct_target` gave out has been read into."""
-        self.tracker.commit(region.numel)
-
-    def accepts_bytes(self, dtype: torch.dtype, region: Region) -> bool:
-        """Whether a region stored as `dtype` is contiguous in the final tensor and needs no conversion."""
+    def in_place(self, dtype: torch.dtype, region: Region) -> InPlace | None:
+        """Where a region is contiguous in the final tensor and needs no conversion."""
         whole_rows = region.columns == (0, self.columns) or region.rows[1] - region.rows[0] == 1
-        return whole_rows and dtype == self.dtype
+        if not whole_rows or dtype != self.values_dtype:
+            return None
+        return InPlace(functools.partial(self._target, region), functools.partial(self._arrived, region))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The final tensor."""
         with self._lock:
-            return (materialize(alive(self._module), self._attribute, self._storage, self.dtype).data,)
+            return (materialize(alive(self._module), self._attribute, self._storage, self.values_dtype).data,)
+
+    @property
+    def final_tensors(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
+        return ((self.values_dtype, tuple(self._shape)),)
 
     def restored(self, statistics: Tensor | None) -> None:
-        """What `tensors` gave out was filled with what it held after an earlier load; there are no statistics."""
+        """There are no statistics of what keeps its values."""
         region = Region(None, (0, self.rows), (0, self.columns))
         self.tracker.claim(region)
         self.tracker.commit(region.numel)
 
-    align = 1, 1
-    whole_rows = False
-
-    def whole(self, region: Region) -> bool:
-        """Every element is written for itself."""
-        return True
-
     def missing(self) -> Iterator[str]:
-        """What has not arrived."""
         return self.tracker.described_gaps()
 
     def reset(self) -> None:
-        """A reload begins."""
         self.tracker.reset()
+
+    def _arrived(self, region: Region) -> None:
+        self.tracker.commit(region.numel)
+
+    def _target(self, region: Region) -> Tensor:
+        self.tracker.claim(region)
+        return self._view(region).reshape(-1).view(torch.uint8)
 
     def _view(self, region: Region) -> Tensor:
         (tensor,) = self.tensors()
@@ -164,25 +216,27 @@ class DirectWeightLoader(ParameterLoader):
         return flat[slice(*region.rows), slice(*region.columns)]
 
 
-class OnlineWeightLoader(ParameterLoader):
+class OnlineWeightLoader(RestorableLoader):
     """The `weight_loader` of one quantized parameter, linear or experts: quantizes what arrives."""
 
     def __init__(self, attribute: str, quantizer: RegionQuantizer) -> None:
         self._attribute = attribute
         self._quantizer = quantizer
         self.parameter = quantizer.progress.parameters[attribute]
+        layout = self.parameter.layout
+        self.align, self.whole_rows = layout.align, layout.format.whole_rows
 
     @property
     def name(self) -> str:
         return self.parameter.full_name
 
-    def load_shard(self, loaded_weight: Tensor, shard_id: str | None, expert_id: int | None) -> None:
-        self.load_region(loaded_weight, whole_shard(self.parameter, shard_id, expert_id))
+    def load_shard(self, loaded_weight: Tensor, shard_id: ShardId, expert_id: int | None) -> None:
+        load_whole_shard(self, self.parameter, loaded_weight, shard_id, expert_id)
 
     def load_region(self, loaded_weight: Tensor, region: Region) -> None:
         self._quantizer.load(self._attribute, loaded_weight, region)
 
-    def load_experts(self, weights: Tensor, experts: range, rows: Interval, columns: Interval) -> None:
+    def load_experts(self, weights: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
         """Take the same rows and columns of several experts at once: `weights` [experts, rows, columns]."""
         self._quantizer.load_experts(self._attribute, weights, experts, rows, columns)
 
@@ -191,42 +245,51 @@ class OnlineWeightLoader(ParameterLoader):
         self._quantizer.observe(self._attribute, loaded_weight, region)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The final codes and scales."""
         return self.parameter.tensors()
 
     def restored(self, statistics: Tensor | None) -> None:
-        """What `tensors` gave out was filled with what it held after an earlier load, which measured `statistics`."""
         self._quantizer.restored(self._attribute, TensorStats(statistics))
+
+    @property
+    def final_tensors(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
+        return self.parameter.layout.tensors
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.parameter.layout.nbytes
 
-    @property
-    def align(self) -> tuple[int, int]:
-        """Rows and columns of a scale block."""
-        return self.parameter.layout.align
-
-    @property
-    def whole_rows(self) -> bool:
-        """Whether scales can be told from whole rows only."""
-        return self.parameter.layout.format.whole_rows
-
-    def whole(self, region: Region) -> bool:
-        """Whether the scales of a region depend on nothing outside of it."""
+    def scales_are_local(self, region: Region) -> bool:
         return self.parameter.layout.whole(region)
 
     def missing(self) -> Iterator[str]:
-        """What has not arrived."""
         return self.parameter.tracker.described_gaps()
 
     def reset(self) -> None:
-        """Announce a reload of the layer: every region may, and must, arrive again."""
         self._quantizer.progress.reset()
 
 
-def whole_shard(parameter: QuantizedParameter, shard_id: str | None, expert_id: int | None) -> Region:
+def load_whole_shard(
+    loader: ParameterLoader,
+    parameter: QuantizedParameter,
+    loaded_weight: Tensor,
+    shard_id: ShardId,
+    expert_id: int | None,
+) -> None:
+    """Hand a whole shard over, or, where it has three dimensions, those of all experts, whatever `expert_id` says."""
+    experts = parameter.layout.experts
+    if experts is None or loaded_weight.dim() != 3:
+        loader.load_region(loaded_weight, whole_shard(parameter, shard_id, expert_id))
+        return
+    if len(loaded_weight) != experts:
+        raise ShapeMismatchError(
+            f"{loader.name}: got the weights of {len(loaded_weight)} experts where those of {experts} belong"
+        )
+    for expert, weight in enumerate(loaded_weight):
+        loader.load_region(weight, whole_shard(parameter, shard_id, expert))
+
+
+def whole_shard(parameter: QuantizedParameter, shard_id: ShardId, expert_id: int | None) -> Region:
     """The region of a shard handed over whole; raises `ShapeMismatchError` for one that the parameter has not."""
     layout, name = parameter.layout, parameter.full_name
     if expert_id not in ((None,) if layout.experts is None else range(layout.experts)):

@@ -29,7 +29,7 @@ from .stored_parts import PartMatrix, all_but_codes, codes_of
 Dequantize = Callable[[Tensor, Tensor, Tensor], None]
 
 
-class DequantizedWeight:
+class DecodedWeight:
     """A stored weight on its way through float32, and its scales from their arrival to the last slab of codes."""
 
     def __init__(self, weight: StoredWeight, dequantizer: Callable[[str], Dequantize]) -> None:
@@ -115,7 +115,7 @@ class DequantizedWeight:
         def deliver(workspace: Workspace) -> None:
             values = self._values(workspace, read, slab)
             for part in parts:
-                sinks[part.span.parameter].loader.observe(values[part.rows], part.region)
+                sinks[part.span.parameter].observe(values[part.rows], part.region)
 
         return self._read(read, deliver, self._scales_there)
 
@@ -135,7 +135,7 @@ class DequantizedWeight:
             values = self._values(workspace, read, slab)
             for part in slab.parts:
                 sink = sinks[part.span.parameter]
-                sink.loader(sink.param, values[part.rows], region=part.region)
+                sink.load_region(values[part.rows], part.region)
         self._done(len(together))
 
     def _read(self, lines: Interval, deliver: Callable[[Workspace], None], after: Barrier | None) -> Piece:

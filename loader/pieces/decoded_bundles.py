@@ -7,21 +7,23 @@ is read together; scales that lie elsewhere come first, and are held until the c
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.headers import TensorEntry
+from ..checkpoint.neighbours import Extent, neighbours
 from ..checkpoint.pieces import MAX_SHARED_READ, SMALL_PIECE, Barrier, Piece
 from ..checkpoint.workspace import Workspace
+from ..geometry.regions import Interval
 from ..geometry.spans import Span
 from ..online.sink import Sink
 from ..schemes.stored.weights import Role, StoredWeight
 from .decoded import Dequantize
-from .plain_bundles import QuantizedAlone
-from .stored_stacks import MAX_HOLE, Family, PartStack
+from .plain_bundles import LocalScales
+from .stored_stacks import MAX_HOLE, Family, StoredStack
 from .two_passes import Matrix
 
 MAX_VALUES = 4 * MAX_SHARED_READ
@@ -41,86 +43,69 @@ class Member(NamedTuple):
         return self.span.parameter, self.span.region.expert
 
 
-class Read(NamedTuple):
-    """Bytes of one file."""
+class DecodedBundler:
+    """Makes pieces of small weights that follow each other.
 
-    shard: int
-    start: int
-    stop: int
+    Says afterwards how many bytes of scratch memory the largest piece takes, and of scales the largest bundle holds.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        """How many."""
-        return self.stop - self.start
-
-    def holds(self, entry: TensorEntry) -> bool:
-        """Whether a tensor is among them."""
-        return self.shard == entry.shard and self.start <= entry.offset < self.stop
-
-
-class DequantizedBundler:
-    """Puts small weights that follow each other into bundles, and the pieces of those in a list."""
-
-    def __init__(
-        self,
-        pieces: list[Piece],
-        sinks: Mapping[str, Sink],
-        chunk_bytes: int,
-        dequantizer: Callable[[str], Dequantize],
-    ) -> None:
-        self._pieces, self._sinks, self._dequantizer = pieces, sinks, dequantizer
-        self._alone = QuantizedAlone(sinks)
+    def __init__(self, sinks: Mapping[str, Sink], chunk_bytes: int, dequantizer: Callable[[str], Dequantize]) -> None:
+        self._sinks, self._dequantizer = sinks, dequantizer
+        self._local = LocalScales(sinks)
         self._limit, self._values_limit = min(chunk_bytes, MAX_SHARED_READ), min(chunk_bytes, MAX_VALUES)
-        self._members: list[Member] = []
-        self._reads: list[Read] = []
-        self._nbytes = self._values_bytes = 0
         self.scratch_bytes = self.held_bytes = 0
 
     def takes(self, family: Family, span: Span) -> bool:
-        """Whether a weight is small, and needs nothing but itself to be quantized."""
+        """Whether a weight is small, and its scales are local."""
         small = family.nbytes < SMALL_PIECE and family.nbytes <= self._limit
         fits = small and family.values_bytes <= self._values_limit
-        return fits and self._alone(span.parameter, span.region)
+        return fits and self._local(span.parameter, span.region)
 
-    def add(self, member: Member) -> None:
-        """The next weight in the order of files and offsets."""
-        entries = [part.entry for part in member.weight.parts]
-        reads = [Read(entry.shard, entry.offset, entry.offset + entry.nbytes) for entry in entries]
-        together = self._reads and self._joined(reads, member.family.nbytes)
-        if not together or self._values_bytes + member.family.values_bytes > self._values_limit:
-            self.close()
-            together = reads
-        self._reads = together
-        self._members.append(member)
-        self._nbytes += member.family.nbytes
-        self._values_bytes += member.family.values_bytes
+    def pieces(self, members: Iterable[Member]) -> Iterator[Piece]:
+        """The pieces of weights in the order of files and offsets."""
+        group: list[Member] = []
+        reads: list[Extent[int]] = []
+        nbytes = values_bytes = 0
+        for member in members:
+            family = member.family
+            own = [_extent(part.entry) for part in member.weight.parts]
+            joined = self._joined(reads, own, MAX_HOLE * len(group), nbytes, family.nbytes) if group else []
+            if not joined or values_bytes + family.values_bytes > self._values_limit:
+                yield from self._bundle(group, reads)
+                group, joined, nbytes, values_bytes = [], own, 0, 0
+            group.append(member)
+            reads = joined
+            nbytes += family.nbytes
+            values_bytes += family.values_bytes
+        yield from self._bundle(group, reads)
 
-    def close(self) -> None:
-        """What comes next belongs to another bundle."""
-        if self._members:
-            reads = merged(self._reads, self._limit)
-            bundle = DequantizedBundle(self._members, reads, self._sinks, self._dequantizer)
-            self._pieces += bundle.pieces()
-            self.scratch_bytes = max(self.scratch_bytes, bundle.scratch_bytes)
-            self.held_bytes = max(self.held_bytes, bundle.held_bytes)
-        self._members, self._reads = [], []
-        self._nbytes = self._values_bytes = 0
+    def _bundle(self, members: Sequence[Member], reads: Sequence[Extent[int]]) -> list[Piece]:
+        if not members:
+            return []
+        bundle = DecodedBundle(members, _merged(reads, self._limit), self._sinks, self._dequantizer)
+        self.scratch_bytes = max(self.scratch_bytes, bundle.scratch_bytes)
+        self.held_bytes = max(self.held_bytes, bundle.held_bytes)
+        return bundle.pieces()
 
-    def _joined(self, reads: Sequence[Read], nbytes: int) -> list[Read]:
-        """What is read of each role with one more weight; nothing if that is too far away, or too much."""
-        pairs = list(zip(self._reads, reads, strict=False))
-        if len(reads) != len(self._reads) or any(
-            old.shard != new.shard or not old.stop <= new.start <= old.stop + nbytes + MAX_HOLE for old, new in pairs
+    def _joined(
+        self, reads: Sequence[Extent[int]], more: Sequence[Extent[int]], most: int, nbytes: int, more_bytes: int
+    ) -> list[Extent[int]]:
+        """What is read of each role with one more weight; nothing if that is too far away, or too much.
+
+        `most` are the bytes that may be read and not needed.
+        """
+        pairs = list(zip(reads, more, strict=False))
+        if len(reads) != len(more) or any(
+            old.file != new.file or not old.stop <= new.start <= old.stop + more_bytes + MAX_HOLE for old, new in pairs
         ):
             return []
-        joined = [Read(old.shard, old.start, new.stop) for old, new in pairs]
-        together = merged(joined, self._limit)
-        holes = sum(read.nbytes for read in together) - self._nbytes - nbytes
-        most = MAX_HOLE * len(self._members)
+        joined = [Extent(old.file, old.start, new.stop) for old, new in pairs]
+        together = _merged(joined, self._limit)
+        holes = sum(read.nbytes for read in together) - nbytes - more_bytes
         return joined if holes <= most and all(read.nbytes <= self._limit for read in together) else []
 
 
-class DequantizedBundle:
+class DecodedBundle:
     """Small weights on their way through float32, and those of their scales that lie apart from the codes.
 
     `reads` are what is to be read, without overlaps.
@@ -129,7 +114,7 @@ class DequantizedBundle:
     def __init__(
         self,
         members: Sequence[Member],
-        reads: Sequence[Read],
+        reads: Sequence[Extent[int]],
         sinks: Mapping[str, Sink],
         dequantizer: Callable[[str], Dequantize],
     ) -> None:
@@ -137,11 +122,11 @@ class DequantizedBundle:
         self._of_codes = _place(reads, members[0].weight.codes.entry)
         self._held: list[Tensor | None] = [None] * len(reads)
         self._calls = [
-            (stack, dequantizer(stack.family.weight.format.name), sinks[stack.parameter])
-            for stack in _stacks(members, reads)
+            (decoded, dequantizer(decoded.family.weight.format.name), sinks[decoded.stored.stack.parameter])
+            for decoded in _stacks(members, reads)
         ]
         self.held_bytes = sum(read.nbytes for read in reads) - reads[self._of_codes].nbytes
-        self.scratch_bytes = max(stack.values_bytes for stack, *_ in self._calls)
+        self.scratch_bytes = max(decoded.values_bytes for decoded, *_ in self._calls)
 
     def pieces(self) -> list[Piece]:
         """First what is held, then the codes."""
@@ -150,65 +135,48 @@ class DequantizedBundle:
         pieces = [self._piece(number, functools.partial(self._hold, number), signal=barrier) for number in apart]
         return [*pieces, self._piece(self._of_codes, self._deliver, after=barrier)]
 
-    def _piece(self, number: int, deliver: Callable[[Workspace], None], **how: Any) -> Piece:
+    def _piece(
+        self,
+        number: int,
+        deliver: Callable[[Workspace], None],
+        after: Barrier | None = None,
+        signal: Barrier | None = None,
+    ) -> Piece:
         read = self._reads[number]
-        return Piece(read.shard, ((read.start, read.nbytes),), deliver, **how)
+        return Piece(read.file, ((read.start, read.nbytes),), deliver, after=after, signal=signal)
 
     def _hold(self, number: int, workspace: Workspace) -> None:
         self._held[number] = workspace.buffer.clone()
 
     def _deliver(self, workspace: Workspace) -> None:
-        buffers: list[Any] = [*self._held]
-        buffers[self._of_codes] = workspace.buffer
-        for stack, dequantize, sink in self._calls:
-            values = stack.values(buffers, workspace, dequantize)
-            region = stack.region
+        buffers = [workspace.buffer if held is None else held for held in self._held]
+        for decoded, dequantize, sink in self._calls:
+            values, stack = decoded.values(buffers, workspace, dequantize), decoded.stored.stack
             if len(values) == 1:
-                sink.loader(sink.param, values[0], region=region)
+                sink.load_region(values[0], stack.region)
             else:
-                sink.loader.load_experts(values, stack.experts, region.rows, region.columns)
+                sink.load_experts(values, stack.experts, stack.rows, stack.columns)
         self._held = [None] * len(self._reads)
 
 
-class WeightStack:
-    """Weights of one family that land in the same rows and columns of experts, all their tensors in step.
+class DecodedStack:
+    """Weights of one family that become values together; `where` says for each tensor which read it is in."""
 
-    `where` says for each part which read it is in.
-    """
-
-    def __init__(self, member: Member, where: Sequence[int], offsets: Sequence[int]) -> None:
-        weight, self.family, span = member
-        self.parameter, self.region, self._where = span.parameter, span.region, where
-        self._parts = [
-            PartStack(matrix, weight, span.region, offset)
-            for matrix, offset in zip(self.family.matrices, offsets, strict=True)
-        ]
-
-    @property
-    def experts(self) -> Sequence[int | None]:
-        """The experts, in order."""
-        return self._parts[0].experts
+    def __init__(self, family: Family, stored: StoredStack, where: Sequence[int]) -> None:
+        self.family, self.stored, self.where = family, stored, where
 
     @property
     def values_bytes(self) -> int:
         """Bytes of the float32 values."""
-        return len(self._parts[0].weights) * self.family.values_bytes
-
-    def takes(self, member: Member, where: Sequence[int], offsets: Sequence[int]) -> bool:
-        """Put one more weight at the end, if all its tensors stand where the next ones would."""
-        region = member.span.region
-        if where != self._where or not all(
-            part.continues(region, offset) for part, offset in zip(self._parts, offsets, strict=True)
-        ):
-            return False
-        for part, offset in zip(self._parts, offsets, strict=True):
-            part.append(member.weight, region, offset)
-        return True
+        return len(self.stored.weights) * self.family.values_bytes
 
     def values(self, buffers: Sequence[Tensor], workspace: Workspace, dequantize: Dequantize) -> Tensor:
         """The float32 values [weights, rows, columns], in the scratch buffer."""
         weight, fmt = self.family.weight, self.family.weight.format
-        found = {part.role: part.finite(buffers[at]) for part, at in zip(self._parts, self._where, strict=True)}
+        found = {
+            matrix.part.role: self.stored.finite(number, buffers[at])
+            for number, (matrix, at) in enumerate(zip(self.stored.matrices, self.where, strict=True))
+        }
         codes = found["codes"]
         scales = _scales(weight, found)
         values = workspace.scratch(self.values_bytes).view(torch.float32).view(len(codes), weight.rows, weight.columns)
@@ -229,35 +197,33 @@ def _scales(weight: StoredWeight, found: Mapping[Role, Tensor]) -> Tensor:
     return torch.stack((scales, zeros), dim=-1).flatten(2)
 
 
-def merged(reads: Sequence[Read], most: int) -> list[Read]:
+def _extent(entry: TensorEntry) -> Extent[int]:
+    return Extent(entry.shard, entry.offset, entry.offset + entry.nbytes)
+
+
+def _merged(reads: Iterable[Extent[int]], most: int) -> list[Extent[int]]:
     """Reads that overlap as one, and neighbours too if that is at most so many bytes."""
-    found: list[Read] = []
-    for read in sorted(reads):
-        last = found[-1] if found else None
-        if last is not None and read.shard == last.shard:
-            stop = max(read.stop, last.stop)
-            if read.start < last.stop or (read.start - last.stop <= MAX_HOLE and stop - last.start <= most):
-                found[-1] = Read(last.shard, last.start, stop)
-                continue
-        found.append(read)
-    return found
+    groups = neighbours(sorted(reads), lambda read: read, most, MAX_HOLE, overlap=True)
+    return [Extent(group[0].file, group[0].start, max(read.stop for read in group)) for group in groups]
 
 
-def _place(reads: Sequence[Read], entry: TensorEntry) -> int:
+def _place(reads: Sequence[Extent[int]], entry: TensorEntry) -> int:
     """Which of the reads holds a tensor."""
-    return next(number for number, read in enumerate(reads) if read.holds(entry))
+    return next(
+        n for n, read in enumerate(reads) if read.file == entry.shard and read.start <= entry.offset < read.stop
+    )
 
 
-def _stacks(members: Sequence[Member], reads: Sequence[Read]) -> list[WeightStack]:
+def _stacks(members: Sequence[Member], reads: Sequence[Extent[int]]) -> list[DecodedStack]:
     """Weights in as few stacks as they make."""
-    growing: dict[Any, WeightStack] = {}
-    found: list[WeightStack] = []
-    for member in members:
-        where = [_place(reads, part.entry) for part in member.weight.parts]
-        offsets = [part.entry.offset - reads[at].start for part, at in zip(member.weight.parts, where, strict=True)]
-        key = id(member.family), member.span.parameter, member.span.region[1:]
-        stack = growing.get(key)
-        if stack is None or not stack.takes(member, where, offsets):
-            growing[key] = WeightStack(member, where, offsets)
-            found.append(growing[key])
+    growing: dict[tuple[int, str, Interval, Interval], DecodedStack] = {}
+    found: list[DecodedStack] = []
+    for weight, family, span in members:
+        where = [_place(reads, part.entry) for part in weight.parts]
+        offsets = tuple([part.entry.offset - reads[at].start for part, at in zip(weight.parts, where, strict=True)])
+        key = id(family), span.parameter, span.region.rows, span.region.columns
+        decoded = growing.get(key)
+        if decoded is None or where != decoded.where or not decoded.stored.takes(weight, span, offsets):
+            decoded = growing[key] = DecodedStack(family, StoredStack(family.matrices, weight, span, offsets), where)
+            found.append(decoded)
     return found

@@ -8,12 +8,12 @@ become one matrix, and the same rows of one expert after the other become one st
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 import torch
 
 from ..checkpoint.headers import TensorEntry
+from ..checkpoint.neighbours import Extent, neighbours
 from ..checkpoint.pieces import MAX_SHARED_READ, SMALL_PIECE, Piece
 from ..checkpoint.workspace import Workspace
 from ..errors import NonFiniteWeightError
@@ -22,60 +22,18 @@ from ..geometry.spans import Span
 from ..online.sink import Sink
 from .cuts import Part, is_dense
 from .plain_delivery import located, matrix
-
-Member = tuple[TensorEntry, Span]
+from .stacks import Stack
 
 _offset = attrgetter("offset")
 
 
-@dataclass(slots=True)
-class Stack:
-    """The same rows and columns of `count` experts, `step` apart in the parameter and `pitch` apart in a buffer.
-
-    `expert` is the first one, `None` for a parameter without experts; `offset` is where its matrix begins. Offsets and
-    pitches are in elements.
-    """
-
-    parameter: str
-    expert: int | None
-    rows: Interval
-    columns: Interval
-    offset: int
-    count: int = 1
-    step: int = 0
-    pitch: int = 0
-
-    @property
-    def region(self) -> Region:
-        """The first matrix."""
-        return Region(self.expert, self.rows, self.columns)
-
-    @property
-    def experts(self) -> range:
-        """All experts, in the order of their matrices."""
-        first = self.expert or 0
-        return range(first, first + self.count * self.step, self.step)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of one matrix."""
-        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
-
-    def takes(self, region: Region, offset: int) -> bool:
-        """Put another matrix of the same rows and columns at the end, if it stands where the next one would."""
-        if self.expert is None or region.expert is None:
-            return False
-        step, pitch = region.expert - self.expert, offset - self.offset
-        if self.count == 1:
-            self.step, self.pitch = step, pitch
-        if step <= 0 or step != self.count * self.step or pitch != self.count * self.pitch:
-            return False
-        self.count += 1
-        return True
+Member = tuple[TensorEntry, Span]
+"""A span of a tensor that goes to a small matrix."""
+_extent = itemgetter(1)
 
 
-class QuantizedAlone:
-    """Tells whether spans are quantized, and need nothing but themselves for it; experts differ in nothing there."""
+class LocalScales:
+    """Tells whether spans are quantized and their scales are local; experts differ in nothing there."""
 
     def __init__(self, sinks: Mapping[str, Sink]) -> None:
         self._sinks = sinks
@@ -86,47 +44,37 @@ class QuantizedAlone:
         known = self._known.get(key)
         if known is None:
             sink = self._sinks[parameter]
-            known = self._known[key] = not sink.direct and sink.whole(region)
+            known = self._known[key] = sink.values_dtype is None and sink.scales_are_local(region)
         return known
 
 
-def may_be_bundled(entry: TensorEntry, spans: Sequence[Span], alone: QuantizedAlone, chunk_bytes: int) -> bool:
+def may_be_bundled(entry: TensorEntry, spans: Sequence[Span], local: LocalScales, chunk_bytes: int) -> bool:
     """Whether all of a tensor goes to small matrices without gaps, each to be quantized on its own."""
     limit = min(SMALL_PIECE - 1, chunk_bytes) // entry.dtype.itemsize
     return all(
-        is_dense(region, row_stride, column_stride, limit) and alone(parameter, region)
+        is_dense(region, row_stride, column_stride, limit) and local(parameter, region)
         for parameter, region, _, row_stride, column_stride in spans
     )
 
 
-class Bundler:
-    """Puts small tensors that follow each other in a file into pieces of at most `chunk_bytes`, and those in a list."""
+def bundles(
+    entries: Sequence[TensorEntry], spans: Mapping[str, Sequence[Span]], sinks: Mapping[str, Sink], chunk_bytes: int
+) -> Iterator[Piece]:
+    """Small tensors that follow each other in a file, in pieces of at most `chunk_bytes`."""
+    located_members = (member for entry in entries for member in _located_members(entry, spans[entry.name]))
+    for group in neighbours(located_members, _extent, min(chunk_bytes, MAX_SHARED_READ)):
+        start, stop = group[0][1].start, group[-1][1].stop
+        members = [member for member, _ in group]
+        yield Piece(members[0][0].shard, ((start, stop - start),), BundleDelivery(members, sinks))
 
-    def __init__(self, pieces: list[Piece], sinks: Mapping[str, Sink], chunk_bytes: int) -> None:
-        self._pieces, self._sinks, self._limit = pieces, sinks, min(chunk_bytes, MAX_SHARED_READ)
-        self._members: list[Member] = []
-        self._file: tuple[int, torch.dtype] | None = None
-        self._start = self._stop = 0
 
-    def add(self, entry: TensorEntry, spans: Sequence[Span]) -> None:
-        """The next tensor in the order of files and offsets."""
-        size = entry.dtype.itemsize
-        for span in spans if len(spans) == 1 else sorted(spans, key=_offset):
-            begin = entry.offset + span.offset * size
-            stop = begin + span.region.numel * size
-            follows = begin == self._stop and (entry.shard, entry.dtype) == self._file
-            if not follows or stop - self._start > self._limit:
-                self.close()
-                self._start, self._file = begin, (entry.shard, entry.dtype)
-            self._members.append((entry, span))
-            self._stop = stop
-
-    def close(self) -> None:
-        """What comes next belongs to another piece."""
-        if self._members:
-            extents = ((self._start, self._stop - self._start),)
-            self._pieces.append(Piece(self._members[0][0].shard, extents, BundleDelivery(self._members, self._sinks)))
-            self._members, self._file = [], None
+def _located_members(
+    entry: TensorEntry, spans: Sequence[Span]
+) -> Iterator[tuple[Member, Extent[tuple[int, torch.dtype]]]]:
+    size, file = entry.dtype.itemsize, (entry.shard, entry.dtype)
+    for span in spans if len(spans) == 1 else sorted(spans, key=_offset):
+        begin = entry.offset + span.offset * size
+        yield (entry, span), Extent(file, begin, begin + span.region.numel * size)
 
 
 class BundleDelivery:
@@ -144,13 +92,14 @@ class BundleDelivery:
         try:
             for stack, sink in self._calls:
                 rows, columns = stack.shape
+                (offset,), (pitch,) = stack.offsets, stack.pitches
                 if stack.count == 1:
-                    piece = elements.as_strided((rows, columns), (columns, 1), first + stack.offset)
-                    sink.loader(sink.param, piece, region=stack.region)
+                    piece = elements.as_strided((rows, columns), (columns, 1), first + offset)
+                    sink.load_region(piece, stack.region)
                 else:
-                    shape, strides = (stack.count, rows, columns), (stack.pitch, columns, 1)
-                    pieces = elements.as_strided(shape, strides, first + stack.offset)
-                    sink.loader.load_experts(pieces, stack.experts, stack.rows, stack.columns)
+                    shape, strides = (stack.count, rows, columns), (pitch, columns, 1)
+                    pieces = elements.as_strided(shape, strides, first + offset)
+                    sink.load_experts(pieces, stack.experts, stack.rows, stack.columns)
         except NonFiniteWeightError as error:
             raise self._located(error, workspace) from None
 
@@ -174,10 +123,10 @@ def stacks(spans: list[Span]) -> Iterator[Stack]:
     for parameter, region, offset in _joined(spans):
         key = (parameter, region.rows, region.columns)
         stack = growing.get(key)
-        if stack is None or not stack.takes(region, offset):
+        if stack is None or not stack.takes(region.expert, (offset,)):
             if stack is not None:
                 yield stack
-            growing[key] = Stack(parameter, region.expert, region.rows, region.columns, offset)
+            growing[key] = Stack(parameter, region, (offset,))
     yield from growing.values()
 
 

@@ -30,9 +30,9 @@ class Delivery:
             piece = matrix(elements, part, workspace)
             try:
                 if self._observe:
-                    sink.loader.observe(piece, part.region)
+                    sink.observe(piece, part.region)
                 else:
-                    sink.loader(sink.param, piece, region=part.region)
+                    sink.load_region(piece, part.region)
             except NonFiniteWeightError as error:
                 raise located(error, self._entry, part) from None
 

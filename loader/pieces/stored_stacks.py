@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, NonFiniteWeightError
-from ..geometry.regions import Region
 from ..geometry.spans import Span
 from ..schemes.stored.checks import check_finite
-from ..schemes.stored.weights import Role, StoredPart, StoredWeight
+from ..schemes.stored.weights import StoredPart, StoredWeight
+from .stacks import Stack
 from .stored_parts import PartMatrix
 
 MAX_HOLE = 256
@@ -64,79 +64,61 @@ class Families:
         return found
 
 
-class PartStack:
-    """The same tensor of weights of one family: `pitch` bytes apart in a buffer, experts `step` apart in the model.
+class StoredStack:
+    """Weights of one family that land in the same rows and columns of experts, some of their tensors in step.
 
-    `matrix` is that of any weight of the family; `region` is where the first of `weights` lands, `offset` where its
-    tensor begins.
+    `matrices` are those tensors, of any weight of the family; offsets and pitches of `stack` are in bytes.
     """
 
-    __slots__ = ("matrix", "offset", "pitch", "region", "step", "weights")
+    __slots__ = ("matrices", "stack", "weights")
 
-    def __init__(self, matrix: PartMatrix, weight: StoredWeight, region: Region, offset: int) -> None:
-        self.matrix, self.weights, self.region, self.offset = matrix, [weight], region, offset
-        self.pitch = self.step = 0
+    def __init__(
+        self, matrices: Sequence[PartMatrix], weight: StoredWeight, span: Span, offsets: tuple[int, ...]
+    ) -> None:
+        self.matrices, self.weights = matrices, [weight]
+        self.stack = Stack(span.parameter, span.region, offsets)
 
-    @property
-    def experts(self) -> Sequence[int | None]:
-        """The experts, in the order of their tensors."""
-        first, step = self.region.expert, self.step or 1
-        return (None,) if first is None else range(first, first + len(self.weights) * step, step)
-
-    @property
-    def role(self) -> Role:
-        """What the tensor is to its weight."""
-        return self.matrix.part.role
-
-    def continues(self, region: Region, offset: int) -> bool:
-        """Whether a weight of the same rows and columns stands where the next one would, its tensor at `offset`."""
-        count, first = len(self.weights), self.region.expert
-        if first is None or region.expert is None:
+    def takes(self, weight: StoredWeight, span: Span, offsets: tuple[int, ...]) -> bool:
+        """Put one more weight at the end, if all its tensors stand where the next ones would."""
+        if not self.stack.takes(span.region.expert, offsets):
             return False
-        step, pitch = region.expert - first, offset - self.offset
-        return step > 0 and (count == 1 or (step == count * self.step and pitch == count * self.pitch))
-
-    def append(self, weight: StoredWeight, region: Region, offset: int) -> None:
-        """Put a weight that continues the stack at its end."""
-        if len(self.weights) == 1:
-            assert region.expert is not None
-            assert self.region.expert is not None
-            self.step, self.pitch = region.expert - self.region.expert, offset - self.offset
         self.weights.append(weight)
+        return True
 
-    def values(self, buffer: Tensor) -> Tensor:
-        """The canonical form [tensors, rows, columns] of what stands in a buffer.
+    def values(self, number: int, buffer: Tensor) -> Tensor:
+        """The canonical form [weights, rows, columns] of one of the tensors as they stand in a buffer.
 
         Raises a `CheckpointError` that names the tensor for one that cannot be.
         """
-        matrix, count = self.matrix, len(self.weights)
-        nbytes = matrix.part.entry.nbytes
-        stored = buffer.as_strided((count, nbytes), (self.pitch or nbytes, 1), buffer.storage_offset() + self.offset)
+        matrix, count = self.matrices[number], len(self.weights)
+        nbytes, pitch = matrix.part.entry.nbytes, self.stack.pitches[number]
+        first = buffer.storage_offset() + self.stack.offsets[number]
+        stored = buffer.as_strided((count, nbytes), (pitch or nbytes, 1), first)
         aligned = stored.storage_offset() % matrix.part.entry.dtype.itemsize == 0
         stored = stored.contiguous() if aligned else stored.clone(memory_format=torch.contiguous_format)
         try:
             values = matrix.canonical(stored.view(-1), (0, count * matrix.rows))
         except CheckpointError:
-            self._name(stored)
+            self._name(matrix, stored)
             raise
         if matrix.weight.along == "columns" and not matrix.part.only_checked:
             return values.reshape(len(values), count, -1).transpose(0, 1)
         return values.reshape(count, -1, values.shape[1])
 
-    def finite(self, buffer: Tensor) -> Tensor:
+    def finite(self, number: int, buffer: Tensor) -> Tensor:
         """What `values` returns; raises `NonFiniteWeightError` naming the tensor where it is scales that are not."""
-        values = self.values(buffer)
-        if self.role in ("scale", "zero_point"):
-            largest = self.matrix.weight.largest_scale if self.role == "scale" else torch.inf
+        values, matrix = self.values(number, buffer), self.matrices[number]
+        if matrix.part.role in ("scale", "zero_point"):
+            largest = matrix.weight.largest_scale if matrix.part.role == "scale" else torch.inf
             try:
-                check_finite(self.matrix.part.entry.name, values, largest)
+                check_finite(matrix.part.entry.name, values, largest)
             except NonFiniteWeightError:
                 for weight, own in zip(self.weights, values, strict=True):
-                    check_finite(self.matrix.of(weight).part.entry.name, own, largest)
+                    check_finite(matrix.of(weight).part.entry.name, own, largest)
                 raise
         return values
 
-    def _name(self, stored: Tensor) -> None:
+    def _name(self, matrix: PartMatrix, stored: Tensor) -> None:
         """Raise the error of the first weight that is to blame, with the names of its own tensors."""
         for weight, own in zip(self.weights, stored, strict=True):
-            self.matrix.of(weight).canonical(own, (0, self.matrix.rows))
+            matrix.of(weight).canonical(own, (0, matrix.rows))

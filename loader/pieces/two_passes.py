@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from ..checkpoint.pieces import Barrier, Piece
 from ..geometry.regions import Region
@@ -27,7 +27,7 @@ class Readable(Protocol):
     """What is read at once, in parts."""
 
     @property
-    def parts(self) -> tuple[Any, ...]: ...
+    def parts(self) -> Sequence[Landed]: ...
 
 
 class Located(Protocol):
@@ -42,7 +42,6 @@ class Located(Protocol):
 
 
 E = TypeVar("E", bound=Located)
-C = TypeVar("C", bound=Readable)
 
 
 def read_twice(cuts: Iterable[Sequence[Readable]], sinks: Mapping[str, Sink]) -> set[Matrix]:
@@ -52,7 +51,7 @@ def read_twice(cuts: Iterable[Sequence[Readable]], sinks: Mapping[str, Sink]) ->
         for tensor_cuts in cuts
         for cut in tensor_cuts
         for part in cut.parts
-        if not sinks[part.span.parameter].whole(part.region)
+        if not sinks[part.span.parameter].scales_are_local(part.region)
     }
 
 
@@ -61,23 +60,9 @@ def matrix_of(part: Landed) -> Matrix:
     return part.span.parameter, part.region.expert
 
 
-def first_pass(
-    group: Sequence[E],
-    cuts: Mapping[str, Sequence[C]],
-    twice: set[Matrix],
-    observing: Callable[[E, C, tuple[Any, ...]], Piece],
-    pieces: list[Piece],
-) -> Barrier | None:
-    """Append the pieces of the first pass over a group; the barrier that opens behind them, None if there are none.
-
-    `observing(entry, cut, parts)` makes the piece that observes these parts of a cut.
-    """
-    first = []
-    for entry in group:
-        for cut in cuts[entry.name]:
-            parts = tuple(part for part in cut.parts if matrix_of(part) in twice)
-            if parts:
-                first.append(observing(entry, cut, parts))
+def first_pass(observing: Iterable[Piece | None], pieces: list[Piece]) -> Barrier | None:
+    """Append the pieces of the first pass over a group; the barrier that opens behind them, None if there are none."""
+    first = [piece for piece in observing if piece is not None]
     if not first:
         return None
     barrier = Barrier(len(first))
@@ -87,7 +72,7 @@ def first_pass(
     return barrier
 
 
-def together(entries: Sequence[E], cuts: Mapping[str, Sequence[C]], twice: set[Matrix]) -> Iterator[list[E]]:
+def together(entries: Sequence[E], cuts: Mapping[str, Sequence[Readable]], twice: set[Matrix]) -> Iterator[list[E]]:
     """Tensors in order, those that share a two-pass matrix in one list."""
     if not twice:
         yield from ([entry] for entry in entries)

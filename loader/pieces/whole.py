@@ -71,7 +71,7 @@ class WholeConversion:
                 f"{self._conversion.target}: the conversion also makes {name}, which no parameter takes"
             )
         for region, matrix in _matrices(tensor, self._landing(name)):
-            sink.loader(sink.param, matrix.contiguous(), region=region)
+            sink.load_region(matrix.contiguous(), region)
 
 
 def whole_bytes(conversion: Conversion, tensors: Mapping[str, TensorEntry]) -> int:

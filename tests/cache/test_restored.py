@@ -112,9 +112,9 @@ def test_what_was_restored_is_there_and_may_not_come_again_without_a_reload() ->
     sink = model.loaders.sinks["experts.up_proj"]
     weight, region = torch.ones(ROWS, COLUMNS), Region(0, (0, ROWS), (0, COLUMNS))
     with pytest.raises(RepeatedRegionError):
-        sink.loader(sink.param, weight, region=region)
-    sink.loader.reset()
-    sink.loader(sink.param, weight, region=region)
+        sink.load_region(weight, region)
+    sink.reset()
+    sink.load_region(weight, region)
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "missing", "surplus"])

@@ -28,10 +28,9 @@ from quantload.kernels.registry import kernel_set
 from quantload.model.skeleton import Assignment
 from quantload.online.as_stored import StoredParameter, StoredProgress
 from quantload.online.parameter import QuantizedParameter
-from quantload.online.sink import Sink
 from quantload.online.storage import FinalStorage
 from quantload.options import LoadOptions
-from quantload.pieces.as_is import plan_kept
+from quantload.pieces.as_is import plan_as_is
 from quantload.pieces.plain import plan_pieces
 from quantload.schemes.base import meta_parameter
 from quantload.schemes.exported.compressed_tensors import WEIGHTS as COMPRESSED_TENSORS
@@ -102,8 +101,7 @@ def read_back(
         closures = StoredParameter(parameter, zero_points, stored.zero_point, stored.largest_scale)
         finished: list[bool] = []
         progress = StoredProgress([closures], lambda: finished.append(True))
-        sinks = {"a.weight": Sink(layer.get_parameter("weight"), closures.loaders["codes"])}
-        pieces = plan_kept([stored], {"a.weight": spans}, sinks, chunk_bytes)
+        pieces = plan_as_is([stored], {"a.weight": spans}, {"a.weight": closures.loaders}, chunk_bytes)
         largest = max(piece.nbytes for piece in pieces)
         shard = Shard("model.safetensors", header.size)
         PieceReader(source, [shard], workers=workers, chunk_bytes=largest).run(pieces)

@@ -282,12 +282,13 @@ def test_bytes_read_straight_into_place() -> None:
     module, value = Kept(4, 6), torch.randn(4, 6)
     loader = module.loader(torch.float32)
     region = Region(None, (1, 4), (0, 6))
-    assert loader.accepts_bytes(torch.float32, region)
-    assert not loader.accepts_bytes(torch.bfloat16, region)
-    assert not loader.accepts_bytes(torch.float32, Region(None, (1, 4), (0, 5)))
-    assert loader.accepts_bytes(torch.float32, Region(None, (1, 2), (0, 5)))
-    loader.direct_target(region).copy_(value[1:].reshape(-1).view(torch.uint8))
-    loader.direct_done(region)
+    assert loader.in_place(torch.bfloat16, region) is None
+    assert loader.in_place(torch.float32, Region(None, (1, 4), (0, 5))) is None
+    assert loader.in_place(torch.float32, Region(None, (1, 2), (0, 5))) is not None
+    place = loader.in_place(torch.float32, region)
+    assert place is not None
+    place.target().copy_(value[1:].reshape(-1).view(torch.uint8))
+    place.arrived()
     assert torch.equal(module.p[1:], value[1:])
     assert [str(r) for r in loader.tracker.missing()] == ["rows 0:1, columns 0:6"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from quantload.pieces.stored import StoredPieces, plan_stored
 from quantload.schemes.base import Quantizer, meta_parameter
 from quantload.schemes.moe import QuantizedMoEScheme
 from quantload.schemes.stored.layouts import float32
-from quantload.schemes.stored.weights import StoredPart, StoredWeight
+from quantload.schemes.stored.weights import Role, StoredPart, StoredWeight
 from torch import Tensor, nn
 
 EXPERTS, INTERMEDIATE, HIDDEN = 12, 128, 256
@@ -82,13 +83,15 @@ class StoredExperts:
             self.layer.register_parameter(f"{name}_scale", meta_parameter(layout.scale_shape, self.wanted.scale_dtype))
         self.finished = 0
         self.calls: list[tuple[int, ...]] = []
-        self.sinks = self._kept() if stored == wanted else self._anew()
+        self.as_is: dict[str, Mapping[Role, Sink]] = self._copied() if stored == wanted else {}
+        self.sinks: dict[str, Sink] = {name: own["codes"] for name, own in self.as_is.items()} or self._anew()
 
     def plan(self, chunk_bytes: int = 1 << 23) -> StoredPieces:
         """The pieces of all weights, in the order of their codes."""
         weights = sorted((self._weight(*key) for key in self._keys()), key=lambda weight: weight.offset)
         spans = {weight.name: [self._span(*weight.name.split("."))] for weight in weights}
-        return plan_stored(weights, spans, self.sinks, chunk_bytes, lambda name: select("dequantize", name, "cpu"))
+        dequantizer = functools.partial(select, "dequantize", device="cpu")
+        return plan_stored(weights, spans, self.sinks, self.as_is, chunk_bytes, dequantizer)
 
     def load(self, chunk_bytes: int = 1 << 23) -> list[Piece]:
         """Read and deliver all pieces; fails where one would have to wait."""
@@ -138,7 +141,7 @@ class StoredExperts:
         parameter = "down_proj" if kind == "down" else "gate_up_proj"
         return Span(parameter, Region(int(expert), (first, first + rows), (0, columns)), 0, columns, 1)
 
-    def _kept(self) -> dict[str, Sink]:
+    def _copied(self) -> dict[str, Mapping[Role, Sink]]:
         storage = FinalStorage(torch.device("cpu"))
         self.parameters = [
             StoredParameter(QuantizedParameter(self.layer, name, name, layout, storage), False, 0.0, torch.inf)
@@ -148,10 +151,8 @@ class StoredExperts:
         for parameter in self.parameters:
             for loader in parameter.loaders.values():
                 self._count(loader, "load_experts")
-        codes = [parameter.loaders["codes"] for parameter in self.parameters]
         return {
-            name: Sink(self.layer._parameters[name], loader)
-            for name, loader in zip(self.layer.weight_layouts, codes, strict=True)
+            name: parameter.loaders for name, parameter in zip(self.layer.weight_layouts, self.parameters, strict=True)
         }
 
     def _anew(self) -> dict[str, Sink]:
@@ -166,7 +167,7 @@ class StoredExperts:
         scheme = Scheme(Quantizer(kernel_set(format_name, "cpu")))
         self._count(scheme, "quantize_expert")
         loader = MoeOnlineWeightLoader(self.layer, scheme, on_finished=lambda *_: self._finish())
-        return {name: Sink(self.layer._parameters[name], loader.bound(name)) for name in self.layer.weight_layouts}
+        return {name: loader.bound(name) for name in self.layer.weight_layouts}
 
     def _count(self, owner: Any, name: str) -> None:
         """Remember the shape of what a method is called with."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_sink import FakeSink
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from quantload.checkpoint.headers import TensorEntry, read_header
@@ -19,8 +21,7 @@ from quantload.geometry.regions import Region
 from quantload.geometry.spans import Span
 from quantload.kernels.formats import MXFP4_ROWS
 from quantload.kernels.registry import kernel_set, select
-from quantload.online.sink import Sink
-from quantload.pieces.decoded import DequantizedWeight
+from quantload.pieces.decoded import DecodedWeight
 from quantload.pieces.stored import StoredPieces, plan_stored
 from quantload.schemes.stored.read import read_stored
 from quantload.schemes.stored.weights import StoredWeight
@@ -36,10 +37,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-class RowsLoader:
+class RowsLoader(FakeSink):
     """A closure that quantizes whole rows with a multiplier for each, and refuses parts of them."""
 
-    align, whole_rows = (1, 1), True
+    whole_rows = True
 
     def __init__(self, rows: int, columns: int) -> None:
         self.columns = columns
@@ -47,10 +48,10 @@ class RowsLoader:
         self.scales = torch.empty(MXFP4_ROWS.scale_shape(rows, columns), dtype=torch.uint8)
         self.taken = torch.zeros(rows, dtype=torch.int64)
 
-    def whole(self, region: Region) -> bool:
+    def scales_are_local(self, region: Region) -> bool:
         return region.columns == (0, self.columns)
 
-    def __call__(self, param: Tensor, weight: Tensor, *, region: Region) -> None:
+    def load_region(self, weight: Tensor, region: Region) -> None:
         rows = slice(*region.rows)
         assert weight.shape == (rows.stop - rows.start, self.columns)
         KERNELS.quantize(weight.contiguous(), self.codes[rows], self.scales[rows])
@@ -86,12 +87,10 @@ def read(tool: str, tensors: dict[str, Tensor], entries: dict[str, TensorEntry])
     return weight
 
 
-def plan(weight: StoredWeight, spans: list[Span], chunk_bytes: int) -> tuple[StoredPieces, dict[str, Sink]]:
+def plan(weight: StoredWeight, spans: list[Span], chunk_bytes: int) -> tuple[StoredPieces, dict[str, RowsLoader]]:
     loaders = {span.parameter: RowsLoader(span.region.rows[1], weight.columns) for span in spans}
-    sinks = {name: Sink(torch.empty(0), loader) for name, loader in loaders.items()}
-    return plan_stored(
-        [weight], {weight.name: spans}, sinks, chunk_bytes, lambda name: select("dequantize", name, "cpu")
-    ), sinks
+    dequantizer = functools.partial(select, "dequantize", device="cpu")
+    return plan_stored([weight], {weight.name: spans}, loaders, {}, chunk_bytes, dequantizer), loaders
 
 
 def load(planned: StoredPieces, folder: Path, workers: int = 1) -> None:
@@ -130,9 +129,9 @@ def test_rows_are_whole_in_pieces_of_any_size(
         assert all(piece.nbytes <= chunk_bytes for piece in planned.pieces if piece.after is not None)
         load(planned, folder, workers)
     for parameter, sink in sinks.items():
-        assert torch.equal(sink.loader.codes, whole[parameter].loader.codes)
-        assert torch.equal(sink.loader.scales, whole[parameter].loader.scales)
-        assert bool((sink.loader.taken == 1).all())
+        assert torch.equal(sink.codes, whole[parameter].codes)
+        assert torch.equal(sink.scales, whole[parameter].scales)
+        assert bool((sink.taken == 1).all())
 
 
 def weight_of(tool: str) -> StoredWeight:
@@ -170,8 +169,8 @@ def test_rows_of_wide_blocks_are_cut_where_a_piece_ends() -> None:
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     weight = read_stored(config, entries, lambda entry: torch.empty(entry.shape)).weights["x.weight"]
     limit = 32 * 4096 * torch.float32.itemsize
-    sinks = {"x": Sink(torch.empty(0), RowsLoader(256, 4096))}
-    found = DequantizedWeight(weight, lambda _: KERNELS.dequantize).cut(spans_of(weight, False), sinks, limit)
+    sinks = {"x": RowsLoader(256, 4096)}
+    found = DecodedWeight(weight, lambda _: KERNELS.dequantize).cut(spans_of(weight, False), sinks, limit)
     assert [(slab.low, slab.high) for slab in found] == [(low, low + 32) for low in range(0, 256, 32)]
 
 
@@ -180,18 +179,18 @@ def test_scales_are_held_until_the_last_codes_have_come(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / FILE)
     with FileSource(tmp_path) as source:
         weight = read("awq", tensors, read_header(source, FILE).tensors)
-    on_its_way = DequantizedWeight(weight, lambda name: select("dequantize", name, "cpu"))
+    on_its_way = DecodedWeight(weight, lambda name: select("dequantize", name, "cpu"))
     held = []
 
     class Watching(RowsLoader):
-        def __call__(self, *args: Any, **where: Any) -> None:
+        def load_region(self, weight: Tensor, region: Region) -> None:
             held.append(on_its_way._scales is not None)
-            super().__call__(*args, **where)
+            super().load_region(weight, region)
 
-    sinks = {"x": Sink(torch.empty(0), Watching(64, 256))}
+    sinks = {"x": Watching(64, 256)}
     spans = spans_of(weight, False)
     slabs = on_its_way.cut(spans, sinks, 16 * 256 * torch.float32.itemsize)
     pieces = [*on_its_way.scale_pieces(1 << 20), *on_its_way.pieces(slabs, sinks, None)]
-    load(StoredPieces(pieces, 1 << 20), tmp_path)
+    load(StoredPieces(pieces, 1 << 20, 0), tmp_path)
     assert held == [True] * len(slabs)
     assert on_its_way._scales is None

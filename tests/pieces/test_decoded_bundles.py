@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from quantload.errors import NonFiniteWeightError
-from quantload.pieces.decoded_bundles import Read, merged
-from quantload.pieces.stored_stacks import MAX_HOLE
 from stored_experts import EXPERTS, HIDDEN, INTERMEDIATE, ORDERS, StoredExperts
 
 SLABS = 20_000
@@ -56,12 +54,3 @@ def test_a_scale_that_is_not_finite_is_named_by_its_own_tensor(order: str) -> No
     experts.tensors["down", 7, "scale"][1, 0] = torch.inf
     with pytest.raises(NonFiniteWeightError, match=r"down\.7\.scale: a scale is NaN or infinite"):
         experts.load()
-
-
-def test_what_is_merged() -> None:
-    assert merged([Read(0, 10, 20), Read(0, 0, 10)], 100) == [Read(0, 0, 20)]
-    assert merged([Read(0, 0, 10), Read(0, 10 + MAX_HOLE, 300)], 1000) == [Read(0, 0, 300)]
-    assert len(merged([Read(0, 0, 10), Read(0, 11 + MAX_HOLE, 300)], 1000)) == 2
-    assert len(merged([Read(0, 0, 10), Read(0, 10, 20)], 19)) == 2
-    assert len(merged([Read(0, 0, 10), Read(1, 10, 20)], 100)) == 2
-    assert merged([Read(0, 0, 10), Read(0, 5, 8)], 1) == [Read(0, 0, 10)]

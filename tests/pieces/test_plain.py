@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from fake_sink import FakeSink
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from quantload.checkpoint.headers import TensorEntry
@@ -51,32 +52,28 @@ class FakeWorkspace:
         return torch.full((nbytes,), 255, dtype=torch.uint8)
 
 
-@dataclasses.dataclass
-class FakeParameter:
-    layout: WeightLayout
-
-
-class CheckingLoader:
+class CheckingLoader(FakeSink):
     """A closure that knows what has to arrive."""
 
     def __init__(self, layout: WeightLayout, expected: Tensor) -> None:
-        self.parameter = FakeParameter(layout)
-        self.align, self.whole = layout.align, layout.whole
+        self.layout, self.align = layout, layout.align
         self.expected = expected.reshape(layout.experts or 1, layout.rows, layout.columns)
         self.arrived = torch.zeros_like(self.expected, dtype=torch.int)
         self.observed = torch.zeros_like(self.expected, dtype=torch.int)
 
-    def __call__(self, param: Tensor, piece: Tensor, *, region: Region) -> None:
+    def scales_are_local(self, region: Region) -> bool:
+        return self.layout.whole(region)
+
+    def load_region(self, piece: Tensor, region: Region) -> None:
         expert = region.expert or 0
-        if not self.parameter.layout.whole(region):
+        if not self.layout.whole(region):
             assert (self.observed[expert] == 1).all(), "its scales are not known yet"
         self._check(piece, region)
         self._part(self.arrived, region).add_(1)
 
-    def load_experts(self, pieces: Tensor, experts: range, rows: Interval, columns: Interval) -> None:
+    def load_experts(self, pieces: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
         assert len(pieces) == len(experts) > 1
-        for piece, expert in zip(pieces, experts, strict=True):
-            self(torch.empty(0), piece, region=Region(expert, rows, columns))
+        super().load_experts(pieces, experts, rows, columns)
 
     def observe(self, piece: Tensor, region: Region) -> None:
         self._check(piece, region)
@@ -125,7 +122,7 @@ class World:
         *experts, rows, columns = expected.shape
         parts = tuple((f"s{i}", rows // shards) for i in range(shards))
         layout = WeightLayout(fmt, experts[0] if experts else None, parts, columns)
-        self.sinks[name] = Sink(torch.empty(0), CheckingLoader(layout, expected))
+        self.sinks[name] = CheckingLoader(layout, expected)
         self._route(name, moved, Landing(layout.experts, rows, columns, transposed, layout))
 
     def direct(self, name: str, operation: Operation) -> None:
@@ -134,7 +131,7 @@ class World:
         module = self.modules[name] = nn.Module()
         module.register_parameter("p", nn.Parameter(torch.empty(self.whole[name].shape, device="meta")))
         loader = DirectWeightLoader(module, "p", name, torch.float32, FinalStorage(torch.device("cpu")))
-        self.sinks[name] = Sink(torch.empty(0), loader)
+        self.sinks[name] = loader
         self._route(name, moved, Landing(None, loader.rows, loader.columns))
 
     def _route(self, name: str, moved: Any, landing: Landing) -> None:
@@ -160,11 +157,12 @@ class World:
             if piece.signal is not None:
                 piece.signal.signal()
         for name, sink in self.sinks.items():
-            if sink.direct:
-                assert sink.loader.tracker.complete, name
+            if isinstance(sink, DirectWeightLoader):
+                assert sink.tracker.complete, name
                 assert torch.equal(self.modules[name].p, self.whole[name]), name
             else:
-                sink.loader.check_done()
+                assert isinstance(sink, CheckingLoader)
+                sink.check_done()
         return pieces
 
 
@@ -346,7 +344,7 @@ def test_a_nan_is_named_by_the_checkpoints_own_index(kind: str, index: list[int]
     world.data["t0"][tuple(index)] = torch.nan
 
     class Refusing(CheckingLoader):
-        def __call__(self, param: Tensor, piece: Tensor, *, region: Region) -> None:
+        def load_region(self, piece: Tensor, region: Region) -> None:
             found = piece.isnan().nonzero()
             if len(found):
                 error = NonFiniteWeightError("not finite")
@@ -354,8 +352,8 @@ def test_a_nan_is_named_by_the_checkpoints_own_index(kind: str, index: list[int]
                 raise error
 
     for name, sink in world.sinks.items():
-        layout = sink.loader.parameter.layout
-        world.sinks[name] = Sink(sink.param, Refusing(layout, sink.loader.expected))
+        assert isinstance(sink, CheckingLoader)
+        world.sinks[name] = Refusing(sink.layout, sink.expected)
     with pytest.raises(
         NonFiniteWeightError, match=rf"tensor t0 .* index \[{', '.join(map(str, index))}\] \(goes to p\)"
     ):

@@ -65,9 +65,7 @@ class Checkpoint:
         self.loader = MoeOnlineWeightLoader(
             self.layer, scheme, on_finished=lambda values, _: self.statistics.append(values)
         )
-        self.sinks = {
-            name: Sink(self.layer._parameters[name], self.loader.bound(name)) for name in self.layer.weight_layouts
-        }
+        self.sinks: dict[str, Sink] = {name: self.loader.bound(name) for name in self.layer.weight_layouts}
         self._make_tensors(order)
 
     def _make_tensors(self, order: list[tuple[str, int]]) -> None:
@@ -115,8 +113,7 @@ def one_by_one(format_name: str) -> Checkpoint:
     checkpoint = Checkpoint(format_name, ORDERS["by number"])
     for entry in checkpoint.entries:
         (span,) = checkpoint.spans[entry.name]
-        sink = checkpoint.sinks[span.parameter]
-        sink.loader(sink.param, checkpoint.tensors[entry.name], region=span.region)
+        checkpoint.sinks[span.parameter].load_region(checkpoint.tensors[entry.name], span.region)
     return checkpoint
 
 
@@ -173,7 +170,7 @@ def span(parameter: str, expert: int | None, rows: tuple[int, int], columns: tup
 
 def test_what_makes_a_stack() -> None:
     found = list(stacks([span("p", e, (0, 2)) for e in (3, 5, 7)]))
-    assert [(s.experts, s.offset, s.pitch) for s in found] == [(range(3, 9, 2), 0, 8)]
+    assert [(s.experts, *s.offsets, *s.pitches) for s in found] == [(range(3, 9, 2), 0, 8)]
     falling = list(stacks([span("p", e, (0, 2)) for e in (5, 3)]))
     assert [s.region.expert for s in falling] == [5, 3]
     uneven = list(stacks([span("p", 0, (0, 2)), span("p", 1, (0, 2)), span("q", 0, (0, 2)), span("p", 2, (0, 2))]))

@@ -1,0 +1,76 @@
+"""The one planner of a load and of a conversion: pieces of tensors, in order, of whatever kind their source is.
+
+Where a scale needs more than one piece can hold (a row too long, a transposed tensor, one scale a tensor) the pieces of
+that matrix go through twice: maxima first, then codes. Small neighbours are bundled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from ..checkpoint.pieces import Barrier, Piece
+from ..online.sink import Sink
+from .two_passes import Landed, Located, Matrix, Readable, first_pass, matrix_of, read_twice, together
+
+E = TypeVar("E", bound=Located)
+C = TypeVar("C", bound=Readable)
+E_contra = TypeVar("E_contra", bound=Located, contravariant=True)
+
+
+class Source(Protocol[E_contra, C]):
+    """How tensors of one kind are read: `E` is a tensor in a file, `C` a part of it that is worked on at once."""
+
+    def is_small(self, entry: E_contra) -> bool:
+        """Whether a tensor may be bundled with its neighbours: it is small, and its scales are local."""
+
+    def matrices(self, entry: E_contra) -> Iterable[Matrix]:
+        """The matrices that a small tensor lands in."""
+
+    def bundles(self, entries: Sequence[E_contra]) -> Iterable[Piece]:
+        """The pieces of small tensors that follow each other in the order of files and offsets."""
+
+    def cut(self, entry: E_contra) -> Sequence[C]:
+        """What of a large tensor is worked on at once."""
+
+    def needed_first(self, group: Sequence[E_contra]) -> Iterable[Piece]:
+        """Pieces that come before all others of some large tensors: what must be known to make values of them."""
+
+    def observing(self, entry: E_contra, cut: C, observed: Callable[[Landed], bool]) -> Piece | None:
+        """The piece that shows the parts that are to be `observed` to closures that need to see all of a matrix first.
+
+        `None`: there is no such part.
+        """
+
+    def pieces(self, entry: E_contra, cuts: Sequence[C], after: Barrier | None) -> Iterable[Piece]:
+        """The pieces that hand a large tensor over; `after` opens behind those that observed it."""
+
+
+def plan(source: Source[E, C], entries: Sequence[E], sinks: Mapping[str, Sink]) -> list[Piece]:
+    """Pieces of all tensors, which come by shard and offset; those that need two passes: first pass, second pass."""
+    small = {entry.name for entry in entries if source.is_small(entry)}
+    cuts = {entry.name: source.cut(entry) for entry in entries if entry.name not in small}
+    twice = read_twice(cuts.values(), sinks)
+    for entry in entries if twice else ():
+        if entry.name in small and not twice.isdisjoint(source.matrices(entry)):
+            small.remove(entry.name)
+            cuts[entry.name] = source.cut(entry)
+
+    def observed(part: Landed) -> bool:
+        return matrix_of(part) in twice
+
+    pieces: list[Piece] = []
+    run: list[E] = []
+    for group in together(entries, cuts, twice):
+        if group[0].name in small:
+            run.append(group[0])
+            continue
+        pieces += source.bundles(run)
+        run = []
+        pieces += source.needed_first(group)
+        observing = (source.observing(entry, cut, observed) for entry in group for cut in cuts[entry.name])
+        barrier = first_pass(observing, pieces)
+        for entry in group:
+            pieces += source.pieces(entry, cuts[entry.name], barrier)
+    pieces += source.bundles(run)
+    return pieces

@@ -96,6 +96,7 @@ class StoredTensorLoader(ParameterLoader):
     def __init__(self, parameter: QuantizedParameter, name: str) -> None:
         layout = parameter.layout
         self.parameter = parameter
+        self.supports_moe_loading = layout.experts is not None
         self.tracker = RegionTracker(name, layout.experts, layout.rows, layout.columns)
 
     @property

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeMismatchError
-from ..geometry.layout import WeightLayout
+from ..geometry.layout import ShardId, WeightLayout
 from ..geometry.regions import Region
 from ..schemes.base import MoeQuantizationCallbacks
+from .engine_calls import NOT_GIVEN, shard_of
 from .parameter import QuantizedParameter, alive
 from .quantizing import LayerProgress, RegionQuantizer
 from .storage import FinalStorage
@@ -61,18 +62,25 @@ class MoeOnlineWeightLoader:
         self,
         param: Tensor,
         loaded_weight: Tensor,
-        *,
-        shard_id: str | None = None,
-        expert_id: int | None = None,
+        *positional: Any,
+        weight_name: str | None = None,
+        shard_id: ShardId = NOT_GIVEN,
+        expert_id: int | None = NOT_GIVEN,
+        return_success: bool = False,
         region: Region | None = None,
-    ) -> None:
+    ) -> bool | None:
         """Take a shard of one expert, whole, or the part `region` names.
 
         `shard_id` is `w1` (gate), `w3` (up), `w13` (both, in the order they lie) or `w2` (down), `expert_id` the
-        expert.
+        expert; engines may say so by position (`engine_calls`).
         """
-        bound = self.bound(self._name_of(shard_id))
-        bound(param, loaded_weight, shard_id=shard_id, expert_id=expert_id, region=region)
+        shard = shard_of("experts", positional, weight_name, shard_id, NOT_GIVEN, expert_id, return_success)
+        bound = self.bound(self._name_of(shard.shard_id))
+        if region is None:
+            bound.load_shard(loaded_weight, shard.shard_id, shard.expert_id)
+        else:
+            bound.load_region(loaded_weight, region)
+        return True if shard.return_success else None
 
     def reset(self) -> None:
         """Announce a reload: every region may, and must, arrive again."""
@@ -82,7 +90,7 @@ class MoeOnlineWeightLoader:
         """The `weight_loader` of one parameter; all of a layer's share this loader's progress."""
         return OnlineWeightLoader(name, self._quantizer)
 
-    def _name_of(self, shard_id: str | None) -> str:
-        if shard_id not in SHARDS:
+    def _name_of(self, shard_id: ShardId) -> str:
+        if not isinstance(shard_id, str) or shard_id not in SHARDS:
             raise ShapeMismatchError(f"shard_id is {shard_id!r}; choose one of {', '.join(SHARDS)}")
         return self._names[SHARDS[shard_id]]

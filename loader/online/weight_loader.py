@@ -66,6 +66,8 @@ class ParameterLoader(Sink, ABC):
     values_dtype: torch.dtype | None = None
     align: tuple[int, int] = (1, 1)
     whole_rows: bool = False
+    supports_moe_loading: bool = False
+    """What vLLM asks of a closure before it hands the weights of experts over."""
 
     @property
     @abstractmethod
@@ -225,6 +227,7 @@ class OnlineWeightLoader(RestorableLoader):
         self.parameter = quantizer.progress.parameters[attribute]
         layout = self.parameter.layout
         self.align, self.whole_rows = layout.align, layout.format.whole_rows
+        self.supports_moe_loading = layout.experts is not None
 
     @property
     def name(self) -> str:

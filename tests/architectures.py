@@ -65,11 +65,23 @@ def reference(path: Path, architecture: Architecture, **options: Any) -> PreTrai
     return model
 
 
+# Its forward takes `image_outputs` from what its language model returns, which has none, and so fails on every input.
+FAILS_IN_TRANSFORMERS = {"Llama4ForConditionalGeneration": "5.24.0"}
+
+
+def answering(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or its language model where this very transformers cannot run the forward of the whole."""
+    if FAILS_IN_TRANSFORMERS.get(type(model).__name__) != transformers.__version__:
+        return model
+    language_model: PreTrainedModel = model.language_model
+    return language_model
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     """Logits of one forward; floating inputs follow the model's dtype."""
     cast = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    output: Tensor = model(**cast).logits
+    output: Tensor = answering(model)(**cast).logits
     return output
 
 
@@ -78,7 +90,7 @@ def generate(model: PreTrainedModel, inputs: Inputs, tokens: int = 16) -> Tensor
     """Greedily generated ids, the prompt included for decoders."""
     prompt = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     prompt.pop("decoder_input_ids", None)
-    output: Tensor = model.generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    output: Tensor = answering(model).generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     return output
 
 

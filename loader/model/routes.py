@@ -119,7 +119,7 @@ def _convert(
         converted = transformers_api.full_names(conversion, _operate(mapped, conversion, tensors))
     except NotExpressible:
         mapped.not_expressible.append(conversion)
-        return dict.fromkeys(_targets(mapped, conversion))
+        return dict.fromkeys(targets(mapped, conversion))
     except (ValueError, IndexError, KeyError, RuntimeError) as error:
         _explain(mapped, conversion)
         shapes = {name: tensors[name].shape for name in names[:NAMES_SHOWN]}
@@ -142,7 +142,7 @@ def _operate(mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str
     counts = tuple([(pattern, len(names)) for pattern, names in conversion.sources.items()])
     key = (
         None if conversion.converter is None else (id(conversion.converter), counts),
-        tuple([mapped.shapes.tensors[name].shape for name in _targets(mapped, conversion)]),
+        tuple([mapped.shapes.tensors[name].shape for name in targets(mapped, conversion)]),
         tuple([_kind(tensors[name]) for name in conversion.names()]),
     )
     if key not in mapped.templates:
@@ -162,7 +162,7 @@ def _kind(entry: Source) -> tuple[tuple[int, ...], torch.dtype, tuple[int, ...] 
     return entry.shape, entry.dtype, entry.strides if isinstance(entry, StoredWeight) else None
 
 
-def _targets(mapped: CheckpointMap, conversion: Conversion) -> Iterator[str]:
+def targets(mapped: CheckpointMap, conversion: Conversion) -> Iterator[str]:
     """Parameters a conversion fills, from its target patterns."""
     patterns = conversion.converter.target_patterns if conversion.converter is not None else []
     for pattern in patterns:

@@ -24,6 +24,16 @@ def unexplained(entry: TensorEntry, parameter: str) -> CheckpointError:
     )
 
 
+def explained_within(conversion: Conversion) -> set[str]:
+    """Checkpoint names of a conversion that are codes or scales which its own operation decodes.
+
+    Codes and their scales arrive together: transformers then knows what the codes stand for, whatever the config says.
+    """
+    names = {*conversion.names()}
+    scales = {name: codes for name in names if (codes := name.rpartition("_scale")[0]) in names}
+    return {*scales, *scales.values()}
+
+
 def check_scales(
     surplus: Iterable[str], conversions: Iterable[Conversion], tensors: Mapping[str, TensorEntry | StoredWeight]
 ) -> None:

@@ -19,7 +19,7 @@ from ..errors import UnexpectedWeightsError
 from ..geometry.regions import Region
 from ..geometry.spans import Landing
 from ..model import transformers_api
-from ..model.routes import ModelShapes
+from ..model.routes import CheckpointMap, ModelShapes, targets
 from ..model.transformers_api import Conversion
 from ..online.sink import Sink
 
@@ -74,9 +74,17 @@ class WholeConversion:
             sink.load_region(matrix.contiguous(), region)
 
 
-def whole_bytes(conversion: Conversion, tensors: Mapping[str, TensorEntry]) -> int:
-    """Bytes a group holds at its highest: its tensors, and what is made from them."""
-    return 2 * sum(tensors[name].nbytes for name in conversion.names())
+def whole_bytes(conversion: Conversion, tensors: Mapping[str, TensorEntry], mapped: CheckpointMap) -> int:
+    """Bytes a group holds at its highest.
+
+    Its tensors as they are read and, where they have another dtype, as the parameter's; and twice what is made of
+    them, once by the last operation and once by the one before it.
+    """
+    wanted = mapped.shapes.tensors[conversion.target].dtype
+    sources = [tensors[name] for name in conversion.names()]
+    cast = sum(entry.nbytes // entry.dtype.itemsize for entry in sources if entry.dtype != wanted) * wanted.itemsize
+    made = sum(mapped.shapes.tensors[name].numel() for name in targets(mapped, conversion)) * wanted.itemsize
+    return sum(entry.nbytes for entry in sources) + cast + 2 * made
 
 
 def plan_whole(

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import raw_checkpoint
 import torch
-from architectures import ALL, BY_NAME, Architecture, generate, logits, reference, save
+import transformers
+from architectures import ALL, BY_NAME, FAILS_IN_TRANSFORMERS, Architecture, generate, logits, reference, save
 from quantload import load_quantized
 from torch import Tensor
 
@@ -56,6 +57,16 @@ def test_none_equals_from_pretrained(architecture: Architecture, checkpoint: Che
     if architecture.generates:
         assert got.generation_config.to_dict() == want.generation_config.to_dict()
         assert torch.equal(generate(got, inputs, 4), generate(want, inputs, 4))
+
+
+@pytest.mark.parametrize(
+    "architecture", [a for a in ALL if a.class_name in FAILS_IN_TRANSFORMERS], ids=lambda a: a.name
+)
+def test_a_forward_that_the_other_tests_go_around_does_fail(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    if FAILS_IN_TRANSFORMERS[architecture.class_name] != transformers.__version__:
+        pytest.skip("the tests run the whole model with this transformers")
+    with pytest.raises(AttributeError, match="has no attribute 'image_outputs'"):
+        reference(checkpoint(architecture.name), architecture)(**architecture.inputs())
 
 
 def test_report_of_an_unquantized_load(checkpoint: Checkpoint) -> None:

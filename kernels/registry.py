@@ -33,7 +33,7 @@ import torch
 
 from .arrangement import Arrangement
 from .formats import FORMATS, WeightFormat
-from .gpu.quantizers import format_on, stored_format
+from .gpu.quantizers import TRITON_MISSING, format_on, stored_format
 from .gpu.target import GpuTarget
 from .implementations import NUMBA_FORMATS as NUMBA_FORMATS
 from .implementations import SCALE_MODES as SCALE_MODES
@@ -117,9 +117,14 @@ def select(
     name: str | None = None,
     scale_mode: str = "default",
 ) -> Kernel:
-    """The best kernel that can run, or the one called `name`; NoKernel lists every candidate with its reason."""
+    """The best kernel that can run, or the one called `name`; NoKernel lists every candidate with its reason.
+
+    A GPU for which nothing but Triton is missing gets no slow kernel instead, unless it is called by its name.
+    """
     found = candidates(operation, format_name, device, scale_mode)
     for kernel, reason in found:
+        if name is None and reason == TRITON_MISSING:
+            break
         if reason is None and name in (None, kernel.name):
             return kernel
     wanted = f"kernel {name!r}" if name else "kernel"
@@ -190,7 +195,7 @@ def needed_to_load(
 ) -> list[Needed[Any]]:
     """The compiled functions that a load of `source_dtype` weights will call, and `linear` on `activation_dtype`."""
     format_name = stored_format(format_name, torch.device(device))
-    if select("quantize", format_name, device, scale_mode=scale_mode).name != "numba":
+    if not _is_compiled("quantize", format_name, device, scale_mode):
         return []
     from .cpu import choose
 
@@ -199,11 +204,16 @@ def needed_to_load(
 
 def needed_to_read(format_name: str, device: torch.device | str) -> list[Needed[Any]]:
     """The compiled functions that dequantize a format to float32."""
-    if select("dequantize", format_name, device).name != "numba":
+    if not _is_compiled("dequantize", format_name, device):
         return []
     from .cpu import dequantize as cpu_dequantize
 
     return [cpu_dequantize.needed(FORMATS[format_name], torch.float32)]
+
+
+def _is_compiled(operation: str, format_name: str, device: torch.device | str, scale_mode: str = "default") -> bool:
+    on_cpu = torch.device(device).type == "cpu"
+    return on_cpu and select(operation, format_name, device, scale_mode=scale_mode).name == "numba"
 
 
 def prepare(functions: Sequence[Needed[Any]]) -> None:

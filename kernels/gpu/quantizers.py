@@ -13,6 +13,11 @@ import torch
 from ..formats import FNUZ, MXFP4_ROWS, NVFP4, WeightFormat
 from .target import GpuTarget, gpu_target
 
+TRITON_MISSING = (
+    "triton is not installed, and kernels for GPUs need it: install torch for this GPU, which brings it along, "
+    "or `pip install triton`"
+)
+"""Why a GPU that Triton kernels are for cannot have them."""
 OPERATIONS = ("quantize", "observe", "finish_scales", "dequantize")
 
 
@@ -53,14 +58,12 @@ def gpu_quantizers(operation: str, fmt: WeightFormat, scale_mode: str = "default
 
 def triton_unavailable(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on a device, or None when they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return "TRITON_INTERPRET is set, so Triton would interpret the kernels on the CPU; unset it"
     target = gpu_target(device)
     if target is None:
         return "torch finds no GPU (torch.cuda.is_available() is False)"
-    return triton_lacks(target)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "TRITON_INTERPRET is set, so Triton would interpret the kernels on the CPU; unset it"
+    return triton_lacks(target) or (TRITON_MISSING if importlib.util.find_spec("triton") is None else None)
 
 
 def triton_lacks(target: GpuTarget | None) -> str | None:

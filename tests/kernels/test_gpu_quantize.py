@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from quantload.errors import NoKernelError
 from quantload.kernels.formats import FNUZ, FORMATS
 from quantload.kernels.gpu import quantizers as gpu_quantize
 from quantload.kernels.gpu.target import GpuTarget
-from quantload.kernels.registry import kernel_set, select
+from quantload.kernels.registry import OPERATIONS, NoKernel, kernel_set, needed_to_load, select
+from quantload.options import LoadOptions
+from quantload.schemes.registry import SchemeFactory
 from tested_formats import TRITON
 
 CUDA = torch.device("cuda")
@@ -28,9 +33,29 @@ def test_reasons(monkeypatch, name, reason):
     found = gpu_quantize.triton_unavailable(CUDA)
     assert found is None if reason is None else reason in (found or "")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "unset it" in (gpu_quantize.triton_unavailable(CUDA) or "")
-    monkeypatch.setattr(gpu_quantize.importlib.util, "find_spec", lambda name: None)
-    assert gpu_quantize.triton_unavailable(CUDA) == "triton is not installed"
+    assert ("no GPU" if name is None else "unset it") in (gpu_quantize.triton_unavailable(CUDA) or "")
+
+
+def test_a_gpu_without_triton_is_told_what_to_install_and_gets_nothing_slower_unasked(monkeypatch):
+    pretend(monkeypatch, "sm_90")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for format_name in TRITON:
+        for operation in OPERATIONS:
+            with pytest.raises(NoKernel, match=r"triton: triton is not installed.*pip install triton.*torch: can run"):
+                select(operation, format_name, CUDA)
+            assert select(operation, format_name, CUDA, "torch").name == "torch"
+        by_name = dict.fromkeys(OPERATIONS, "torch")
+        assert set(kernel_set(format_name, CUDA, by_name).names.values()) == {"torch"}
+        assert needed_to_load(format_name, CUDA, torch.bfloat16) == []
+    assert select("quantize", "mxfp4", "cpu").name == "numba"
+    with pytest.raises(NoKernelError, match="pip install triton"):
+        SchemeFactory(CUDA, LoadOptions()).linear("quark_mxfp4")
+
+
+def test_a_gpu_that_triton_is_not_for_needs_no_triton(monkeypatch):
+    pretend(monkeypatch, "sm_75")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert select("quantize", "mxfp4", CUDA).name == "torch"
 
 
 @pytest.mark.parametrize("operation", gpu_quantize.OPERATIONS)

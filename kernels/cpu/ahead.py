@@ -24,6 +24,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
+from numba import config
+
 from .compiled import COMPILE_MIB, Needed
 
 logger = logging.getLogger("quantload")
@@ -76,6 +78,8 @@ def _run_child(described: list[tuple[str, str, tuple[Any, ...]]]) -> None:
     """Compile in a process of its own; OSError and SubprocessError say why that went wrong."""
     # The child finds what this process finds; -P keeps it from looking into the working directory on its own account.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    if config.CACHE_DIR:  # which a program may have set without the environment
+        environment["NUMBA_CACHE_DIR"] = config.CACHE_DIR
     command = [_interpreter(), "-P", "-m", __name__, json.dumps(described)]
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
     with (

@@ -17,7 +17,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -27,6 +27,7 @@ from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from . import cache_folder
 from .compile_lock import CompileLock
 from .ir.vector import F32, F64, I8, load_scalar, store_scalar
 
@@ -59,6 +60,7 @@ def _fingerprint() -> str:
 
 
 FINGERPRINT = _fingerprint()
+cache_folder.register(FINGERPRINT)
 
 
 def _memory_access(element: Any, numba_type: Any) -> tuple[Any, Any]:
@@ -121,9 +123,10 @@ class Recipe(Generic[Made]):
         except RuntimeError as error:
             if not _has_no_folder(error):
                 raise
-            _say_no_folder()
+            _say_no_folder(str(error))
         except DAMAGED as error:
-            logger.warning("numba's disk cache is damaged (%s); delete it (NUMBA_CACHE_DIR, or __pycache__)", error)
+            folder = FunctionCache(self.function).cache_path
+            logger.warning("numba's disk cache is damaged (%s); delete the folder %s", error, folder)
         made = self.decorator(**options)(self.function)
         return made
 
@@ -146,16 +149,22 @@ DAMAGED = EOFError, pickle.UnpicklingError
 
 
 def _has_no_folder(error: RuntimeError) -> bool:
-    return "cannot cache" in str(error)
+    return cache_folder.NO_FOLDER in str(error)
 
 
-@cache
-def _say_no_folder() -> None:
-    logger.warning(
-        "numba can write to no folder to keep compiled kernels in: every process compiles them, which takes "
-        "seconds, and about %d MiB of memory for each; let NUMBA_CACHE_DIR name a folder",
-        COMPILE_MIB,
-    )
+_said: list[str] = []
+
+
+def _say_no_folder(error: str) -> None:
+    """Once a process: it holds for all kernels."""
+    if not _said:
+        _said.append(error)
+        logger.warning(
+            "there is no folder to keep compiled kernels in (%s): every process compiles them, which takes seconds, "
+            "and about %d MiB of memory for each; let XDG_CACHE_HOME or NUMBA_CACHE_DIR name a folder",
+            error,
+            COMPILE_MIB,
+        )
 
 
 COMPILE_MIB = 15

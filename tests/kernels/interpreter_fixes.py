@@ -1,7 +1,8 @@
-"""What Triton's interpreter gets wrong about BF16, put right for tests that run under it.
+"""What Triton's interpreter gets wrong about BF16 and E4M3 FNUZ, put right for tests that run under it.
 
 It multiplies the bits of BF16 operands of `tl.dot` instead of their values, makes BF16 of an integer likewise, cuts off
-where it should round, and loses subnormals. The conversions here are torch's.
+where it should round, and loses subnormals. The conversions here are torch's. Up to Triton 3.7 it does not know E4M3
+FNUZ by its name, although it has all that it takes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _convert = interpreter._convert_float
+_patch_lang_core = interpreter._patch_lang_core
 _create_dot = interpreter.InterpreterBuilder.create_dot
 
 
@@ -43,8 +45,16 @@ def _integer_to_float(self: Any, source: Any, target: Any) -> Any:
     return self.cast_impl(source, target)
 
 
+def _with_fnuz(lang: Any, *scope: Any) -> None:
+    """The language as the interpreter patches it for the time it runs a kernel; it undoes all of it afterwards."""
+    _patch_lang_core(lang, *scope)
+    to_ir = lang.dtype.to_ir
+    lang.dtype.to_ir = lambda self, b: b.get_fp8e4b8_ty() if self.name == "fp8e4b8" else to_ir(self, b)
+
+
 def apply() -> None:
     """Patch the interpreter of this process."""
     interpreter._convert_float = _convert_float
+    interpreter._patch_lang_core = _with_fnuz
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.InterpreterBuilder.create_si_to_fp = _integer_to_float

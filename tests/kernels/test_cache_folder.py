@@ -86,10 +86,10 @@ def test_the_folder_that_numba_is_told_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "home", "want"),
     [
-        ("/named", "/home", "/named"),
-        (None, "/home", "/home/.cache"),
-        ("", "/home", "/home/.cache"),
-        ("relative", "/home", "/home/.cache"),
+        ("/named", "/me", "/named"),
+        (None, "/me", "/me/.cache"),
+        ("", "/me", "/me/.cache"),
+        ("relative", "/me", "/me/.cache"),
         (None, "~", None),
     ],
 )

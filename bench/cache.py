@@ -94,7 +94,7 @@ class Bench:
 
 def seconds_of(result: dict[str, Any], kind: str) -> float:
     """Median seconds of one kind of run."""
-    return statistics.median(run["seconds"] for run in result["runs"] if run["kind"] == kind)
+    return statistics.median(float(run["seconds"]) for run in result["runs"] if run["kind"] == kind)
 
 
 def goals_of(result: dict[str, Any]) -> list[Goal]:

@@ -120,8 +120,8 @@ def measure(options: argparse.Namespace, device: torch.device, queue: Queue, fai
     rotated = rotated_bytes(device)
     shared = {"device": device, "queue": queue, "rotated_bytes": rotated, "turns": options.turns}
     how = How(**shared, turn_seconds=options.turn_seconds, attempt=failures.attempt)
-    shapes = [sizes_of(text) for text in options.shapes]
-    experts = [sizes_of(text) for text in options.experts]
+    shapes = [(rows, cols) for rows, cols in map(sizes_of, options.shapes)]
+    experts = [(number, rows, cols) for number, rows, cols in map(sizes_of, options.experts)]
     parts: dict[str, Callable[[], Any]] = {
         "quantize": lambda: measure_pieces(
             formats, PIECES, failures.attempt, **shared, turn_seconds=options.turn_seconds

@@ -36,7 +36,7 @@ class PinnedCopy:
                 left = path.stat().st_size
                 while left:
                     part = torch.empty(min(left, BUFFER_BYTES), dtype=torch.uint8, pin_memory=pinned)
-                    _read(file, memoryview(part.numpy()))
+                    _read(file, part.numpy().data)
                     self._parts.append(part)
                     left -= part.numel()
         largest = max(part.numel() for part in self._parts)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_clock import Queue, Side, speed_up, take_turns
+from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import Kernel, candidates, kernel_set
 from torch import Tensor
 
@@ -141,14 +142,25 @@ def compare_linear(how: How, weights: Weights, tokens: int) -> dict[str, Any]:
 
 
 def _arranged(kernel: Kernel, weights: Weights) -> tuple[list[Tensor], list[Tensor]]:
-    """Codes and scales as the kernel wants them: copies of their own where it wants them elsewhere."""
-    rows, cols = weights.shape
-    if kernel.arrangement is None or not kernel.arrangement.fits(rows, cols):
+    """Codes and scales as the kernel wants them: padded copies of their own where it wants them elsewhere."""
+    if kernel.arrangement is None:
         return weights.codes, weights.scales
-    codes, scales = ([tensor.clone() for tensor in tensors] for tensors in (weights.codes, weights.scales))
-    for pair in zip(codes, scales, strict=True):
-        kernel.arrangement.arrange(*pair, rows, cols)
+    fmt = FORMATS[weights.format]
+    rows, cols = (
+        -(-size // step) * step for size, step in zip(weights.shape, kernel.arrangement.multiples, strict=True)
+    )
+    codes = [_padded(tensor, fmt.code_shape(rows, cols)) for tensor in weights.codes]
+    scales = [_padded(tensor, fmt.scale_shape(rows, cols)) for tensor in weights.scales]
+    for one_codes, one_scales in zip(codes, scales, strict=True):
+        kernel.arrangement.arrange(one_codes, one_scales)
     return codes, scales
+
+
+def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A copy with zeros up to a shape."""
+    out = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    out[tuple(slice(size) for size in tensor.shape)] = tensor
+    return out
 
 
 def measure_linear(
@@ -230,7 +242,8 @@ def compare_experts(how: How, weights: Weights, tokens: int) -> dict[str, Any]:
         out: Tensor = kernel(given.x, codes, scales, None, given.offsets, rows, cols)
         return out
 
-    sides, checks = {"bf16": Side(loop, most)}, {}
+    sides = {"bf16": Side(loop, most)}
+    checks: dict[str, Callable[[], float]] = {}
     for kernel in kernels:
         run = partial(grouped, kernel)
         sides[kernel.name] = Side(run)

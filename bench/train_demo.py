@@ -393,7 +393,7 @@ def train(
     while (progress := schedule.progress(step)) < 1:
         factor = rate_factor(progress)
         loss, plain = training_loss(model, batches.take(sequence_length(progress)))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step(MUON_RATE * factor)
         adam.param_groups[0]["lr"] = ADAM_RATE * factor

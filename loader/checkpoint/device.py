@@ -52,8 +52,8 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._kernels = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(device)
+        self._kernels = torch.cuda.Stream(device)
 
     def upload(self, target: Tensor, source: Tensor, after: Event | None) -> Event:
         with torch.cuda.stream(self._copies):
@@ -180,7 +180,7 @@ def pin(memory: Tensor) -> None:
 
     Raises `MemoryBudgetError` where the system does not allow so much locked memory.
     """
-    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
+    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(error):
         raise MemoryBudgetError(
             f"{memory.numel()} bytes of staging could not be pinned for the GPU (driver error {int(error)}); "
@@ -190,6 +190,6 @@ def pin(memory: Tensor) -> None:
 
 def unpin(memory: Tensor) -> None:
     """Undo `pin`; raises `RuntimeError` where the driver refuses."""
-    error = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+    error = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
     if int(error):
         raise RuntimeError(f"the driver did not let go of {memory.numel()} pinned bytes (error {int(error)})")

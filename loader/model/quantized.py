@@ -29,7 +29,7 @@ def apply_keeping_codes(module: Any, fn: Apply, recurse: bool = True) -> Any:
                 return tensor.to(empty.device)
         return fn(tensor)
 
-    return nn.Module._apply(module, moved, recurse)  # type: ignore[no-untyped-call]
+    return nn.Module._apply(module, moved, recurse)
 
 
 class GivenMethod:

@@ -13,6 +13,6 @@ def _called(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return function(*args)
 
 
-call_between_graphs: Callable[..., Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+call_between_graphs: Callable[..., Tensor] = torch.compiler.disable(
     _called, reason="quantload computes gradients of a quantized matmul outside of graphs"
 )

@@ -8,6 +8,7 @@ import checkpoints
 import pytest
 import torch
 import transformers
+from recipes import RECIPES
 
 SMALL = 0.002
 
@@ -17,7 +18,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bench_work")
 
 
-@pytest.mark.parametrize("name", checkpoints.RECIPES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_transformers_takes_every_tensor(name: str, work: Path) -> None:
     folder = checkpoints.make(name, SMALL, work)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
@@ -29,7 +30,7 @@ def test_transformers_takes_every_tensor(name: str, work: Path) -> None:
 
 
 def test_the_full_sizes_are_what_the_readme_says() -> None:
-    full = {name: recipe(1.0) for name, recipe in checkpoints.RECIPES.items()}
+    full = {name: recipe(1.0) for name, recipe in RECIPES.items()}
     assert all(3.0e9 < full[name].tensor_bytes < 3.4e9 for name in ("dense", "moe", "huge"))
     assert full["dense"].shards == 5
     assert len(full["tiny"].tensors) == 2001

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import gpu_tables
 import pytest
 import torch
 from gpu_clock import Side, speed_up, take_turns
+from quantload.kernels.arrangement import Arrangement
 from quantload.kernels.registry import kernel_set, select
 from result_files import results_of
+from torch import Tensor
 
 BENCH = Path(gpu_command.__file__).parent
 CPU = torch.device("cpu")
@@ -114,6 +117,30 @@ def test_products_are_compared_with_what_the_codes_stand_for(monkeypatch: pytest
     assert row["ratios"] == {}
     assert [failure["what"] for failure in failures.found] == ["linear mxfp4 64x128 3 tokens torch"]
     assert "off by" in failures.found[0]["why"]
+
+
+def test_a_kernel_with_an_arrangement_gets_padded_weights_so_arranged(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = select("linear", "mxfp4", "cpu", "torch")
+    seen: set[tuple[torch.Size, torch.Size]] = set()
+
+    def upside_down(codes: Tensor, scales: Tensor) -> None:
+        codes.copy_(codes.flip(0))
+        scales.copy_(scales.flip(0))
+
+    def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: None, rows: int, cols: int) -> Tensor:
+        seen.add((codes.shape, scales.shape))
+        codes, scales = (tensor.flip(0)[:rows, : tensor.shape[1] * cols // 256] for tensor in (codes, scales))
+        out: Tensor = plain(x, codes.contiguous(), scales.contiguous(), bias, rows, cols)
+        return out
+
+    arrangement = Arrangement((96, 256), upside_down, lambda codes, scales: (codes.flip(0), scales.flip(0)))
+    kernel = replace(plain, function=linear, arrangement=arrangement)
+    monkeypatch.setattr(gpu_products, "kernels_of", lambda *_: [kernel])
+    failures = gpu_command.Failures()
+    (row,) = gpu_products.measure_linear(["mxfp4"], [(64, 128)], [3], how(failures))
+    assert failures.found == []
+    assert row["errors"]["torch"] < 0.02
+    assert seen == {((96, 128), (96, 8))}
 
 
 def test_grouped_experts_meet_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:

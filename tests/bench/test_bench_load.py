@@ -22,13 +22,13 @@ LIMITS = Limits(load_seconds=120, generate_seconds=120, memory_bytes=8 << 30)
 
 
 def row(loader: str, seconds: float, checkpoint: str = "dense", cold: bool = False, **more: Any) -> Row:
-    facts = {"linear_share": 1.0, "final_bytes": 1000 * MIB, "peak_anon": 1010 * MIB, "checkpoint_pages_after": 0}
     report = {
         "staging_peak_bytes": 32 * MIB,
         "predicted_final_bytes": 1000 * MIB,
         "predicted_peak_bytes": 1020 * MIB,
     }
-    facts = {**facts, "report": report, **more}
+    facts: dict[str, Any] = {"linear_share": 1.0, "final_bytes": 1000 * MIB, "peak_anon": 1010 * MIB}
+    facts |= {"checkpoint_pages_after": 0, "report": report, **more}
     return Row(checkpoint, loader, cold, "ok", "", 1, seconds, checkpoint_bytes=3_000_000_000, **facts)
 
 

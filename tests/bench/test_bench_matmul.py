@@ -6,6 +6,7 @@ from typing import Any
 
 import matmul_cpu
 import pytest
+from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import select
 
 MIB = 1 << 20
@@ -39,7 +40,7 @@ def test_a_whole_bf16_weight_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> N
     assert small < weight_bytes
 
     class Wasteful:
-        format = matmul_cpu.FORMATS["mxfp4"]
+        format = FORMATS["mxfp4"]
 
         @staticmethod
         def linear(x: Any, codes: Any, scales: Any, bias: Any, rows: int, cols: int) -> Any:

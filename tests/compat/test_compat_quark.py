@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from quantload import LoadOptions, convert_checkpoint, load_quantized
+from quantload.options import Activations
 from quantload.schemes.exported.registry import formats_of
 from quantload.schemes.registry import ENTRIES
 from torch import Tensor
@@ -30,7 +31,7 @@ def logits(model: Any) -> Tensor:
 def test_quark_reads_the_values_we_load(scheme: str, golden: Path, tmp_path: Path) -> None:
     convert_checkpoint(golden / "bf16_llama", tmp_path / "out", scheme)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
-    activations = "emulate" if scheme in MX else "none"
+    activations: Activations = "emulate" if scheme in MX else "none"
     ours = load_quantized(tmp_path / "out", options=LoadOptions(activations=activations))
     modules = {name: module for name, module in ours.named_modules() if hasattr(module, "scheme")}
     assert len(modules) == 14

@@ -22,6 +22,7 @@ import pytest
 import torch
 from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
 from quantload.cli import DEMO_MODEL
+from quantload.options import Activations
 from quantload.schemes.exported.registry import formats_of
 from quantload.schemes.registry import ENTRIES
 from safetensors.torch import load_file
@@ -196,7 +197,7 @@ def test_it_computes_what_we_compute(
 ) -> None:
     path, got = answers[pair]
     # It rounds the inputs of FP8 and INT8 weights, per token.
-    activations = "none" if pair[0] == "int4_per_group" else "emulate"
+    activations: Activations = "none" if pair[0] == "int4_per_group" else "emulate"
     model = load_quantized(path, options=LoadOptions(activations=activations))
     with torch.no_grad():
         logits = model(torch.tensor([TOKENS])).logits[0, :-1].float()

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from process_state import descriptors, status_bytes, threads
@@ -40,7 +41,7 @@ def interrupted_preadv(fd: int, buffers: list[memoryview], offset: int, flags: i
     return real_preadv(fd, buffers, offset, flags)
 
 
-PREADV = {"shrink": shrinking_preadv, "interrupt": interrupted_preadv}
+PREADV: dict[str, Callable[..., int]] = {"shrink": shrinking_preadv, "interrupt": interrupted_preadv}
 
 
 def attempt(folder: str, how: str) -> dict[str, Any]:

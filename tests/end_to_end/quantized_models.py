@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from architectures import ROUTERS, Architecture, Inputs, is_experts, logits, quantizable_modules, reference
+from quantload.schemes.base import LinearScheme, MoEScheme
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,9 +23,19 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+class Quantized(nn.Module):
+    """A type only: what tests ask of any quantized module; the last two are of experts, and of static scales."""
+
+    scheme: LinearScheme | MoEScheme
+    dequantize: Callable[..., Tensor]
+    is_transposed: bool
+    input_scale: Tensor
+
+
+def quantized_modules(model: nn.Module) -> dict[str, Quantized]:
     """The modules that carry a scheme, by name."""
-    return {name: module for name, module in model.named_modules() if getattr(module, "scheme", None) is not None}
+    found = {name: module for name, module in model.named_modules() if getattr(module, "scheme", None) is not None}
+    return cast("dict[str, Quantized]", found)
 
 
 def weight_names(module: nn.Module) -> list[str]:

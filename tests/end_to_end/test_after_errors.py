@@ -64,7 +64,7 @@ def test_errors_and_interrupts_leave_nothing_behind(big: Path, checkpoint: Check
         content = file.read_bytes()
         file.unlink()
         file.write_bytes(content)
-    command = [
+    command: list[str | Path] = [
         sys.executable,
         HERE / "failing_loads.py",
         checkpoint("llama"),

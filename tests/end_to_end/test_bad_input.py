@@ -597,10 +597,10 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
     monkeypatch.setattr("sys.argv", ["quantload", *map(str, arguments)])
     try:
-        code = cli.main()
+        cli.main()
     except SystemExit as exit_:
-        code = exit_.code
-    return int(code or 0)
+        return int(exit_.code or 0)
+    return 0
 
 
 @pytest.mark.parametrize("command", ["load", "plan"])

@@ -139,8 +139,8 @@ def test_a_damaged_entry_is_noticed_and_written_anew(
     positions = {"first": 0, "middle": len(data) // 2, "last": len(data) - 1}
     if damage in positions:
         data[positions[damage]] ^= 4
-    changed = {"shorter": data[:-1], "longer": data + b"\0", "empty": b""}.get(damage, data)
-    path.write_bytes(changed)
+    changed: dict[str, bytes | bytearray] = {"shorter": data[:-1], "longer": data + b"\0", "empty": b""}
+    path.write_bytes(changed.get(damage, data))
     if damage == "gone":
         path.unlink()
     caplog.clear()

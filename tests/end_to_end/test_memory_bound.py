@@ -48,11 +48,13 @@ def measure(
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Measured:
     """Load in a child process and sample its memory from here, every half millisecond."""
-    command = [sys.executable, HERE / "measured_load.py", path, scheme, json.dumps(options), *warm_up]
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    command: list[str | Path] = [sys.executable, HERE / "measured_load.py", path, scheme, json.dumps(options), *warm_up]
+    surroundings = {**os.environ, **environment}
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, stderr=log, env={**os.environ, **environment}, **streams) as child,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=surroundings, text=True, bufsize=1
+        ) as child,
     ):
         assert child.stdin is not None
         assert child.stdout is not None

@@ -12,10 +12,11 @@ from quantload.online.storage import FinalStorage
 from torch import Tensor
 
 Checkpoint = Callable[[str], Path]
+Left = Callable[[], tuple[int, int]]
 
 
 @pytest.fixture
-def left() -> Iterator[Callable[[], tuple[int, int]]]:
+def left() -> Iterator[Left]:
     """How many tensors and storages there are that a test left behind, cycles included."""
 
     def count() -> tuple[int, int]:
@@ -24,9 +25,14 @@ def left() -> Iterator[Callable[[], tuple[int, int]]]:
 
     gc.collect()
     gc.disable()
-    before = count()
+    tensors, storages = count()
+
+    def more() -> tuple[int, int]:
+        now = count()
+        return now[0] - tensors, now[1] - storages
+
     try:
-        yield lambda: tuple(now - then for now, then in zip(count(), before, strict=True))
+        yield more
     finally:
         gc.enable()
 
@@ -35,7 +41,7 @@ def left() -> Iterator[Callable[[], tuple[int, int]]]:
     ("name", "scheme"),
     [("llama", "none"), ("llama", "fp8_per_tensor"), ("qwen3_moe", "quark_mxfp4"), ("gpt_oss", "auto")],
 )
-def test_after_a_load(name: str, scheme: str, checkpoint: Checkpoint, left) -> None:
+def test_after_a_load(name: str, scheme: str, checkpoint: Checkpoint, left: Left) -> None:
     path = checkpoint(name)
     model = load_quantized(path, scheme)
     assert left() > (0, 0)
@@ -45,14 +51,14 @@ def test_after_a_load(name: str, scheme: str, checkpoint: Checkpoint, left) -> N
 
 @pytest.mark.parametrize("scheme", ["auto", "mxfp6_e3m2"])
 @pytest.mark.parametrize("name", ["native_llama_awq", "quark_qwen3moe_mxfp4", "quark_llama_fp8"])
-def test_after_a_load_of_a_quantized_checkpoint(name: str, scheme: str, golden: Path, left) -> None:
+def test_after_a_load_of_a_quantized_checkpoint(name: str, scheme: str, golden: Path, left: Left) -> None:
     model = load_quantized(golden / name, scheme)
     assert left() > (0, 0)
     del model
     assert left() == (0, 0)
 
 
-def test_after_a_conversion_a_plan_and_the_cache(checkpoint: Checkpoint, tmp_path: Path, left) -> None:
+def test_after_a_conversion_a_plan_and_the_cache(checkpoint: Checkpoint, tmp_path: Path, left: Left) -> None:
     path, options = checkpoint("qwen3_moe"), LoadOptions(cache=tmp_path / "cache")
     convert_checkpoint(path, tmp_path / "converted", "quark_mxfp4")
     assert left() == (0, 0)
@@ -63,7 +69,7 @@ def test_after_a_conversion_a_plan_and_the_cache(checkpoint: Checkpoint, tmp_pat
         assert left() == (0, 0)
 
 
-def test_after_a_load_that_failed(checkpoint: Checkpoint, left) -> None:
+def test_after_a_load_that_failed(checkpoint: Checkpoint, left: Left) -> None:
     def cancel(read: int, total: int) -> None:
         raise InterruptedError
 

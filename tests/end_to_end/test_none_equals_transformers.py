@@ -19,8 +19,8 @@ from torch import Tensor
 Checkpoint = Callable[[str], Path]
 
 
-def assert_same_bytes(got: Iterable[tuple[str, Tensor]], want: Iterable[tuple[str, Tensor]]) -> None:
-    got, want = dict(got), dict(want)
+def assert_same_bytes(loaded: Iterable[tuple[str, Tensor]], wanted: Iterable[tuple[str, Tensor]]) -> None:
+    got, want = dict(loaded), dict(wanted)
     assert list(got) == list(want)
     for name, tensor in want.items():
         assert got[name].dtype == tensor.dtype, name

@@ -54,6 +54,7 @@ def test_gradients_reach_the_embeddings_as_in_the_dequantized_model(checkpoint: 
     embeddings = torch.randn(1, 6, model.config.hidden_size, requires_grad=True)
     model(inputs_embeds=embeddings).logits.sum().backward()
     want, embeddings.grad = embeddings.grad, None
+    assert want is not None
     step = 1e-3 * want / want.norm()
     with torch.no_grad():
         up, down = (model(inputs_embeds=embeddings + sign * step).logits.double().sum() for sign in (1, -1))

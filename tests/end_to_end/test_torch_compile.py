@@ -62,11 +62,12 @@ def test_other_models_are_one_graph(name: str, checkpoint: Checkpoint) -> None:
 def test_gradients_are_those_without_it(checkpoint: Checkpoint) -> None:
     """The graph breaks at each quantized layer, and the rest is compiled."""
     model = load_quantized(checkpoint("llama"), "quark_mxfp4")
-    embedding, tokens = model.get_input_embeddings().weight, BY_NAME["llama"].inputs()["input_ids"]
+    embedding: torch.Tensor = model.get_input_embeddings().weight
+    tokens = BY_NAME["llama"].inputs()["input_ids"]
     compiled = torch.compile(model, backend="aot_eager")
 
     def gradient(of: Callable[..., Any]) -> torch.Tensor:
-        embedding.grad = None
+        model.zero_grad()
         of(input_ids=tokens).logits.float().square().mean().backward()
         assert embedding.grad is not None
         return embedding.grad

@@ -24,7 +24,7 @@ class ScriptedProbe:
     def __init__(self, memory: int = 1000) -> None:
         self.memory = memory
         self.highest = memory
-        self.running = False
+        self.calls: list[str] = []
 
     def current(self) -> int:
         return self.sample()
@@ -40,21 +40,21 @@ class ScriptedProbe:
         return max(self.highest, self.sample())
 
     def start(self) -> None:
-        self.running = True
+        self.calls.append("start")
 
     def stop(self) -> None:
-        self.running = False
+        self.calls.append("stop")
 
 
 def test_peak_increase_and_timeline_are_relative_to_the_baseline() -> None:
     probe = ScriptedProbe(1000)
     with Ledger(probe) as ledger:
-        assert probe.running
+        assert probe.calls == ["start"]
         probe.memory = 1700
         ledger.record(10)
         probe.memory = 1400
         ledger.record(30)
-    assert not probe.running
+    assert probe.calls == ["start", "stop"]
     assert (ledger.baseline_bytes, ledger.peak_bytes, ledger.increase_bytes) == (1000, 700, 400)
     assert [(p.bytes_read, p.memory) for p in ledger.timeline if p.memory != 0][-1] == (30, 400)
     assert ledger.timeline[0].memory == 0

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,7 @@ def test_sampling_costs_under_a_hundredth_of_two_cores() -> None:
     work = bytes(1 << 20)
     with AnonymousRssProbe():
         (sampler,) = (thread for thread in threading.enumerate() if thread.name == "quantload-memory")
+        assert sampler.ident is not None
         clock = time.pthread_getcpuclockid(sampler.ident)
         while min(shares) >= 0.01 and len(shares) <= 30:
             processor, wall = time.clock_gettime(clock), time.perf_counter()
@@ -203,8 +205,13 @@ def test_allocator_probe_follows_tensors() -> None:
 
 def test_allocator_probe_reads_the_statistics_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: asked.append(device) or 5)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 7)
+
+    def answer(value: int, device: object) -> int:
+        asked.append(device)
+        return value
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", partial(answer, 5))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", partial(answer, 7))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append(device))
     probe = AllocatorProbe("cuda:1")
     probe.reset_peak()

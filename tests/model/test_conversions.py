@@ -203,7 +203,7 @@ def test_operations_from_many_to_many(name: str) -> None:
 
 
 def test_arithmetic_is_not_expressible() -> None:
-    class Halve(core_model_loading.ConversionOps):
+    class Halve(core_model_loading.ConversionOps):  # type: ignore[misc]
         def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **_: Any) -> dict[str, Any]:
             return {target_patterns[0]: next(iter(input_dict.values()))[0] / 2}
 

@@ -17,7 +17,7 @@ from quantload.geometry.layout import WeightLayout
 from quantload.geometry.spans import Landing
 from quantload.kernels.formats import FP8_BLOCK, MXFP4
 from quantload.model.coordinates import Coordinates
-from quantload.model.routes import CheckpointMap, build_routes, map_checkpoint
+from quantload.model.routes import CheckpointMap, LandingOf, build_routes, map_checkpoint
 from quantload.model.skeleton import find_model
 from quantload.model.transformers_api import Conversion
 from transformers import PreTrainedModel
@@ -40,11 +40,11 @@ def qwen3_moe(checkpoint: Checkpoint) -> tuple[PreTrainedModel, Entries]:
     return open_checkpoint(checkpoint("qwen3_moe"))
 
 
-def flat_landing(mapped: CheckpointMap) -> Callable[[str], Landing]:
+def flat_landing(mapped: CheckpointMap) -> LandingOf:
     """Every parameter kept as stored."""
 
-    def landing(name: str) -> Landing:
-        shape = mapped.shapes.tensors[name].shape
+    def landing(parameter: str) -> Landing:
+        shape = mapped.shapes.tensors[parameter].shape
         columns = int(shape[-1]) if len(shape) else 1
         return Landing(None, shape.numel() // columns, columns)
 

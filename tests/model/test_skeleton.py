@@ -125,7 +125,8 @@ class Base(nn.Module):
         x = self.cast(x.to(self.cast.weight.dtype))
         if isinstance(self.checked.weight, Tensor):
             x = self.checked(x)
-        return self.started(self.special(x))
+        out: Tensor = self.started(self.special(x))
+        return out
 
 
 class Inherits(Base):
@@ -141,14 +142,15 @@ class Twice(nn.Module):
         self.second = self.first
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.first(self.second(x))
+        out: Tensor = self.first(self.second(x))
+        return out
 
 
-class Config(PretrainedConfig):
+class Config(PretrainedConfig):  # type: ignore[misc]
     model_type = "written_for_a_test"
 
 
-class Own(PreTrainedModel):
+class Own(PreTrainedModel):  # type: ignore[misc]
     config_class = Config
 
     def __init__(self, block: type[nn.Module]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from openai.types.chat import ChatCompletionMessageParam
 from quantload.server import ServerState
 from quantload.server.transformers_serving import LoadedModelManager
 from server_harness import Client, running, wait_for
@@ -46,7 +47,8 @@ def expected(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
 def complete(client: Client, prompt: str, **fields: Any) -> dict[str, Any]:
     reply = client.post("/v1/completions", {"prompt": prompt, **fields})
     assert reply.status == 200, reply.text
-    return reply.json
+    answer: dict[str, Any] = reply.json
+    return answer
 
 
 def streamed(client: Client, path: str, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -155,10 +157,9 @@ def test_simultaneous_requests_do_not_mix(client: Client, model: Any, tokenizer:
     wanted = [expected(model, tokenizer, prompt, 16) for prompt in prompts]
 
     def ask(index: int) -> str:
-        body = {"prompt": prompts[index], "max_tokens": 16}
         if index % 2:
-            return streamed(client, "/v1/completions", body)[0]
-        return str(complete(client, **body)["choices"][0]["text"])
+            return streamed(client, "/v1/completions", {"prompt": prompts[index], "max_tokens": 16})[0]
+        return str(complete(client, prompts[index], max_tokens=16)["choices"][0]["text"])
 
     with ThreadPoolExecutor(len(prompts)) as pool:
         answers = list(pool.map(ask, range(len(prompts))))
@@ -235,8 +236,9 @@ def test_openais_own_client(client: Client) -> None:
         text = api.completions.create(model="tiny", prompt="the", max_tokens=5).choices[0].text
         pieces = api.completions.create(model="tiny", prompt="the", max_tokens=5, stream=True)
         assert "".join(piece.choices[0].text for piece in pieces) == text
-        chat = api.chat.completions.create(model="tiny", messages=HELLO, max_completion_tokens=5, temperature=0)
-        deltas = api.chat.completions.create(model="tiny", messages=HELLO, max_tokens=5, stream=True)
+        said: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
+        chat = api.chat.completions.create(model="tiny", messages=said, max_completion_tokens=5, temperature=0)
+        deltas = api.chat.completions.create(model="tiny", messages=said, max_tokens=5, stream=True)
         assert "".join(d.choices[0].delta.content or "" for d in deltas) == chat.choices[0].message.content
         with pytest.raises(openai.NotFoundError, match="serves 'tiny' only"):
             api.completions.create(model="gpt-4", prompt="the")

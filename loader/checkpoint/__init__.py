@@ -6,7 +6,6 @@ from .pieces import Barrier, Piece
 from .reader import PieceReader, ReadTotals
 from .resolve import Checkpoint, resolve
 from .source import FileSource, Source
-from .stream import StreamEntry, read_stream
 from .workspace import Workspace
 
 __all__ = [
@@ -20,11 +19,9 @@ __all__ = [
     "Shard",
     "ShardHeader",
     "Source",
-    "StreamEntry",
     "TensorEntry",
     "Workspace",
     "read_header",
     "read_index",
-    "read_stream",
     "resolve",
 ]

@@ -1,37 +1,30 @@
-"""What a load holds and what it was measured to take, while it runs."""
+"""What a load was measured to take, while it runs."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from .probes import MemoryProbe
 from .report import TimelinePoint
 
-Purpose = Literal["final", "staging", "transient"]
-PURPOSES: tuple[Purpose, ...] = ("final", "staging", "transient")
 TIMELINE_POINTS = 200
 _FIRST_BUCKET_SECONDS = 0.001
 
 
 class Ledger:
-    """Accounts the bytes a load holds by purpose, and measures the memory it takes with a probe. Thread-safe.
+    """Measures the memory a load takes with a probe. Thread-safe.
 
-    Purposes: `final` (parameters and buffers), `staging` (the arena), `transient` (anything else that comes and goes).
     `baseline` (bytes) is the memory before the load; without it the probe is read now. On a GPU it is subtracted as on
     a CPU, so that a model that was there before does not count. Between `start` and `stop`, or in a `with` block, the
-    probe follows the peak. Raises `ValueError` for an unknown purpose or a negative balance.
+    probe follows the peak.
     """
 
     def __init__(self, probe: MemoryProbe, baseline: int | None = None) -> None:
         self.probe = probe
         self._lock = threading.Lock()
-        self._held = dict.fromkeys(PURPOSES, 0)
-        self._most = dict.fromkeys(PURPOSES, 0)
         self._timeline = _Timeline()
         self._bytes_read = 0
         self._started = time.perf_counter()
@@ -66,36 +59,6 @@ class Ledger:
     ) -> None:
         self.stop()
 
-    def add(self, purpose: Purpose, size: int) -> None:
-        """Note that `size` more bytes are held for `purpose`; staging and transient sizes also sample the probe."""
-        self._change(purpose, size)
-        if purpose != "final":
-            self.probe.sample()
-
-    def release(self, purpose: Purpose, size: int) -> None:
-        """Note that `size` bytes held for `purpose` are about to be freed; call it before freeing them."""
-        self.probe.sample()
-        self._change(purpose, -size)
-
-    @contextmanager
-    def holding(self, purpose: Purpose, size: int) -> Iterator[None]:
-        """Hold `size` bytes for `purpose` while the block runs; leave the block before freeing them."""
-        self.add(purpose, size)
-        try:
-            yield
-        finally:
-            self.release(purpose, size)
-
-    def _change(self, purpose: Purpose, size: int) -> None:
-        if purpose not in self._held:
-            raise ValueError(f"unknown purpose {purpose!r}; choose one of {', '.join(PURPOSES)}")
-        with self._lock:
-            held = self._held[purpose] + size
-            if held < 0:
-                raise ValueError(f"{-size} bytes of {purpose} released, {held - size} are held; release what was added")
-            self._held[purpose] = held
-            self._most[purpose] = max(self._most[purpose], held)
-
     def record(self, bytes_read: int) -> None:
         """Add a timeline point: `bytes_read` so far in the load, the memory measured now."""
         memory = self.probe.sample() - self.baseline_bytes
@@ -104,30 +67,10 @@ class Ledger:
             self._bytes_read = max(self._bytes_read, bytes_read)
             self._timeline.add(TimelinePoint(self.seconds, self._bytes_read, memory))
 
-    def held(self, purpose: Purpose) -> int:
-        """Bytes held for `purpose` now."""
-        with self._lock:
-            return self._held[purpose]
-
-    def most_held(self, purpose: Purpose) -> int:
-        """Most bytes ever held at one time for `purpose`."""
-        with self._lock:
-            return self._most[purpose]
-
     @property
     def seconds(self) -> float:
         """Seconds from `start` until now or until `stop`."""
         return time.perf_counter() - self._started if self._seconds is None else self._seconds
-
-    @property
-    def final_bytes(self) -> int:
-        """Bytes of the parameters and buffers there are so far."""
-        return self.held("final")
-
-    @property
-    def staging_peak_bytes(self) -> int:
-        """Most bytes the staging arena had at one time."""
-        return self.most_held("staging")
 
     @property
     def peak_bytes(self) -> int:

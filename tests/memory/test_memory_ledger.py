@@ -4,7 +4,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,63 +87,19 @@ def test_a_peak_before_the_load_does_not_count_and_none_is_negative() -> None:
     assert (ledger.peak_bytes, ledger.increase_bytes) == (0, -1400)
 
 
-def test_purposes_are_accounted_apart_and_keep_their_high_mark() -> None:
-    ledger = Ledger(ScriptedProbe())
-    ledger.add("final", 100)
-    ledger.add("staging", 64)
-    ledger.release("staging", 64)
-    ledger.add("staging", 16)
-    with ledger.holding("transient", 7):
-        assert ledger.held("transient") == 7
-    assert ledger.held("transient") == 0
-    assert ledger.most_held("transient") == 7
-    assert (ledger.final_bytes, ledger.held("staging"), ledger.staging_peak_bytes) == (100, 16, 64)
-
-
-def test_holding_releases_after_an_error() -> None:
-    ledger = Ledger(ScriptedProbe())
-    with pytest.raises(RuntimeError), ledger.holding("transient", 7):
-        raise RuntimeError
-    assert ledger.held("transient") == 0
-
-
-def test_adding_and_releasing_look_at_the_high_points() -> None:
-    """A spike between two samples is seen where its owner says that memory is about to be freed."""
-    probe = ScriptedProbe(1000)
-    ledger = Ledger(probe)
-    ledger.start()
-    ledger.add("transient", 500)
-    probe.memory = 1500
-    ledger.release("transient", 500)
-    probe.memory = 1000
-    ledger.stop()
-    assert ledger.peak_bytes == 500
-
-
-def test_wrong_accounting_is_refused() -> None:
-    ledger = Ledger(ScriptedProbe())
-    ledger.add("staging", 5)
-    with pytest.raises(ValueError, match="6 bytes of staging released, 5 are held"):
-        ledger.release("staging", 6)
-    assert ledger.held("staging") == 5
-    with pytest.raises(ValueError, match="unknown purpose 'stage'"):
-        ledger.add("stage", 5)  # type: ignore[arg-type]
-
-
-def test_threads_do_not_lose_bytes() -> None:
+def test_threads_may_record_at_once() -> None:
     ledger = Ledger(ScriptedProbe())
 
     def work(_: int) -> None:
-        for _ in range(500):
-            ledger.add("final", 3)
-            with ledger.holding("staging", 2):
-                ledger.record(1)
+        for number in range(500):
+            ledger.record(number)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    assert (ledger.final_bytes, ledger.held("staging")) == (6000, 0)
-    assert 2 <= ledger.staging_peak_bytes <= 8
-    assert len(ledger.timeline) <= TIMELINE_POINTS
+    points = ledger.timeline
+    assert len(points) <= TIMELINE_POINTS
+    assert points == sorted(points, key=lambda point: (point.seconds, point.bytes_read))
+    assert points[-1].bytes_read == 499
 
 
 @given(
@@ -181,10 +136,8 @@ def test_real_memory_and_thread() -> None:
     threads = threading.active_count()
     with Ledger(AnonymousRssProbe()) as ledger:
         held = torch.ones(48 * MIB, dtype=torch.uint8)
-        ledger.add("final", held.nbytes)
         extra = torch.ones(48 * MIB, dtype=torch.uint8)
-        with ledger.holding("transient", extra.nbytes):
-            pass
+        ledger.record(0)
         del extra
     assert threading.active_count() == threads
     assert ledger.peak_bytes >= 95 * MIB

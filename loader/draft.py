@@ -13,6 +13,7 @@ from .checkpoint.index import CheckpointIndex, read_index
 from .checkpoint.resolve import Checkpoint, resolve
 from .checkpoint.small_tensors import SmallTensors
 from .collector import collector_paused
+from .cpu_kernels import import_cpu_kernels
 from .memory.budget import check_budget
 from .model import transformers_api
 from .model.attach import OnFinished, WeightLoaders, attach_weight_loaders
@@ -25,6 +26,8 @@ from .plan import LoadPlan, plan_load
 from .schemes.policy import Policy, choose_policy
 from .schemes.registry import SchemeFactory, choose_device
 from .schemes.stored.read import read_stored
+
+import_cpu_kernels()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from .cache.session import NoCache, open_cache
 from .checkpoint.reader import PieceReader, ReadTotals
 from .checkpoint.resolve import resolve
-from .cpu_kernels import import_cpu_kernels
 from .draft import Draft, draft_load
 from .memory.budget import check_budget
 from .model import transformers_api
@@ -19,8 +18,6 @@ from .options import LoadOptions, QuantizationPolicy
 from .plan import loaded_parameters
 from .recording import Progress, Recorder, tensor_bytes
 from .schemes.registry import choose_device
-
-import_cpu_kernels()
 
 
 def load_quantized(

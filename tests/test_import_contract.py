@@ -55,16 +55,16 @@ FLOORS: dict[str, Floor] = {
     ),
     "pieces": Floor(f"errors geometry {KERNELS} checkpoint schemes online model", "what is read at once, and for whom"),
     "plan": Floor(f"{GROUND} checkpoint memory schemes online model pieces", "says what a load will do"),
-    "draft": Floor(f"{GROUND} checkpoint memory schemes online model plan", "is shared by load, convert and cache"),
+    "draft": Floor(
+        f"{GROUND} cpu_kernels checkpoint memory schemes online model plan", "is shared by load, convert and cache"
+    ),
     "recording": Floor(f"{GROUND} checkpoint memory schemes model plan", "says what a load did"),
     "convert": Floor(
         f"{GROUND} {KERNELS} geometry checkpoint memory schemes online model pieces plan draft recording",
         "a flow of its own beside load: neither knows the other",
     ),
     "cache": Floor(f"{GROUND} checkpoint memory schemes online model plan draft", "a load calls it at three places"),
-    "load": Floor(
-        f"{GROUND} cpu_kernels checkpoint memory schemes online model plan draft recording cache", "the flow of a load"
-    ),
+    "load": Floor(f"{GROUND} checkpoint memory schemes online model plan draft recording cache", "the flow of a load"),
     "server": Floor("errors options checkpoint memory model load", "a user of load like any other"),
     "cli_options": Floor("errors options memory", "imported before anything heavy is"),
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),

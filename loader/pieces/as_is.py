@@ -98,6 +98,6 @@ def _scale_rows(matrix: PartMatrix, part: SlabPart) -> slice:
     if block and (rows.step != 1 or rows.start % block):
         raise CheckpointError(
             f"{matrix.part.entry.name}: blocks of {block} rows lie across the border of what is one matrix in the "
-            f"model ({part.span.parameter}, {part.region}), so their scales cannot be kept: choose a quantization"
+            f"model ({part.span.parameter}, {part.region}), so their scales cannot be copied: choose a quantization"
         )
     return slice(rows.start // block, -(-rows.stop // block)) if block else slice(None)

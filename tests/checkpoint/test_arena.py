@@ -15,7 +15,7 @@ def anonymous_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
-def test_slots_are_equal_separate_and_reused():
+def test_slots_are_equal_separate_and_reused() -> None:
     with Arena(10_000, 5000 - 904) as arena:
         one, two = arena.acquire(), arena.acquire()
         assert one.tensor.numel() == two.tensor.numel() == arena.slot_bytes == 4096
@@ -29,19 +29,19 @@ def test_slots_are_equal_separate_and_reused():
         assert arena.acquire() is two
 
 
-def test_slots_are_whole_pages():
+def test_slots_are_whole_pages() -> None:
     assert rounded_slot(1) == mmap.PAGESIZE
     assert rounded_slot(mmap.PAGESIZE) == mmap.PAGESIZE
     with Arena(32 * MIB, 8 * MIB) as arena:
         assert arena.acquire().tensor.data_ptr() % (2 * MIB) == 0
 
 
-def test_too_small():
+def test_too_small() -> None:
     with pytest.raises(PolicyError, match="one buffer takes 8192"):
         Arena(8191, 5000)
 
 
-def test_only_touched_memory_counts():
+def test_only_touched_memory_counts() -> None:
     before = anonymous_bytes()
     with Arena(512 * MIB, 8 * MIB) as arena:
         assert arena.peak_bytes == 0
@@ -54,7 +54,7 @@ def test_only_touched_memory_counts():
 
 
 @pytest.mark.parametrize("escaped", [False, True])
-def test_memory_is_given_back_on_close(escaped: bool):
+def test_memory_is_given_back_on_close(escaped: bool) -> None:
     before = anonymous_bytes()
     arena = Arena(64 * MIB, 32 * MIB)
     slot = arena.acquire()

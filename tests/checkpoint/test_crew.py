@@ -21,14 +21,14 @@ def wait_for_stop(crew: Crew, number: int) -> None:
     raise Stopped
 
 
-def test_runs_every_worker_under_its_name():
+def test_runs_every_worker_under_its_name() -> None:
     names: set[str] = set()
     Crew(3, None).work(lambda crew, number: names.add(f"{number} {threading.current_thread().name}"))
     assert names == {f"{number} quantload-reader-{number}" for number in range(3)}
     assert alive() == []
 
 
-def test_the_first_error_stops_the_others():
+def test_the_first_error_stops_the_others() -> None:
     def body(crew: Crew, number: int) -> None:
         if number == 1:
             raise KeyError("what went wrong")
@@ -40,7 +40,7 @@ def test_the_first_error_stops_the_others():
     assert alive() == []
 
 
-def test_later_errors_become_notes():
+def test_later_errors_become_notes() -> None:
     def body(crew: Crew, number: int) -> None:
         if number == 0:
             raise ValueError("first")
@@ -54,7 +54,7 @@ def test_later_errors_become_notes():
     assert sorted(caught.value.__notes__) == [f"another reader failed too: OSError: worker {n}" for n in (1, 2)]
 
 
-def test_cancel():
+def test_cancel() -> None:
     cancel = threading.Event()
     threading.Timer(0.05, cancel.set).start()
     with pytest.raises(LoadCancelledError, match="start it again"):
@@ -62,13 +62,13 @@ def test_cancel():
     assert alive() == []
 
 
-def test_cancel_after_the_work_is_done_changes_nothing():
+def test_cancel_after_the_work_is_done_changes_nothing() -> None:
     cancel = threading.Event()
     cancel.set()
     Crew(2, cancel).work(lambda crew, number: None)
 
 
-def test_ticks_in_the_calling_thread_and_their_errors_stop_the_work():
+def test_ticks_in_the_calling_thread_and_their_errors_stop_the_work() -> None:
     def tick() -> None:
         assert threading.current_thread() is threading.main_thread()
         raise RuntimeError("display is gone")
@@ -78,7 +78,7 @@ def test_ticks_in_the_calling_thread_and_their_errors_stop_the_work():
     assert alive() == []
 
 
-def test_threads_that_cannot_start(monkeypatch: pytest.MonkeyPatch):
+def test_threads_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -92,7 +92,7 @@ def test_threads_that_cannot_start(monkeypatch: pytest.MonkeyPatch):
     assert alive() == []
 
 
-def test_torch_runs_on_one_thread_inside_and_as_before_outside():
+def test_torch_runs_on_one_thread_inside_and_as_before_outside() -> None:
     before = torch.get_num_threads()
     inside: list[int] = []
     ones = torch.ones(1 << 20)

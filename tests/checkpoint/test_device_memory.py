@@ -11,16 +11,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from quantload.checkpoint import FileSource, Piece, PieceReader, read_index, resolve
 from quantload.checkpoint import device as device_module
-from quantload.checkpoint.device import DeviceMemory
-from quantload.checkpoint.reader import PolicyError
+from quantload.checkpoint.device import DeviceMemory, DeviceWorkspace
+from quantload.checkpoint.index import CheckpointIndex
+from quantload.checkpoint.reader import ReadTotals
+from quantload.checkpoint.workspace import Workspace
+from quantload.errors import MemoryBudgetError, PolicyError
 from safetensors.torch import save_file
+from torch import Tensor
 
 DEVICE = torch.device("cpu:0")
+
+
+Saved = tuple[CheckpointIndex, Path, dict[str, Tensor]]
+Task = Callable[[], object]
 
 
 class Point:
@@ -35,7 +44,7 @@ class LateStreams:
     """Two queues, each carried out in order by a thread that dawdles."""
 
     def __init__(self, seed: int) -> None:
-        self._queues = {"copies": deque(), "kernels": deque()}
+        self._queues: dict[str, deque[Task]] = {"copies": deque(), "kernels": deque()}
         self._open = True
         self.uploads = 0
         self._threads = [
@@ -45,7 +54,7 @@ class LateStreams:
         for thread in self._threads:
             thread.start()
 
-    def _run(self, queue: deque[Callable[[], None]], chance: random.Random) -> None:
+    def _run(self, queue: deque[Task], chance: random.Random) -> None:
         while self._open or queue:
             if not queue:
                 time.sleep(0.0005)
@@ -54,7 +63,7 @@ class LateStreams:
                 time.sleep(chance.random() * 0.01)
             queue.popleft()()
 
-    def launch(self, kernel: Callable[[], None], queue: str = "kernels") -> None:
+    def launch(self, kernel: Task, queue: str = "kernels") -> None:
         self._queues[queue].append(kernel)
 
     def _mark(self, queue: str) -> Point:
@@ -89,7 +98,7 @@ class LateStreams:
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path: Path) -> Saved:
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"t{i}": torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
@@ -100,21 +109,26 @@ def checkpoint(tmp_path):
     return read_index(resolve(tmp_path)), tmp_path, tensors
 
 
-def read_all(checkpoint, monkeypatch, workers: int, seed: int, chunk: int):
+def read_all(
+    checkpoint: Saved,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    seed: int,
+    chunk: int,
+) -> tuple[dict[str, Tensor], ReadTotals, list[DeviceMemory], LateStreams]:
     index, folder, tensors = checkpoint
     streams = LateStreams(seed)
-    memories = []
+    memories: list[DeviceMemory] = []
 
-    def memory(device, workers, slot_bytes):
+    def memory(device: torch.device, workers: int, slot_bytes: int) -> DeviceMemory:
         memories.append(DeviceMemory(workers, slot_bytes, DEVICE, streams))
         return memories[-1]
 
-    def aligned(workspace, part):  # a kernel where there is a device
-        target = workspace._slot.device[slot_bytes // 2 :][: len(part)]
+    def aligned(workspace: DeviceWorkspace, part: Tensor) -> Tensor:  # a kernel where there is a device
+        target: Tensor = workspace._slot.device[chunk // 2 :][: len(part)]
         streams.launch(lambda: target.copy_(part))
         return target
 
-    slot_bytes = chunk
     monkeypatch.setattr(device_module.DeviceWorkspace, "aligned", aligned)
     monkeypatch.setattr("quantload.checkpoint.reader.working_memory", memory)
     monkeypatch.setattr("quantload.checkpoint.reader.slots_per_worker", lambda device: DeviceMemory.slots_per_worker)
@@ -124,7 +138,7 @@ def read_all(checkpoint, monkeypatch, workers: int, seed: int, chunk: int):
         for start in range(0, entry.nbytes, chunk):
             part = found[entry.name][start : start + chunk]
 
-            def deliver(workspace, part=part):
+            def deliver(workspace: Workspace, part: Tensor = part) -> None:
                 buffer, scratch = workspace.buffer, workspace.scratch(len(part))
                 streams.launch(lambda: part.copy_(scratch.copy_(buffer)))
 
@@ -139,7 +153,12 @@ def read_all(checkpoint, monkeypatch, workers: int, seed: int, chunk: int):
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_byte_arrives_whoever_is_late(checkpoint, monkeypatch, workers, seed):
+def test_every_byte_arrives_whoever_is_late(
+    checkpoint: Saved,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    seed: int,
+) -> None:
     found, totals, _, streams = read_all(checkpoint, monkeypatch, workers, seed, 8192)
     for name, tensor in checkpoint[2].items():
         assert torch.equal(found[name], tensor), name
@@ -148,7 +167,7 @@ def test_every_byte_arrives_whoever_is_late(checkpoint, monkeypatch, workers, se
     assert streams.uploads > 40
 
 
-def test_a_test_without_events_would_fail(checkpoint, monkeypatch):
+def test_a_test_without_events_would_fail(checkpoint: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     """The queues here are late enough to show a buffer that is overwritten too early."""
     monkeypatch.setattr(Point, "synchronize", lambda self: None)
     monkeypatch.setattr(LateStreams, "synchronize", lambda self: time.sleep(0.3))
@@ -159,13 +178,17 @@ def test_a_test_without_events_would_fail(checkpoint, monkeypatch):
     assert wrong
 
 
-def test_after_an_error_nothing_reads_the_arena_any_more(checkpoint, monkeypatch):
+def test_after_an_error_nothing_reads_the_arena_any_more(checkpoint: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     index, folder, _ = checkpoint
     streams = LateStreams(0)
-    done = []
+    done: list[int] = []
 
-    def deliver(workspace):
-        streams.launch(lambda: (time.sleep(0.05), done.append(1)))
+    def late() -> None:
+        time.sleep(0.05)
+        done.append(1)
+
+    def deliver(workspace: Workspace) -> None:
+        streams.launch(late)
         raise ValueError("no")
 
     monkeypatch.setattr(
@@ -181,7 +204,7 @@ def test_after_an_error_nothing_reads_the_arena_any_more(checkpoint, monkeypatch
     streams.stop()
 
 
-def test_staging_is_counted_for_the_device(checkpoint):
+def test_staging_is_counted_for_the_device(checkpoint: Saved) -> None:
     index, folder, _ = checkpoint
     source, gpu = FileSource(folder), torch.device("cuda")
     with pytest.raises(PolicyError, match="staging_bytes is 12287; pieces of 4096 bytes need at least 12288"):
@@ -191,42 +214,39 @@ def test_staging_is_counted_for_the_device(checkpoint):
     )
 
 
-def test_the_arena_is_pinned_once_and_let_go(monkeypatch):
+def test_the_arena_is_pinned_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
     monkeypatch.setattr(device_module, "pin", lambda memory: calls.append(("pin", memory.numel())))
     monkeypatch.setattr(device_module, "unpin", lambda memory: calls.append(("unpin", memory.numel())))
 
-    class Cuda:
-        type = "cuda"
-
     real_empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, device=None, **k: real_empty(*a, **k))
     streams = LateStreams(0)
-    with DeviceMemory(2, 4096, Cuda(), streams) as memory, memory.workspace() as workspace:
+    with DeviceMemory(2, 4096, torch.device("cuda"), streams) as memory, memory.workspace() as workspace:
         assert calls == [("pin", 4 * 4096)]
         assert workspace.next_slot() is not workspace.next_slot()
     assert calls == [("pin", 4 * 4096), ("unpin", 4 * 4096)]
     streams.stop()
 
 
-def test_memory_that_cannot_be_pinned_says_what_to_do(monkeypatch):
+def test_memory_that_cannot_be_pinned_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     class Runtime:
         @staticmethod
-        def cudaHostRegister(address, size, flags):
+        def cudaHostRegister(address: int, size: int, flags: int) -> int:
             return 2
 
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
-    with pytest.raises(device_module.MemoryBudgetError, match="4096 bytes of staging could not be pinned"):
+    with pytest.raises(MemoryBudgetError, match="4096 bytes of staging could not be pinned"):
         device_module.pin(torch.zeros(4096, dtype=torch.uint8))
 
 
-def test_the_arena_is_let_go_where_the_device_has_no_memory_left(monkeypatch):
+def test_the_arena_is_let_go_where_the_device_has_no_memory_left(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(device_module, "pin", lambda memory: calls.append("pin"))
     monkeypatch.setattr(device_module, "unpin", lambda memory: calls.append("unpin"))
 
     class Full:
-        def __init__(self, device):
+        def __init__(self, device: torch.device) -> None:
             raise torch.OutOfMemoryError("no streams today")
 
     monkeypatch.setattr(device_module, "CudaStreams", Full)

@@ -8,13 +8,13 @@ import time
 import pytest
 import torch
 from quantload.checkpoint import read_header
-from quantload.checkpoint.headers import DTYPES, MAX_HEADER_BYTES
+from quantload.checkpoint.headers import DTYPES, MAX_HEADER_BYTES, ShardHeader
 from quantload.errors import CorruptHeaderError, QuantloadError, TruncatedShardError, UnsupportedCheckpointError
 from safetensors.torch import save
 from shard_files import MemorySource, entry, raw_shard, shard_bytes
 
 
-def header_of(content: bytes):
+def header_of(content: bytes) -> ShardHeader:
     return read_header(MemorySource({"a.safetensors": content}), "a.safetensors", 3)
 
 
@@ -22,7 +22,7 @@ def as_header(value: object, data: bytes = b"") -> bytes:
     return raw_shard(json.dumps(value).encode(), data)
 
 
-def test_agrees_with_the_reference_writer_for_every_dtype():
+def test_agrees_with_the_reference_writer_for_every_dtype() -> None:
     tensors = {
         f"layer.{name}": torch.zeros(6, 4 * dtype.itemsize, dtype=torch.uint8).view(dtype)
         for name, dtype in DTYPES.items()
@@ -36,21 +36,21 @@ def test_agrees_with_the_reference_writer_for_every_dtype():
     assert all(e.shard == 3 for e in header.tensors.values())
 
 
-def test_offsets_point_at_the_data():
+def test_offsets_point_at_the_data() -> None:
     content = shard_bytes({"a": b"xyz", "é\n": b"hello"})
     header = header_of(content)
     found = {name: content[e.offset : e.offset + e.nbytes] for name, e in header.tensors.items()}
     assert found == {"a": b"xyz", "é\n": b"hello"}
 
 
-def test_accepts_any_order_of_fields_and_white_space():
+def test_accepts_any_order_of_fields_and_white_space() -> None:
     header = b"""{ "__metadata__" : {} ,
       "b" : { "data_offsets" : [ 2 , 4 ] , "dtype" : "U8" , "shape" : [ 1 , 2 ] } ,
       "\\u0061" : {"shape":[],"data_offsets":[0,2],"dtype":"F16"}}   """
     assert header_of(raw_shard(header, b"1234")).tensors.keys() == {"a", "b"}
 
 
-def test_accepts_no_tensors_and_empty_tensors():
+def test_accepts_no_tensors_and_empty_tensors() -> None:
     assert header_of(raw_shard(b"{}")).tensors == {}
     assert header_of(raw_shard(b'{"__metadata__":null}')).tensors == {}
     empty = {"a": entry("F32", [0, 5], 0, 0), "b": entry("U8", [1], 0, 1), "c": entry("F32", [0], 1, 1)}
@@ -92,7 +92,7 @@ good = entry("U8", [2], 0, 2)
         ({"__metadata__": []}, "a JSON object"),
     ],
 )
-def test_names_the_broken_rule(header: object, says: str):
+def test_names_the_broken_rule(header: object, says: str) -> None:
     with pytest.raises(CorruptHeaderError, match=re.escape(says)) as caught:
         header_of(as_header(header, b"1234"))
     assert "a.safetensors" in str(caught.value)
@@ -120,17 +120,17 @@ def test_names_the_broken_rule(header: object, says: str):
         ),
     ],
 )
-def test_refuses_what_is_not_quite_json(header: bytes, says: str):
+def test_refuses_what_is_not_quite_json(header: bytes, says: str) -> None:
     with pytest.raises(CorruptHeaderError, match=re.escape(says)):
         header_of(raw_shard(header))
 
 
-def test_dtypes_torch_lacks_are_unsupported_not_corrupt():
+def test_dtypes_torch_lacks_are_unsupported_not_corrupt() -> None:
     with pytest.raises(UnsupportedCheckpointError, match="F6_E2M3"):
         header_of(as_header({"a": entry("F6_E2M3", [4], 0, 3)}, b"123"))
 
 
-def test_truncation_is_told_from_corruption():
+def test_truncation_is_told_from_corruption() -> None:
     whole = shard_bytes({"a": bytes(100)})
     for length in (0, 5, 20, len(whole) - 1):
         with pytest.raises(TruncatedShardError, match="download it again"):
@@ -140,7 +140,7 @@ def test_truncation_is_told_from_corruption():
 
 
 @pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 2**63, 2**64 - 1])
-def test_a_huge_header_length_is_refused_before_it_is_read(length: int):
+def test_a_huge_header_length_is_refused_before_it_is_read(length: int) -> None:
     source = MemorySource({"a.safetensors": struct.pack("<Q", length) + b"{}"})
     with pytest.raises(CorruptHeaderError, match="the format allows 100,000,000"):
         read_header(source, "a.safetensors")
@@ -168,7 +168,7 @@ def peak_rss_mib(reset: bool = False) -> int:
     ],
     ids=["nested", "wide", "metadata", "shape", "name", "repeats"],
 )
-def test_100_mb_of_hostile_json_costs_little(start: bytes, unit: bytes, end: bytes):
+def test_100_mb_of_hostile_json_costs_little(start: bytes, unit: bytes, end: bytes) -> None:
     header = start + unit * ((MAX_HEADER_BYTES - len(start) - len(end)) // len(unit)) + end
     source = MemorySource({"a.safetensors": raw_shard(header)})
     del header
@@ -181,7 +181,7 @@ def test_100_mb_of_hostile_json_costs_little(start: bytes, unit: bytes, end: byt
 
 
 @pytest.mark.timing
-def test_100_000_tensors_take_about_a_second():
+def test_100_000_tensors_take_about_a_second() -> None:
     tensors = {
         f"model.layers.{i // 999}.experts.{i % 999}.up.weight": entry("U8", [1], i, i + 1) for i in range(100_000)
     }

@@ -23,7 +23,7 @@ def write_index(folder: Path, index: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_single_file(tmp_path: Path):
+def test_single_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(shard_bytes({"a": b"123", "b": b"45"}, {"format": "pt"}))
     index = read_index(resolve(tmp_path))
     assert [shard.path for shard in index.shards] == ["model.safetensors"]
@@ -32,32 +32,32 @@ def test_single_file(tmp_path: Path):
     assert index.metadata == {"format": "pt"}
 
 
-def test_shards(tmp_path: Path):
+def test_shards(tmp_path: Path) -> None:
     write_sharded(tmp_path, {TWO: {"c": b"1"}, ONE: {"a": b"123", "b": b"45"}})
     index = read_index(resolve(tmp_path))
     assert [shard.path for shard in index.shards] == [ONE, TWO]
     assert {name: entry.shard for name, entry in index.tensors.items()} == {"a": 0, "b": 0, "c": 1}
 
 
-def test_single_file_wins_over_an_index_as_in_transformers(tmp_path: Path):
+def test_single_file_wins_over_an_index_as_in_transformers(tmp_path: Path) -> None:
     write_sharded(tmp_path, {ONE: {"a": b"1"}})
     (tmp_path / "model.safetensors").write_bytes(shard_bytes({"b": b"2"}))
     assert set(read_index(resolve(tmp_path)).tensors) == {"b"}
 
 
-def test_shards_decide_where_a_tensor_lies_as_in_transformers(tmp_path: Path):
+def test_shards_decide_where_a_tensor_lies_as_in_transformers(tmp_path: Path) -> None:
     write_sharded(tmp_path, {ONE: {"a": b"1"}, TWO: {"b": b"2", "unlisted": b"3"}}, {"a": TWO, "b": ONE})
     index = read_index(resolve(tmp_path))
     assert {name: entry.shard for name, entry in index.tensors.items()} == {"a": 0, "b": 1, "unlisted": 1}
 
 
-def test_unlisted_files_are_left_alone(tmp_path: Path):
+def test_unlisted_files_are_left_alone(tmp_path: Path) -> None:
     write_sharded(tmp_path, {ONE: {"a": b"1"}})
     (tmp_path / "consolidated.safetensors").write_bytes(b"not even a shard")
     assert set(read_index(resolve(tmp_path)).tensors) == {"a"}
 
 
-def test_transformers_weights_in_the_config_names_the_file(tmp_path: Path):
+def test_transformers_weights_in_the_config_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
     (tmp_path / "other.safetensors").write_bytes(shard_bytes({"a": b"1"}))
     assert read_index(resolve(tmp_path)).shards[0].path == "other.safetensors"
@@ -66,19 +66,19 @@ def test_transformers_weights_in_the_config_names_the_file(tmp_path: Path):
         read_index(resolve(tmp_path))
 
 
-def test_index_naming_a_missing_shard(tmp_path: Path):
+def test_index_naming_a_missing_shard(tmp_path: Path) -> None:
     write_sharded(tmp_path, {ONE: {"a": b"1"}}, {"a": ONE, "b": TWO})
     with pytest.raises(MissingShardError, match=f"index.json names the shard {TWO}"):
         read_index(resolve(tmp_path))
 
 
-def test_tensor_listed_but_nowhere(tmp_path: Path):
+def test_tensor_listed_but_nowhere(tmp_path: Path) -> None:
     write_sharded(tmp_path, {ONE: {"a": b"1"}}, {"a": ONE, **{f"lost.{i}": ONE for i in range(9)}})
     with pytest.raises(CheckpointError, match=r"lists lost\.0, .*lost\.4 and 4 more"):
         read_index(resolve(tmp_path))
 
 
-def test_tensor_in_two_shards(tmp_path: Path):
+def test_tensor_in_two_shards(tmp_path: Path) -> None:
     write_sharded(tmp_path, {ONE: {"a": b"1"}, TWO: {"a": b"2"}}, {"a": ONE, "b": TWO})
     with pytest.raises(CheckpointError, match=f"a in {ONE} and again in {TWO}"):
         read_index(resolve(tmp_path))
@@ -87,13 +87,13 @@ def test_tensor_in_two_shards(tmp_path: Path):
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "/etc/passwd", "x/../../y.safetensors", "C:\\x", "..\\x", "", "a\0b"]
 )
-def test_index_naming_a_path_outside(tmp_path: Path, name: str):
+def test_index_naming_a_path_outside(tmp_path: Path, name: str) -> None:
     write_index(tmp_path, {"weight_map": {"a": name}})
     with pytest.raises(UnsafePathError, match="inside its own folder"):
         read_index(resolve(tmp_path))
 
 
-def test_link_out_of_the_folder(tmp_path: Path):
+def test_link_out_of_the_folder(tmp_path: Path) -> None:
     outside, folder = tmp_path / "outside.safetensors", tmp_path / "model"
     outside.write_bytes(shard_bytes({"a": b"1"}))
     folder.mkdir()
@@ -102,7 +102,7 @@ def test_link_out_of_the_folder(tmp_path: Path):
         read_index(resolve(folder))
 
 
-def test_links_of_the_hub_cache_work(tmp_path: Path):
+def test_links_of_the_hub_cache_work(tmp_path: Path) -> None:
     repo = tmp_path / "models--owner--name"
     snapshot, blobs = repo / "snapshots" / "abc", repo / "blobs"
     snapshot.mkdir(parents=True)
@@ -127,13 +127,13 @@ def test_links_of_the_hub_cache_work(tmp_path: Path):
         ('{"weight_map": {"a": "x.safetensors"}} 1', "nothing more"),
     ],
 )
-def test_broken_index(tmp_path: Path, content: str, says: str):
+def test_broken_index(tmp_path: Path, content: str, says: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=says):
         read_index(resolve(tmp_path))
 
 
-def test_metadata_of_any_kind_is_skipped(tmp_path: Path):
+def test_metadata_of_any_kind_is_skipped(tmp_path: Path) -> None:
     (tmp_path / ONE).write_bytes(shard_bytes({"a": b"1"}))
     text = '{"metadata": {"é": [1, {"}": null}]}, "weight_map": {"a": "' + ONE + '"}, "x": 1e5}'
     (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
@@ -151,20 +151,20 @@ def test_metadata_of_any_kind_is_skipped(tmp_path: Path):
         (["adapter_config.json", "adapter_model.safetensors"], UnsupportedCheckpointError, "merge it"),
     ],
 )
-def test_nothing_to_load(tmp_path: Path, files: list[str], error: type[Exception], says: str):
+def test_nothing_to_load(tmp_path: Path, files: list[str], error: type[Exception], says: str) -> None:
     for name in files:
         (tmp_path / name).write_bytes(b"\x80")
     with pytest.raises(error, match=says):
         read_index(resolve(tmp_path))
 
 
-def test_index_naming_pickles(tmp_path: Path):
+def test_index_naming_pickles(tmp_path: Path) -> None:
     write_index(tmp_path, {"weight_map": {"a": "pytorch_model-00001.bin"}})
     with pytest.raises(UnsupportedCheckpointError, match=r"only \.safetensors"):
         read_index(resolve(tmp_path))
 
 
-def test_bad_shards_are_found_before_loading(tmp_path: Path):
+def test_bad_shards_are_found_before_loading(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     whole = shard_bytes({"a": bytes(1000)})
     path.write_bytes(whole[:-1])
@@ -179,7 +179,7 @@ def test_bad_shards_are_found_before_loading(tmp_path: Path):
         read_index(resolve(tmp_path))
 
 
-def test_any_source_serves_the_index(tmp_path: Path):
+def test_any_source_serves_the_index(tmp_path: Path) -> None:
     index = json.dumps({"weight_map": {"a": ONE}}).encode()
     source = MemorySource({"model.safetensors.index.json": index, ONE: shard_bytes({"a": b"123"})})
     assert read_index(Checkpoint(tmp_path, "s3://bucket/model"), source).total_bytes == 3

@@ -168,7 +168,8 @@ def test_a_run_that_looked_before_another_one_published(tmp_path: Path, monkeypa
 def test_a_run_that_opened_the_journal_before_another_one_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flock, took = fcntl.flock, []
+    flock = fcntl.flock
+    took: list[int] = []
 
     def after_the_other(fd: int, operation: int) -> None:
         if not took:

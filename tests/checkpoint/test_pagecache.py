@@ -8,6 +8,7 @@ import pytest
 from quantload.checkpoint import FileSource, pagecache
 from quantload.checkpoint.pagecache import CacheWindows, kernel_readahead
 from quantload.checkpoint.source import FileCalls
+from quantload.options import PageCache
 
 MIB = 1 << 20
 
@@ -30,7 +31,7 @@ class Kernel:
         self.advice.append((offset, length, advice))
 
 
-def test_warm_windows_are_left_alone():
+def test_warm_windows_are_left_alone() -> None:
     kernel = Kernel((0, 8 * MIB), (12 * MIB, 16 * MIB))
     windows = CacheWindows(20 * MIB, "auto", 0, kernel)
     assert windows.any_cold
@@ -39,24 +40,24 @@ def test_warm_windows_are_left_alone():
     assert list(windows.cold_ranges(0, 8 * MIB)) == []
 
 
-def test_probing_does_not_read_ahead():
+def test_probing_does_not_read_ahead() -> None:
     kernel = Kernel()
     CacheWindows(20 * MIB, "auto", 0, kernel)
     assert [advice for *_, advice in kernel.advice] == [os.POSIX_FADV_RANDOM, os.POSIX_FADV_SEQUENTIAL]
 
 
-def test_large_files_are_probed_in_few_places():
+def test_large_files_are_probed_in_few_places() -> None:
     windows = CacheWindows(1 << 40, "auto", 0, Kernel())
     assert list(windows.cold_ranges(0, 1 << 40)) == [(0, 1 << 40)]
     assert len(windows._cold) <= 64
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
-def test_files_nobody_can_tell_about_are_left_alone(number: int):
+def test_files_nobody_can_tell_about_are_left_alone(number: int) -> None:
     assert not CacheWindows(20 * MIB, "auto", 0, Kernel(error=number)).any_cold
 
 
-def test_policies_without_a_probe():
+def test_policies_without_a_probe() -> None:
     kernel = Kernel()
     assert not CacheWindows(20 * MIB, "keep", 0, kernel).any_cold
     assert list(CacheWindows(20 * MIB, "drop", 0, kernel).cold_ranges(5, 30 * MIB)) == [(5, 20 * MIB - 5)]
@@ -64,7 +65,7 @@ def test_policies_without_a_probe():
     assert kernel.advice == []
 
 
-def test_cold_ranges_are_prefetched_dropped_and_swept():
+def test_cold_ranges_are_prefetched_dropped_and_swept() -> None:
     kernel = Kernel()
     windows = CacheWindows(8 * MIB, "drop", 0, kernel)
     windows.sweep(0, kernel)
@@ -80,7 +81,7 @@ def test_cold_ranges_are_prefetched_dropped_and_swept():
     ]
 
 
-def test_a_kernel_that_reads_ahead_far_is_not_asked_to(monkeypatch: pytest.MonkeyPatch):
+def test_a_kernel_that_reads_ahead_far_is_not_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pagecache, "kernel_readahead", lambda device: {5: 1 << 20, 6: 128 << 10}[device])
     for device, asked in ((5, 0), (6, 1)):
         kernel = Kernel()
@@ -89,7 +90,7 @@ def test_a_kernel_that_reads_ahead_far_is_not_asked_to(monkeypatch: pytest.Monke
         assert len(kernel.advice) == asked
 
 
-def test_readahead_of_a_device(tmp_path: Path):
+def test_readahead_of_a_device(tmp_path: Path) -> None:
     assert kernel_readahead(None) == 0
     assert kernel_readahead(os.makedev(4095, 1 << 19)) == 0
     folders = [folder for folder in Path("/sys/class/bdi").glob("[0-9]*:*") if (folder / "read_ahead_kb").exists()]
@@ -118,7 +119,7 @@ def resident_share(path: Path, size: int) -> float:
 @pytest.mark.parametrize(("policy", "warm", "left"), [
     ("auto", True, 1.0), ("auto", False, 0.0), ("keep", False, 1.0), ("drop", True, 0.0),
 ])  # fmt: skip
-def test_on_a_real_disk(tmp_path: Path, policy: str, warm: bool, left: float):
+def test_on_a_real_disk(tmp_path: Path, policy: PageCache, warm: bool, left: float) -> None:
     """The kernel may take pages away, or keep them in use for a moment, whatever it is told; hence three tries."""
     size, path = 12 * MIB, tmp_path / "shard"
     found: list[float] = []
@@ -138,7 +139,7 @@ def test_on_a_real_disk(tmp_path: Path, policy: str, warm: bool, left: float):
     assert found[-1] == pytest.approx(left, abs=0.1), found
 
 
-def left_of(path: Path, size: int, policy: str, warm: bool) -> float:
+def left_of(path: Path, size: int, policy: PageCache, warm: bool) -> float:
     """The share of a file that is in the page cache when it was read once, to the end."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -8,20 +8,20 @@ from quantload.errors import UnsafePathError
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "sub/model.safetensors", "..model", "a..b/c", "./x"])
-def test_names_inside(name: str, tmp_path: Path):
+def test_names_inside(name: str, tmp_path: Path) -> None:
     check_name(name, "index")
     assert locate(tmp_path, name) == tmp_path / name
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../x", "/x", "//x", "C:/x", "a\\..\\x", "a\nb", "a\0"])
-def test_names_outside(name: str, tmp_path: Path):
+def test_names_outside(name: str, tmp_path: Path) -> None:
     with pytest.raises(UnsafePathError, match="do not trust"):
         check_name(name, "index")
     with pytest.raises(UnsafePathError, match="do not trust"):
         locate(tmp_path, name)
 
 
-def test_links(tmp_path: Path):
+def test_links(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     (tmp_path / "outside").write_bytes(b"")
@@ -38,7 +38,7 @@ def test_links(tmp_path: Path):
             locate(root, name)
 
 
-def test_only_a_snapshot_may_link_to_blobs(tmp_path: Path):
+def test_only_a_snapshot_may_link_to_blobs(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "1").write_bytes(b"")
     for kind in ("snapshots", "other"):

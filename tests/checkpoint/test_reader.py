@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -37,7 +37,7 @@ def alive() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left():
+def nothing_is_left() -> Iterator[None]:
     process = psutil.Process()
     files = process.num_fds()
     yield
@@ -80,8 +80,11 @@ def test_lines_close_to_each_other_are_read_together() -> None:
     assert far.reads == [("0.safetensors", at << 16, 64) for at in range(16)]
 
 
+Layout = tuple[list[int], int, list[tuple[int, list[tuple[int, int]], bool]]]
+
+
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[list[int], int, list[tuple[int, list[tuple[int, int]], bool]]]:
+def layouts(draw: st.DrawFn) -> Layout:
     """Shard sizes, a chunk size, and pieces that cover every byte of every shard once, in any order."""
     chunk = draw(st.sampled_from([4096, 8192, 12_288]))
     sizes = draw(st.lists(st.integers(0, 60_000), min_size=1, max_size=3))
@@ -104,7 +107,7 @@ def layouts(draw: st.DrawFn) -> tuple[list[int], int, list[tuple[int, list[tuple
 
 @settings(max_examples=150, deadline=None)
 @given(layout=layouts(), workers=st.integers(1, 4), seed=st.integers(0, 2**32))
-def test_every_byte_is_delivered_exactly_once(layout, workers: int, seed: int):
+def test_every_byte_is_delivered_exactly_once(layout: Layout, workers: int, seed: int) -> None:
     sizes, chunk, plan = layout
     contents = [random.Random(seed + number).randbytes(size) for number, size in enumerate(sizes)]
     source, shards = memory_shards(*contents)
@@ -139,7 +142,7 @@ def test_every_byte_is_delivered_exactly_once(layout, workers: int, seed: int):
     assert source.closed == 1
 
 
-def test_real_files(tmp_path: Path):
+def test_real_files(tmp_path: Path) -> None:
     generator = random.Random(1)
     tensors = {f"t{i}": generator.randbytes(generator.choice([3, 500, 70_000])) for i in range(60)}
     names = list(tensors)
@@ -162,7 +165,7 @@ def test_real_files(tmp_path: Path):
     assert found == tensors
 
 
-def test_small_pieces_share_reads_and_large_ones_are_cut():
+def test_small_pieces_share_reads_and_large_ones_are_cut() -> None:
     source, shards = memory_shards(bytes(4 << 20))
     small = [Piece(0, ((100 * i, 100),), nothing) for i in range(1000)]
     large = [Piece(0, ((1 << 20, 3 << 20),), nothing)]
@@ -170,7 +173,7 @@ def test_small_pieces_share_reads_and_large_ones_are_cut():
     assert source.reads == [("0.safetensors", 0, 100_000)] + [("0.safetensors", n << 20, 1 << 20) for n in (1, 2, 3)]
 
 
-def test_asks_ahead_and_releases_behind():
+def test_asks_ahead_and_releases_behind() -> None:
     source, shards = memory_shards(bytes(100 * KIB))
     barrier = Barrier(1)
     pieces = [Piece(0, ((n * 10 * KIB, 10 * KIB),), nothing) for n in range(8)]
@@ -182,7 +185,7 @@ def test_asks_ahead_and_releases_behind():
     assert [offset for _, offset, _ in source.prefetched][:7] == [offset for offset, _ in expected[1:]]
 
 
-def test_what_stays_cached_for_a_second_read():
+def test_what_stays_cached_for_a_second_read() -> None:
     source, shards = memory_shards(bytes(100))
     barrier = Barrier(2)
     first = [Piece(0, ((50 * n, 50),), nothing, signal=barrier) for n in range(2)]
@@ -193,7 +196,7 @@ def test_what_stays_cached_for_a_second_read():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
-def test_barriers_hold_the_second_pass_back(workers: int):
+def test_barriers_hold_the_second_pass_back(workers: int) -> None:
     source, shards = memory_shards(bytes(range(200)) * 1000)
     generator = random.Random(workers)
     log: list[tuple[int, str]] = []
@@ -218,14 +221,14 @@ def test_barriers_hold_the_second_pass_back(workers: int):
         assert stages == ["max"] * 5 + ["quantize"] * 5
 
 
-def test_a_barrier_that_cannot_open_is_refused_before_reading():
+def test_a_barrier_that_cannot_open_is_refused_before_reading() -> None:
     source, shards = memory_shards(bytes(10))
     with pytest.raises(ValueError, match="waits for 1 signals"):
         PieceReader(source, shards).run([Piece(0, ((0, 1),), nothing, after=Barrier(1))])
     assert source.reads == []
 
 
-def test_scratch_and_buffer_of_one_worker_are_reused():
+def test_scratch_and_buffer_of_one_worker_are_reused() -> None:
     source, shards = memory_shards(bytes(range(100)) * 1000)
     places: set[tuple[int, int]] = set()
 
@@ -239,7 +242,7 @@ def test_scratch_and_buffer_of_one_worker_are_reused():
     assert totals.staging_peak_bytes == 8192
 
 
-def test_targets_are_made_just_before_their_read_and_never_staged():
+def test_targets_are_made_just_before_their_read_and_never_staged() -> None:
     source, shards = memory_shards(bytes(1 << 20))
     events: list[str] = []
 
@@ -258,13 +261,13 @@ def test_targets_are_made_just_before_their_read_and_never_staged():
 @pytest.mark.parametrize(
     "wrong", [torch.empty(9, dtype=torch.uint8), torch.empty(10), torch.empty(2, 5, dtype=torch.uint8)]
 )
-def test_wrong_targets(wrong: Tensor):
+def test_wrong_targets(wrong: Tensor) -> None:
     source, shards = memory_shards(bytes(10))
     with pytest.raises(ValueError, match="1-D uint8 tensor of the piece's 10 bytes"):
         PieceReader(source, shards).run([Piece(0, ((0, 10),), nothing, lambda: wrong)])
 
 
-def test_staging_limits_the_workers():
+def test_staging_limits_the_workers() -> None:
     source, shards = memory_shards(b"")
     with pytest.raises(PolicyError, match="staging_bytes is 8191; pieces of 4096 bytes need at least 8192"):
         PieceReader(source, shards, chunk_bytes=4096, staging_bytes=8191)
@@ -272,7 +275,7 @@ def test_staging_limits_the_workers():
     assert PieceReader(source, shards, workers=4, chunk_bytes=4096).workers == 4
 
 
-def test_pieces_that_do_not_fit():
+def test_pieces_that_do_not_fit() -> None:
     source, shards = memory_shards(bytes(10_000))
     with pytest.raises(ValueError, match="piece 0 has 4097 bytes, chunk_bytes is 4096"):
         PieceReader(source, shards, chunk_bytes=4096).run([Piece(0, ((0, 4097),), nothing)])
@@ -280,12 +283,12 @@ def test_pieces_that_do_not_fit():
         PieceReader(source, shards).run([Piece(1, ((0, 1),), nothing)])
 
 
-def test_nothing_to_read():
+def test_nothing_to_read() -> None:
     source, shards = memory_shards(b"")
     assert PieceReader(source, shards).run([]).bytes_read == 0
 
 
-def test_progress_ends_with_the_total():
+def test_progress_ends_with_the_total() -> None:
     class Slow(MemorySource):
         def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
             time.sleep(0.05)
@@ -317,7 +320,7 @@ def anonymous_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
-def test_an_error_in_deliver_ends_everything(shard):
+def test_an_error_in_deliver_ends_everything(shard: tuple[FileSource, list[Shard]]) -> None:
     source, shards = shard
     delivered: list[int] = []
 
@@ -338,7 +341,7 @@ def test_an_error_in_deliver_ends_everything(shard):
     assert anonymous_bytes() - before < 8 << 20, "although the traceback is still there"
 
 
-def test_a_file_truncated_while_it_is_read(shard, tmp_path: Path):
+def test_a_file_truncated_while_it_is_read(shard: tuple[FileSource, list[Shard]], tmp_path: Path) -> None:
     source, shards = shard
 
     def deliver(workspace: Workspace) -> None:
@@ -364,7 +367,7 @@ def crawl() -> tuple[Crawling, list[Shard], list[Piece]]:
 
 
 @pytest.mark.timing
-def test_cancel_takes_less_than_a_second_even_in_a_slow_read():
+def test_cancel_takes_less_than_a_second_even_in_a_slow_read() -> None:
     source, shards, pieces = crawl()
     cancel = threading.Event()
     started = time.monotonic()
@@ -375,7 +378,7 @@ def test_cancel_takes_less_than_a_second_even_in_a_slow_read():
 
 
 @pytest.mark.timing
-def test_ctrl_c_takes_less_than_a_second_even_in_a_slow_read():
+def test_ctrl_c_takes_less_than_a_second_even_in_a_slow_read() -> None:
     source, shards, pieces = crawl()
     started = time.monotonic()
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
@@ -387,7 +390,7 @@ def test_ctrl_c_takes_less_than_a_second_even_in_a_slow_read():
     assert source.closed == 1
 
 
-def test_a_source_that_fails_wakes_those_who_wait_for_its_piece():
+def test_a_source_that_fails_wakes_those_who_wait_for_its_piece() -> None:
     class Failing(MemorySource):
         def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
             if offset == 0:
@@ -402,7 +405,7 @@ def test_a_source_that_fails_wakes_those_who_wait_for_its_piece():
 
 
 @pytest.mark.timing
-def test_small_pieces_cost_little():
+def test_small_pieces_cost_little() -> None:
     source, shards = memory_shards(bytes(1 << 20))
     pieces = [Piece(0, ((40 * n, 40),), nothing) for n in range(20_000)]
     best = 9.0

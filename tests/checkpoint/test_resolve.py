@@ -4,6 +4,7 @@ import fnmatch
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import huggingface_hub.constants
@@ -18,42 +19,44 @@ from quantload.checkpoint import resolve
 from quantload.errors import CheckpointError, UnsupportedCheckpointError
 from shard_files import shard_bytes
 
-RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid/model"))
+RESPONSE: Any = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid/model"))
+
+
+class Hub:
+    """A stand-in for the hub: files of one repository, and the patterns each download asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, bytes] = {"config.json": b"{}"}
+        self.asked: list[tuple[str | None, list[str]]] = []
+        self.error: Exception | None = None
+
+    def download(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.asked.append((revision, allow_patterns))
+        if self.error is not None:
+            raise self.error
+        root = self.folder / "snapshots" / "0123abc"
+        root.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (root / name).write_bytes(content)
+        return str(root)
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A stand-in for the hub: files of one repository, and the patterns each download asked for."""
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     module = sys.modules[resolve.__module__]  # the package's attribute of that name is the function
-
-    class Hub:
-        def __init__(self) -> None:
-            self.files: dict[str, bytes] = {"config.json": b"{}"}
-            self.asked: list[tuple[str | None, list[str]]] = []
-            self.error: Exception | None = None
-
-        def download(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-            self.asked.append((revision, allow_patterns))
-            if self.error is not None:
-                raise self.error
-            root = tmp_path / "snapshots" / "0123abc"
-            root.mkdir(parents=True, exist_ok=True)
-            for name, content in self.files.items():
-                if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
-                    (root / name).write_bytes(content)
-            return str(root)
-
-    stand_in = Hub()
+    stand_in = Hub(tmp_path)
     monkeypatch.setattr(module, "snapshot_download", stand_in.download)
     return stand_in
 
 
-def test_folder(tmp_path: Path):
+def test_folder(tmp_path: Path) -> None:
     assert resolve(tmp_path).root == tmp_path
     assert resolve(str(tmp_path)).model_id == str(tmp_path)
 
 
-def test_a_revision_of_a_folder_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_revision_of_a_folder_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     resolve(tmp_path)
     assert caplog.messages == []
     assert resolve(tmp_path, "main").root == tmp_path
@@ -61,30 +64,30 @@ def test_a_revision_of_a_folder_is_warned_about(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize("given", ["./nothing", "/no/such/folder", "~/no-such-folder", "../no", "a/b/c", "a\\b", "x/"])
-def test_missing_folder_is_no_hub_id(given: str, hub):
+def test_missing_folder_is_no_hub_id(given: str, hub: Hub) -> None:
     with pytest.raises(CheckpointError, match="no folder here"):
         resolve(given)
     assert hub.asked == []
 
 
-def test_nothing_is_not_the_current_folder():
+def test_nothing_is_not_the_current_folder() -> None:
     with pytest.raises(CheckpointError, match="is empty"):
         resolve("")
 
 
-def test_a_file_is_not_a_folder(tmp_path: Path):
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is a file; give the folder"):
         resolve(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/model", "gs://b", "https://example.com/x"])
-def test_urls_point_to_source(url: str):
+def test_urls_point_to_source(url: str) -> None:
     with pytest.raises(UnsupportedCheckpointError, match="Source"):
         resolve(url)
 
 
-def test_only_the_needed_shards_are_downloaded(hub):
+def test_only_the_needed_shards_are_downloaded(hub: Hub) -> None:
     index = json.dumps({"weight_map": {"a": "model-1.safetensors"}}).encode()
     hub.files |= {
         "model.safetensors.index.json": index,
@@ -105,7 +108,7 @@ def test_only_the_needed_shards_are_downloaded(hub):
     assert len(hub.asked) == 3, "what is there is not asked for again"
 
 
-def test_single_file_is_downloaded_when_there_is_no_index(hub):
+def test_single_file_is_downloaded_when_there_is_no_index(hub: Hub) -> None:
     hub.files["model.safetensors"] = shard_bytes({"a": b"1"})
     assert (resolve("gpt2").root / "model.safetensors").exists()
 
@@ -121,20 +124,20 @@ def test_single_file_is_downloaded_when_there_is_no_index(hub):
         (httpx.ConnectError("no route"), "could not be downloaded: no route"),
     ],
 )
-def test_hub_errors_say_what_to_do(hub, error: Exception, says: str):
+def test_hub_errors_say_what_to_do(hub: Hub, error: Exception, says: str) -> None:
     hub.error = error
     with pytest.raises(CheckpointError, match=says):
         resolve("owner/name", revision="v9")
 
 
-def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="give a folder"):
         resolve("quantload-tests/does-not-exist")
 
 
-def test_invalid_hub_id():
+def test_invalid_hub_id() -> None:
     with pytest.raises(CheckpointError, match="valid hub id"):
         resolve("what is this?")
 
@@ -148,14 +151,14 @@ def test_invalid_hub_id():
         (b"\xff", "not valid JSON"),
     ],
 )
-def test_broken_config(tmp_path: Path, content: bytes | None, says: str):
+def test_broken_config(tmp_path: Path, content: bytes | None, says: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=says):
         resolve(tmp_path).config()
 
 
-def test_config(tmp_path: Path):
+def test_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert resolve(tmp_path).config() == {"model_type": "llama"}
 

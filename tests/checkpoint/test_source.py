@@ -3,12 +3,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from quantload.checkpoint import FileSource
-from quantload.checkpoint import source as source_module
 from quantload.checkpoint.source import FileCalls
 from quantload.errors import CheckpointError, MissingShardError, TruncatedShardError, UnsafePathError
 
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
-    monkeypatch.setattr(source_module.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     return slept
 
 
@@ -68,7 +68,7 @@ def read(source: FileSource, path: str, offset: int, length: int) -> bytes:
     return bytes(buffer)
 
 
-def test_reads_ranges(folder: Path):
+def test_reads_ranges(folder: Path) -> None:
     with FileSource(folder) as source:
         assert source.size("a") == len(DATA) + 1
         assert read(source, "a", 0, 4) == b"a\0\1\2"
@@ -76,13 +76,13 @@ def test_reads_ranges(folder: Path):
         assert read(source, "b", 7, 0) == b""
 
 
-def test_short_reads_are_continued(folder: Path):
+def test_short_reads_are_continued(folder: Path) -> None:
     with FileSource(folder, calls=Calls(at_most=7)) as source:
         assert read(source, "a", 1, 1000) == DATA[:1000]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR])
-def test_passing_errors_are_retried(folder: Path, pauses: list[float], number: int):
+def test_passing_errors_are_retried(folder: Path, pauses: list[float], number: int) -> None:
     calls = Calls([number] * 4)
     with FileSource(folder, calls=calls) as source:
         assert read(source, "a", 1, 1000) == DATA[:1000]
@@ -91,7 +91,7 @@ def test_passing_errors_are_retried(folder: Path, pauses: list[float], number: i
     assert calls.opened == []
 
 
-def test_lasting_errors_are_raised(folder: Path, pauses: list[float]):
+def test_lasting_errors_are_raised(folder: Path, pauses: list[float]) -> None:
     source = FileSource(folder, calls=Calls([errno.EIO] * 9), retries=2)
     with source, pytest.raises(CheckpointError, match=r"at byte 1 after 3 tries.*check the disk") as caught:
         read(source, "a", 1, 1000)
@@ -99,13 +99,13 @@ def test_lasting_errors_are_raised(folder: Path, pauses: list[float]):
     assert len(pauses) == 2
 
 
-def test_other_errors_are_not_retried(folder: Path, pauses: list[float]):
+def test_other_errors_are_not_retried(folder: Path, pauses: list[float]) -> None:
     with FileSource(folder, calls=Calls([errno.EACCES])) as source, pytest.raises(CheckpointError, match="at byte 1:"):
         read(source, "a", 1, 1000)
     assert pauses == []
 
 
-def test_a_stale_handle_is_replaced_by_the_new_file(folder: Path):
+def test_a_stale_handle_is_replaced_by_the_new_file(folder: Path) -> None:
     with FileSource(folder, calls=Calls([errno.ESTALE])) as source:
         source.size("a")
         (folder / "new").write_bytes(b"new content")
@@ -113,7 +113,7 @@ def test_a_stale_handle_is_replaced_by_the_new_file(folder: Path):
         assert read(source, "a", 0, 11) == b"new content"
 
 
-def test_end_of_file(folder: Path):
+def test_end_of_file(folder: Path) -> None:
     with FileSource(folder) as source:
         with pytest.raises(TruncatedShardError, match="a: ended at byte 10,241"):
             read(source, "a", 10_000, 5_000)
@@ -122,7 +122,7 @@ def test_end_of_file(folder: Path):
             read(source, "a", 50, 100)
 
 
-def test_missing_and_strange_files(folder: Path):
+def test_missing_and_strange_files(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     (folder / "folder").mkdir()
     with FileSource(folder) as source:
@@ -136,7 +136,7 @@ def test_missing_and_strange_files(folder: Path):
             source.size("../x")
 
 
-def test_few_files_stay_open(folder: Path):
+def test_few_files_stay_open(folder: Path) -> None:
     calls = Calls()
     with FileSource(folder, calls=calls, max_open=2) as source:
         for name in "abcdefabcdef":
@@ -145,7 +145,7 @@ def test_few_files_stay_open(folder: Path):
     assert calls.opened == []
 
 
-def test_out_of_descriptors_closes_idle_files_first(folder: Path):
+def test_out_of_descriptors_closes_idle_files_first(folder: Path) -> None:
     class Scarce(Calls):
         def open(self, path: str) -> int:
             if len(self.opened) >= 3:
@@ -157,7 +157,7 @@ def test_out_of_descriptors_closes_idle_files_first(folder: Path):
             assert read(source, name, 0, 1) == name.encode()
 
 
-def test_out_of_descriptors_for_good(folder: Path):
+def test_out_of_descriptors_for_good(folder: Path) -> None:
     class Scarce(Calls):
         def open(self, path: str) -> int:
             raise OSError(errno.EMFILE, "Too many open files")
@@ -166,7 +166,7 @@ def test_out_of_descriptors_for_good(folder: Path):
         source.size("a")
 
 
-def test_close_keeps_the_source_usable(folder: Path):
+def test_close_keeps_the_source_usable(folder: Path) -> None:
     calls = Calls()
     source = FileSource(folder, calls=calls)
     source.size("a")
@@ -195,7 +195,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
     assert errors == []
 
 
-def test_many_threads_few_descriptors(folder: Path):
+def test_many_threads_few_descriptors(folder: Path) -> None:
     calls = Calls([errno.ESTALE] * 3)
     with FileSource(folder, calls=calls, max_open=2, retries=9) as source:
 

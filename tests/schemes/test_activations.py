@@ -94,7 +94,7 @@ TABLE = {
 
 
 def stored(activations: ActivationFormat, has_scale: bool = True) -> StoredActivations:
-    scale = TensorEntry("fc.input_scale", torch.float32, (1,), "model.safetensors", 0, 4) if has_scale else None
+    scale = TensorEntry("fc.input_scale", torch.float32, (1,), 0, 0, 4) if has_scale else None
     return StoredActivations(
         activations.format, not activations.static, activations.granularity, activations.group, scale
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ SCHEMES = [
     "int4_per_group",
     "quark_int4fp8_moe",
 ]
-KINDS = {
+KINDS: dict[str, dict[str, bool]] = {
     "gated": {},
     "without a gate": {"has_gate": False},
     "with biases": {"has_bias": True},
@@ -44,7 +45,13 @@ class Config:
 class Experts(nn.Module):
     """Fused experts as transformers' interface describes them."""
 
-    def __init__(self, dtype: torch.dtype = torch.bfloat16, intermediate: int = INTERMEDIATE, **kind: bool) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.bfloat16,
+        intermediate: int = INTERMEDIATE,
+        *,
+        kind: Mapping[str, bool] = KINDS["gated"],
+    ) -> None:
         super().__init__()
         self.has_gate, self.has_bias = kind.get("has_gate", True), kind.get("has_bias", False)
         self.is_transposed, self.is_concatenated = kind.get("is_transposed", False), kind.get("is_concatenated", True)
@@ -68,13 +75,15 @@ class Experts(nn.Module):
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         halves = gate_up.chunk(2, dim=-1) if self.is_concatenated else (gate_up[..., ::2], gate_up[..., 1::2])
-        return self.act_fn(halves[0]) * halves[1]
+        gated: Tensor = self.act_fn(halves[0]) * halves[1]
+        return gated
 
 
 def quantized(experts: Experts, scheme_name: str) -> tuple[Any, Experts]:
     """The experts on codes, and a twin that holds what the codes stand for."""
     scheme: Any = SchemeFactory(CPU, LoadOptions()).experts(scheme_name)
-    module, twin = copy.deepcopy(experts), copy.deepcopy(experts)
+    module: Any = copy.deepcopy(experts)
+    twin = copy.deepcopy(experts)
     weights = {name: p.data for name, p in experts.named_parameters() if p.dim() == 3}
     convert_experts(module, scheme)
     for name, layout in scheme.layouts(module).items():
@@ -114,7 +123,7 @@ def error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_transformers_on_the_dequantized_weights(kind: str, scheme: str) -> None:
-    module, twin = quantized(Experts(**KINDS[kind]), scheme)
+    module, twin = quantized(Experts(kind=KINDS[kind]), scheme)
     x, (ids, weights) = tokens(17), routing(17)
     got = module.scheme.apply(module, x, ids, weights.to(x.dtype))
     want = grouped_mm_experts_forward(twin, x, ids, weights.to(x.dtype))
@@ -124,7 +133,7 @@ def test_equals_transformers_on_the_dequantized_weights(kind: str, scheme: str) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_leaves_only_the_order_of_additions(kind: str) -> None:
-    module, twin = quantized(Experts(torch.float32, **KINDS[kind]), "int8_per_channel")
+    module, twin = quantized(Experts(torch.float32, kind=KINDS[kind]), "int8_per_channel")
     x, (ids, weights) = tokens(9, torch.float32), routing(9)
     want = batched_mm_experts_forward(twin, x, ids, weights)
     assert error(module.scheme.apply(module, x, ids, weights), want) < 1e-5
@@ -134,7 +143,7 @@ def test_float32_leaves_only_the_order_of_additions(kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "biase" in kind])
 def test_float32_biases_beside_bfloat16_activations(kind: str, scheme: str) -> None:
     """As engines hold them; transformers' own forward in float32 says what is right."""
-    module, twin = quantized(Experts(**KINDS[kind]), scheme)
+    module, twin = quantized(Experts(kind=KINDS[kind]), scheme)
     twin = twin.float()
     for name in [name for name in module._parameters if name.endswith("_bias")]:
         bias = torch.randn(module.get_parameter(name).shape, generator=torch.Generator().manual_seed(5))
@@ -214,5 +223,5 @@ def test_what_is_no_experts_module_and_what_cannot_be_converted() -> None:
         "Experts runs its experts itself, not through transformers' experts interface"
     )
     renamed = Experts()
-    renamed.w13 = renamed._parameters.pop("gate_up_proj")
+    renamed.register_parameter("w13", renamed._parameters.pop("gate_up_proj"))
     assert unsupported_reason(renamed) == "Experts keeps its experts under names quantload does not know"

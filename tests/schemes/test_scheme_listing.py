@@ -12,7 +12,7 @@ from rich.console import Console
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_kernels_for_a_gpu_that_is_not_here_are_listed_with_the_reason():
+def test_kernels_for_a_gpu_that_is_not_here_are_listed_with_the_reason() -> None:
     rows = {row["name"]: row for row in list_schemes("cuda")}
     assert rows["quark_mxfp4"]["kernels"] == "torch"
     assert "no GPU" in rows["quark_mxfp4"]["unavailable"]["triton"]
@@ -20,18 +20,18 @@ def test_kernels_for_a_gpu_that_is_not_here_are_listed_with_the_reason():
     assert rows["none"]["unavailable"] == {}
 
 
-def test_nothing_for_a_cpu_is_unavailable_on_it():
+def test_nothing_for_a_cpu_is_unavailable_on_it() -> None:
     reasons = {reason for row in list_schemes("cpu") for reason in row["unavailable"].values()}
     assert reasons <= {"has no kernels for this format"}
 
 
-def printed(width):
+def printed(width: int) -> str:
     text = io.StringIO()
     print_schemes("cpu", Console(file=text, width=width, force_terminal=True, color_system=None))
     return text.getvalue()
 
 
-def test_a_terminal_gets_whole_words():
+def test_a_terminal_gets_whole_words() -> None:
     out = printed(80)
     words = {word for table in support_tables() for row in table.rows for cell in row for word in cell.split()}
     assert words <= set(out.split())
@@ -39,7 +39,7 @@ def test_a_terminal_gets_whole_words():
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_a_terminal_too_narrow_for_words_gets_all_letters():
+def test_a_terminal_too_narrow_for_words_gets_all_letters() -> None:
     out = printed(40)
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= 40

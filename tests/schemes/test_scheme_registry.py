@@ -170,11 +170,11 @@ def test_the_listing_says_why_a_device_has_none() -> None:
     assert row["kernels"].startswith("none: no kernel for quantize of mxfp4 on meta; candidates:")
 
 
-def test_kernels_are_compiled_in_another_thread_meanwhile(monkeypatch):
+def test_kernels_are_compiled_in_another_thread_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[str], int]] = []
     started, planned = threading.Event(), threading.Event()
 
-    def prepare(functions):
+    def prepare(functions: list[str]) -> None:
         started.set()
         assert planned.wait(10)
         seen.append((functions, threading.get_ident()))
@@ -193,7 +193,7 @@ def test_kernels_are_compiled_in_another_thread_meanwhile(monkeypatch):
     assert others == []
 
 
-def test_what_other_weights_call_is_compiled_before_the_first_of_them(monkeypatch):
+def test_what_other_weights_call_is_compiled_before_the_first_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[tuple[str, ...]]] = []
     monkeypatch.setattr(kernel_registry, "needed_to_load", lambda name, _, dtype, *__, **___: [(name, str(dtype))])
     monkeypatch.setattr(kernel_registry, "needed_to_read", lambda name, _: [("read", name)])
@@ -212,8 +212,8 @@ def test_what_other_weights_call_is_compiled_before_the_first_of_them(monkeypatc
     assert seen[1:] == [[("read", "fp8_block"), ("mxfp4", "torch.float32")]]
 
 
-def test_what_goes_wrong_while_compiling_is_raised(monkeypatch):
-    def prepare(functions):
+def test_what_goes_wrong_while_compiling_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(functions: list[object]) -> None:
         raise OSError("no compiler today")
 
     monkeypatch.setattr(kernel_registry, "prepare", prepare)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import stored_tensors
 import torch
 from quantload.errors import CheckpointError
+from torch import Tensor
 
 
-def config(**fields):
+def config(**fields: Any) -> dict[str, Any]:
     return {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", **fields}
 
 
-def linear(name, rows=16, columns=64, group=32, zero_point=True):
+def linear(name: str, rows: int = 16, columns: int = 64, group: int = 32, zero_point: bool = True) -> dict[str, Tensor]:
     """Codes of all sevens and zero points of all fives, in scales of the row's number."""
     tensors = {
         f"{name}.qweight": torch.full((columns, rows // 8), 0x77777777, dtype=torch.int32),
@@ -34,7 +37,7 @@ def linear(name, rows=16, columns=64, group=32, zero_point=True):
         ({"group_size": -1, "zero_point": False}, 64, False, -1.0, "int4_group0_f16", 2),
     ],
 )
-def test_layouts(fields, group, zero_point, value, fmt, step):
+def test_layouts(fields: dict[str, Any], group: int, zero_point: bool, value: float, fmt: str, step: int) -> None:
     tensors = linear("a.q", group=group, zero_point=zero_point)
     weight = stored_tensors.read(config(**fields), tensors).weights["a.q.weight"]
     assert (weight.format.name, weight.along, weight.step) == (fmt, "columns", step)
@@ -45,8 +48,8 @@ def test_layouts(fields, group, zero_point, value, fmt, step):
     assert len(weight.parts) == (3 if zero_point else 2)
 
 
-def test_experts_are_weights_of_their_own():
-    tensors = {}
+def test_experts_are_weights_of_their_own() -> None:
+    tensors: dict[str, Tensor] = {}
     for number in range(2):
         for name in ("gate_proj", "up_proj", "down_proj"):
             tensors |= linear(f"m.mlp.experts.{number}.{name}")
@@ -57,13 +60,13 @@ def test_experts_are_weights_of_their_own():
     assert set(checkpoint.plain) == {"m.mlp.gate.weight"}
 
 
-def test_biases_are_plain():
+def test_biases_are_plain() -> None:
     tensors = {**linear("a.q"), "a.q.bias": torch.zeros(16, dtype=torch.float16)}
     assert set(stored_tensors.read(config(), tensors).plain) == {"a.q.bias"}
 
 
 @pytest.mark.parametrize("name", ["visual", "visual.q", "q", "vis.*", "model"])
-def test_a_module_that_is_not_converted_must_be_plain(name):
+def test_a_module_that_is_not_converted_must_be_plain(name: str) -> None:
     with pytest.raises(
         CheckpointError, match=rf"q is stored quantized.*modules_to_not_convert has '{name}'".replace("*'", r"\*'")
     ):
@@ -71,7 +74,7 @@ def test_a_module_that_is_not_converted_must_be_plain(name):
 
 
 @pytest.mark.parametrize("name", ["gate", "mlp.gate", "m.mlp.gat", "proj"])
-def test_a_name_means_whole_parts_of_names(name):
+def test_a_name_means_whole_parts_of_names(name: str) -> None:
     checkpoint = stored_tensors.read(config(modules_to_not_convert=[name]), linear("m.mlp.gate_proj"))
     assert set(checkpoint.weights) == {"m.mlp.gate_proj.weight"}
 
@@ -90,12 +93,12 @@ def test_a_name_means_whole_parts_of_names(name):
         ({"modules_to_not_convert": ["("]}, r"modules_to_not_convert has '\(', which is not a regular expression"),
     ],
 )
-def test_a_wrong_field_is_named(fields, message):
+def test_a_wrong_field_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(**fields), linear("a.q"))
 
 
-def without(name):
+def without(name: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in linear("a.q").items() if key != name}
 
 
@@ -115,6 +118,6 @@ def without(name):
         ({}, {**linear("a.q"), "a.q.weight": torch.zeros(16, 64)}, r"a\.q\.weight is stored twice"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(fields, tensors, message):
+def test_tensors_that_do_not_fit_are_named(fields: dict[str, Any], tensors: dict[str, Tensor], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(**fields), tensors)

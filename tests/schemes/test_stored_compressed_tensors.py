@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import stored_tensors
 import torch
+from quantload.checkpoint.headers import TensorEntry
 from quantload.errors import CheckpointError
+from quantload.schemes.stored.read import read_stored
+from quantload.schemes.stored.weights import StoredCheckpoint
 from safetensors.torch import load_file
+from torch import Tensor
 
 MADE = Path(__file__).parents[1] / "data" / "stored" / "ct_made"
 FORMATS = {
@@ -33,15 +38,18 @@ FORMATS = {
 }
 
 
+Made = tuple[dict[str, Any], dict[str, Tensor], StoredCheckpoint]
+
+
 @pytest.fixture(scope="module")
-def made():
+def made() -> Made:
     config = json.loads((MADE / "config.json").read_text())["quantization_config"]
     tensors = load_file(MADE / "model.safetensors")
     return config, tensors, stored_tensors.read(config, tensors)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_values_are_those_of_the_tool(made, name):
+def test_values_are_those_of_the_tool(made: Made, name: str) -> None:
     _, tensors, checkpoint = made
     weight = checkpoint.weights[f"model.{name}.weight"]
     want = torch.from_numpy(np.load(MADE / "expected.npz")[weight.name])
@@ -50,28 +58,32 @@ def test_values_are_those_of_the_tool(made, name):
     assert torch.equal(stored_tensors.dequantized(weight, tensors), want)
 
 
-def test_every_tensor_is_accounted_for(made):
+def test_every_tensor_is_accounted_for(made: Made) -> None:
     _, tensors, checkpoint = made
     parts = [entry.name for weight in checkpoint.weights.values() for entry in weight.entries()]
     assert sorted([*parts, *checkpoint.plain, *checkpoint.unused]) == sorted(tensors)
     assert "model.nvfp4.input_global_scale" in checkpoint.unused
 
 
-def test_only_what_the_tensors_do_not_say_is_read(made):
+def test_only_what_the_tensors_do_not_say_is_read(
+    made: Made,
+) -> None:
     config, tensors, _ = made
     fetched = []
     entries = stored_tensors.entries(tensors)
 
-    def read(entry):
+    def read(entry: TensorEntry) -> Tensor:
         fetched.append(entry.name.removeprefix("model."))
         return tensors[entry.name]
 
-    stored_tensors.read_stored({"quantization_config": config}, entries, read)
+    read_stored({"quantization_config": config}, entries, read)
     channels = ("int4_channel_asym", "int4_channel_sym", "int8_channel_sym")
     assert sorted(fetched) == [*(f"{name}.weight_shape" for name in channels), "nvfp4.weight_global_scale"]
 
 
-def test_rows_of_a_packed_weight_come_in_words_of_zero_points(made):
+def test_rows_of_a_packed_weight_come_in_words_of_zero_points(
+    made: Made,
+) -> None:
     _, _, checkpoint = made
     assert checkpoint.weights["model.int4_group_asym.weight"].step == 8
     assert checkpoint.weights["model.int8_group_asym.weight"].step == 4
@@ -86,14 +98,14 @@ W8A8 = {
     "input_activations": None,
     "format": "int-quantized",
 }
-PACKED = {
+PACKED: dict[str, Any] = {
     "targets": ["Linear"],
     "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
     "format": "pack-quantized",
 }
 
 
-def config(group=W8A8, **fields):
+def config(group: dict[str, Any] = W8A8, **fields: Any) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
         "config_groups": {"group_0": copy.deepcopy(group)},
@@ -103,14 +115,14 @@ def config(group=W8A8, **fields):
     }
 
 
-def linear(name, rows=4, columns=32):
+def linear(name: str, rows: int = 4, columns: int = 32) -> dict[str, Tensor]:
     return {
         f"{name}.weight": torch.ones(rows, columns, dtype=torch.int8),
         f"{name}.weight_scale": torch.ones(rows, 1, dtype=torch.bfloat16),
     }
 
 
-def packed(name, rows=8, columns=64, group=32, bits=4):
+def packed(name: str, rows: int = 8, columns: int = 64, group: int = 32, bits: int = 4) -> dict[str, Tensor]:
     return {
         f"{name}.weight_packed": torch.zeros(rows, columns * bits // 32, dtype=torch.int32),
         f"{name}.weight_scale": torch.ones(rows, columns // group, dtype=torch.float16),
@@ -118,7 +130,7 @@ def packed(name, rows=8, columns=64, group=32, bits=4):
     }
 
 
-def test_an_ignored_module_is_plain():
+def test_an_ignored_module_is_plain() -> None:
     tensors = {**linear("a.q_proj"), "lm_head.weight": torch.ones(4, 4, dtype=torch.bfloat16)}
     checkpoint = stored_tensors.read(config(ignore=["lm_head"]), tensors)
     assert set(checkpoint.weights) == {"a.q_proj.weight"}
@@ -126,13 +138,13 @@ def test_an_ignored_module_is_plain():
 
 
 @pytest.mark.parametrize("pattern", ["a.q_proj", "re:.*q_proj$", "re:a"])
-def test_an_ignored_module_that_is_stored_quantized_is_an_error(pattern):
+def test_an_ignored_module_that_is_stored_quantized_is_an_error(pattern: str) -> None:
     with pytest.raises(CheckpointError, match=r"a\.q_proj is stored quantized.*ignore has"):
         stored_tensors.read(config(ignore=[pattern]), linear("a.q_proj"))
 
 
-def test_a_name_comes_before_a_pattern_and_both_before_linear():
-    def with_bits(target, bits):
+def test_a_name_comes_before_a_pattern_and_both_before_linear() -> None:
+    def with_bits(target: str, bits: int) -> dict[str, Any]:
         return {**copy.deepcopy(PACKED), "targets": [target], "weights": {**PACKED["weights"], "num_bits": bits}}
 
     groups = {"all": W8A8, "some": with_bits("re:.*mlp", 4), "one": with_bits("b.mlp.up", 8)}
@@ -145,7 +157,7 @@ def test_a_name_comes_before_a_pattern_and_both_before_linear():
     }
 
 
-def test_of_several_patterns_the_first_in_the_alphabet_counts():
+def test_of_several_patterns_the_first_in_the_alphabet_counts() -> None:
     """As in compressed-tensors, whatever the order of the config."""
     groups = {"one": {**PACKED, "targets": ["re:b.*"]}, "two": {**W8A8, "targets": ["re:.*q_proj"]}}
     for order in (["one", "two"], ["two", "one"]):
@@ -154,20 +166,20 @@ def test_of_several_patterns_the_first_in_the_alphabet_counts():
         assert weights["b.q_proj.weight"].format.name == "int8_channel"
 
 
-def test_the_format_of_the_config_is_that_of_a_group_without_one():
+def test_the_format_of_the_config_is_that_of_a_group_without_one() -> None:
     group = {name: value for name, value in W8A8.items() if name != "format"}
     assert stored_tensors.read(config(group, format="int-quantized"), linear("a.q_proj")).weights
     with pytest.raises(CheckpointError, match=r"group_0\.format is 'mixed-precision'"):
         stored_tensors.read(config(group, format="mixed-precision"), linear("a.q_proj"))
 
 
-def test_zero_points_of_a_symmetric_quantization_are_to_be_checked():
+def test_zero_points_of_a_symmetric_quantization_are_to_be_checked() -> None:
     tensors = {**linear("a.q_proj"), "a.q_proj.weight_zero_point": torch.zeros(4, 1, dtype=torch.int8)}
     part = stored_tensors.read(config(), tensors).weights["a.q_proj.weight"].parts[-1]
     assert (part.role, part.entry.name) == ("must_be_zero", "a.q_proj.weight_zero_point")
 
 
-def test_groups_in_the_order_of_the_columns():
+def test_groups_in_the_order_of_the_columns() -> None:
     order = torch.arange(64, dtype=torch.int32) // 32
     group = {**PACKED, "weights": {**PACKED["weights"], "actorder": "group"}}
     tensors = {**packed("a.q_proj"), "a.q_proj.weight_g_idx": order}
@@ -177,7 +189,7 @@ def test_groups_in_the_order_of_the_columns():
         stored_tensors.read(config(group), tensors)
 
 
-def test_cache_scales_are_not_used_and_said_so():
+def test_cache_scales_are_not_used_and_said_so() -> None:
     tensors = {**linear("m.self_attn.k_proj"), "m.self_attn.k_scale": torch.ones(1)}
     cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
     unused = stored_tensors.read(config(kv_cache_scheme=cache), tensors).unused
@@ -198,7 +210,7 @@ def test_cache_scales_are_not_used_and_said_so():
         ({"shuffle": 1}, r"group_0\.weights\.shuffle is 1, a field that is not known"),
     ],
 )
-def test_a_wrong_field_of_packed_weights_is_named(changes, message):
+def test_a_wrong_field_of_packed_weights_is_named(changes: dict[str, Any], message: str) -> None:
     group = {**PACKED, "weights": {**PACKED["weights"], **changes}}
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(group), packed("a.q_proj"))
@@ -228,7 +240,7 @@ FLOAT = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel
         ("dense", FLOAT, r"group_0\.format is 'dense'"),
     ],
 )
-def test_a_wrong_field_of_a_format_is_named(written, weights, message):
+def test_a_wrong_field_of_a_format_is_named(written: str, weights: dict[str, Any], message: str) -> None:
     group = {"targets": ["Linear"], "weights": weights, "format": written}
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(group), linear("a.q_proj"))
@@ -252,7 +264,7 @@ TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "
         ({"extra": 1}, r"input_activations\.extra is 1"),
     ],
 )
-def test_a_wrong_field_of_the_activations_is_named(changes, message):
+def test_a_wrong_field_of_the_activations_is_named(changes: dict[str, Any], message: str) -> None:
     group = {**W8A8, "input_activations": {**TOKEN, **changes}}
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(group), linear("a.q_proj"))
@@ -274,23 +286,23 @@ def test_a_wrong_field_of_the_activations_is_named(changes, message):
         ({"ignore": ["re:("]}, r"quantization_config\.ignore has 're:\('"),
     ],
 )
-def test_a_wrong_field_of_the_config_is_named(fields, message):
+def test_a_wrong_field_of_the_config_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(**fields), linear("a.q_proj"))
 
 
-def test_transforms_and_sparsity_that_say_nothing_are_fine():
-    fields = {"transform_config": {"config_groups": {}}, "sparsity_config": {"format": "dense"}}
+def test_transforms_and_sparsity_that_say_nothing_are_fine() -> None:
+    fields: dict[str, Any] = {"transform_config": {"config_groups": {}}, "sparsity_config": {"format": "dense"}}
     assert stored_tensors.read(config(**fields), linear("a.q_proj")).weights
 
 
-def test_a_module_without_a_target_is_an_error():
+def test_a_module_without_a_target_is_an_error() -> None:
     group = {**W8A8, "targets": ["re:.*k_proj"]}
     with pytest.raises(CheckpointError, match=r"a\.q_proj is stored quantized.*config_groups has no target"):
         stored_tensors.read(config(group), linear("a.q_proj"))
 
 
-def without(tensors, name):
+def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if key != name}
 
 
@@ -313,12 +325,12 @@ def without(tensors, name):
         (PACKED, {**packed("q"), "q.weight_shape": torch.ones(2)}, r"q\.weight_shape is float32"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(group, tensors, message):
+def test_tensors_that_do_not_fit_are_named(group: dict[str, Any], tensors: dict[str, Tensor], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(group), tensors)
 
 
-def test_a_packed_shape_that_does_not_fit_is_named():
+def test_a_packed_shape_that_does_not_fit_is_named() -> None:
     group = {**PACKED, "weights": {**PACKED["weights"], "strategy": "channel", "group_size": None}}
     tensors = packed("q", group=64)
     tensors["q.weight_shape"] = torch.tensor([8, 56])
@@ -326,7 +338,7 @@ def test_a_packed_shape_that_does_not_fit_is_named():
         stored_tensors.read(config(group), tensors)
 
 
-def test_a_shape_that_groups_say_too_is_to_be_checked():
+def test_a_shape_that_groups_say_too_is_to_be_checked() -> None:
     tensors = packed("q") | without(packed("k"), "k.weight_shape")
     weights = stored_tensors.read(config(PACKED), tensors).weights
     assert [part.role for part in weights["k.weight"].parts] == ["codes", "scale"]
@@ -335,7 +347,7 @@ def test_a_shape_that_groups_say_too_is_to_be_checked():
     assert stored_tensors.matrix(part, tensors).tolist() == [[8, 64]]
 
 
-def test_packed_zero_points_of_rows_that_do_not_fill_the_last_word():
+def test_packed_zero_points_of_rows_that_do_not_fill_the_last_word() -> None:
     group = {**PACKED, "weights": {**PACKED["weights"], "symmetric": False}}
     zeros = torch.tensor([[0x76543210, 0], [0x0000BA98, 0]], dtype=torch.int32)
     tensors = {**packed("q", rows=12), "q.weight_zero_point": zeros}
@@ -348,7 +360,7 @@ def test_packed_zero_points_of_rows_that_do_not_fill_the_last_word():
     assert torch.equal(stored_tensors.dequantized(weight, tensors)[:, 0], -torch.arange(12.0))
 
 
-def test_a_static_scale_that_is_missing_is_named():
+def test_a_static_scale_that_is_missing_is_named() -> None:
     group = {**W8A8, "input_activations": {**TOKEN, "strategy": "tensor", "dynamic": False}}
     with pytest.raises(CheckpointError, match=r"q\.input_scale is missing"):
         stored_tensors.read(config(group), linear("q"))

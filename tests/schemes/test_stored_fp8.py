@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import stored_tensors
 import torch
 from quantload.errors import CheckpointError, UnsupportedCheckpointError
+from torch import Tensor
 
 BLOCKS = [128, 128]
 
 
-def config(**fields):
+def config(**fields: Any) -> dict[str, Any]:
     return {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", **fields}
 
 
-def codes(rows=160, columns=192):
+def codes(rows: int = 160, columns: int = 192) -> Tensor:
     return torch.linspace(-4, 4, rows * columns).reshape(rows, columns).to(torch.float8_e4m3fn)
 
 
-def blocks(scale, name="q"):
+def blocks(scale: Tensor, name: str = "q") -> dict[str, Tensor]:
     return {f"{name}.weight": codes(), f"{name}.weight_scale_inv": scale}
 
 
-def expanded(scale):
+def expanded(scale: Tensor) -> Tensor:
     return scale.float().repeat_interleave(128, 0)[:160].repeat_interleave(128, 1)[:, :192]
 
 
@@ -39,14 +43,14 @@ SCALE = torch.tensor([[1.0, 2.0], [0.5, 4.0]])
     ],
     ids=lambda scale: str(scale.dtype),
 )
-def test_blocks(scale):
+def test_blocks(scale: Tensor) -> None:
     tensors = blocks(scale)
     weight = stored_tensors.read(config(weight_block_size=BLOCKS), tensors).weights["q.weight"]
     assert weight.format.name == "fp8_block"
     assert torch.equal(stored_tensors.dequantized(weight, tensors), codes().float() * expanded(SCALE))
 
 
-def test_blocks_of_a_row_are_mxfp8():
+def test_blocks_of_a_row_are_mxfp8() -> None:
     scales = torch.full((160, 6), 126, dtype=torch.uint8)
     tensors = {"q.weight": codes(), "q.weight_scale_inv": scales}
     weight = stored_tensors.read(config(weight_block_size=[1, 32], scale_fmt="ue8m0"), tensors).weights["q.weight"]
@@ -64,7 +68,7 @@ def test_blocks_of_a_row_are_mxfp8():
         (torch.arange(1.0, 161.0).bfloat16()[:, None], "fp8_channel"),
     ],
 )
-def test_one_scale_or_one_for_each_row(name, scale, fmt):
+def test_one_scale_or_one_for_each_row(name: str, scale: Tensor, fmt: str) -> None:
     tensors = {"q.weight": codes(), f"q.{name}": scale}
     weight = stored_tensors.read(config(), tensors).weights["q.weight"]
     assert weight.format.name == fmt
@@ -80,7 +84,7 @@ def test_one_scale_or_one_for_each_row(name, scale, fmt):
         ({"activation_scheme": None}, None),
     ],
 )
-def test_activations(fields, described):
+def test_activations(fields: dict[str, Any], described: tuple[str, bool, str, int] | None) -> None:
     scale = SCALE if "weight_block_size" in fields else torch.tensor(1.0)
     tensors = blocks(scale) | {"q.activation_scale": torch.tensor(2.0)}
     found = stored_tensors.read(config(**fields), tensors).weights["q.weight"].activations
@@ -90,7 +94,7 @@ def test_activations(fields, described):
         assert found.scale.name == "q.activation_scale"
 
 
-def test_a_static_scale_that_is_missing_or_no_number_is_named():
+def test_a_static_scale_that_is_missing_or_no_number_is_named() -> None:
     tensors = blocks(torch.tensor(1.0))
     with pytest.raises(CheckpointError, match=r"q\.input_scale is missing: a static scale of activations"):
         stored_tensors.read(config(activation_scheme="static"), tensors)
@@ -122,7 +126,9 @@ HALVES = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     ],
     ids=["blocks", "mx", "rows", "rows [E, N]", "experts", "experts [E, 1, 1]", "halves", "all"],
 )
-def test_all_experts_in_one_tensor(fields, scale, spread, fmt, suffix):
+def test_all_experts_in_one_tensor(
+    fields: dict[str, list[int]], scale: Tensor, spread: Callable[..., Any], fmt: str, suffix: str
+) -> None:
     stored = codes(E * N, K).reshape(E, N, K)
     tensors = {"m.experts.gate_up_proj": stored, f"m.experts.gate_up_proj{suffix}": scale}
     tensors |= {"m.experts.gate_up_proj_activation_scale": torch.tensor([1.0, 2.0, 3.0])}
@@ -135,14 +141,17 @@ def test_all_experts_in_one_tensor(fields, scale, spread, fmt, suffix):
         assert torch.equal(stored_tensors.dequantized(weight, tensors), stored.float() * spread(scale))
 
 
-def test_static_scales_of_all_experts():
+def test_static_scales_of_all_experts() -> None:
     tensors = {
         "m.experts.down_proj": codes(E * N, K).reshape(E, N, K),
         "m.experts.down_proj_scale": torch.ones(E, 1, 1),
         "m.experts.down_proj_activation_scale": torch.tensor([1.0, 2.0, 3.0]),
     }
     found = stored_tensors.read(config(activation_scheme="static"), tensors)
-    scale = found.weights["m.experts.down_proj"].activations.scale
+    activations = found.weights["m.experts.down_proj"].activations
+    assert activations is not None
+    scale = activations.scale
+    assert scale is not None
     assert (scale.name, scale.nbytes) == ("m.experts.down_proj_activation_scale", 12)
 
 
@@ -156,14 +165,20 @@ def test_static_scales_of_all_experts():
         ({}, 255, torch.ones(E, 2, 1), CheckpointError, r"shape \[6, 1\].*needs \[765\]"),
     ],
 )
-def test_scales_that_do_not_fit_all_experts(fields, rows, scale, error, message):
+def test_scales_that_do_not_fit_all_experts(
+    fields: dict[str, list[int]],
+    rows: int,
+    scale: Tensor,
+    error: type[CheckpointError] | type[UnsupportedCheckpointError],
+    message: str,
+) -> None:
     tensors = {"m.experts.down_proj": codes(E * rows, K).reshape(E, rows, K), "m.experts.down_proj_scale_inv": scale}
     with pytest.raises(error, match=message):
         stored_tensors.read(config(**fields), tensors)
 
 
 @pytest.mark.parametrize("field", ["modules_to_not_convert", "ignored_layers"])
-def test_modules_that_are_not_converted(field):
+def test_modules_that_are_not_converted(field: str) -> None:
     tensors = {**blocks(SCALE), "lm_head.weight": torch.zeros(4, 4, dtype=torch.bfloat16)}
     fields = {"weight_block_size": BLOCKS, field: ["lm_head"]}
     assert set(stored_tensors.read(config(**fields), tensors).plain) == {"lm_head.weight"}
@@ -171,7 +186,7 @@ def test_modules_that_are_not_converted(field):
         stored_tensors.read(config(**{**fields, field: ["q"]}), tensors)
 
 
-def test_a_wrong_pattern_is_shown_as_it_stands_in_the_config():
+def test_a_wrong_pattern_is_shown_as_it_stands_in_the_config() -> None:
     with pytest.raises(CheckpointError) as caught:
         stored_tensors.read(config(modules_to_not_convert=["lm_head", "mlp.(gate"]), blocks(SCALE))
     assert str(caught.value) == (
@@ -180,7 +195,7 @@ def test_a_wrong_pattern_is_shown_as_it_stands_in_the_config():
     )
 
 
-def test_scales_of_attention_are_not_used_and_said_so():
+def test_scales_of_attention_are_not_used_and_said_so() -> None:
     tensors = {**blocks(SCALE), "a.k_proj.output_scale": torch.ones(1), "a.attn.v_scale": torch.ones(1)}
     assert set(stored_tensors.read(config(weight_block_size=BLOCKS), tensors).unused) == {
         "a.k_proj.output_scale",
@@ -202,7 +217,7 @@ def test_scales_of_attention_are_not_used_and_said_so():
         ({"modules_to_not_convert": {"a": 1}}, r"modules_to_not_convert is \{'a': 1\}"),
     ],
 )
-def test_a_wrong_field_is_named(fields, message):
+def test_a_wrong_field_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(**fields), blocks(SCALE))
 
@@ -232,6 +247,8 @@ def test_a_wrong_field_is_named(fields, message):
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(fields, tensors, message):
+def test_tensors_that_do_not_fit_are_named(
+    fields: dict[str, list[int]], tensors: dict[str, Tensor], message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(**fields), tensors)

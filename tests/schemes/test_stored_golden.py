@@ -60,7 +60,7 @@ def stored(name: str) -> tuple[dict[str, Tensor], StoredCheckpoint]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_values_are_those_of_the_tool(name):
+def test_values_are_those_of_the_tool(name: str) -> None:
     tensors, checkpoint = stored(name)
     expected = np.load(DATA / name / "expected.npz")
     assert set(checkpoint.weights) == set(expected.files)
@@ -75,7 +75,7 @@ def test_values_are_those_of_the_tool(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_tensor_is_accounted_for(name):
+def test_every_tensor_is_accounted_for(name: str) -> None:
     tensors, checkpoint = stored(name)
     parts = [entry.name for weight in checkpoint.weights.values() for entry in weight.entries()]
     accounted = [*parts, *checkpoint.plain, *checkpoint.unused]
@@ -84,7 +84,7 @@ def test_every_tensor_is_accounted_for(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_activations_are_as_the_config_says(name):
+def test_activations_are_as_the_config_says(name: str) -> None:
     _, checkpoint = stored(name)
     for weight in checkpoint.weights.values():
         found = weight.activations
@@ -95,6 +95,6 @@ def test_activations_are_as_the_config_says(name):
             assert found.scale.name == weight.name.removesuffix("weight") + "input_scale"
 
 
-def test_dtype_is_that_of_the_model():
+def test_dtype_is_that_of_the_model() -> None:
     assert {weight.dtype for weight in stored("native_llama_awq")[1].weights.values()} == {torch.float16}
     assert {weight.dtype for weight in stored("ct_llama_mxfp4")[1].weights.values()} == {torch.bfloat16}

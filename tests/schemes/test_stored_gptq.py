@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import stored_tensors
 import torch
@@ -11,7 +13,7 @@ from quantload.errors import CheckpointError
 from torch import Tensor
 
 
-def config(**fields):
+def config(**fields: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, **fields}
 
 
@@ -24,7 +26,18 @@ def packed(numbers: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
-def linear(name, rows=16, columns=64, group=32, bits=4, *, first_zero=1, ordered=False, seed=0, dtype=torch.float16):
+def linear(
+    name: str,
+    rows: int = 16,
+    columns: int = 64,
+    group: int = 32,
+    bits: int = 4,
+    *,
+    first_zero: int = 1,
+    ordered: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of a layer with random codes, zero points and scales, and what they stand for, [N, K].
 
     One is subtracted from all zero points of a word at once, as GPTQModel does: below 0 it borrows from the next.
@@ -47,7 +60,7 @@ def linear(name, rows=16, columns=64, group=32, bits=4, *, first_zero=1, ordered
     return tensors, ((codes - zeros[own]) * scales.float()[own]).t()
 
 
-def test_a_word_by_hand():
+def test_a_word_by_hand() -> None:
     """Column c of row r has the code c; the zero point of row r is r + 1."""
     tensors = {
         "q.qweight": torch.tensor([[0x76543210, 0x76543210]] * 2, dtype=torch.int32),
@@ -74,7 +87,7 @@ def test_a_word_by_hand():
         ({"checkpoint_format": "gptq", "is_marlin_format": False}, {"rows": 13}, "int4_group32_f16", 32),
     ],
 )
-def test_layouts(fields, how, fmt, step):
+def test_layouts(fields: dict[str, Any], how: dict[str, Any], fmt: str, step: int) -> None:
     tensors, want = linear("a.q", **how)
     weight = stored_tensors.read(config(**fields), tensors).weights["a.q.weight"]
     assert (weight.format.name, weight.along, weight.step, weight.shape) == (fmt, "columns", step, tuple(want.shape))
@@ -89,14 +102,14 @@ def test_layouts(fields, how, fmt, step):
     first_zero=st.sampled_from([0, 1]),
     seed=st.integers(0, 99),
 )
-def test_any_size(rows, words, group, bits, first_zero, seed):
+def test_any_size(rows: int, words: int, group: int, bits: int, first_zero: int, seed: int) -> None:
     tensors, want = linear("q", rows, words * 32 // bits, group, bits, first_zero=first_zero, seed=seed)
     fields = {"bits": bits, "group_size": group, "checkpoint_format": "gptq" if first_zero else "gptq_v2"}
     weight = stored_tensors.read(config(**fields), tensors).weights["q.weight"]
     assert torch.equal(stored_tensors.dequantized(weight, tensors), want)
 
 
-def test_experts_biases_and_layers_without_codes():
+def test_experts_biases_and_layers_without_codes() -> None:
     tensors, _ = linear("m.mlp.experts.0.gate_proj")
     tensors |= linear("m.mlp.experts.1.gate_proj")[0]
     tensors |= {"m.mlp.experts.0.gate_proj.bias": torch.zeros(16), "lm_head.weight": torch.zeros(2, 64)}
@@ -105,7 +118,7 @@ def test_experts_biases_and_layers_without_codes():
     assert set(checkpoint.plain) == {"m.mlp.experts.0.gate_proj.bias", "lm_head.weight"}
 
 
-def test_modules_with_settings_of_their_own():
+def test_modules_with_settings_of_their_own() -> None:
     dynamic = {"+:.*\\.down": {"bits": 8, "group_size": 64}, "-:.*\\.o": {}, ".*\\.up": {"group_size": 16}}
     tensors = linear("a.q")[0] | linear("a.down", bits=8, group=64)[0] | linear("a.up", group=16)[0]
     checkpoint = stored_tensors.read(config(dynamic=dynamic), {**tensors, "a.o.weight": torch.zeros(4, 4)})
@@ -133,12 +146,12 @@ def test_modules_with_settings_of_their_own():
         ({"dynamic": ["x"]}, r"quantization_config\.dynamic is \['x'\]; expected an object"),
     ],
 )
-def test_a_wrong_field_is_named(fields, message):
+def test_a_wrong_field_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(**fields), linear("a.q")[0])
 
 
-def without(name):
+def without(name: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in linear("a.q")[0].items() if key != name}
 
 
@@ -158,12 +171,12 @@ def without(name):
         ({}, {**linear("a.q")[0], "a.q.weight": torch.zeros(16, 64)}, r"a\.q\.weight is stored twice"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(fields, tensors, message):
+def test_tensors_that_do_not_fit_are_named(fields: dict[str, Any], tensors: dict[str, Tensor], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(**fields), tensors)
 
 
-def test_an_order_by_activations_is_kept_for_when_it_is_read():
+def test_an_order_by_activations_is_kept_for_when_it_is_read() -> None:
     tensors, _ = linear("a.q", ordered=True)
     weight = stored_tensors.read(config(desc_act=True), tensors).weights["a.q.weight"]
     (order,) = (part for part in weight.parts if part.only_checked)

@@ -34,13 +34,13 @@ def fresh(values: torch.Tensor) -> torch.Tensor:
 
 
 @given(sizes, sizes, seeds)
-def test_awq_codes_are_transposed(half, groups, seed):
+def test_awq_codes_are_transposed(half: int, groups: int, seed: int) -> None:
     values = codes(2 * half, 8 * groups, seed)
     assert torch.equal(packing.awq_codes(words(values, AWQ_ORDER)), pairs(values.t()))
 
 
 @given(sizes, sizes, seeds)
-def test_awq_zero_points_are_transposed(rows, groups, seed):
+def test_awq_zero_points_are_transposed(rows: int, groups: int, seed: int) -> None:
     values = codes(rows, 8 * groups, seed)
     found = packing.column_values(torch.float16)(words(values, AWQ_ORDER))
     assert found.dtype is torch.float16
@@ -48,7 +48,7 @@ def test_awq_zero_points_are_transposed(rows, groups, seed):
 
 
 @given(sizes, sizes, seeds)
-def test_quark_codes_are_signed(rows, groups, seed):
+def test_quark_codes_are_signed(rows: int, groups: int, seed: int) -> None:
     unsigned = codes(rows, 8 * groups, seed)
     signed = (unsigned - 8) & 15
     assert torch.equal(packing.reordered_codes(words(signed, AWQ_ORDER)), pairs(unsigned))
@@ -56,21 +56,21 @@ def test_quark_codes_are_signed(rows, groups, seed):
 
 
 @given(sizes, sizes, seeds)
-def test_zero_points_packed_along_rows(groups, columns, seed):
+def test_zero_points_packed_along_rows(groups: int, columns: int, seed: int) -> None:
     values = codes(8 * groups, columns, seed)
     packed = fresh(words(values.t(), tuple(range(8))).t())
     assert torch.equal(packing.row_values(4, torch.bfloat16)(packed), values.bfloat16())
 
 
 @given(sizes, sizes, seeds)
-def test_zero_points_of_eight_bits_packed_along_rows(groups, columns, seed):
+def test_zero_points_of_eight_bits_packed_along_rows(groups: int, columns: int, seed: int) -> None:
     values = torch.randint(0, 256, (4 * groups, columns), generator=torch.Generator().manual_seed(seed))
     packed = fresh(fresh(values.to(torch.uint8).t()).view(torch.int32).t())
     assert torch.equal(packing.row_values(8, torch.float32)(packed), values.float())
 
 
 @given(sizes, st.integers(1, 20), seeds)
-def test_signed_bytes_become_unsigned(rows, columns, seed):
+def test_signed_bytes_become_unsigned(rows: int, columns: int, seed: int) -> None:
     unsigned = codes(rows, columns, seed)
     padded = torch.nn.functional.pad(unsigned, (0, columns % 2))
     assert torch.equal(packing.unsigned_codes(4)((unsigned - 8).to(torch.int8)), pairs(padded))
@@ -78,7 +78,7 @@ def test_signed_bytes_become_unsigned(rows, columns, seed):
     assert torch.equal(packing.unsigned_values(8, torch.float16)((unsigned - 128).to(torch.int8)), unsigned.half())
 
 
-def test_the_extreme_values_of_a_word():
+def test_the_extreme_values_of_a_word() -> None:
     assert packing.unsigned_values(8, torch.float32)(torch.tensor([[-128, 127]], dtype=torch.int8)).tolist() == [
         [0, 255]
     ]

@@ -11,13 +11,15 @@ import stored_tensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantload.schemes.stored.weights import StoredWeight
 from safetensors.torch import load_file
+from torch import Tensor
 
 DATA = Path(__file__).parents[1] / "data" / "stored"
 
 
 @pytest.fixture(scope="module", params=sorted(path.name for path in DATA.iterdir() if path.is_dir()))
-def stored(request):
+def stored(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], list[StoredWeight]]:
     config = json.loads((DATA / request.param / "config.json").read_text())
     tensors = load_file(DATA / request.param / "model.safetensors")
     return tensors, list(stored_tensors.read(config["quantization_config"], tensors).weights.values())
@@ -25,7 +27,7 @@ def stored(request):
 
 @given(st.data())
 @settings(max_examples=10, deadline=None)
-def test_pieces_are_the_whole(stored, data):
+def test_pieces_are_the_whole(stored: tuple[dict[str, Tensor], list[StoredWeight]], data: st.DataObject) -> None:
     tensors, weights = stored
     weight = data.draw(st.sampled_from([weight for weight in weights if weight.experts is None] or weights))
     extent = weight.rows * (weight.experts or 1) if weight.along == "rows" else weight.columns

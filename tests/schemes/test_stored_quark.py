@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import stored_tensors
 import torch
 from quantload.errors import CheckpointError
+from quantload.schemes.stored.weights import StoredCheckpoint
+from torch import Tensor
 
 MXFP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0", "ch_axis": -1}
 INT8 = {"dtype": "int8", "qscheme": "per_channel", "ch_axis": 0, "symmetric": True}
@@ -15,11 +19,15 @@ FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "symmetric": True}
 INT4 = {"dtype": "int4", "qscheme": "per_channel", "ch_axis": 0, "symmetric": True}
 
 
-def layer(weight, inputs=None):
+def layer(
+    weight: dict[str, Any] | list[Any] | str | None, inputs: dict[str, Any] | list[Any] | None = None
+) -> dict[str, Any]:
     return {"weight": weight, "input_tensors": inputs, "output_tensors": None, "bias": None}
 
 
-def config(weight=MXFP4, inputs=None, **fields):
+def config(
+    weight: dict[str, Any] | list[Any] | str = MXFP4, inputs: dict[str, Any] | list[Any] | None = None, **fields: Any
+) -> dict[str, Any]:
     return {
         "quant_method": "quark",
         "global_quant_config": copy.deepcopy(layer(weight, inputs)),
@@ -31,14 +39,14 @@ def config(weight=MXFP4, inputs=None, **fields):
     }
 
 
-def mxfp4(name, rows=4, columns=64):
+def mxfp4(name: str, rows: int = 4, columns: int = 64) -> dict[str, Tensor]:
     return {
         f"{name}.weight": torch.zeros(rows, columns // 2, dtype=torch.uint8),
         f"{name}.weight_scale": torch.full((rows, columns // 32), 127, dtype=torch.uint8),
     }
 
 
-def int8(name, rows=4, columns=32):
+def int8(name: str, rows: int = 4, columns: int = 32) -> dict[str, Tensor]:
     return {
         f"{name}.weight": torch.arange(rows * columns, dtype=torch.int8).reshape(rows, columns),
         f"{name}.weight_scale": torch.arange(1, rows + 1, dtype=torch.bfloat16),
@@ -46,22 +54,22 @@ def int8(name, rows=4, columns=32):
     }
 
 
-def fp8(name, rows=4, columns=32):
+def fp8(name: str, rows: int = 4, columns: int = 32) -> dict[str, Tensor]:
     return {
         f"{name}.weight": torch.ones(rows, columns).to(torch.float8_e4m3fn),
         f"{name}.weight_scale": torch.tensor(0.5),
     }
 
 
-def plain(name, rows=4, columns=64):
+def plain(name: str, rows: int = 4, columns: int = 64) -> dict[str, Tensor]:
     return {f"{name}.weight": torch.zeros(rows, columns, dtype=torch.bfloat16)}
 
 
-def formats(checkpoint):
+def formats(checkpoint: StoredCheckpoint) -> dict[str, str]:
     return {name: weight.format.name for name, weight in checkpoint.weights.items()}
 
 
-def test_int8_by_channel():
+def test_int8_by_channel() -> None:
     tensors = int8("q")
     weight = stored_tensors.read(config(INT8), tensors).weights["q.weight"]
     want = tensors["q.weight"].float() * tensors["q.weight_scale"].float()[:, None]
@@ -70,7 +78,7 @@ def test_int8_by_channel():
 
 
 @pytest.mark.parametrize(("dtype", "bits", "columns"), [("fp4", 4, 34), ("fp6_e2m3", 6, 36), ("fp8_e4m3", 8, 33)])
-def test_a_last_block_that_is_not_full(dtype, bits, columns):
+def test_a_last_block_that_is_not_full(dtype: str, bits: int, columns: int) -> None:
     """As Quark exports it: a scale for it, and the codes that are there."""
     codes = torch.arange(4 * columns * bits // 8).reshape(4, -1).remainder(100).to(torch.uint8)
     stored = codes.view(torch.float8_e4m3fn) if bits == 8 else codes
@@ -78,15 +86,15 @@ def test_a_last_block_that_is_not_full(dtype, bits, columns):
     weight = stored_tensors.read(config({**MXFP4, "dtype": dtype}), tensors).weights["q.weight"]
     assert weight.shape == (4, columns)
     assert stored_tensors.converted(weight.parts[0], tensors).shape == (4, 8 * bits)
-    whole = torch.nn.functional.pad(codes, (0, 8 * bits - codes.shape[1]))
-    whole = {"q.weight": whole.view(stored.dtype), "q.weight_scale": tensors["q.weight_scale"]}
+    padded = torch.nn.functional.pad(codes, (0, 8 * bits - codes.shape[1]))
+    whole = {"q.weight": padded.view(stored.dtype), "q.weight_scale": tensors["q.weight_scale"]}
     want = stored_tensors.read(config({**MXFP4, "dtype": dtype}), whole).weights["q.weight"]
     got = stored_tensors.dequantized(weight, tensors)
     assert torch.equal(got, stored_tensors.dequantized(want, whole)[:, :columns])
     assert got.any()
 
 
-def test_mxfp6_in_bytes_that_are_no_whole_codes():
+def test_mxfp6_in_bytes_that_are_no_whole_codes() -> None:
     tensors = {"q.weight": torch.zeros(4, 25).byte(), "q.weight_scale": torch.full((4, 2), 127, dtype=torch.uint8)}
     with pytest.raises(
         CheckpointError, match=r"q\.weight has 25 bytes in a row, which are no whole number of codes of 6"
@@ -94,7 +102,7 @@ def test_mxfp6_in_bytes_that_are_no_whole_codes():
         stored_tensors.read(config({**MXFP4, "dtype": "fp6_e2m3"}), tensors)
 
 
-def test_mxfp8_and_fp8_by_block():
+def test_mxfp8_and_fp8_by_block() -> None:
     codes = torch.ones(4, 64).to(torch.float8_e4m3fn)
     tensors = {"q.weight": codes, "q.weight_scale": torch.full((4, 2), 128, dtype=torch.uint8)}
     weight = stored_tensors.read(config({**MXFP4, "dtype": "fp8_e4m3"}), tensors).weights["q.weight"]
@@ -108,7 +116,7 @@ def test_mxfp8_and_fp8_by_block():
 
 
 @pytest.mark.parametrize(("pack_method", "word"), [("reorder", 0x7531_6420), ("order", 0x7654_3210)])
-def test_int4_over_fp8(pack_method, word):
+def test_int4_over_fp8(pack_method: str, word: int) -> None:
     tensors = {
         "q.weight": torch.tensor([[word], [word]], dtype=torch.int32),
         "q.weight_scale": torch.tensor(0.5),
@@ -124,7 +132,7 @@ def test_int4_over_fp8(pack_method, word):
     assert torch.equal(stored_tensors.dequantized(weight, tensors), want)
 
 
-def test_a_name_comes_before_a_pattern_a_pattern_before_a_type_and_a_type_before_all():
+def test_a_name_comes_before_a_pattern_a_pattern_before_a_type_and_a_type_before_all() -> None:
     fields = {
         "layer_quant_config": {"*.down": layer(INT8), "a.down": layer(FP8), "*.z.*": layer(MXFP4)},
         "layer_type_quant_config": {"Linear": layer({**FP8, "qscheme": "per_channel", "ch_axis": 0})},
@@ -142,7 +150,7 @@ def test_a_name_comes_before_a_pattern_a_pattern_before_a_type_and_a_type_before
 
 
 @pytest.mark.parametrize("pattern", ["a.lm_head", "*lm_head", "re:a\\.lm.*", "re:a"])
-def test_an_excluded_module_is_plain(pattern):
+def test_an_excluded_module_is_plain(pattern: str) -> None:
     tensors = {**mxfp4("b.q"), **plain("a.lm_head")}
     checkpoint = stored_tensors.read(config(exclude=[pattern]), tensors)
     assert set(checkpoint.weights) == {"b.q.weight"}
@@ -152,11 +160,11 @@ def test_an_excluded_module_is_plain(pattern):
 
 
 @pytest.mark.parametrize("pattern", ["lm_head", "a.lm", "re:lm_head", "lm*"])
-def test_a_pattern_means_whole_names(pattern):
+def test_a_pattern_means_whole_names(pattern: str) -> None:
     assert stored_tensors.read(config(exclude=[pattern]), mxfp4("a.lm_head")).weights
 
 
-def test_a_layer_whose_config_has_no_weight_is_plain():
+def test_a_layer_whose_config_has_no_weight_is_plain() -> None:
     fields = {"layer_quant_config": {"*.q": layer(None)}}
     assert set(stored_tensors.read(config(**fields), {**mxfp4("b.k"), **plain("b.q")}).plain) == {"b.q.weight"}
     with pytest.raises(
@@ -168,8 +176,8 @@ def test_a_layer_whose_config_has_no_weight_is_plain():
 EXPERTS = "m.layers.0.mlp.experts"
 
 
-def experts(skip=()):
-    tensors = {}
+def experts(skip: Sequence[str] = ()) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
     for number in range(3):
         for name in ("gate_proj", "down_proj"):
             module = f"{EXPERTS}.{number}.{name}"
@@ -177,14 +185,14 @@ def experts(skip=()):
     return tensors
 
 
-def test_all_experts_or_none():
+def test_all_experts_or_none() -> None:
     assert len(stored_tensors.read(config(), experts()).weights) == 6
     modules = [f"{EXPERTS}.{number}.{name}" for number in range(3) for name in ("gate_proj", "down_proj")]
     checkpoint = stored_tensors.read(config(exclude=[f"{EXPERTS}.*"]), experts(modules) | mxfp4("q"))
     assert set(checkpoint.weights) == {"q.weight"}
 
 
-def test_one_excluded_expert_is_named():
+def test_one_excluded_expert_is_named() -> None:
     kept = f"{EXPERTS}.1.gate_proj"
     with pytest.raises(CheckpointError) as caught:
         stored_tensors.read(config(exclude=["lm_head", kept]), experts([kept]))
@@ -192,12 +200,12 @@ def test_one_excluded_expert_is_named():
     assert f"the experts of {EXPERTS} are one fused module" in str(caught.value)
 
 
-def test_one_excluded_expert_that_is_stored_quantized_is_named():
+def test_one_excluded_expert_that_is_stored_quantized_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"experts\.2\.down_proj is stored quantized"):
         stored_tensors.read(config(exclude=[f"{EXPERTS}.2.down_proj"]), experts())
 
 
-def test_experts_may_be_in_different_formats():
+def test_experts_may_be_in_different_formats() -> None:
     """They can be quantized anew; kept as stored they are an error where the module is built."""
     fields = {"layer_quant_config": {"*.experts.2.*": layer(INT8)}}
     tensors = experts()
@@ -222,7 +230,7 @@ def test_experts_may_be_in_different_formats():
         ([{**MXFP4, "is_dynamic": True}], ("mxfp4", True, "group", 32)),
     ],
 )
-def test_activations(inputs, described):
+def test_activations(inputs: dict[str, Any] | list[dict[str, Any]], described: tuple[str, bool, str, int]) -> None:
     tensors = {**mxfp4("q"), "q.input_scale": torch.tensor(1.0)}
     checkpoint = stored_tensors.read(config(inputs=inputs), tensors)
     found = checkpoint.weights["q.weight"].activations
@@ -244,7 +252,7 @@ def test_activations(inputs, described):
         ({"is_dynamic": True}, r"weight\.is_dynamic is True"),
     ],
 )
-def test_a_wrong_field_of_the_weights_is_named(changes, message):
+def test_a_wrong_field_of_the_weights_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config({**MXFP4, **changes}), mxfp4("q"))
 
@@ -264,7 +272,7 @@ def test_a_wrong_field_of_the_weights_is_named(changes, message):
         ("fp8", r"global_quant_config\.weight is 'fp8'; expected an object"),
     ],
 )
-def test_a_wrong_kind_of_weights_is_named(weight, message):
+def test_a_wrong_kind_of_weights_is_named(weight: dict[str, Any] | list[Any] | str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(weight), mxfp4("q"))
 
@@ -280,7 +288,7 @@ def test_a_wrong_kind_of_weights_is_named(weight, message):
         ([MXFP4, FP8], r"input_tensors is \[.*expected one object"),
     ],
 )
-def test_a_wrong_field_of_the_activations_is_named(inputs, message):
+def test_a_wrong_field_of_the_activations_is_named(inputs: dict[str, Any] | list[Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(inputs=inputs), mxfp4("q"))
 
@@ -300,7 +308,7 @@ def test_a_wrong_field_of_the_activations_is_named(inputs, message):
         ({"global_quant_config": None}, "q is stored quantized.*quantizes no weight"),
     ],
 )
-def test_a_wrong_field_of_the_config_is_named(fields, message):
+def test_a_wrong_field_of_the_config_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(**fields), mxfp4("q"))
 
@@ -317,13 +325,13 @@ def test_a_wrong_field_of_the_config_is_named(fields, message):
         ({**mxfp4("k"), "norm.gain": torch.zeros(4).to(torch.float8_e5m2)}, r"norm\.gain \(torch\.float8_e5m2\)"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(tensors, message):
+def test_tensors_that_do_not_fit_are_named(tensors: dict[str, Tensor], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config(), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.float8_e5m2])
-def test_another_fp8_is_an_error(dtype):
+def test_another_fp8_is_an_error(dtype: torch.dtype) -> None:
     tensors = {**fp8("q"), "q.weight": torch.ones(4, 32).to(dtype)}
     with pytest.raises(CheckpointError, match=r"q\.weight is float8_.*takes float8_e4m3fn"):
         stored_tensors.read(config(FP8), tensors)

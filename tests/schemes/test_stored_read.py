@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import stored_tensors
 import torch
+from quantload.checkpoint.headers import TensorEntry
 from quantload.errors import CheckpointError, UnsupportedCheckpointError
 from quantload.schemes.stored.read import read_stored
+from torch import Tensor
 
 FP4_PAIRS = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], dtype=torch.uint8)
 FP4_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
-def no_read(entry):
+def no_read(entry: TensorEntry) -> Tensor:
     raise AssertionError(f"{entry.name} was read")
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}])
-def test_without_a_quantization_config_all_tensors_are_plain(config):
+def test_without_a_quantization_config_all_tensors_are_plain(config: dict[str, None]) -> None:
     entries = stored_tensors.entries({"q.weight": torch.ones(2, 2)})
     stored = read_stored(config, entries, no_read)
     assert (stored.method, stored.weights, stored.plain) == ("none", {}, entries)
 
 
 @pytest.mark.parametrize("method", ["hqq", None, "bitsandbytes", 3, ["awq"]])
-def test_an_unknown_method_is_unsupported(method):
+def test_an_unknown_method_is_unsupported(method: int | list[str] | str | None) -> None:
     with pytest.raises(UnsupportedCheckpointError, match=r"'awq', 'compressed-tensors', 'fp8'.*'mxfp4'.*'quark'"):
         read_stored({"quantization_config": {"quant_method": method}}, {}, no_read)
 
 
-def test_a_config_that_is_no_object_is_an_error():
+def test_a_config_that_is_no_object_is_an_error() -> None:
     with pytest.raises(CheckpointError, match="quantization_config is 'awq'; expected an object"):
         read_stored({"quantization_config": "awq"}, {}, no_read)
 
@@ -46,19 +49,19 @@ def test_a_config_that_is_no_object_is_an_error():
         ({"dtype": "auto"}, torch.bfloat16),
     ],
 )
-def test_dtype(config, dtype):
+def test_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
     tensors = {"q.weight": torch.ones(1, 1).to(torch.float8_e4m3fn), "q.weight_scale": torch.ones(1)}
     stored = stored_tensors.read({"quant_method": "fp8"}, tensors, **config)
     assert stored.weights["q.weight"].dtype is dtype
 
 
-def experts(name="m.mlp.experts.gate_up_proj"):
+def experts(name: str = "m.mlp.experts.gate_up_proj") -> dict[str, Tensor]:
     blocks = torch.cat([FP4_PAIRS, FP4_PAIRS.flip(0)]).repeat(2, 6, 3, 1)
     scales = torch.arange(120, 120 + 2 * 6 * 3, dtype=torch.uint8).reshape(2, 6, 3)
     return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
 
-def test_gpt_oss_experts_are_transposed():
+def test_gpt_oss_experts_are_transposed() -> None:
     tensors = {**experts(), "m.mlp.experts.gate_up_proj_bias": torch.zeros(2, 6, dtype=torch.bfloat16)}
     stored = stored_tensors.read({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, tensors)
     weight = stored.weights["m.mlp.experts.gate_up_proj"]
@@ -84,17 +87,17 @@ def test_gpt_oss_experts_are_transposed():
         ({"m.mlp.experts.gate_up_proj_scales": torch.zeros(2, 6, 3)}, r"gate_up_proj_scales is torch\.float32"),
     ],
 )
-def test_gpt_oss_blocks_that_do_not_fit_are_named(changes, message):
+def test_gpt_oss_blocks_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:
     tensors = {name: tensor for name, tensor in {**experts(), **changes}.items() if tensor is not None}
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read({"quant_method": "mxfp4"}, tensors)
 
 
-def modelopt(algorithm, **fields):
+def modelopt(algorithm: str | None, **fields: Any) -> dict[str, Any]:
     return {"quant_method": "modelopt", "quant_algo": algorithm, **fields}
 
 
-def nvfp4(name):
+def nvfp4(name: str) -> dict[str, Tensor]:
     return {
         f"{name}.weight": FP4_PAIRS.repeat(3, 2),
         f"{name}.weight_scale": torch.tensor([[1.0, 2.0]] * 3).to(torch.float8_e4m3fn),
@@ -103,7 +106,7 @@ def nvfp4(name):
     }
 
 
-def test_modelopt_nvfp4():
+def test_modelopt_nvfp4() -> None:
     tensors = nvfp4("q")
     stored = stored_tensors.read(modelopt("NVFP4", ignore=["lm_head"], group_size=16), tensors)
     weight = stored.weights["q.weight"]
@@ -123,7 +126,7 @@ def test_modelopt_nvfp4():
         ("MXFP8", torch.full((160, 3), 127).byte(), "mxfp8"),
     ],
 )
-def test_modelopt_fp8(algorithm, scale, fmt):
+def test_modelopt_fp8(algorithm: str, scale: Tensor, fmt: str) -> None:
     codes = torch.linspace(-4, 4, 160 * 96).reshape(160, 96).to(torch.float8_e4m3fn)
     tensors = {"q.weight": codes, "q.weight_scale": scale, "q.input_scale": torch.tensor(1.0)}
     weight = stored_tensors.read(modelopt(algorithm), tensors).weights["q.weight"]
@@ -131,7 +134,7 @@ def test_modelopt_fp8(algorithm, scale, fmt):
     assert torch.equal(stored_tensors.dequantized(weight, tensors), codes.float())
 
 
-def test_modelopt_mixed_layers_by_name():
+def test_modelopt_mixed_layers_by_name() -> None:
     layers = {"a": {"quant_algo": "NVFP4", "group_size": 16}, "b": {"quant_algo": "FP8"}}
     codes = torch.ones(2, 2).to(torch.float8_e4m3fn)
     b = {"b.weight": codes, "b.weight_scale": torch.tensor(1.0), "b.input_scale": torch.tensor(1.0)}
@@ -145,7 +148,7 @@ def test_modelopt_mixed_layers_by_name():
         stored_tensors.read(config, nvfp4("c"))
 
 
-def test_modelopt_ignores_trees():
+def test_modelopt_ignores_trees() -> None:
     config = modelopt("NVFP4", ignore=["m.mlp.gate*", "m.attn*"])
     assert set(stored_tensors.read(config, nvfp4("m.mlp.gate_proj")).weights) == {"m.mlp.gate_proj.weight"}
     for module in ("m.attn", "m.attn.q"):
@@ -173,12 +176,12 @@ def test_modelopt_ignores_trees():
         (modelopt("FP8"), {"q.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, r"q\.weight_scale is missing"),
     ],
 )
-def test_modelopt_errors(config, tensors, message):
+def test_modelopt_errors(config: dict[str, Any], tensors: dict[str, Tensor], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read(config, tensors)
 
 
-OWN = {
+OWN: dict[str, Any] = {
     "quant_method": "quantload",
     "format_version": 1,
     "formats": {"a.weight": "mxfp4", "m.experts.down_proj": "fp8_channel", "b.weight": "int4_group32_f16"},
@@ -187,7 +190,7 @@ OWN = {
 }
 
 
-def own():
+def own() -> dict[str, Tensor]:
     return {
         "a.weight": FP4_PAIRS.repeat(3, 4),
         "a.weight_scale": torch.full((3, 2), 128, dtype=torch.uint8),
@@ -199,7 +202,7 @@ def own():
     }
 
 
-def test_quantload_reads_its_own_form():
+def test_quantload_reads_its_own_form() -> None:
     tensors = own()
     stored = stored_tensors.read(OWN, tensors)
     assert stored.method == "quantload"
@@ -230,15 +233,15 @@ def test_quantload_reads_its_own_form():
         ({}, {"b.weight": None}, r"b\.weight is missing"),
     ],
 )
-def test_quantload_errors(fields, changes, message):
+def test_quantload_errors(fields: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     tensors = {name: tensor for name, tensor in {**own(), **changes}.items() if tensor is not None}
     with pytest.raises(CheckpointError, match=message):
         stored_tensors.read({**OWN, **fields}, tensors)
 
 
-def test_a_hundred_thousand_tensors_take_seconds():
+def test_a_hundred_thousand_tensors_take_seconds() -> None:
     codes, scale = torch.zeros(32, 16, dtype=torch.uint8), torch.zeros(32, 1, dtype=torch.uint8)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer in range(60):
         for expert in range(278):
             for name in ("gate_proj", "up_proj", "down_proj"):

@@ -75,11 +75,11 @@ def sides_of(kernels: KernelSet, pieces: Pieces) -> dict[str, Side]:
     def queue(statistics: Tensor | None, i: int) -> object:
         assert enqueue is not None
         at = i % count
-        return enqueue(pieces.sources[at], pieces.codes[at], pieces.scales[at], pieces.nonfinite, statistics)
+        return enqueue(pieces.sources[at], (pieces.codes[at], pieces.scales[at]), pieces.nonfinite, statistics)
 
     def call(statistics: Tensor | None, i: int) -> object:
         at = i % count
-        return kernels.quantize(pieces.sources[at], pieces.codes[at], pieces.scales[at], statistics)
+        return kernels.quantize(pieces.sources[at], (pieces.codes[at], pieces.scales[at]), statistics)
 
     given = (None, pieces.statistics)
     sides = {"copy": Side(copy, 1)}
@@ -96,7 +96,7 @@ def differing_codes(kernels: KernelSet, device: torch.device) -> int:
     for quantize in (kernels.quantize, select("quantize", name, device, "torch").function):
         codes = torch.zeros(fmt.code_shape(*source.shape), dtype=torch.uint8, device=device).view(fmt.code_dtype)
         scales = torch.zeros(fmt.scale_shape(*source.shape), dtype=fmt.scale_dtype, device=device)
-        quantize(source, codes, scales, new_statistics(device))
+        quantize(source, (codes, scales), new_statistics(device))
         found.append((codes.view(torch.uint8), scales))
     return sum(int((ours != theirs).sum()) for ours, theirs in zip(*found, strict=True))
 

@@ -63,7 +63,7 @@ class Weights:
         out = torch.empty(self.shape, device=device)
         parts = (self.codes[0], self.scales[0], out)
         for codes, scales, target in [parts] if out.dim() == 2 else zip(*parts, strict=True):
-            dequantize(codes, scales, target)
+            dequantize((codes, scales), target)
         return out
 
 
@@ -77,7 +77,7 @@ def make_weights(name: str, shape: tuple[int, ...], rotated_bytes: int, device: 
     parts = (source, codes, scales)
     for part, part_codes, part_scales in zip(*parts, strict=True) if lead else [parts]:
         part.copy_(torch.randn(rows, cols, device=device) * SPREAD)
-        kernels.quantize(part, part_codes, part_scales)
+        kernels.quantize(part, (part_codes, part_scales))
     copies = max(LEAST_COPIES, -(-rotated_bytes // (codes.nbytes + scales.nbytes)))
     return Weights(fmt.name, *([tensor.clone() for _ in range(copies)] for tensor in parts))
 
@@ -129,7 +129,7 @@ def compare_linear(how: How, weights: Weights, tokens: int) -> dict[str, Any]:
     checks: dict[str, Callable[[], float]] = {}
 
     def multiply(kernel: Kernel, codes: list[Tensor], scales: list[Tensor], i: int) -> Tensor:
-        out: Tensor = kernel(x, codes[i % count], scales[i % count], None, rows, cols)
+        out: Tensor = kernel(x, (codes[i % count], scales[i % count]), None, rows, cols)
         return out
 
     for kernel in kernels:
@@ -152,7 +152,7 @@ def _arranged(kernel: Kernel, weights: Weights) -> tuple[list[Tensor], list[Tens
     codes = [_padded(tensor, fmt.code_shape(rows, cols)) for tensor in weights.codes]
     scales = [_padded(tensor, fmt.scale_shape(rows, cols)) for tensor in weights.scales]
     for one_codes, one_scales in zip(codes, scales, strict=True):
-        kernel.arrangement.arrange(one_codes, one_scales)
+        kernel.arrangement.arrange((one_codes, one_scales))
     return codes, scales
 
 
@@ -239,7 +239,7 @@ def compare_experts(how: How, weights: Weights, tokens: int) -> dict[str, Any]:
     def grouped(kernel: Kernel, i: int) -> Tensor:
         given = routings[i % ROUTINGS]
         codes, scales = weights.codes[i % count], weights.scales[i % count]
-        out: Tensor = kernel(given.x, codes, scales, None, given.offsets, rows, cols)
+        out: Tensor = kernel(given.x, (codes, scales), None, given.offsets, rows, cols)
         return out
 
     sides = {"bf16": Side(loop, most)}

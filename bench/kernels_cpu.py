@@ -66,10 +66,10 @@ def subjects(name: str, source: torch.Tensor) -> dict[str, Callable[[], object]]
     amax, vector, copy = torch.zeros(scales.shape), stats.new_statistics(), torch.empty_like(source)
     return {
         "memcpy": lambda: copy.copy_(source),
-        "quantize": lambda: kernels.quantize(source, codes, scales),
-        "+ stats": lambda: kernels.quantize(source, codes, scales, vector),
+        "quantize": lambda: kernels.quantize(source, (codes, scales)),
+        "+ stats": lambda: kernels.quantize(source, (codes, scales), vector),
         "amax": lambda: kernels.observe(source, amax),
-        "dequantize": lambda: kernels.dequantize(codes, scales, copy),
+        "dequantize": lambda: kernels.dequantize((codes, scales), copy),
     }
 
 
@@ -96,7 +96,7 @@ def call_microseconds(name: str) -> float:
     for _ in range(20):
         start = time.perf_counter()
         for _ in range(500):
-            kernels.quantize(source, codes, scales, vector)
+            kernels.quantize(source, (codes, scales), vector)
         best = min(best, (time.perf_counter() - start) / 500)
     return best * 1e6
 

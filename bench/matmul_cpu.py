@@ -77,7 +77,7 @@ def make_weights(format_name: str, shape: tuple[int, int], rotated_bytes: int = 
     source = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     codes = torch.empty(kernels.format.code_shape(*shape), dtype=kernels.format.code_dtype)
     scales = torch.empty(kernels.format.scale_shape(*shape), dtype=kernels.format.scale_dtype)
-    kernels.quantize(source, codes, scales)
+    kernels.quantize(source, (codes, scales))
     copies = max(LEAST_COPIES, -(-rotated_bytes // (codes.nbytes + scales.nbytes)))
     clones = [[tensor.clone() for _ in range(copies)] for tensor in (source, codes, scales)]
     return Weights(format_name, *clones)
@@ -91,8 +91,8 @@ def check(weights: Weights, tokens: int) -> float:
     (rows, cols), codes, scales = weights.shape, weights.codes[0], weights.scales[0]
     linear = kernel_set(weights.format, "cpu").linear
     x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(1)).bfloat16()
-    got = linear(x, codes, scales, None, rows, cols).float()
-    expected = select("linear", weights.format, "cpu", "torch")(x, codes, scales, None, rows, cols).float()
+    got = linear(x, (codes, scales), None, rows, cols).float()
+    expected = select("linear", weights.format, "cpu", "torch")(x, (codes, scales), None, rows, cols).float()
     error = float((got - expected).abs().max() / expected.abs().max())
     if not error < TOLERANCE:
         raise ValueError(f"linear of {weights.format} at {rows}x{cols}, {tokens} tokens is off by {error:.3f}")
@@ -107,7 +107,7 @@ def compare(weights: Weights, tokens: int, turns: int, turn_seconds: float = TUR
     copies = len(weights.bf16)
     sides: dict[str, Callable[[int], object]] = {
         "bf16": lambda i: F.linear(x, weights.bf16[i]),
-        "quantized": lambda i: linear(x, weights.codes[i], weights.scales[i], None, rows, cols),
+        "quantized": lambda i: linear(x, (weights.codes[i], weights.scales[i]), None, rows, cols),
     }
     calls = {side: _calls_per_turn(run, turn_seconds) for side, run in sides.items()}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -149,13 +149,13 @@ def measure_peak(format_name: str, shape: tuple[int, int], tokens: int) -> int:
     kernels, (rows, cols) = kernel_set(format_name, "cpu"), shape
     small = make_weights(format_name, (256, 256), 0)
     for count in (1, tokens):  # compiled code and library pages are not the call's
-        kernels.linear(torch.ones(count, 256).bfloat16(), small.codes[0], small.scales[0], None, 256, 256)
+        kernels.linear(torch.ones(count, 256).bfloat16(), (small.codes[0], small.scales[0]), None, 256, 256)
     codes = torch.ones(kernels.format.code_shape(rows, cols), dtype=torch.uint8).view(kernels.format.code_dtype)
     scales = torch.ones(kernels.format.scale_shape(rows, cols), dtype=kernels.format.scale_dtype)
     x = torch.ones(tokens, cols).bfloat16()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of VmRSS
     before = process_memory()["total"]
-    out: Tensor = kernels.linear(x, codes, scales, None, rows, cols)
+    out: Tensor = kernels.linear(x, (codes, scales), None, rows, cols)
     return process_memory()["peak_total"] - before - out.nbytes
 
 

@@ -59,10 +59,10 @@ def quantize_alone(size: int, format_name: str = FORMAT) -> float:
             codes = torch.empty(kernels.format.code_shape(*shape), dtype=kernels.format.code_dtype)
             scales = torch.empty(kernels.format.scale_shape(*shape), dtype=kernels.format.scale_dtype)
             vector = stats.new_statistics()
-            kernels.quantize(source, codes, scales, vector)
+            kernels.quantize(source, (codes, scales), vector)
             gate.wait()
             for _ in range(rounds):
-                kernels.quantize(source, codes, scales, vector)
+                kernels.quantize(source, (codes, scales), vector)
         except BaseException as error:
             failures.append(error)
             gate.abort()

@@ -87,10 +87,10 @@ def _sqnr(name: str, mode: str, distribution: str, weights: Tensor) -> Sqnr:
     codes = torch.empty(kernels.format.code_shape(*weights.shape), dtype=kernels.format.code_dtype)
     scales = torch.empty(kernels.format.scale_shape(*weights.shape), dtype=kernels.format.scale_dtype)
     statistics = statistics_module.new_statistics()
-    if kernels.quantize(weights, codes, scales, statistics):
+    if kernels.quantize(weights, (codes, scales), statistics):
         raise ValueError(f"{name} found NaN or infinity in finite {distribution} weights")
     out = torch.empty(weights.shape, dtype=torch.float32)
-    kernels.dequantize(codes, scales, out)
+    kernels.dequantize((codes, scales), out)
     signal = weights.double().square_().sum()
     noise = (weights.double() - out).square_().sum()
     return Sqnr(

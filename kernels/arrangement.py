@@ -7,18 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
+from .formats import Tensors
+
 
 @dataclass(frozen=True)
 class Arrangement:
     """What a loaded weight goes through before a kernel sees it; shapes and bytes stay what they are.
 
-    The tensors come padded: with zeros up to `multiples` of the rows of each shard, and of the columns. `arrange(codes,
-    scales)` works in place, `canonical(codes, scales)` gives canonical copies, padding included; both take one matrix
-    or [E, ...] of them. `fused_moe(x, (codes, scales) of gate and up, (codes, scales) of down, top_k_index,
+    The tensors come padded: with zeros up to `multiples` of the rows of each shard, and of the columns.
+    `arrange(tensors)` works in place, `canonical(tensors)` gives canonical copies, padding included; both take the
+    tensors of one matrix, or [E, ...] of them. `fused_moe(x, tensors of gate and up, tensors of down, top_k_index,
     top_k_weights)` is a whole SwiGLU experts layer on arranged weights, where there is one.
     """
 
     multiples: tuple[int, int]
-    arrange: Callable[[torch.Tensor, torch.Tensor], None]
-    canonical: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    arrange: Callable[[Tensors], None]
+    canonical: Callable[[Tensors], Tensors]
     fused_moe: Callable[..., torch.Tensor] | None = None

@@ -3,14 +3,62 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 import torch
 
+Tensors = tuple[torch.Tensor, ...]
+"""The tensors of a weight, in the order of its format: codes, then scales."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
+class FormatTensor:
+    """One tensor of a weight, and which of its elements belong to which rows and columns of a matrix [rows, cols].
+
+    Its name is that of the weight and then `suffix`. A row of it belongs to `block_rows` rows of the matrix, and
+    `width` elements of that row to `block_cols` columns; 0 means the whole extent of that dimension. `beside` more
+    elements stand at the end of each row, for all of its columns. Columns are filled up to a multiple of `padded`.
+    """
+
+    suffix: str
+    dtype: torch.dtype
+    block_rows: int
+    block_cols: int
+    width: int = 1
+    beside: int = 0
+    padded: int = 1
+
+    def shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """Its shape for a matrix whose true size is [rows, cols]."""
+        filled = _ceil_div(cols, self.padded) * self.padded
+        return (
+            _ceil_div(rows, self.block_rows) if self.block_rows else 1,
+            self.width * (_ceil_div(filled, self.block_cols) if self.block_cols else 1) + self.beside,
+        )
+
+    def rows(self, first: int, last: int) -> tuple[int, int]:
+        """The rows of it, first and behind the last, that rows [first, last) need; `first` begins a block."""
+        size = self.block_rows
+        return (first // size, _ceil_div(last, size)) if size else (0, 1)
+
+    def columns(self, first: int, last: int, cols: int) -> slice:
+        """The columns of it that columns [first, last) of `cols` need; `first` begins a block."""
+        end = self.shape(1, cols)[1]
+        if self.beside or not self.block_cols:
+            return slice(0, end)
+        stop = end if last == cols else _ceil_div(last, self.block_cols) * self.width
+        return slice(first // self.block_cols * self.width, stop)
+
+    def bytes(self, rows: int, cols: int) -> int:
+        """Its size."""
+        height, width = self.shape(rows, cols)
+        return height * width * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
 class WeightFormat:
     """How a matrix [rows, cols] of weights is stored as codes and scales.
 
@@ -18,7 +66,7 @@ class WeightFormat:
     A code takes `code_bits` bits; codes of fewer than eight are packed into bytes, the first in the lowest bits.
     `pads_cols` says that the codes of an incomplete last block are stored too (as zeros). `scale_words` is how many
     numbers stand side by side in the scale tensor for each block: 1, a scale; 2, a scale and a zero point, and a weight
-    is (code - zero point) * scale.
+    is (code - zero point) * scale. There is one of each name: a copy, or one that was pickled, is the same object.
     """
 
     name: str
@@ -30,55 +78,71 @@ class WeightFormat:
     pads_cols: bool = False
     scale_words: int = 1
 
+    @cached_property
+    def tensors(self) -> tuple[FormatTensor, ...]:
+        """All tensors of a weight, in the order in which kernels take them: the codes, then the scales."""
+        filled = self.block_cols if self.pads_cols else 1
+        width = self.packed * self.code_bits // 8
+        return FormatTensor("", self.code_dtype, 1, self.packed, width, padded=filled), *self.scales
+
+    @cached_property
+    def scales(self) -> tuple[FormatTensor, ...]:
+        """The tensors beside the codes."""
+        return (FormatTensor("_scale", self.scale_dtype, self.block_rows, self.block_cols, self.scale_words),)
+
+    def __reduce__(self) -> tuple[Callable[[str], WeightFormat], tuple[str]]:
+        return _named, (self.name,)
+
+    @cached_property
+    def suffixes(self) -> tuple[str, ...]:
+        """What follows on the name of a weight in those of its tensors."""
+        return tuple(tensor.suffix for tensor in self.tensors)
+
+    def shapes(self, rows: int, cols: int) -> tuple[tuple[int, int], ...]:
+        """Shape of each tensor of a matrix whose true size is [rows, cols]."""
+        return _shapes(self, rows, cols)
+
+    @cached_property
+    def maxima(self) -> FormatTensor:
+        """The float32 maxima that `observe` raises, from which `finish_scales` makes all scales."""
+        return replace(self.scales[0], dtype=torch.float32)
+
+    def names(self, weight: str) -> list[str]:
+        """What the tensors of a weight are called, the codes, which have its own name, first."""
+        return [weight + suffix for suffix in self.suffixes]
+
+    def amax_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """Shape of those maxima for a matrix whose true size is [rows, cols]."""
+        return self.maxima.shape(rows, cols)
+
+    def empty(self, rows: int, cols: int, device: torch.device | str = "cpu") -> Tensors:
+        """Uninitialized tensors for a matrix whose true size is [rows, cols]."""
+        return tuple(torch.empty(each.shape(rows, cols), dtype=each.dtype, device=device) for each in self.tensors)
+
     def code_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Shape of the code tensor of a matrix whose true size is [rows, cols]."""
-        padded = _ceil_div(cols, self.block_cols) * self.block_cols if self.pads_cols else cols
-        return rows, _ceil_div(padded * self.code_bits, 8)
+        return self.tensors[0].shape(rows, cols)
 
-    def scale_columns(self, first: int, last: int, cols: int) -> slice:
-        """Columns of the scale tensor that columns [first, last) of `cols` need; `first` begins a block."""
-        size = self.block_cols or max(cols, 1)
-        return slice(first // size * self.scale_words, _ceil_div(last, size) * self.scale_words)
-
-    def code_column(self, col: int) -> int:
-        """Where in a row of the code tensor the code of column `col` begins; `col` is a multiple of `packed`."""
-        return col * self.code_bits // 8
+    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """Shape of the first scale tensor of a matrix whose true size is [rows, cols]."""
+        return self.scales[0].shape(rows, cols)
 
     @property
     def packed(self) -> int:
         """Codes that are packed together into whole bytes: 2 of four bits, 4 of six, 1 of eight."""
         return 8 // math.gcd(8, self.code_bits)
 
-    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
-        """Shape of the scale tensor of a matrix whose true size is [rows, cols]."""
-        return (
-            _ceil_div(rows, self.block_rows) if self.block_rows else 1,
-            self.scale_words * (_ceil_div(cols, self.block_cols) if self.block_cols else 1),
-        )
-
     @property
     def whole_rows(self) -> bool:
         """Whether rows can be quantized only whole, because maxima of their parts do not tell their scales."""
         return False
 
-    @property
-    def row_align(self) -> int | None:
-        """Rows a one-pass piece must start at a multiple of; None: it must hold every row."""
-        return self.block_rows or None
-
-    @property
-    def col_align(self) -> int | None:
-        """Columns a one-pass piece must start at a multiple of; None: it must hold every column."""
-        return self.block_cols or None
-
     def bytes(self, rows: int, cols: int) -> int:
-        """Bytes of codes and scales together of a matrix [rows, cols]."""
-        code_rows, code_cols = self.code_shape(rows, cols)
-        scale_rows, scale_cols = self.scale_shape(rows, cols)
-        return code_rows * code_cols * self.code_dtype.itemsize + scale_rows * scale_cols * self.scale_dtype.itemsize
+        """Bytes of all tensors of a matrix [rows, cols]."""
+        return sum(each.bytes(rows, cols) for each in self.tensors)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RowMultiplied(WeightFormat):
     """A format of blocks along K whose rows have a float32 multiplier beside: weight = multiplier * what `blocks` says.
 
@@ -88,18 +152,16 @@ class RowMultiplied(WeightFormat):
 
     blocks: WeightFormat
 
-    def code_shape(self, rows: int, cols: int) -> tuple[int, int]:
-        """As in `blocks`."""
-        return self.blocks.code_shape(rows, cols)
+    @cached_property
+    def tensors(self) -> tuple[FormatTensor, ...]:
+        """As in `blocks`, with the bytes of the multiplier."""
+        return self.blocks.tensors[0], *self.scales
 
-    def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
+    @cached_property
+    def scales(self) -> tuple[FormatTensor, ...]:
         """As in `blocks`, and the bytes of the multiplier."""
-        scale_rows, scale_cols = self.blocks.scale_shape(rows, cols)
-        return scale_rows, scale_cols + MULTIPLIER_BYTES
-
-    def scale_columns(self, first: int, last: int, cols: int) -> slice:
-        """All of them."""
-        return slice(0, self.scale_shape(1, cols)[1])
+        (scale,) = self.blocks.scales
+        return (replace(scale, beside=MULTIPLIER_BYTES),)
 
     @property
     def whole_rows(self) -> bool:
@@ -108,6 +170,15 @@ class RowMultiplied(WeightFormat):
 
 
 MULTIPLIER_BYTES = 4
+
+
+def _named(name: str) -> WeightFormat:
+    return FORMATS[name]
+
+
+@lru_cache(maxsize=4096)
+def _shapes(fmt: WeightFormat, rows: int, cols: int) -> tuple[tuple[int, int], ...]:
+    return tuple(tensor.shape(rows, cols) for tensor in fmt.tensors)
 
 
 def _ceil_div(value: int, divisor: int) -> int:

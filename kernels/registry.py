@@ -1,25 +1,31 @@
 """Which code runs an operation of a format on a device: the only place that looks at the platform.
 
-Every kernel of an operation takes the same arguments; all matrices are 2-D, row-major views with any row stride:
+Every kernel of an operation takes the same arguments; all matrices are 2-D, row-major views with any row stride.
+`tensors` is the tuple of all tensors of a weight [R, C], in the order and with the dtypes and shapes that
+`WeightFormat.tensors` says: the codes, then the scales. `scales` is that tuple without the codes.
 
-quantize(source, codes, scales, statistics=None, scales_known=False) -> int
-    `source` [R, C] bfloat16, float16 or float32 to `codes` [code_shape(R, C)] and `scales` [scale_shape(R, C)].
+quantize(source, tensors, statistics=None, scales_known=False) -> int
+    `source` [R, C] bfloat16, float16 or float32 to codes and scales.
     A piece must hold whole scale blocks, unless `scales_known` says that the scales are final: then it may be any
     part that starts at a block. Adds to the float64 [STATS] `statistics` in place (not atomic: one per thread, or a
     lock). Returns the number of NaN and infinite elements; when it is not 0, codes, scales and statistics are void.
     Scales follow the rule of the format or, in the scale mode "mse", are those of the least squared error.
 observe(source, amax) -> int
-    amax [scale_shape(R, C)] float32 = max(amax, largest |x| of each block): first pass over a weight that does not
+    amax [amax_shape(R, C)] float32 = max(amax, largest |x| of each block): first pass over a weight that does not
     fit a piece. Not atomic. Returns the number of NaN and infinite elements.
-finish_scales(amax, out=None) -> Tensor
-    Scales from the amax of `observe`, by the arithmetic of `quantize`, into `out` (None: in place). The scale mode
-    "mse" has none, and the formats with a multiplier for each row have neither: amax is not enough.
-dequantize(codes, scales, out) -> None
+finish_scales(amax, scales) -> None
+    Scales from the amax of `observe`, by the arithmetic of `quantize`. A float32 scale tensor of the shape of amax may
+    be amax itself. The scale mode "mse" has none, and the formats with a multiplier for each row have neither: amax is
+    not enough.
+dequantize(tensors, out) -> None
     Into `out` [R, C] float32, bfloat16 or float16; float32 arithmetic, rounded once to the type of `out`.
-linear(x, codes, scales, bias, n_rows, k) -> Tensor
+linear(x, tensors, bias, n_rows, k) -> Tensor
     x [T, k] times the transposed weight [n_rows, k], plus bias [n_rows] or None: [T, n_rows] in the type of x. A bias
     of another type than x is added in float32. The weight is decoded in registers or, to the type of x, in cache-sized
     tiles; never whole. In a kernel set it has a gradient with respect to x and bias, and so has `experts`.
+experts(x, tensors, bias, offsets, n_rows, k) -> Tensor
+    The same of E weights: `tensors` are [E, ...] each, bias [E, n_rows] or None. Rows [offsets[e], offsets[e + 1]) of
+    x meet weight e; `offsets` is int32 or int64 [E + 1], rows past the last one are nobody's and become 0.
 """
 
 from __future__ import annotations

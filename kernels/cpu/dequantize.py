@@ -6,8 +6,8 @@ import ctypes
 
 import torch
 
-from ..formats import MX, WeightFormat
-from ..reference.operations import scale_rows
+from ..formats import MX, Tensors, WeightFormat
+from ..reference.operations import tensor_rows
 from . import team
 from .build import linear as linear_build
 from .compiled import CFunction, Needed
@@ -20,24 +20,22 @@ WIDEN_ELEMENTS = 1 << 15
 """Elements of float32 scratch when a result is rounded to float16 by torch."""
 
 
-def dequantize(
-    fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, threads: int = 1
-) -> None:
+def dequantize(fmt: WeightFormat, tensors: Tensors, out: torch.Tensor, threads: int = 1) -> None:
     """Values of whole scale blocks into `out` [R, C], by up to so many of torch's threads (see `registry`)."""
     rows, cols = out.shape
     if not rows or not cols:
         return
     if out.dtype == torch.float16:
-        _dequantize_f16(fmt, codes, scales, out, threads)
+        _dequantize_f16(fmt, tensors, out, threads)
         return
-    function = needed(fmt, out.dtype).get()
+    (codes, scales), function = tensors, needed(fmt, out.dtype).get()
     blocks = fmt.block_rows or rows, fmt.block_cols or cols
     if threads == 1 or rows * cols < ALONE_ELEMENTS:
         function.ctypes(*address(codes), *address(scales), *address(out), rows, cols, *blocks)
         return
     whole = max(fmt.block_rows, 1)  # a thread starts where a row of scales does
     task, step = linear_build.dequantize_task(), -(-rows // (4 * threads * whole)) * whole
-    run_task(task, codes, scales, blocks, out, rows, cols, step, threads, 0, 0, function.address)
+    run_task(task, tensors, blocks, out, rows, cols, step, threads, 0, 0, function.address)
 
 
 def needed(fmt: WeightFormat, dtype: torch.dtype) -> Needed[CFunction]:
@@ -58,8 +56,7 @@ def family(fmt: WeightFormat) -> str:
 
 def run_task(
     task: CFunction,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+    tensors: Tensors,
     blocks: tuple[int, int],
     out: torch.Tensor,
     rows: int,
@@ -69,6 +66,7 @@ def run_task(
     *rest: int,
 ) -> None:
     """Run a task of `linear_build`; its arguments stand in a vector whose first element the threads count up."""
+    codes, scales = tensors
     values = (0, rows, step, *address(codes), *address(scales), *blocks, *address(out), cols, *rest)
     arguments = (ctypes.c_int64 * len(linear_build.ARGUMENTS))(*values)
     team.run(task, ctypes.addressof(arguments), threads)
@@ -83,9 +81,7 @@ def address(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
 
 
-def _dequantize_f16(
-    fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, threads: int
-) -> None:
+def _dequantize_f16(fmt: WeightFormat, tensors: Tensors, out: torch.Tensor, threads: int) -> None:
     """Through float32 scratch: not every processor converts to float16, and torch always can."""
     rows, cols = out.shape
     step = max(1, threads * WIDEN_ELEMENTS // max(cols, 1))
@@ -95,5 +91,5 @@ def _dequantize_f16(
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         part = scratch[: stop - start]
-        dequantize(fmt, codes[start:stop], scale_rows(fmt, scales, start, stop), part, threads)
+        dequantize(fmt, tensor_rows(fmt, tensors, start, stop), part, threads)
         out[start:stop].copy_(part)

@@ -10,9 +10,9 @@ import threading
 
 import torch
 
-from ..formats import WeightFormat
+from ..formats import Tensors, WeightFormat
 from ..reference.arguments import check_linear
-from ..reference.operations import scale_rows, tile_rows, times_tile
+from ..reference.operations import tensor_rows, tile_rows, times_tile
 from .build import linear as linear_build
 from .build.panel import CHUNK, PAD, panel_task
 from .compiled import CFunction, Needed
@@ -38,26 +38,25 @@ _reused = threading.local()
 def linear(
     fmt: WeightFormat,
     x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+    tensors: Tensors,
     bias: torch.Tensor | None,
     n_rows: int,
     k: int,
 ) -> torch.Tensor:
     """x [T, k] times the transposed weight [n_rows, k], plus bias: [T, n_rows] in the type of x (see `registry`)."""
-    check_linear(fmt, x, codes, scales, bias, n_rows, k)
+    check_linear(fmt, x, tensors, bias, n_rows, k)
     if not x.shape[0] or not n_rows or not k:
         return times_tile(x, x.new_zeros(n_rows, k), bias).to(x.dtype)
     tokens, together = x.shape[0], linear_build.most_tokens()
     whole = fmt.pads_cols or k % BLOCK == 0
     in_registers = whole and fmt.block_cols % BLOCK == 0
     if in_registers and tokens <= together:
-        return _few_tokens(fmt, x, codes, scales, bias, n_rows, k)
+        return _few_tokens(fmt, x, tensors, bias, n_rows, k)
     if whole and tokens <= most_in_panels(fmt, x.dtype):
-        return _in_panels(fmt, x, codes, scales, bias, n_rows, k)
+        return _in_panels(fmt, x, tensors, bias, n_rows, k)
     if in_registers and tokens <= DECODES * together:
-        return torch.cat([_few_tokens(fmt, part, codes, scales, bias, n_rows, k) for part in torch.split(x, together)])
-    return _many_tokens(fmt, x, codes, scales, bias, n_rows, k)
+        return torch.cat([_few_tokens(fmt, part, tensors, bias, n_rows, k) for part in torch.split(x, together)])
+    return _many_tokens(fmt, x, tensors, bias, n_rows, k)
 
 
 def needed(fmt: WeightFormat, dtype: torch.dtype, tokens: int) -> Needed[CFunction]:
@@ -80,8 +79,7 @@ def needed_for(fmt: WeightFormat, dtype: torch.dtype) -> list[Needed[CFunction]]
 def _few_tokens(
     fmt: WeightFormat,
     x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+    tensors: Tensors,
     bias: torch.Tensor | None,
     n_rows: int,
     k: int,
@@ -94,15 +92,14 @@ def _few_tokens(
     blocks = fmt.block_rows or n_rows, fmt.block_cols or k
     cols = -(-k // BLOCK) * BLOCK
     task = needed(fmt, x.dtype, tokens).get()
-    run_task(task, codes, scales, blocks, out, n_rows, cols, step, threads, *address(prepared), 0)
+    run_task(task, tensors, blocks, out, n_rows, cols, step, threads, *address(prepared), 0)
     return (out[:tokens] if bias is None else out[:tokens].add_(bias)).to(x.dtype)
 
 
 def _in_panels(
     fmt: WeightFormat,
     x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+    tensors: Tensors,
     bias: torch.Tensor | None,
     n_rows: int,
     k: int,
@@ -117,7 +114,7 @@ def _in_panels(
     panels = _scratch(torch.uint8, threads * step, row_bytes)
     blocks, function = (fmt.block_rows or n_rows, fmt.block_cols or k), needed_to_dequantize(fmt, x.dtype).get()
     rest = (*address(prepared), function.address, slots, panels.data_ptr(), 0)
-    run_task(panel_task(), codes, scales, blocks, out, n_rows, cols, step, threads, *rest)
+    run_task(panel_task(), tensors, blocks, out, n_rows, cols, step, threads, *rest)
     product = out[:tokens, :n_rows]
     return (product if bias is None else product.add_(bias)).to(x.dtype)
 
@@ -125,8 +122,7 @@ def _in_panels(
 def _many_tokens(
     fmt: WeightFormat,
     x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+    tensors: Tensors,
     bias: torch.Tensor | None,
     n_rows: int,
     k: int,
@@ -138,7 +134,7 @@ def _many_tokens(
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
         weight = tile[: stop - start]
-        dequantize(fmt, codes[start:stop], scale_rows(fmt, scales, start, stop), weight, threads)
+        dequantize(fmt, tensor_rows(fmt, tensors, start, stop), weight, threads)
         out[:, start:stop] = times_tile(x, weight, None if bias is None else bias[start:stop])
     return out
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import MX, WeightFormat
-from ..reference.arguments import check_quantize, check_scales
+from ..formats import MX, Tensors, WeightFormat
+from ..reference.arguments import check_observe, check_quantize
 from ..reference.operations import Reference, as_one_row
 from . import dequantize as cpu_dequantize
 from . import linear as cpu_linear
@@ -30,12 +30,12 @@ class NumbaKernels:
     def quantize(
         self,
         source: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         statistics: torch.Tensor | None = None,
         scales_known: bool = False,
     ) -> int:
-        check_quantize(self.format, source, codes, scales)
+        check_quantize(self.format, source, tensors)
+        codes, scales = tensors
         rows, cols = source.shape
         if not rows or not cols:
             return 0
@@ -47,30 +47,29 @@ class NumbaKernels:
         return function(*addresses, rows, cols, int(scales_known), out, *blocks)
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
-        check_scales(self.format, source, amax, torch.float32)
+        check_observe(self.format, source, amax)
         rows, cols = source.shape
         if not rows or not cols:
             return 0
         blocks = self.format.block_rows or rows, self.format.block_cols or cols
         return self._observe(KINDS[source.dtype]).get()(*address(source), *address(amax), rows, cols, *blocks)
 
-    def finish_scales(self, amax: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return self.reference.finish_scales(amax, out)
+    def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
+        self.reference.finish_scales(amax, scales)
 
-    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-        check_quantize(self.format, out, codes, scales)
-        cpu_dequantize.dequantize(self.format, codes, scales, out)
+    def dequantize(self, tensors: Tensors, out: torch.Tensor) -> None:
+        check_quantize(self.format, out, tensors)
+        cpu_dequantize.dequantize(self.format, tensors, out)
 
     def linear(
         self,
         x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         bias: torch.Tensor | None,
         n_rows: int,
         k: int,
     ) -> torch.Tensor:
-        return cpu_linear.linear(self.format, x, codes, scales, bias, n_rows, k)
+        return cpu_linear.linear(self.format, x, tensors, bias, n_rows, k)
 
     def needed(self, kind: str, measure: bool) -> list[Needed[KernelFunction]]:
         """What loading weights of a kind will call."""

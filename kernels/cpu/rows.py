@@ -8,7 +8,7 @@ import torch
 
 from ..formats import MULTIPLIER_BYTES, MXFP4
 from ..reference import mxfp4
-from ..reference.arguments import check_scales
+from ..reference.arguments import check_observe
 from .build import rows as rows_build
 from .compiled import KernelFunction, Needed
 from .operations import NumbaKernels
@@ -19,7 +19,7 @@ class NumbaRows(NumbaKernels):
     """The operations of the format on CPU that do not read codes (see `registry` for what each takes and returns)."""
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
-        check_scales(self.format, source, amax, torch.float32)
+        check_observe(self.format, source, amax)
         return NumbaKernels(MXFP4, mxfp4.reference).observe(source, amax[:, :-MULTIPLIER_BYTES])
 
     def needed(self, kind: str, measure: bool) -> list[Needed[KernelFunction]]:

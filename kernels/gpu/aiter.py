@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from ..arrangement import Arrangement
-from ..formats import MXFP4, WeightFormat
+from ..formats import MXFP4, Tensors, WeightFormat
 from ..reference.arguments import check_linear
 from .target import GpuTarget
 
@@ -112,13 +112,13 @@ def _stranger(origin: str | None) -> str:
     return f"the installed aiter ({origin}) is not AMD's but the asyncio package of that name on PyPI; {WHERE}"
 
 
-def arrange(codes: torch.Tensor, scales: torch.Tensor) -> None:
+def arrange(tensors: Tensors) -> None:
     """Bring codes [N, K/2] and scales [N, K/32], or [E, ...] of both, into aiter's layouts, in place.
 
     N and K are multiples of `ALIGN`. A few thousand rows at a time: both layouts move bytes only within bands of 16
     and 32 rows.
     """
-    aiter = load()
+    aiter, (codes, scales) = load(), tensors
     for matrix, factors in zip(codes.view(-1, *codes.shape[-2:]), scales.view(-1, *scales.shape[-2:]), strict=True):
         for start in range(0, codes.shape[-2], CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
@@ -126,8 +126,9 @@ def arrange(codes: torch.Tensor, scales: torch.Tensor) -> None:
             factors[rows] = aiter.e8m0_shuffle(factors[rows].contiguous()).view(torch.uint8)
 
 
-def canonical(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def canonical(tensors: Tensors) -> Tensors:
     """Canonical copies of what `arrange` has arranged."""
+    codes, scales = tensors
     return unshuffle_codes(codes), unshuffle_scales(scales)
 
 
@@ -161,14 +162,14 @@ class AiterLinear:
     def __call__(
         self,
         x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         bias: torch.Tensor | None,
         n_rows: int,
         k: int,
     ) -> torch.Tensor:
         rows, wide = padded(n_rows), _widened(x)
-        check_linear(self.format, wide, codes, scales, None, rows, padded(k))
+        check_linear(self.format, wide, tensors, None, rows, padded(k))
+        codes, scales = tensors
         if bias is not None and bias.shape != (n_rows,):
             raise ValueError(f"{self.format.name}: bias must have shape [{n_rows}], got {list(bias.shape)}")
         if not x.shape[0]:
@@ -209,8 +210,8 @@ def _gemm(
 
 def fused_moe(
     x: torch.Tensor,
-    gate_up: tuple[torch.Tensor, torch.Tensor],
-    down: tuple[torch.Tensor, torch.Tensor],
+    gate_up: Tensors,
+    down: Tensors,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from ..formats import WeightFormat
-from ..reference.experts import check_experts
+from ..formats import Tensors, WeightFormat
+from ..reference.arguments import check_experts
 from .jit.matmul import multiply_experts
 from .linear import Operands, check_rows, code_bits, constants, on_device, operands, target_of, tiles_for
 from .target import GpuTarget
@@ -29,14 +29,14 @@ class TritonExperts:
     def __call__(
         self,
         x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         bias: torch.Tensor | None,
         offsets: torch.Tensor,
         n_rows: int,
         k: int,
     ) -> torch.Tensor:
-        check_experts(self.format, x, codes, scales, bias, offsets, n_rows, k)
+        check_experts(self.format, x, tensors, bias, offsets, n_rows, k)
+        codes, scales = tensors
         check_rows(self.format, codes, scales, bias)
         out = x.new_empty(x.shape[0], n_rows)
         if not out.numel():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from ..formats import MX, MXFP4, WeightFormat
+from ..formats import MX, MXFP4, Tensors, WeightFormat
 from ..reference.arguments import check_linear
 from .activations import quantize_mx_activations, quantize_scaled_activations
 from .jit.matmul import multiply_linear
@@ -45,13 +45,13 @@ class TritonLinear:
     def __call__(
         self,
         x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         bias: torch.Tensor | None,
         n_rows: int,
         k: int,
     ) -> torch.Tensor:
-        check_linear(self.format, x, codes, scales, bias, n_rows, k)
+        check_linear(self.format, x, tensors, bias, n_rows, k)
+        codes, scales = tensors
         check_rows(self.format, codes, scales, bias)
         out = x.new_empty(x.shape[0], n_rows)
         if not out.numel():

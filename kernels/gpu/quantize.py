@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 
 from .. import statistics as st
-from ..formats import FORMATS, MX, WeightFormat
-from ..reference.arguments import check_finish, check_quantize, check_scales
+from ..formats import FORMATS, MX, Tensors, WeightFormat
+from ..reference.arguments import check_finish, check_observe, check_quantize
 from .integer import IntegerLaunches
 from .jit import measure
 from .launch import EXACT, Launches, on
@@ -37,8 +37,7 @@ class TritonQuantize:
     def quantize(
         self,
         source: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         statistics: torch.Tensor | None = None,
         scales_known: bool = False,
     ) -> int:
@@ -46,7 +45,7 @@ class TritonQuantize:
         measured = statistics
         if statistics is not None and statistics.device != source.device:
             measured = st.new_statistics(source.device)
-        self.enqueue_quantize(source, codes, scales, nonfinite, measured, scales_known)
+        self.enqueue_quantize(source, tensors, nonfinite, measured, scales_known)
         count = int(nonfinite)
         if statistics is not None and measured is not None and measured is not statistics:
             st.merge(statistics, measured.to(statistics.device))
@@ -60,8 +59,7 @@ class TritonQuantize:
     def enqueue_quantize(
         self,
         source: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         nonfinite: torch.Tensor,
         statistics: torch.Tensor | None = None,
         scales_known: bool = False,
@@ -70,15 +68,16 @@ class TritonQuantize:
 
         Everything is on one device, the float64 [STATS] `statistics` too.
         """
-        check_quantize(self.format, source, codes, scales)
+        check_quantize(self.format, source, tensors)
+        codes, scales = tensors
         if not source.numel():
             return
         with on(source.device):
             if not scales_known and not self._launches.in_one_pass:
                 scales_known = True
-                amax = torch.zeros(scales.shape, dtype=torch.float32, device=source.device)
+                amax = torch.zeros(self.format.amax_shape(*source.shape), dtype=torch.float32, device=source.device)
                 self.enqueue_observe(source, amax, nonfinite)
-                self.finish_scales(amax, scales)
+                self.finish_scales(amax, (scales,))
                 counted = torch.zeros_like(nonfinite)  # those of the first pass are not counted twice
             else:
                 counted = nonfinite
@@ -90,23 +89,22 @@ class TritonQuantize:
 
     def enqueue_observe(self, source: torch.Tensor, amax: torch.Tensor, nonfinite: torch.Tensor) -> None:
         """`observe` on the current stream, without waiting: int64 `nonfinite` [1] is raised by what it would return."""
-        check_scales(self.format, source, amax, torch.float32)
+        check_observe(self.format, source, amax)
         if not source.numel():
             return
         with on(source.device):
             self._launches.observe(source, amax, nonfinite)
 
-    def finish_scales(self, amax: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        check_finish(self.format, amax, out)
-        target = amax if out is None else out
-        if not amax.numel():
-            return target
-        with on(amax.device):
-            self._launches.finish_scales(amax.view(-1, amax.shape[-1]), target.view(-1, target.shape[-1]))
-        return target
+    def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
+        check_finish(self.format, amax, scales)
+        (scale,) = scales
+        if amax.numel():
+            with on(amax.device):
+                self._launches.finish_scales(amax.view(-1, amax.shape[-1]), scale.view(-1, scale.shape[-1]))
 
-    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-        check_quantize(self.format, out, codes, scales)
+    def dequantize(self, tensors: Tensors, out: torch.Tensor) -> None:
+        check_quantize(self.format, out, tensors)
+        codes, scales = tensors
         if not out.numel():
             return
         with on(out.device):

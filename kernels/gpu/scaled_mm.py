@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import WeightFormat
+from ..formats import Tensors, WeightFormat
 from ..reference.arguments import check_linear
 from .activations import quantize_scaled_activations
 from .linear import TritonLinear, on_device
@@ -28,15 +28,15 @@ class ScaledMmLinear:
     def __call__(
         self,
         x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         bias: torch.Tensor | None,
         n_rows: int,
         k: int,
     ) -> torch.Tensor:
-        check_linear(self.format, x, codes, scales, bias, n_rows, k)
+        check_linear(self.format, x, tensors, bias, n_rows, k)
+        codes, scales = tensors
         if not self.takes(x, codes, n_rows, k):
-            return TritonLinear(self.format, True, self.target)(x, codes, scales, bias, n_rows, k)
+            return TritonLinear(self.format, True, self.target)(x, tensors, bias, n_rows, k)
         with on_device(x):
             x_codes, x_scales = quantize_scaled_activations(x.contiguous(), self.format)
             by_row = self.format.block_rows == 1

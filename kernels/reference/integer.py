@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import statistics as st
-from ..formats import INT4FP8_CHANNEL, INTEGERS, WeightFormat
+from ..formats import INT4FP8_CHANNEL, INTEGERS, Tensors, WeightFormat
 from ..scale_rules import SMALLEST_SCALE, SYMMETRIC_LARGEST
-from .arguments import check_scales
+from .arguments import check_observe
 from .fp8 import divided
 from .operations import Reference, column_amax, row_chunks
 
@@ -94,7 +94,7 @@ class IntegerReference(Reference):
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
         """Raise `amax` to the largest weight of each group and minus its smallest (see the module)."""
         fmt = self.codec.format
-        check_scales(fmt, source, amax, torch.float32)
+        check_observe(fmt, source, amax)
         nonfinite = 0
         for start, stop in row_chunks(*source.shape):
             values = source[start:stop].float()
@@ -104,9 +104,10 @@ class IntegerReference(Reference):
                 known.copy_(torch.maximum(known, column_amax(part.clamp(min=0), fmt.block_cols)))
         return nonfinite
 
-    def expand(self, scales: torch.Tensor, start: int, stop: int, cols: int) -> torch.Tensor:
+    def expand(self, scales: Tensors, start: int, stop: int, cols: int) -> torch.Tensor:
         """float32 [2, rows, cols]: the scale and the zero point of every element."""
-        words = torch.stack((scales[start:stop, 0::2], scales[start:stop, 1::2])).float()
+        (scale,) = scales
+        words = torch.stack((scale[start:stop, 0::2], scale[start:stop, 1::2])).float()
         return words.repeat_interleave(self.codec.format.block_cols or max(cols, 1), 2)[..., :cols]
 
     def saturated(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,12 @@ no other tool's, but whatever reads the format reads them.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 import torch.nn.functional as F
 
+from ..formats import Tensors
 from ..mx_elements import ELEMENTS
 from . import mx, mxfp4
 from .arguments import check_finish
@@ -20,17 +23,18 @@ from .operations import Codec, Reference, row_chunks
 class MseReference(Reference):
     """The operations of one MX codec with scales of the least squared error (see `registry`)."""
 
-    def make_scales(self, source: torch.Tensor, scales: torch.Tensor) -> int:
-        amax = torch.zeros(scales.shape, dtype=torch.float32, device=source.device)
+    def make_scales(self, source: torch.Tensor, scales: Tensors) -> int:
+        (scale,) = scales
+        amax = torch.zeros(scale.shape, dtype=torch.float32, device=source.device)
         nonfinite = self.observe(source, amax)
         if not nonfinite:
             for start, stop in row_chunks(*source.shape):
                 values = source[start:stop].float()
-                scales[start:stop].copy_(least_error_bytes(self.codec, values, amax[start:stop]))
+                scale[start:stop].copy_(least_error_bytes(self.codec, values, amax[start:stop]))
         return nonfinite
 
-    def finish_scales(self, amax: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        check_finish(self.codec.format, amax, out)
+    def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> NoReturn:
+        check_finish(self.codec.format, amax, scales)
         raise ValueError(
             f"{self.codec.format.name}: scales of the least squared error cannot be told from amax alone; "
             "quantize pieces that hold whole blocks of 32 columns"

@@ -19,11 +19,11 @@ from typing import NoReturn
 import torch
 import torch.nn.functional as F
 
-from ..formats import MULTIPLIER_BYTES, MXFP4_ROWS, WeightFormat
+from ..formats import MULTIPLIER_BYTES, MXFP4_ROWS, Tensors, WeightFormat
 from ..mx_elements import E2M1
 from ..scale_rules import CANDIDATES
 from . import mxfp4
-from .arguments import check_finish, check_scales
+from .arguments import check_finish, check_observe
 from .mx_mse import folded, squared_errors
 from .mxfp4 import BLOCK, power_of_two
 from .operations import Reference, column_amax, row_chunks
@@ -88,18 +88,19 @@ class Mxfp4RowsReference(Reference):
 
     codec: Mxfp4RowsCodec
 
-    def make_scales(self, source: torch.Tensor, scales: torch.Tensor) -> int:
+    def make_scales(self, source: torch.Tensor, scales: Tensors) -> int:
+        (scale,) = scales
         for start, stop in row_chunks(*source.shape) if source.shape[1] else ():
             values = source[start:stop].float()
-            scales[start:stop].copy_(self.codec.best_scales(torch.where(torch.isfinite(values), values, 0)))
+            scale[start:stop].copy_(self.codec.best_scales(torch.where(torch.isfinite(values), values, 0)))
         return 0
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
-        check_scales(self.codec.format, source, amax, torch.float32)
+        check_observe(self.codec.format, source, amax)
         return mxfp4.reference.observe(source, amax[:, :-MULTIPLIER_BYTES])
 
-    def finish_scales(self, amax: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        check_finish(self.codec.format, amax, out)
+    def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> NoReturn:
+        check_finish(self.codec.format, amax, scales)
         self.codec.scales_from_amax(amax)
 
 

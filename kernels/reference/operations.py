@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import statistics as st
-from ..formats import WeightFormat
-from .arguments import check_finish, check_linear, check_quantize, check_scales
+from ..formats import Tensors, WeightFormat
+from .arguments import check_finish, check_linear, check_observe, check_quantize
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements a chunk may hold: the temporaries of a chunk stay under about 64 MiB."""
@@ -43,39 +43,33 @@ class Reading:
 
     codec: Decoder
 
-    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-        fmt = self.codec.format
-        check_quantize(fmt, out, codes, scales)
+    def dequantize(self, tensors: Tensors, out: torch.Tensor) -> None:
+        check_quantize(self.codec.format, out, tensors)
         rows, cols = out.shape
         for start, stop in row_chunks(rows, cols, IN_CACHE):
-            expanded = self.expand(scales, start, stop, cols)
-            out[start:stop].copy_(self.codec.decode(codes[start:stop], expanded, cols))
+            expanded = self.expand(tensors[1:], start, stop, cols)
+            out[start:stop].copy_(self.codec.decode(tensors[0][start:stop], expanded, cols))
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None,
-        n_rows: int,
-        k: int,
-    ) -> torch.Tensor:
-        check_linear(self.codec.format, x, codes, scales, bias, n_rows, k)
+    def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, n_rows: int, k: int) -> torch.Tensor:
+        check_linear(self.codec.format, x, tensors, bias, n_rows, k)
         out = x.new_empty(x.shape[0], n_rows)
         step = tile_rows(self.codec.format, n_rows, k)
         tile = x.new_empty(min(step, n_rows), k)
         for start in range(0, n_rows, step):
             stop = min(start + step, n_rows)
             weight = tile[: stop - start]
-            self.dequantize(codes[start:stop], scale_rows(self.codec.format, scales, start, stop), weight)
+            self.dequantize(tensor_rows(self.codec.format, tensors, start, stop), weight)
             out[:, start:stop] = times_tile(x, weight, None if bias is None else bias[start:stop])
         return out
 
-    def expand(self, scales: torch.Tensor, start: int, stop: int, cols: int) -> torch.Tensor:
-        """Scales of rows [start, stop), one per element; per block of columns where the codec wants it so (MX)."""
-        fmt = self.codec.format
-        rows = torch.arange(start, stop, device=scales.device)
-        picked = scales[rows // fmt.block_rows if fmt.block_rows else torch.zeros_like(rows)]
+    def expand(self, scales: Tensors, start: int, stop: int, cols: int) -> torch.Tensor:
+        """Scales of rows [start, stop), one per element; per block of columns where the codec wants it so (MX).
+
+        `scales` are the tensors beside the codes: a format that has several says here what they are together.
+        """
+        fmt, (scale,) = self.codec.format, scales
+        rows = torch.arange(start, stop, device=scale.device)
+        picked = scale[rows // fmt.block_rows if fmt.block_rows else torch.zeros_like(rows)]
         if fmt.pads_cols or not fmt.block_cols:
             return picked
         return picked.repeat_interleave(fmt.block_cols, 1)[:, :cols]
@@ -90,14 +84,13 @@ class Reference(Reading):
     def quantize(
         self,
         source: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         statistics: torch.Tensor | None = None,
         scales_known: bool = False,
     ) -> int:
-        codec = self.codec
-        check_quantize(codec.format, source, codes, scales)
-        if not scales_known and (nonfinite := self.make_scales(source, scales)):
+        codec, (codes, *scales) = self.codec, tensors
+        check_quantize(codec.format, source, tensors)
+        if not scales_known and (nonfinite := self.make_scales(source, tuple(scales))):
             return nonfinite
         nonfinite = 0
         for start, stop in row_chunks(*source.shape):
@@ -106,7 +99,7 @@ class Reference(Reading):
             nonfinite += bad
             if bad:
                 continue
-            expanded = self.expand(scales, start, stop, source.shape[1])
+            expanded = self.expand(tuple(scales), start, stop, source.shape[1])
             ratio = codec.ratio(values, expanded)
             encoded = codec.encode(ratio, expanded)
             codes[start:stop].copy_(encoded)
@@ -114,17 +107,18 @@ class Reference(Reading):
                 self._measure(values, ratio, encoded, expanded, statistics)
         return nonfinite
 
-    def make_scales(self, source: torch.Tensor, scales: torch.Tensor) -> int:
+    def make_scales(self, source: torch.Tensor, scales: Tensors) -> int:
         """Write the scales of whole blocks; the number of NaN and infinite elements, or 0 to leave them to be found."""
-        amax = torch.zeros(scales.shape, dtype=torch.float32, device=source.device)
+        shape = self.codec.format.amax_shape(*source.shape)
+        amax = torch.zeros(shape, dtype=torch.float32, device=source.device)
         nonfinite = self.observe(source, amax)
         if not nonfinite:
-            scales.copy_(self.codec.scales_from_amax(amax))
+            self.finish_scales(amax, scales)
         return nonfinite
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
         fmt = self.codec.format
-        check_scales(fmt, source, amax, torch.float32)
+        check_observe(fmt, source, amax)
         nonfinite = 0
         for start, stop in row_chunks(*source.shape):
             magnitude = source[start:stop].float().abs()
@@ -138,11 +132,10 @@ class Reference(Reading):
                     amax[row].copy_(torch.maximum(amax[row], column_amax(band, fmt.block_cols).amax(0)))
         return nonfinite
 
-    def finish_scales(self, amax: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        check_finish(self.codec.format, amax, out)
-        target = amax if out is None else out
-        target.copy_(self.codec.scales_from_amax(amax))
-        return target
+    def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
+        check_finish(self.codec.format, amax, scales)
+        (scale,) = scales
+        scale.copy_(self.codec.scales_from_amax(amax))
 
     def saturated(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Which elements lie beyond what codes can express, by more than the rounding of the scale."""
@@ -186,11 +179,9 @@ def tile_rows(fmt: WeightFormat, n_rows: int, k: int) -> int:
     return max(step, min(rows // step * step, 2048))
 
 
-def scale_rows(fmt: WeightFormat, scales: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """The scales of rows [start, stop); start is a multiple of the format's block_rows."""
-    if fmt.block_rows == 0:
-        return scales
-    return scales[start // fmt.block_rows : -(-stop // fmt.block_rows)]
+def tensor_rows(fmt: WeightFormat, tensors: Tensors, start: int, stop: int) -> Tensors:
+    """What belongs to rows [start, stop) of a weight; start is a multiple of the format's block_rows."""
+    return tuple(tensor[slice(*wanted.rows(start, stop))] for wanted, tensor in zip(fmt.tensors, tensors, strict=True))
 
 
 def as_one_row(fmt: WeightFormat, source: torch.Tensor, *others: torch.Tensor) -> tuple[int, int]:

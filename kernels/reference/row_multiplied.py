@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from ..formats import RowMultiplied
-from .arguments import check_linear, check_quantize
-from .experts import check_experts
+from ..formats import RowMultiplied, Tensors
+from .arguments import check_experts, check_linear, check_quantize
 from .mxfp4_rows import split
 from .operations import IN_CACHE, row_chunks
 
@@ -25,13 +24,14 @@ class MultipliedDequantize:
     format: RowMultiplied
     inner: Callable[..., None]
 
-    def __call__(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-        check_quantize(self.format, out, codes, scales)
+    def __call__(self, tensors: Tensors, out: torch.Tensor) -> None:
+        check_quantize(self.format, out, tensors)
+        codes, scales = tensors
         for start, stop in row_chunks(*out.shape):
             bytes_, multipliers = split(scales[start:stop])
             target = out[start:stop]
             values = target if out.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-            self.inner(codes[start:stop], bytes_, values)
+            self.inner((codes[start:stop], bytes_), values)
             values *= multipliers
             if values is not target:
                 target.copy_(values)
@@ -47,15 +47,15 @@ class MultipliedLinear:
     def __call__(
         self,
         x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         bias: torch.Tensor | None,
         n_rows: int,
         k: int,
     ) -> torch.Tensor:
-        check_linear(self.format, x, codes, scales, bias, n_rows, k)
+        check_linear(self.format, x, tensors, bias, n_rows, k)
+        codes, scales = tensors
         bytes_, multipliers = split(scales)
-        out = self.inner(x, codes, bytes_, None, n_rows, k)
+        out = self.inner(x, (codes, bytes_), None, n_rows, k)
         for start, stop in row_chunks(len(out), n_rows, IN_CACHE):
             part = out[start:stop].float()
             part *= multipliers.T
@@ -73,16 +73,16 @@ class MultipliedExperts:
     def __call__(
         self,
         x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         bias: torch.Tensor | None,
         offsets: torch.Tensor,
         n_rows: int,
         k: int,
     ) -> torch.Tensor:
-        check_experts(self.format, x, codes, scales, bias, offsets, n_rows, k)
+        check_experts(self.format, x, tensors, bias, offsets, n_rows, k)
+        codes, scales = tensors
         bytes_, multipliers = split(scales)
-        out = self.inner(x, codes, bytes_, None, offsets, n_rows, k)
+        out = self.inner(x, (codes, bytes_), None, offsets, n_rows, k)
         tokens = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
         expert = torch.searchsorted(offsets[1:].contiguous(), tokens, right=True)
         nobody = expert >= codes.shape[0]

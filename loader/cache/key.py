@@ -113,5 +113,5 @@ def _modules(assignments: Iterable[Assignment]) -> Iterator[tuple[str, Any]]:
     for assignment in assignments:
         if assignment.scheme is not None:
             layouts = assignment.scheme.layouts(assignment.module).items()
-            stored = [(key, each.format.name, each.code_shape, each.scale_shape) for key, each in layouts]
+            stored = [(key, each.format.name, *each.shapes) for key, each in layouts]
             yield assignment.name, [assignment.scheme.name, stored]

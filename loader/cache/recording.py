@@ -66,7 +66,8 @@ class EntryRecording:
         """A module is complete: write it as it is now, and call `then` when it may be changed."""
         assignment = self._assignments[name]
         assert assignment.scheme is not None
-        keys = [f"{key}{suffix}" for key in assignment.scheme.layouts(assignment.module) for suffix in ("", "_scale")]
+        layouts = assignment.scheme.layouts(assignment.module)
+        keys = [each for key, layout in layouts.items() for each in layout.format.names(key)]
         held = assignment.module._parameters
         tensors = {f"{name}.{key}": tensor for key in keys if (tensor := held[key]) is not None}
         if self._statistics is not None and statistics is not None:

@@ -15,6 +15,7 @@ from ..checkpoint.writer import ShardWriter
 from ..errors import NonFiniteWeightError
 from ..geometry.layout import Block, WeightLayout
 from ..geometry.regions import Interval, Region, RegionTracker
+from ..kernels.formats import Tensors
 from ..online.quantizing import StatisticsSum, non_finite_error, rows_below_each_other
 from ..online.sink import InPlace, Sink
 from ..schemes.base import NonFiniteError
@@ -95,8 +96,8 @@ class ExportingLoader(WritingLoader):
     """Takes pieces of checkpoint tensors, quantizes them and writes the tensors a checkpoint format makes of them.
 
     Several `tensors` are alike but for their names, and in the coordinates of a piece they are experts, in their order;
-    `on_written(statistics)` runs when all of them are. Where scales span several pieces, the maxima of a matrix are
-    held until all is written.
+    `on_written(statistics)` runs when all of them are. Where scales span several pieces, the maxima of a matrix,
+    and then its scales, are held until all is written.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class ExportingLoader(WritingLoader):
         self._parts = [_WrittenPart(part, layout, self._stems, shard) for part in first.weight.parts]
         self._tracker = RegionTracker(first.entry.name, self._layout.experts, layout.rows, layout.columns)
         self._maxima: dict[int | None, Tensor] = {}
+        self._scales: dict[int | None, Tensors] = {}
         self._unobserved: dict[int | None, int] = {}
         self._statistics = StatisticsSum()
         self._lock = threading.Lock()
@@ -143,51 +145,58 @@ class ExportingLoader(WritingLoader):
         """Quantize and write the same rows and columns of several experts: `weights` [experts, rows, columns]."""
         region, fmt = Region(experts[0], rows, columns), self._layout.format
         (block,) = self._layout.blocks(region)
-        maxima, count = self._maxima.get(experts[0]), len(experts)
-        codes = self._buffers.take("codes", (count, *_extent(block.code_index)), fmt.code_dtype)
-        if maxima is None:
-            scales = self._buffers.take("scales", (count, *_extent(block.scale_index)), fmt.scale_dtype)
-        else:  # only what is no whole matrix has any, and that comes alone
-            scales = maxima[block.scale_index].unsqueeze(0)
-        self._quantize(weights, codes, scales, experts, scales_known=maxima is not None)
+        known, count = self._scales.get(experts[0]), len(experts)
+        tensors = [
+            self._buffers.take(tensor.suffix, (count, *_extent(index)), tensor.dtype)
+            for tensor, index in zip(
+                fmt.tensors, block.index if known is None else block.index[:1], strict=known is None
+            )
+        ]
+        if known is not None:  # only what is no whole matrix has any, and that comes alone
+            tensors += [scale[index].unsqueeze(0) for scale, index in zip(known, block.index[1:], strict=True)]
+        self._quantize(weights, tuple(tensors), experts, scales_known=known is not None)
         self._tracker.claim_each(experts, rows, columns)
         for part in self._parts:
-            part.write(self._shard, block, experts, codes if part.of_codes else scales)
+            part.write(self._shard, block, experts, tensors[part.number])
         if self._tracker.commit(count * region.numel):
             self.finish()
 
     def observe(self, loaded_weight: Tensor, region: Region) -> None:
         """First pass over a piece of a matrix whose scales span several pieces."""
         (block,) = self._layout.blocks(region)
-        amax = torch.zeros(_extent(block.scale_index))
+        amax = torch.zeros(_extent(block.maxima))
         try:
             self._quantizer.observe(loaded_weight, amax)
         except NonFiniteError:
             raise non_finite_error(self._name(region.expert), loaded_weight) from None
         with self._lock:
             if region.expert not in self._maxima:
-                self._maxima[region.expert] = torch.zeros(self._layout.scale_shape[-2:])
+                self._maxima[region.expert] = torch.zeros(self._layout.maxima_shape)
                 self._unobserved[region.expert] = self._layout.rows * self._layout.columns
             maxima = self._maxima[region.expert]
-            part = maxima[block.scale_index]
+            part = maxima[block.maxima]
             torch.maximum(part, amax, out=part)
             self._unobserved[region.expert] -= region.numel
             last = self._unobserved[region.expert] == 0
         if last:
-            self._quantizer.finish_scales(maxima)
+            pairs = zip(self._layout.shapes[1:], self._layout.format.scales, strict=True)
+            scales = tuple(torch.empty(shape[-2:], dtype=scale.dtype) for shape, scale in pairs)
+            self._quantizer.finish_scales(maxima, scales)
+            self._scales[region.expert] = scales
+            del self._maxima[region.expert]
 
     def _name(self, expert: int | None) -> str:
         """The tensor that stands for an expert; all experts may be in one."""
         return self._names[0 if len(self._names) == 1 else expert or 0]
 
     def _quantize(
-        self, weights: Tensor, codes: Tensor, scales: Tensor, experts: Sequence[int | None], *, scales_known: bool
+        self, weights: Tensor, tensors: Tensors, experts: Sequence[int | None], *, scales_known: bool
     ) -> None:
         """Quantize several matrices in as few calls as their format allows."""
-        joined = rows_below_each_other(self._layout.format, weights, codes, scales)
-        for weight, own_codes, own_scales in zip(weights, codes, scales, strict=True) if joined is None else (joined,):
+        joined = rows_below_each_other(self._layout.format, weights, *tensors)
+        for weight, *own in zip(weights, *tensors, strict=True) if joined is None else (joined,):
             try:
-                stats = self._quantizer.quantize(weight, own_codes, own_scales, scales_known=scales_known)
+                stats = self._quantizer.quantize(weight, tuple(own), scales_known=scales_known)
             except NonFiniteError:
                 raise self._non_finite_error(weights, experts) from None
             with self._lock:
@@ -204,7 +213,7 @@ class ExportingLoader(WritingLoader):
             value = constant.make(self._layout.rows, self._layout.columns).view(1, -1).view(torch.uint8)
             offsets = [self._shard.plan.offsets[stem + constant.name] for stem in self._stems]
             self._shard.write_each(offsets, value.repeat(len(offsets), 1, 1), value.numel())
-        self._maxima.clear()
+        self._scales.clear()
         self._on_written(self._statistics.total())
 
 
@@ -218,13 +227,13 @@ class _WrittenPart:
         self._begins = [begin + expert * matrix for begin in begins for expert in range(layout.experts or 1)]
 
     @property
-    def of_codes(self) -> bool:
-        """Whether it is made of the codes, and not of the scales."""
-        return self._part.source == "codes"
+    def number(self) -> int:
+        """Which tensor of the format it is made of."""
+        return self._part.number
 
     def write(self, shard: ShardWriter, block: Block, experts: Sequence[int | None], source: Tensor) -> None:
         """Write what is made of the codes or scales [experts, rows, columns] of a block."""
-        rows, columns = block.code_index if self.of_codes else block.scale_index
+        rows, columns = block.index[self.number]
         data = self._converted(source)
         column = int(columns.start * source.dtype.itemsize * self._part.width)
         begin = rows.start // self._part.block * self._pitch + column

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from ..kernels.formats import WeightFormat
+from ..kernels.formats import FormatTensor, Tensors, WeightFormat
 from .regions import Interval, Region
 
+Index = tuple[slice, slice]
 ShardId = str | int | tuple[int, ...] | None
 """A part of a merged parameter: its name (`q`, `w1`), its number from the top, or several numbers; `None`: all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A part of a region inside one shard, with the slices of codes and scales that belong to it.
+    """A part of a region inside one shard, with the slices that belong to it of each tensor, in the format's order.
 
-    `rows` are relative to the region. `whole` says whether it covers whole scale blocks, so that its scales depend
-    on nothing else.
+    `rows` are relative to the region, `maxima` is the slice of what `observe` raises. `whole` says whether it covers
+    whole scale blocks, so that its scales depend on nothing else.
     """
 
     rows: Interval
-    code_index: tuple[slice, slice]
-    scale_index: tuple[slice, slice]
+    index: tuple[Index, ...]
+    maxima: Index
     whole: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One shard of a matrix: its rows in the weight, and where its codes and scales lie in the tensors."""
+    """One shard of a matrix: its rows in the weight, and where it lies in each tensor, in the format's order."""
 
     rows: slice
-    codes: tuple[slice, slice]
-    scales: tuple[slice, slice]
+    index: tuple[Index, ...]
 
 
 @dataclass(frozen=True)
@@ -64,27 +67,24 @@ class WeightLayout:
         return (self.experts or 1) * self.rows * self.columns
 
     @property
-    def code_shape(self) -> tuple[int, ...]:
-        """Shape of the codes, experts first."""
-        rows = sum(self._padded_rows(rows) for _, rows in self.shards)
-        return (*self._leading, rows, self.format.code_shape(1, self._padded_columns)[1])
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each tensor, experts first."""
+        return _shapes(self)
 
     @property
-    def scale_shape(self) -> tuple[int, ...]:
-        """Shape of the scales, experts first."""
-        rows = sum(self._scale_rows(self._padded_rows(rows)) for _, rows in self.shards)
-        return (*self._leading, rows, self.format.scale_shape(1, self._padded_columns)[1])
+    def maxima_shape(self) -> tuple[int, int]:
+        """Shape of the maxima of one matrix, which `observe` raises."""
+        return self._extent(self.format.maxima)
 
     @property
     def tensors(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
         """Dtype and shape of the codes, then of the scales."""
-        return (self.format.code_dtype, self.code_shape), (self.format.scale_dtype, self.scale_shape)
+        return tuple(zip((tensor.dtype for tensor in self.format.tensors), self.shapes, strict=True))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales, padding included."""
-        codes, scales = torch.Size(self.code_shape).numel(), torch.Size(self.scale_shape).numel()
-        return codes * self.format.code_dtype.itemsize + scales * self.format.scale_dtype.itemsize
+        """Bytes of all tensors, padding included."""
+        return _nbytes(self)
 
     @property
     def align(self) -> tuple[int, int]:
@@ -99,9 +99,9 @@ class WeightLayout:
 
     @property
     def scales_follow_rows(self) -> bool:
-        """Whether a scale row belongs to a fixed number of rows all through, across shard borders too."""
-        block = self.format.block_rows
-        return len(self.shards) == 1 or (block > 0 and all(rows % block == 0 for _, rows in self.shards))
+        """Whether a row of every tensor belongs to a fixed number of rows all through, across shard borders too."""
+        heights = [scale.block_rows for scale in self.format.scales]
+        return len(self.shards) == 1 or all(block and rows % block == 0 for block in heights for _, rows in self.shards)
 
     def shard_rows(self, shard_id: ShardId) -> Interval:
         """Rows of a shard; `None`, or `w13` for gate and up together, means all of them.
@@ -130,30 +130,29 @@ class WeightLayout:
 
     def parts(self) -> Iterator[Part]:
         """The shards, without their padding."""
-        width, scale_width = self.format.code_shape(1, self.columns)[1], self.format.scale_shape(1, self.columns)[1]
-        for first, code_start, scale_start, rows in self._starts():
-            yield Part(
-                slice(first, first + rows),
-                (slice(code_start, code_start + rows), slice(0, width)),
-                (slice(scale_start, scale_start + self._scale_rows(rows)), slice(0, scale_width)),
-            )
+        first = 0
+        for number, (_, rows) in enumerate(self.shards):
+            whole = (0, rows), (0, self.columns)
+            index = [
+                _index(tensor, starts[number], *whole, self.columns)
+                for tensor, starts in zip(self.format.tensors, self._starts, strict=True)
+            ]
+            yield Part(slice(first, first + rows), tuple(index))
+            first += rows
 
-    def clear_padding(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
-        """Write zeros to what `codes` and `scales`, of the shapes here, hold beside the weight."""
+    def clear_padding(self, tensors: Tensors) -> None:
+        """Write zeros to what `tensors`, of the shapes here, hold beside the weight."""
         parts = list(self.parts()) if self.is_padded else []
-        for tensor, kept in ((codes, [part.codes for part in parts]), (scales, [part.scales for part in parts])):
+        for number, tensor in enumerate(tensors):
+            kept = [part.index[number] for part in parts]
             ends = [rows.start for rows, _ in kept[1:]] + [tensor.shape[-2]]
             for (rows, columns), end in zip(kept, ends, strict=bool(parts)):
                 tensor[..., rows.start : end, columns.stop :] = 0
                 tensor[..., rows.stop : end, :] = 0
 
-    def blocks(self, region: Region) -> Iterator[Block]:
+    def blocks(self, region: Region) -> tuple[Block, ...]:
         """Cut a region at the shard borders."""
-        first, last = region.rows
-        for shard_start, code_start, scale_start, rows in self._starts():
-            low, high = max(first, shard_start), min(last, shard_start + rows)
-            if low < high:
-                yield self._block(region, (low, high), (shard_start, shard_start + rows), (code_start, scale_start))
+        return _blocks(self, region.rows, region.columns)
 
     def whole(self, region: Region) -> bool:
         """Whether the region covers whole scale blocks only."""
@@ -165,27 +164,17 @@ class WeightLayout:
         low, high = region.columns
         return low % step == 0 and (high % step == 0 or high == self.columns)
 
-    def _starts(self) -> Iterator[tuple[int, int, int, int]]:
-        """Of each shard where it begins in the weight, the codes and the scales, and its rows."""
-        row = code = scale = 0
-        for _, rows in self.shards:
-            yield row, code, scale, rows
-            row, code = row + rows, code + self._padded_rows(rows)
-            scale += self._scale_rows(self._padded_rows(rows))
+    @property
+    def _starts(self) -> tuple[tuple[int, ...], ...]:
+        """Of each tensor the rows at which the shards begin."""
+        return tuple(self._starts_in(tensor) for tensor in self.format.tensors)
 
-    def _block(self, region: Region, rows: Interval, shard: Interval, starts: Interval) -> Block:
-        fmt, (first, last), (code_start, scale_start) = self.format, region.columns, starts
-        last_code = fmt.code_shape(1, self.columns)[1] if last == self.columns else fmt.code_column(last)
-        code_columns = slice(fmt.code_column(first), last_code)
-        columns = fmt.scale_columns(first, last, self.columns)
-        row_blocks, rows_whole = _cover(rows[0] - shard[0], rows[1] - shard[0], shard[1] - shard[0], fmt.block_rows)
-        _, columns_whole = _cover(first, last, self.columns, fmt.block_cols)
-        return Block(
-            rows=(rows[0] - region.rows[0], rows[1] - region.rows[0]),
-            code_index=(slice(rows[0] - shard[0] + code_start, rows[1] - shard[0] + code_start), code_columns),
-            scale_index=(slice(scale_start + row_blocks[0], scale_start + row_blocks[1]), columns),
-            whole=rows_whole and columns_whole,
-        )
+    def _starts_in(self, tensor: FormatTensor) -> tuple[int, ...]:
+        heights = [tensor.shape(self._padded_rows(rows), self.columns)[0] for _, rows in self.shards]
+        return (0, *itertools.accumulate(heights))
+
+    def _extent(self, tensor: FormatTensor) -> tuple[int, int]:
+        return self._starts_in(tensor)[-1], tensor.shape(1, self._padded_columns)[1]
 
     @property
     def _leading(self) -> tuple[int, ...]:
@@ -198,12 +187,56 @@ class WeightLayout:
     def _padded_rows(self, rows: int) -> int:
         return -(-rows // self.multiples[0]) * self.multiples[0]
 
-    def _scale_rows(self, rows: int) -> int:
-        return self.format.scale_shape(rows, self.columns)[0]
+
+# Thousands of layers have the same layout, and their pieces the same regions: each is worked out once.
 
 
-def _cover(first: int, last: int, extent: int, block: int) -> tuple[Interval, bool]:
-    """Scale indices that elements `first:last` of `extent` touch, and whether they fill them; block 0: one scale."""
+@lru_cache(maxsize=1024)
+def _shapes(layout: WeightLayout) -> tuple[tuple[int, ...], ...]:
+    return tuple((*layout._leading, *layout._extent(tensor)) for tensor in layout.format.tensors)
+
+
+@lru_cache(maxsize=1024)
+def _nbytes(layout: WeightLayout) -> int:
+    pairs = zip(layout.shapes, layout.format.tensors, strict=True)
+    return sum(math.prod(shape) * tensor.dtype.itemsize for shape, tensor in pairs)
+
+
+@lru_cache(maxsize=4096)
+def _blocks(layout: WeightLayout, rows: Interval, columns: Interval) -> tuple[Block, ...]:
+    begin, found = 0, []
+    for number, (_, height) in enumerate(layout.shards):
+        low, high = max(rows[0], begin), min(rows[1], begin + height)
+        if low < high:
+            inside, within = (low - begin, high - begin), (low - rows[0], high - rows[0])
+            found.append(_block(layout, number, inside, columns, within))
+        begin += height
+    return tuple(found)
+
+
+def _block(layout: WeightLayout, number: int, rows: Interval, columns: Interval, within: Interval) -> Block:
+    """The block of some rows of a shard and some columns; `within` are those rows in the region it is part of."""
+    fmt, (low, high), (first, last), cols = layout.format, rows, columns, layout.columns
+    index = [
+        _index(tensor, starts[number], rows, columns, cols)
+        for tensor, starts in zip(fmt.tensors, layout._starts, strict=True)
+    ]
+    maxima = _index(fmt.maxima, layout._starts_in(fmt.maxima)[number], rows, columns, cols)
+    whole = all(
+        _fills(low, high, layout.shards[number][1], scale.block_rows)
+        and _fills(first, last, cols, 0 if scale.beside else scale.block_cols)
+        for scale in fmt.scales
+    )
+    return Block(within, tuple(index), maxima, whole)
+
+
+def _index(tensor: FormatTensor, start: int, rows: Interval, columns: Interval, cols: int) -> Index:
+    """Where rows and columns of a shard that begins at row `start` of a tensor lie in it."""
+    first, last = tensor.rows(*rows)
+    return slice(start + first, start + last), tensor.columns(*columns, cols)
+
+
+def _fills(first: int, last: int, extent: int, block: int) -> bool:
+    """Whether elements `first:last` of `extent` are whole blocks; 0: there is one."""
     size = block or max(extent, 1)
-    whole = first % size == 0 and (last % size == 0 or last == extent)
-    return (first // size, -(-last // size)), whole
+    return first % size == 0 and (last % size == 0 or last == extent)

@@ -21,7 +21,7 @@ from ..online.storage import FinalStorage
 from ..online.weight_loader import DirectWeightLoader, OnlineWeightLoader, ParameterLoader, RestorableLoader
 from ..schemes.activations import InputScales
 from ..schemes.base import LinearScheme
-from ..schemes.stored.weights import Role
+from ..schemes.stored.weights import Role, scale_role
 from .quantized import QuantizedLinear
 from .skeleton import Assignment
 from .stored_sources import StoredModule
@@ -131,7 +131,7 @@ def _attach_quantized(
     for name, layout in module.weight_layouts.items():
         full_name = f"{assignment.name}.{name}"
         landing = Landing(layout.experts, layout.rows, layout.columns, module.is_transposed, layout)
-        stored = [full_name, f"{full_name}_scale"]
+        stored = layout.format.names(full_name)
         loaders.add(full_name, module._parameters[name], loader.bound(name), landing, stored)
 
 
@@ -155,7 +155,7 @@ def _attach_linear(
         param = module._parameters[attribute]
         assert param is not None
         landing = Landing(None, layout.rows, layout.columns, module.transposed, layout)
-        loaders.add(full_name, param, loader, landing, [full_name, f"{full_name}_scale"])
+        loaders.add(full_name, param, loader, landing, layout.format.names(full_name))
 
 
 def _attach_stored(
@@ -181,14 +181,15 @@ def _attach_stored(
         first = weights[0]
         closures = StoredParameter(parameter, stored.has_zero_points(full_name), first.zero_point, first.largest_scale)
         landing = Landing(layout.experts, layout.rows, layout.columns, transposed, layout)
-        names = [full_name, f"{full_name}_scale"]
+        names = layout.format.names(full_name)
         loaders.add_as_is(full_name, module._parameters[key], closures.loaders, landing, names)
-        module._parameters[f"{key}_scale"].weight_loader = closures.loaders["scale"]
+        for scale in layout.format.scales:
+            module._parameters[key + scale.suffix].weight_loader = closures.loaders[scale_role(scale)]
         scale_key = scheme.input_scale_name(key)
         if scale_key in module._parameters:
             write = functools.partial(_write_input_scale, layer, scale_key, storage)
-            scale = InputScaleLoader(parameter, f"{name}.{scale_key}", len(weights), input_scales, write)
-            closures.loaders["input_scale"] = module._parameters[scale_key].weight_loader = scale
+            loader = InputScaleLoader(parameter, f"{name}.{scale_key}", len(weights), input_scales, write)
+            closures.loaders["input_scale"] = module._parameters[scale_key].weight_loader = loader
             names.append(f"{name}.{scale_key}")
         parameters.append(closures)
     StoredProgress(parameters, finish)

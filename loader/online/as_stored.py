@@ -18,15 +18,13 @@ from torch import Tensor
 from ..errors import NonFiniteWeightError, ShapeMismatchError
 from ..geometry.layout import Block, ShardId
 from ..geometry.regions import Interval, Region, RegionTracker
+from ..kernels.formats import Tensors
 from ..schemes.activations import InputScales
 from ..schemes.stored.checks import check_finite
-from ..schemes.stored.weights import Role
+from ..schemes.stored.weights import Role, scale_roles
 from .parameter import QuantizedParameter
 from .sink import InPlace
 from .weight_loader import ParameterLoader, load_whole_shard
-
-WORDS: tuple[Role, ...] = ("scale", "zero_point")
-"""The words of a scale tensor, in their order."""
 
 
 class StoredProgress:
@@ -77,14 +75,16 @@ class StoredParameter:
     def __init__(
         self, parameter: QuantizedParameter, has_zero_points: bool, zero_point: float, largest_scale: float
     ) -> None:
-        words = WORDS[: parameter.layout.format.scale_words]
-        filled = None if has_zero_points or len(words) == 1 else zero_point
+        roles = scale_roles(parameter.layout.format)
+        filled = zero_point if "zero_point" in roles and not has_zero_points else None
         scales: dict[Role, StoredScaleLoader] = {}
-        for word, role in enumerate(words):
-            if role == "scale" or filled is None:
-                largest = largest_scale if role == "scale" else torch.inf
-                scales[role] = StoredScaleLoader(parameter, f" {role}", word, filled, largest)
-        scales["scale"].beside = scales.get("zero_point")
+        for role, place in roles.items():
+            if role != "zero_point" or filled is None:
+                largest = torch.inf if role == "zero_point" else largest_scale
+                scales[role] = StoredScaleLoader(
+                    parameter, f" {role}", place, filled if role == "scale" else None, largest
+                )
+        scales["scale"].beside = [loader for role, loader in scales.items() if role != "scale"]
         self.loaders: dict[Role, StoredTensorLoader] = {"codes": StoredCodesLoader(parameter, ""), **scales}
 
 
@@ -151,7 +151,7 @@ class StoredWeightLoader(StoredTensorLoader):
         self.commit(len(experts) * region.numel)
 
     @abstractmethod
-    def write(self, values: Tensor, targets: tuple[Tensor, Tensor], experts: Sequence[int | None]) -> None:
+    def write(self, values: Tensor, targets: Tensors, experts: Sequence[int | None]) -> None:
         """Write what came of some experts to their codes or their scales, [experts, rows, columns] each."""
 
     def block(self, region: Region) -> Block:
@@ -176,8 +176,8 @@ class StoredWeightLoader(StoredTensorLoader):
 class StoredCodesLoader(StoredWeightLoader):
     """The closure of a parameter's codes; it may be read into directly."""
 
-    def write(self, values: Tensor, targets: tuple[Tensor, Tensor], experts: Sequence[int | None]) -> None:
-        codes, _ = targets
+    def write(self, values: Tensor, targets: Tensors, experts: Sequence[int | None]) -> None:
+        codes = targets[0]
         _check(self.name, values, codes)
         codes.copy_(values)
 
@@ -189,7 +189,7 @@ class StoredCodesLoader(StoredWeightLoader):
         return InPlace(functools.partial(self._target, region), functools.partial(self.commit, region.numel))
 
     def _target(self, region: Region) -> Tensor:
-        codes, _ = self.parameter.views(region.expert, self.block(region))
+        codes = self.parameter.views(region.expert, self.block(region))[0]
         self.tracker.claim(region)
         return codes.view(torch.uint8).reshape(-1)
 
@@ -202,16 +202,22 @@ class StoredCodesLoader(StoredWeightLoader):
 class StoredScaleLoader(StoredWeightLoader):
     """The closure of one word of a parameter's scales; beside a scale it may have to write a constant zero point.
 
-    `beside` is the closure of the other word, which has no parameter of its own to hang on.
+    `place` is the scale tensor, counted without the codes, and the word in it. `beside` are the closures of all other
+    words, which may have no parameter of their own to hang on.
     """
 
-    beside: StoredScaleLoader | None = None
+    beside: Sequence[StoredScaleLoader] = ()
 
     def __init__(
-        self, parameter: QuantizedParameter, suffix: str, word: int, zero_point: float | None, largest: float
+        self,
+        parameter: QuantizedParameter,
+        suffix: str,
+        place: tuple[int, int],
+        zero_point: float | None,
+        largest: float,
     ) -> None:
         super().__init__(parameter, suffix)
-        self._word, self._zero_point, self._largest = word, zero_point, largest
+        (self._number, self._word), self._zero_point, self._largest = place, zero_point, largest
 
     def block(self, region: Region) -> Block:
         block = super().block(region)
@@ -219,9 +225,8 @@ class StoredScaleLoader(StoredWeightLoader):
             raise ShapeMismatchError(f"{self.name}: {region} cuts through scale blocks of the parameter")
         return block
 
-    def write(self, values: Tensor, targets: tuple[Tensor, Tensor], experts: Sequence[int | None]) -> None:
-        _, scales = targets
-        words = self.parameter.layout.format.scale_words
+    def write(self, values: Tensor, targets: Tensors, experts: Sequence[int | None]) -> None:
+        scales, words = targets[1 + self._number], self.parameter.layout.format.scales[self._number].width
         target = scales[..., self._word :: words]
         _check(self.name, values, target)
         self._check_finite(values, experts)

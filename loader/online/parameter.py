@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..geometry.layout import Block, WeightLayout
 from ..geometry.regions import Region, RegionTracker
+from ..kernels.formats import Tensors
 from .storage import FinalStorage
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,40 +55,36 @@ class QuantizedParameter:
         self.tracker = RegionTracker(full_name, layout.experts, layout.rows, layout.columns)
         self._module, self._name, self._storage = weakref.ref(module), name, storage
         self._lock = threading.Lock()
-        self._codes: Tensor | None = None
-        self._scales: Tensor | None = None
+        self._tensors: Tensors | None = None
         self._unobserved: dict[int | None, int] = {}
         self.scales_known: set[int | None] = set()
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def tensors(self) -> Tensors:
         """Codes and scales, materialized by the first caller."""
         with self._lock:
-            if self._codes is None or self._scales is None:
-                module = alive(self._module)
-                self._codes = materialize(module, self._name, self._storage).data
-                self._scales = materialize(module, f"{self._name}_scale", self._storage).data
-                self.layout.clear_padding(self._codes, self._scales)
-        return self._codes, self._scales
+            if self._tensors is None:
+                module, names = alive(self._module), self.layout.format.names(self._name)
+                self._tensors = tuple(materialize(module, name, self._storage).data for name in names)
+                self.layout.clear_padding(self._tensors)
+        return self._tensors
 
-    def views(self, expert: int | None, block: Block) -> tuple[Tensor, Tensor]:
+    def views(self, expert: int | None, block: Block) -> Tensors:
         """The codes and scales of one block of an expert's matrix, as views of the final tensors."""
-        codes, scales = self.tensors()
+        tensors = self.tensors()
         if expert is not None:
-            codes, scales = codes[expert], scales[expert]
-        return codes[block.code_index], scales[block.scale_index]
+            tensors = tuple([each[expert] for each in tensors])
+        return tuple([each[index] for each, index in zip(tensors, block.index, strict=True)])
 
-    def stack(self, experts: Sequence[int | None], block: Block) -> tuple[Tensor, Tensor]:
+    def stack(self, experts: Sequence[int | None], block: Block) -> Tensors:
         """The codes and scales of one block of several experts, a range of them, as views [experts, rows, columns]."""
-        codes, scales = self.tensors()
         if isinstance(experts, range):
             chosen = slice(experts.start, experts.stop, experts.step)
-            return codes[chosen, *block.code_index], scales[chosen, *block.scale_index]
-        codes, scales = self.views(experts[0], block)
-        return codes.unsqueeze(0), scales.unsqueeze(0)
+            return tuple(each[chosen, *index] for each, index in zip(self.tensors(), block.index, strict=True))
+        return tuple(each.unsqueeze(0) for each in self.views(experts[0], block))
 
     def begin_observing(self, expert: int | None) -> None:
         """The first pass of a matrix begins with maxima of zero; later callers find it begun."""
-        _, scales = self.tensors()
+        scales = self.tensors()[1]
         with self._lock:
             if expert not in self._unobserved:
                 self._unobserved[expert] = self.layout.rows * self.layout.columns
@@ -104,7 +101,7 @@ class QuantizedParameter:
             self._unobserved[region.expert] -= region.numel
             if self._unobserved[region.expert]:
                 return None
-        _, scales = self.tensors()
+        scales = self.tensors()[1]
         return scales if region.expert is None else scales[region.expert]
 
     def reset(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import NonFiniteWeightError, ShapeMismatchError
 from ..geometry.layout import WeightLayout
 from ..geometry.regions import Interval, Region
-from ..kernels.formats import WeightFormat
+from ..kernels.formats import Tensors, WeightFormat
 from ..kernels.statistics import MAXIMA, merge, new_statistics
 from ..schemes.base import LinearScheme, NonFiniteError, TensorStats
 from .parameter import QuantizedParameter
@@ -90,8 +90,8 @@ class LayerProgress:
 class Quantize(Protocol):
     """Writes the codes (and, unless known, the scales) of a piece; raises `NonFiniteError`."""
 
-    def __call__(self, weight: Tensor, out: Tensor, scale: Tensor, *, scales_known: bool = False) -> TensorStats:
-        """`weight` [R, C] into `out` and `scale`."""
+    def __call__(self, weight: Tensor, tensors: Tensors, *, scales_known: bool = False) -> TensorStats:
+        """`weight` [R, C] into `tensors`, its codes and scales."""
 
 
 class RegionQuantizer:
@@ -105,7 +105,7 @@ class RegionQuantizer:
         progress: LayerProgress,
         quantize: Quantize,
         observe: Callable[[Tensor, Tensor], None],
-        finish_scales: Callable[[Tensor], None],
+        finish_scales: Callable[[Tensor, Tensors], None],
     ) -> None:
         self.progress = progress
         self._quantize, self._observe, self._finish_scales = quantize, observe, finish_scales
@@ -132,10 +132,10 @@ class RegionQuantizer:
         _check_shape(parameter.full_name, weights[0], region)
         parameter.tracker.claim_each(experts, rows, columns)
         where = slice(experts.start, experts.stop, experts.step), slice(*rows)
-        codes, scales = (tensor[where].flatten(1) for tensor in parameter.tensors())
-        weight = weights.flatten(1).to(codes.device)
+        tensors = tuple(tensor[where].flatten(1) for tensor in parameter.tensors())
+        weight = weights.flatten(1).to(tensors[0].device)
         try:
-            self.progress.add(self._quantize(weight, codes, scales))
+            self.progress.add(self._quantize(weight, tensors))
         except NonFiniteError:
             raise non_finite_error(parameter.full_name, weight) from None
         self.progress.commit(name, len(experts) * region.numel)
@@ -161,10 +161,10 @@ class RegionQuantizer:
         for weight, expert in zip(weights, experts, strict=True):
             known = expert in parameter.scales_known
             for block in blocks:
-                codes, scales = parameter.views(expert, block)
-                part = weight[slice(*block.rows)].to(codes.device)
+                tensors = parameter.views(expert, block)
+                part = weight[slice(*block.rows)].to(tensors[0].device)
                 try:
-                    self.progress.add(self._quantize(part, codes, scales, scales_known=known))
+                    self.progress.add(self._quantize(part, tensors, scales_known=known))
                 except NonFiniteError:
                     raise non_finite_error(parameter.full_name, weight) from None
         self.progress.commit(name, len(weights) * first.numel)
@@ -184,7 +184,7 @@ class RegionQuantizer:
         _check_shape(parameter.full_name, weight, region)
         parameter.begin_observing(region.expert)
         for block in parameter.layout.blocks(region):
-            _, maxima = parameter.views(region.expert, block)
+            maxima = parameter.views(region.expert, block)[1]
             amax = torch.zeros_like(maxima)
             try:
                 self._observe(weight[slice(*block.rows)].to(amax.device), amax)
@@ -193,7 +193,7 @@ class RegionQuantizer:
             parameter.raise_maxima(maxima, amax)
         complete = parameter.observed(region)
         if complete is not None:
-            self._finish_scales(complete)
+            self._finish_scales(complete, (complete,))
             parameter.scales_known.add(region.expert)
 
 

@@ -19,14 +19,14 @@ from ..checkpoint.workspace import Workspace
 from ..errors import PolicyError
 from ..geometry.regions import Interval
 from ..geometry.spans import Span
-from ..kernels.reference.operations import scale_rows
+from ..kernels.formats import Tensors
 from ..online.sink import Sink
 from ..schemes.stored.checks import check_finite
-from ..schemes.stored.weights import StoredWeight
+from ..schemes.stored.weights import StoredWeight, scale_roles
 from .slabs import Slab, SlabPart, lines_per_slab, slabs, slabs_across
 from .stored_parts import PartMatrix, all_but_codes, codes_of
 
-Dequantize = Callable[[Tensor, Tensor, Tensor], None]
+Dequantize = Callable[[Tensors, Tensor], None]
 
 
 class DecodedWeight:
@@ -36,7 +36,7 @@ class DecodedWeight:
         self.weight, self._dequantize = weight, dequantizer(weight.format.name)
         self._codes = codes_of(weight)
         self._scales_there: Barrier | None = None
-        self._scales: Tensor | None = None
+        self._scales: Tensors | None = None
         self._slabs_left, self._slabs_per_read = 0, 1
         self._along = weight.along
         self._lock = threading.Lock()
@@ -44,8 +44,7 @@ class DecodedWeight:
     @property
     def held_bytes(self) -> int:
         """Bytes of the scales."""
-        shape = self.weight.format.scale_shape(self.weight.all_rows, self.weight.columns)
-        return math.prod(shape) * self.weight.format.scale_dtype.itemsize
+        return sum(each.bytes(self.weight.all_rows, self.weight.columns) for each in self.weight.format.scales)
 
     @property
     def _line_bytes(self) -> int:
@@ -149,21 +148,21 @@ class DecodedWeight:
         values = matrix.canonical(workspace.buffer, rows)
         if matrix.part.only_checked:
             return
-        check_finite(matrix.part.entry.name, values, weight.largest_scale if matrix.part.role == "scale" else torch.inf)
+        largest = torch.inf if matrix.part.role == "zero_point" else weight.largest_scale
+        check_finite(matrix.part.entry.name, values, largest)
+        number, word = scale_roles(fmt)[matrix.part.role]
         with self._lock:
             if self._scales is None:
-                shape = fmt.scale_shape(weight.all_rows, weight.columns)
-                self._scales = torch.empty(shape, dtype=fmt.scale_dtype, device=values.device)
+                self._scales = fmt.empty(weight.all_rows, weight.columns, values.device)[1:]
                 if fmt.scale_words > 1:
-                    self._scales[:, 1 :: fmt.scale_words] = weight.zero_point
-            word = self._scales[:, 1 if matrix.part.role == "zero_point" else 0 :: fmt.scale_words]
+                    self._scales[0][:, 1 :: fmt.scale_words] = weight.zero_point
+            held = self._scales[number][:, word :: fmt.scales[number].width]
         first, last = matrix.lines(rows)
         if weight.along == "columns":
-            group = fmt.block_cols or weight.columns
-            word[:, first // group : -(-last // group)] = values
+            group = fmt.scales[number].block_cols or weight.columns
+            held[:, first // group : -(-last // group)] = values
         else:
-            block = fmt.block_rows or weight.all_rows
-            word[first // block : -(-last // block)] = values
+            held[slice(*fmt.scales[number].rows(first, last))] = values
 
     def _values(self, workspace: Workspace, read: Interval, slab: Slab) -> Tensor:
         """The float32 matrix of a slab, in the scratch buffer, of the codes of all lines that were read."""
@@ -174,12 +173,14 @@ class DecodedWeight:
         else:
             codes = self._codes.canonical_across(workspace.buffer, read, lines)
         if self._along == "columns":
-            words = fmt.scale_columns(*lines, weight.columns)
-            shape, scales = (weight.all_rows, slab.lines), scales[:, words]
+            shape = weight.all_rows, slab.lines
+            index = [(slice(None), each.columns(*lines, weight.columns)) for each in fmt.scales]
         else:
-            shape, scales = (slab.lines, weight.columns), scale_rows(fmt, scales, *lines)
+            shape = slab.lines, weight.columns
+            index = [(slice(*each.rows(*lines)), slice(None)) for each in fmt.scales]
+        own = (each[where] for each, where in zip(scales, index, strict=True))
         values = workspace.scratch(self.scratch_bytes(slab)).view(torch.float32).view(shape)
-        self._dequantize(codes, scales, values)
+        self._dequantize((codes, *own), values)
         return values
 
     def _done(self, slabs: int) -> None:

@@ -20,7 +20,7 @@ from ..checkpoint.workspace import Workspace
 from ..geometry.regions import Interval
 from ..geometry.spans import Span
 from ..online.sink import Sink
-from ..schemes.stored.weights import Role, StoredWeight
+from ..schemes.stored.weights import Role, StoredWeight, scale_role
 from .decoded import Dequantize
 from .plain_bundles import LocalScales
 from .stored_stacks import MAX_HOLE, Family, StoredStack
@@ -178,23 +178,25 @@ class DecodedStack:
             for number, (matrix, at) in enumerate(zip(self.stored.matrices, self.where, strict=True))
         }
         codes = found["codes"]
-        scales = _scales(weight, found)
+        tensors = (codes, *_scales(weight, found))
         values = workspace.scratch(self.values_bytes).view(torch.float32).view(len(codes), weight.rows, weight.columns)
-        if fmt.block_rows and weight.rows % fmt.block_rows == 0:
-            dequantize(codes.flatten(0, 1), scales.flatten(0, 1), values.flatten(0, 1))
+        if all(each.block_rows and weight.rows % each.block_rows == 0 for each in fmt.scales):
+            dequantize(tuple(each.flatten(0, 1) for each in tensors), values.flatten(0, 1))
         else:
-            for each in zip(codes, scales, values, strict=True):
-                dequantize(*each)
+            for *own, each in zip(*tensors, values, strict=True):
+                dequantize(tuple(own), each)
         return values
 
 
-def _scales(weight: StoredWeight, found: Mapping[Role, Tensor]) -> Tensor:
+def _scales(weight: StoredWeight, found: Mapping[Role, Tensor]) -> Iterator[Tensor]:
     """The scales of some weights with their zero points, as a kernel takes them."""
-    words, scales = weight.format.scale_words, found["scale"]
-    if words == 1:
-        return scales.contiguous()
-    zeros = found.get("zero_point", torch.full_like(scales, weight.zero_point))
-    return torch.stack((scales, zeros), dim=-1).flatten(2)
+    for scale in weight.format.scales:
+        values = found[scale_role(scale)]
+        if scale.width == 1:
+            yield values.contiguous()
+        else:
+            zeros = found.get("zero_point", torch.full_like(values, weight.zero_point))
+            yield torch.stack((values, zeros), dim=-1).flatten(2)
 
 
 def _extent(entry: TensorEntry) -> Extent[int]:

@@ -149,12 +149,9 @@ def kernels_of(activations: ActivationFormat, device: torch.device) -> kernel_re
 
 
 def _through_kernels(x: Tensor, kernels: kernel_registry.KernelSet) -> Tensor:
-    fmt = kernels.format
-    codes = torch.empty(fmt.code_shape(*x.shape), dtype=fmt.code_dtype, device=x.device)
-    scales = torch.empty(fmt.scale_shape(*x.shape), dtype=fmt.scale_dtype, device=x.device)
-    rounded = torch.empty_like(x)
-    kernels.quantize(x, codes, scales)
-    kernels.dequantize(codes, scales, rounded)
+    tensors, rounded = kernels.format.empty(x.shape[0], x.shape[1], x.device), torch.empty_like(x)
+    kernels.quantize(x, tensors)
+    kernels.dequantize(tensors, rounded)
     return rounded
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry.layout import WeightLayout
+from ..kernels.formats import Tensors
 from ..kernels.registry import KernelSet, kernel_set
 from ..kernels.statistics import new_statistics
 from . import operators
@@ -50,13 +51,13 @@ class Quantizer:
         chosen = self.kernels.format.name, dict(self.kernels.names), self.kernels.scale_mode
         return _chosen_again, (type(self), *chosen, self.stats, self.device)
 
-    def quantize(self, weight: Tensor, out: Tensor, scale: Tensor, *, scales_known: bool = False) -> TensorStats:
-        """Write the codes of `weight` [R, C] to `out`, and the scales unless they are known already.
+    def quantize(self, weight: Tensor, tensors: Tensors, *, scales_known: bool = False) -> TensorStats:
+        """Write the codes of `weight` [R, C] to the first of `tensors`, and the scales unless they are known already.
 
         Raises `NonFiniteError` if an element is NaN or Inf.
         """
         values = new_statistics(weight.device) if self.stats else None
-        if self.kernels.quantize(weight, out, scale, values, scales_known=scales_known):
+        if self.kernels.quantize(weight, tensors, values, scales_known=scales_known):
             raise NonFiniteError
         return TensorStats(values)
 
@@ -65,9 +66,9 @@ class Quantizer:
         if self.kernels.observe(weight, amax):
             raise NonFiniteError
 
-    def finish_scales(self, amax: Tensor) -> None:
-        """Turn the maxima of the first pass into scales, in place."""
-        self.kernels.finish_scales(amax)
+    def finish_scales(self, amax: Tensor, scales: Tensors) -> None:
+        """Make the scales of a matrix from the maxima of the first pass."""
+        self.kernels.finish_scales(amax, scales)
 
 
 def _chosen_again(
@@ -122,13 +123,20 @@ class _Scheme(ABC):
         return operators.call("rounded", self.activation, self._rounding, x, scale)
 
     @staticmethod
-    def weight(layer: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    def weight(layer: nn.Module, layout: WeightLayout, name: str) -> Tensors:
         """The codes and scales of a parameter as the layer holds them."""
-        return cast("Tensor", layer._parameters[name]), cast("Tensor", layer._parameters[f"{name}_scale"])
+        held = layer._parameters
+        return tuple([cast("Tensor", held[name + suffix]) for suffix in layout.format.suffixes])
+
+    @staticmethod
+    def register_tensors(layer: nn.Module, layout: WeightLayout, name: str) -> None:
+        """Register all tensors of a parameter on the layer, on meta."""
+        for each, tensor, shape in zip(layout.format.names(name), layout.format.tensors, layout.shapes, strict=True):
+            layer.register_parameter(each, meta_parameter(shape, tensor.dtype))
 
     def kept_exactly(self, layer: nn.Module) -> set[str]:
         """The parameters that are no numbers to be rounded when the layer is cast: codes and their scales."""
-        names = {each for name in self.layouts(layer) for each in (name, f"{name}_scale")}
+        names = {each for name, layout in self.layouts(layer).items() for each in layout.format.names(name)}
         return names | ({self.input_scale_name(name) for name in self.layouts(layer)} & set(layer._parameters))
 
     @abstractmethod
@@ -185,16 +193,16 @@ class MoeQuantizationCallbacks(Protocol):
         """The dtype of the codes."""
 
     def create_scale_tensors(self, layer: nn.Module, num_experts: int) -> None:
-        """Register a meta scale parameter beside each experts weight."""
+        """Register meta scale parameters beside each experts weight."""
 
-    def quantize_expert(self, weight: Tensor, out: Tensor, scale: Tensor, *, scales_known: bool = False) -> TensorStats:
-        """Quantize rows [R, C] of one expert's shard into `out` and `scale`."""
+    def quantize_expert(self, weight: Tensor, tensors: Tensors, *, scales_known: bool = False) -> TensorStats:
+        """Quantize rows [R, C] of one expert's shard into `tensors`, its codes and scales."""
 
     def observe_expert(self, weight: Tensor, amax: Tensor) -> None:
         """First pass over rows of one expert's shard, for scales that span several pieces."""
 
-    def finish_scales(self, amax: Tensor) -> None:
-        """Turn the maxima of the first pass into scales, in place."""
+    def finish_scales(self, amax: Tensor, scales: Tensors) -> None:
+        """Make the scales of one expert's matrix from the maxima of the first pass."""
 
     def setup_kernel(self, layer: nn.Module) -> None:
         """The layer is complete: bring it into the layout its kernel wants."""

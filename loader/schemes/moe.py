@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry.layout import WeightLayout
+from ..kernels.formats import Tensors
 from . import operators
 from .base import MoEScheme, TensorStats, meta_parameter
 
@@ -33,7 +34,7 @@ class QuantizedMoEScheme(MoEScheme):
             for name, (shards, columns) in sizes.items()
         }  # type: ignore[assignment]
         for name, layout in self.layouts(layer).items():
-            layer.register_parameter(name, meta_parameter(layout.code_shape, self.get_quantized_dtype()))
+            layer.register_parameter(name, meta_parameter(layout.shapes[0], self.get_quantized_dtype()))
             self.add_input_scale(layer, name)
         self.create_scale_tensors(layer, num_experts)
 
@@ -48,21 +49,22 @@ class QuantizedMoEScheme(MoEScheme):
         return self.kernels.format.code_dtype
 
     def create_scale_tensors(self, layer: nn.Module, num_experts: int) -> None:
-        """Register `<weight>_scale` beside each experts weight, on meta."""
+        """Register `<weight>_scale`, and what else a format has, beside each experts weight, on meta."""
         for name, layout in self.layouts(layer).items():
-            layer.register_parameter(f"{name}_scale", meta_parameter(layout.scale_shape, layout.format.scale_dtype))
+            for scale, shape in zip(layout.format.scales, layout.shapes[1:], strict=True):
+                layer.register_parameter(name + scale.suffix, meta_parameter(shape, scale.dtype))
 
-    def quantize_expert(self, weight: Tensor, out: Tensor, scale: Tensor, *, scales_known: bool = False) -> TensorStats:
-        """Quantize rows [R, C] of one expert's shard into `out` and `scale`."""
-        return self.quantizer.quantize(weight, out, scale, scales_known=scales_known)
+    def quantize_expert(self, weight: Tensor, tensors: Tensors, *, scales_known: bool = False) -> TensorStats:
+        """Quantize rows [R, C] of one expert's shard into `tensors`, its codes and scales."""
+        return self.quantizer.quantize(weight, tensors, scales_known=scales_known)
 
     def observe_expert(self, weight: Tensor, amax: Tensor) -> None:
         """First pass over rows of one expert's shard, for scales that span several pieces."""
         self.quantizer.observe(weight, amax)
 
-    def finish_scales(self, amax: Tensor) -> None:
-        """Turn the maxima of the first pass into scales, in place."""
-        self.quantizer.finish_scales(amax)
+    def finish_scales(self, amax: Tensor, scales: Tensors) -> None:
+        """Make the scales of one expert's matrix from the maxima of the first pass."""
+        self.quantizer.finish_scales(amax, scales)
 
     def setup_kernel(self, layer: nn.Module) -> None:
         """The canonical layout is the kernels' own: nothing to move."""
@@ -74,9 +76,9 @@ class QuantizedMoEScheme(MoEScheme):
             return
         arrangement = self.kernels.arrangements["experts"]
         for name, layout in self.layouts(layer).items():
-            codes, scales = self.weight(layer, name)
-            layout.clear_padding(codes.data, scales.data)
-            arrangement.arrange(codes.data, scales.data)
+            tensors = tuple(tensor.data for tensor in self.weight(layer, layout, name))
+            layout.clear_padding(tensors)
+            arrangement.arrange(tensors)
 
     def _can_be_fused(self, layer: Any) -> bool:
         """Whether the layer is a plain SwiGLU over all its experts."""
@@ -103,7 +105,7 @@ class QuantizedMoEScheme(MoEScheme):
         if module.experts_are_fused:
             fused = self.kernels.arrangements["experts"].fused_moe
             assert fused is not None
-            weights = self.weight(layer, "gate_up_proj"), self.weight(layer, "down_proj")
+            weights = (self.weight(layer, layout, name) for name, layout in self.layouts(layer).items())
             return fused(hidden_states, *weights, top_k_index, top_k_weights)
         tokens, top_k = top_k_index.shape
         expert_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
@@ -126,34 +128,34 @@ class QuantizedMoEScheme(MoEScheme):
     def _experts(self, layer: Any, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         """`x` [T, K], grouped by `offsets`, times one weight of each expert."""
         layout = self.layouts(layer)[name]
-        codes, scales = self.weight(layer, name)
+        tensors = self.weight(layer, layout, name)
         bias = getattr(layer, f"{name}_bias") if layer.has_bias else None
         x, parts = self.activations(layer, x, name), []
-        for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
+        for shard, own in self._shards(layout, tensors):
             shard_bias = None if bias is None else bias[:, shard]
             rows = shard.stop - shard.start
-            arguments = x, shard_codes, shard_scales, shard_bias, offsets, rows, layout.columns
+            arguments = x, own, shard_bias, offsets, rows, layout.columns
             parts.append(operators.call("experts", self.kernels.experts, self.quantizer.chosen, *arguments))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:
         """float32 [E, N, K], or [E, K, N] where the unquantized module keeps its experts transposed."""
         layout = self.layouts(layer)[name]
-        codes, scales = self.weight(layer, name)
+        tensors = self.weight(layer, layout, name)
         assert layout.experts is not None
         if layer.experts_are_fused:
-            codes, scales = self.kernels.arrangements["experts"].canonical(codes, scales)
-        out = torch.empty(layout.experts, layout.rows, layout.columns, dtype=torch.float32, device=codes.device)
-        for shard, shard_codes, shard_scales in self._shards(layout, codes, scales):
+            tensors = self.kernels.arrangements["experts"].canonical(tensors)
+        out = torch.empty(layout.experts, layout.rows, layout.columns, dtype=torch.float32, device=tensors[0].device)
+        for shard, own in self._shards(layout, tensors):
             for expert in range(layout.experts):
-                self.kernels.dequantize(shard_codes[expert], shard_scales[expert], out[expert, shard])
+                self.kernels.dequantize(tuple(each[expert] for each in own), out[expert, shard])
         return out.transpose(1, 2) if getattr(layer, "is_transposed", False) else out
 
     @staticmethod
-    def _shards(layout: WeightLayout, codes: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, codes and scales of the parts of all experts that one kernel call can take."""
+    def _shards(layout: WeightLayout, tensors: Tensors) -> Iterator[tuple[slice, Tensors]]:
+        """Rows, and codes and scales, of the parts of all experts that one kernel call can take."""
         if layout.scales_follow_rows and not layout.is_padded:
-            yield slice(0, layout.rows), codes, scales
+            yield slice(0, layout.rows), tensors
             return
         for part in layout.parts():
-            yield part.rows, codes[:, *part.codes], scales[:, *part.scales]
+            yield part.rows, tuple(each[:, *index] for each, index in zip(tensors, part.index, strict=True))

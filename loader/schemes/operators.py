@@ -7,7 +7,7 @@ names them by what they are chosen by, so that one that torch keeps on disk mean
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -61,12 +61,12 @@ def _activation(chosen: Chosen) -> Activation:
     return Activation(ActivationFormat(**fields), torch.device(device))
 
 
-def _linear(*args: Any) -> Tensor:
-    return _kernels(args[-1]).linear(*args[:-1]).contiguous()
+def _linear(x: Tensor, tensors: Sequence[Tensor], *rest: Any) -> Tensor:
+    return _kernels(rest[-1]).linear(x, tuple(tensors), *rest[:-1]).contiguous()
 
 
-def _experts(*args: Any) -> Tensor:
-    return _kernels(args[-1]).experts(*args[:-1]).contiguous()
+def _experts(x: Tensor, tensors: Sequence[Tensor], *rest: Any) -> Tensor:
+    return _kernels(rest[-1]).experts(x, tuple(tensors), *rest[:-1]).contiguous()
 
 
 def _rounded(x: Tensor, scale: Tensor | None, chosen: Chosen) -> Tensor:
@@ -85,7 +85,7 @@ def _operator(name: str, function: Callable[..., Tensor], schema: str, like: Cal
     return operator
 
 
-_WEIGHT = "Tensor x, Tensor codes, Tensor scales, Tensor? bias"
+_WEIGHT = "Tensor x, Tensor[] tensors, Tensor? bias"
 _OPERATORS = {
     "linear": _operator("linear", _linear, f"{_WEIGHT}, int n, int k, str chosen", _product),
     "experts": _operator("experts", _experts, f"{_WEIGHT}, Tensor offsets, int n, int k, str chosen", _product),

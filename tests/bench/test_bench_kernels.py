@@ -19,6 +19,7 @@ import pytest
 import torch
 from gpu_clock import Side, speed_up, take_turns
 from quantload.kernels.arrangement import Arrangement
+from quantload.kernels.formats import Tensors
 from quantload.kernels.registry import kernel_set, select
 from result_files import results_of
 from torch import Tensor
@@ -123,17 +124,18 @@ def test_a_kernel_with_an_arrangement_gets_padded_weights_so_arranged(monkeypatc
     plain = select("linear", "mxfp4", "cpu", "torch")
     seen: set[tuple[torch.Size, torch.Size]] = set()
 
-    def upside_down(codes: Tensor, scales: Tensor) -> None:
-        codes.copy_(codes.flip(0))
-        scales.copy_(scales.flip(0))
+    def upside_down(tensors: Tensors) -> None:
+        for tensor in tensors:
+            tensor.copy_(tensor.flip(0))
 
-    def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: None, rows: int, cols: int) -> Tensor:
+    def linear(x: Tensor, tensors: Tensors, bias: None, rows: int, cols: int) -> Tensor:
+        codes, scales = tensors
         seen.add((codes.shape, scales.shape))
-        codes, scales = (tensor.flip(0)[:rows, : tensor.shape[1] * cols // 256] for tensor in (codes, scales))
-        out: Tensor = plain(x, codes.contiguous(), scales.contiguous(), bias, rows, cols)
+        own = tuple(each.flip(0)[:rows, : each.shape[1] * cols // 256].contiguous() for each in tensors)
+        out: Tensor = plain(x, own, bias, rows, cols)
         return out
 
-    arrangement = Arrangement((96, 256), upside_down, lambda codes, scales: (codes.flip(0), scales.flip(0)))
+    arrangement = Arrangement((96, 256), upside_down, lambda tensors: tuple(each.flip(0) for each in tensors))
     kernel = replace(plain, function=linear, arrangement=arrangement)
     monkeypatch.setattr(gpu_products, "kernels_of", lambda *_: [kernel])
     failures = gpu_command.Failures()
@@ -165,7 +167,7 @@ def test_tokens_go_to_different_experts() -> None:
 
 def test_pieces_are_counted_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     failures = gpu_command.Failures()
-    monkeypatch.setattr(gpu_pieces, "queued_quantize", lambda kernels: lambda *a: kernels.quantize(*a[:3], a[4]))
+    monkeypatch.setattr(gpu_pieces, "queued_quantize", lambda kernels: lambda *a: kernels.quantize(*a[:2], a[3]))
     settings = {"rotated_bytes": 100_000, "device": CPU, "queue": Instant(), "turns": 1, "turn_seconds": 0.0}
     (row,) = gpu_pieces.measure_pieces(["fp8_tensor"], [1 << 15], failures.attempt, **settings)
     assert failures.found == []
@@ -175,7 +177,7 @@ def test_pieces_are_counted_and_checked(monkeypatch: pytest.MonkeyPatch) -> None
     kernels = kernel_set("mxfp4", "cpu")
     assert gpu_pieces.differing_codes(kernels, CPU) == 0
     monkeypatch.setattr(gpu_pieces, "select", lambda *_: select("quantize", "mxfp4", "cpu", "torch"))
-    fake = type(kernels)(**{**vars(kernels), "quantize": lambda s, c, *rest: c.fill_(7)})
+    fake = type(kernels)(**{**vars(kernels), "quantize": lambda s, tensors, *rest: tensors[0].fill_(7)})
     assert gpu_pieces.differing_codes(fake, CPU) > 0
 
 

@@ -43,7 +43,7 @@ def test_a_whole_bf16_weight_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> N
         format = FORMATS["mxfp4"]
 
         @staticmethod
-        def linear(x: Any, codes: Any, scales: Any, bias: Any, rows: int, cols: int) -> Any:
+        def linear(x: Any, tensors: Any, bias: Any, rows: int, cols: int) -> Any:
             return x @ torch.ones(rows, cols, dtype=torch.bfloat16).T
 
     weights = matmul_cpu.make_weights("mxfp4", (256, 256), 0)

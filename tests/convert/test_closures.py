@@ -94,8 +94,8 @@ def read_back(
         header = read_header(source, "model.safetensors")
         checkpoint = read_stored({"quantization_config": config}, header.tensors, lambda entry: tensors[entry.name])
         stored = checkpoint.weights["a.weight"]
-        layer.register_parameter("weight", meta_parameter(layout.code_shape, fmt.code_dtype))
-        layer.register_parameter("weight_scale", meta_parameter(layout.scale_shape, fmt.scale_dtype))
+        layer.register_parameter("weight", meta_parameter(layout.shapes[0], fmt.code_dtype))
+        layer.register_parameter("weight_scale", meta_parameter(layout.shapes[1], fmt.scale_dtype))
         parameter = QuantizedParameter(layer, "weight", "a.weight", layout, FinalStorage(torch.device("cpu")))
         zero_points = any(part.role == "zero_point" for part in stored.parts)
         closures = StoredParameter(parameter, zero_points, stored.zero_point, stored.largest_scale)
@@ -115,7 +115,7 @@ def whole(weight: Tensor, scheme: Any) -> tuple[Tensor, Tensor]:
     fmt = scheme.kernels.format
     codes = torch.empty(fmt.code_shape(*weight.shape), dtype=fmt.code_dtype)
     scales = torch.empty(fmt.scale_shape(*weight.shape), dtype=fmt.scale_dtype)
-    assert kernel_set(fmt.name, "cpu").quantize(weight, codes, scales) == 0
+    assert kernel_set(fmt.name, "cpu").quantize(weight, (codes, scales)) == 0
     return codes, scales
 
 
@@ -213,13 +213,13 @@ def test_what_is_written_is_read_back(
         config = EXPORT_FORMATS[tool].quantization_config({"a": fmt}, [])
         padded_codes, padded_scales = read_back(Path(folder) / "out", config, layout, spans, read, workers)
     (part,) = layout.parts()
-    codes, scales = padded_codes[part.codes], padded_scales[part.scales]
+    codes, scales = padded_codes[part.index[0]], padded_scales[part.index[1]]
     want_codes, want_scales = whole(weight, scheme)
     assert raw(codes) == raw(want_codes)
     assert raw(scales) == raw(want_scales)
     values, want = torch.empty(rows, columns), torch.empty(rows, columns)
-    scheme.kernels.dequantize(codes, scales, values)
-    scheme.kernels.dequantize(want_codes, want_scales, want)
+    scheme.kernels.dequantize((codes, scales), values)
+    scheme.kernels.dequantize((want_codes, want_scales), want)
     assert torch.equal(values, want)
 
 

@@ -124,9 +124,9 @@ def test_quantizing_anew_equals_quantizing_what_the_codes_stand_for(
         if not kept:
             codes = torch.empty(fmt.code_shape(*values.shape), dtype=fmt.code_dtype)
             scales = torch.empty(fmt.scale_shape(*values.shape), dtype=fmt.scale_dtype)
-            kernels.quantize(values.contiguous(), codes, scales)
+            kernels.quantize(values.contiguous(), (codes, scales))
             expected = torch.empty_like(values, memory_format=torch.contiguous_format)
-            kernels.dequantize(codes, scales, expected)
+            kernels.dequantize((codes, scales), expected)
         assert torch.equal(got[layer], expected), layer
     if not kept:
         assert {layer.scheme for layer in model.load_report.layers} == {scheme}

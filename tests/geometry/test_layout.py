@@ -38,11 +38,11 @@ def test_shapes_of_one_matrix(
 ) -> None:
     layout = WeightLayout(fmt, None, (("", rows),), columns)
     assert (layout.rows, layout.numel) == (rows, rows * columns)
-    assert layout.code_shape == codes
-    assert layout.scale_shape == scales
+    assert layout.shapes == (codes, scales)
+    assert layout.maxima_shape == scales
     assert layout.nbytes == fmt.bytes(rows, columns)
     experts = WeightLayout(fmt, 7, (("w2", rows),), columns)
-    assert (experts.code_shape, experts.scale_shape) == ((7, *codes), (7, *scales))
+    assert experts.shapes == ((7, *codes), (7, *scales))
     assert (experts.numel, experts.nbytes) == (7 * layout.numel, 7 * layout.nbytes)
 
 
@@ -52,7 +52,7 @@ def test_shapes_of_one_matrix(
      (FP8_BLOCK, 128, (2, 1)), (FP8_BLOCK, 130, (4, 1))],
 )  # fmt: skip
 def test_every_shard_has_scales_of_its_own(fmt: WeightFormat, half: int, scales: tuple[int, int]) -> None:
-    assert gate_up(fmt, half, 40).scale_shape == scales
+    assert gate_up(fmt, half, 40).shapes[1] == scales
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_a_region_across_a_border_is_cut_there() -> None:
     layout = gate_up(FP8_BLOCK, 130, 200)
     first, second = layout.blocks(Region(None, (128, 134), (0, 200)))
     assert first.rows == (0, 2)
-    assert first.code_index == (slice(128, 130), slice(0, 200))
-    assert first.scale_index == (slice(1, 2), slice(0, 2))
+    assert first.index[0] == (slice(128, 130), slice(0, 200))
+    assert first.index[1] == (slice(1, 2), slice(0, 2))
     assert first.whole  # the last, short block of gate
     assert second.rows == (2, 6)
-    assert second.code_index == (slice(130, 134), slice(0, 200))
-    assert second.scale_index == (slice(2, 3), slice(0, 2))
+    assert second.index[0] == (slice(130, 134), slice(0, 200))
+    assert second.index[1] == (slice(2, 3), slice(0, 2))
     assert not second.whole  # four of the 128 rows of the first block of up
     assert not layout.whole(Region(None, (128, 134), (0, 200)))
 
@@ -105,22 +105,21 @@ def test_the_padding_of_an_odd_k_belongs_to_the_last_columns(
     region: Region, codes: tuple[slice, slice], scales: tuple[slice, slice]
 ) -> None:
     (block,) = WeightLayout(MXFP4, None, (("", 4),), 80).blocks(region)
-    assert (block.code_index, block.scale_index, block.whole) == (codes, scales, True)
+    assert (block.index, block.maxima, block.whole) == ((codes, scales), scales, True)
 
 
 def test_padding_of_shards_and_columns() -> None:
     layout = WeightLayout(MXFP4, 2, (("w1", 100), ("w3", 100)), 90, (256, 256))
     assert (layout.rows, layout.columns, layout.numel) == (200, 90, 2 * 200 * 90)
-    assert (layout.code_shape, layout.scale_shape) == ((2, 512, 128), (2, 512, 8))
+    assert layout.shapes == ((2, 512, 128), (2, 512, 8))
     assert layout.nbytes == 2 * 512 * (128 + 8)
     gate, up = layout.parts()
-    assert (gate.rows, gate.codes, gate.scales) == (slice(0, 100), (slice(0, 100), slice(0, 48)), gate.scales)
-    assert gate.scales == (slice(0, 100), slice(0, 3))
+    assert gate.rows == slice(0, 100)
+    assert gate.index == ((slice(0, 100), slice(0, 48)), (slice(0, 100), slice(0, 3)))
     assert up.rows == slice(100, 200)
-    assert up.codes == (slice(256, 356), slice(0, 48))
-    assert up.scales == (slice(256, 356), slice(0, 3))
+    assert up.index == ((slice(256, 356), slice(0, 48)), (slice(256, 356), slice(0, 3)))
     blocks = list(layout.blocks(Region(1, (98, 102), (64, 90))))
-    assert [block.code_index for block in blocks] == [
+    assert [block.index[0] for block in blocks] == [
         (slice(98, 100), slice(32, 48)),
         (slice(256, 258), slice(32, 48)),
     ]
@@ -140,11 +139,11 @@ def test_padding_is_what_the_parts_leave_over(
     fmt: WeightFormat, experts: int | None, shards: list[int], columns: int, multiples: tuple[int, int]
 ) -> None:
     layout = WeightLayout(fmt, experts, tuple((str(i), rows) for i, rows in enumerate(shards)), columns, multiples)
-    codes, scales = torch.ones(layout.code_shape), torch.ones(layout.scale_shape)
-    layout.clear_padding(codes, scales)
+    codes, scales = torch.ones(layout.shapes[0]), torch.ones(layout.shapes[1])
+    layout.clear_padding((codes, scales))
     for tensor, wanted, indices in (
-        (codes, fmt.code_shape, [part.codes for part in layout.parts()]),
-        (scales, fmt.scale_shape, [part.scales for part in layout.parts()]),
+        (codes, fmt.code_shape, [part.index[0] for part in layout.parts()]),
+        (scales, fmt.scale_shape, [part.index[1] for part in layout.parts()]),
     ):
         assert tensor.sum() == (experts or 1) * sum(math.prod(wanted(rows, columns)) for rows in shards)
         for index, rows in zip(indices, shards, strict=True):
@@ -190,16 +189,16 @@ def test_blocks_cover_a_region_once_and_whole_blocks_share_no_scale(
     top = data.draw(st.integers(0, layout.rows - 1))
     region = Region(None, (top, data.draw(st.integers(top + 1, layout.rows))), (0, columns))
     covered = torch.zeros(region.rows[1] - region.rows[0], dtype=torch.int)
-    codes = torch.zeros(layout.code_shape, dtype=torch.int)
-    scales = torch.zeros(layout.scale_shape, dtype=torch.int)
+    codes = torch.zeros(layout.shapes[0], dtype=torch.int)
+    scales = torch.zeros(layout.shapes[1], dtype=torch.int)
     for block in layout.blocks(region):
         rows = block.rows[1] - block.rows[0]
         covered[slice(*block.rows)] += 1
-        codes[block.code_index] += 1
-        scales[block.scale_index] += 1
-        assert codes[block.code_index].shape == fmt.code_shape(rows, columns)
+        codes[block.index[0]] += 1
+        scales[block.index[1]] += 1
+        assert codes[block.index[0]].shape == fmt.code_shape(rows, columns)
         if block.whole:
-            assert scales[block.scale_index].shape == fmt.scale_shape(rows, columns)
+            assert scales[block.index[1]].shape == fmt.scale_shape(rows, columns)
     assert (covered == 1).all()
     assert (codes[slice(*region.rows)] == 1).all()
     assert codes.sum() == codes[slice(*region.rows)].sum()

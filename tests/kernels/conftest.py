@@ -58,14 +58,14 @@ class Runner:
 
     def quantize(self, source: torch.Tensor, statistics: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         codes, scales = self.empty(*source.shape)
-        assert self.kernels.quantize(source.to(self.device), codes, scales, statistics) == 0
+        assert self.kernels.quantize(source.to(self.device), (codes, scales), statistics) == 0
         return codes.cpu(), scales.cpu()
 
     def dequantize(
         self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
         out = torch.full(shape, 77.0, dtype=dtype, device=self.device)
-        self.kernels.dequantize(codes.to(self.device), scales.to(self.device), out)
+        self.kernels.dequantize((codes.to(self.device), scales.to(self.device)), out)
         return out.cpu()
 
 

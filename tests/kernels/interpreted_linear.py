@@ -46,7 +46,7 @@ def quantized_matrix(name: str, matrix: torch.Tensor) -> tuple[torch.Tensor, tor
     fmt = FORMATS[name]
     codes = torch.zeros(fmt.code_shape(*matrix.shape), dtype=torch.uint8).view(fmt.code_dtype)
     scales = torch.zeros(fmt.scale_shape(*matrix.shape)).to(fmt.scale_dtype)
-    assert REFERENCES[name].quantize(matrix, codes, scales) == 0
+    assert REFERENCES[name].quantize(matrix, (codes, scales)) == 0
     return codes, scales
 
 
@@ -54,7 +54,7 @@ def dequantized(
     name: str, codes: torch.Tensor, scales: torch.Tensor, n_rows: int, k: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     out = torch.empty(n_rows, k, dtype=dtype)
-    REFERENCES[name].dequantize(codes, scales, out)
+    REFERENCES[name].dequantize((codes, scales), out)
     return out.double()
 
 
@@ -108,7 +108,7 @@ def test_weight_only(record_property, name, tokens, n_rows, k, dtype, target, bi
     x, bias = activations(tokens, k, dtype), torch.randn(n_rows).to(torch.float32 if bias_is_float32 else dtype)
     weight = multiplied(name, codes, scales, n_rows, k, x)
     want = F.linear(x.double(), weight, bias.double())
-    got = TritonLinear(FORMATS[name], target=GpuTarget(target, 4))(x, codes, scales, bias, n_rows, k)
+    got = TritonLinear(FORMATS[name], target=GpuTarget(target, 4))(x, (codes, scales), bias, n_rows, k)
     assert got.dtype == dtype
     assert_close(got, want, F.linear(x.double().abs(), weight.abs()))
 
@@ -122,7 +122,7 @@ def test_quantized_activations(record_property, name, tokens, n_rows, k):
     codes, scales = quantized(name, n_rows, k)
     x = activations(tokens, k, torch.bfloat16)
     weight, seen = dequantized(name, codes, scales, n_rows, k), rounded(name, x)
-    got = TritonLinear(FORMATS[name], True, GFX950)(x, codes, scales, None, n_rows, k)
+    got = TritonLinear(FORMATS[name], True, GFX950)(x, (codes, scales), None, n_rows, k)
     assert_close(got, F.linear(seen, weight), F.linear(seen.abs(), weight.abs()))
 
 
@@ -155,7 +155,7 @@ def test_what_is_not_finite_stays_visible(name, bad):
     codes, scales = quantized(name, 16, 256)
     x = activations(40, 256, torch.bfloat16)
     x[3, 5] = bad
-    out = TritonLinear(FORMATS[name], True, GFX950)(x, codes, scales, None, 16, 256)
+    out = TritonLinear(FORMATS[name], True, GFX950)(x, (codes, scales), None, 16, 256)
     assert not torch.isfinite(out[3]).any()
     assert torch.isfinite(out[:3]).all() or name.startswith("fp8_tensor")
 
@@ -172,7 +172,7 @@ def test_through_torch_scaled_mm(name, tokens, n_rows, dtype, bias_dtype):
     linear = ScaledMmLinear(FORMATS[name], GFX950)
     assert linear.takes(x, codes, n_rows, 160) is (tokens == 40 and (dtype == torch.bfloat16 or name == "fp8_tensor"))
     weight, seen = dequantized(name, codes, scales, n_rows, 160), rounded(name, x)
-    got = linear(x, codes, scales, bias, n_rows, 160)
+    got = linear(x, (codes, scales), bias, n_rows, 160)
     assert got.dtype == dtype
     # the CPU's version scales the codes first, in float32: a rounding for every product
     magnitude = 4 * F.linear(seen.abs(), weight.abs()) + 4
@@ -189,9 +189,9 @@ def test_every_code_under_scales_of_all_sizes(record_property, name):
     every = torch.arange(256, dtype=torch.int32).repeat(24, 1)
     codes = mx.pack_fp6(every & 63) if fmt.code_bits == 6 else every.where(every & 127 != 127, 0).to(torch.uint8)
     weight = torch.empty(24, 256)
-    REFERENCES[name].dequantize(codes.view(fmt.code_dtype), scales, weight)
+    REFERENCES[name].dequantize((codes.view(fmt.code_dtype), scales), weight)
     got = TritonLinear(fmt, target=GpuTarget("sm_90", 4))(
-        torch.eye(256), codes.view(fmt.code_dtype), scales, None, 24, 256
+        torch.eye(256), (codes.view(fmt.code_dtype), scales), None, 24, 256
     )
     assert torch.equal(got.T, weight)
 
@@ -205,8 +205,8 @@ def test_every_code_under_every_zero_point(record_property, name):
     scales = torch.randn(fmt.scale_shape(16, 300), generator=torch.Generator().manual_seed(0)).to(fmt.scale_dtype)
     scales[:, 1::2] = torch.arange(16)[:, None].to(fmt.scale_dtype)
     weight = torch.empty(16, 300)
-    REFERENCES[name].dequantize(codes, scales, weight)
-    got = TritonLinear(fmt, target=GpuTarget("sm_90", 4))(torch.eye(300), codes, scales, None, 16, 300)
+    REFERENCES[name].dequantize((codes, scales), weight)
+    got = TritonLinear(fmt, target=GpuTarget("sm_90", 4))(torch.eye(300), (codes, scales), None, 16, 300)
     assert torch.equal(got.T, weight)
 
 
@@ -233,7 +233,7 @@ def test_experts(record_property, name, is_quantized, counts):
     idle = [e for e, count in enumerate(counts) if not count]
     scales[idle] = 255 if scales.dtype == torch.uint8 else float("nan")
     x, bias = activations(tokens, k, torch.bfloat16), torch.randn(5, n_rows)
-    out = TritonExperts(fmt, is_quantized, GFX950)(x, codes, scales, bias, offsets, n_rows, k)
+    out = TritonExperts(fmt, is_quantized, GFX950)(x, (codes, scales), bias, offsets, n_rows, k)
     seen = rounded(name, x) if is_quantized else x.double()
     for expert, (start, stop) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
         if start < stop:
@@ -258,7 +258,7 @@ def test_rows_with_multipliers(record_property, is_quantized, dtype):
     x, bias = activations(tokens, k, dtype), torch.randn(3, n_rows)
     linear = MultipliedLinear(MXFP4_ROWS, TritonLinear(MXFP4, is_quantized, GFX950))
     experts = MultipliedExperts(MXFP4_ROWS, TritonExperts(MXFP4, is_quantized, GFX950))
-    out = experts(x, codes, scales, bias, offsets, n_rows, k)
+    out = experts(x, (codes, scales), bias, offsets, n_rows, k)
     seen = rounded("mxfp4", x) if is_quantized else x.double()
     for expert, (start, stop) in enumerate([(0, 5), (5, 7)], start=1):
         weight = dequantized("mxfp4_rows", codes[expert], scales[expert], n_rows, k)
@@ -266,5 +266,5 @@ def test_rows_with_multipliers(record_property, is_quantized, dtype):
         magnitude = F.linear(seen[start:stop].abs(), weight.abs()) + 4
         magnitude *= 1 + torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 64  # of the product before the bias
         assert_close(out[start:stop], want, magnitude)
-        assert_close(linear(rows, codes[expert], scales[expert], bias[expert], n_rows, k), want, magnitude)
+        assert_close(linear(rows, (codes[expert], scales[expert]), bias[expert], n_rows, k), want, magnitude)
     assert not out[offsets[-1] :].any()

@@ -41,7 +41,7 @@ def test_two_passes(name, record_property):
     record_property("kernel", f"finish_scales {name}")
     fmt, kernels, source = FORMATS[name], triton_quantize(name), weights()
     want = outputs(name)
-    assert plain(name).quantize(source, *want) == 0
+    assert plain(name).quantize(source, want) == 0
     amax = torch.zeros(fmt.scale_shape(ROWS, COLS))
     cut = 128
     parts = (slice(0, cut), slice(cut, ROWS))
@@ -49,15 +49,15 @@ def test_two_passes(name, record_property):
         blocks = slice(rows.start // fmt.block_rows, -(-rows.stop // fmt.block_rows)) if fmt.block_rows else slice(0, 1)
         assert kernels.observe(source[rows], amax[blocks]) == 0
     codes, scales = outputs(name)
-    assert kernels.finish_scales(amax, scales) is scales
+    kernels.finish_scales(amax, (scales,))
     assert same(scales, want[1])
     for rows in parts:
         blocks = slice(rows.start // fmt.block_rows, -(-rows.stop // fmt.block_rows)) if fmt.block_rows else slice(0, 1)
-        assert kernels.quantize(source[rows], codes[rows], scales[blocks], scales_known=True) == 0
+        assert kernels.quantize(source[rows], (codes[rows], scales[blocks]), scales_known=True) == 0
     assert same(codes, want[0])
     assert same(scales, want[1])
     if fmt.scale_dtype == torch.float32:
-        assert kernels.finish_scales(amax) is amax
+        kernels.finish_scales(amax, (amax,))
         assert same(amax, scales)
 
 
@@ -68,8 +68,8 @@ def test_scales_of_every_exponent(name, record_property):
     significands = torch.tensor([0, 1, 0x400000, 0x400001, 0x5FFFFF, 0x600000, 0x600001, 0x700000, 0x780000, 0x7FFFFF])
     amax = (exponents[:, None] << 23 | significands[None, :].int()).view(torch.float32)
     got, want = (torch.zeros(amax.shape, dtype=FORMATS[name].scale_dtype) for _ in range(2))
-    triton_quantize(name).finish_scales(amax, got)
-    plain(name).finish_scales(amax, want)
+    triton_quantize(name).finish_scales(amax, (got,))
+    plain(name).finish_scales(amax, (want,))
     assert same(got, want)
 
 
@@ -85,8 +85,8 @@ def test_every_byte_under_large_and_small_scales(name, dtype, record_property):
         if fmt.scale_dtype == torch.uint8:
             scales = torch.full(scales.shape, 127 + exponent, dtype=torch.uint8)
         got, want = (torch.zeros(1, 256, dtype=dtype) for _ in range(2))
-        triton_quantize(name).dequantize(codes, scales, got)
-        plain(name).dequantize(codes, scales, want)
+        triton_quantize(name).dequantize((codes, scales), got)
+        plain(name).dequantize((codes, scales), want)
         finite = ~want.isnan()
         assert torch.equal(got.isnan(), want.isnan())
         assert same(got[finite], want[finite])
@@ -109,20 +109,20 @@ def test_integers_of_every_group(fmt: WeightFormat, record_property):
         (torch.full(shapes[0], 77, dtype=torch.uint8), torch.full(shapes[1], 7, dtype=fmt.scale_dtype))
         for _ in range(3)
     )
-    assert plain(fmt.name).quantize(source, *want) == 0
+    assert plain(fmt.name).quantize(source, want) == 0
     kernels = triton_quantize(fmt.name)
-    assert kernels.quantize(source, *got) == 0
+    assert kernels.quantize(source, got) == 0
     assert same(got[0], want[0])
     assert same(got[1], want[1])
     for cols in (slice(0, 256), slice(256, 331)):
         words = (
             slice(2 * cols.start // fmt.block_cols, 2 * -(-cols.stop // fmt.block_cols)) if fmt.block_cols else slice(2)
         )
-        codes = parts[0][:, fmt.code_column(cols.start) : -(-cols.stop * fmt.code_bits // 8)]
-        assert kernels.quantize(source[:, cols], codes, want[1][:, words], scales_known=True) == 0
+        codes = parts[0][:, fmt.tensors[0].columns(cols.start, cols.stop, source.shape[1])]
+        assert kernels.quantize(source[:, cols], (codes, want[1][:, words]), scales_known=True) == 0
     assert same(parts[0], want[0])
     for dtype in (torch.float32, torch.bfloat16):
         values, expected = torch.zeros(source.shape, dtype=dtype), torch.zeros(source.shape, dtype=dtype)
-        kernels.dequantize(*got, values)
-        plain(fmt.name).dequantize(*want, expected)
+        kernels.dequantize(got, values)
+        plain(fmt.name).dequantize(want, expected)
         assert same(values, expected)

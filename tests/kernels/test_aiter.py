@@ -42,13 +42,13 @@ def layouts() -> dict[str, Tensor]:
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(MXFP4.code_shape(*x.shape), dtype=torch.uint8)
     scales = torch.empty(MXFP4.scale_shape(*x.shape), dtype=torch.uint8)
-    assert mxfp4.reference.quantize(x, codes, scales) == 0
+    assert mxfp4.reference.quantize(x, (codes, scales)) == 0
     return codes, scales
 
 
 def values(codes: Tensor, scales: Tensor) -> Tensor:
     out = torch.empty(codes.shape[0], codes.shape[1] * 2)
-    mxfp4.reference.dequantize(codes, scales, out)
+    mxfp4.reference.dequantize((codes, scales), out)
     return out
 
 
@@ -208,10 +208,10 @@ def test_arranging_in_place_and_back(stand_in: StandIn, monkeypatch: pytest.Monk
     codes = torch.randint(0, 256, (3, 512, 256), dtype=torch.uint8)
     scales = torch.randint(0, 256, (3, 512, 16), dtype=torch.uint8)
     arranged = codes.clone(), scales.clone()
-    aiter.arrange(*arranged)
+    aiter.arrange(arranged)
     assert torch.equal(arranged[0], stand_in.shuffle_weight(codes).view(codes.shape))
     assert torch.equal(arranged[1][2], stand_in.e8m0_shuffle(scales[2]))
-    back = aiter.canonical(*arranged)
+    back = aiter.canonical(arranged)
     assert torch.equal(back[0], codes)
     assert torch.equal(back[1], scales)
 
@@ -241,7 +241,7 @@ def test_linear(stand_in: StandIn, tokens: int, n_rows: int, k: int, dtype: torc
         held = inside(codes, layer.weight.shape), inside(scales, layer.weight_scale.shape)
         layer.weight, layer.weight_scale = (nn.Parameter(t, requires_grad=False) for t in held)
         scheme.process_weights_after_loading(layer)
-        assert all(map(torch.equal, aiter.canonical(layer.weight, layer.weight_scale), expected))
+        assert all(map(torch.equal, aiter.canonical((layer.weight, layer.weight_scale)), expected))
         assert torch.equal(scheme.dequantize(layer, "weight"), want_weight)
     x, bias = torch.randn(2, tokens, k).to(dtype), torch.randn(n_rows)
     out = scheme.apply(layer, x, bias)
@@ -254,10 +254,10 @@ def test_linear(stand_in: StandIn, tokens: int, n_rows: int, k: int, dtype: torc
 def test_a_weight_that_is_not_padded_is_named() -> None:
     codes, scales = quantize(torch.randn(100, 90))
     with pytest.raises(ValueError, match=r"a \[256, 256\] weight has codes \[256, 128\]"):
-        aiter.AiterLinear()(torch.randn(2, 90), codes, scales, None, 100, 90)
+        aiter.AiterLinear()(torch.randn(2, 90), (codes, scales), None, 100, 90)
     codes, scales = torch.zeros(256, 128, dtype=torch.uint8), torch.zeros(256, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"bias must have shape \[100\], got \[256\]"):
-        aiter.AiterLinear()(torch.randn(2, 90), codes, scales, torch.zeros(256), 100, 90)
+        aiter.AiterLinear()(torch.randn(2, 90), (codes, scales), torch.zeros(256), 100, 90)
 
 
 class Experts(nn.Module):
@@ -327,7 +327,7 @@ def test_a_whole_experts_layer(stand_in: StandIn, hidden: int, intermediate: int
     assert layer.get_parameter("down_proj_scale").shape == (3, wide, inner // 32)
     for name, want in weights.items():
         assert torch.equal(scheme.dequantize(layer, name), want)
-    codes, scales = aiter.canonical(*scheme.weight(layer, "gate_up_proj"))
+    codes, scales = aiter.canonical((layer.gate_up_proj, layer.gate_up_proj_scale))
     for start in (0, inner):  # gate, and up at a multiple of 256 rows
         assert codes[:, start : start + intermediate, : hidden // 2].any()
         assert not codes[:, start + intermediate : start + inner].any()

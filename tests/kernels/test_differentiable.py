@@ -19,9 +19,9 @@ def quantized(name: str, rows: int, k: int, experts: int = 1):
     for _ in range(experts):
         codes = torch.zeros(fmt.code_shape(rows, k), dtype=torch.uint8).view(fmt.code_dtype)
         scales = torch.zeros(fmt.scale_shape(rows, k), dtype=fmt.scale_dtype)
-        assert kernels.quantize(torch.randn(rows, k, generator=generator), codes, scales) == 0
+        assert kernels.quantize(torch.randn(rows, k, generator=generator), (codes, scales)) == 0
         weight = torch.empty(rows, k)
-        kernels.dequantize(codes, scales, weight)
+        kernels.dequantize((codes, scales), weight)
         made.append((codes, scales, weight))
     return kernels, made
 
@@ -33,7 +33,7 @@ def test_linear(name, tokens):
     x = torch.randn(tokens, 96, requires_grad=True)
     bias = torch.randn(300, requires_grad=True)
     twins = [t.detach().double().requires_grad_() for t in (x, bias)]
-    out = kernels.linear(x, codes, scales, bias, 300, 96)
+    out = kernels.linear(x, (codes, scales), bias, 300, 96)
     want = F.linear(twins[0], weight.double(), twins[1])
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-4)
     direction = torch.randn(tokens, 300)
@@ -49,7 +49,7 @@ def test_a_weight_of_more_than_one_tile():
     assert tile_rows(kernels.format, 40, 1 << 16) == 32
     x = torch.randn(2, 1 << 16, requires_grad=True)
     direction = torch.randn(2, 40)
-    kernels.linear(x, codes, scales, None, 40, 1 << 16).backward(direction)
+    kernels.linear(x, (codes, scales), None, 40, 1 << 16).backward(direction)
     torch.testing.assert_close(x.grad, direction @ weight, rtol=1e-4, atol=1e-4)
 
 
@@ -57,7 +57,7 @@ def test_a_weight_of_more_than_one_tile():
 def test_the_gradient_of_a_float32_bias_beside_bfloat16(tokens):
     kernels, [(codes, scales, _)] = quantized("mxfp4", 64, 96)
     x, bias = torch.randn(tokens, 96).bfloat16(), torch.randn(64, requires_grad=True)
-    kernels.linear(x, codes, scales, bias, 64, 96).sum().backward()
+    kernels.linear(x, (codes, scales), bias, 64, 96).sum().backward()
     assert bias.grad.dtype == torch.float32
     assert torch.equal(bias.grad, torch.full((64,), float(tokens)))  # 301 is no BF16
 
@@ -68,7 +68,7 @@ def test_experts(name):
     codes, scales = (torch.stack([one[i].view(torch.uint8) for one in made]) for i in (0, 1))
     codes, scales = codes.view(made[0][0].dtype), scales.view(made[0][1].dtype)
     x, offsets = torch.randn(9, 96, requires_grad=True), torch.tensor([0, 4, 4, 9])
-    kernels.experts(x, codes, scales, None, offsets, 64, 96).sum().backward()
+    kernels.experts(x, (codes, scales), None, offsets, 64, 96).sum().backward()
     for rows, expert in ((slice(0, 4), 0), (slice(4, 9), 2)):
         want = made[expert][2].sum(0).expand(rows.stop - rows.start, -1)
         torch.testing.assert_close(x.grad[rows], want, rtol=1e-4, atol=1e-4)
@@ -77,7 +77,7 @@ def test_experts(name):
 def test_two_layers_that_share_scratch_memory():
     kernels, [(codes, scales, weight)] = quantized("mxfp4", 96, 96)
     x = torch.randn(50, 96, requires_grad=True)
-    kernels.linear(kernels.linear(x, codes, scales, None, 96, 96), codes, scales, None, 96, 96).sum().backward()
+    kernels.linear(kernels.linear(x, (codes, scales), None, 96, 96), (codes, scales), None, 96, 96).sum().backward()
     want = (weight @ weight).sum(0).expand(50, -1)
     torch.testing.assert_close(x.grad, want, rtol=1e-3, atol=1e-3)
 
@@ -86,15 +86,15 @@ def test_without_gradients_the_kernel_is_called_as_it_is():
     kernels, [(codes, scales, _)] = quantized("mxfp4", 96, 96)
     for x in (torch.randn(2, 96), torch.randn(2, 96, requires_grad=True)):
         with torch.no_grad():
-            assert kernels.linear(x, codes, scales, None, 96, 96).grad_fn is None
-    assert kernels.linear(torch.randn(2, 96), codes, scales, None, 96, 96).grad_fn is None
+            assert kernels.linear(x, (codes, scales), None, 96, 96).grad_fn is None
+    assert kernels.linear(torch.randn(2, 96), (codes, scales), None, 96, 96).grad_fn is None
 
 
 def test_an_arrangement_without_gradients_says_so():
     kernels, [(codes, scales, _)] = quantized("mxfp4", 96, 96)
     arranged = Linear(kernels.format, kernels.linear.forward, kernels.dequantize, object())
     with pytest.raises(ValueError, match="arranged for a kernel without gradients"):
-        arranged(torch.randn(2, 96, requires_grad=True), codes, scales, None, 96, 96)
+        arranged(torch.randn(2, 96, requires_grad=True), (codes, scales), None, 96, 96)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "fp8_channel", "int8_channel", "mxfp8"])
@@ -103,10 +103,10 @@ def test_an_arrangement_without_gradients_says_so():
 def test_the_default_dtype_of_torch_changes_nothing(name, dtype, tokens):
     kernels, [(codes, scales, _)] = quantized(name, 300, 96)
     for x in (torch.randn(tokens, 96).bfloat16(), torch.randn(tokens, 96).half()):
-        want = kernels.linear(x, codes, scales, None, 300, 96)
+        want = kernels.linear(x, (codes, scales), None, 300, 96)
         torch.set_default_dtype(dtype)
         try:
-            got = kernels.linear(x, codes, scales, None, 300, 96)
+            got = kernels.linear(x, (codes, scales), None, 300, 96)
         finally:
             torch.set_default_dtype(torch.float32)
         assert torch.equal(got, want)

@@ -20,13 +20,13 @@ def quantized(
     fmt = FORMATS[name]
     codes = torch.full(fmt.code_shape(*source.shape), 77, dtype=torch.uint8)
     scales = torch.full(fmt.scale_shape(*source.shape), 77, dtype=fmt.scale_dtype)
-    assert kernel_set(name, "cpu", {"quantize": kernel}).quantize(source, codes, scales, statistics) == 0
+    assert kernel_set(name, "cpu", {"quantize": kernel}).quantize(source, (codes, scales), statistics) == 0
     return codes, scales
 
 
 def dequantized(name: str, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor:
     out = torch.empty(len(codes), cols)
-    kernel_set(name, "cpu").dequantize(codes, scales, out)
+    kernel_set(name, "cpu").dequantize((codes, scales), out)
     return out
 
 
@@ -111,7 +111,7 @@ def test_saturation_under_known_scales(name, kernel):
     codes, scales = quantized(name, source, kernel)
     scales[:, 0::2] *= 0.5
     got = stats.new_statistics()
-    assert kernels.quantize(source, codes, scales, got, scales_known=True) == 0
+    assert kernels.quantize(source, (codes, scales), got, scales_known=True) == 0
     zero, step = (scales[:, word::2].double().repeat_interleave(fmt.block_cols or 64, 1) for word in (1, 0))
     lowest, highest = (1 if fmt is INT4FP8_CHANNEL else 0) - zero, 2**fmt.code_bits - 1 - zero
     ratio = source.double() / step
@@ -158,5 +158,5 @@ def test_nvfp4_is_read():
     codes = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE, 0x77]], dtype=torch.uint8)
     out = torch.empty(1, 18)
     function = next(k for k, reason in candidates("dequantize", "nvfp4", "cpu") if reason is None)
-    function(codes, torch.tensor([[1.0, 0.25]]), out)
+    function((codes, torch.tensor([[1.0, 0.25]])), out)
     assert out[0].tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6, 1.5, 1.5]

@@ -24,7 +24,7 @@ def quantized(name: str, kernel: str, source: torch.Tensor) -> tuple[torch.Tenso
     kernels = kernel_set(name, "cpu", {"quantize": kernel})
     codes = torch.zeros(kernels.format.code_shape(*source.shape), dtype=torch.uint8)
     scales = torch.zeros(kernels.format.scale_shape(*source.shape), dtype=kernels.format.scale_dtype)
-    assert kernels.quantize(source, codes, scales) == 0
+    assert kernels.quantize(source, (codes, scales)) == 0
     return torch.stack((codes & 15, codes >> 4), -1).flatten(1), scales
 
 

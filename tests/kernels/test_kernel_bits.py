@@ -15,7 +15,7 @@ GRID = [Fraction(n, 2) for n in (0, 1, 2, 3, 4, 6, 8, 12)]
 def plain(contender, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales by the torch reference on the CPU."""
     codes, scales = (t.cpu() for t in contender.empty(*source.shape))
-    assert kernel_set(contender.format.name, "cpu", {"quantize": "torch"}).quantize(source, codes, scales) == 0
+    assert kernel_set(contender.format.name, "cpu", {"quantize": "torch"}).quantize(source, (codes, scales)) == 0
     return codes, scales
 
 
@@ -156,7 +156,7 @@ def test_dequantize(contender, shape, dtype):
         scales.copy_(torch.rand(scales.shape, generator=generator))
     want = torch.empty(shape, dtype=dtype)
     plain_set = kernel_set(contender.format.name, "cpu", {"dequantize": "torch"})
-    plain_set.dequantize(codes.cpu(), scales.cpu(), want)
+    plain_set.dequantize((codes.cpu(), scales.cpu()), want)
     got = contender.dequantize(codes, scales, shape, dtype)
     assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 

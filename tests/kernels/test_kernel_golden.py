@@ -82,4 +82,4 @@ def test_nonfinite_weights_are_counted(runner, vectors):
     bad = int((~torch.isfinite(source.float())).sum())
     codes, scales = runner.empty(*source.shape)
     assert bad > 0
-    assert runner.kernels.quantize(source.to(runner.device), codes, scales) == bad
+    assert runner.kernels.quantize(source.to(runner.device), (codes, scales)) == bad

@@ -33,7 +33,7 @@ def quantized(kernels, n_rows: int, k: int, size: float = 1.0) -> tuple[torch.Te
     weight = (torch.randn(n_rows, k, generator=torch.Generator().manual_seed(1)) * size).bfloat16()
     codes = torch.zeros(fmt.code_shape(n_rows, k), dtype=torch.uint8).view(fmt.code_dtype)
     scales = torch.zeros(fmt.scale_shape(n_rows, k), dtype=fmt.scale_dtype)
-    assert kernels.quantize(weight, codes, scales) == 0
+    assert kernels.quantize(weight, (codes, scales)) == 0
     return codes, scales
 
 
@@ -64,8 +64,8 @@ def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows
     codes, scales = small_weight(runner.format.name, n_rows, k)
     dequantized = runner.dequantize(codes, scales, (n_rows, k), dtype)
     want = F.linear(x.double(), dequantized.double(), None if bias is None else bias.double())
-    on_device = [t if t is None else t.to(runner.device) for t in (x, codes, scales, bias)]
-    got = runner.kernels.linear(*on_device, n_rows, k).cpu()
+    x, codes, scales, bias = (t if t is None else t.to(runner.device) for t in (x, codes, scales, bias))
+    got = runner.kernels.linear(x, (codes, scales), bias, n_rows, k).cpu()
     assert got.shape == (tokens, n_rows)
     assert got.dtype == dtype
     tolerance = 2 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps  # one rounding, and a float32 sum
@@ -78,8 +78,8 @@ def test_a_float32_bias_is_added_before_anything_is_rounded_to_the_type_of_x(run
     x = torch.zeros(tokens, 64, dtype=torch.bfloat16)
     x[:, 0] = -256
     bias = torch.full((64,), 256.5)  # 256 in BF16
-    on_device = [t.to(runner.device) for t in (x, codes, scales, bias)]
-    got = runner.kernels.linear(*on_device, 64, 64).cpu()
+    on_device = tuple(t.to(runner.device) for t in (codes, scales))
+    got = runner.kernels.linear(x.to(runner.device), on_device, bias.to(runner.device), 64, 64).cpu()
     assert got.dtype == torch.bfloat16
     one = runner.dequantize(codes, scales, (64, 64))[0, 0]  # more or less, and kernels may round it to BF16
     wanted = [256.5 - 256 * float(value) for value in (one, one.bfloat16())]
@@ -91,11 +91,11 @@ def test_arguments_that_do_not_fit_are_named(runner):
     x = torch.ones(2, 64, device=runner.device)
     codes, scales = codes.to(runner.device), scales.to(runner.device)
     with pytest.raises(ValueError, match=r"x of shape \[T, 32\]"):
-        runner.kernels.linear(x, codes, scales, None, 8, 32)
+        runner.kernels.linear(x, (codes, scales), None, 8, 32)
     with pytest.raises(ValueError, match="weight has codes"):
-        runner.kernels.linear(x, codes, scales, None, 9, 64)
+        runner.kernels.linear(x, (codes, scales), None, 9, 64)
     with pytest.raises(ValueError, match="bias"):
-        runner.kernels.linear(x, codes, scales, torch.ones(3, device=runner.device), 8, 64)
+        runner.kernels.linear(x, (codes, scales), torch.ones(3, device=runner.device), 8, 64)
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED)
@@ -107,7 +107,7 @@ def test_the_number_of_threads_changes_nothing(fmt, tokens):
     results = []
     for threads in (1, 2, 5):
         with torch_threads(threads):
-            results.append(kernels.linear(x, codes, scales, None, 1030, 512))
+            results.append(kernels.linear(x, (codes, scales), None, 1030, 512))
     if tokens < 30:  # torch's own matmul of a tile may sum in another order
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
@@ -121,8 +121,8 @@ def test_a_team_takes_every_row_once(threads):
     kernels = kernel_set("int8_channel", "cpu")
     codes, scales = quantized(kernels, 600, 512)
     want, got = torch.empty(600, 512), torch.full((600, 512), 77.0)
-    kernels.dequantize(codes, scales, want)
-    cpu_dequantize.dequantize(kernels.format, codes, scales, got, threads)
+    kernels.dequantize((codes, scales), want)
+    cpu_dequantize.dequantize(kernels.format, (codes, scales), got, threads)
     assert torch.equal(got, want)
     assert task is linear_build.dequantize_task()
 
@@ -133,8 +133,8 @@ def test_threads_start_where_scales_do(fmt, threads, rows):
     kernels = kernel_set(fmt, "cpu")
     codes, scales = quantized(kernels, rows, 1024)
     want, got = torch.empty(rows, 1024), torch.empty(rows, 1024)
-    kernels.dequantize(codes, scales, want)
-    cpu_dequantize.dequantize(kernels.format, codes, scales, got, threads)
+    kernels.dequantize((codes, scales), want)
+    cpu_dequantize.dequantize(kernels.format, (codes, scales), got, threads)
     assert torch.equal(got, want)
 
 
@@ -145,8 +145,8 @@ def test_scratch_made_in_inference_mode_serves_outside_of_it(tokens):
     x = torch.randn(tokens, 96).half()
     cpu_linear._reused.__dict__.clear()
     with torch.inference_mode():
-        want = kernels.linear(x, codes, scales, None, 64, 96)
-    assert torch.equal(kernels.linear(x, codes, scales, None, 64, 96), want)
+        want = kernels.linear(x, (codes, scales), None, 64, 96)
+    assert torch.equal(kernels.linear(x, (codes, scales), None, 64, 96), want)
 
 
 def test_without_the_runtime_of_torch_one_thread_does_it(monkeypatch, caplog):
@@ -157,12 +157,12 @@ def test_without_the_runtime_of_torch_one_thread_does_it(monkeypatch, caplog):
         codes, scales = quantized(kernels, 1030, 512)
         x = torch.randn(1, 512).bfloat16()
         with caplog.at_level("INFO", "quantload"), torch_threads(2):
-            alone = kernels.linear(x, codes, scales, None, 1030, 512)
+            alone = kernels.linear(x, (codes, scales), None, 1030, 512)
         assert "OpenMP runtime was not found" in caplog.text
     finally:
         team._parallel.cache_clear()
     with torch_threads(2):
-        assert torch.equal(kernels.linear(x, codes, scales, None, 1030, 512), alone)
+        assert torch.equal(kernels.linear(x, (codes, scales), None, 1030, 512), alone)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which libraries a process has loaded")
@@ -194,11 +194,11 @@ def test_decoders_of_other_processors(decoder, monkeypatch):
     kernels = kernel_set(OTHERS[decoder], "cpu")
     codes, scales = quantized(kernels, 261, 224)
     dequantized = torch.empty(261, 224)
-    kernels.dequantize(codes, scales, dequantized)
+    kernels.dequantize((codes, scales), dequantized)
     for tokens in (1, 3, 8):
         x = torch.randn(tokens, 224).bfloat16()
         want = F.linear(x.double(), dequantized.double()).bfloat16()
-        torch.testing.assert_close(kernels.linear(x, codes, scales, None, 261, 224), want, rtol=0.008, atol=1e-4)
+        torch.testing.assert_close(kernels.linear(x, (codes, scales), None, 261, 224), want, rtol=0.008, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +211,9 @@ def test_weights_without_a_normal_bf16_count_as_zero_and_others_do_not(name, cod
     fmt = kernels.format
     codes = torch.full(fmt.code_shape(9, 32), code, dtype=torch.uint8).view(fmt.code_dtype)
     scales = torch.tensor([0, 1, 2, 3, 6, 64, 127, 200, 238], dtype=torch.uint8)[:, None]
-    out = kernels.linear(torch.full((1, 32), 0.5), codes, scales, None, 9, 32).double()
+    out = kernels.linear(torch.full((1, 32), 0.5), (codes, scales), None, 9, 32).double()
     exact = 0.5 * 32 * value * torch.pow(2.0, scales[:, 0].double() - 127)
     torch.testing.assert_close(out[0], exact, rtol=1e-6, atol=0)
-    rounded = kernels.linear(torch.full((1, 32), 0.5).bfloat16(), codes, scales, None, 9, 32).double()
+    rounded = kernels.linear(torch.full((1, 32), 0.5).bfloat16(), (codes, scales), None, 9, 32).double()
     torch.testing.assert_close(rounded[0, kept:], exact[kept:], rtol=0.004, atol=0)
     assert bool((rounded[0, :kept].abs() <= exact[:kept].abs() * 1.004).all())

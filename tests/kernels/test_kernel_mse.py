@@ -17,7 +17,7 @@ def quantize(name: str, source: torch.Tensor, kernel: str, measured: torch.Tenso
     kernels = kernel_set(name, "cpu", {"quantize": kernel}, "mse")
     codes = torch.full(kernels.format.code_shape(*source.shape), 77, dtype=torch.uint8).view(kernels.format.code_dtype)
     scales = torch.full(kernels.format.scale_shape(*source.shape), 77, dtype=torch.uint8)
-    assert kernels.quantize(source, codes, scales, measured) == 0
+    assert kernels.quantize(source, (codes, scales), measured) == 0
     return codes, scales
 
 
@@ -26,8 +26,8 @@ def squared_errors(name: str, source: torch.Tensor, scales: torch.Tensor) -> tor
     kernels = kernel_set(name, "cpu")
     codes = torch.zeros(kernels.format.code_shape(*source.shape), dtype=torch.uint8).view(kernels.format.code_dtype)
     values = torch.empty(source.shape)
-    assert kernels.quantize(source, codes, scales.clone(), scales_known=True) == 0
-    kernels.dequantize(codes, scales, values)
+    assert kernels.quantize(source, (codes, scales.clone()), scales_known=True) == 0
+    kernels.dequantize((codes, scales), values)
     return (source.double() - values.double()).square().view(*scales.shape, 32).sum(-1)
 
 
@@ -66,7 +66,7 @@ def test_less_is_lost_than_by_the_rule_of_the_format(name):
     source = torch.randn(256, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
     least, usual = stats.new_statistics(), stats.new_statistics()
     codes, scales = quantize(name, source, "numba", least)
-    assert kernel_set(name, "cpu").quantize(source, codes, scales, usual) == 0
+    assert kernel_set(name, "cpu").quantize(source, (codes, scales), usual) == 0
     assert least[stats.NOISE] < usual[stats.NOISE] * (0.995 if name == "mxfp4" else 1.0 + 1e-6)
     assert least[stats.SIGNAL] == pytest.approx(float(usual[stats.SIGNAL]))
 
@@ -107,10 +107,10 @@ def test_scales_that_are_known_are_left_alone(kernel):
     kernels = kernel_set("mxfp6_e2m3", "cpu", {"quantize": kernel}, "mse")
     source = torch.full((1, 32), 7.75)
     codes, scales = torch.zeros(1, 24, dtype=torch.uint8), torch.full((1, 1), 129, dtype=torch.uint8)
-    assert kernels.quantize(source, codes, scales, scales_known=True) == 0
+    assert kernels.quantize(source, (codes, scales), scales_known=True) == 0
     assert scales.item() == 129
     values = torch.empty(1, 32)
-    kernels.dequantize(codes, scales, values)
+    kernels.dequantize((codes, scales), values)
     assert (values == 8.0).all()
 
 
@@ -118,7 +118,7 @@ def test_scales_that_are_known_are_left_alone(kernel):
 def test_amax_alone_is_not_enough(kernel):
     kernels = kernel_set("mxfp8", "cpu", {"finish_scales": kernel}, "mse")
     with pytest.raises(ValueError, match="mxfp8: scales of the least squared error cannot be told from amax alone"):
-        kernels.finish_scales(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.uint8))
+        kernels.finish_scales(torch.ones(2, 3), (torch.zeros(2, 3, dtype=torch.uint8),))
 
 
 def test_formats_without_the_mode_say_which_they_have():

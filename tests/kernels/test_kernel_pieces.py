@@ -32,10 +32,6 @@ def block_range(start: int, stop: int, block: int) -> slice:
     return slice(start // block, -(-stop // block)) if block else slice(0, 1)
 
 
-def code_range(fmt, start: int, stop: int) -> slice:
-    return slice(fmt.code_column(start), fmt.code_shape(1, stop)[1])
-
-
 FRACTIONS = st.lists(st.floats(0, 1), max_size=4)
 
 
@@ -53,14 +49,14 @@ def test_one_pass_pieces_give_the_bytes_of_the_whole(name, rows, cols, row_cuts,
     source = weights(rows, cols)
     whole, pieces = new_outputs(fmt, rows, cols), new_outputs(fmt, rows, cols)
     total, parts = stats.new_statistics(), stats.new_statistics()
-    assert kernels.quantize(source, *whole, total) == 0
-    down, across = cuts(rows, fmt.row_align, row_cuts), cuts(cols, fmt.col_align, col_cuts)
+    assert kernels.quantize(source, whole, total) == 0
+    down, across = cuts(rows, fmt.block_rows or None, row_cuts), cuts(cols, fmt.block_cols or None, col_cuts)
     work = [(r, c) for r in pairwise(down) for c in pairwise(across)]
     order.shuffle(work)
     for (r0, r1), (c0, c1) in work:
-        codes = pieces[0][r0:r1, code_range(fmt, c0, c1)]
-        scales = pieces[1][block_range(r0, r1, fmt.block_rows), fmt.scale_columns(c0, c1, cols)]
-        assert kernels.quantize(source[r0:r1, c0:c1], codes, scales, parts) == 0
+        codes = pieces[0][r0:r1, fmt.tensors[0].columns(c0, c1, cols)]
+        scales = pieces[1][block_range(r0, r1, fmt.block_rows), fmt.scales[0].columns(c0, c1, cols)]
+        assert kernels.quantize(source[r0:r1, c0:c1], (codes, scales), parts) == 0
     assert_equal_outputs(whole, pieces)
     torch.testing.assert_close(parts, total, rtol=1e-5, atol=0)
 
@@ -80,22 +76,22 @@ def test_two_passes_give_the_bytes_of_one(name, rows, cols, row_cuts, col_cuts, 
     source = weights(rows, cols, seed=1)
     whole, pieces = new_outputs(fmt, rows, cols), new_outputs(fmt, rows, cols)
     total, parts = stats.new_statistics(), stats.new_statistics()
-    assert kernels.quantize(source, *whole, total) == 0
+    assert kernels.quantize(source, whole, total) == 0
     down, across = cuts(rows, fmt.block_rows or 1, row_cuts), cuts(cols, fmt.block_cols or fmt.packed, col_cuts)
     work = [(r, c) for r in pairwise(down) for c in pairwise(across)]
-    amax = torch.zeros(fmt.scale_shape(rows, cols))
+    amax = torch.zeros(fmt.amax_shape(rows, cols))
     for step in ("observe", "quantize"):
         order.shuffle(work)
         for (r0, r1), (c0, c1) in work:
             piece = source[r0:r1, c0:c1]
-            blocks = (block_range(r0, r1, fmt.block_rows), fmt.scale_columns(c0, c1, cols))
+            blocks = (block_range(r0, r1, fmt.block_rows), fmt.scales[0].columns(c0, c1, cols))
             if step == "observe":
                 assert kernels.observe(piece, amax[blocks]) == 0
             else:
-                codes = pieces[0][r0:r1, code_range(fmt, c0, c1)]
-                assert kernels.quantize(piece, codes, pieces[1][blocks], parts, scales_known=True) == 0
+                codes = pieces[0][r0:r1, fmt.tensors[0].columns(c0, c1, cols)]
+                assert kernels.quantize(piece, (codes, pieces[1][blocks]), parts, scales_known=True) == 0
         if step == "observe":
-            kernels.finish_scales(amax, pieces[1])
+            kernels.finish_scales(amax, (pieces[1],))
     assert_equal_outputs(whole, pieces)
     torch.testing.assert_close(parts, total, rtol=1e-5, atol=0)
 
@@ -114,11 +110,11 @@ def test_strided_views_and_guard_bytes(runner, dtype, cols):
     raw_scales = torch.full((scale_shape[0] + 2, scale_shape[1] + 2), 77, device=runner.device).to(scales.dtype)
     codes = raw_codes.view(codes.dtype)[1:-1, margin:-margin]
     scales = raw_scales[1:-1, 1:-1]
-    assert runner.kernels.quantize(wide_source[:, 3 : 3 + cols], codes, scales) == 0
+    assert runner.kernels.quantize(wide_source[:, 3 : 3 + cols], (codes, scales)) == 0
     assert torch.equal(codes.cpu().view(torch.uint8), want_codes.view(torch.uint8))
     assert torch.equal(scales.cpu(), want_scales)
     out = torch.full((rows, cols + 2), 77.0, device=runner.device)
-    runner.kernels.dequantize(codes, scales, out[:, 1:-1])
+    runner.kernels.dequantize((codes, scales), out[:, 1:-1])
     assert torch.equal(out[:, 1:-1].cpu(), runner.dequantize(want_codes, want_scales, (rows, cols)))
     raw_codes[1:-1, margin:-margin] = 77
     raw_scales[1:-1, 1:-1] = 77
@@ -135,12 +131,12 @@ def test_nonfinite_elements_are_counted(runner, dtype, where, value):
     source[where] = value
     codes, scales = runner.empty(140, 200)
     amax = torch.zeros(runner.format.scale_shape(140, 200), device=runner.device)
-    assert runner.kernels.quantize(source.to(runner.device), codes, scales) == 1
-    assert runner.kernels.quantize(source.to(runner.device), codes, scales, None, True) == 1
+    assert runner.kernels.quantize(source.to(runner.device), (codes, scales)) == 1
+    assert runner.kernels.quantize(source.to(runner.device), (codes, scales), None, True) == 1
     assert runner.kernels.observe(source.to(runner.device), amax) == 1
     source[5, :10] = value
     count = 10 + (where[0] != 5)
-    assert runner.kernels.quantize(source.to(runner.device), codes, scales) == count
+    assert runner.kernels.quantize(source.to(runner.device), (codes, scales)) == count
     assert runner.kernels.observe(source.to(runner.device), amax) == count
 
 
@@ -157,7 +153,8 @@ def test_empty_matrices(runner):
     for shape in ((0, 64), (4, 0)):
         codes, scales = runner.empty(*shape)
         assert (
-            runner.kernels.quantize(torch.zeros(shape, dtype=torch.bfloat16, device=runner.device), codes, scales) == 0
+            runner.kernels.quantize(torch.zeros(shape, dtype=torch.bfloat16, device=runner.device), (codes, scales))
+            == 0
         )
 
 
@@ -165,13 +162,13 @@ def test_arguments_that_do_not_fit_are_named(runner):
     source = weights(4, 64)
     codes, scales = runner.empty(4, 64)
     with pytest.raises(ValueError, match="codes of a"):
-        runner.kernels.quantize(source, codes[:3], scales)
+        runner.kernels.quantize(source, (codes[:3], scales))
     with pytest.raises(ValueError, match="scales of a"):
-        runner.kernels.quantize(source, codes, scales.double())
+        runner.kernels.quantize(source, (codes, scales.double()))
     with pytest.raises(ValueError, match="bfloat16, float16 or float32"):
-        runner.kernels.quantize(source.double(), codes, scales)
+        runner.kernels.quantize(source.double(), (codes, scales))
     with pytest.raises(ValueError, match="contiguous"):
-        runner.kernels.quantize(weights(64, 4).t(), codes, scales)
+        runner.kernels.quantize(weights(64, 4).t(), (codes, scales))
     with pytest.raises(ValueError, match="scales of a"):
         runner.kernels.observe(source, torch.zeros(9, 9))
 

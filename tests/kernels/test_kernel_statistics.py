@@ -110,9 +110,10 @@ def check_saturation(runner, largest: float, factor: float) -> None:
     codes, scales = runner.empty(7, 128)
     amax = torch.zeros(scales.shape, device=runner.device)
     runner.kernels.observe(source, amax)
-    scales.copy_(runner.kernels.finish_scales(amax) * factor)
+    runner.kernels.finish_scales(amax, (scales,))
+    scales.mul_(factor)
     got = stats.new_statistics(runner.device)
-    assert runner.kernels.quantize(source, codes, scales, got, scales_known=True) == 0
+    assert runner.kernels.quantize(source, (codes, scales), got, scales_known=True) == 0
     above = source.double().abs() > scales.double() * largest * (1 + stats.SATURATION_SLACK)
     assert got[stats.SATURATED] == above.sum()
     assert bool(above.any()) == (factor < 1)

@@ -23,13 +23,13 @@ def quantize(
     kernels = kernel_set(name, "cpu", {"quantize": kernel})
     codes = torch.full(kernels.format.code_shape(*source.shape), 77, dtype=torch.uint8)
     scales = torch.full(kernels.format.scale_shape(*source.shape), 77, dtype=torch.uint8)
-    assert kernels.quantize(source, codes, scales, measured) == 0
+    assert kernels.quantize(source, (codes, scales), measured) == 0
     return codes, scales
 
 
 def values_of(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     out = torch.empty(shape)
-    kernel_set("mxfp4_rows", "cpu").dequantize(codes, scales, out)
+    kernel_set("mxfp4_rows", "cpu").dequantize((codes, scales), out)
     return out
 
 
@@ -91,7 +91,7 @@ def test_the_best_of_all_candidates(kernel, dtype):
     for candidate in CANDIDATES:
         plain_codes, plain_bytes = quantize((wide / candidate).float(), name="mxfp4")
         values = torch.empty(24, 200)
-        kernel_set("mxfp4", "cpu").dequantize(plain_codes, plain_bytes, values)
+        kernel_set("mxfp4", "cpu").dequantize((plain_codes, plain_bytes), values)
         error = (wide - values.double() * candidate).square().sum(1)
         assert (own <= error * (1 + 1e-5)).all()
 
@@ -140,7 +140,7 @@ def test_a_multiplier_that_is_known_is_left_alone(kernel):
     source = torch.full((1, 32), 9.0)
     scales = torch.tensor([[127, *torch.tensor([1.5]).view(torch.uint8).tolist()]], dtype=torch.uint8)
     known, codes = scales.clone(), torch.zeros(1, 16, dtype=torch.uint8)
-    assert kernel_set("mxfp4_rows", "cpu", {"quantize": kernel}).quantize(source, codes, scales, None, True) == 0
+    assert kernel_set("mxfp4_rows", "cpu", {"quantize": kernel}).quantize(source, (codes, scales), None, True) == 0
     assert torch.equal(scales, known)
     assert (values_of(codes, scales, (1, 32)) == 9.0).all()
 
@@ -149,7 +149,7 @@ def test_a_multiplier_that_is_known_is_left_alone(kernel):
 def test_amax_alone_is_not_enough(kernel):
     kernels = kernel_set("mxfp4_rows", "cpu", {"finish_scales": kernel})
     with pytest.raises(ValueError, match="mxfp4_rows: the multiplier of a row cannot be told from maxima"):
-        kernels.finish_scales(torch.ones(2, 6), torch.zeros(2, 6, dtype=torch.uint8))
+        kernels.finish_scales(torch.ones(2, 6), (torch.zeros(2, 6, dtype=torch.uint8),))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -162,10 +162,10 @@ def test_experts_are_as_many_linears(kernel, dtype, bias_dtype):
     generator = torch.Generator().manual_seed(5)
     bias = None if bias_dtype is None else torch.randn(experts, rows, generator=generator).to(bias_dtype)
     x, offsets = torch.randn(9, cols, generator=generator).to(dtype), torch.tensor([0, 4, 4, 7], dtype=torch.int32)
-    got = kernels.experts(x, codes, scales, bias, offsets, rows, cols)
+    got = kernels.experts(x, (codes, scales), bias, offsets, rows, cols)
     for expert, (start, stop) in enumerate([(0, 4), (4, 4), (4, 7)]):
         own = None if bias is None else bias[expert]
-        want = kernels.linear(x[start:stop], codes[expert], scales[expert], own, rows, cols)
+        want = kernels.linear(x[start:stop], (codes[expert], scales[expert]), own, rows, cols)
         torch.testing.assert_close(got[start:stop], want)
     assert (got[7:] == 0).all()  # tokens of nobody
 

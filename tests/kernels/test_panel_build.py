@@ -20,8 +20,8 @@ def quantized(name: str, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tens
     source = torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows)).bfloat16()
     codes = torch.empty(fmt.code_shape(rows, cols), dtype=fmt.code_dtype)
     scales, values = torch.empty(fmt.scale_shape(rows, cols), dtype=fmt.scale_dtype), torch.empty_like(source)
-    kernels.quantize(source, codes, scales)
-    kernels.dequantize(codes, scales, values)
+    kernels.quantize(source, (codes, scales))
+    kernels.dequantize((codes, scales), values)
     return codes, scales, values
 
 
@@ -32,7 +32,7 @@ def test_products_are_those_of_bf16_weights(name, tokens, rows, cols):
     x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens)).bfloat16()
     bias = torch.arange(rows).bfloat16()
     for given in (None, bias):
-        got = cpu_linear._in_panels(FORMATS[name], x, codes, scales, given, rows, cols)
+        got = cpu_linear._in_panels(FORMATS[name], x, (codes, scales), given, rows, cols)
         expected = x.double() @ values.double().T + (0 if given is None else given.double())
         assert got.shape == (tokens, rows)
         assert got.dtype == torch.bfloat16
@@ -42,7 +42,7 @@ def test_products_are_those_of_bf16_weights(name, tokens, rows, cols):
 def test_columns_of_an_incomplete_block():
     codes, scales, values = quantized("mxfp4", 12, 2090)
     x = torch.randn(10, 2090, generator=torch.Generator().manual_seed(0)).bfloat16()
-    got = cpu_linear._in_panels(FORMATS["mxfp4"], x, codes, scales, None, 12, 2090)
+    got = cpu_linear._in_panels(FORMATS["mxfp4"], x, (codes, scales), None, 12, 2090)
     torch.testing.assert_close(got.double(), x.double() @ values.double().T, rtol=2.0**-8, atol=2e-3)
 
 
@@ -51,5 +51,5 @@ def test_small_groups_and_more_tokens_than_registers_go_through_panels(monkeypat
     monkeypatch.setattr(cpu_linear, "_in_panels", lambda fmt, x, *rest: taken.append((fmt.name, len(x))) or x)
     for name, tokens in (("int4_group16_f16", 1), ("mxfp4", 8), ("mxfp4", 9), ("mxfp4", 4096)):
         codes, scales, _ = quantized(name, 32, 64)
-        cpu_linear.linear(FORMATS[name], torch.ones(tokens, 64).bfloat16(), codes, scales, None, 32, 64)
+        cpu_linear.linear(FORMATS[name], torch.ones(tokens, 64).bfloat16(), (codes, scales), None, 32, 64)
     assert taken == [("int4_group16_f16", 1), ("mxfp4", 9)]

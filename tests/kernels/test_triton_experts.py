@@ -77,11 +77,11 @@ def test_experts_are_linears_one_after_the_other(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for expert in range(3):
         weight = torch.randn(n_rows, k, generator=generator)
-        assert kernels.quantize(weight, codes[expert], scales[expert]) == 0
+        assert kernels.quantize(weight, (codes[expert], scales[expert])) == 0
     x, bias = torch.randn(7, k, generator=generator), torch.randn(3, n_rows, generator=generator)
-    out = kernels.experts(x, codes, scales, bias, torch.tensor([0, 2, 2, 6]), n_rows, k)
-    assert torch.equal(out[:2], kernels.linear(x[:2], codes[0], scales[0], bias[0], n_rows, k))
-    assert torch.equal(out[2:6], kernels.linear(x[2:6], codes[2], scales[2], bias[2], n_rows, k))
+    out = kernels.experts(x, (codes, scales), bias, torch.tensor([0, 2, 2, 6]), n_rows, k)
+    assert torch.equal(out[:2], kernels.linear(x[:2], (codes[0], scales[0]), bias[0], n_rows, k))
+    assert torch.equal(out[2:6], kernels.linear(x[2:6], (codes[2], scales[2]), bias[2], n_rows, k))
     assert not out[6:].any()
 
 
@@ -91,10 +91,10 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     x, offsets = torch.ones(4, 64), torch.tensor([0, 1, 2, 4])
     for experts in (TritonExperts(fmt), ExpertsByLinear(fmt, torch.nn.functional.linear)):
         with pytest.raises(ValueError, match=r"x of shape \[T, 32\]"):
-            experts(x, codes, scales, None, offsets, 8, 32)
+            experts(x, (codes, scales), None, offsets, 8, 32)
         with pytest.raises(ValueError, match="experts of"):
-            experts(x, codes, scales[:2], None, offsets, 8, 64)
+            experts(x, (codes, scales[:2]), None, offsets, 8, 64)
         with pytest.raises(ValueError, match=r"bias must have shape \[3, 8\]"):
-            experts(x, codes, scales, torch.ones(8), offsets, 8, 64)
+            experts(x, (codes, scales), torch.ones(8), offsets, 8, 64)
         with pytest.raises(ValueError, match="offsets of 3 experts"):
-            experts(x, codes, scales, None, offsets[1:], 8, 64)
+            experts(x, (codes, scales), None, offsets[1:], 8, 64)

@@ -138,17 +138,17 @@ def test_a_tensor_that_is_on_no_gpu_is_named() -> None:
     assert gpu_target(torch.device("cpu")) is None
     codes, scales = torch.zeros(8, 32, dtype=torch.uint8), torch.zeros(8, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match="tensor on cpu; move the whole layer"):
-        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), codes, scales, None, 8, 64)
+        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), (codes, scales), None, 8, 64)
     with pytest.raises(ValueError, match="rows of codes must be contiguous"):
-        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), codes.T.contiguous().T, scales, None, 8, 64)
+        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), (codes.T.contiguous().T, scales), None, 8, 64)
     with pytest.raises(ValueError, match=r"x of shape \[T, 32\]"):
-        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), codes, scales, None, 8, 32)
+        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), (codes, scales), None, 8, 32)
     for codes in (
         torch.zeros(8, 50, dtype=torch.uint8)[:, :48],
         torch.zeros(8 * 48 + 2, dtype=torch.uint8)[2:].view(8, 48),
     ):
         with pytest.raises(ValueError, match="must start at multiples of 4 bytes"):
-            TritonLinear(FORMATS["mxfp6_e2m3"])(torch.ones(2, 64), codes, scales, None, 8, 64)
+            TritonLinear(FORMATS["mxfp6_e2m3"])(torch.ones(2, 64), (codes, scales), None, 8, 64)
 
 
 CHOICES = {

@@ -154,7 +154,7 @@ def pairs(*quick: str) -> list[Any]:
 @pytest.mark.parametrize(("name", "target"), pairs(*(name for name in TRITON if name not in ALIKE)))
 def test_quantize_compiles(launches, name, target):
     source, kernels = torch.zeros(64, 4096, dtype=torch.bfloat16), triton_quantize.triton_quantize(name)
-    assert kernels.quantize(source, *outputs(name, 64, 4096), st.new_statistics()) == 0
+    assert kernels.quantize(source, outputs(name, 64, 4096), st.new_statistics()) == 0
     made = [launch for launch in launches if launch.kernel.__name__ in ("merge_partials", *QUANTIZE)]
     assert len(made) == 2
     compile_all(made, "quantize", target, name)
@@ -170,7 +170,7 @@ def test_quantize_compiles(launches, name, target):
 )
 def test_dequantize_compiles(launches, name, target):
     out = torch.zeros(64, 4096, dtype=torch.bfloat16)
-    triton_quantize.triton_quantize(name).dequantize(*outputs(name, 64, 4096), out)
+    triton_quantize.triton_quantize(name).dequantize(outputs(name, 64, 4096), out)
     compile_all(launches, "dequantize", target, name)
 
 
@@ -182,7 +182,7 @@ def test_observe_and_finish_compile(launches, name, target):
     amax = torch.zeros(FORMATS[name].scale_shape(64, 4096))
     assert kernels.observe(source, amax) == 0
     compile_all(launches, "observe", target, name)
-    kernels.finish_scales(amax, outputs(name, 64, 4096)[1])
+    kernels.finish_scales(amax, (outputs(name, 64, 4096)[1],))
     compile_all(launches, "finish_scales", target, name)
 
 
@@ -192,8 +192,8 @@ def test_observe_and_finish_compile(launches, name, target):
 def test_other_sources_odd_sizes_and_known_scales_compile(launches, name, target, dtype):
     source, kernels = torch.zeros(130, 333, dtype=dtype), triton_quantize.triton_quantize(name)
     codes, scales = outputs(name, 130, 333)
-    assert kernels.quantize(source, codes, scales, st.new_statistics(), True) == 0
-    kernels.dequantize(codes, scales, source)
+    assert kernels.quantize(source, (codes, scales), st.new_statistics(), True) == 0
+    kernels.dequantize((codes, scales), source)
     assert {launch.kernel.__name__ for launch in launches} > {"merge_partials"}
     for launch in launches:
         assert launch.compile(target).spills == 0
@@ -205,11 +205,11 @@ def test_a_piece_is_one_launch_and_one_for_statistics(launches):
     for name, fmt in {name: FORMATS[name] for name in TRITON}.items():
         kernels, made = triton_quantize.triton_quantize(name), outputs(name, 1024, 4096)
         twice = 2 if fmt.block_rows == 0 or (fmt.scale_words == 2 and fmt.block_cols == 0) else 0
-        kernels.quantize(source, *made)
+        kernels.quantize(source, made)
         assert len(launches) == 1 + twice
-        kernels.quantize(source, *made, st.new_statistics())
+        kernels.quantize(source, made, st.new_statistics())
         assert len(launches) == 3 + 2 * twice
-        kernels.quantize(source, *made, scales_known=True)
+        kernels.quantize(source, made, scales_known=True)
         assert len(launches) == 4 + 2 * twice
         assert min(launch.grid[0] for launch in launches if launch.kernel.__name__ in QUANTIZE) >= 256
         launches.clear()
@@ -228,10 +228,10 @@ def test_enqueueing_reads_nothing_back(launches, monkeypatch):
     source, count = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
     for name, fmt in {name: FORMATS[name] for name in TRITON}.items():
         kernels, made = triton_quantize.triton_quantize(name), outputs(name, 64, 256)
-        kernels.enqueue_quantize(source, *made, count, st.new_statistics())
+        kernels.enqueue_quantize(source, made, count, st.new_statistics())
         kernels.enqueue_observe(source, torch.zeros(fmt.scale_shape(64, 256)), count)
         assert reads == []
-        kernels.quantize(source, *made, st.new_statistics())
+        kernels.quantize(source, made, st.new_statistics())
         assert reads == ["torch.int64"]
         reads.clear()
 

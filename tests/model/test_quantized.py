@@ -46,9 +46,9 @@ def linear(
     module = cls(made, 80, 48, nn.Parameter(torch.randn(48, dtype=torch.bfloat16)) if bias else None, transposed)
     layout = module.weight_layout
     weight = torch.randn(48, 80, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    codes = torch.empty(layout.code_shape, dtype=layout.format.code_dtype)
-    scales = torch.empty(layout.scale_shape, dtype=layout.format.scale_dtype)
-    assert made.kernels.quantize(weight, codes, scales) == 0
+    codes = torch.empty(layout.shapes[0], dtype=layout.format.code_dtype)
+    scales = torch.empty(layout.shapes[1], dtype=layout.format.scale_dtype)
+    assert made.kernels.quantize(weight, (codes, scales)) == 0
     module.weight = nn.Parameter(codes, requires_grad=False)
     module.weight_scale = nn.Parameter(scales, requires_grad=False)
     return module

@@ -38,8 +38,8 @@ class World:
         fmt = FORMATS[name]
         layout = WeightLayout(fmt, E, (("w1", N), ("w3", N)), K, multiples)
         self.layer = nn.Module()
-        self.layer.register_parameter("w13", meta_parameter(layout.code_shape, fmt.code_dtype))
-        self.layer.register_parameter("w13_scale", meta_parameter(layout.scale_shape, fmt.scale_dtype))
+        self.layer.register_parameter("w13", meta_parameter(layout.shapes[0], fmt.code_dtype))
+        self.layer.register_parameter("w13_scale", meta_parameter(layout.shapes[1], fmt.scale_dtype))
         storage = UsedMemory(torch.device("cpu"))
         self.parameter = QuantizedParameter(self.layer, "w13", "experts.w13", layout, storage)
         self.stored = StoredParameter(self.parameter, has_zero_points, zero_point, largest_scale=100.0)

@@ -59,7 +59,7 @@ class EngineModel(nn.Module):
         scheme: Any = self.linear_scheme
         layout = WeightLayout(scheme.kernels.format, None, shards, HIDDEN)
         layer = nn.Module()
-        for suffix, (dtype, shape) in zip(("", "_scale"), layout.tensors, strict=True):
+        for suffix, (dtype, shape) in zip(layout.format.suffixes, layout.tensors, strict=True):
             layer.register_parameter(f"weight{suffix}", meta_parameter(shape, dtype))
         parameter = QuantizedParameter(layer, "weight", f"{name}.weight", layout, FinalStorage(CPU))
         progress = LayerProgress({"weight": parameter}, lambda _: self.finished.append(name))
@@ -75,7 +75,7 @@ class EngineModel(nn.Module):
             "w2_weight": WeightLayout(self.experts_scheme.kernels.format, EXPERTS, (("w2", HIDDEN),), INTERMEDIATE),
         }
         for name, layout in layer.weight_layouts.items():
-            for suffix, (dtype, shape) in zip(("", "_scale"), layout.tensors, strict=True):
+            for suffix, (dtype, shape) in zip(layout.format.suffixes, layout.tensors, strict=True):
                 layer.register_parameter(f"{name}{suffix}", meta_parameter(shape, dtype))
         loader = MoeOnlineWeightLoader(
             layer, self.experts_scheme, name="experts", on_finished=lambda *_: self.finished.append("experts")
@@ -211,7 +211,7 @@ def quantized(kernels: Any, fmt: Any, weight: Tensor) -> tuple[Tensor, ...]:
     """The tensors of one matrix."""
     layout = WeightLayout(fmt, None, (("", len(weight)),), weight.shape[1])
     tensors = tuple(torch.empty(shape, dtype=dtype) for dtype, shape in layout.tensors)
-    assert kernels.quantize(weight, *tensors) == 0
+    assert kernels.quantize(weight, tensors) == 0
     return tensors
 
 

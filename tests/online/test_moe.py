@@ -16,7 +16,7 @@ from quantload.errors import NonFiniteWeightError, RepeatedRegionError, ShapeMis
 from quantload.geometry.layout import WeightLayout
 from quantload.geometry.regions import Region
 from quantload.kernels import statistics
-from quantload.kernels.formats import WeightFormat
+from quantload.kernels.formats import Tensors, WeightFormat
 from quantload.online.moe import MoeOnlineWeightLoader
 from quantload.schemes.base import MoeQuantizationCallbacks, NonFiniteError, TensorStats, meta_parameter
 from torch import Tensor, nn
@@ -40,9 +40,10 @@ class FakeCallbacks:
 
     def create_scale_tensors(self, layer: nn.Module, num_experts: int) -> None:
         for name, layout in layer.weight_layouts.items():  # type: ignore[operator, union-attr]
-            layer.register_parameter(f"{name}_scale", meta_parameter(layout.scale_shape, torch.float32))
+            layer.register_parameter(f"{name}_scale", meta_parameter(layout.shapes[1], torch.float32))
 
-    def quantize_expert(self, weight: Tensor, out: Tensor, scale: Tensor, *, scales_known: bool = False) -> TensorStats:
+    def quantize_expert(self, weight: Tensor, tensors: Tensors, *, scales_known: bool = False) -> TensorStats:
+        out, scale = tensors
         assert not weight.is_meta
         if not torch.isfinite(weight).all():
             raise NonFiniteError
@@ -58,8 +59,8 @@ class FakeCallbacks:
     def observe_expert(self, weight: Tensor, amax: Tensor) -> None:
         amax.copy_(torch.maximum(amax, weight.amax().to(amax.dtype)))
 
-    def finish_scales(self, amax: Tensor) -> None:
-        amax.mul_(10)
+    def finish_scales(self, amax: Tensor, scales: Tensors) -> None:
+        torch.mul(amax, 10, out=scales[0])
 
     def setup_kernel(self, layer: nn.Module) -> None:
         with self._lock:
@@ -78,7 +79,7 @@ class Experts:
             "w2_weight": WeightLayout(fmt, EXPERTS, (("w2", HIDDEN),), INTERMEDIATE),
         }
         for name, layout in self.layer.weight_layouts.items():
-            self.layer.register_parameter(name, meta_parameter(layout.code_shape, torch.uint8))
+            self.layer.register_parameter(name, meta_parameter(layout.shapes[0], torch.uint8))
         self.callbacks.create_scale_tensors(self.layer, EXPERTS)
         self.statistics: list[Tensor] = []
         self.loader = MoeOnlineWeightLoader(

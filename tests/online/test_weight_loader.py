@@ -43,8 +43,8 @@ class Fused:
         parts = (("q", Q), ("k", K), ("v", V)) if shards else (("", Q + K + V),)
         self.layout = WeightLayout(self.scheme.kernels.format, None, parts, COLUMNS)
         self.layer = nn.Module()
-        self.layer.register_parameter("weight", meta_parameter(self.layout.code_shape, self.layout.format.code_dtype))
-        scale = meta_parameter(self.layout.scale_shape, self.layout.format.scale_dtype)
+        self.layer.register_parameter("weight", meta_parameter(self.layout.shapes[0], self.layout.format.code_dtype))
+        scale = meta_parameter(self.layout.shapes[1], self.layout.format.scale_dtype)
         self.layer.register_parameter("weight_scale", scale)
         self.finished: list[Tensor] = []
         parameter = QuantizedParameter(self.layer, "weight", "attn.qkv.weight", self.layout, FinalStorage(CPU))
@@ -67,7 +67,7 @@ class Fused:
             fmt = self.layout.format
             codes.append(torch.empty(fmt.code_shape(*weight.shape), dtype=fmt.code_dtype))
             scales.append(torch.empty(fmt.scale_shape(*weight.shape), dtype=fmt.scale_dtype))
-            assert self.scheme.kernels.quantize(weight, codes[-1], scales[-1]) == 0
+            assert self.scheme.kernels.quantize(weight, (codes[-1], scales[-1])) == 0
         return torch.cat([c.view(torch.uint8) for c in codes]), torch.cat(scales)
 
     def check(self, *weights: Tensor) -> None:
@@ -214,8 +214,8 @@ def test_the_layer_is_finished_by_its_last_parameter() -> None:
     layout = WeightLayout(factory.kernels.format, None, (("", 4),), COLUMNS)
     parameters = {}
     for name in ("a", "b"):
-        layer.register_parameter(name, meta_parameter(layout.code_shape, torch.int8))
-        layer.register_parameter(f"{name}_scale", meta_parameter(layout.scale_shape, torch.float32))
+        layer.register_parameter(name, meta_parameter(layout.shapes[0], torch.int8))
+        layer.register_parameter(f"{name}_scale", meta_parameter(layout.shapes[1], torch.float32))
         parameters[name] = QuantizedParameter(layer, name, name, layout, FinalStorage(CPU))
     progress = LayerProgress(parameters, lambda _: finished.append(True))
     quantizer = linear_quantizer(factory, progress)

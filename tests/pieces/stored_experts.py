@@ -79,8 +79,8 @@ class StoredExperts:
             "down_proj": WeightLayout(self.wanted, EXPERTS, (("w2", HIDDEN),), INTERMEDIATE),
         }
         for name, layout in self.layer.weight_layouts.items():
-            self.layer.register_parameter(name, meta_parameter(layout.code_shape, self.wanted.code_dtype))
-            self.layer.register_parameter(f"{name}_scale", meta_parameter(layout.scale_shape, self.wanted.scale_dtype))
+            self.layer.register_parameter(name, meta_parameter(layout.shapes[0], self.wanted.code_dtype))
+            self.layer.register_parameter(f"{name}_scale", meta_parameter(layout.shapes[1], self.wanted.scale_dtype))
         self.finished = 0
         self.calls: list[tuple[int, ...]] = []
         self.as_is: dict[str, Mapping[Role, Sink]] = self._copied() if stored == wanted else {}

@@ -54,7 +54,7 @@ class RowsLoader(FakeSink):
     def load_region(self, weight: Tensor, region: Region) -> None:
         rows = slice(*region.rows)
         assert weight.shape == (rows.stop - rows.start, self.columns)
-        KERNELS.quantize(weight.contiguous(), self.codes[rows], self.scales[rows])
+        KERNELS.quantize(weight.contiguous(), (self.codes[rows], self.scales[rows]))
         self.taken[rows] += 1
 
 

@@ -48,8 +48,8 @@ class Checkpoint:
             "down_proj": WeightLayout(fmt, EXPERTS, (("w2", HIDDEN),), INTERMEDIATE),
         }
         for name, layout in self.layer.weight_layouts.items():
-            self.layer.register_parameter(name, meta_parameter(layout.code_shape, fmt.code_dtype))
-            self.layer.register_parameter(f"{name}_scale", meta_parameter(layout.scale_shape, fmt.scale_dtype))
+            self.layer.register_parameter(name, meta_parameter(layout.shapes[0], fmt.code_dtype))
+            self.layer.register_parameter(f"{name}_scale", meta_parameter(layout.shapes[1], fmt.scale_dtype))
 
         class Scheme(QuantizedMoEScheme):
             name = format_name

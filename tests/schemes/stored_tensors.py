@@ -57,5 +57,5 @@ def dequantized(weight: StoredWeight, tensors: Mapping[str, Tensor]) -> Tensor:
     scales = scales.reshape(experts, *fmt.scale_shape(weight.rows, weight.columns))
     out = torch.empty(experts, weight.rows, weight.columns)
     for e in range(experts):
-        select("dequantize", fmt.name, "cpu")(codes[e], scales[e], out[e])
+        select("dequantize", fmt.name, "cpu")((codes[e], scales[e]), out[e])
     return (out.transpose(1, 2) if weight.transposed else out).reshape(weight.shape)

@@ -46,8 +46,8 @@ def rounded(x: Tensor, scheme: str) -> Tensor:
     codes = torch.empty(fmt.code_shape(*x.shape), dtype=fmt.code_dtype)
     scales = torch.empty(fmt.scale_shape(*x.shape), dtype=fmt.scale_dtype)
     out = torch.empty_like(x)
-    REFERENCES[scheme].quantize(x, codes, scales)
-    REFERENCES[scheme].dequantize(codes, scales, out)
+    REFERENCES[scheme].quantize(x, (codes, scales))
+    REFERENCES[scheme].dequantize((codes, scales), out)
     return out
 
 
@@ -302,7 +302,7 @@ def static_linear(scale: float) -> tuple[Any, Any]:
     assert layer.input_scale.is_meta
     assert not layer.input_scale.requires_grad
     codes, scales = torch.empty(32, 16, dtype=torch.uint8), torch.empty(32, 1, dtype=torch.uint8)
-    scheme.quantizer.quantize(torch.eye(32), codes, scales)
+    scheme.quantizer.quantize(torch.eye(32), (codes, scales))
     for name, tensor in (("weight", codes), ("weight_scale", scales), ("input_scale", torch.tensor([scale]))):
         layer._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     return scheme, layer

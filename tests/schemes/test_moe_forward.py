@@ -87,15 +87,15 @@ def quantized(experts: Experts, scheme_name: str) -> tuple[Any, Experts]:
     weights = {name: p.data for name, p in experts.named_parameters() if p.dim() == 3}
     convert_experts(module, scheme)
     for name, layout in scheme.layouts(module).items():
-        codes = torch.zeros(layout.code_shape, dtype=layout.format.code_dtype)
-        scales = torch.zeros(layout.scale_shape, dtype=layout.format.scale_dtype)
+        codes = torch.zeros(layout.shapes[0], dtype=layout.format.code_dtype)
+        scales = torch.zeros(layout.shapes[1], dtype=layout.format.scale_dtype)
         for expert, weight in enumerate(weights[name]):
             matrix = (weight.T if experts.is_transposed else weight).contiguous()
             at = 0
             for low, high in zip(layout.shard_borders(), layout.shard_borders()[1:], strict=False):
                 count = layout.format.scale_shape(high - low, layout.columns)[0]
                 part = matrix[low:high]
-                assert scheme.kernels.quantize(part, codes[expert, low:high], scales[expert, at : at + count]) == 0
+                assert scheme.kernels.quantize(part, (codes[expert, low:high], scales[expert, at : at + count])) == 0
                 at += count
         module._parameters[name] = nn.Parameter(codes, requires_grad=False)
         module._parameters[f"{name}_scale"] = nn.Parameter(scales, requires_grad=False)

@@ -26,7 +26,7 @@ def weights(name: str, experts: int | None = None) -> tuple[Tensor, Tensor]:
     codes = torch.empty(count, *fmt.code_shape(N, K), dtype=fmt.code_dtype)
     scales = torch.empty(count, *fmt.scale_shape(N, K), dtype=fmt.scale_dtype)
     for each in range(count):
-        kernels.quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(each)), codes[each], scales[each])
+        kernels.quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(each)), (codes[each], scales[each]))
     return (codes[0], scales[0]) if experts is None else (codes, scales)
 
 
@@ -35,9 +35,9 @@ def arguments(operator: str, name: str) -> tuple[Any, tuple[Any, ...], str]:
     kernels = kernel_set(name, CPU)
     x = torch.randn(T, K, generator=torch.Generator().manual_seed(9))
     if operator == "linear":
-        rest: tuple[Any, ...] = (x, *weights(name), torch.ones(N), N, K)
+        rest: tuple[Any, ...] = (x, weights(name), torch.ones(N), N, K)
     else:
-        rest = (x, *weights(name, E), None, torch.tensor([0, 2, 2, 5], dtype=torch.int32), N, K)
+        rest = (x, weights(name, E), None, torch.tensor([0, 2, 2, 5], dtype=torch.int32), N, K)
     return getattr(kernels, operator), rest, operators.describe_kernels(kernels, CPU)
 
 

@@ -28,7 +28,7 @@ def test_a_load_with_the_least_error(scheme: str) -> None:
     weight = load_quantized(DEMO_MODEL, "none").get_parameter(f"{name}.weight").detach()
     kernels = kernel_set(least.get_submodule(name).scheme.format_name, "cpu", {"quantize": "torch"}, "mse")
     codes, scales = (torch.empty_like(least.get_parameter(f"{name}.{each}")) for each in ("weight", "weight_scale"))
-    kernels.quantize(weight, codes, scales)
+    kernels.quantize(weight, (codes, scales))
     assert torch.equal(codes, least.get_parameter(f"{name}.weight"))
     assert torch.equal(scales, least.get_parameter(f"{name}.weight_scale"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from ...geometry.layout import WeightLayout
 from ...kernels.formats import WeightFormat
 
 Shape = tuple[int, ...]
+SOURCES = "codes", "scales", "scales_2"
 
 
 def as_it_is(shape: Shape) -> Shape:
@@ -38,6 +39,8 @@ def as_scalar(shape: Shape) -> Shape:
 class ExportedPart:
     """One tensor made of the codes or the scales of a weight, and how it is made of them.
 
+    `source` is the tensor of the format that it is made of: the codes, the scales, or the scales of the second level.
+
     `name` follows on the stem that all tensors of a weight share. A row of it is made of `block` rows of the source,
     and is `width` times as long, in bytes. `convert` makes rows of it from rows of the source; `None`: the bytes are
     the same. `dtype` is what it is declared as (`None`: the source's), and `declared` turns the shape of the matrix
@@ -46,13 +49,18 @@ class ExportedPart:
     """
 
     name: str
-    source: Literal["codes", "scales"]
+    source: Literal["codes", "scales", "scales_2"]
     dtype: torch.dtype | None = None
     block: int = 1
     width: Fraction = Fraction(1)
     convert: Callable[[Tensor], Tensor] | None = None
     declared: Callable[[Shape], Shape] = as_it_is
     filled: bool = True
+
+    @property
+    def number(self) -> int:
+        """The place of the source among the tensors of the format."""
+        return SOURCES.index(self.source)
 
     def spec(self, stem: str, layout: WeightLayout) -> TensorSpec:
         """Name, dtype and shape for a weight of this layout."""
@@ -71,11 +79,10 @@ class ExportedPart:
         return int(shape[-1] * dtype.itemsize * self.width)
 
     def _source(self, layout: WeightLayout) -> tuple[Shape, torch.dtype]:
-        if self.source == "codes":
-            matrix = layout.code_shape
-            shape = matrix if self.filled else (*matrix[:-1], layout.format.code_column(layout.columns))
-            return shape, layout.format.code_dtype
-        return layout.scale_shape, layout.format.scale_dtype
+        shape, tensor = layout.shapes[self.number], layout.format.tensors[self.number]
+        if not self.filled:
+            shape = (*shape[:-1], replace(tensor, padded=1).shape(1, layout.columns)[1])
+        return shape, tensor.dtype
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from ...errors import CheckpointError
 from ...kernels.formats import FORMATS, WeightFormat
 from .modules import Read
 from .settings import Settings
-from .weights import StoredCheckpoint, StoredPart, StoredWeight
+from .weights import StoredCheckpoint, StoredPart, StoredWeight, scale_roles
 
 FORMAT_VERSION = 1
-_SCALE = "_scale"
 
 
 def read_quantload(
@@ -55,14 +55,13 @@ def _parts(
     fmt: WeightFormat, name: str, tensors: Mapping[str, TensorEntry], shape: tuple[int | None, int, int]
 ) -> tuple[StoredPart, ...]:
     experts, rows, columns = shape
-    codes = _entry(name, tensors, fmt.code_dtype, experts, fmt.code_shape(rows, columns))
-    scales = _entry(name + _SCALE, tensors, fmt.scale_dtype, experts, fmt.scale_shape(rows, columns))
-    if fmt.scale_words == 1:
-        return StoredPart("codes", codes), StoredPart("scale", scales, fmt.block_rows)
-    return (
-        StoredPart("codes", codes),
-        StoredPart("scale", scales, fmt.block_rows, _scale_words),
-        StoredPart("zero_point", scales, fmt.block_rows, _zero_points),
+    codes, *scales = (
+        _entry(name + tensor.suffix, tensors, tensor.dtype, experts, tensor.shape(rows, columns))
+        for tensor in fmt.tensors
+    )
+    return StoredPart("codes", codes), *(
+        StoredPart(role, scales[number], fmt.scales[number].block_rows, _word(fmt, number, word))
+        for role, (number, word) in scale_roles(fmt).items()
     )
 
 
@@ -77,9 +76,11 @@ def _entry(
     return entry
 
 
-def _scale_words(stored: Tensor) -> Tensor:
-    return stored[:, 0::2]
+def _word(fmt: WeightFormat, number: int, word: int) -> Callable[[Tensor], Tensor] | None:
+    """What takes one word of each block out of a scale tensor that has several."""
+    words = fmt.scales[number].width
+    return None if words == 1 else functools.partial(_every, word, words)
 
 
-def _zero_points(stored: Tensor) -> Tensor:
-    return stored[:, 1::2]
+def _every(first: int, step: int, stored: Tensor) -> Tensor:
+    return stored[:, first::step]

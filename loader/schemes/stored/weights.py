@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ...checkpoint.headers import TensorEntry
-from ...kernels.formats import WeightFormat
+from ...kernels.formats import FormatTensor, WeightFormat
 
-Role = Literal["codes", "scale", "zero_point", "must_be_zero", "order", "shape", "input_scale"]
+Role = Literal["codes", "scale", "zero_point", "scale_2", "must_be_zero", "order", "shape", "input_scale"]
+
+
+def scale_roles(fmt: WeightFormat) -> dict[Role, tuple[int, int]]:
+    """The roles of what a format holds beside the codes: which scale tensor of it, and which word of a block there.
+
+    The second word of the first tensor is a zero point; of each further tensor there is one.
+    """
+    found: dict[Role, tuple[int, int]] = {scale_role(scale): (number, 0) for number, scale in enumerate(fmt.scales)}
+    return found | ({"zero_point": (0, 1)} if fmt.scale_words == 2 else {})
+
+
+def scale_role(scale: FormatTensor) -> Role:
+    """The role of a scale tensor: its suffix."""
+    return cast("Role", scale.suffix.removeprefix("_"))
 
 
 class StoredPart(NamedTuple):

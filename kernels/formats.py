@@ -66,7 +66,8 @@ class WeightFormat:
     A code takes `code_bits` bits; codes of fewer than eight are packed into bytes, the first in the lowest bits.
     `pads_cols` says that the codes of an incomplete last block are stored too (as zeros). `scale_words` is how many
     numbers stand side by side in the scale tensor for each block: 1, a scale; 2, a scale and a zero point, and a weight
-    is (code - zero point) * scale. There is one of each name: a copy, or one that was pickled, is the same object.
+    is (code - zero point) * scale. `one_maximum` says that matrices that engines multiply at once are scaled by the
+    largest of their maxima. There is one of each name: a copy, or one that was pickled, is the same object.
     """
 
     name: str
@@ -77,6 +78,7 @@ class WeightFormat:
     code_bits: int
     pads_cols: bool = False
     scale_words: int = 1
+    one_maximum: bool = False
 
     @cached_property
     def tensors(self) -> tuple[FormatTensor, ...]:

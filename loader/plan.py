@@ -63,8 +63,11 @@ def plan_load(
 ) -> LoadPlan:
     """Cut every route into pieces and add up what will be held at once."""
     entries, weights = _expected(index, sources, routes, loaders, schemes)
-    pieces = plan_pieces(entries, routes.spans, loaders.sinks, options.chunk_bytes)
-    pieces += plan_whole(routes.whole, index.tensors, mapped.shapes, loaders.sinks, loaders.landing)
+    plain = plan_pieces(entries, routes.spans, loaders.sinks, options.chunk_bytes)
+    pieces = [
+        *plain.pieces,
+        *plan_whole(routes.whole, index.tensors, mapped.shapes, loaders.sinks, loaders.landing),
+    ]
     stored = plan_stored(weights, routes.spans, loaders.sinks, loaders.as_is, options.chunk_bytes, schemes.dequantizer)
     pieces += stored.pieces
     chunk = max((piece.nbytes for piece in pieces if piece.target is None), default=MIN_CHUNK)
@@ -72,7 +75,7 @@ def plan_load(
     workers, staging = plan_staging(options, chunk, len(pieces), slots_per_worker(schemes.device))
     whole = 2 * max((whole_bytes(conversion, index.tensors, mapped) for conversion in routes.whole), default=0)
     bytes_in = dict(_bytes_in(mapped, assignments, sources))
-    held = whole + (workers + 1) * stored.held_bytes
+    held = whole + (workers + 1) * stored.held_bytes + max(plain.maxima_bytes, stored.maxima_bytes)
     memory = _memory(model, index, mapped, sources, loaders, assignments, staging, held, len(pieces))
     return LoadPlan(pieces, chunk, workers, memory, sum(piece.nbytes for piece in pieces), bytes_in, len(routes.whole))
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.working_memory import CPU
 from ..checkpoint.writer import ShardWriter
 from ..errors import NonFiniteWeightError
 from ..geometry.layout import Block, WeightLayout
 from ..geometry.regions import Interval, Region, RegionTracker
 from ..kernels.formats import Tensors
+from ..online.observing import Observation, ScaleGroup, scales_are_shared
 from ..online.quantizing import StatisticsSum, non_finite_error, rows_below_each_other
 from ..online.sink import InPlace, Sink
 from ..schemes.base import NonFiniteError
@@ -44,6 +48,7 @@ class WritingLoader(Sink, ABC):
     values_dtype = None
     align = 1, 1
     whole_rows = False
+    maxima_bytes = 0
 
     def in_place(self, dtype: torch.dtype, region: Region) -> InPlace | None:
         """Never: what arrives goes to a file."""
@@ -82,6 +87,9 @@ class CopyingLoader(WritingLoader):
         """Every byte is written for itself."""
         return True
 
+    def scale_group(self, expert: int | None) -> Hashable:
+        return self.name, expert
+
     def observe(self, loaded_weight: Tensor, region: Region) -> None:
         """There are no scales."""
 
@@ -115,22 +123,26 @@ class ExportingLoader(WritingLoader):
         self._shard, self._buffers, self._on_written = shard, buffers, on_written
         self._parts = [_WrittenPart(part, layout, self._stems, shard) for part in first.weight.parts]
         self._tracker = RegionTracker(first.entry.name, self._layout.experts, layout.rows, layout.columns)
-        self._maxima: dict[int | None, Tensor] = {}
+        self._observation: Observation | None = None
         self._scales: dict[int | None, Tensors] = {}
-        self._unobserved: dict[int | None, int] = {}
+        self.group: ScaleGroup | None = None
+        """What gets its scales together with these tensors, if anything does."""
         self._statistics = StatisticsSum()
         self._lock = threading.Lock()
 
         block_rows, block_columns = self._layout.align
         self.align = math.lcm(block_rows, self._weight.row_align), block_columns
-        self.whole_rows = self._layout.format.whole_rows
+        self.whole_rows, self.maxima_bytes = self._layout.format.whole_rows, self._layout.maxima_bytes
 
     @property
     def name(self) -> str:
         return self._tracker.name
 
     def scales_are_local(self, region: Region) -> bool:
-        return self._layout.whole(region)
+        return self._layout.whole(region) and not scales_are_shared(self._layout, self.group)
+
+    def scale_group(self, expert: int | None) -> Hashable:
+        return self._names[0] if self.group is None else id(self.group), expert
 
     def missing(self) -> Iterator[str]:
         for region in () if self._tracker.complete else self._tracker.missing():
@@ -164,26 +176,23 @@ class ExportingLoader(WritingLoader):
     def observe(self, loaded_weight: Tensor, region: Region) -> None:
         """First pass over a piece of a matrix whose scales span several pieces."""
         (block,) = self._layout.blocks(region)
-        amax = torch.zeros(_extent(block.maxima))
+        with self._lock:
+            if self._observation is None:
+                finish = functools.partial(_finish_scales, weakref.ref(self))
+                self._observation = Observation(self._layout, CPU, self.group, finish)
+        amax = self._observation.new_maxima(block.maxima)
         try:
             self._quantizer.observe(loaded_weight, amax)
         except NonFiniteError:
             raise non_finite_error(self._name(region.expert), loaded_weight) from None
-        with self._lock:
-            if region.expert not in self._maxima:
-                self._maxima[region.expert] = torch.zeros(self._layout.maxima_shape)
-                self._unobserved[region.expert] = self._layout.rows * self._layout.columns
-            maxima = self._maxima[region.expert]
-            part = maxima[block.maxima]
-            torch.maximum(part, amax, out=part)
-            self._unobserved[region.expert] -= region.numel
-            last = self._unobserved[region.expert] == 0
-        if last:
-            pairs = zip(self._layout.shapes[1:], self._layout.format.scales, strict=True)
-            scales = tuple(torch.empty(shape[-2:], dtype=scale.dtype) for shape, scale in pairs)
-            self._quantizer.finish_scales(maxima, scales)
-            self._scales[region.expert] = scales
-            del self._maxima[region.expert]
+        self._observation.add(region, [(block.maxima, amax)])
+
+    def finish_scales(self, expert: int | None, maxima: Tensor) -> None:
+        """All of a matrix was observed, and of those that get their scales with it."""
+        pairs = zip(self._layout.shapes[1:], self._layout.format.scales, strict=True)
+        scales = tuple(torch.empty(shape[-2:], dtype=scale.dtype) for shape, scale in pairs)
+        self._quantizer.finish_scales(maxima, scales)
+        self._scales[expert] = scales
 
     def _name(self, expert: int | None) -> str:
         """The tensor that stands for an expert; all experts may be in one."""
@@ -215,6 +224,13 @@ class ExportingLoader(WritingLoader):
             self._shard.write_each(offsets, value.repeat(len(offsets), 1, 1), value.numel())
         self._scales.clear()
         self._on_written(self._statistics.total())
+
+
+def _finish_scales(reference: weakref.ref[ExportingLoader], expert: int | None, maxima: Tensor) -> None:
+    loader = reference()  # weak, as a closure that held it would hold itself
+    if loader is None:
+        raise ReferenceError("the conversion was given up while it was running")
+    loader.finish_scales(expert, maxima)
 
 
 class _WrittenPart:

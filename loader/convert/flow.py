@@ -118,13 +118,14 @@ def _plan(draft: Draft, conversion: Conversion, written: int, options: LoadOptio
     `written` is how many tensors come out.
     """
     spans, sinks = conversion.spans, conversion.sinks
-    pieces = plan_pieces(conversion.entries, spans, sinks, options.chunk_bytes)
+    plain = plan_pieces(conversion.entries, spans, sinks, options.chunk_bytes)
     stored = plan_stored(conversion.stored, spans, sinks, {}, options.chunk_bytes, draft.schemes.dequantizer)
-    pieces += stored.pieces
+    pieces = plain.pieces + stored.pieces
     chunk = max((piece.nbytes for piece in pieces), default=MIN_CHUNK)
     chunk = max(chunk, stored.scratch_bytes, min(options.chunk_bytes, 1 << 20))
     workers, staging = plan_staging(options, chunk, len(pieces), slots_per_worker(CPU) + 1)
     slack = draft.plan.memory.slack_bytes + (workers + 1) * stored.held_bytes
+    slack += max(plain.maxima_bytes, stored.maxima_bytes)
     slack += WRITTEN_PIECES.beyond(len(pieces)) + WRITTEN_TENSORS.beyond(written)
     memory = replace(
         draft.plan.memory,

@@ -82,6 +82,11 @@ class WeightLayout:
         return tuple(zip((tensor.dtype for tensor in self.format.tensors), self.shapes, strict=True))
 
     @property
+    def maxima_bytes(self) -> int:
+        """Bytes of the maxima of one matrix."""
+        return math.prod(self.maxima_shape) * self.format.maxima.dtype.itemsize
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, padding included."""
         return _nbytes(self)

@@ -15,6 +15,7 @@ from ..errors import MissingWeightsError
 from ..geometry.spans import Landing
 from ..online.as_stored import InputScaleLoader, StoredParameter, StoredProgress
 from ..online.moe import MoeOnlineWeightLoader
+from ..online.observing import ScaleGroup
 from ..online.parameter import QuantizedParameter, alive, materialize
 from ..online.quantizing import LayerProgress, linear_quantizer
 from ..online.storage import FinalStorage
@@ -22,6 +23,7 @@ from ..online.weight_loader import DirectWeightLoader, OnlineWeightLoader, Param
 from ..schemes.activations import InputScales
 from ..schemes.base import LinearScheme
 from ..schemes.stored.weights import Role, scale_role
+from .merged_modules import merged_modules
 from .quantized import QuantizedLinear
 from .skeleton import Assignment
 from .stored_sources import StoredModule
@@ -44,6 +46,8 @@ class WeightLoaders:
         """Of parameters that stay as the checkpoint stores them: the closure of each of its tensors, by its role."""
         self.restorable: dict[str, RestorableLoader] = {}
         """All others."""
+        self.scaled_together: dict[str, QuantizedParameter] = {}
+        """The weights of linear layers that have one maximum with those they are merged with, by the layer's name."""
         self.params: dict[str, Tensor] = {}
         self._landings: dict[str, Landing] = {}
         self._covers: dict[str, list[str]] = {}
@@ -102,6 +106,7 @@ def attach_weight_loaders(
     for assignment in assignments:
         if assignment.scheme is not None:
             _attach_quantized(loaders, assignment, storage, input_scales, on_finished)
+    _scale_together(loaders.scaled_together)
     quantized = {name for parameter in loaders.sinks for name in loaders.stored_names(parameter)}
     modules: Mapping[str, Any] = dict(model.named_modules())
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -156,6 +161,18 @@ def _attach_linear(
         assert param is not None
         landing = Landing(None, layout.rows, layout.columns, module.transposed, layout)
         loaders.add(full_name, param, loader, landing, layout.format.names(full_name))
+        if layout.format.one_maximum:
+            loaders.scaled_together[name] = parameter
+
+
+def _scale_together(parameters: Mapping[str, QuantizedParameter]) -> None:
+    """Put the weights of layers that engines run as one into a group, where they are of one format."""
+    for names in merged_modules(parameters):
+        members = [parameters[name] for name in names]
+        if len({member.layout.format.name for member in members}) == 1:
+            group = ScaleGroup([member.layout for member in members])
+            for member in members:
+                member.scale_group = group
 
 
 def _attach_stored(

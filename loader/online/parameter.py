@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..geometry.layout import Block, WeightLayout
 from ..geometry.regions import Region, RegionTracker
 from ..kernels.formats import Tensors
+from .observing import Finish, Observation, ScaleGroup, scales_are_shared
 from .storage import FinalStorage
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,7 +57,9 @@ class QuantizedParameter:
         self._module, self._name, self._storage = weakref.ref(module), name, storage
         self._lock = threading.Lock()
         self._tensors: Tensors | None = None
-        self._unobserved: dict[int | None, int] = {}
+        self._observation: Observation | None = None
+        self.scale_group: ScaleGroup | None = None
+        """What gets its scales together with this parameter, if anything does."""
         self.scales_known: set[int | None] = set()
 
     def tensors(self) -> Tensors:
@@ -82,30 +85,25 @@ class QuantizedParameter:
             return tuple(each[chosen, *index] for each, index in zip(self.tensors(), block.index, strict=True))
         return tuple(each.unsqueeze(0) for each in self.views(experts[0], block))
 
-    def begin_observing(self, expert: int | None) -> None:
-        """The first pass of a matrix begins with maxima of zero; later callers find it begun."""
-        scales = self.tensors()[1]
-        with self._lock:
-            if expert not in self._unobserved:
-                self._unobserved[expert] = self.layout.rows * self.layout.columns
-                (scales if expert is None else scales[expert]).zero_()
+    def scales_are_local(self, region: Region) -> bool:
+        """Whether nothing outside of a region decides its scales."""
+        return self.layout.whole(region) and not scales_are_shared(self.layout, self.scale_group)
 
-    def raise_maxima(self, maxima: Tensor, amax: Tensor) -> None:
-        """Raise what is known of some maxima to what one piece holds; pieces of one block come from many threads."""
+    def observation(self, finish: Finish) -> Observation:
+        """The first pass of this parameter; `finish` is what the first caller gives."""
         with self._lock:
-            torch.maximum(maxima, amax, out=maxima)
+            if self._observation is None:
+                self._observation = Observation(self.layout, self._storage.device, self.scale_group, finish)
+        return self._observation
 
-    def observed(self, region: Region) -> Tensor | None:
-        """Count an observed region; when the matrix has been seen whole, its maxima, to be made scales."""
-        with self._lock:
-            self._unobserved[region.expert] -= region.numel
-            if self._unobserved[region.expert]:
-                return None
-        scales = self.tensors()[1]
-        return scales if region.expert is None else scales[region.expert]
+    def scales(self, expert: int | None) -> Tensors:
+        """The scales of one matrix."""
+        scales = self.tensors()[1:]
+        return scales if expert is None else tuple([each[expert] for each in scales])
 
     def reset(self) -> None:
         """Forget what arrived: a reload begins. Codes and scales stay where they are until they are overwritten."""
         self.tracker.reset()
-        self._unobserved.clear()
+        if self._observation is not None:
+            self._observation.forget()
         self.scales_known.clear()

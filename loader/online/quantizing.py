@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -15,6 +17,7 @@ from ..geometry.regions import Interval, Region
 from ..kernels.formats import Tensors, WeightFormat
 from ..kernels.statistics import MAXIMA, merge, new_statistics
 from ..schemes.base import LinearScheme, NonFiniteError, TensorStats
+from .observing import scales_are_shared
 from .parameter import QuantizedParameter
 
 MERGED_AT_ONCE = 64
@@ -149,10 +152,10 @@ class RegionQuantizer:
         first: Region,
     ) -> None:
         blocks = list(parameter.layout.blocks(first))
-        whole = all(block.whole for block in blocks)
+        local = all(block.whole for block in blocks) and not scales_are_shared(parameter.layout, parameter.scale_group)
         for weight, expert in zip(weights, experts, strict=True):
             _check_shape(parameter.full_name, weight, first)
-            if not whole and expert not in parameter.scales_known:
+            if not local and expert not in parameter.scales_known:
                 raise ValueError(
                     f"{parameter.full_name}: {first} cuts through scale blocks of {parameter.layout.format.name}; "
                     f"hand over whole blocks, or observe every piece first"
@@ -182,19 +185,29 @@ class RegionQuantizer:
         """First pass over a piece of a matrix whose scales span several pieces."""
         parameter = self.progress.parameters[name]
         _check_shape(parameter.full_name, weight, region)
-        parameter.begin_observing(region.expert)
+        observation = parameter.observation(functools.partial(_finish, weakref.ref(self), name))
+        parts = []
         for block in parameter.layout.blocks(region):
-            maxima = parameter.views(region.expert, block)[1]
-            amax = torch.zeros_like(maxima)
+            amax = observation.new_maxima(block.maxima)
             try:
                 self._observe(weight[slice(*block.rows)].to(amax.device), amax)
             except NonFiniteError:
                 raise non_finite_error(parameter.full_name, weight) from None
-            parameter.raise_maxima(maxima, amax)
-        complete = parameter.observed(region)
-        if complete is not None:
-            self._finish_scales(complete, (complete,))
-            parameter.scales_known.add(region.expert)
+            parts.append((block.maxima, amax))
+        observation.add(region, parts)
+
+    def finish_scales(self, name: str, expert: int | None, maxima: Tensor) -> None:
+        """All of a matrix was observed, and of those that get their scales with it."""
+        parameter = self.progress.parameters[name]
+        self._finish_scales(maxima, parameter.scales(expert))
+        parameter.scales_known.add(expert)
+
+
+def _finish(reference: weakref.ref[RegionQuantizer], name: str, expert: int | None, maxima: Tensor) -> None:
+    quantizer = reference()  # weak, as a parameter that held it would hold itself
+    if quantizer is None:
+        raise ReferenceError(f"the closure of {name} was deleted while it was being loaded")
+    quantizer.finish_scales(name, expert, maxima)
 
 
 def linear_quantizer(scheme: LinearScheme, progress: LayerProgress) -> RegionQuantizer:

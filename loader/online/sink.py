@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,11 +40,18 @@ class Sink(Protocol):
     def whole_rows(self) -> bool:
         """Whether pieces must hold whole rows, because maxima of their parts do not tell their scales."""
 
+    @property
+    def maxima_bytes(self) -> int:
+        """Bytes that are held for one matrix while it is observed."""
+
     def scales_are_local(self, region: Region) -> bool:
         """Whether nothing outside of a region decides its scales; if not, every piece of the matrix is observed first.
 
         Experts differ in nothing here.
         """
+
+    def scale_group(self, expert: int | None) -> Hashable:
+        """Stands for all matrices that get their scales together with that of an expert: they are observed together."""
 
     def in_place(self, dtype: torch.dtype, region: Region) -> InPlace | None:
         """How the bytes of a region, stored row after row as `dtype`, are read into place; `None`: they cannot be."""

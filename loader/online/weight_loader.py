@@ -10,7 +10,7 @@ import functools
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -66,6 +66,7 @@ class ParameterLoader(Sink, ABC):
     values_dtype: torch.dtype | None = None
     align: tuple[int, int] = (1, 1)
     whole_rows: bool = False
+    maxima_bytes: int = 0
     supports_moe_loading: bool = False
     """What vLLM asks of a closure before it hands the weights of experts over."""
 
@@ -94,6 +95,9 @@ class ParameterLoader(Sink, ABC):
         """Take the same rows and columns of several experts at once: `weights` [experts, rows, columns]."""
         for weight, expert in zip(weights, experts, strict=True):
             self.load_region(weight, Region(expert, rows, columns))
+
+    def scale_group(self, expert: int | None) -> Hashable:
+        return self.name, expert
 
     def observe(self, loaded_weight: Tensor, region: Region) -> None:
         """There is nothing to learn where scales are local."""
@@ -262,8 +266,16 @@ class OnlineWeightLoader(RestorableLoader):
         """Bytes of codes and scales."""
         return self.parameter.layout.nbytes
 
+    @property
+    def maxima_bytes(self) -> int:  # type: ignore[override]  # asked of few closures, worked out for those
+        return self.parameter.layout.maxima_bytes
+
     def scales_are_local(self, region: Region) -> bool:
-        return self.parameter.layout.whole(region)
+        return self.parameter.scales_are_local(region)
+
+    def scale_group(self, expert: int | None) -> Hashable:
+        group = self.parameter.scale_group
+        return self.name if group is None else id(group), expert
 
     def missing(self) -> Iterator[str]:
         return self.parameter.tracker.described_gaps()

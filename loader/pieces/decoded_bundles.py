@@ -24,7 +24,6 @@ from ..schemes.stored.weights import Role, StoredWeight, scale_role
 from .decoded import Dequantize
 from .plain_bundles import LocalScales
 from .stored_stacks import MAX_HOLE, Family, StoredStack
-from .two_passes import Matrix
 
 MAX_VALUES = 4 * MAX_SHARED_READ
 """Bytes of the float32 values of a bundle: they are worked on while they are in cache."""
@@ -36,11 +35,6 @@ class Member(NamedTuple):
     weight: StoredWeight
     family: Family
     span: Span
-
-    @property
-    def matrix(self) -> Matrix:
-        """The parameter and expert it lands in."""
-        return self.span.parameter, self.span.region.expert
 
 
 class DecodedBundler:

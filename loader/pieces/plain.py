@@ -11,7 +11,7 @@ from ..online.sink import InPlace, Sink
 from .cuts import Cut, cut_tensor
 from .plain_bundles import LocalScales, bundles, may_be_bundled
 from .plain_delivery import Delivery
-from .planner import plan
+from .planner import Planned, plan
 from .two_passes import Landed, Matrix
 
 
@@ -20,7 +20,7 @@ def plan_pieces(
     spans: Mapping[str, Sequence[Span]],
     sinks: Mapping[str, Sink],
     chunk_bytes: int,
-) -> list[Piece]:
+) -> Planned:
     """Pieces of all tensors, by shard and offset; tensors that need two passes come first pass, second pass."""
     return plan(PlainSource(spans, sinks, chunk_bytes), entries, sinks)
 
@@ -36,7 +36,7 @@ class PlainSource:
         return may_be_bundled(entry, self._spans[entry.name], self._local, self._chunk_bytes)
 
     def matrices(self, entry: TensorEntry) -> Iterable[Matrix]:
-        return [(span.parameter, span.region.expert) for span in self._spans[entry.name]]
+        return [self._sinks[span.parameter].scale_group(span.region.expert) for span in self._spans[entry.name]]
 
     def bundles(self, entries: Sequence[TensorEntry]) -> Iterator[Piece]:
         return bundles(entries, self._spans, self._sinks, self._chunk_bytes)

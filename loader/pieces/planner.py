@@ -7,7 +7,7 @@ that matrix go through twice: maxima first, then codes. Small neighbours are bun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from ..checkpoint.pieces import Barrier, Piece
 from ..online.sink import Sink
@@ -25,7 +25,7 @@ class Source(Protocol[E_contra, C]):
         """Whether a tensor may be bundled with its neighbours: it is small, and its scales are local."""
 
     def matrices(self, entry: E_contra) -> Iterable[Matrix]:
-        """The matrices that a small tensor lands in."""
+        """The scale groups that a small tensor lands in."""
 
     def bundles(self, entries: Sequence[E_contra]) -> Iterable[Piece]:
         """The pieces of small tensors that follow each other in the order of files and offsets."""
@@ -46,7 +46,14 @@ class Source(Protocol[E_contra, C]):
         """The pieces that hand a large tensor over; `after` opens behind those that observed it."""
 
 
-def plan(source: Source[E, C], entries: Sequence[E], sinks: Mapping[str, Sink]) -> list[Piece]:
+class Planned(NamedTuple):
+    """Pieces, and the bytes of maxima that are held at most while they are read: of one first pass and the next."""
+
+    pieces: list[Piece]
+    maxima_bytes: int
+
+
+def plan(source: Source[E, C], entries: Sequence[E], sinks: Mapping[str, Sink]) -> Planned:
     """Pieces of all tensors, which come by shard and offset; those that need two passes: first pass, second pass."""
     small = {entry.name for entry in entries if source.is_small(entry)}
     cuts = {entry.name: source.cut(entry) for entry in entries if entry.name not in small}
@@ -57,11 +64,18 @@ def plan(source: Source[E, C], entries: Sequence[E], sinks: Mapping[str, Sink]) 
             cuts[entry.name] = source.cut(entry)
 
     def observed(part: Landed) -> bool:
-        return matrix_of(part) in twice
+        return matrix_of(part, sinks) in twice
+
+    def maxima_bytes(group: Sequence[E]) -> int:
+        parts = (part for entry in group for cut in cuts[entry.name] for part in cut.parts if observed(part))
+        return sum(
+            sinks[name].maxima_bytes for name, _ in {(part.span.parameter, part.region.expert) for part in parts}
+        )
 
     pieces: list[Piece] = []
     run: list[E] = []
-    for group in together(entries, cuts, twice):
+    most = 0
+    for group in together(entries, cuts, twice, sinks):
         if group[0].name in small:
             run.append(group[0])
             continue
@@ -70,7 +84,9 @@ def plan(source: Source[E, C], entries: Sequence[E], sinks: Mapping[str, Sink]) 
         pieces += source.needed_first(group)
         observing = (source.observing(entry, cut, observed) for entry in group for cut in cuts[entry.name])
         barrier = first_pass(observing, pieces)
+        if barrier is not None:
+            most = max(most, maxima_bytes(group))
         for entry in group:
             pieces += source.pieces(entry, cuts[entry.name], barrier)
     pieces += source.bundles(run)
-    return pieces
+    return Planned(pieces, 2 * most)

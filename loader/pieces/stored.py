@@ -21,11 +21,12 @@ from .two_passes import Landed, Matrix
 
 @dataclass(frozen=True)
 class StoredPieces:
-    """Pieces, the bytes of scratch memory the largest one takes, and the bytes of scales that are held beside it."""
+    """Pieces, the bytes of scratch memory the largest one takes, and those of scales and maxima held beside it."""
 
     pieces: list[Piece]
     scratch_bytes: int
     held_bytes: int
+    maxima_bytes: int = 0
 
 
 def plan_stored(
@@ -45,8 +46,9 @@ def plan_stored(
     for weight in weights:
         (copied if all(span.parameter in as_is for span in spans[weight.name]) else others).append(weight)
     source = DecodedSource(spans, sinks, chunk_bytes, dequantizer)
-    pieces = plan_as_is(copied, spans, as_is, chunk_bytes) + plan(source, others, sinks)
-    return StoredPieces(pieces, source.scratch_bytes, source.held_bytes)
+    decoded = plan(source, others, sinks)
+    pieces = plan_as_is(copied, spans, as_is, chunk_bytes) + decoded.pieces
+    return StoredPieces(pieces, source.scratch_bytes, source.held_bytes, decoded.maxima_bytes)
 
 
 class DecodedSource:
@@ -88,7 +90,8 @@ class DecodedSource:
         return True
 
     def matrices(self, weight: StoredWeight) -> Iterable[Matrix]:
-        return (self._small[weight.name].matrix,)
+        span = self._small[weight.name].span
+        return (self._sinks[span.parameter].scale_group(span.region.expert),)
 
     def bundles(self, weights: Sequence[StoredWeight]) -> Iterator[Piece]:
         return self._bundler.pieces([self._small[weight.name] for weight in weights])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from ..checkpoint.pieces import Barrier, Piece
@@ -11,7 +11,8 @@ from ..geometry.regions import Region
 from ..geometry.spans import Span
 from ..online.sink import Sink
 
-Matrix = tuple[str, int | None]
+Matrix = Hashable
+"""Stands for the matrices that get their scales together."""
 
 
 class Landed(Protocol):
@@ -47,7 +48,7 @@ E = TypeVar("E", bound=Located)
 def read_twice(cuts: Iterable[Sequence[Readable]], sinks: Mapping[str, Sink]) -> set[Matrix]:
     """Matrices with a part whose scales depend on what is not in it."""
     return {
-        matrix_of(part)
+        matrix_of(part, sinks)
         for tensor_cuts in cuts
         for cut in tensor_cuts
         for part in cut.parts
@@ -55,9 +56,9 @@ def read_twice(cuts: Iterable[Sequence[Readable]], sinks: Mapping[str, Sink]) ->
     }
 
 
-def matrix_of(part: Landed) -> Matrix:
-    """The parameter and expert a part lands in."""
-    return part.span.parameter, part.region.expert
+def matrix_of(part: Landed, sinks: Mapping[str, Sink]) -> Matrix:
+    """Where a part lands, as far as scales are concerned."""
+    return sinks[part.span.parameter].scale_group(part.region.expert)
 
 
 def first_pass(observing: Iterable[Piece | None], pieces: list[Piece]) -> Barrier | None:
@@ -72,7 +73,9 @@ def first_pass(observing: Iterable[Piece | None], pieces: list[Piece]) -> Barrie
     return barrier
 
 
-def together(entries: Sequence[E], cuts: Mapping[str, Sequence[Readable]], twice: set[Matrix]) -> Iterator[list[E]]:
+def together(
+    entries: Sequence[E], cuts: Mapping[str, Sequence[Readable]], twice: set[Matrix], sinks: Mapping[str, Sink]
+) -> Iterator[list[E]]:
     """Tensors in order, those that share a two-pass matrix in one list."""
     if not twice:
         yield from ([entry] for entry in entries)
@@ -80,7 +83,7 @@ def together(entries: Sequence[E], cuts: Mapping[str, Sequence[Readable]], twice
     members: dict[Matrix, list[str]] = defaultdict(list)
     matrices: dict[str, set[Matrix]] = {}
     for entry in entries:
-        of_entry = {matrix_of(part) for cut in cuts.get(entry.name, ()) for part in cut.parts}
+        of_entry = {matrix_of(part, sinks) for cut in cuts.get(entry.name, ()) for part in cut.parts}
         matrices[entry.name] = of_entry & twice
         for matrix in matrices[entry.name]:
             members[matrix].append(entry.name)

@@ -75,7 +75,7 @@ def convert(
         OutputFolder(folder / "out", "key") as out,
         Conversion(plan, shards, out, statistics.__setitem__) as conversion,
     ):
-        pieces = plan_pieces(conversion.entries, conversion.spans, conversion.sinks, chunk_bytes)
+        pieces = plan_pieces(conversion.entries, conversion.spans, conversion.sinks, chunk_bytes).pieces
         largest = max((piece.nbytes for piece in pieces), default=chunk_bytes)
         shard = Shard("model.safetensors", header.size)
         conversion.begin()
@@ -347,7 +347,7 @@ def test_missing_experts_are_named(tmp_path: Path) -> None:
     plan = plan_of_experts(header.tensors, scheme, QUARK["mxfp4"])
     shards = plan_shards([tensor.specs() for tensor in plan], 10**9)
     with OutputFolder(tmp_path / "out", "key") as out, Conversion(plan, shards, out, lambda *_: None) as conversion:
-        pieces = plan_pieces(conversion.entries[:2], conversion.spans, conversion.sinks, 4096)
+        pieces = plan_pieces(conversion.entries[:2], conversion.spans, conversion.sinks, 4096).pieces
         shard = Shard("model.safetensors", header.size)
         PieceReader(FileSource(tmp_path), [shard], workers=1, chunk_bytes=4096).run(pieces)
         with pytest.raises(MissingWeightsError, match=r"written: x\.experts\.2\.up\.weight rows 0:8, columns 0:64$"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from quantload.geometry.regions import Interval, Region
@@ -17,9 +17,13 @@ class FakeSink(Sink):
     values_dtype = None
     align = 1, 1
     whole_rows = False
+    maxima_bytes = 0
 
     def scales_are_local(self, region: Region) -> bool:
         return True
+
+    def scale_group(self, expert: int | None) -> Hashable:
+        return id(self), expert
 
     def in_place(self, dtype: torch.dtype, region: Region) -> InPlace | None:
         return None

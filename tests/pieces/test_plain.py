@@ -145,7 +145,7 @@ class World:
         """Read and deliver every piece, in order."""
         entries = self.entries()
         file = torch.cat([tensor.contiguous().reshape(-1).view(U8) for tensor in self.data.values()])
-        pieces = plan_pieces(entries, self.spans, self.sinks, chunk_bytes)
+        pieces = plan_pieces(entries, self.spans, self.sinks, chunk_bytes).pieces
         check_barriers(pieces)
         for piece in pieces:
             assert all(offset >= 0 and offset + length <= file.numel() for offset, length in piece.extents)

@@ -91,7 +91,7 @@ class Checkpoint:
 
     def load(self, chunk_bytes: int = 1 << 23) -> list[Piece]:
         file = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in self.tensors.values()])
-        pieces = plan_pieces(self.entries, self.spans, self.sinks, chunk_bytes)
+        pieces = plan_pieces(self.entries, self.spans, self.sinks, chunk_bytes).pieces
         for piece in pieces:
             ((offset, length),) = piece.extents
             piece.deliver(Workspace(file[offset : offset + length]))  # type: ignore[arg-type]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from quantload.kernels.formats import RowMultiplied, WeightFormat
+from quantload.kernels.formats import WeightFormat
 from quantload.kernels.registry import (
     NUMBA_FORMATS,
     OPERATIONS,
@@ -28,11 +29,7 @@ from tested_formats import QUANTIZED, TRITON
 INTERPRETED = ("quantize", "observe", "finish_scales", "dequantize")
 """The operations that the tests here check in Triton's interpreter as well."""
 _called: set[str] = set()
-FAMILIES = {**{name: name for name in ("mx", "mxfp4", "mxfp6", "mxfp8", "fp8")}, "int8": "int8_channel"}
-"""What the names of the formats begin with that a test is for, by the second word of its name."""
-
-MANY_TESTS = 4000
-"""Tests of a run that needs nearly every kernel."""
+HERE = Path(__file__).parent
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HOW: tuple[dict[str, Any], ...] = ({"statistics": True}, {"statistics": False}, {"scale_mode": "mse"})
 
@@ -90,7 +87,7 @@ def interpreted() -> list[Runner]:
     found = []
     for name in TRITON:
         plain, own = kernel_set(name, "cpu", dict.fromkeys(OPERATIONS, "torch")), triton_quantize(name)
-        functions = {op: partial(_noted, f"{op} {name}", getattr(own, op)) for op in INTERPRETED}
+        functions: dict[str, Any] = {op: partial(_noted, f"{op} {name}", getattr(own, op)) for op in INTERPRETED}
         found.append(
             Runner(replace(plain, names={**plain.names, **dict.fromkeys(INTERPRETED, "triton")}, **functions), "cpu")
         )
@@ -112,13 +109,14 @@ def called_kernels(record_property: Callable[[str, object], None]) -> Iterator[N
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compile what a run of nearly all tests needs at once, which its processes share.
+    """Compile what a run of this whole folder needs at once, which its processes share.
 
     Else it would be compiled by a process for nearly every kernel, each of which has to get ready for that first.
     """
-    if len(session.items) < MANY_TESTS or session.config.getoption("collectonly"):
+    if session.config.getoption("collectonly") or not _is_asked_for_as_a_whole(session.config):
         return
-    wanted = itertools.product(QUANTIZED, DTYPES, HOW)
+    tested = {runner.format.name for item in session.items if (runner := _runner_of(item)) is not None}
+    wanted = itertools.product(sorted(tested), DTYPES, HOW)
     prepare(
         [
             function
@@ -129,18 +127,56 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     )
 
 
+def _is_asked_for_as_a_whole(config: pytest.Config) -> bool:
+    """Whether a folder that holds all tests here was named, or none, and no tests by name."""
+    folders = (config.invocation_params.dir / argument for argument in config.args)
+    return not config.getoption("keyword") and any(HERE.is_relative_to(folder.resolve()) for folder in folders)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`runner` and `contender` are of all formats, or of those in the test's `@pytest.mark.formats(name, ...)`."""
+    marked = metafunc.definition.get_closest_marker("formats")
+    wanted = QUANTIZED if marked is None else marked.args
+    if not set(wanted) <= set(QUANTIZED):
+        raise ValueError(f"{metafunc.function.__name__} is marked with formats that are not tested here: {wanted}")
     for fixture in {"runner", "contender"} & set(metafunc.fixturenames):
-        family = metafunc.function.__name__.split("_")[1]  # test_mxfp4_..., test_fp8_..., test_int8_...: those only
-        prefix = FAMILIES.get(family, "")
         params = [
             pytest.param(r, id=f"{r.format.name}-{r.kernels.names['quantize']}-{r.device}")
             for r in runners()
-            if r.format.name.startswith(prefix)
-            and not (prefix and isinstance(r.format, RowMultiplied))
-            and (fixture == "runner" or (r.kernels.names["quantize"], r.device) != PLAIN)
+            if r.format.name in wanted and (fixture == "runner" or (r.kernels.names["quantize"], r.device) != PLAIN)
         ]
         metafunc.parametrize(fixture, params)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m interpreted_quickly` are the tests with `@pytest.mark.interpreted`, of the parameters that it names, if any.
+
+    `formats=` names those of the runner.
+    """
+    for item in items:
+        marker = item.get_closest_marker("interpreted")
+        if marker is not None and _is_chosen(item, **marker.kwargs):
+            item.add_marker("interpreted_quickly")
+
+
+def _is_chosen(item: pytest.Item, formats: Container[str] | None = None, **parameters: object) -> bool:
+    runner, given = _runner_of(item), _parameters_of(item)
+    if formats is not None and (runner is None or runner.format.name not in formats):
+        return False
+    return all(given[name] == value for name, value in parameters.items())
+
+
+def _runner_of(item: pytest.Item) -> Runner | None:
+    """The kernels that a test is a test of, where it has a parameter for that."""
+    given = _parameters_of(item)
+    found = given.get("runner", given.get("contender"))
+    return found if isinstance(found, Runner) else None
+
+
+def _parameters_of(item: pytest.Item) -> dict[str, object]:
+    given: dict[str, object] = item.callspec.params if hasattr(item, "callspec") else {}
+    return given
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from tested_formats import TRITON
 ROWS, COLS = 130, 200
 ONE_OF_EACH_GROUP = [fmt for i, fmt in enumerate(INTEGERS) if i % 3 == i // 3 % 3]
 """The integer formats with one dtype of scales for each number of bits and width of a group."""
+QUICK = [fmt for fmt in ONE_OF_EACH_GROUP if fmt.block_cols in (16, 0)]
 
 
 def plain(name: str):
@@ -35,6 +36,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", TRITON)
 def test_two_passes(name, record_property):
     """Maxima in two parts, scales from them, codes under scales that are known: the bytes of one pass in torch."""
@@ -61,6 +63,7 @@ def test_two_passes(name, record_property):
         assert same(amax, scales)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", TRITON)
 def test_scales_of_every_exponent(name, record_property):
     record_property("kernel", f"finish_scales {name}")
@@ -73,6 +76,7 @@ def test_scales_of_every_exponent(name, record_property):
     assert same(got, want)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", [name for name in TRITON if FORMATS[name].code_bits == 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_byte_under_large_and_small_scales(name, dtype, record_property):
@@ -92,7 +96,10 @@ def test_every_byte_under_large_and_small_scales(name, dtype, record_property):
         assert same(got[finite], want[finite])
 
 
-@pytest.mark.parametrize("fmt", ONE_OF_EACH_GROUP, ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize(
+    "fmt",
+    [pytest.param(fmt, id=fmt.name, marks=[pytest.mark.interpreted] * (fmt in QUICK)) for fmt in ONE_OF_EACH_GROUP],
+)
 def test_integers_of_every_group(fmt: WeightFormat, record_property):
     """Weights of one sign, zeros, ranges that no float16 scale spans, tiny ones; in one piece, and in two columns."""
     record_property("kernel", f"quantize {fmt.name}")

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from quantload.kernels.registry import kernel_set
+from tested_formats import FP8, FP8_E4M3FN, INT8, MX
 
 GRID = [Fraction(n, 2) for n in (0, 1, 2, 3, 4, 6, 8, 12)]
 
@@ -41,6 +42,8 @@ def blocks_of_each_value(values: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+@pytest.mark.formats(*MX)
+@pytest.mark.interpreted(formats=("mxfp4",), dtype="bf16")
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_mx_of_every_value(contender, all_bf16, all_f16, dtype):
     source = blocks_of_each_value(all_bf16 if dtype == "bf16" else all_f16)
@@ -48,6 +51,7 @@ def test_mx_of_every_value(contender, all_bf16, all_f16, dtype):
     assert_same_bytes(contender, source.view(8, -1))
 
 
+@pytest.mark.formats("mxfp4")
 def test_mxfp4_is_the_nearest_value_with_ties_to_even(runner):
     """Against exact rational arithmetic: thresholds, their neighbours, and random values, at small and large scales."""
     steps = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 6.5])
@@ -65,6 +69,7 @@ def test_mxfp4_is_the_nearest_value_with_ties_to_even(runner):
             assert (code >> 3 == 1) == (value < 0)
 
 
+@pytest.mark.formats("mxfp4")
 def test_mxfp4_zero_blocks(runner):
     source = torch.zeros(2, 96, dtype=torch.bfloat16)
     source[0, 3] = -0.0
@@ -75,11 +80,15 @@ def test_mxfp4_zero_blocks(runner):
     assert int(codes.ne(0).sum()) == 2
 
 
+@pytest.mark.formats(*FP8)
+@pytest.mark.interpreted(formats=("fp8_channel",), dtype="bf16")
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_fp8_of_every_value_under_many_scales(contender, all_bf16, all_f16, dtype):
     assert_same_bytes_under_many_maxima(contender, all_bf16 if dtype == "bf16" else all_f16)
 
 
+@pytest.mark.formats(INT8)
+@pytest.mark.interpreted(dtype="bf16")
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_int8_of_every_value_under_many_scales(contender, all_bf16, all_f16, dtype):
     assert_same_bytes_under_many_maxima(contender, all_bf16 if dtype == "bf16" else all_f16)
@@ -117,6 +126,7 @@ def test_float32_sources(contender, exponent):
         assert_same_bytes(contender, torch.stack((ties, nudged, torch.nextafter(ties, torch.tensor(0.0)))))
 
 
+@pytest.mark.interpreted(formats=(*MX, *FP8_E4M3FN, INT8, "int4_group128_f16", "int4_group0_f32"))
 def test_float32_bit_patterns(contender):
     generator = torch.Generator().manual_seed(3)
     bits = torch.randint(-(2**31), 2**31, (256, 384), generator=generator, dtype=torch.int64).to(torch.int32)
@@ -139,6 +149,7 @@ def test_zero_rows_have_finite_scales(runner):
     assert torch.equal(values, torch.zeros(130, 160))
 
 
+@pytest.mark.interpreted(shape=(5, 33))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (130, 200), (128, 256)])
 def test_dequantize(contender, shape, dtype):
@@ -161,6 +172,7 @@ def test_dequantize(contender, shape, dtype):
     assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
+@pytest.mark.interpreted
 def test_every_code_byte_dequantizes_to_its_meaning(runner):
     """All codes but NaN against tables built here from the definition of the format."""
     fmt = runner.format

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tested_formats import FP8, INT8
 
 SETS = ("gauss", "ties", "zeros")
-FP8 = {"fp8_channel": "vllm:fp8|ptpc", "fp8_tensor": "sglang:fp8|tensor", "fp8_block": "vllm:fp8|block128"}
+ENGINES = {"fp8_channel": "vllm:fp8|ptpc", "fp8_tensor": "sglang:fp8|tensor", "fp8_block": "vllm:fp8|block128"}
 
 
 def bf16(bits: np.ndarray) -> torch.Tensor:
@@ -27,6 +28,8 @@ def assert_same_mxfp4(codes: np.ndarray, scales: np.ndarray, want: np.ndarray, w
     np.testing.assert_array_equal(scales[nonzero], want_scales[nonzero])
 
 
+@pytest.mark.formats("mxfp4")
+@pytest.mark.interpreted(dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SETS)
 def test_mxfp4_equals_every_even_vector(runner, vectors, name, dtype):
@@ -44,6 +47,8 @@ def test_mxfp4_equals_every_even_vector(runner, vectors, name, dtype):
             assert_same_mxfp4(codes.numpy(), scales.numpy(), want, want_scales)
 
 
+@pytest.mark.formats("mxfp4")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("layer", ["mlp.down_proj", "self_attn.k_proj"])
 def test_mxfp4_equals_a_checkpoint_exported_by_quark(runner, vectors, layer):
     codes, scales = runner.quantize(bf16(vectors[f"quark_llama:{layer}|in"]))
@@ -52,11 +57,13 @@ def test_mxfp4_equals_a_checkpoint_exported_by_quark(runner, vectors, layer):
     )
 
 
+@pytest.mark.formats(*FP8)
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", SETS)
 def test_fp8_equals_the_serving_engines(runner, vectors, name):
     source = bf16(vectors[f"{name}|in"])
     codes, scales = runner.quantize(source)
-    key = f"{name}|{FP8[runner.format.name.removesuffix('_fnuz')]}"
+    key = f"{name}|{ENGINES[runner.format.name.removesuffix('_fnuz')]}"
     want_codes, want_scales = vectors[f"{key}|c"], vectors[f"{key}|s"]
     if runner.format.code_dtype == torch.float8_e4m3fnuz:  # the same bits mean half as much, and -0 would be NaN
         want_codes, want_scales = np.where(want_codes == 0x80, 0, want_codes), want_scales * 2
@@ -64,6 +71,8 @@ def test_fp8_equals_the_serving_engines(runner, vectors, name):
     np.testing.assert_array_equal(codes.view(torch.uint8).numpy(), want_codes)
 
 
+@pytest.mark.formats(INT8)
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", SETS)
 def test_int8_follows_its_rule_and_is_near_vllm(runner, vectors, name):
     source = bf16(vectors[f"{name}|in"])

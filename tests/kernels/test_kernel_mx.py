@@ -10,6 +10,7 @@ import pytest
 import torch
 from quantload.kernels.mx_elements import ELEMENTS, code_values
 from quantload.kernels.reference.mx import pack_fp6, unpack_fp6
+from tested_formats import MXFP6
 
 SETS = ("gauss", "ties", "zeros")
 KEYS = {"mxfp6_e2m3": ("e2m3", "even"), "mxfp6_e3m2": ("e3m2", "even"), "mxfp8": ("e4m3", "rceil")}
@@ -26,12 +27,16 @@ def source_of(vectors: dict[str, np.ndarray], name: str) -> torch.Tensor:
     return torch.from_numpy(vectors[f"{name}|in"].astype(np.int16)).view(torch.bfloat16)
 
 
+@pytest.mark.formats(*MXFP6)
+@pytest.mark.interpreted(dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SETS)
 def test_mxfp6_equals_every_even_vector(runner, vectors, name, dtype):
     assert compare(runner, vectors, name, dtype) >= 3
 
 
+@pytest.mark.formats("mxfp8")
+@pytest.mark.interpreted(dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SETS)
 def test_mxfp8_equals_every_rceil_vector(runner, vectors, name, dtype):
@@ -65,10 +70,13 @@ def compare(runner, vectors: dict[str, np.ndarray], name: str, dtype: torch.dtyp
     return len(keys)
 
 
+@pytest.mark.formats(*MXFP6)
+@pytest.mark.interpreted
 def test_mxfp6_is_the_nearest_value_with_ties_to_even(runner):
     check_nearest(runner)
 
 
+@pytest.mark.formats("mxfp8")
 def test_mxfp8_is_the_nearest_value_with_ties_to_even(runner):
     check_nearest(runner)
 

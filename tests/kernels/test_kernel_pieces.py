@@ -96,6 +96,7 @@ def test_two_passes_give_the_bytes_of_one(name, rows, cols, row_cuts, col_cuts, 
     torch.testing.assert_close(parts, total, rtol=1e-5, atol=0)
 
 
+@pytest.mark.interpreted(dtype=torch.bfloat16, cols=200)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("cols", [96, 200])
 def test_strided_views_and_guard_bytes(runner, dtype, cols):
@@ -124,6 +125,7 @@ def test_strided_views_and_guard_bytes(runner, dtype, cols):
     assert (out[:, -1] == 77).all()
 
 
+@pytest.mark.interpreted(dtype=torch.bfloat16, where=(0, 0))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("where", "value"), [((0, 0), torch.nan), ((139, 199), torch.inf), ((77, 33), -torch.inf)])
 def test_nonfinite_elements_are_counted(runner, dtype, where, value):
@@ -149,6 +151,7 @@ def test_largest_finite_values_are_not_taken_for_infinite(runner):
         assert runner.dequantize(codes, scales, (2, 64)).min() > 0
 
 
+@pytest.mark.interpreted
 def test_empty_matrices(runner):
     for shape in ((0, 64), (4, 0)):
         codes, scales = runner.empty(*shape)
@@ -158,6 +161,7 @@ def test_empty_matrices(runner):
         )
 
 
+@pytest.mark.interpreted
 def test_arguments_that_do_not_fit_are_named(runner):
     source = weights(4, 64)
     codes, scales = runner.empty(4, 64)

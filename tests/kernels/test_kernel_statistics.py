@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from quantload.kernels import statistics as stats
+from tested_formats import FP8, FP8_E4M3FN, INT8, MXFP6
 
 
 def measured(runner, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,6 +43,7 @@ SHAPES = {
 """One block, odd ends, more rows than a block has, rows longer than what is summed in float32 at once."""
 
 
+@pytest.mark.interpreted(dtype=torch.bfloat16, shape=(5, 70))
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [pytest.param(d, s, id=f"{d}-{s[0]}x{s[1]}") for d, shapes in SHAPES.items() for s in shapes],
@@ -78,6 +80,7 @@ def test_statistics_accumulate(runner):
     assert want[stats.COUNT] == 2 * 256
 
 
+@pytest.mark.formats(*MXFP6)
 def test_mxfp6_counts_what_lies_above_the_largest_value(runner):
     values = {"mxfp6_e2m3": [7.5, 7.6875, -7.5625, 7.25], "mxfp6_e3m2": [28.0, 29.0, -28.25, 27.0]}
     block = torch.zeros(1, 32, dtype=torch.bfloat16)
@@ -87,6 +90,7 @@ def test_mxfp6_counts_what_lies_above_the_largest_value(runner):
     assert got[stats.SATURATED] == 2
 
 
+@pytest.mark.formats("mxfp4")
 def test_mxfp4_counts_what_lies_above_the_largest_value(runner):
     block = torch.zeros(1, 32, dtype=torch.bfloat16)
     block[0, :4] = torch.tensor([6.0, 6.5, -6.9375, 5.9])
@@ -95,11 +99,15 @@ def test_mxfp4_counts_what_lies_above_the_largest_value(runner):
     assert got[stats.SATURATED] == 2
 
 
+@pytest.mark.formats(*FP8)
+@pytest.mark.interpreted(formats=FP8_E4M3FN)
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_fp8_saturation_under_known_scales(runner, factor):
     check_saturation(runner, 224.0 if runner.format.name.endswith("fnuz") else 448.0, factor)
 
 
+@pytest.mark.formats(INT8)
+@pytest.mark.interpreted
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_int8_saturation_under_known_scales(runner, factor):
     check_saturation(runner, 127.0, factor)
@@ -137,18 +145,22 @@ def gaussian_sqnr(runner) -> float:
     return stats.sqnr_db(got.cpu())
 
 
+@pytest.mark.formats("mxfp4")
 def test_mxfp4_sqnr_of_gaussian_weights(runner):
     assert gaussian_sqnr(runner) == pytest.approx(19.0, abs=0.2)
 
 
+@pytest.mark.formats(*FP8)
 def test_fp8_sqnr_of_gaussian_weights(runner):
     assert gaussian_sqnr(runner) == pytest.approx(31.5, abs=0.3)
 
 
+@pytest.mark.formats(INT8)
 def test_int8_sqnr_of_gaussian_weights(runner):
     assert gaussian_sqnr(runner) == pytest.approx(41.0, abs=1.0)
 
 
+@pytest.mark.formats("mxfp4")
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5])
 def test_mxfp4_largest_error_is_exact_wherever_it_is(contender, seed, share):
@@ -166,6 +178,7 @@ def test_mxfp4_largest_error_is_exact_wherever_it_is(contender, seed, share):
         assert got[stats.MAX_ERROR].cpu() == largest
 
 
+@pytest.mark.formats("mxfp4")
 @pytest.mark.parametrize("error", [2.0**-7, 2.0**-5, 0.0])
 def test_mxfp4_little_noise_keeps_its_digits(contender, error):
     values = torch.tensor([0.5, 1, 1.5, 2, 3, 4, 6, -6]).repeat(64, 64)

@@ -39,16 +39,6 @@ QUANTIZE = ("quantize_mx", "quantize_rows", "quantize_tiles", "quantize_integers
 OPTIONS = ("num_warps", "enable_fp_fusion")
 ALIKE = ("mxfp6_e3m2", "int4_group32_bf16", "int8_group64_f32", "int4fp8_channel")
 """Formats whose kernels differ from those of another in numbers only."""
-QUICK = """
-(interpreted_quantize and not (every_group and (group32 or group64 or group128 or group256)))
-or (kernel_golden and not float32 and not nonfinite)
-or (kernel_mx and not float32 and not (mxfp8 and nearest))
-or (kernel_bits and (code_byte or (bit_patterns and not (fnuz or group32 or group64 or int4fp8))
-    or (test_dequantize and shape1) or (of_every_value and bf16 and (mxfp4 or channel) and not fnuz)))
-or (kernel_statistics and ((saturation and not fnuz) or (against_float64 and 5x70 and bfloat16)))
-or (kernel_pieces and ((strided and 200 and bfloat16) or (nonfinite and where0 and bfloat16) or empty or named))
-"""
-"""Tests of every kernel, chosen for what they cover in the interpreter within seconds; the slow group runs them all."""
 
 
 @dataclass(frozen=True)
@@ -240,16 +230,16 @@ def files(*names: str) -> list[Path]:
     return [HERE / "interpreted_quantize.py", *(HERE / f"test_kernel_{name}.py" for name in names)]
 
 
-def shares(tests: str) -> list[list[str]]:
-    """Arguments for the tests of an expression in two processes, with about half of the formats each."""
-    half = "(mx or int4)"
-    return [["-k", f"({tests}) and {half}"], ["-k", f"({tests}) and not {half}"]]
+def shares(*arguments: str) -> list[list[str]]:
+    """Arguments for two processes, with about half of the formats each."""
+    return [[*arguments, "-k", half] for half in ("mx or int4", "not (mx or int4)")]
 
 
 @pytest.mark.skipif(interpreter_trouble() is not None, reason=interpreter_trouble() or "")
 def test_interpreted_bits() -> None:
-    """The tests of every kernel, on the Triton ones in the interpreter: those that take seconds."""
-    results = interpret(*files("golden", "mx", "bits", "statistics", "pieces"), shares=shares(" ".join(QUICK.split())))
+    """Tests of every kernel, on the Triton ones in the interpreter: those marked for it, which take seconds."""
+    quickly = shares("-m", "interpreted_quickly")
+    results = interpret(*files("golden", "mx", "bits", "statistics", "pieces"), shares=quickly)
     check(results)
     labels = {label for result in results for label in result.kernels}
     assert {f"{op} {name}" for op in gpu_quantize.OPERATIONS for name in TRITON} <= labels
@@ -259,7 +249,7 @@ def test_interpreted_bits() -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(interpreter_trouble() is not None, reason=interpreter_trouble() or "")
 def test_interpreted_bits_of_everything() -> None:
-    results = interpret(*files("golden", "mx", "bits", "statistics", "pieces"), shares=shares("not one"), timeout=1500)
+    results = interpret(*files("golden", "mx", "bits", "statistics", "pieces"), shares=shares(), timeout=1500)
     check(results)
     assert len(results) > 900
 

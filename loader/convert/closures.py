@@ -23,7 +23,7 @@ from ..online.observing import Observation, ScaleGroup, scales_are_shared
 from ..online.quantizing import StatisticsSum, non_finite_error, rows_below_each_other
 from ..online.sink import InPlace, Sink
 from ..schemes.base import NonFiniteError
-from ..schemes.exported.weights import ExportedPart
+from ..schemes.exported.weights import ExportedTensor
 from .tensors import QuantizedTensor
 
 
@@ -121,7 +121,7 @@ class ExportingLoader(WritingLoader):
         self._stems = [tensor.stem for tensor in tensors]
         self._quantizer, self._weight = first.scheme.quantizer, first.weight
         self._shard, self._buffers, self._on_written = shard, buffers, on_written
-        self._parts = [_WrittenPart(part, layout, self._stems, shard) for part in first.weight.parts]
+        self._parts = [_WrittenTensor(part, layout, self._stems, shard) for part in first.weight.parts]
         self._tracker = RegionTracker(first.entry.name, self._layout.experts, layout.rows, layout.columns)
         self._observation: Observation | None = None
         self._scales: dict[int | None, Tensors] = {}
@@ -233,10 +233,10 @@ def _finish_scales(reference: weakref.ref[ExportingLoader], expert: int | None, 
     loader.finish_scales(expert, maxima)
 
 
-class _WrittenPart:
+class _WrittenTensor:
     """One of the tensors that a weight becomes, and where it lies in a shard for each expert."""
 
-    def __init__(self, part: ExportedPart, layout: WeightLayout, stems: Sequence[str], shard: ShardWriter) -> None:
+    def __init__(self, part: ExportedTensor, layout: WeightLayout, stems: Sequence[str], shard: ShardWriter) -> None:
         self._part, self._pitch = part, part.pitch(layout)
         matrix = part.rows(layout) * self._pitch
         begins = [shard.plan.offsets[stem + part.name] for stem in stems]

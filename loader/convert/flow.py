@@ -35,7 +35,7 @@ from ..plan import MIN_CHUNK, LoadPlan, plan_staging, plan_without_pieces
 from ..recording import Progress, Recorder
 from ..schemes.exported.registry import get_export_format
 from ..schemes.exported.weights import ExportFormat
-from .shards import Conversion, PlannedTensor
+from .shards import OpenShards, PlannedTensor
 from .tensors import kept_modules, plan_tensors, quantized_modules
 
 MAX_SHARD_BYTES = 4 * 10**9
@@ -88,8 +88,8 @@ def convert_checkpoint(
             stored = checkpoint.config().get("quantization_config")
             key = _key(checkpoint, draft.index, shards, [config, stored, policy and asdict(policy), options.stats])
         with OutputFolder(Path(out), key) as folder:
-            with Conversion(tensors, shards, folder, recorder.on_layer) as conversion:
-                plan = _plan(draft, conversion, sum(len(shard.offsets) for shard in shards), options)
+            with OpenShards(tensors, shards, folder, recorder.on_layer) as open_shards:
+                plan = _plan(draft, open_shards, sum(len(shard.offsets) for shard in shards), options)
                 recorder.expect(plan, draft.assignments)
                 check_budget(plan.memory, options.max_memory)
                 reader = PieceReader(
@@ -99,9 +99,9 @@ def convert_checkpoint(
                     chunk_bytes=plan.chunk_bytes,
                     on_progress=recorder.on_bytes,
                 )
-                conversion.begin()
+                open_shards.begin()
                 totals = reader.run(plan.pieces)
-                conversion.check_complete()
+                open_shards.check_complete()
             _write_surroundings(folder, checkpoint, shards, config)
             folder.publish()
     report = recorder.report(
@@ -112,14 +112,14 @@ def convert_checkpoint(
 
 
 @collector_paused()
-def _plan(draft: Draft, conversion: Conversion, written: int, options: LoadOptions) -> LoadPlan:
+def _plan(draft: Draft, open_shards: OpenShards, written: int, options: LoadOptions) -> LoadPlan:
     """Pieces of what is left to convert, and the memory it takes: a worker's buffers, and one that it writes from.
 
     `written` is how many tensors come out.
     """
-    spans, sinks = conversion.spans, conversion.sinks
-    plain = plan_pieces(conversion.entries, spans, sinks, options.chunk_bytes)
-    stored = plan_stored(conversion.stored, spans, sinks, {}, options.chunk_bytes, draft.schemes.dequantizer)
+    spans, sinks = open_shards.spans, open_shards.sinks
+    plain = plan_pieces(open_shards.entries, spans, sinks, options.chunk_bytes)
+    stored = plan_stored(open_shards.stored, spans, sinks, {}, options.chunk_bytes, draft.schemes.dequantizer)
     pieces = plain.pieces + stored.pieces
     chunk = max((piece.nbytes for piece in pieces), default=MIN_CHUNK)
     chunk = max(chunk, stored.scratch_bytes, min(options.chunk_bytes, 1 << 20))

@@ -1,4 +1,4 @@
-"""One conversion: the closure of every checkpoint tensor, the shards they write to, and what is finished when."""
+"""One conversion, the closure of every checkpoint tensor, the shards they write to, and what is finished when."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..collector import collector_paused
 from ..errors import MissingWeightsError
 from ..geometry.spans import Span
 from ..kernels.statistics import merge, new_statistics
-from ..model.routes import Source
+from ..model.routes import CheckpointTensor
 from ..schemes.stored.weights import StoredWeight
 from .closures import Buffers, CopyingLoader, ExportingLoader, WritingLoader
 from .tensors import KeptTensor, QuantizedTensor
@@ -31,7 +31,7 @@ _STATISTICS = "statistics"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-class Conversion:
+class OpenShards:
     """Gives each tensor of the shards that are not finished yet its closure; use it as a context manager.
 
     A shard is recorded in `folder` with the statistics of its tensors, which those who take it up later report as if
@@ -130,7 +130,7 @@ class Conversion:
         for number, tensor in enumerate(tensors):
             self._attach(tensor.entry, loader, [_of_expert(span, sink, number) for span in tensor.spans])
 
-    def _attach(self, entry: Source, loader: WritingLoader, spans: Sequence[Span]) -> None:
+    def _attach(self, entry: CheckpointTensor, loader: WritingLoader, spans: Sequence[Span]) -> None:
         """Have a tensor read for a closure, which all of it goes to."""
         if entry.nbytes == 0:
             self._complete.append(loader.finish)
@@ -180,7 +180,7 @@ def _kind(tensor: QuantizedTensor) -> Any:
     return alone, pattern, tensor.assignment.name, tensor.layout, id(tensor.scheme), id(tensor.weight)
 
 
-def _place(entry: Source) -> tuple[int, int]:
+def _place(entry: CheckpointTensor) -> tuple[int, int]:
     return entry.shard, entry.offset
 
 

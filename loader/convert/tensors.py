@@ -17,7 +17,7 @@ from ..geometry.regions import Region
 from ..geometry.spans import Span
 from ..kernels.formats import WeightFormat
 from ..model.attach import WeightLoaders
-from ..model.routes import Routes, Source
+from ..model.routes import CheckpointTensor, Routes
 from ..model.skeleton import Assignment
 from ..online.sink import Sink
 from ..schemes.base import LinearScheme, MoEScheme
@@ -39,7 +39,7 @@ class QuantizedTensor:
     The names of what is written for it begin with `stem`. `spans` say where its elements go in `layout`.
     """
 
-    entry: Source
+    entry: CheckpointTensor
     stem: str
     assignment: Assignment
     scheme: LinearScheme | MoEScheme
@@ -75,7 +75,7 @@ class KeptTensor:
 
 
 def plan_tensors(
-    tensors: Mapping[str, Source],
+    tensors: Mapping[str, CheckpointTensor],
     routes: Routes,
     loaders: WeightLoaders,
     assignments: Sequence[Assignment],
@@ -148,7 +148,7 @@ class _WhyNot:
         self._sinks, self._export = sinks, export
         self._known: dict[Any, str] = {}
 
-    def __call__(self, entry: Source, spans: Sequence[Span], scheme: LinearScheme | MoEScheme) -> str:
+    def __call__(self, entry: CheckpointTensor, spans: Sequence[Span], scheme: LinearScheme | MoEScheme) -> str:
         where = [(span.parameter, span.region.rows, span.region.columns, *span[2:]) for span in spans]
         key = entry.shape, entry.name.endswith(_SUFFIX), id(scheme), *where
         known = self._known.get(key)
@@ -156,7 +156,7 @@ class _WhyNot:
             known = self._known[key] = self._look(entry, spans, scheme)
         return known
 
-    def _look(self, entry: Source, spans: Sequence[Span], scheme: LinearScheme | MoEScheme) -> str:
+    def _look(self, entry: CheckpointTensor, spans: Sequence[Span], scheme: LinearScheme | MoEScheme) -> str:
         if len(entry.shape) == 3:
             return "holds all experts of a layer, which only the format mxfp4 has a place for, and only for gpt-oss"
         if len(entry.shape) != 2 or not entry.name.endswith(_SUFFIX):
@@ -175,7 +175,7 @@ class _WhyNot:
 
 
 def _why_not_fused(
-    entry: Source, assignment: Assignment, scheme: LinearScheme | MoEScheme, export: ExportFormat
+    entry: CheckpointTensor, assignment: Assignment, scheme: LinearScheme | MoEScheme, export: ExportFormat
 ) -> str:
     """Why a checkpoint tensor cannot become the quantized weights of all experts; nothing if it can."""
     module: Any = assignment.module
@@ -185,7 +185,7 @@ def _why_not_fused(
 
 
 def _matrix(
-    entry: Source, assignment: Assignment, scheme: LinearScheme | MoEScheme, weight: ExportedWeight
+    entry: CheckpointTensor, assignment: Assignment, scheme: LinearScheme | MoEScheme, weight: ExportedWeight
 ) -> QuantizedTensor:
     rows, columns = entry.shape
     layout = _layout(scheme.kernels.format, rows, columns)
@@ -200,7 +200,7 @@ def _layout(fmt: WeightFormat, rows: int, columns: int) -> WeightLayout:
 
 
 def _fused(
-    entry: Source,
+    entry: CheckpointTensor,
     spans: Sequence[Span],
     assignment: Assignment,
     scheme: LinearScheme | MoEScheme,

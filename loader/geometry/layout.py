@@ -33,7 +33,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ShardIndex:
     """One shard of a matrix: its rows in the weight, and where it lies in each tensor, in the format's order."""
 
     rows: slice
@@ -133,7 +133,7 @@ class WeightLayout:
             borders.append(borders[-1] + rows)
         return borders
 
-    def parts(self) -> Iterator[Part]:
+    def shard_indices(self) -> Iterator[ShardIndex]:
         """The shards, without their padding."""
         first = 0
         for number, (_, rows) in enumerate(self.shards):
@@ -142,12 +142,12 @@ class WeightLayout:
                 _index(tensor, starts[number], *whole, self.columns)
                 for tensor, starts in zip(self.format.tensors, self._starts, strict=True)
             ]
-            yield Part(slice(first, first + rows), tuple(index))
+            yield ShardIndex(slice(first, first + rows), tuple(index))
             first += rows
 
     def clear_padding(self, tensors: Tensors) -> None:
         """Write zeros to what `tensors`, of the shapes here, hold beside the weight."""
-        parts = list(self.parts()) if self.is_padded else []
+        parts = list(self.shard_indices()) if self.is_padded else []
         for number, tensor in enumerate(tensors):
             kept = [part.index[number] for part in parts]
             ends = [rows.start for rows, _ in kept[1:]] + [tensor.shape[-2]]

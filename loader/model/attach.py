@@ -26,7 +26,7 @@ from ..schemes.stored.weights import Role, scale_role
 from .merged_modules import merged_modules
 from .quantized import QuantizedLinear
 from .skeleton import Assignment
-from .stored_sources import StoredModule
+from .stored_sources import ModuleWeights
 
 NAMES_SHOWN = 8
 
@@ -178,7 +178,7 @@ def _scale_together(parameters: Mapping[str, QuantizedParameter]) -> None:
 def _attach_stored(
     loaders: WeightLoaders,
     assignment: Assignment,
-    stored: StoredModule,
+    stored: ModuleWeights,
     storage: FinalStorage,
     input_scales: InputScales,
     on_finished: OnFinished,

@@ -25,7 +25,7 @@ from .unexplained_codes import check_scales
 
 NAMES_SHOWN = 8
 
-Source = TensorEntry | StoredWeight
+CheckpointTensor = TensorEntry | StoredWeight
 """What a parameter is made of: a checkpoint tensor, or several that stand for a quantized one."""
 
 
@@ -76,7 +76,7 @@ class LandingOf(Protocol):
         """The landing of a parameter by its full name."""
 
 
-def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Source]) -> CheckpointMap:
+def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, CheckpointTensor]) -> CheckpointMap:
     """Rename, group and convert every checkpoint name, without a byte of data.
 
     Raises `UnexpectedWeightsError`, `MissingWeightsError` and `ShapeMismatchError`, after the exceptions the model
@@ -110,7 +110,7 @@ def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Source]) -> Che
 
 
 def _convert(
-    mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str, Source]
+    mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str, CheckpointTensor]
 ) -> dict[str, Coordinates | None]:
     names = conversion.names()
     if conversion.converter is None and len(names) > 1:
@@ -135,7 +135,7 @@ def _convert(
     return dict(converted)
 
 
-def _operate(mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str, Source]) -> dict[str, Any]:
+def _operate(mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str, CheckpointTensor]) -> dict[str, Any]:
     """The results of a conversion on coordinates, or those of an earlier one that differs in its names only."""
     if not transformers_api.asks_for_shapes_only(conversion):
         return transformers_api.operate(mapped.shapes, conversion, _identities(conversion, tensors))
@@ -151,13 +151,13 @@ def _operate(mapped: CheckpointMap, conversion: Conversion, tensors: Mapping[str
     return mapped.templates[key]
 
 
-def _identities(conversion: Conversion, tensors: Mapping[str, Source]) -> dict[str, torch.Tensor]:
+def _identities(conversion: Conversion, tensors: Mapping[str, CheckpointTensor]) -> dict[str, torch.Tensor]:
     """The sources of a conversion as coordinates, numbered in order."""
     entries = [tensors[name] for name in conversion.names()]
     return {entry.name: Coordinates.of(i, *_kind(entry)) for i, entry in enumerate(entries)}
 
 
-def _kind(entry: Source) -> tuple[tuple[int, ...], torch.dtype, tuple[int, ...] | None]:
+def _kind(entry: CheckpointTensor) -> tuple[tuple[int, ...], torch.dtype, tuple[int, ...] | None]:
     """Shape, dtype, and strides where the elements do not lie row by row."""
     return entry.shape, entry.dtype, entry.strides if isinstance(entry, StoredWeight) else None
 

@@ -20,7 +20,7 @@ from ..schemes.policy import Choice, Policy, name_reason
 from . import modeling_code, transformers_api
 from .experts import convert_experts, is_fused_experts, unsupported_reason
 from .quantized import GivenMethod, QuantizedLinear, QuantizedLinearReadByDtype, refuse_to_save
-from .stored_sources import StoredModule, StoredSources
+from .stored_sources import ModuleWeights, StoredSources
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes a model can be built in."""
@@ -35,7 +35,7 @@ class Assignment:
     module: nn.Module
     scheme: LinearScheme | MoEScheme | None
     reason: str
-    stored: StoredModule | None = None
+    stored: ModuleWeights | None = None
     """What the checkpoint has in this format already: it is copied, not quantized."""
 
 
@@ -150,7 +150,7 @@ class _Assigner:
             transformers_api.tell_quantized(parent)
         return Assignment(name, "linear", quantized, choice.scheme, "", self._kept(stored, choice))
 
-    def _kept(self, stored: StoredModule | None, choice: Choice) -> StoredModule | None:
+    def _kept(self, stored: ModuleWeights | None, choice: Choice) -> ModuleWeights | None:
         """What is copied into a module as it is stored, in the format its kernels take."""
         if stored is None or not choice.keeps:
             return None

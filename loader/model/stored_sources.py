@@ -21,7 +21,7 @@ from .routes import CheckpointMap
 
 
 @dataclass(frozen=True)
-class StoredModule:
+class ModuleWeights:
     """The stored weights of one module by parameter; one that is kept as stored has them all in one format."""
 
     weights: Mapping[str, Sequence[StoredWeight]]
@@ -107,7 +107,7 @@ class StoredSources:
             )
         return found
 
-    def module(self, parameters: Sequence[str]) -> StoredModule | None:
+    def module(self, parameters: Sequence[str]) -> ModuleWeights | None:
         """The stored weights of a module with these parameters; `None` if it has none.
 
         Raises `CheckpointError` for a module of which only a part is quantized.
@@ -119,9 +119,9 @@ class StoredSources:
         for parameter, found in weights.items():
             if not found:
                 raise CheckpointError(f"{parameter} is not quantized, and {together[0].name} of the same module is")
-        return StoredModule(weights)
+        return ModuleWeights(weights)
 
-    def linear(self, parameter: str) -> StoredModule | None:
+    def linear(self, parameter: str) -> ModuleWeights | None:
         """The stored weight of a linear layer, `None` if it has none.
 
         Where it is made of several tensors with one scale each, every row keeps its own: nothing is merged.
@@ -130,7 +130,7 @@ class StoredSources:
         fused = module is not None and module.is_in(FP8_TENSOR.name) and len(module.weights[parameter]) > 1
         return self.adapt(module, FP8_CHANNEL) if fused and module is not None else module
 
-    def adapt(self, module: StoredModule, fmt: WeightFormat) -> StoredModule:
+    def adapt(self, module: ModuleWeights, fmt: WeightFormat) -> ModuleWeights:
         """The module in the format its kernels take; lossless. What was adapted is read so from now on."""
         if fmt == module.format:
             return module
@@ -138,7 +138,7 @@ class StoredSources:
             parameter: [_adapted(weight, fmt) for weight in weights] for parameter, weights in module.weights.items()
         }
         self.weights.update({weight.name: weight for weights in adapted.values() for weight in weights})
-        return StoredModule(adapted)
+        return ModuleWeights(adapted)
 
 
 def _described(activations: StoredActivations | None) -> str:

@@ -13,8 +13,8 @@ from ..geometry.spans import Span
 from ..schemes.stored.checks import check_codes
 from ..schemes.stored.weights import StoredWeight
 from .as_is_bundles import AsIs, AsIsBundler
-from .slabs import Slab, SlabPart, rows_of, slabs
-from .stored_parts import PartMatrix, codes_of
+from .slabs import Slab, SlabRegion, rows_of, slabs
+from .stored_parts import TensorMatrix, codes_of
 from .stored_stacks import Families
 
 
@@ -33,21 +33,21 @@ def plan_as_is(
             elif part.role == "codes":
                 pieces += _codes_pieces(codes_of(weight), taken, as_is, chunk_bytes)
             else:
-                pieces += _other_pieces(PartMatrix(weight, part), taken, as_is, chunk_bytes)
+                pieces += _other_pieces(TensorMatrix(weight, part), taken, as_is, chunk_bytes)
         if weight.input_scale is not None and family.input_scale is not None:
             bundler.add(weight.input_scale, weight, family.input_scale, taken[0])
     pieces += bundler.pieces()
     return sorted(pieces, key=lambda piece: (piece.shard, piece.extents[0][0]))
 
 
-def _codes_pieces(codes: PartMatrix, spans: Sequence[Span], as_is: AsIs, chunk_bytes: int) -> Iterator[Piece]:
+def _codes_pieces(codes: TensorMatrix, spans: Sequence[Span], as_is: AsIs, chunk_bytes: int) -> Iterator[Piece]:
     """The codes of a weight, read straight into their final storage where they lie there as they are stored."""
     weight = codes.weight
     for slab in slabs(weight, spans, codes.lines_within(chunk_bytes, weight.step)):
         yield _codes_piece(codes, slab, as_is)
 
 
-def _codes_piece(codes: PartMatrix, slab: Slab, as_is: AsIs) -> Piece:
+def _codes_piece(codes: TensorMatrix, slab: Slab, as_is: AsIs) -> Piece:
     rows = codes.rows_of((slab.low, slab.high))
     only, entry = slab.parts[0], codes.part.entry
     whole = len(slab.parts) == 1 and only.rows == slice(0, slab.lines, 1) and codes.weight.along == "rows"
@@ -69,14 +69,14 @@ def _codes_piece(codes: PartMatrix, slab: Slab, as_is: AsIs) -> Piece:
     return codes.piece(rows, deliver)
 
 
-def _other_pieces(matrix: PartMatrix, spans: Sequence[Span], as_is: AsIs, chunk_bytes: int) -> Iterator[Piece]:
+def _other_pieces(matrix: TensorMatrix, spans: Sequence[Span], as_is: AsIs, chunk_bytes: int) -> Iterator[Piece]:
     """Scales, zero points, and what is only checked."""
     for rows in matrix.ranges(chunk_bytes):
         yield matrix.piece(rows, functools.partial(_deliver_scales, matrix, rows, spans, as_is))
 
 
 def _deliver_scales(
-    matrix: PartMatrix, rows: Interval, spans: Sequence[Span], as_is: AsIs, workspace: Workspace
+    matrix: TensorMatrix, rows: Interval, spans: Sequence[Span], as_is: AsIs, workspace: Workspace
 ) -> None:
     """Hand over some rows of scales or zero points."""
     values, weight = matrix.canonical(workspace.buffer, rows), matrix.weight
@@ -90,7 +90,7 @@ def _deliver_scales(
             sink.load_region(values[_scale_rows(matrix, part)], part.region)
 
 
-def _scale_rows(matrix: PartMatrix, part: SlabPart) -> slice:
+def _scale_rows(matrix: TensorMatrix, part: SlabRegion) -> slice:
     """The rows of some scales that belong to a part."""
     rows, block = part.rows, matrix.weight.format.block_rows
     if block == 1:

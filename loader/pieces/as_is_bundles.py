@@ -13,19 +13,19 @@ from ..geometry.regions import Interval
 from ..geometry.spans import Span
 from ..online.sink import Sink
 from ..schemes.stored.weights import Role, StoredWeight
-from .stored_parts import PartMatrix
+from .stored_parts import TensorMatrix
 from .stored_stacks import MAX_HOLE, StoredStack
 
 AsIs = Mapping[str, Mapping[Role, Sink]]
 """Of parameters that stay as stored, by name: what takes each of their tensors."""
 
 
-class SmallPart(NamedTuple):
+class SmallTensor(NamedTuple):
     """A tensor of a weight that goes to the model as a whole; `matrix` is that of any weight of its family."""
 
     entry: TensorEntry
     weight: StoredWeight
-    matrix: PartMatrix
+    matrix: TensorMatrix
     span: Span
 
     @property
@@ -40,16 +40,16 @@ class AsIsBundler:
     def __init__(self, as_is: AsIs, chunk_bytes: int) -> None:
         self._as_is = as_is
         self._largest, self._limit = min(SMALL_PIECE - 1, chunk_bytes), min(chunk_bytes, MAX_SHARED_READ)
-        self._parts: list[SmallPart] = []
+        self._parts: list[SmallTensor] = []
 
     def takes(self, nbytes: int) -> bool:
         """Whether a tensor is small."""
         return nbytes <= self._largest
 
-    def add(self, entry: TensorEntry, weight: StoredWeight, matrix: PartMatrix, span: Span) -> None:
+    def add(self, entry: TensorEntry, weight: StoredWeight, matrix: TensorMatrix, span: Span) -> None:
         """A tensor of a weight to be read, unless its parameter has no use for it."""
         if matrix.part.only_checked or matrix.part.role in self._as_is[span.parameter]:
-            self._parts.append(SmallPart(entry, weight, matrix, span))
+            self._parts.append(SmallTensor(entry, weight, matrix, span))
 
     def pieces(self) -> Iterator[Piece]:
         """The pieces of all tensors that were added."""
@@ -78,7 +78,7 @@ class AsIsDelivery:
                 sink.load_experts(values, stored.stack.experts, stored.stack.rows, stored.stack.columns)
 
 
-def _stacks(members: Sequence[SmallPart], start: int) -> Iterator[StoredStack]:
+def _stacks(members: Sequence[SmallTensor], start: int) -> Iterator[StoredStack]:
     """Tensors whose first byte in a buffer is byte `start` of a file, in as few stacks as they make."""
     growing: dict[tuple[int, str, Interval, Interval], StoredStack] = {}
     for entry, weight, matrix, span in members:

@@ -16,7 +16,7 @@ from ..geometry.spans import Span
 from ..online.sink import Sink
 
 
-class Part(NamedTuple):
+class CutRegion(NamedTuple):
     """A region and where its elements stand in a piece's buffer, in elements."""
 
     span: Span
@@ -30,7 +30,7 @@ class Cut(NamedTuple):
     """One read of a checkpoint tensor: extents in elements of the tensor, and the parts it holds."""
 
     extents: Lines
-    parts: tuple[Part, ...]
+    parts: tuple[CutRegion, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class _Line:
     def end(self) -> int:
         return self.span.offset + (self.outer - 1) * self.outer_stride + self.width
 
-    def part(self, outer: Interval, inner: Interval, offset: int, outer_stride: int) -> Part:
+    def part(self, outer: Interval, inner: Interval, offset: int, outer_stride: int) -> CutRegion:
         """The part of this span between the given outer and inner indices."""
         region = self.span.region
         rows, columns = (outer, inner) if self.along_rows else (inner, outer)
@@ -65,7 +65,7 @@ class _Line:
             (region.rows[0] + rows[0], region.rows[0] + rows[1]),
             (region.columns[0] + columns[0], region.columns[0] + columns[1]),
         )
-        return Part(self.span, cut, offset, row_stride, column_stride)
+        return CutRegion(self.span, cut, offset, row_stride, column_stride)
 
 
 def _line(span: Span, align: tuple[int, int]) -> _Line:

@@ -23,8 +23,8 @@ from ..kernels.formats import Tensors
 from ..online.sink import Sink
 from ..schemes.stored.checks import check_finite
 from ..schemes.stored.weights import StoredWeight, scale_roles
-from .slabs import Slab, SlabPart, lines_per_slab, slabs, slabs_across
-from .stored_parts import PartMatrix, all_but_codes, codes_of
+from .slabs import Slab, SlabRegion, lines_per_slab, slabs, slabs_across
+from .stored_parts import TensorMatrix, all_but_codes, codes_of
 
 Dequantize = Callable[[Tensors, Tensor], None]
 
@@ -107,7 +107,7 @@ class DecodedWeight:
             piece.signal = self._scales_there
         return pieces
 
-    def observing_piece(self, slab: Slab, parts: Sequence[SlabPart], sinks: Mapping[str, Sink]) -> Piece:
+    def observing_piece(self, slab: Slab, parts: Sequence[SlabRegion], sinks: Mapping[str, Sink]) -> Piece:
         """The piece that shows some parts of a slab to closures that need to see all of a matrix first."""
         read = slab.low, slab.high
 
@@ -143,7 +143,7 @@ class DecodedWeight:
             return self._codes.piece(self._codes.rows_of(lines), deliver, after=after)
         return self._codes.piece_across(lines, deliver, after=after)
 
-    def _hold(self, matrix: PartMatrix, rows: Interval, workspace: Workspace) -> None:
+    def _hold(self, matrix: TensorMatrix, rows: Interval, workspace: Workspace) -> None:
         weight, fmt = self.weight, self.weight.format
         values = matrix.canonical(workspace.buffer, rows)
         if matrix.part.only_checked:

@@ -20,7 +20,7 @@ from ..errors import NonFiniteWeightError
 from ..geometry.regions import Interval, Region
 from ..geometry.spans import Span
 from ..online.sink import Sink
-from .cuts import Part, is_dense
+from .cuts import CutRegion, is_dense
 from .plain_delivery import located, matrix
 from .stacks import Stack
 
@@ -107,7 +107,7 @@ class BundleDelivery:
         """The same error for the first member that is not finite, in the checkpoint's own coordinates."""
         elements, at = workspace.buffer.view(self._members[0][0].dtype), 0
         for entry, span in self._members:
-            part = Part(span, span.region, at, span.region.columns[1] - span.region.columns[0], 1)
+            part = CutRegion(span, span.region, at, span.region.columns[1] - span.region.columns[0], 1)
             bad = ~torch.isfinite(matrix(elements, part, workspace))
             if bad.any():
                 row, column = bad.nonzero()[0].tolist()

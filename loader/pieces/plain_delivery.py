@@ -11,7 +11,7 @@ from ..checkpoint.headers import TensorEntry
 from ..checkpoint.workspace import Workspace
 from ..errors import NonFiniteWeightError
 from ..online.sink import Sink
-from .cuts import Part
+from .cuts import CutRegion
 
 
 class Delivery:
@@ -19,7 +19,9 @@ class Delivery:
 
     __slots__ = ("_calls", "_entry", "_observe")
 
-    def __init__(self, entry: TensorEntry, parts: Sequence[Part], sinks: Mapping[str, Sink], observe: bool) -> None:
+    def __init__(
+        self, entry: TensorEntry, parts: Sequence[CutRegion], sinks: Mapping[str, Sink], observe: bool
+    ) -> None:
         self._entry = entry
         self._observe = observe
         self._calls = [(part, sinks[part.span.parameter]) for part in parts]
@@ -37,7 +39,7 @@ class Delivery:
                 raise located(error, self._entry, part) from None
 
 
-def matrix(elements: Tensor, part: Part, workspace: Workspace) -> Tensor:
+def matrix(elements: Tensor, part: CutRegion, workspace: Workspace) -> Tensor:
     """The part as [rows, columns] with contiguous rows, copied only if it stands otherwise in the buffer."""
     rows, columns = part.region.rows, part.region.columns
     shape = (rows[1] - rows[0], columns[1] - columns[0])
@@ -49,7 +51,7 @@ def matrix(elements: Tensor, part: Part, workspace: Workspace) -> Tensor:
     return scratch.copy_(view)
 
 
-def located(error: NonFiniteWeightError, entry: TensorEntry, part: Part) -> NonFiniteWeightError:
+def located(error: NonFiniteWeightError, entry: TensorEntry, part: CutRegion) -> NonFiniteWeightError:
     """The same error in the checkpoint's own coordinates."""
     if error.position is None:
         return error

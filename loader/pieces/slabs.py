@@ -11,7 +11,7 @@ from ..geometry.spans import Span
 from ..schemes.stored.weights import StoredWeight
 
 
-class SlabPart(NamedTuple):
+class SlabRegion(NamedTuple):
     """A region, and the rows of a slab that it takes; all columns of the slab belong to it."""
 
     span: Span
@@ -24,7 +24,7 @@ class Slab(NamedTuple):
 
     low: int
     high: int
-    parts: tuple[SlabPart, ...]
+    parts: tuple[SlabRegion, ...]
 
     @property
     def lines(self) -> int:
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     step: int
     taken: int
 
-    def part(self, low: int, high: int) -> SlabPart | None:
+    def part(self, low: int, high: int) -> SlabRegion | None:
         """What the span takes of rows `low` to `high`, counted from `low`; `None`: nothing."""
         begin = max(-(-(low - self.first) // self.step), 0)
         end = min(-(-(high - self.first) // self.step), self.taken)
@@ -49,13 +49,13 @@ class Rows(NamedTuple):
         region, top = self.span.region, self.span.region.rows[0]
         start = self.first + begin * self.step - low
         rows = slice(start, start + (end - begin - 1) * self.step + 1, self.step)
-        return SlabPart(self.span, Region(region.expert, (top + begin, top + end), region.columns), rows)
+        return SlabRegion(self.span, Region(region.expert, (top + begin, top + end), region.columns), rows)
 
-    def columns_part(self, columns: Interval) -> SlabPart:
+    def columns_part(self, columns: Interval) -> SlabRegion:
         """What the span takes of some columns of the weight."""
         region, left = self.span.region, self.span.region.columns[0]
         rows = slice(self.first, self.first + (self.taken - 1) * self.step + 1, self.step)
-        return SlabPart(self.span, Region(region.expert, region.rows, (left + columns[0], left + columns[1])), rows)
+        return SlabRegion(self.span, Region(region.expert, region.rows, (left + columns[0], left + columns[1])), rows)
 
 
 def rows_of(weight: StoredWeight, span: Span) -> Rows:

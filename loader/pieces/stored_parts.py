@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..geometry.regions import Interval
 from ..schemes.activations import check_input_scales
 from ..schemes.stored.checks import check_codes, check_order, check_shape, check_zero
-from ..schemes.stored.weights import StoredPart, StoredWeight
+from ..schemes.stored.weights import StoredTensor, StoredWeight
 from .slabs import lines_per_slab
 
 CONVERTED_BYTES = 1 << 19
@@ -24,11 +24,11 @@ in the arena, and each worker takes it."""
 
 
 @dataclass(frozen=True)
-class PartMatrix:
+class TensorMatrix:
     """One tensor of a stored weight; a row of it stands for `part.block` lines of the weight."""
 
     weight: StoredWeight
-    part: StoredPart
+    part: StoredTensor
 
     @cached_property
     def rows(self) -> int:
@@ -51,12 +51,12 @@ class PartMatrix:
         """How many rows an element stands for, where the weight is cut along columns."""
         return self.weight.rows * self.part.entry.dtype.itemsize // self.row_bytes
 
-    def of(self, weight: StoredWeight) -> PartMatrix:
+    def of(self, weight: StoredWeight) -> TensorMatrix:
         """The same tensor of another weight of the family."""
         if self.part.role != "input_scale":
-            return PartMatrix(weight, weight.parts[self.weight.parts.index(self.part)])
+            return TensorMatrix(weight, weight.parts[self.weight.parts.index(self.part)])
         assert weight.input_scale is not None
-        return PartMatrix(weight, self.part._replace(entry=weight.input_scale))
+        return TensorMatrix(weight, self.part._replace(entry=weight.input_scale))
 
     def lines_within(self, limit: int, step: int) -> int:
         """How many lines fit `limit` bytes, in steps of so many, which are whole rows; at least one step."""
@@ -121,14 +121,14 @@ class PartMatrix:
         return (stored if self.part.convert is None else self.part.convert(stored)).view(self.weight.format.code_dtype)
 
 
-def codes_of(weight: StoredWeight) -> PartMatrix:
+def codes_of(weight: StoredWeight) -> TensorMatrix:
     """The codes of a weight, of which a step of lines is whole rows."""
     part = weight.codes
     if not part.block or weight.step % part.block:
         raise CheckpointError(f"{part.entry.name}: the codes of {weight.name} cannot be cut every {weight.step} lines")
-    return PartMatrix(weight, part)
+    return TensorMatrix(weight, part)
 
 
-def all_but_codes(weight: StoredWeight) -> Iterator[PartMatrix]:
+def all_but_codes(weight: StoredWeight) -> Iterator[TensorMatrix]:
     """Scales, zero points, and what is only checked."""
-    return (PartMatrix(weight, part) for part in weight.parts if part.role != "codes")
+    return (TensorMatrix(weight, part) for part in weight.parts if part.role != "codes")

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import CheckpointError, NonFiniteWeightError
 from ..geometry.spans import Span
 from ..schemes.stored.checks import check_finite
-from ..schemes.stored.weights import StoredPart, StoredWeight
+from ..schemes.stored.weights import StoredTensor, StoredWeight
 from .stacks import Stack
-from .stored_parts import PartMatrix
+from .stored_parts import TensorMatrix
 
 MAX_HOLE = 256
 """Bytes between two tensors, such as a few numbers that nothing needs, that are read with them."""
@@ -28,10 +28,10 @@ class Family:
 
     def __init__(self, weight: StoredWeight) -> None:
         self.weight = weight
-        self.matrices = [PartMatrix(weight, part) for part in weight.parts]
+        self.matrices = [TensorMatrix(weight, part) for part in weight.parts]
         self.row_bytes = [matrix.row_bytes for matrix in self.matrices]
         scale = weight.input_scale
-        self.input_scale = None if scale is None else PartMatrix(weight, StoredPart("input_scale", scale, 0))
+        self.input_scale = None if scale is None else TensorMatrix(weight, StoredTensor("input_scale", scale, 0))
         self.nbytes = weight.nbytes
         self.values_bytes = weight.rows * weight.columns * torch.float32.itemsize
 
@@ -73,7 +73,7 @@ class StoredStack:
     __slots__ = ("matrices", "stack", "weights")
 
     def __init__(
-        self, matrices: Sequence[PartMatrix], weight: StoredWeight, span: Span, offsets: tuple[int, ...]
+        self, matrices: Sequence[TensorMatrix], weight: StoredWeight, span: Span, offsets: tuple[int, ...]
     ) -> None:
         self.matrices, self.weights = matrices, [weight]
         self.stack = Stack(span.parameter, span.region, offsets)
@@ -118,7 +118,7 @@ class StoredStack:
                 raise
         return values
 
-    def _name(self, matrix: PartMatrix, stored: Tensor) -> None:
+    def _name(self, matrix: TensorMatrix, stored: Tensor) -> None:
         """Raise the error of the first weight that is to blame, with the names of its own tensors."""
         for weight, own in zip(self.weights, stored, strict=True):
             matrix.of(weight).canonical(own, (0, matrix.rows))

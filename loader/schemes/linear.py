@@ -54,7 +54,7 @@ class QuantizedLinearScheme(LinearScheme):
         arrangement = self.kernels.arrangements.get("linear")
         if arrangement is not None:
             tensors = arrangement.canonical(tensors)
-        (part,) = layout.parts()
+        (part,) = layout.shard_indices()
         out = torch.empty(layout.rows, layout.columns, dtype=torch.float32, device=tensors[0].device)
         self.kernels.dequantize(tuple(each[index] for each, index in zip(tensors, part.index, strict=True)), out)
         return out

@@ -157,5 +157,5 @@ class QuantizedMoEScheme(MoEScheme):
         if layout.scales_follow_rows and not layout.is_padded:
             yield slice(0, layout.rows), tensors
             return
-        for part in layout.parts():
+        for part in layout.shard_indices():
             yield part.rows, tuple(each[:, *index] for each, index in zip(tensors, part.index, strict=True))

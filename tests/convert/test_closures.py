@@ -18,7 +18,7 @@ from quantload.checkpoint.output import OutputFolder
 from quantload.checkpoint.reader import PieceReader
 from quantload.checkpoint.source import FileSource
 from quantload.checkpoint.writer import ShardWriter, plan_shards
-from quantload.convert.shards import Conversion
+from quantload.convert.shards import OpenShards
 from quantload.convert.tensors import KeptTensor, QuantizedTensor
 from quantload.errors import CheckpointError, MissingWeightsError, NonFiniteWeightError
 from quantload.geometry.layout import WeightLayout
@@ -73,7 +73,7 @@ def convert(
     statistics: dict[str, Tensor] = {}
     with (
         OutputFolder(folder / "out", "key") as out,
-        Conversion(plan, shards, out, statistics.__setitem__) as conversion,
+        OpenShards(plan, shards, out, statistics.__setitem__) as conversion,
     ):
         pieces = plan_pieces(conversion.entries, conversion.spans, conversion.sinks, chunk_bytes).pieces
         largest = max((piece.nbytes for piece in pieces), default=chunk_bytes)
@@ -212,7 +212,7 @@ def test_what_is_written_is_read_back(
         convert({"a.weight": weight}, planned, Path(folder), written, workers)
         config = EXPORT_FORMATS[tool].quantization_config({"a": fmt}, [])
         padded_codes, padded_scales = read_back(Path(folder) / "out", config, layout, spans, read, workers)
-    (part,) = layout.parts()
+    (part,) = layout.shard_indices()
     codes, scales = padded_codes[part.index[0]], padded_scales[part.index[1]]
     want_codes, want_scales = whole(weight, scheme)
     assert raw(codes) == raw(want_codes)
@@ -346,7 +346,7 @@ def test_missing_experts_are_named(tmp_path: Path) -> None:
         header = read_header(source, "model.safetensors")
     plan = plan_of_experts(header.tensors, scheme, QUARK["mxfp4"])
     shards = plan_shards([tensor.specs() for tensor in plan], 10**9)
-    with OutputFolder(tmp_path / "out", "key") as out, Conversion(plan, shards, out, lambda *_: None) as conversion:
+    with OutputFolder(tmp_path / "out", "key") as out, OpenShards(plan, shards, out, lambda *_: None) as conversion:
         pieces = plan_pieces(conversion.entries[:2], conversion.spans, conversion.sinks, 4096).pieces
         shard = Shard("model.safetensors", header.size)
         PieceReader(FileSource(tmp_path), [shard], workers=1, chunk_bytes=4096).run(pieces)

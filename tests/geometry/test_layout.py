@@ -113,7 +113,7 @@ def test_padding_of_shards_and_columns() -> None:
     assert (layout.rows, layout.columns, layout.numel) == (200, 90, 2 * 200 * 90)
     assert layout.shapes == ((2, 512, 128), (2, 512, 8))
     assert layout.nbytes == 2 * 512 * (128 + 8)
-    gate, up = layout.parts()
+    gate, up = layout.shard_indices()
     assert gate.rows == slice(0, 100)
     assert gate.index == ((slice(0, 100), slice(0, 48)), (slice(0, 100), slice(0, 3)))
     assert up.rows == slice(100, 200)
@@ -142,8 +142,8 @@ def test_padding_is_what_the_parts_leave_over(
     codes, scales = torch.ones(layout.shapes[0]), torch.ones(layout.shapes[1])
     layout.clear_padding((codes, scales))
     for tensor, wanted, indices in (
-        (codes, fmt.code_shape, [part.index[0] for part in layout.parts()]),
-        (scales, fmt.scale_shape, [part.index[1] for part in layout.parts()]),
+        (codes, fmt.code_shape, [part.index[0] for part in layout.shard_indices()]),
+        (scales, fmt.scale_shape, [part.index[1] for part in layout.shard_indices()]),
     ):
         assert tensor.sum() == (experts or 1) * sum(math.prod(wanted(rows, columns)) for rows in shards)
         for index, rows in zip(indices, shards, strict=True):

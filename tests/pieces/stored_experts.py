@@ -23,7 +23,7 @@ from quantload.pieces.stored import StoredPieces, plan_stored
 from quantload.schemes.base import Quantizer, meta_parameter
 from quantload.schemes.moe import QuantizedMoEScheme
 from quantload.schemes.stored.layouts import float32
-from quantload.schemes.stored.weights import Role, StoredPart, StoredWeight
+from quantload.schemes.stored.weights import Role, StoredTensor, StoredWeight
 from torch import Tensor, nn
 
 EXPERTS, INTERMEDIATE, HIDDEN = 12, 128, 256
@@ -127,8 +127,8 @@ class StoredExperts:
         return ((kind, expert) for expert in range(EXPERTS) for kind in SHAPES)
 
     def _weight(self, kind: str, expert: int) -> StoredWeight:
-        def part(role: Any, block: int = 1, convert: Any = None) -> StoredPart:
-            return StoredPart(role, self.entries[kind, expert, role], block, convert)
+        def part(role: Any, block: int = 1, convert: Any = None) -> StoredTensor:
+            return StoredTensor(role, self.entries[kind, expert, role], block, convert)
 
         parts = [part("codes"), part("scale", self.format.block_rows, None if self.format.name == "mxfp4" else float32)]
         parts += [part(role, 0) for role in ("must_be_zero", "shape") if (kind, expert, role) in self.entries]

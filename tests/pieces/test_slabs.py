@@ -12,13 +12,13 @@ from quantload.geometry.regions import Region
 from quantload.geometry.spans import Span
 from quantload.kernels.formats import FORMATS
 from quantload.pieces.slabs import lines_per_slab, slabs
-from quantload.schemes.stored.weights import StoredPart, StoredWeight
+from quantload.schemes.stored.weights import StoredTensor, StoredWeight
 from torch import Tensor
 
 
 def weight(rows: int, columns: int, along: str = "rows", experts: int | None = None) -> StoredWeight:
     codes = TensorEntry("w.codes", torch.int8, (rows, columns), 0, 0, rows * columns)
-    part = StoredPart("codes", codes)
+    part = StoredTensor("codes", codes)
     return StoredWeight("w", FORMATS["int8_channel"], experts, rows, columns, torch.bfloat16, (part,), along=along)  # type: ignore[arg-type]
 
 

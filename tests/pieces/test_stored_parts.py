@@ -6,8 +6,8 @@ import pytest
 import torch
 from quantload.checkpoint.headers import TensorEntry
 from quantload.kernels.formats import FORMATS
-from quantload.pieces.stored_parts import CONVERTED_BYTES, PartMatrix, codes_of
-from quantload.schemes.stored.weights import StoredPart, StoredWeight
+from quantload.pieces.stored_parts import CONVERTED_BYTES, TensorMatrix, codes_of
+from quantload.schemes.stored.weights import StoredTensor, StoredWeight
 
 CHUNK = 8 << 20
 ROWS, COLUMNS = 16384, 8192
@@ -19,7 +19,9 @@ def entry(name: str, dtype: torch.dtype, *shape: int) -> TensorEntry:
 
 def weight(convert: bool) -> StoredWeight:
     """INT8 codes of 128 MiB, in rows that are converted or not."""
-    codes = StoredPart("codes", entry("w", torch.int8, ROWS, COLUMNS), 1, (lambda stored: stored) if convert else None)
+    codes = StoredTensor(
+        "codes", entry("w", torch.int8, ROWS, COLUMNS), 1, (lambda stored: stored) if convert else None
+    )
     return StoredWeight("w", FORMATS["int8_channel"], None, ROWS, COLUMNS, torch.bfloat16, (codes,))
 
 
@@ -37,7 +39,7 @@ def test_codes_that_are_converted_come_in_small_pieces() -> None:
 
 @pytest.mark.parametrize("role", ["scale", "zero_point", "must_be_zero", "order"])
 def test_scales_and_what_is_checked_come_in_small_pieces(role: str) -> None:
-    part = StoredPart(role, entry("w_scale", torch.float32, ROWS, 64), 1)  # type: ignore[arg-type]
-    ranges = list(PartMatrix(weight(False), part).ranges(CHUNK))
+    part = StoredTensor(role, entry("w_scale", torch.float32, ROWS, 64), 1)  # type: ignore[arg-type]
+    ranges = list(TensorMatrix(weight(False), part).ranges(CHUNK))
     assert [ranges[0][0], ranges[-1][1]] == [0, ROWS]
     assert all((high - low) * 64 * 4 == CONVERTED_BYTES for low, high in ranges)

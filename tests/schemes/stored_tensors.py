@@ -9,7 +9,7 @@ import torch
 from quantload.checkpoint.headers import TensorEntry
 from quantload.kernels.registry import select
 from quantload.schemes.stored.read import READERS, read_stored
-from quantload.schemes.stored.weights import StoredCheckpoint, StoredPart, StoredWeight
+from quantload.schemes.stored.weights import StoredCheckpoint, StoredTensor, StoredWeight
 from torch import Tensor
 
 
@@ -31,13 +31,13 @@ def read(quantization: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], 
     return stored
 
 
-def matrix(part: StoredPart, tensors: Mapping[str, Tensor]) -> Tensor:
+def matrix(part: StoredTensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """A whole part as a matrix: leading dimensions flattened, a scalar or vector with one column."""
     columns = part.entry.shape[-1] if len(part.entry.shape) > 1 else 1
     return tensors[part.entry.name].view(part.entry.dtype).reshape(-1, columns)
 
 
-def converted(part: StoredPart, tensors: Mapping[str, Tensor]) -> Tensor:
+def converted(part: StoredTensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """A whole part in the canonical layout."""
     stored = matrix(part, tensors)
     return stored if part.convert is None else part.convert(stored)

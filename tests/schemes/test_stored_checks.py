@@ -8,7 +8,7 @@ from quantload.checkpoint.headers import TensorEntry
 from quantload.errors import CheckpointError
 from quantload.kernels.formats import FORMATS
 from quantload.schemes.stored.checks import check_order, check_shape
-from quantload.schemes.stored.weights import StoredPart, StoredWeight
+from quantload.schemes.stored.weights import StoredTensor, StoredWeight
 
 
 def test_the_order_of_columns_is_checked_where_the_tensor_lies() -> None:
@@ -20,7 +20,7 @@ def test_the_order_of_columns_is_checked_where_the_tensor_lies() -> None:
 
 
 def test_a_shape_is_that_of_codes_and_scales() -> None:
-    codes = StoredPart("codes", TensorEntry("q.weight_packed", torch.int32, (8, 8), 0, 0, 256))
+    codes = StoredTensor("codes", TensorEntry("q.weight_packed", torch.int32, (8, 8), 0, 0, 256))
     weight = StoredWeight("q.weight", FORMATS["int4_group32_f16"], None, 8, 64, torch.float16, (codes,))
     with torch.device("meta"):
         check_shape("q.weight_shape", torch.tensor([[8, 64], [8, 64]], device="cpu"), weight)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from quantload.checkpoint.headers import TensorEntry
 from quantload.kernels.formats import FORMATS
-from quantload.schemes.stored.weights import StoredPart, StoredWeight
+from quantload.schemes.stored.weights import StoredTensor, StoredWeight
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,6 @@ from quantload.schemes.stored.weights import StoredPart, StoredWeight
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_largest_scale_makes_no_code_infinite(name: str, largest_code: int, dtype: torch.dtype) -> None:
     """The code furthest from zero, or from its zero point; -128 of INT8, which other tools write."""
-    codes = StoredPart("codes", TensorEntry("w", FORMATS[name].code_dtype, (4, 32), 0, 0, 128))
+    codes = StoredTensor("codes", TensorEntry("w", FORMATS[name].code_dtype, (4, 32), 0, 0, 128))
     weight = StoredWeight("w", FORMATS[name], None, 4, 32, dtype, (codes,))
     assert weight.largest_scale == torch.finfo(dtype).max / largest_code

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.formats import WeightFormat
-from .weights import ExportedConstant, ExportedPart, ExportedWeight, ExportFormat, as_vector
+from .weights import ExportedConstant, ExportedTensor, ExportedWeight, ExportFormat, as_vector
 
 VERSION = "0.20.0"
 _INT4_IN_INT32 = 8
@@ -48,14 +48,14 @@ def _packed_zero_points(scales: Tensor) -> Tensor:
     return (nibbles << shifts).sum(1, dtype=torch.int32)
 
 
-_SCALE = ExportedPart("weight_scale", "scales")
-_PLAIN = (ExportedPart("weight", "codes"), _SCALE)
-_PLAIN_WHOLE = (ExportedPart("weight", "codes"), ExportedPart("weight_scale", "scales", declared=as_vector))
-_PACKED = (ExportedPart("weight_packed", "codes"), _SCALE)
+_SCALE = ExportedTensor("weight_scale", "scales")
+_PLAIN = (ExportedTensor("weight", "codes"), _SCALE)
+_PLAIN_WHOLE = (ExportedTensor("weight", "codes"), ExportedTensor("weight_scale", "scales", declared=as_vector))
+_PACKED = (ExportedTensor("weight_packed", "codes"), _SCALE)
 _INT4 = (
-    ExportedPart("weight_packed", "codes", torch.int32),
-    ExportedPart("weight_scale", "scales", width=Fraction(1, 2), convert=lambda scales: scales[:, ::2]),
-    ExportedPart("weight_zero_point", "scales", torch.int32, _INT4_IN_INT32, convert=_packed_zero_points),
+    ExportedTensor("weight_packed", "codes", torch.int32),
+    ExportedTensor("weight_scale", "scales", width=Fraction(1, 2), convert=lambda scales: scales[:, ::2]),
+    ExportedTensor("weight_zero_point", "scales", torch.int32, _INT4_IN_INT32, convert=_packed_zero_points),
 )
 _SHAPE = ExportedConstant("weight_shape", lambda rows, columns: torch.tensor([rows, columns]))
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...kernels.formats import MXFP4, WeightFormat
-from .weights import ExportedPart, ExportedWeight, ExportFormat, Shape
+from .weights import ExportedTensor, ExportedWeight, ExportFormat, Shape
 
 _BLOCK_BYTES = MXFP4.block_cols // 2
 
@@ -21,7 +21,7 @@ def as_blocks(shape: Shape) -> Shape:
     return (*shape[:-1], shape[-1] // _BLOCK_BYTES, _BLOCK_BYTES)
 
 
-_PARTS = (ExportedPart("_blocks", "codes", declared=as_blocks), ExportedPart("_scales", "scales"))
+_PARTS = (ExportedTensor("_blocks", "codes", declared=as_blocks), ExportedTensor("_scales", "scales"))
 WEIGHTS: Mapping[str, ExportedWeight] = {
     MXFP4.name: ExportedWeight(_PARTS, {}, column_multiple=MXFP4.block_cols, fused=True)
 }

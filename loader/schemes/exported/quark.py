@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...kernels.formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, WeightFormat
-from .weights import ExportedConstant, ExportedPart, ExportedWeight, ExportFormat, as_scalar, as_vector
+from .weights import ExportedConstant, ExportedTensor, ExportedWeight, ExportFormat, as_scalar, as_vector
 
 VERSION = "0.13"
 
@@ -50,10 +50,10 @@ def _channel(dtype: str) -> dict[str, Any]:
     return _layer({**described, "ch_axis": 0}, {**described, "ch_axis": 1})
 
 
-_CODES = ExportedPart("weight", "codes", filled=False)
-_WEIGHT = (_CODES, ExportedPart("weight_scale", "scales"))
-_WEIGHT_BY_ROW = (_CODES, ExportedPart("weight_scale", "scales", declared=as_vector))
-_WEIGHT_WHOLE = (_CODES, ExportedPart("weight_scale", "scales", declared=as_scalar))
+_CODES = ExportedTensor("weight", "codes", filled=False)
+_WEIGHT = (_CODES, ExportedTensor("weight_scale", "scales"))
+_WEIGHT_BY_ROW = (_CODES, ExportedTensor("weight_scale", "scales", declared=as_vector))
+_WEIGHT_WHOLE = (_CODES, ExportedTensor("weight_scale", "scales", declared=as_scalar))
 _PER_TENSOR = {"dtype": "fp8_e4m3", "observer_cls": "PerTensorMinMaxObserver", "qscheme": "per_tensor"}
 _ZEROS_BY_ROW = ExportedConstant("weight_zero_point", lambda rows, _: torch.zeros(rows, dtype=torch.int8))
 

@@ -36,7 +36,7 @@ def as_scalar(shape: Shape) -> Shape:
 
 
 @dataclass(frozen=True)
-class ExportedPart:
+class ExportedTensor:
     """One tensor made of the codes or the scales of a weight, and how it is made of them.
 
     `source` is the tensor of the format that it is made of: the codes, the scales, or the scales of the second level.
@@ -102,7 +102,7 @@ class ExportedWeight:
     experts of a layer in one tensor, transposed, gate and up interleaved; others are one matrix called `weight`.
     """
 
-    parts: tuple[ExportedPart, ...]
+    parts: tuple[ExportedTensor, ...]
     config: Mapping[str, Any]
     constants: tuple[ExportedConstant, ...] = field(default=())
     column_multiple: int = 1

@@ -14,7 +14,7 @@ from .layouts import Layout, fp8_block, fp8_channel, fp8_tensor, int8_channel, i
 from .modules import StoredModule
 from .patterns import Lookup, Patterns
 from .settings import Settings
-from .weights import StoredPart, StoredWeight
+from .weights import StoredTensor, StoredWeight
 
 _MX = {"mxfp4-pack-quantized": MXFP4, "mxfp6-pack-quantized": MXFP6_E2M3, "mxfp8-quantized": MXFP8}
 _FP8: Mapping[str, Layout] = {"tensor": fp8_tensor(), "channel": fp8_channel(), "block": fp8_block()}
@@ -179,7 +179,7 @@ def _of_its_shape(layout: Layout) -> Layout:
         if _SHAPE not in module:
             return weight
         entry = module.shaped(_SHAPE, (torch.int64, torch.int32), ((2,),), why="the shape of a stored weight")
-        return weight._replace(parts=(*weight.parts, StoredPart("shape", entry._replace(shape=(1, 2)), 0)))
+        return weight._replace(parts=(*weight.parts, StoredTensor("shape", entry._replace(shape=(1, 2)), 0)))
 
     return read
 

@@ -17,7 +17,7 @@ from ...errors import UnsupportedCheckpointError
 from ...kernels.formats import FP8_BLOCK, WeightFormat
 from .layouts import FP8, float32, repeated
 from .modules import Read, StoredModule
-from .weights import StoredPart, StoredWeight
+from .weights import StoredTensor, StoredWeight
 
 _NAMES = {
     "_scale_inv": "weight_scale_inv",
@@ -76,7 +76,7 @@ class FusedExperts(StoredModule):
         return super().shaped(tensor, dtypes, shapes, why=why)
 
     def weight(
-        self, fmt: WeightFormat, shape: tuple[int, ...], parts: tuple[StoredPart, ...], **more: Any
+        self, fmt: WeightFormat, shape: tuple[int, ...], parts: tuple[StoredTensor, ...], **more: Any
     ) -> StoredWeight:
         """The weight of all experts."""
         one = super().weight(fmt, shape, tuple(map(self._by_row, parts)), **more)
@@ -91,7 +91,7 @@ class FusedExperts(StoredModule):
             return entry
         return entry._replace(shape=(self._experts * entry.shape[1], entry.shape[2]))
 
-    def _by_row(self, part: StoredPart) -> StoredPart:
+    def _by_row(self, part: StoredTensor) -> StoredTensor:
         """A scale for so many rows as one for each."""
         each = self._experts * self._rows // max(_count(part.entry), 1)
         if part.role != "scale" or part.block != 1 or each <= 1 or part.entry.shape[1:] != (1,):

@@ -12,7 +12,7 @@ from ...kernels.formats import MXFP4
 from .layouts import E8M0, as_bytes
 from .modules import Read
 from .settings import Settings
-from .weights import StoredCheckpoint, StoredPart, StoredWeight
+from .weights import StoredCheckpoint, StoredTensor, StoredWeight
 
 FORMATS_OF_BLOCKS = frozenset((MXFP4,))
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -55,8 +55,8 @@ def _weight(blocks: TensorEntry, tensors: Mapping[str, TensorEntry], dtype: torc
             f"last dimension; export the checkpoint again"
         )
     experts, rows, groups, _ = blocks.shape
-    codes = StoredPart("codes", blocks._replace(shape=(experts, rows, groups * _BLOCK_BYTES)))
-    parts = (codes, StoredPart("scale", as_bytes(scales)))
+    codes = StoredTensor("codes", blocks._replace(shape=(experts, rows, groups * _BLOCK_BYTES)))
+    parts = (codes, StoredTensor("scale", as_bytes(scales)))
     return StoredWeight(name, MXFP4, experts, rows, groups * MXFP4.block_cols, dtype, parts, transposed=True)
 
 

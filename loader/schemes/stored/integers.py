@@ -23,7 +23,7 @@ from .packing import (
     unsigned_codes,
     unsigned_values,
 )
-from .weights import StoredPart, StoredWeight
+from .weights import StoredTensor, StoredWeight
 
 _WORDS = (torch.int32, torch.uint32)
 _FORMATS = {(fmt.code_bits, fmt.block_cols, fmt.scale_dtype): fmt for fmt in INTEGERS}
@@ -55,8 +55,8 @@ def packed(bits: int, group: int, symmetric: bool) -> Layout:
         fmt = _FORMATS[bits, group, scales.dtype]
         count = fmt.code_shape(rows, columns)[1]
         parts = [
-            StoredPart("codes", codes, 1, None if count == 4 * words else plain_bytes(count)),
-            StoredPart("scale", scales),
+            StoredTensor("codes", codes, 1, None if count == 4 * words else plain_bytes(count)),
+            StoredTensor("scale", scales),
         ]
         if symmetric:
             parts += zero_points(module, "weight_zero_point", (scales.shape,), 1)
@@ -84,12 +84,12 @@ def unpacked(bits: int, group: int, symmetric: bool) -> Layout:
             raise _wrong_columns(codes, columns, scales, group * scales.shape[1])
         _check_groups(scales, (rows, columns // group if group else 1), why)
         fmt = _FORMATS[bits, group, scales.dtype]
-        parts = [StoredPart("codes", codes, 1, unsigned_codes(bits)), StoredPart("scale", scales)]
+        parts = [StoredTensor("codes", codes, 1, unsigned_codes(bits)), StoredTensor("scale", scales)]
         if symmetric:
             parts += zero_points(module, "weight_zero_point", (scales.shape,), 1)
         else:
             zeros = module.shaped("weight_zero_point", (torch.int8,), (scales.shape,), why=f"a zero point of {why}")
-            parts.append(StoredPart("zero_point", zeros, 1, unsigned_values(bits, fmt.scale_dtype)))
+            parts.append(StoredTensor("zero_point", zeros, 1, unsigned_values(bits, fmt.scale_dtype)))
         return module.weight(fmt, (rows, columns), tuple(parts), zero_point=float(1 << bits - 1) if symmetric else 0.0)
 
     return read
@@ -111,12 +111,12 @@ def awq(group: int, zero_point: bool) -> Layout:
         scales = module.shaped("scales", FLOATS, ((groups, rows),), why=why)
         fmt = _FORMATS[4, group, scales.dtype]
         parts = [
-            StoredPart("codes", codes, 1, awq_codes),
-            StoredPart("scale", scales, group, _transposed),
+            StoredTensor("codes", codes, 1, awq_codes),
+            StoredTensor("scale", scales, group, _transposed),
         ]
         if zero_point:
             zeros = module.shaped("qzeros", _WORDS, ((groups, rows // WORD),), why=why)
-            parts.append(StoredPart("zero_point", zeros, group, column_values(fmt.scale_dtype)))
+            parts.append(StoredTensor("zero_point", zeros, group, column_values(fmt.scale_dtype)))
         return module.weight(
             fmt, (rows, columns), tuple(parts), along="columns", step=group or 2, zero_point=0.0 if zero_point else 8.0
         )
@@ -142,13 +142,13 @@ def gptq(bits: int, group: int, first_zero: int, ordered: bool) -> Layout:
         zeros = module.shaped("qzeros", _WORDS, ((groups, -(-rows // per_word)),), why=why)
         fmt = _FORMATS[bits, group, scales.dtype]
         parts = [
-            StoredPart("codes", codes, per_word, gptq_codes),
-            StoredPart("scale", scales, group, _transposed),
-            StoredPart("zero_point", zeros, group, gptq_zero_points(bits, rows, first_zero, fmt.scale_dtype)),
+            StoredTensor("codes", codes, per_word, gptq_codes),
+            StoredTensor("scale", scales, group, _transposed),
+            StoredTensor("zero_point", zeros, group, gptq_zero_points(bits, rows, first_zero, fmt.scale_dtype)),
         ]
         if ordered or "g_idx" in module:
             order = module.shaped("g_idx", _WORDS, ((columns,),), why=f"the groups of {why}")
-            parts.append(StoredPart("order", order._replace(shape=(1, columns)), 0))
+            parts.append(StoredTensor("order", order._replace(shape=(1, columns)), 0))
         return module.weight(fmt, (rows, columns), tuple(parts), along="columns", step=group or per_word)
 
     return read
@@ -167,8 +167,8 @@ def int4_fp8(unpack: Callable[[Tensor], Tensor]) -> Layout:
         outer = module.scalar("weight_scale", why=why)
         scales = module.shaped("weight_scale_2", FLOATS, ((rows,), (rows, 1)), why=why)
         parts = (
-            StoredPart("codes", codes, 1, unpack),
-            StoredPart("scale", scales, 1, lambda stored: float32(stored) * outer),
+            StoredTensor("codes", codes, 1, unpack),
+            StoredTensor("scale", scales, 1, lambda stored: float32(stored) * outer),
             *zero_points(module, "weight_zero_point", ONE, 0),
             *zero_points(module, "weight_zero_point_2", ((-(-rows // WORD),),), WORD),
         )
@@ -178,11 +178,13 @@ def int4_fp8(unpack: Callable[[Tensor], Tensor]) -> Layout:
     return read
 
 
-def _packed_zero_points(entry: TensorEntry, rows: int, unpack: Callable[[Tensor], Tensor], per_word: int) -> StoredPart:
+def _packed_zero_points(
+    entry: TensorEntry, rows: int, unpack: Callable[[Tensor], Tensor], per_word: int
+) -> StoredTensor:
     """Zero points packed along the rows; those of rows that do not fill the last words are read as one."""
     if rows % per_word == 0:
-        return StoredPart("zero_point", entry, per_word, unpack)
-    return StoredPart("zero_point", entry, 0, lambda words: unpack(words.reshape(entry.shape))[:rows])
+        return StoredTensor("zero_point", entry, per_word, unpack)
+    return StoredTensor("zero_point", entry, 0, lambda words: unpack(words.reshape(entry.shape))[:rows])
 
 
 def _transposed(stored: Tensor) -> Tensor:

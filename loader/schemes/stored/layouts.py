@@ -13,7 +13,7 @@ from ...errors import CheckpointError
 from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, NVFP4, WeightFormat
 from .modules import FLOATS, ONE, StoredModule
 from .packing import filled_up
-from .weights import StoredPart, StoredWeight
+from .weights import StoredTensor, StoredWeight
 
 Layout = Callable[[StoredModule], StoredWeight]
 """Takes the tensors of one weight from its module, and says how they become canonical."""
@@ -41,7 +41,7 @@ def mx(fmt: WeightFormat, codes: str = "weight", scale: str = "weight_scale") ->
             )
         scales = as_bytes(module.shaped(scale, E8M0, (fmt.scale_shape(rows, columns),), why=why))
         lacking = fmt.code_shape(rows, columns)[1] - entry.shape[1]
-        parts = StoredPart("codes", entry, 1, filled_up(lacking) if lacking else None), StoredPart("scale", scales)
+        parts = StoredTensor("codes", entry, 1, filled_up(lacking) if lacking else None), StoredTensor("scale", scales)
         return module.weight(fmt, (rows, columns), parts)
 
     return read
@@ -53,8 +53,8 @@ def fp8_tensor(scale: str = "weight_scale") -> Layout:
     def read(module: StoredModule) -> StoredWeight:
         why = "a weight in FP8 with one scale"
         codes = module.matrix("weight", FP8, why=why)
-        scales = StoredPart("scale", module.shaped(scale, FLOATS, ONE, why=why), 0, float32)
-        return module.weight(FP8_TENSOR, codes.shape, (StoredPart("codes", codes), scales))
+        scales = StoredTensor("scale", module.shaped(scale, FLOATS, ONE, why=why), 0, float32)
+        return module.weight(FP8_TENSOR, codes.shape, (StoredTensor("codes", codes), scales))
 
     return read
 
@@ -76,7 +76,7 @@ def fp8_block(scale: str = "weight_scale") -> Layout:
         rows, columns = FP8_BLOCK.scale_shape(*codes.shape)
         scales = module.shaped(scale, (*FLOATS, *E8M0), ((rows, columns), (rows, 1, columns, 1)), why=why)
         scales = scales._replace(shape=(rows, columns))
-        parts = (StoredPart("codes", codes), StoredPart("scale", scales, FP8_BLOCK.block_rows, float32))
+        parts = (StoredTensor("codes", codes), StoredTensor("scale", scales, FP8_BLOCK.block_rows, float32))
         return module.weight(FP8_BLOCK, codes.shape, parts)
 
     return read
@@ -99,10 +99,10 @@ def nvfp4(codes: str, outer: str, *, divided: bool = False) -> Layout:
                 f"{entry.name} has {columns} codes in a row, with the scale {for_all} for all; {why} has whole blocks "
                 f"of {NVFP4.block_cols} codes, and no scale of 0; export the checkpoint again"
             )
-        scale = StoredPart(
+        scale = StoredTensor(
             "scale", scales, 1, lambda e4m3: float32(e4m3) / for_all if divided else float32(e4m3) * for_all
         )
-        return module.weight(NVFP4, (rows, columns), (StoredPart("codes", entry), scale))
+        return module.weight(NVFP4, (rows, columns), (StoredTensor("codes", entry), scale))
 
     return read
 
@@ -121,8 +121,8 @@ def int8_tensor() -> Layout:
         rows = codes.shape[0]
         scale = module.shaped("weight_scale", FLOATS, ONE, why=why)
         parts = (
-            StoredPart("codes", codes),
-            StoredPart("scale", scale, 0, repeated(float32, rows)),
+            StoredTensor("codes", codes),
+            StoredTensor("scale", scale, 0, repeated(float32, rows)),
             *zero_points(module, "weight_zero_point", ONE, 0),
         )
         return module.weight(INT8_CHANNEL, codes.shape, parts)
@@ -132,12 +132,12 @@ def int8_tensor() -> Layout:
 
 def zero_points(
     module: StoredModule, tensor: str, shapes: tuple[tuple[int, ...], ...], block: int
-) -> tuple[StoredPart, ...]:
+) -> tuple[StoredTensor, ...]:
     """Zero points of a symmetric quantization, which some tools store: none, or one part that must be zero."""
     if tensor not in module:
         return ()
     entry = module.shaped(tensor, _ZERO_POINTS, shapes, why="a zero point of a symmetric quantization")
-    return (StoredPart("must_be_zero", entry, block),)
+    return (StoredTensor("must_be_zero", entry, block),)
 
 
 def as_bytes(entry: TensorEntry) -> TensorEntry:
@@ -169,8 +169,8 @@ def _by_channel(fmt: WeightFormat, why: str, scale: str) -> Layout:
         codes = module.matrix("weight", (fmt.code_dtype,), why=why)
         rows = codes.shape[0]
         parts = (
-            StoredPart("codes", codes),
-            StoredPart("scale", module.shaped(scale, FLOATS, ((rows,), (rows, 1)), why=why), 1, float32),
+            StoredTensor("codes", codes),
+            StoredTensor("scale", module.shaped(scale, FLOATS, ((rows,), (rows, 1)), why=why), 1, float32),
             *zero_points(module, "weight_zero_point", ((rows,), (rows, 1)), 1),
         )
         return module.weight(fmt, codes.shape, parts)

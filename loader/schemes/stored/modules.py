@@ -11,7 +11,7 @@ from torch import Tensor
 from ...checkpoint.headers import TensorEntry
 from ...errors import CheckpointError
 from ...kernels.formats import WeightFormat
-from .weights import StoredPart, StoredWeight
+from .weights import StoredTensor, StoredWeight
 
 Read = Callable[[TensorEntry], Tensor]
 
@@ -96,7 +96,7 @@ class StoredModule:
         return value
 
     def weight(
-        self, fmt: WeightFormat, shape: tuple[int, ...], parts: tuple[StoredPart, ...], **more: Any
+        self, fmt: WeightFormat, shape: tuple[int, ...], parts: tuple[StoredTensor, ...], **more: Any
     ) -> StoredWeight:
         """The weight of this module [N, K], of what was taken from it."""
         rows, columns = shape

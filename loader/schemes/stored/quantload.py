@@ -14,7 +14,7 @@ from ...errors import CheckpointError
 from ...kernels.formats import FORMATS, WeightFormat
 from .modules import Read
 from .settings import Settings
-from .weights import StoredCheckpoint, StoredPart, StoredWeight, scale_roles
+from .weights import StoredCheckpoint, StoredTensor, StoredWeight, scale_roles
 
 FORMAT_VERSION = 1
 
@@ -53,14 +53,14 @@ def _shape(settings: Settings, shapes: Mapping[str, Any], name: str) -> tuple[in
 
 def _parts(
     fmt: WeightFormat, name: str, tensors: Mapping[str, TensorEntry], shape: tuple[int | None, int, int]
-) -> tuple[StoredPart, ...]:
+) -> tuple[StoredTensor, ...]:
     experts, rows, columns = shape
     codes, *scales = (
         _entry(name + tensor.suffix, tensors, tensor.dtype, experts, tensor.shape(rows, columns))
         for tensor in fmt.tensors
     )
-    return StoredPart("codes", codes), *(
-        StoredPart(role, scales[number], fmt.scales[number].block_rows, _word(fmt, number, word))
+    return StoredTensor("codes", codes), *(
+        StoredTensor(role, scales[number], fmt.scales[number].block_rows, _word(fmt, number, word))
         for role, (number, word) in scale_roles(fmt).items()
     )
 

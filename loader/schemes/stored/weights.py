@@ -29,7 +29,7 @@ def scale_role(scale: FormatTensor) -> Role:
     return cast("Role", scale.suffix.removeprefix("_"))
 
 
-class StoredPart(NamedTuple):
+class StoredTensor(NamedTuple):
     """One tensor of a stored weight, and how it becomes canonical.
 
     The tensor is seen as a matrix: its leading dimensions are flattened, a scalar or vector has one column. One row of
@@ -90,7 +90,7 @@ class StoredWeight(NamedTuple):
     rows: int
     columns: int
     dtype: torch.dtype
-    parts: tuple[StoredPart, ...]
+    parts: tuple[StoredTensor, ...]
     transposed: bool = False
     along: Literal["rows", "columns"] = "rows"
     step: int = 1
@@ -116,7 +116,7 @@ class StoredWeight(NamedTuple):
         return torch.finfo(self.dtype).max / _largest_code(self.format)
 
     @property
-    def codes(self) -> StoredPart:
+    def codes(self) -> StoredTensor:
         """The part with the codes."""
         return self.parts[0]
 

@@ -15,6 +15,7 @@ from quantload.online.parameter import QuantizedParameter
 from quantload.online.storage import FinalStorage
 from quantload.schemes.activations import InputScales
 from quantload.schemes.base import meta_parameter
+from quantload.schemes.stored.weights import Role
 from torch import nn
 
 N, K, E = 4, 64, 2
@@ -29,6 +30,13 @@ class UsedMemory(FinalStorage):
         return tensor
 
 
+class Layer(nn.Module):
+    """Gate and up of experts."""
+
+    w13: torch.Tensor
+    w13_scale: torch.Tensor
+
+
 class World:
     """A layer of two experts, gate and up, and the closures on its parameters."""
 
@@ -37,7 +45,7 @@ class World:
     ) -> None:
         fmt = FORMATS[name]
         layout = WeightLayout(fmt, E, (("w1", N), ("w3", N)), K, multiples)
-        self.layer = nn.Module()
+        self.layer = Layer()
         self.layer.register_parameter("w13", meta_parameter(layout.shapes[0], fmt.code_dtype))
         self.layer.register_parameter("w13_scale", meta_parameter(layout.shapes[1], fmt.scale_dtype))
         storage = UsedMemory(torch.device("cpu"))
@@ -50,7 +58,7 @@ class World:
     def finish(self) -> None:
         self.finished += 1
 
-    def give(self, role: str, value: torch.Tensor, expert: int, shard: str) -> None:
+    def give(self, role: Role, value: torch.Tensor, expert: int, shard: str) -> None:
         self.loaders[role](self.layer.w13, value, expert_id=expert, shard_id=shard)
 
 
@@ -59,7 +67,8 @@ def test_shards_of_experts_arrive_in_any_order_and_the_layer_finishes_once() -> 
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(256, (E, 2 * N, K // 2), dtype=torch.uint8, generator=generator)
     scales = torch.randint(100, 140, (E, 2 * N, K // 32), dtype=torch.uint8, generator=generator)
-    for role, tensor in (("scale", scales), ("codes", codes)):
+    tensors: dict[Role, torch.Tensor] = {"scale": scales, "codes": codes}
+    for role, tensor in tensors.items():
         for expert in (1, 0):
             assert world.finished == 0
             world.give(role, tensor[expert, N:], expert, "w3")
@@ -172,7 +181,8 @@ def test_wrong_shapes_dtypes_and_places_are_refused() -> None:
 
 
 def test_the_largest_input_scale_is_written_when_all_have_come() -> None:
-    world, written = World("mxfp4"), []
+    world = World("mxfp4")
+    written: list[torch.Tensor] = []
     loader = InputScaleLoader(world.parameter, "experts.w13_input_scale", 3, InputScales(), written.append)
     loader.progress = world.progress
     for shard, value in (("w1", 0.5), ("w3", 2.0)):
@@ -185,7 +195,8 @@ def test_the_largest_input_scale_is_written_when_all_have_come() -> None:
 
 
 def test_the_input_scale_of_a_weight_comes_once_until_a_reload_is_announced() -> None:
-    world, written = World("mxfp4"), []
+    world = World("mxfp4")
+    written: list[torch.Tensor] = []
     loader = InputScaleLoader(world.parameter, "experts.w13_input_scale", 2, InputScales(), written.append)
     loader.progress = world.progress
     loader(world.layer.w13, torch.tensor(0.5), expert_id=0, shard_id="w1")

@@ -21,6 +21,7 @@ from quantload.online.storage import FinalStorage
 from quantload.online.weight_loader import OnlineWeightLoader
 from quantload.options import LoadOptions
 from quantload.schemes.base import meta_parameter
+from quantload.schemes.moe import QuantizedMoEScheme
 from quantload.schemes.registry import SchemeFactory
 from torch import Tensor, nn
 
@@ -48,7 +49,10 @@ class EngineModel(nn.Module):
     def __init__(self, scheme_name: str) -> None:
         super().__init__()
         factory = SchemeFactory(CPU, LoadOptions())
-        self.linear_scheme, self.experts_scheme = factory.linear(scheme_name), factory.experts(scheme_name)
+        linear, experts = factory.linear(scheme_name), factory.experts(scheme_name)
+        assert linear is not None
+        assert isinstance(experts, QuantizedMoEScheme)
+        self.linear_scheme, self.experts_scheme = linear, experts
         self.finished: list[str] = []
         self.qkv_proj = self._linear("qkv_proj", (("q", Q), ("k", KV), ("v", KV)))
         self.gate_up_proj = self._linear("gate_up_proj", (("gate", INTERMEDIATE), ("up", INTERMEDIATE)))
@@ -56,14 +60,14 @@ class EngineModel(nn.Module):
         self.experts = self._experts()
 
     def _linear(self, name: str, shards: tuple[tuple[str, int], ...]) -> nn.Module:
-        scheme: Any = self.linear_scheme
-        layout = WeightLayout(scheme.kernels.format, None, shards, HIDDEN)
+        layout = WeightLayout(self.linear_scheme.kernels.format, None, shards, HIDDEN)
         layer = nn.Module()
         for suffix, (dtype, shape) in zip(layout.format.suffixes, layout.tensors, strict=True):
             layer.register_parameter(f"weight{suffix}", meta_parameter(shape, dtype))
         parameter = QuantizedParameter(layer, "weight", f"{name}.weight", layout, FinalStorage(CPU))
         progress = LayerProgress({"weight": parameter}, lambda _: self.finished.append(name))
-        layer.weight.weight_loader = OnlineWeightLoader("weight", linear_quantizer(scheme, progress))
+        weight: Any = layer.get_parameter("weight")
+        weight.weight_loader = OnlineWeightLoader("weight", linear_quantizer(self.linear_scheme, progress))
         return layer
 
     def _experts(self) -> nn.Module:
@@ -85,7 +89,7 @@ class EngineModel(nn.Module):
         return layer  # type: ignore[no-any-return]
 
 
-def default_weight_loader(param: Tensor, loaded_weight: Tensor) -> None:
+def default_weight_loader(param: Tensor, loaded_weight: Tensor, *_: object) -> None:
     raise AssertionError("every parameter here has a closure of its own")
 
 

@@ -67,13 +67,23 @@ class FakeCallbacks:
             self.finished.append(layer)
 
 
+class Layer(nn.Module):
+    """What `create_weights` leaves; the weights have closures."""
+
+    weight_layouts: dict[str, WeightLayout]
+    w13_weight: Any
+    w13_weight_scale: Tensor
+    w2_weight: Any
+    w2_weight_scale: Tensor
+
+
 class Experts:
     """A layer as a scheme's `create_weights` leaves it, and its loader."""
 
     def __init__(self, fmt: WeightFormat = FORMAT, gate_up: tuple[tuple[str, int], ...] | None = None) -> None:
         gate_up = gate_up or (("w1", INTERMEDIATE), ("w3", INTERMEDIATE))
         self.callbacks = FakeCallbacks()
-        self.layer: Any = nn.Module()
+        self.layer = Layer()
         self.layer.weight_layouts = {
             "w13_weight": WeightLayout(fmt, EXPERTS, gate_up, HIDDEN),
             "w2_weight": WeightLayout(fmt, EXPERTS, (("w2", HIDDEN),), INTERMEDIATE),
@@ -86,7 +96,8 @@ class Experts:
             self.layer, self.callbacks, name="layers.3.experts", on_finished=self.finished
         )
         for name in self.layer.weight_layouts:
-            self.layer._parameters[name].weight_loader = self.loader.bound(name)
+            parameter: Any = self.layer.get_parameter(name)
+            parameter.weight_loader = self.loader.bound(name)
 
     def finished(self, values: Tensor, setup_kernel: Callable[[], None]) -> None:
         setup_kernel()
@@ -147,7 +158,7 @@ def test_threads_bring_pieces_of_rows(seed: int) -> None:
     def bring(mine: list[Any]) -> None:
         start.wait(10)
         for name, part, region in mine:
-            param = experts.layer._parameters[name]
+            param: Any = experts.layer.get_parameter(name)
             param.weight_loader(param, part, region=region)
 
     with ThreadPoolExecutor(8) as pool:

@@ -53,9 +53,14 @@ def test_a_tensor_larger_than_a_slab_gets_one_of_its_own(monkeypatch: pytest.Mon
 def test_mappings_grow_and_what_is_left_in_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "SLAB_BYTES", MIB)
     monkeypatch.setattr(storage, "MAX_SLAB_BYTES", 4 * MIB)
-    final, sizes = FinalStorage(CPU), []
-    real = storage._map
-    monkeypatch.setattr(storage, "_map", lambda nbytes: sizes.append(nbytes) or real(nbytes))
+    final, real = FinalStorage(CPU), storage._map
+    sizes: list[int] = []
+
+    def noted(nbytes: int) -> object:
+        sizes.append(nbytes)
+        return real(nbytes)
+
+    monkeypatch.setattr(storage, "_map", noted)
     tensors = [final.empty((MIB - 4096,), torch.uint8) for _ in range(20)]
     assert sizes == [MIB, MIB, 2 * MIB, 4 * MIB, 4 * MIB, 4 * MIB, 4 * MIB]
     tensors += [final.empty((4096,), torch.uint8) for _ in range(7)]

@@ -35,14 +35,23 @@ SCHEMES = [
 ]
 
 
+class Linear(nn.Module):
+    """A quantized weight, which has a closure."""
+
+    weight: Any
+    weight_scale: Tensor
+
+
 class Fused:
     """A fused q, k, v layer with a closure on its weight, and what it said when it was finished."""
 
     def __init__(self, scheme_name: str = "int8_per_channel", shards: bool = True) -> None:
-        self.scheme: Any = SchemeFactory("cpu", LoadOptions()).linear(scheme_name)
+        scheme = SchemeFactory(CPU, LoadOptions()).linear(scheme_name)
+        assert scheme is not None
+        self.scheme = scheme
         parts = (("q", Q), ("k", K), ("v", V)) if shards else (("", Q + K + V),)
         self.layout = WeightLayout(self.scheme.kernels.format, None, parts, COLUMNS)
-        self.layer = nn.Module()
+        self.layer = Linear()
         self.layer.register_parameter("weight", meta_parameter(self.layout.shapes[0], self.layout.format.code_dtype))
         scale = meta_parameter(self.layout.shapes[1], self.layout.format.scale_dtype)
         self.layer.register_parameter("weight_scale", scale)
@@ -209,8 +218,9 @@ def test_a_nan_of_the_first_pass_is_named_too() -> None:
 
 
 def test_the_layer_is_finished_by_its_last_parameter() -> None:
-    factory: Any = SchemeFactory("cpu", LoadOptions()).linear("int8_per_channel")
-    layer, finished = nn.Module(), []
+    factory: Any = SchemeFactory(CPU, LoadOptions()).linear("int8_per_channel")
+    layer = nn.Module()
+    finished: list[bool] = []
     layout = WeightLayout(factory.kernels.format, None, (("", 4),), COLUMNS)
     parameters = {}
     for name in ("a", "b"):
@@ -229,6 +239,8 @@ def test_the_layer_is_finished_by_its_last_parameter() -> None:
 
 
 class Kept(nn.Module):
+    p: Any
+
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.register_parameter("p", nn.Parameter(torch.empty(shape, device="meta")))
@@ -293,8 +305,12 @@ def test_bytes_read_straight_into_place() -> None:
     assert [str(r) for r in loader.tracker.missing()] == ["rows 0:1, columns 0:6"]
 
 
+class Counting(nn.Module):
+    steps: Tensor
+
+
 def test_a_buffer_comes_into_being_too() -> None:
-    module = nn.Module()
+    module = Counting()
     module.register_buffer("steps", torch.empty((3,), dtype=torch.int64, device="meta"))
     loader = DirectWeightLoader(module, "steps", "steps", torch.int64, FinalStorage(CPU))
     loader(module.steps, torch.tensor([1, 2, 3]))

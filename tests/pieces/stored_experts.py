@@ -52,6 +52,12 @@ class Workspace:
         return torch.empty(nbytes, dtype=torch.uint8)
 
 
+class Layer(nn.Module):
+    """What `create_weights` leaves."""
+
+    weight_layouts: dict[str, WeightLayout]
+
+
 class StoredExperts:
     """The tensors of one layer in `stored` format, and the closures of a layer in `wanted` format.
 
@@ -73,7 +79,7 @@ class StoredExperts:
             name = ".".join(map(str, key))
             self.entries[key] = TensorEntry(name, tensor.dtype, tuple(tensor.shape), 0, self.size, tensor.nbytes)
             self.size += tensor.nbytes + hole
-        self.layer: Any = nn.Module()
+        self.layer = Layer()
         self.layer.weight_layouts = {
             "gate_up_proj": WeightLayout(self.wanted, EXPERTS, (("w1", INTERMEDIATE), ("w3", INTERMEDIATE)), HIDDEN),
             "down_proj": WeightLayout(self.wanted, EXPERTS, (("w2", HIDDEN),), INTERMEDIATE),

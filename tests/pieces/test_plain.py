@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -136,8 +137,8 @@ class World:
 
     def _route(self, name: str, moved: Any, landing: Landing) -> None:
         names = list(self.data)
-        for source, *place in _spans(moved, landing):
-            span = Span(name, *place)
+        for source, region, offset, row_stride, column_stride in _spans(moved, landing):
+            span = Span(name, region, offset, row_stride, column_stride)
             assert landing.layout is None or landing.layout.code_aligned(span.region)
             self.spans.setdefault(names[source], []).append(span)
 
@@ -169,6 +170,11 @@ class World:
 Operation = Callable[[Mapping[str, Any]], Any]
 
 
+def rows_of(rows: slice, tensors: Mapping[str, Any]) -> Any:
+    """Some rows of the first tensor."""
+    return tensors["t0"][rows]
+
+
 def numbers(*shapes: tuple[int, ...]) -> dict[str, Tensor]:
     """Tensors t0, t1, ... without two equal elements."""
     data, at = {}, 0
@@ -196,7 +202,7 @@ def build(kind: str, fmt: WeightFormat, n: int, k: int, experts: int) -> World:
     elif kind == "fused to three":
         world = World(numbers((3 * n, k)))
         for i in range(3):
-            world.quantized(f"p{i}", fmt, lambda t, i=i: t["t0"][i * n : (i + 1) * n], 1, False)
+            world.quantized(f"p{i}", fmt, partial(rows_of, slice(i * n, (i + 1) * n)), 1, False)
     elif kind == "two tensors to one":
         world = World(numbers((n, k), (n + 1, k)))
         world.quantized("p", fmt, lambda t: torch.cat([t["t0"], t["t1"]]), 1, False)

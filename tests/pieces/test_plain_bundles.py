@@ -19,7 +19,7 @@ from quantload.online.moe import MoeOnlineWeightLoader
 from quantload.online.sink import Sink
 from quantload.pieces.plain import plan_pieces
 from quantload.pieces.plain_bundles import stacks
-from quantload.schemes.base import Quantizer, meta_parameter
+from quantload.schemes.base import Quantizer, TensorStats, meta_parameter
 from quantload.schemes.moe import QuantizedMoEScheme
 from torch import Tensor, nn
 
@@ -37,12 +37,18 @@ class Workspace:
         return torch.empty(nbytes, dtype=torch.uint8)
 
 
+class Layer(nn.Module):
+    """What `create_weights` leaves."""
+
+    weight_layouts: dict[str, WeightLayout]
+
+
 class Checkpoint:
     """One tensor an expert and projection, on its way into one experts layer."""
 
     def __init__(self, format_name: str, order: list[tuple[str, int]]) -> None:
         fmt = FORMATS[format_name]
-        self.layer: Any = nn.Module()
+        self.layer = Layer()
         self.layer.weight_layouts = {
             "gate_up_proj": WeightLayout(fmt, EXPERTS, (("w1", INTERMEDIATE), ("w3", INTERMEDIATE)), HIDDEN),
             "down_proj": WeightLayout(fmt, EXPERTS, (("w2", HIDDEN),), INTERMEDIATE),
@@ -60,7 +66,12 @@ class Checkpoint:
         self.calls: list[tuple[int, ...]] = []
         scheme = Scheme(Quantizer(kernel_set(format_name, "cpu")))
         quantize = scheme.quantize_expert
-        scheme.quantize_expert = lambda w, *a, **k: (self.calls.append(tuple(w.shape)), quantize(w, *a, **k))[1]  # type: ignore[method-assign]
+
+        def noted(weight: Tensor, *args: Any, **kwargs: Any) -> TensorStats:
+            self.calls.append(tuple(weight.shape))
+            return quantize(weight, *args, **kwargs)
+
+        scheme.quantize_expert = noted  # type: ignore[method-assign]
         self.statistics: list[Tensor] = []
         self.loader = MoeOnlineWeightLoader(
             self.layer, scheme, on_finished=lambda values, _: self.statistics.append(values)

@@ -20,7 +20,7 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 Checkpoint = Callable[[str], Path]
 
 
-class Halve(ConversionOps):
+class Halve(ConversionOps):  # type: ignore[misc]
     """Arithmetic: no movement of elements describes it."""
 
     def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:

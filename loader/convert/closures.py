@@ -116,13 +116,13 @@ class ExportingLoader(WritingLoader):
         on_written: Callable[[Tensor], None],
     ) -> None:
         first, layout = tensors[0], tensors[0].layout
-        self._layout = layout if len(tensors) == 1 else replace(layout, experts=len(tensors))
+        self.layout = layout if len(tensors) == 1 else replace(layout, experts=len(tensors))
         self._names = [tensor.entry.name for tensor in tensors]
         self._stems = [tensor.stem for tensor in tensors]
         self._quantizer, self._weight = first.scheme.quantizer, first.weight
         self._shard, self._buffers, self._on_written = shard, buffers, on_written
         self._parts = [_WrittenTensor(part, layout, self._stems, shard) for part in first.weight.parts]
-        self._tracker = RegionTracker(first.entry.name, self._layout.experts, layout.rows, layout.columns)
+        self._tracker = RegionTracker(first.entry.name, self.layout.experts, layout.rows, layout.columns)
         self._observation: Observation | None = None
         self._scales: dict[int | None, Tensors] = {}
         self.group: ScaleGroup | None = None
@@ -130,16 +130,16 @@ class ExportingLoader(WritingLoader):
         self._statistics = StatisticsSum()
         self._lock = threading.Lock()
 
-        block_rows, block_columns = self._layout.align
+        block_rows, block_columns = self.layout.align
         self.align = math.lcm(block_rows, self._weight.row_align), block_columns
-        self.whole_rows, self.maxima_bytes = self._layout.format.whole_rows, self._layout.maxima_bytes
+        self.whole_rows, self.maxima_bytes = self.layout.format.whole_rows, self.layout.maxima_bytes
 
     @property
     def name(self) -> str:
         return self._tracker.name
 
     def scales_are_local(self, region: Region) -> bool:
-        return self._layout.whole(region) and not scales_are_shared(self._layout, self.group)
+        return self.layout.whole(region) and not scales_are_shared(self.layout, self.group)
 
     def scale_group(self, expert: int | None) -> Hashable:
         return self._names[0] if self.group is None else id(self.group), expert
@@ -155,8 +155,8 @@ class ExportingLoader(WritingLoader):
 
     def load_experts(self, weights: Tensor, experts: Sequence[int | None], rows: Interval, columns: Interval) -> None:
         """Quantize and write the same rows and columns of several experts: `weights` [experts, rows, columns]."""
-        region, fmt = Region(experts[0], rows, columns), self._layout.format
-        (block,) = self._layout.blocks(region)
+        region, fmt = Region(experts[0], rows, columns), self.layout.format
+        (block,) = self.layout.blocks(region)
         known, count = self._scales.get(experts[0]), len(experts)
         tensors = [
             self._buffers.take(tensor.suffix, (count, *_extent(index)), tensor.dtype)
@@ -175,11 +175,11 @@ class ExportingLoader(WritingLoader):
 
     def observe(self, loaded_weight: Tensor, region: Region) -> None:
         """First pass over a piece of a matrix whose scales span several pieces."""
-        (block,) = self._layout.blocks(region)
+        (block,) = self.layout.blocks(region)
         with self._lock:
             if self._observation is None:
                 finish = functools.partial(_finish_scales, weakref.ref(self))
-                self._observation = Observation(self._layout, CPU, self.group, finish)
+                self._observation = Observation(self.layout, CPU, self.group, finish)
         amax = self._observation.new_maxima(block.maxima)
         try:
             self._quantizer.observe(loaded_weight, amax)
@@ -189,7 +189,7 @@ class ExportingLoader(WritingLoader):
 
     def finish_scales(self, expert: int | None, maxima: Tensor) -> None:
         """All of a matrix was observed, and of those that get their scales with it."""
-        pairs = zip(self._layout.shapes[1:], self._layout.format.scales, strict=True)
+        pairs = zip(self.layout.shapes[1:], self.layout.format.scales, strict=True)
         scales = tuple(torch.empty(shape[-2:], dtype=scale.dtype) for shape, scale in pairs)
         self._quantizer.finish_scales(maxima, scales)
         self._scales[expert] = scales
@@ -202,7 +202,7 @@ class ExportingLoader(WritingLoader):
         self, weights: Tensor, tensors: Tensors, experts: Sequence[int | None], *, scales_known: bool
     ) -> None:
         """Quantize several matrices in as few calls as their format allows."""
-        joined = rows_below_each_other(self._layout.format, weights, *tensors)
+        joined = rows_below_each_other(self.layout.format, weights, *tensors)
         for weight, *own in zip(weights, *tensors, strict=True) if joined is None else (joined,):
             try:
                 stats = self._quantizer.quantize(weight, tuple(own), scales_known=scales_known)
@@ -219,7 +219,7 @@ class ExportingLoader(WritingLoader):
 
     def finish(self) -> None:
         for constant in self._weight.constants:
-            value = constant.make(self._layout.rows, self._layout.columns).view(1, -1).view(torch.uint8)
+            value = constant.make(self.layout.rows, self.layout.columns).view(1, -1).view(torch.uint8)
             offsets = [self._shard.plan.offsets[stem + constant.name] for stem in self._stems]
             self._shard.write_each(offsets, value.repeat(len(offsets), 1, 1), value.numel())
         self._scales.clear()

@@ -37,6 +37,7 @@ from ..schemes.exported.registry import get_export_format
 from ..schemes.exported.weights import ExportFormat
 from .shards import OpenShards, PlannedTensor
 from .tensors import kept_modules, plan_tensors, quantized_modules
+from .together import units
 
 MAX_SHARD_BYTES = 4 * 10**9
 _KEY_VERSION = 2
@@ -83,7 +84,8 @@ def convert_checkpoint(
                 plan=plan_without_pieces,
             )
             tensors = plan_tensors(draft.sources.entries, draft.routes, draft.loaders, draft.assignments, export)
-            shards = plan_shards((tensor.specs() for tensor in tensors), max_shard_bytes)
+            specs = ([spec for tensor in unit for spec in tensor.specs()] for unit in units(tensors))
+            shards = plan_shards(specs, max_shard_bytes)
             config = _config(checkpoint, draft, tensors, export)
             stored = checkpoint.config().get("quantization_config")
             key = _key(checkpoint, draft.index, shards, [config, stored, policy and asdict(policy), options.stats])

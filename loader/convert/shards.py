@@ -21,9 +21,11 @@ from ..errors import MissingWeightsError
 from ..geometry.spans import Span
 from ..kernels.statistics import merge, new_statistics
 from ..model.routes import CheckpointTensor
+from ..online.observing import ScaleGroup
 from ..schemes.stored.weights import StoredWeight
 from .closures import Buffers, CopyingLoader, ExportingLoader, WritingLoader
 from .tensors import KeptTensor, QuantizedTensor
+from .together import scale_groups
 
 PlannedTensor = QuantizedTensor | KeptTensor
 _NAMES_SHOWN = 8
@@ -98,14 +100,24 @@ class OpenShards:
             self._complete.append(functools.partial(self._take_up, notes[_STATISTICS]))
             return
         writer = self._writers[plan.path] = ShardWriter(self._folder.files, plan, len(tensors), self._record)
+        grouped: set[str] = set()
+        groups: dict[Any, list[list[QuantizedTensor]]] = defaultdict(list)
+        for group in scale_groups(tensors):
+            groups[tuple(_kind(tensor) for tensor in group)].append(group)
+            grouped.update(tensor.entry.name for tensor in group)
         stacks: dict[Any, list[QuantizedTensor]] = defaultdict(list)
         for tensor in tensors:
-            if isinstance(tensor, QuantizedTensor):
-                stacks[_kind(tensor)].append(tensor)
-            else:
+            if isinstance(tensor, KeptTensor):
                 self._copy(tensor, writer)
+            elif tensor.entry.name not in grouped:
+                stacks[_kind(tensor)].append(tensor)
         for stack in stacks.values():
             self._quantize(stack, writer)
+        for alike in groups.values():
+            loaders = [self._quantize(stack, writer) for stack in zip(*alike, strict=True)]
+            together = ScaleGroup([loader.layout for loader in loaders])
+            for loader in loaders:
+                loader.group = together
 
     def _copy(self, tensor: KeptTensor, writer: ShardWriter) -> None:
         # Its bytes, whatever they stand for: no kernel looks at them, and torch need not know the dtype.
@@ -113,7 +125,7 @@ class OpenShards:
         loader = CopyingLoader(entry.name, entry.nbytes, writer, writer.done)
         self._attach(entry, loader, tensor.spans)
 
-    def _quantize(self, tensors: Sequence[QuantizedTensor], writer: ShardWriter) -> None:
+    def _quantize(self, tensors: Sequence[QuantizedTensor], writer: ShardWriter) -> ExportingLoader:
         """Give tensors that are alike one closure, in whose coordinates each is an expert where they are several."""
         module = tensors[0].assignment.name
 
@@ -125,10 +137,11 @@ class OpenShards:
         loader = ExportingLoader(tensors, writer, self._buffers, written)
         if len(tensors) == 1:
             self._attach(tensors[0].entry, loader, tensors[0].spans)
-            return
+            return loader
         sink = f"{tensors[0].entry.name} and those like it"
         for number, tensor in enumerate(tensors):
             self._attach(tensor.entry, loader, [_of_expert(span, sink, number) for span in tensor.spans])
+        return loader
 
     def _attach(self, entry: CheckpointTensor, loader: WritingLoader, spans: Sequence[Span]) -> None:
         """Have a tensor read for a closure, which all of it goes to."""

@@ -19,7 +19,6 @@ from ..kernels.formats import WeightFormat
 from ..model.attach import WeightLoaders
 from ..model.routes import CheckpointTensor, Routes
 from ..model.skeleton import Assignment
-from ..online.sink import Sink
 from ..schemes.base import LinearScheme, MoEScheme
 from ..schemes.exported.registry import exported_weight, why_not_columns
 from ..schemes.exported.weights import ExportedWeight, ExportFormat
@@ -93,7 +92,7 @@ def plan_tensors(
     problems = {target.rpartition(".")[0]: "its weights cannot be quantized one by one" for target in whole}
     anew: dict[str, str] = {}
     planned: list[QuantizedTensor | KeptTensor] = []
-    why_not = _WhyNot(sinks, export)
+    why_not = _WhyNot(loaders, export)
     for entry in sorted(tensors.values(), key=lambda entry: (entry.shard, entry.offset)):
         spans = [span for span in routes.spans.get(entry.name, ()) if sinks[span.parameter].values_dtype is None]
         if isinstance(entry, StoredWeight):
@@ -144,8 +143,8 @@ class _WhyNot:
     Experts that go to the same rows and columns differ in nothing, and are looked at once.
     """
 
-    def __init__(self, sinks: Mapping[str, Sink], export: ExportFormat) -> None:
-        self._sinks, self._export = sinks, export
+    def __init__(self, loaders: WeightLoaders, export: ExportFormat) -> None:
+        self._loaders, self._export = loaders, export
         self._known: dict[Any, str] = {}
 
     def __call__(self, entry: CheckpointTensor, spans: Sequence[Span], scheme: LinearScheme | MoEScheme) -> str:
@@ -168,8 +167,8 @@ class _WhyNot:
             return why
         layout = _layout(scheme.kernels.format, rows, columns)
         for span in spans:
-            local = self._sinks[span.parameter].scales_are_local(span.region)
-            if not (local and layout.whole(_rows_of(span, columns))):
+            there = self._loaders.landing(span.parameter).layout
+            if there is None or not (there.whole(span.region) and layout.whole(_rows_of(span, columns))):
                 return f"is scaled together with other tensors, or in parts, by {scheme.name}"
         return ""
 

@@ -6,9 +6,9 @@ import functools
 import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -101,11 +101,11 @@ class OpenShards:
             return
         writer = self._writers[plan.path] = ShardWriter(self._folder.files, plan, len(tensors), self._record)
         grouped: set[str] = set()
-        groups: dict[Any, list[list[QuantizedTensor]]] = defaultdict(list)
+        groups: dict[Hashable, list[list[QuantizedTensor]]] = defaultdict(list)
         for group in scale_groups(tensors):
             groups[tuple(_kind(tensor) for tensor in group)].append(group)
             grouped.update(tensor.entry.name for tensor in group)
-        stacks: dict[Any, list[QuantizedTensor]] = defaultdict(list)
+        stacks: dict[Hashable, list[QuantizedTensor]] = defaultdict(list)
         for tensor in tensors:
             if isinstance(tensor, KeptTensor):
                 self._copy(tensor, writer)
@@ -183,7 +183,7 @@ class _ModuleStatistics:
             self._on_layer(module, self._sums.pop(module))
 
 
-def _kind(tensor: QuantizedTensor) -> Any:
+def _kind(tensor: QuantizedTensor) -> Hashable:
     """What tensors that are quantized and written together have in common, such as the up projections of all experts.
 
     An empty one, and one that holds all experts already, stands for itself.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -145,7 +145,7 @@ class _WhyNot:
 
     def __init__(self, loaders: WeightLoaders, export: ExportFormat) -> None:
         self._loaders, self._export = loaders, export
-        self._known: dict[Any, str] = {}
+        self._known: dict[Hashable, str] = {}
 
     def __call__(self, entry: CheckpointTensor, spans: Sequence[Span], scheme: LinearScheme | MoEScheme) -> str:
         where = [(span.parameter, span.region.rows, span.region.columns, *span[2:]) for span in spans]

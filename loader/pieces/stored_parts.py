@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint.pieces import Lines, Piece
+from ..checkpoint.pieces import Barrier, Lines, Piece
 from ..checkpoint.workspace import Workspace
 from ..errors import CheckpointError
 from ..geometry.regions import Interval
@@ -79,18 +78,28 @@ class TensorMatrix:
         block, lines = self.part.block, self.weight.lines
         return (rows[0] * block, min(rows[1] * block, lines)) if block else (0, lines)
 
-    def piece(self, rows: Interval, deliver: Callable[[Workspace], None], **how: Any) -> Piece:
+    def piece(
+        self,
+        rows: Interval,
+        deliver: Callable[[Workspace], None],
+        target: Callable[[], Tensor] | None = None,
+        after: Barrier | None = None,
+    ) -> Piece:
         """The piece that reads some rows."""
         start = self.part.entry.offset + rows[0] * self.row_bytes
-        return Piece(self.part.entry.shard, ((start, (rows[1] - rows[0]) * self.row_bytes),), deliver, **how)
+        extents = ((start, (rows[1] - rows[0]) * self.row_bytes),)
+        return Piece(self.part.entry.shard, extents, deliver, target, after)
 
-    def piece_across(self, lines: Interval, deliver: Callable[[Workspace], None], **how: Any) -> Piece:
+    def piece_across(
+        self, lines: Interval, deliver: Callable[[Workspace], None], after: Barrier | None = None
+    ) -> Piece:
         """The piece that reads some rows of a weight that is cut along columns: a part of every row of the tensor."""
         entry = self.part.entry
         first, last = (line // self.rows_across * entry.dtype.itemsize for line in lines)
         if last - first == self.row_bytes:
-            return self.piece((0, self.rows), deliver, **how)
-        return Piece(entry.shard, Lines(entry.offset + first, self.row_bytes, last - first, self.rows), deliver, **how)
+            return self.piece((0, self.rows), deliver, after=after)
+        lines_of_bytes = Lines(entry.offset + first, self.row_bytes, last - first, self.rows)
+        return Piece(entry.shard, lines_of_bytes, deliver, after=after)
 
     def canonical(self, buffer: Tensor, rows: Interval) -> Tensor:
         """What some rows, as they lie in a piece's buffer, are in the canonical layout.

@@ -6,8 +6,7 @@ conversions is worked out once for a family, and the tensors of experts that fol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ class Families:
     """The families of some weights, as they are met."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, Family] = {}
+        self._known: dict[Hashable, Family] = {}
 
     def of(self, weight: StoredWeight) -> Family:
         """The family of a weight."""

@@ -20,12 +20,12 @@ from gpu_products import How, measure_experts, measure_linear
 from gpu_tables import PARTS, goals_of, render
 from machine import describe_machine, headline
 from measured_formats import MEASURED
-from quantload.kernels.formats import FNUZ, FORMATS
+from quantload.kernels.formats import FORMATS
 from quantload.kernels.gpu.quantizers import gpu_quantizers, stored_format
 from result_files import RESULTS, write_result
 
 FORMATS_MEASURED = tuple(
-    name for name in MEASURED if name not in FNUZ.values() and gpu_quantizers("quantize", FORMATS[name])
+    name for name in MEASURED if FORMATS[name].ocp is None and gpu_quantizers("quantize", FORMATS[name])
 )
 PIECES = (8 << 20, 256 << 20)
 SHAPES = ("4096x4096", "14336x4096", "4096x14336")

@@ -62,7 +62,7 @@ def variants() -> Iterator[tuple[str, str, str]]:
         for name in ("schemes.registry", "kernels.registry", "schemes.activations")
     )
     for entry in schemes.ENTRIES:
-        formats = [kind.format_name for kind in (entry.linear, entry.experts) if kind is not None]
+        formats = [fmt.name for fmt in entry.formats.values()]
         yield entry.name, "default", "none"
         for mode, having in kernels.SCALE_MODES.items():
             if mode != "default" and formats and set(formats) <= set(having):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 import torch
+
+from .mx_elements import E2M1, E2M3, E3M2, E4M3, ELEMENTS, MxElement
 
 Tensors = tuple[torch.Tensor, ...]
 """The tensors of a weight, in the order of its format: codes, then scales."""
@@ -59,6 +61,23 @@ class FormatTensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Family:
+    """Formats that the same modules serve.
+
+    Each of `reference`, `cpu` and `gpu` is "module:attribute" in the folder of that name, or None where there is none:
+    `reference(format, scale mode)` makes the plain torch operations, `cpu(format, reference, scale mode)` those of
+    numba, `gpu(format)` the launches of a `TritonQuantize`. Matmuls on GPUs are rows of `gpu/matmuls.py`.
+    `scale_modes` are the ways in which scales can be chosen.
+    """
+
+    name: str
+    reference: str
+    cpu: str | None = None
+    gpu: str | None = None
+    scale_modes: tuple[str, ...] = ("default",)
+
+
+@dataclass(frozen=True, eq=False)
 class WeightFormat:
     """How a matrix [rows, cols] of weights is stored as codes and scales.
 
@@ -68,6 +87,12 @@ class WeightFormat:
     numbers stand side by side in the scale tensor for each block: 1, a scale; 2, a scale and a zero point, and a weight
     is (code - zero point) * scale. `one_maximum` says that matrices that engines multiply at once are scaled by the
     largest of their maxima. There is one of each name: a copy, or one that was pickled, is the same object.
+
+    `family` says which modules serve it. `element` is the type of a code, `label` what people call it, and `largest`
+    the largest magnitude that a code stands for without its scale. `rule` is how scales follow from maxima, `decoder`
+    how the kernels for CPUs read codes. `activations` are those that go with such weights beside high precision, its
+    own first, as `schemes.activations` spells them. `ocp` is the format with the same bits in the E4M3 of OCP, where
+    this one is what hardware with E4M3 FNUZ stores for it.
     """
 
     name: str
@@ -79,6 +104,15 @@ class WeightFormat:
     pads_cols: bool = False
     scale_words: int = 1
     one_maximum: bool = False
+    _: KW_ONLY
+    family: Family | None = None
+    element: str = ""
+    label: str = ""
+    largest: float = 0.0
+    rule: str = ""
+    decoder: str = ""
+    activations: tuple[str, ...] = ()
+    ocp: WeightFormat | None = None
 
     @cached_property
     def tensors(self) -> tuple[FormatTensor, ...]:
@@ -139,6 +173,21 @@ class WeightFormat:
         """Whether rows can be quantized only whole, because maxima of their parts do not tell their scales."""
         return False
 
+    @property
+    def read_as(self) -> WeightFormat:
+        """The format whose kernels read its codes: itself, or that of the blocks whose rows have a multiplier."""
+        return self
+
+    @property
+    def scale_modes(self) -> tuple[str, ...]:
+        """The ways in which its scales can be chosen."""
+        return ("default",) if self.family is None else self.family.scale_modes
+
+    @property
+    def mx_element(self) -> MxElement:
+        """The codes of an MX format, and their scale rule."""
+        return ELEMENTS[self.decoder]
+
     def bytes(self, rows: int, cols: int) -> int:
         """Bytes of all tensors of a matrix [rows, cols]."""
         return sum(each.bytes(rows, cols) for each in self.tensors)
@@ -166,6 +215,11 @@ class RowMultiplied(WeightFormat):
         return (replace(scale, beside=MULTIPLIER_BYTES),)
 
     @property
+    def read_as(self) -> WeightFormat:
+        """That of the blocks."""
+        return self.blocks
+
+    @property
     def whole_rows(self) -> bool:
         """The multiplier is that of the least squared error of a row."""
         return True
@@ -187,51 +241,106 @@ def _ceil_div(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
-MXFP4 = WeightFormat("mxfp4", torch.uint8, torch.uint8, 1, 32, 4, pads_cols=True)
-MXFP6_E2M3 = WeightFormat("mxfp6_e2m3", torch.uint8, torch.uint8, 1, 32, 6, pads_cols=True)
-MXFP6_E3M2 = WeightFormat("mxfp6_e3m2", torch.uint8, torch.uint8, 1, 32, 6, pads_cols=True)
-MXFP8 = WeightFormat("mxfp8", torch.float8_e4m3fn, torch.uint8, 1, 32, 8, pads_cols=True)
-MXFP4_ROWS = RowMultiplied("mxfp4_rows", torch.uint8, torch.uint8, 1, 0, 4, blocks=MXFP4)
-FP8_CHANNEL = WeightFormat("fp8_channel", torch.float8_e4m3fn, torch.float32, 1, 0, 8)
-FP8_TENSOR = WeightFormat("fp8_tensor", torch.float8_e4m3fn, torch.float32, 0, 0, 8)
-FP8_BLOCK = WeightFormat("fp8_block", torch.float8_e4m3fn, torch.float32, 128, 128, 8)
-NVFP4 = WeightFormat("nvfp4", torch.uint8, torch.float32, 1, 16, 4)
-INT8_CHANNEL = WeightFormat("int8_channel", torch.int8, torch.float32, 1, 0, 8)
-FP8_CHANNEL_FNUZ = WeightFormat("fp8_channel_fnuz", torch.float8_e4m3fnuz, torch.float32, 1, 0, 8)
-FP8_TENSOR_FNUZ = WeightFormat("fp8_tensor_fnuz", torch.float8_e4m3fnuz, torch.float32, 0, 0, 8)
-FP8_BLOCK_FNUZ = WeightFormat("fp8_block_fnuz", torch.float8_e4m3fnuz, torch.float32, 128, 128, 8)
+MX = Family("mx", "mx:make", "operations:NumbaMx", "mx:MxLaunches", ("default", "mse"))
+"""One power of two per 32 elements along K."""
+MX_ROWS = Family("mx_rows", "mxfp4_rows:make", "rows:NumbaRows")
+FP8 = Family("fp8", "fp8:make", "operations:NumbaScaled", "scaled:ScaledLaunches")
+FP8_FNUZ = Family("fp8_fnuz", "fp8:make", None, "scaled:ScaledLaunches")
+INT8 = Family("int8", "int8:make", "operations:NumbaScaled", "scaled:ScaledLaunches")
+INTEGER = Family("integer", "integer:make", "integer:NumbaIntegers", "integer:IntegerLaunches")
+"""Integers with a zero point for each group of a row."""
+NVFP4_READ = Family("nvfp4", "nvfp4:make")
+"""Only read, to be quantized anew."""
+
+_FP8_OF_ROWS = "fp8 per token", "fp8 per tensor", "fp8 static"
+
+
+def _mx(element: MxElement, short: str, dtype: torch.dtype, rule: str, activations: tuple[str, ...]) -> WeightFormat:
+    return WeightFormat(
+        *(element.name, dtype, torch.uint8, 1, 32, element.code_bits, True),
+        family=MX, element=short, label=short.upper(), largest=element.largest, rule=rule, decoder=element.name,
+        activations=activations,
+    )  # fmt: skip
+
+
+def _fp8(name: str, block_rows: int, block_cols: int, activations: tuple[str, ...]) -> WeightFormat:
+    return WeightFormat(
+        *(name, torch.float8_e4m3fn, torch.float32, block_rows, block_cols, 8),
+        family=FP8, element="e4m3", label="E4M3", largest=448.0, rule=name, decoder="fp8", activations=activations,
+    )  # fmt: skip
+
+
+def _fnuz(ocp: WeightFormat) -> WeightFormat:
+    """The same bits, which stand for half as much, and twice the scale."""
+    return replace(
+        ocp, name=f"{ocp.name}_fnuz", code_dtype=torch.float8_e4m3fnuz, family=FP8_FNUZ, element="fnuz",
+        label="E4M3 FNUZ", largest=240.0, ocp=ocp,
+    )  # fmt: skip
+
+
+def _integer(
+    name: str, bits: int, dtype: torch.dtype, group: int, rule: str, activations: tuple[str, ...] = ()
+) -> WeightFormat:
+    return WeightFormat(
+        *(name, torch.uint8, dtype, 1, group, bits),
+        scale_words=2, family=INTEGER, element=f"uint{bits}", label=f"INT{bits}", rule=rule,
+        largest=float((1 << bits) - 1),  # the difference of a code and a zero point
+        decoder=f"uint{bits}_{SHORT[dtype]}", activations=activations,
+    )  # fmt: skip
+
+
+SHORT: Mapping[torch.dtype, str] = MappingProxyType(
+    {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+)
+"""What floating types are called in names."""
+
+_E2M1_WITH = "mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "fp8 static"
+MXFP4 = _mx(E2M1, "e2m1", torch.uint8, "even", _E2M1_WITH)
+MXFP6_E2M3 = _mx(E2M3, "e2m3", torch.uint8, "even", ("mxfp6_e2m3", "fp8 static"))
+MXFP6_E3M2 = _mx(E3M2, "e3m2", torch.uint8, "even", ("mxfp6_e3m2", "fp8 static"))
+MXFP8 = _mx(E4M3, "e4m3", torch.float8_e4m3fn, "rceil", ("mxfp8",))
+MXFP4_ROWS = RowMultiplied(
+    *("mxfp4_rows", torch.uint8, torch.uint8, 1, 0, 4),
+    blocks=MXFP4, family=MX_ROWS, element="e2m1", label="E2M1", largest=MXFP4.largest, rule="least error",
+    activations=_E2M1_WITH,
+)  # fmt: skip
+FP8_CHANNEL = _fp8("fp8_channel", 1, 0, _FP8_OF_ROWS)
+FP8_TENSOR = _fp8("fp8_tensor", 0, 0, ("fp8 per tensor", "fp8 per token", "fp8 static"))
+FP8_BLOCK = _fp8("fp8_block", 128, 128, ("fp8 per 1x128 group",))
+FP8_CHANNEL_FNUZ, FP8_TENSOR_FNUZ, FP8_BLOCK_FNUZ = map(_fnuz, (FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK))
+INT8_CHANNEL = WeightFormat(
+    *("int8_channel", torch.int8, torch.float32, 1, 0, 8),
+    family=INT8, element="int8", label="INT8", largest=128.0, rule="int8", decoder="int8",
+    activations=("int8 per token", "int8 static"),
+)  # fmt: skip
+NVFP4 = WeightFormat(
+    *("nvfp4", torch.uint8, torch.float32, 1, 16, 4),
+    family=NVFP4_READ, element="e2m1", label="E2M1", largest=MXFP4.largest,
+)  # fmt: skip
 
 GROUPS = (16, 32, 64, 128, 256, 0)
 """Columns that share a scale and a zero point in the integer formats; 0: the whole row."""
 
+_INTEGER_WITH = {(4, 0): _FP8_OF_ROWS, **{(8, group): INT8_CHANNEL.activations for group in GROUPS}}
 INTEGERS = tuple(
-    WeightFormat(f"int{bits}_group{group}_{short}", torch.uint8, dtype, 1, group, bits, scale_words=2)
+    _integer(f"int{bits}_group{group}_{short}", bits, dtype, group, "asymmetric", _INTEGER_WITH.get((bits, group), ()))
     for bits in (4, 8)
     for group in GROUPS
-    for short, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16), ("f32", torch.float32))
+    for dtype, short in SHORT.items()
 )
 """Unsigned codes with a scale and a zero point for each group of a row, side by side in one [rows, 2 * groups] tensor.
 
 The scale is of the dtype that the name ends in, as checkpoints store it, and so is the zero point, a whole number that
 each of them holds exactly. A symmetric format is one whose zero points are all 2^(bits - 1).
 """
-INT4FP8_CHANNEL = WeightFormat("int4fp8_channel", torch.uint8, torch.float32, 1, 0, 4, scale_words=2)
+INT4FP8_CHANNEL = _integer("int4fp8_channel", 4, torch.float32, 0, "symmetric", _FP8_OF_ROWS)
 """Stored and read as `int4_group0_f32` is, but quantized symmetrically: the zero points are all 8."""
-
-MX = (MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8)
-"""The formats with one power of two per 32 elements along K."""
-
-FNUZ: Mapping[str, str] = MappingProxyType(
-    {fmt.name: f"{fmt.name}_fnuz" for fmt in (FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK)}
-)
-"""What an FP8 format is stored as where the matrix instructions take E4M3 FNUZ (gfx942), by its name."""
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
     {
         fmt.name: fmt
         for fmt in (
-            *MX,
-            MXFP4_ROWS,
+            *(MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, MXFP4_ROWS),
             *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK, INT8_CHANNEL, INT4FP8_CHANNEL),
             *(FP8_CHANNEL_FNUZ, FP8_TENSOR_FNUZ, FP8_BLOCK_FNUZ),
             *INTEGERS,
@@ -240,3 +349,13 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
     }
 )
 """Every format by its name."""
+
+FNUZ: Mapping[WeightFormat, WeightFormat] = MappingProxyType(
+    {fmt.ocp: fmt for fmt in FORMATS.values() if fmt.ocp is not None}
+)
+"""What an FP8 format is stored as where the matrix instructions take E4M3 FNUZ (gfx942)."""
+
+SCALE_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {mode: tuple(name for name, fmt in FORMATS.items() if mode in fmt.scale_modes) for mode in MX.scale_modes}
+)
+"""The formats that have each way to choose scales: by the format's own rule, or by the least squared error."""

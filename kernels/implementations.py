@@ -6,43 +6,22 @@ operation needs before it is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from .arrangement import Arrangement
-from .formats import FORMATS, INT4FP8_CHANNEL, INTEGERS, MX, RowMultiplied
+from .formats import FORMATS, RowMultiplied
 from .gpu.matmuls import GpuMatmul, gpu_matmuls
 from .gpu.quantizers import GpuQuantize, gpu_quantizers
 from .gpu.target import GpuTarget
+from .reference.choose import reading
 from .reference.experts import ExpertsByLinear
-from .reference.operations import Reading
 from .reference.row_multiplied import MULTIPLIED
 
-NUMBA_FORMATS = (
-    *(
-        "mxfp4",
-        "mxfp4_rows",
-        "mxfp6_e2m3",
-        "mxfp6_e3m2",
-        "mxfp8",
-        "fp8_channel",
-        "fp8_tensor",
-        "fp8_block",
-        "int8_channel",
-    ),
-    *(fmt.name for fmt in (INT4FP8_CHANNEL, *INTEGERS)),
-)
-
-
-SCALE_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"default": tuple(FORMATS), "mse": tuple(fmt.name for fmt in MX)}
-)
-"""The formats that have each way to choose scales: by the format's own rule, or by the least squared error."""
 SCALING = ("quantize", "finish_scales")
 """The operations that differ between the scale modes."""
 
@@ -143,7 +122,7 @@ class _Numba:
 
 
 def _torch_kernel(operation: str, format_name: str, scale_mode: str) -> Kernel:
-    reference = _references(scale_mode)[format_name]
+    reference = reading(format_name, scale_mode)
     if operation == "experts":
         function: Callable[..., Any] = ExpertsByLinear(reference.codec.format, reference.linear)
     elif hasattr(reference, operation):
@@ -151,22 +130,6 @@ def _torch_kernel(operation: str, format_name: str, scale_mode: str) -> Kernel:
     else:
         return Kernel("torch", operation, format_name, None, _never, _only_read, _only_read)
     return Kernel("torch", operation, format_name, None, function, _torch_unavailable, _lacks_nothing)
-
-
-def _references(scale_mode: str) -> Mapping[str, Reading]:
-    from .reference import fp8, int8, integer, mx, mx_mse, mxfp4, mxfp4_rows, nvfp4
-
-    if scale_mode == "mse":
-        return mx_mse.references
-    return {
-        "mxfp4": mxfp4.reference,
-        "mxfp4_rows": mxfp4_rows.reference,
-        "int8_channel": int8.reference,
-        "nvfp4": nvfp4.reference,
-        **fp8.references,
-        **mx.references,
-        **integer.references,
-    }
 
 
 def _never(*_: Any, **__: Any) -> None:
@@ -182,12 +145,17 @@ def _only_read(where: torch.device | GpuTarget | None) -> str | None:
 
 
 def _numba_reason(format_name: str) -> Callable[[torch.device], str | None]:
-    return _numba_unavailable if format_name in NUMBA_FORMATS else _no_numba_kernels
+    return _numba_unavailable if _has_numba(format_name) else _no_numba_kernels
 
 
 def _numba_lacks(format_name: str) -> Callable[[GpuTarget | None], str | None]:
-    no_kernels = None if format_name in NUMBA_FORMATS else "has no kernels for this format"
+    no_kernels = None if _has_numba(format_name) else "has no kernels for this format"
     return lambda target: no_kernels if target is None else "runs on cpu only"
+
+
+def _has_numba(format_name: str) -> bool:
+    family = FORMATS[format_name].family
+    return family is not None and family.cpu is not None
 
 
 def _no_numba_kernels(device: torch.device) -> str | None:

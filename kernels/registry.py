@@ -39,10 +39,9 @@ import torch
 
 from .arrangement import Arrangement
 from .formats import FORMATS, WeightFormat
+from .formats import SCALE_MODES as SCALE_MODES
 from .gpu.quantizers import TRITON_MISSING, format_on, stored_format
 from .gpu.target import GpuTarget
-from .implementations import NUMBA_FORMATS as NUMBA_FORMATS
-from .implementations import SCALE_MODES as SCALE_MODES
 from .implementations import SCALING, implementations
 from .implementations import Kernel as Kernel
 from .implementations import NoKernel as NoKernel

@@ -19,7 +19,7 @@ from .memory.report import CacheResult, KeptReport, LayerReport, LoadReport
 from .model.attach import Process
 from .model.skeleton import Assignment
 from .plan import LoadPlan
-from .schemes.prequantized import NAME as PREQUANTIZED
+from .schemes.registry import PREQUANTIZED
 
 Progress = Callable[[int, int], None]
 

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 
-from ..formats import FORMATS, MXFP4_ROWS, RowMultiplied
-from ..reference import fp8, int8, integer, mx, mx_mse, mxfp4, mxfp4_rows
-from ..reference.operations import Reference
+from ..formats import FORMATS
+from ..reference.choose import reference
 from . import dequantize as cpu_dequantize
 from . import linear as cpu_linear
 from .compiled import Needed
-from .integer import NumbaIntegers
 from .operations import KINDS, NumbaKernels
-from .rows import NumbaRows
 
 
 def numba_kernels(format_name: str, scale_mode: str = "default") -> NumbaKernels:
-    """The CPU operations of a format."""
-    if format_name == MXFP4_ROWS.name:
-        return NumbaRows(MXFP4_ROWS, mxfp4_rows.reference)
-    if format_name in integer.references:
-        return NumbaIntegers(FORMATS[format_name], integer.references[format_name], scale_mode)
-    own = {"mxfp4": mxfp4.reference, "int8_channel": int8.reference, **fp8.references, **mx.references}
-    references: dict[str, dict[str, Reference]] = {"default": own, "mse": {**mx_mse.references}}
-    return NumbaKernels(FORMATS[format_name], references[scale_mode][format_name], scale_mode)
+    """The CPU operations of a format; `KeyError` for one that has none."""
+    fmt = FORMATS[format_name]
+    if fmt.family is None or fmt.family.cpu is None:
+        raise KeyError(format_name)
+    module, _, attribute = fmt.family.cpu.partition(":")
+    made: NumbaKernels = getattr(importlib.import_module(f".{module}", __package__), attribute)(
+        fmt, reference(format_name, scale_mode), scale_mode
+    )
+    return made
 
 
 def needed_to_load(
@@ -39,7 +38,6 @@ def needed_to_load(
     fmt = FORMATS[format_name]
     found: list[Needed[Any]] = [*numba_kernels(format_name, scale_mode).needed(KINDS[source_dtype], statistics)]
     if activation_dtype is not None:
-        fmt = fmt.blocks if isinstance(fmt, RowMultiplied) else fmt
-        found.append(cpu_dequantize.needed(fmt, activation_dtype))
-        found.extend(cpu_linear.needed_for(fmt, activation_dtype))
+        found.append(cpu_dequantize.needed(fmt.read_as, activation_dtype))
+        found.extend(cpu_linear.needed_for(fmt.read_as, activation_dtype))
     return found

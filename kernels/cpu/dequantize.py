@@ -6,14 +6,13 @@ import ctypes
 
 import torch
 
-from ..formats import MX, Tensors, WeightFormat
+from ..formats import Tensors, WeightFormat
 from ..reference.operations import tensor_rows
 from . import team
 from .build import linear as linear_build
 from .compiled import CFunction, Needed
 from .processor import has
 
-SCALE_KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 ALONE_ELEMENTS = 1 << 18
 """Weights below which one thread is done before a second one has started."""
 WIDEN_ELEMENTS = 1 << 15
@@ -40,18 +39,9 @@ def dequantize(fmt: WeightFormat, tensors: Tensors, out: torch.Tensor, threads: 
 
 def needed(fmt: WeightFormat, dtype: torch.dtype) -> Needed[CFunction]:
     """The compiled function that dequantizes to `dtype`; to float16 it goes through float32."""
-    kind = family(fmt)
-    target = f"{kind}_f16c" if kind in ("fp8", "mxfp8") and has("f16c") else kind
+    faster = f"{fmt.decoder}_f16c"
+    target = faster if faster in linear_build.DECODERS and has("f16c") else fmt.decoder
     return linear_build.dequantize.needed(target, "bf16" if dtype == torch.bfloat16 else "f32")
-
-
-def family(fmt: WeightFormat) -> str:
-    """Which decoding a format's codes need."""
-    if fmt in MX:
-        return fmt.name
-    if fmt.scale_words == 2:
-        return f"uint{fmt.code_bits}_{SCALE_KINDS[fmt.scale_dtype]}"
-    return "int8" if fmt.code_dtype == torch.int8 else "fp8"
 
 
 def run_task(

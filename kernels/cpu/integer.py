@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..formats import INT4FP8_CHANNEL
+from ..formats import SHORT
 from .build import integer as integer_build
 from .compiled import KernelFunction, Needed
-from .operations import KINDS, NumbaKernels
+from .operations import NumbaKernels
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class NumbaIntegers(NumbaKernels):
 
     def _quantize(self, kind: str, measure: bool) -> Needed[KernelFunction]:
         fmt = self.format
-        rule = fmt.code_bits, KINDS[fmt.scale_dtype], fmt is INT4FP8_CHANNEL
+        rule = fmt.code_bits, SHORT[fmt.scale_dtype], fmt.rule == "symmetric"
         return integer_build.quantize.needed(*rule, self._lanes, kind, measure)
 
     def _observe(self, kind: str) -> Needed[KernelFunction]:

@@ -16,7 +16,7 @@ from ..reference.operations import tensor_rows, tile_rows, times_tile
 from .build import linear as linear_build
 from .build.panel import CHUNK, PAD, panel_task
 from .compiled import CFunction, Needed
-from .dequantize import ALONE_ELEMENTS, address, dequantize, family, run_task
+from .dequantize import ALONE_ELEMENTS, address, dequantize, run_task
 from .dequantize import needed as needed_to_dequantize
 from .ir.dot import BLOCK, DECODERS
 from .ir.panel import ROWS, TOKENS
@@ -163,7 +163,7 @@ def _in_chunks(x: torch.Tensor, slots: int) -> torch.Tensor:
 
 def _decoder(fmt: WeightFormat, dtype: torch.dtype) -> str:
     """The best of `dot_ir.DECODERS` for this processor."""
-    kind = family(fmt)
+    kind = fmt.decoder
     if dtype == torch.bfloat16 and has("avx512bw") and has("avx512bf16"):
         return f"{kind}_bf16"
     return f"{kind}_f16c" if has("f16c") and f"{kind}_f16c" in DECODERS else f"{kind}_f32"

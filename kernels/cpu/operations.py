@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 
-from ..formats import MX, Tensors, WeightFormat
+from ..formats import Tensors, WeightFormat
 from ..reference.arguments import check_observe, check_quantize
 from ..reference.operations import Reference, as_one_row
 from . import dequantize as cpu_dequantize
@@ -20,7 +21,7 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
 @dataclass(frozen=True)
-class NumbaKernels:
+class NumbaKernels(ABC):
     """The operations of one format on CPU (see `registry` for what each takes and returns)."""
 
     format: WeightFormat
@@ -76,10 +77,23 @@ class NumbaKernels:
         quantize = self._quantize(kind, measure)
         return [quantize] if self.format.block_cols else [quantize, self._observe(kind)]
 
+    @abstractmethod
     def _quantize(self, kind: str, measure: bool) -> Needed[KernelFunction]:
-        if self.format in MX:
-            return mx_build.mx_quantize.needed(self.format.name, self.scale_mode, kind, measure)
-        return cpu_build.scaled_quantize.needed(self.format.name, kind, measure)
+        """The compiled function that quantizes sources of a kind."""
 
     def _observe(self, kind: str) -> Needed[KernelFunction]:
         return cpu_build.observe.needed(kind)
+
+
+class NumbaMx(NumbaKernels):
+    """Of MX formats."""
+
+    def _quantize(self, kind: str, measure: bool) -> Needed[KernelFunction]:
+        return mx_build.mx_quantize.needed(self.format.mx_element.name, self.scale_mode, kind, measure)
+
+
+class NumbaScaled(NumbaKernels):
+    """Of FP8 and INT8 with float32 scales."""
+
+    def _quantize(self, kind: str, measure: bool) -> Needed[KernelFunction]:
+        return cpu_build.scaled_quantize.needed(self.format.rule, kind, measure)

@@ -11,7 +11,7 @@ from ..reference import mxfp4
 from ..reference.arguments import check_observe
 from .build import rows as rows_build
 from .compiled import KernelFunction, Needed
-from .operations import NumbaKernels
+from .operations import NumbaKernels, NumbaMx
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class NumbaRows(NumbaKernels):
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
         check_observe(self.format, source, amax)
-        return NumbaKernels(MXFP4, mxfp4.reference).observe(source, amax[:, :-MULTIPLIER_BYTES])
+        return NumbaMx(MXFP4, mxfp4.reference).observe(source, amax[:, :-MULTIPLIER_BYTES])
 
     def needed(self, kind: str, measure: bool) -> list[Needed[KernelFunction]]:
         return [self._quantize(kind, measure)]

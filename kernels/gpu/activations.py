@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from ..formats import MXFP4, WeightFormat
+from ..formats import WeightFormat
 from .jit.mx_matmul import quantize_tokens_mx
 from .jit.scaled_matmul import quantize_tokens, token_amax
 
@@ -22,7 +22,7 @@ def quantize_mx_activations(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.T
     columns = min(256, triton.next_power_of_2(padded))
     quantize_tokens_mx[(triton.cdiv(tokens, 16), triton.cdiv(padded, columns))](
         x, codes.view(torch.uint8), scales, tokens, k, x.stride(0), codes.stride(0), scales.stride(0),
-        CODE="e2m1" if fmt is MXFP4 else "e4m3", BT=16, BK=columns,
+        CODE=fmt.element, BT=16, BK=columns,
     )  # fmt: skip
     return codes, scales
 
@@ -37,19 +37,26 @@ def quantize_scaled_activations(x: torch.Tensor, fmt: WeightFormat) -> tuple[tor
     codes = torch.empty(tokens, k, dtype=fmt.code_dtype, device=x.device)
     bits = codes if fmt.code_dtype == torch.int8 else codes.view(torch.uint8)
     columns = min(4096, max(128, triton.next_power_of_2(k)))
-    rule, shape, amax = fmt.name.removesuffix("_fnuz"), (tokens, 1), x
+    shape, amax = (tokens, 1), x
     if fmt.block_rows == 0:
         amax = torch.empty(tokens, dtype=torch.float32, device=x.device)
         token_amax[(tokens,)](x, amax, k, x.stride(0), BK=columns)
         amax, shape = amax.amax(), (1, 1)
     elif fmt.block_cols:
         shape = (tokens, -(-k // fmt.block_cols))
-    elif fmt.code_dtype == torch.int8:
-        rule = "int8"
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
     stride = scales.stride(0) if shape[0] == tokens and fmt.block_rows else 0
-    fnuz = fmt.code_dtype == torch.float8_e4m3fnuz
     quantize_tokens[(tokens,)](
-        x, amax, bits, scales, k, x.stride(0), bits.stride(0), stride, RULE=rule, FNUZ=fnuz, BK=columns
+        x,
+        amax,
+        bits,
+        scales,
+        k,
+        x.stride(0),
+        bits.stride(0),
+        stride,
+        RULE=fmt.rule,
+        FNUZ=fmt.ocp is not None,
+        BK=columns,
     )
     return codes, scales

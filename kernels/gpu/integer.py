@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..formats import INT4FP8_CHANNEL, WeightFormat
+from ..formats import WeightFormat
 from ..reference.operations import as_one_row
 from .jit import integer
 from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
@@ -63,12 +63,12 @@ class IntegerLaunches:
         width = width_of(cols)
         integer.dequantize_groups[grid_of(rows, cols, TILE // width, width)](
             codes, bits(scales), bits(out), rows, cols, codes.stride(0), scales.stride(0), out.stride(0),
-            CODE=f"uint{self.format.code_bits}", GROUP=self.format.block_cols, R=TILE // width, C=width,
+            CODE=self.format.element, GROUP=self.format.block_cols, R=TILE // width, C=width,
             num_warps=4, **EXACT,
         )  # fmt: skip
 
     def _rule(self) -> dict[str, Any]:
-        return {"BITS": self.format.code_bits, "SYMMETRIC": self.format is INT4FP8_CHANNEL}
+        return {"BITS": self.format.code_bits, "SYMMETRIC": self.format.rule == "symmetric"}
 
     def _tile(self, rows: int, cols: int) -> dict[str, int]:
         """Rows, blocks and columns of a block, of a tile: a group is a block, or the row is in as many as there are."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from ..formats import MX, MXFP4, Tensors, WeightFormat
+from ..formats import INTEGER, MX, Tensors, WeightFormat
 from ..reference.arguments import check_linear
 from .activations import quantize_mx_activations, quantize_scaled_activations
 from .jit.matmul import multiply_linear
@@ -17,8 +17,8 @@ from .jit.tile_matmul import sum_parts
 from .target import GpuTarget, gpu_target
 from .tiles import FEW_TOKENS, Tiles, decoded_tiles, mx_tiles, scaled_tiles, split_of_k
 
-CODE_NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e4m3fnuz: "fnuz"}
-MX_CODES = {"mxfp4": "e2m1", "mxfp6_e2m3": "e2m3", "mxfp6_e3m2": "e3m2", "mxfp8": "e4m3"}
+TRITON_DECODES = "e2m1"
+"""The codes that a matmul of Triton's takes with activations that are not quantized."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def operands(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, quantized: b
     kinds = way(fmt, target, x.dtype, x.shape[0], quantized)
     if kinds["ACTIVATIONS"] != "codes":
         return Operands(x, x, 0, kinds)
-    if fmt in MX:
+    if fmt.family is MX:
         codes, scales = quantize_mx_activations(x, fmt)
         return Operands(code_bits(fmt, codes), scales, scales.stride(0), kinds)
     codes, scales = quantize_scaled_activations(x, fmt)
@@ -124,30 +124,22 @@ def operands(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, quantized: b
 
 def way(fmt: WeightFormat, target: GpuTarget, dtype: torch.dtype, tokens: int, quantized: bool) -> dict[str, Any]:
     """How weights of a format meet activations of a type, as constants of `jit.matmul`."""
-    if fmt in MX:
+    if fmt.family is MX:
         kind = float_kind(fmt, target, dtype) if not quantized else "quantize" if tokens <= FEW_TOKENS else "codes"
-        return {
-            "TILE": "decoded" if kind == "decode" else "mx",
-            "CODE": MX_CODES[fmt.name],
-            "GROUP": fmt.block_cols,
-            "ACTIVATIONS": kind,
-        }
-    if is_integer(fmt):
-        return {"TILE": "decoded", "CODE": f"uint{fmt.code_bits}", "GROUP": fmt.block_cols, "ACTIVATIONS": "decode"}
-    return {
-        "TILE": "scaled",
-        "CODE": CODE_NAMES[fmt.code_dtype],
-        "GROUP": fmt.block_cols,
-        "ACTIVATIONS": "codes" if quantized else "float",
-    }
+        tile = "decoded" if kind == "decode" else "mx"
+    elif fmt.family is INTEGER:
+        tile, kind = "decoded", "decode"
+    else:
+        tile, kind = "scaled", "codes" if quantized else "float"
+    return {"TILE": tile, "CODE": fmt.element, "GROUP": fmt.block_cols, "ACTIVATIONS": kind}
 
 
 def tiles_for(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, tokens: int, quantized: bool) -> Tiles:
     """The tile sizes for x [..., k]; `tokens` is how many of its rows meet one weight."""
     k, itemsize = x.shape[1], x.dtype.itemsize
-    if fmt is MXFP4 or (quantized and fmt in MX):
+    if fmt.family is MX and (quantized or fmt.element == TRITON_DECODES):
         return mx_tiles(target, tokens, k, quantized, itemsize)
-    if fmt in MX or is_integer(fmt):
+    if fmt.family in (MX, INTEGER):
         return decoded_tiles(target, tokens, k, itemsize)
     return scaled_tiles(target, tokens, k, quantized, itemsize, fmt.block_rows > 1)
 
@@ -184,11 +176,6 @@ def check_rows(fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor, bia
         )
 
 
-def is_integer(fmt: WeightFormat) -> bool:
-    """Whether a format has integers with zero points."""
-    return fmt.scale_words == 2
-
-
 def target_of(x: torch.Tensor) -> GpuTarget:
     """The GPU that holds x; ValueError if none does."""
     target = gpu_target(x.device)
@@ -207,7 +194,7 @@ def float_kind(fmt: WeightFormat, target: GpuTarget, dtype: torch.dtype) -> str:
 
     Everything else is decoded by arithmetic of our own.
     """
-    if fmt is not MXFP4 or dtype == torch.float32:
+    if fmt.element != TRITON_DECODES or dtype == torch.float32:
         return "decode"
     if dtype == torch.bfloat16:
         return "bf16"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 
 from ..arrangement import Arrangement
-from ..formats import FORMATS, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, NVFP4, WeightFormat
+from ..formats import FORMATS, FP8, FP8_FNUZ, INT8, INTEGER, MX, Family, WeightFormat
 from . import aiter
 from .quantizers import triton_lacks, triton_unavailable
 from .target import GpuTarget, gpu_target
@@ -58,40 +58,30 @@ class GpuMatmul:
         return "needs a GPU" if target is None else triton_lacks(target) or self.lacks(self.format, target)
 
 
+@dataclass(frozen=True)
+class Row:
+    """A kernel for GPUs, and the codes of each family of formats that it serves (None: all)."""
+
+    name: str
+    serves: Mapping[Family, tuple[str, ...] | None]
+    where: Mapping[str, tuple[str, str, tuple[Any, ...]]]
+    """Module, class, and what that takes beside the format, for each operation it has."""
+    lacks: Reason
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What else a `GpuMatmul` has."""
+
+    def makes(self, operation: str, fmt: WeightFormat) -> bool:
+        """Whether it is a kernel of an operation of a format."""
+        if operation not in self.where or fmt.family is None or fmt.family not in self.serves:
+            return False
+        elements = self.serves[fmt.family]
+        return elements is None or fmt.element in elements
+
+
 def gpu_matmuls(operation: str, fmt: WeightFormat) -> list[GpuMatmul]:
-    """Kernels of `linear` or `experts` for a format on GPUs, best first; none for other operations.
-
-    Activations are quantized too where that is what the format is for (FP8, and MXFP4 and MXFP8 with matrix
-    instructions for them); INT8 only on request, because its activations lose more than its weights.
-    """
-    attributes = {"linear": ("linear", "TritonLinear"), "experts": ("experts", "TritonExperts")}
-    if operation not in attributes or fmt is NVFP4:
-        return []
-    module, attribute = attributes[operation]
-    weight_only = GpuMatmul("triton", fmt, module, attribute, (False,), _lacks_nothing)
-    if fmt is MXFP4:
-        w4a4 = GpuMatmul("triton_w4a4", fmt, module, attribute, (True,), _lacks_mx, rounds_activations=True)
-        return [_through_aiter(operation, fmt, w4a4), w4a4, weight_only]
-    if fmt in (MXFP6_E2M3, MXFP6_E3M2) or fmt.scale_words == 2:
-        return [weight_only]
-    lacks = _lacks_mx if fmt is MXFP8 else _lacks_fp8
-    both = GpuMatmul("triton_w8a8", fmt, module, attribute, (True,), lacks, rounds_activations=True)
-    if fmt.code_dtype == torch.int8:
-        return [weight_only, both]
-    if operation == "linear" and fmt.code_dtype == torch.float8_e4m3fn and fmt is not MXFP8:
-        scaled_mm = GpuMatmul(
-            *("scaled_mm", fmt, "scaled_mm", "ScaledMmLinear", (), _lacks_scaled_mm),
-            rounds_activations=True,
-            missing=_missing_scaled_mm,
-        )
-        return [scaled_mm, both, weight_only]
-    return [both, weight_only]
-
-
-def _through_aiter(operation: str, fmt: WeightFormat, w4a4: GpuMatmul) -> GpuMatmul:
-    """aiter fuses a whole experts layer; layers it cannot fuse stay canonical and multiply through Triton."""
-    made = ("aiter", "AiterLinear", ()) if operation == "linear" else (w4a4.module, w4a4.attribute, w4a4.arguments)
-    return GpuMatmul("aiter", fmt, *made, aiter.lacks, aiter.ARRANGEMENT, True, aiter.missing, "AMD's aiter")
+    """Kernels of `linear` or `experts` for a format on GPUs, best first; none for other operations."""
+    rows = (row for row in ROWS if row.makes(operation, fmt))
+    return [GpuMatmul(row.name, fmt, *row.where[operation], row.lacks, **row.more) for row in rows]
 
 
 @cache
@@ -111,8 +101,6 @@ def _lacks_mx(fmt: WeightFormat, target: GpuTarget) -> str | None:
 
 
 def _lacks_fp8(fmt: WeightFormat, target: GpuTarget) -> str | None:
-    if fmt.code_dtype == torch.int8:
-        return None
     if not target.native_fp8:
         return f"{target.name} has no matrix instructions for FP8; sm_89, gfx942 and newer have"
     wanted = torch.float8_e4m3fnuz if target.fnuz else torch.float8_e4m3fn
@@ -131,3 +119,26 @@ def _lacks_scaled_mm(fmt: WeightFormat, target: GpuTarget) -> str | None:
     if fmt.block_rows > 1:
         return "what torch._scaled_mm takes as 128 x 128 scales depends on its version and the GPU"
     return _lacks_fp8(fmt, target)
+
+
+def _triton(quantized: bool) -> dict[str, tuple[str, str, tuple[Any, ...]]]:
+    return {"linear": ("linear", "TritonLinear", (quantized,)), "experts": ("experts", "TritonExperts", (quantized,))}
+
+
+_ROUNDS = {"rounds_activations": True}
+_AITER = {**_ROUNDS, "arrangement": aiter.ARRANGEMENT, "missing": aiter.missing, "needs": "AMD's aiter"}
+_SCALED_MM = {**_ROUNDS, "missing": _missing_scaled_mm}
+
+# aiter fuses a whole experts layer; layers it cannot fuse stay canonical and multiply through Triton. Activations are
+# quantized too where that is what the format is for (FP8, and MXFP4 and MXFP8 with matrix instructions for them); those
+# of INT8 only on request, because its activations lose more than its weights.
+ROWS = (
+    Row("aiter", {MX: ("e2m1",)}, {**_triton(True), "linear": ("aiter", "AiterLinear", ())}, aiter.lacks, _AITER),
+    Row("triton_w4a4", {MX: ("e2m1",)}, _triton(True), _lacks_mx, _ROUNDS),
+    Row("scaled_mm", {FP8: None}, {"linear": ("scaled_mm", "ScaledMmLinear", ())}, _lacks_scaled_mm, _SCALED_MM),
+    Row("triton_w8a8", {MX: ("e4m3",)}, _triton(True), _lacks_mx, _ROUNDS),
+    Row("triton_w8a8", {FP8: None, FP8_FNUZ: None}, _triton(True), _lacks_fp8, _ROUNDS),
+    Row("triton", dict.fromkeys((MX, FP8, FP8_FNUZ, INT8, INTEGER)), _triton(False), _lacks_nothing),
+    Row("triton_w8a8", {INT8: None}, _triton(True), _lacks_nothing, _ROUNDS),
+)
+"""Best first."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..formats import WeightFormat
-from ..mx_elements import ELEMENTS
 from ..reference.operations import as_one_row
 from .jit import mx
 from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
@@ -50,7 +49,7 @@ class MxLaunches:
         )  # fmt: skip
 
     def finish_scales(self, amax: torch.Tensor, scales: torch.Tensor) -> None:
-        element = ELEMENTS[self.format.name]
+        element = self.format.mx_element
         rows, cols = amax.shape
         mx.scales_mx[grid_of(1, amax.numel(), 1, SCALES)](
             amax.view(torch.int32), scales, rows, cols, amax.stride(0), scales.stride(0),
@@ -59,7 +58,7 @@ class MxLaunches:
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
         rows, cols = out.shape
-        element, tile = ELEMENTS[self.format.name], _tile(rows, cols)
+        element, tile = self.format.mx_element, _tile(rows, cols)
         mx.dequantize_mx[grid_of(rows, cols, tile["R"], 32 * tile["B"])](
             bits(codes), scales, bits(out), rows, cols, codes.stride(0), scales.stride(0), out.stride(0),
             CODE_BITS=self.format.code_bits, MANTISSA=element.mantissa_bits, BIAS=element.bias,
@@ -68,7 +67,7 @@ class MxLaunches:
 
     def _constants(self) -> dict[str, Any]:
         """Of the elements and the scale rule."""
-        element = ELEMENTS[self.format.name]
+        element = self.format.mx_element
         return {
             "CODE_BITS": self.format.code_bits,
             "MANTISSA": element.mantissa_bits,

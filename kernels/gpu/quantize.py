@@ -7,19 +7,17 @@ reading the count of non-finite elements at the end of `quantize` and `observe`;
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from .. import statistics as st
-from ..formats import FORMATS, MX, Tensors, WeightFormat
+from ..formats import FORMATS, Tensors, WeightFormat
 from ..reference.arguments import check_finish, check_observe, check_quantize
-from .integer import IntegerLaunches
 from .jit import measure
 from .launch import EXACT, Launches, on
-from .mx import MxLaunches
-from .scaled import ScaledLaunches
 
 MERGE = 1024
 
@@ -117,6 +115,8 @@ def triton_quantize(format_name: str) -> TritonQuantize:
 
 
 def _launches(fmt: WeightFormat) -> Launches:
-    if fmt in MX:
-        return MxLaunches(fmt)
-    return IntegerLaunches(fmt) if fmt.scale_words == 2 else ScaledLaunches(fmt)
+    if fmt.family is None or fmt.family.gpu is None:
+        raise ValueError(f"{fmt.name} has no kernels for GPUs")
+    module, _, attribute = fmt.family.gpu.partition(":")
+    made: Launches = getattr(importlib.import_module(f".{module}", __package__), attribute)(fmt)
+    return made

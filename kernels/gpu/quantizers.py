@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..formats import FNUZ, MXFP4_ROWS, NVFP4, WeightFormat
+from ..formats import FNUZ, FORMATS, WeightFormat
 from .target import GpuTarget, gpu_target
 
 TRITON_MISSING = (
@@ -50,10 +50,10 @@ class GpuQuantize:
 def gpu_quantizers(operation: str, fmt: WeightFormat, scale_mode: str = "default") -> list[GpuQuantize]:
     """The kernels of an operation of a format, best first.
 
-    There are none with a matmul, for NVFP4 and `mxfp4_rows`, or for another scale mode than the default.
+    There are none with a matmul, for families without launches, or for another scale mode than the default.
     """
-    served = operation in OPERATIONS and fmt not in (NVFP4, MXFP4_ROWS) and scale_mode == "default"
-    return [GpuQuantize(operation, fmt)] if served else []
+    served = operation in OPERATIONS and fmt.family is not None and fmt.family.gpu is not None
+    return [GpuQuantize(operation, fmt)] if served and scale_mode == "default" else []
 
 
 def triton_unavailable(device: torch.device) -> str | None:
@@ -81,4 +81,7 @@ def stored_format(format_name: str, device: torch.device) -> str:
 
 def format_on(format_name: str, target: GpuTarget | None) -> str:
     """The same on a GPU that need not be here; None is a CPU."""
-    return FNUZ.get(format_name, format_name) if target is not None and target.fnuz else format_name
+    if target is None or not target.fnuz or format_name not in FORMATS:
+        return format_name
+    fmt = FORMATS[format_name]
+    return FNUZ.get(fmt, fmt).name

@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 
-from ..formats import FNUZ, WeightFormat
+from ..formats import WeightFormat
 from .jit import scaled
 from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, power_of_two, width_of
 
 ROW_TILE = 2048
 """Elements of rows that a program works on at a time, where it makes whole rows."""
-_OCP = {fnuz: name for name, fnuz in FNUZ.items()}
-_RULES = {"int8_channel": "int8"}
 
 
 @dataclass(frozen=True)
@@ -72,15 +70,13 @@ class ScaledLaunches:
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
         rows, cols = out.shape
         tile, warps = self._tile(cols)
-        code = {torch.int8: "int8", torch.float8_e4m3fnuz: "fnuz"}.get(self.format.code_dtype, "e4m3")
         scaled.dequantize_scaled[grid_of(rows, cols, tile["R"], tile["C"])](
             bits(codes), scales, bits(out), rows, cols, codes.stride(0), scales.stride(0), out.stride(0),
-            GROUP=self._group(), CODE=code, **tile, num_warps=warps, **EXACT,
+            GROUP=self._group(), CODE=self.format.element, **tile, num_warps=warps, **EXACT,
         )  # fmt: skip
 
     def _rule(self) -> dict[str, Any]:
-        name = _OCP.get(self.format.name, self.format.name)
-        return {"RULE": _RULES.get(name, name), "FNUZ": self.format.name in _OCP}
+        return {"RULE": self.format.rule, "FNUZ": self.format.ocp is not None}
 
     def _group(self) -> str:
         """What one scale serves."""

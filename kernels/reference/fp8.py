@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import FNUZ, FORMATS, FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, WeightFormat
+from ..formats import WeightFormat
 from ..scale_rules import FP8_BLOCK_MIN_AMAX, FP8_CHANNEL_MIN_SCALE, FP8_LARGEST, FP8_TENSOR_MIN_AMAX
 from .operations import Reference
 
@@ -28,14 +28,14 @@ class Fp8Codec:
 
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
         """float32 scales; finite and positive for every finite amax."""
-        if self.format is FP8_CHANNEL:
+        if self.format.rule == "fp8_channel":
             return divided(amax, FP8_LARGEST).clamp(min=FP8_CHANNEL_MIN_SCALE)
-        if self.format is FP8_TENSOR:
+        if self.format.rule == "fp8_tensor":
             return (amax.clamp(min=FP8_TENSOR_MIN_AMAX).reciprocal() * FP8_LARGEST).reciprocal()
         return divided(amax.clamp(min=FP8_BLOCK_MIN_AMAX), FP8_LARGEST)
 
     def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return values * scales.reciprocal() if self.format is FP8_BLOCK else values / scales
+        return values * scales.reciprocal() if self.format.rule == "fp8_block" else values / scales
 
     def encode(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Nearest E4M3 code, ties to even, saturating at 448."""
@@ -73,9 +73,6 @@ def divided(amax: torch.Tensor, divisor: float) -> torch.Tensor:
     return amax / amax.new_full((), divisor)
 
 
-_codecs = {fmt.name: Fp8Codec(fmt) for fmt in (FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK)}
-
-references = {
-    **{name: Reference(codec) for name, codec in _codecs.items()},
-    **{fnuz: Reference(FnuzCodec(FORMATS[fnuz], _codecs[name])) for name, fnuz in FNUZ.items()},
-}
+def make(fmt: WeightFormat, scale_mode: str) -> Reference:
+    """The operations of an FP8 format; there is one scale mode."""
+    return Reference(Fp8Codec(fmt) if fmt.ocp is None else FnuzCodec(fmt, Fp8Codec(fmt.ocp)))

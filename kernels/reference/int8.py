@@ -32,4 +32,6 @@ class Int8Codec:
         return codes.float() * scales
 
 
-reference = Reference(Int8Codec())
+def make(fmt: WeightFormat, scale_mode: str) -> Reference:
+    """The operations of the format; there is one scale mode."""
+    return Reference(Int8Codec())

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import statistics as st
-from ..formats import INT4FP8_CHANNEL, INTEGERS, Tensors, WeightFormat
+from ..formats import Tensors, WeightFormat
 from ..scale_rules import SMALLEST_SCALE, SYMMETRIC_LARGEST
 from .arguments import check_observe
 from .fp8 import divided
@@ -42,7 +42,7 @@ class IntegerCodec:
     @property
     def largest(self) -> float:
         """The largest code."""
-        return float((1 << self.format.code_bits) - 1)
+        return self.format.largest
 
     @property
     def smallest(self) -> float:
@@ -52,7 +52,7 @@ class IntegerCodec:
     @property
     def is_symmetric(self) -> bool:
         """Whether the rule gives every row the same zero point."""
-        return self.format is INT4FP8_CHANNEL
+        return self.format.rule == "symmetric"
 
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
         """Scales and zero points side by side, in the dtype of the scales, from the float32 maxima of `observe`."""
@@ -117,4 +117,6 @@ class IntegerReference(Reference):
         return (ratio + scales[1] - (largest + smallest) / 2).abs() > reach
 
 
-references = {fmt.name: IntegerReference(IntegerCodec(fmt)) for fmt in (*INTEGERS, INT4FP8_CHANNEL)}
+def make(fmt: WeightFormat, scale_mode: str) -> Reference:
+    """The operations of an integer format; there is one scale mode."""
+    return IntegerReference(IntegerCodec(fmt))

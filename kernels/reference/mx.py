@@ -8,19 +8,20 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..formats import FORMATS, MXFP8
-from ..mx_elements import E2M3, E3M2, E4M3, MxElement, code_values
-from .mxfp4 import BLOCK, power_of_two
+from ..formats import WeightFormat
+from ..mx_elements import code_values
+from .mx_mse import MseReference
+from .mxfp4 import BLOCK, Mxfp4Codec, power_of_two
 from .operations import Reference
 
 
 class MxCodec:
     """The arithmetic of MXFP6 and MXFP8 in plain torch."""
 
-    def __init__(self, element: MxElement) -> None:
-        self.element = element
-        self.format = FORMATS[element.name]
-        self.largest = element.largest
+    def __init__(self, fmt: WeightFormat) -> None:
+        self.element = fmt.mx_element
+        self.format = fmt
+        self.largest = fmt.largest
 
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
         """E8M0 bytes by the rule of the element type, from the float32 bits of amax."""
@@ -34,7 +35,7 @@ class MxCodec:
 
     def encode(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Nearest code, ties to even, saturating; [r, c] -> codes [r, ceil(c/32) * 32], packed where they are FP6."""
-        if self.format is MXFP8:
+        if self.format.code_dtype.is_floating_point:
             codes = ratio.clamp(-self.largest, self.largest).to(torch.float8_e4m3fn)
             return F.pad(codes.view(torch.uint8), (0, -codes.shape[1] % BLOCK)).view(torch.float8_e4m3fn)
         table = torch.tensor(code_values(self.element), dtype=torch.float32, device=ratio.device)
@@ -47,7 +48,7 @@ class MxCodec:
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor:
         """float32 [r, cols] that the codes [r, ceil(cols/32) * 32] stand for."""
-        if self.format is MXFP8:
+        if self.format.code_dtype.is_floating_point:
             return codes[:, :cols].float() * _per_element(power_of_two(scales.int()), cols)
         values = code_values(self.element)
         table = torch.tensor(values + tuple(-v for v in values), dtype=torch.float32, device=codes.device)
@@ -72,4 +73,7 @@ def _per_element(blocks: torch.Tensor, cols: int) -> torch.Tensor:
     return blocks.repeat_interleave(BLOCK, 1)[:, :cols]
 
 
-references = {element.name: Reference(MxCodec(element)) for element in (E2M3, E3M2, E4M3)}
+def make(fmt: WeightFormat, scale_mode: str) -> Reference:
+    """The operations of an MX format in a scale mode."""
+    codec = Mxfp4Codec() if fmt.element == "e2m1" else MxCodec(fmt)
+    return MseReference(codec) if scale_mode == "mse" else Reference(codec)

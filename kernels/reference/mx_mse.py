@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from ..formats import Tensors
-from ..mx_elements import ELEMENTS
-from . import mx, mxfp4
 from .arguments import check_finish
 from .mxfp4 import BLOCK
 from .operations import Codec, Reference, row_chunks
@@ -43,7 +41,7 @@ class MseReference(Reference):
 
 def least_error_bytes(codec: Codec, values: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     """uint8 [r, blocks] for finite float32 `values` [r, c], from amax [r, blocks]."""
-    emax = ELEMENTS[codec.format.name].emax
+    emax = codec.format.mx_element.emax
     floor = ((amax.view(torch.int32) >> 23) - emax).clamp(0, 254).to(torch.uint8)
     here, there = (squared_errors(codec, codec.ratio(values, byte), byte) for byte in (floor, floor + 1))
     return floor + (here > 4.0 * there).to(torch.uint8)
@@ -63,9 +61,3 @@ def folded(values: torch.Tensor) -> torch.Tensor:
         low, high = values.chunk(2, dim=-1)
         values = low + high
     return values
-
-
-references = {
-    reference.codec.format.name: MseReference(reference.codec)
-    for reference in (mxfp4.reference, *mx.references.values())
-}

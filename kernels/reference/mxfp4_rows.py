@@ -115,4 +115,6 @@ def _factors(bytes_: torch.Tensor, reciprocal: torch.Tensor, cols: int) -> torch
     return (power_of_two(254 - bytes_.int()) * reciprocal).repeat_interleave(BLOCK, 1)[:, :cols]
 
 
-reference = Mxfp4RowsReference(Mxfp4RowsCodec())
+def make(fmt: WeightFormat, scale_mode: str) -> Reference:
+    """The operations of the format; there is one scale mode."""
+    return Mxfp4RowsReference(Mxfp4RowsCodec())

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.headers import TensorEntry
 from ..errors import CheckpointError, UnsupportedCheckpointError
-from ..kernels.formats import FNUZ, FP8_CHANNEL, FP8_TENSOR, WeightFormat
+from ..kernels.formats import FP8_CHANNEL, FP8_TENSOR, WeightFormat
 from ..schemes.stored.layouts import repeated
 from ..schemes.stored.weights import Role, StoredActivations, StoredCheckpoint, StoredWeight
 from . import transformers_api
@@ -150,12 +150,12 @@ def _described(activations: StoredActivations | None) -> str:
 
 def _adapted(weight: StoredWeight, fmt: WeightFormat) -> StoredWeight:
     parts = weight.parts
-    if weight.format is FP8_TENSOR and not fmt.name.startswith(FP8_TENSOR.name):
+    if weight.format is FP8_TENSOR and fmt.block_rows:
         parts = tuple(
             part._replace(convert=repeated(part.convert, weight.rows)) if part.role == "scale" else part
             for part in parts
         )
-    if fmt.name in FNUZ.values():
+    if fmt.ocp is not None:
         parts = tuple(
             part._replace(convert=_to_fnuz(part.role, part.convert)) if part.role in ("codes", "scale") else part
             for part in parts

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError, PolicyError
+from ..kernels import formats
 from ..kernels import registry as kernel_registry
 from ..kernels.formats import WeightFormat
-from ..kernels.reference.fp8 import references as fp8_references
+from ..kernels.reference.choose import reference
 from .stored.weights import StoredActivations
 
 logger = logging.getLogger("quantload")
@@ -37,7 +38,7 @@ class ActivationFormat:
     static: bool = False
 
     def __str__(self) -> str:
-        if self.format in MX_NAMES and self == _mx(self.format):
+        if self == MX_ACTIVATIONS.get(self.format):
             return self.format
         if self.static and self.granularity == "tensor":
             return f"{self.format} static"
@@ -45,12 +46,17 @@ class ActivationFormat:
         return f"{self.format} {'static ' if self.static else ''}per {shared}"
 
 
-def _mx(name: str) -> ActivationFormat:
-    return ActivationFormat(name, "group", 32)
-
-
-MX_NAMES = ("mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8")
-MXFP4, MXFP6_E3M2, MXFP6_E2M3, MXFP8 = map(_mx, MX_NAMES)
+MX_ACTIVATIONS: Mapping[str, ActivationFormat] = MappingProxyType(
+    {
+        fmt.name: ActivationFormat(fmt.name, "group", fmt.block_cols)
+        for fmt in formats.FORMATS.values()
+        if fmt.family is formats.MX
+    }
+)
+"""Those with the blocks and the scales of an MX format of weights, by its name."""
+MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8 = (
+    MX_ACTIVATIONS[fmt.name] for fmt in (formats.MXFP4, formats.MXFP6_E2M3, formats.MXFP6_E3M2, formats.MXFP8)
+)
 FP8_STATIC = ActivationFormat("fp8", "tensor", static=True)
 FP8_TENSOR = ActivationFormat("fp8", "tensor")
 FP8_TOKEN = ActivationFormat("fp8", "token")
@@ -58,42 +64,35 @@ FP8_GROUP = ActivationFormat("fp8", "group", 128)
 INT8_STATIC = ActivationFormat("int8", "tensor", static=True)
 INT8_TOKEN = ActivationFormat("int8", "token")
 
-PAIRS: Mapping[str, tuple[ActivationFormat, ...]] = MappingProxyType(
+ACTIVATIONS: Mapping[str, ActivationFormat] = MappingProxyType(
     {
-        "mxfp4": (MXFP4, MXFP6_E3M2, MXFP6_E2M3, FP8_STATIC),
-        "mxfp6_e3m2": (MXFP6_E3M2, FP8_STATIC),
-        "mxfp6_e2m3": (MXFP6_E2M3, FP8_STATIC),
-        "mxfp8": (MXFP8,),
-        "fp8_channel": (FP8_TOKEN, FP8_TENSOR, FP8_STATIC),
-        "fp8_tensor": (FP8_TENSOR, FP8_TOKEN, FP8_STATIC),
-        "fp8_block": (FP8_GROUP,),
-        "int8": (INT8_TOKEN, INT8_STATIC),
-        "int4": (),
-        "int4_group0": (FP8_TOKEN, FP8_TENSOR, FP8_STATIC),
-        "int4fp8": (FP8_TOKEN, FP8_TENSOR, FP8_STATIC),
-        "nvfp4": (),
+        str(each): each
+        for each in (
+            *MX_ACTIVATIONS.values(),
+            *(FP8_STATIC, FP8_TENSOR, FP8_TOKEN, FP8_GROUP, INT8_STATIC, INT8_TOKEN),
+        )
     }
 )
-"""What activations may be beside high precision, by the longest beginning of the name of the weights' format.
-
-The first is a format's own, which `emulate` means and which kernels of two quantized operands take. Those of MXFP4 and
-MXFP6 are what vLLM runs checkpoints of AMD Quark with.
-"""
+"""What activations may be beside high precision, as `WeightFormat.activations` names them."""
 
 KERNEL_FORMATS: Mapping[ActivationFormat, str] = MappingProxyType(
     {
-        **{_mx(name): name for name in MX_NAMES},
-        FP8_TENSOR: "fp8_tensor",
-        FP8_TOKEN: "fp8_channel",
-        INT8_TOKEN: "int8_channel",
+        **{each: name for name, each in MX_ACTIVATIONS.items()},
+        FP8_TENSOR: formats.FP8_TENSOR.name,
+        FP8_TOKEN: formats.FP8_CHANNEL.name,
+        INT8_TOKEN: formats.INT8_CHANNEL.name,
     }
 )
 """The format of weights that has the same blocks and the same rule for scales."""
 
 
 def pairs(weights: WeightFormat) -> tuple[ActivationFormat, ...]:
-    """The activations that weights of a format go with, the format's own first."""
-    return PAIRS[max((name for name in PAIRS if weights.name.startswith(name)), key=len)]
+    """The activations that weights of a format go with, the format's own first.
+
+    The own one is what `emulate` means, and which kernels of two quantized operands take. Those of MXFP4 and MXFP6 are
+    what vLLM runs checkpoints of AMD Quark with.
+    """
+    return tuple(ACTIVATIONS[name] for name in weights.activations)
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def _through_kernels(x: Tensor, kernels: kernel_registry.KernelSet) -> Tensor:
 
 def _in_groups(x: Tensor, group: int) -> Tensor:
     """E4M3 with a scale for each 1 x `group` elements, by the rule of `fp8_block` weights."""
-    codec = fp8_references["fp8_block"].codec
+    codec = reference(formats.FP8_BLOCK.name).codec
     groups = F.pad(x, (0, -x.shape[1] % group)).view(-1, group).float()
     scales = codec.scales_from_amax(groups.abs().amax(1, keepdim=True))
     rounded = codec.decode(codec.encode(codec.ratio(groups, scales), scales), scales, group)

@@ -78,12 +78,10 @@ def _chosen_again(
 
 
 class _Scheme(ABC):
-    """What linear and MoE schemes share: a name, a format, a quantizer."""
+    """What linear and MoE schemes share: a name, and a quantizer, which has the format."""
 
-    name: str
-    format_name: str
-
-    def __init__(self, quantizer: Quantizer, activation: Activation | None = None) -> None:
+    def __init__(self, name: str, quantizer: Quantizer, activation: Activation | None = None) -> None:
+        self.name = name
         self.quantizer = quantizer
         self.activation = activation
         self._rounding = "" if activation is None else operators.describe_activation(activation)

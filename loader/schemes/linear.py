@@ -13,7 +13,7 @@ from .base import LinearScheme
 
 
 class QuantizedLinearScheme(LinearScheme):
-    """A linear layer with codes in `format_name`, and activations as its `activation` says."""
+    """A linear layer with codes in the format of its kernels, and activations as its `activation` says."""
 
     def create_weights(self, layer: nn.Module, *, in_features: int, out_features: int) -> None:
         """Register `weight` (codes [N, K/codes per byte]), its scales and, where static, `input_scale`, on meta."""

@@ -65,11 +65,11 @@ def _kernels(entry: SchemeEntry, factory: SchemeFactory) -> str:
 def _unavailable(entry: SchemeEntry, device: torch.device) -> dict[str, str]:
     """Kernels for this kind of device that cannot run on it, with their reasons."""
     found: dict[str, str] = {}
-    scheme = entry.linear or entry.experts
-    if scheme is None:
+    fmt = entry.linear or entry.experts
+    if fmt is None:
         return found
     for operation in OPERATIONS:
-        for kernel, reason in candidates(operation, scheme.format_name, device):
+        for kernel, reason in candidates(operation, fmt.name, device):
             if reason is not None and kernel.device_type in (None, device.type):
                 found.setdefault(kernel.name, reason)
     return found

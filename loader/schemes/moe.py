@@ -16,7 +16,7 @@ from .base import MoEScheme, TensorStats, meta_parameter
 
 
 class QuantizedMoEScheme(MoEScheme):
-    """Fused experts with codes in `format_name`; also the callbacks of `MoeOnlineWeightLoader`."""
+    """Fused experts with codes in the format of its kernels; also the callbacks of `MoeOnlineWeightLoader`."""
 
     def create_weights(self, layer: nn.Module, **sizes: Any) -> None:
         """Register codes and scales, on meta, for each weight in `sizes`: name -> (shards, columns), and `num_experts`.

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..errors import PolicyError, UnmatchedPatternError
-from ..kernels.formats import FNUZ, FORMATS, WeightFormat
+from ..kernels.formats import WeightFormat
 from ..options import QuantizationPolicy
 from .base import LinearScheme, MoEScheme
-from .prequantized import NAME as PREQUANTIZED
-from .registry import AS_STORED, DEFAULT, SchemeFactory, get_entry
+from .registry import AS_STORED, DEFAULT, PREQUANTIZED, SchemeFactory, get_entry
 from .stored.weights import StoredActivations
 
 logger = logging.getLogger("quantload")
@@ -141,8 +140,8 @@ def _keeps(scheme: LinearScheme | MoEScheme | None, stored: StoredKind) -> bool:
     """Whether a module stays as it is stored: nothing is wanted, or nothing would change."""
     if scheme is None:
         return True
-    wanted = scheme.kernels.format.name
-    return stored.is_in(*(name for name in FORMATS if wanted in (name, FNUZ.get(name))))
+    wanted = scheme.kernels.format
+    return stored.is_in(*(fmt.name for fmt in (wanted, wanted.ocp) if fmt is not None))
 
 
 def choose_policy(

@@ -14,76 +14,81 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import NoKernelError, PolicyError, UnknownSchemeError, UnsupportedCheckpointError
+from ..kernels import formats
 from ..kernels import registry as kernel_registry
-from ..kernels.formats import FORMATS
+from ..kernels.formats import FORMATS, WeightFormat
 from ..options import LoadOptions, ScaleMode
 from .activations import Activation, choose_activations
 from .base import LinearScheme, MoEScheme, Quantizer
-from .fp8 import (
-    Fp8PerBlockLinear,
-    Fp8PerBlockMoE,
-    Fp8PerChannelLinear,
-    Fp8PerChannelMoE,
-    Fp8PerTensorLinear,
-    Fp8PerTensorMoE,
-)
-from .int4 import Int4PerGroupLinear, Int4PerGroupMoE, QuarkInt4Fp8Linear, QuarkInt4Fp8MoE
-from .int8 import ExpertsInt8, Int8PerChannelLinear, Int8PerChannelMoE
-from .mxfp4 import Mxfp4RowsLinear, Mxfp4RowsMoE, QuarkMxfp4Linear, QuarkMxfp4MoE
-from .mxfp6 import Mxfp6E2m3Linear, Mxfp6E2m3MoE, Mxfp6E3m2Linear, Mxfp6E3m2MoE
-from .mxfp8 import Mxfp8Linear, Mxfp8MoE
-from .prequantized import PrequantizedLinear, PrequantizedMoE
+from .linear import QuantizedLinearScheme
+from .moe import QuantizedMoEScheme
 from .stored.weights import StoredActivations
 
 logger = logging.getLogger("quantload")
 DEFAULT = "quark_mxfp4"
 AS_STORED = "none"
+PREQUANTIZED = "prequantized"
+"""What the scheme of weights that stay as a quantized checkpoint stores them is called."""
 
-_S = TypeVar("_S", LinearScheme, MoEScheme)
+_S = TypeVar("_S", QuantizedLinearScheme, QuantizedMoEScheme)
 
 
 @dataclass(frozen=True)
 class SchemeEntry:
-    """A name, and the scheme it stands for on linears and on experts; `None` leaves that kind as stored."""
+    """A scheme: a name, and the formats it brings linear layers and experts into; `None` leaves that kind as stored.
+
+    `scale` says how scales are chosen.
+    """
 
     name: str
-    linear: type[LinearScheme] | None
-    experts: type[MoEScheme] | None
-    weights: str
+    linear: WeightFormat | None
+    experts: WeightFormat | None
     scale: str
     aliases: tuple[str, ...] = ()
+
+    @property
+    def formats(self) -> dict[str, WeightFormat]:
+        """By kind of layer."""
+        kinds = {"linear": self.linear, "experts": self.experts}
+        return {kind: fmt for kind, fmt in kinds.items() if fmt is not None}
+
+    @property
+    def weights(self) -> str:
+        """What people call the codes."""
+        labels = {kind: fmt.label for kind, fmt in self.formats.items()}
+        if len(set(labels.values())) > 1:
+            return f"experts {labels['experts']}, linears {labels['linear']}"
+        return next(iter(labels.values()), "as stored")
 
     def called(self, name: str) -> str:
         """What messages call it where a user gave that name: both, for an alias."""
         return f"{name} ({self.name})" if name in self.aliases else self.name
 
 
+def _both(name: str, fmt: WeightFormat, scale: str, *aliases: str) -> SchemeEntry:
+    return SchemeEntry(name, fmt, fmt, scale, aliases)
+
+
+# quark_mxfp4 and MXFP6 have the bytes that AMD Quark exports, mxfp8 those of torchao, int4_per_group those of AutoAWQ;
+# quark_int4fp8_moe has the codes that SGLang makes of experts, with its INT4 scale times its FP8 scale, and the FP8 it
+# makes of linear layers. What mxfp4_rows makes keeps more of what rows were, and no other tool reads it.
 ENTRIES = (
-    SchemeEntry("quark_mxfp4", QuarkMxfp4Linear, QuarkMxfp4MoE, "E2M1", "E8M0 per 32 along K, EVEN"),
+    _both("quark_mxfp4", formats.MXFP4, "E8M0 per 32 along K, EVEN"),
+    _both("mxfp4_rows", formats.MXFP4_ROWS, "E8M0 per 32 along K, EVEN; float32 per row, least error"),
+    _both("mxfp6_e2m3", formats.MXFP6_E2M3, "E8M0 per 32 along K, EVEN"),
+    _both("mxfp6_e3m2", formats.MXFP6_E3M2, "E8M0 per 32 along K, EVEN"),
+    _both("mxfp8", formats.MXFP8, "E8M0 per 32 along K, RCEIL"),
+    _both("fp8_per_tensor", formats.FP8_TENSOR, "float32 per tensor, amax/448"),
+    _both("fp8_per_channel", formats.FP8_CHANNEL, "float32 per row, amax/448", "ptpc_fp8"),
+    _both("fp8_per_block", formats.FP8_BLOCK, "float32 per 128x128, amax/448"),
+    _both("int8_per_channel", formats.INT8_CHANNEL, "float32 per row, amax/127"),
+    SchemeEntry("experts_int8", None, formats.INT8_CHANNEL, "float32 per row, amax/127; experts only"),
+    _both("int4_per_group", FORMATS["int4_group128_f16"], "float16 and zero point per 128, min/max"),
     SchemeEntry(
-        "mxfp4_rows", Mxfp4RowsLinear, Mxfp4RowsMoE, "E2M1", "E8M0 per 32 along K, EVEN; float32 per row, least error"
-    ),
-    SchemeEntry("mxfp6_e2m3", Mxfp6E2m3Linear, Mxfp6E2m3MoE, "E2M3", "E8M0 per 32 along K, EVEN"),
-    SchemeEntry("mxfp6_e3m2", Mxfp6E3m2Linear, Mxfp6E3m2MoE, "E3M2", "E8M0 per 32 along K, EVEN"),
-    SchemeEntry("mxfp8", Mxfp8Linear, Mxfp8MoE, "E4M3", "E8M0 per 32 along K, RCEIL"),
-    SchemeEntry("fp8_per_tensor", Fp8PerTensorLinear, Fp8PerTensorMoE, "E4M3", "float32 per tensor, amax/448"),
-    SchemeEntry(
-        "fp8_per_channel", Fp8PerChannelLinear, Fp8PerChannelMoE, "E4M3", "float32 per row, amax/448", ("ptpc_fp8",)
-    ),
-    SchemeEntry("fp8_per_block", Fp8PerBlockLinear, Fp8PerBlockMoE, "E4M3", "float32 per 128x128, amax/448"),
-    SchemeEntry("int8_per_channel", Int8PerChannelLinear, Int8PerChannelMoE, "INT8", "float32 per row, amax/127"),
-    SchemeEntry("experts_int8", None, ExpertsInt8, "INT8", "float32 per row, amax/127; experts only"),
-    SchemeEntry(
-        "int4_per_group", Int4PerGroupLinear, Int4PerGroupMoE, "INT4", "float16 and zero point per 128, min/max"
-    ),
-    SchemeEntry(
-        "quark_int4fp8_moe",
-        QuarkInt4Fp8Linear,
-        QuarkInt4Fp8MoE,
-        "experts INT4, linears E4M3",
+        *("quark_int4fp8_moe", formats.FP8_TENSOR, formats.INT4FP8_CHANNEL),
         "float32 per row, amax/7; per tensor, amax/448",
     ),
-    SchemeEntry(AS_STORED, None, None, "as stored", "-"),
+    SchemeEntry(AS_STORED, None, None, "-"),
 )
 
 _BY_NAME = {name: entry for entry in ENTRIES for name in (entry.name, *entry.aliases)}
@@ -104,9 +109,8 @@ def get_entry(name: str) -> SchemeEntry:
 
 def _names_with(scale_mode: ScaleMode) -> list[str]:
     """The schemes whose weights have a scale mode."""
-    formats = kernel_registry.SCALE_MODES[scale_mode]
     kinds = ((entry.name, entry.linear or entry.experts) for entry in ENTRIES)
-    return [name for name, scheme in kinds if scheme is not None and scheme.format_name in formats]
+    return [name for name, fmt in kinds if fmt is not None and scale_mode in fmt.scale_modes]
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -134,26 +138,24 @@ class SchemeFactory:
     def linear(self, name: str) -> LinearScheme | None:
         """The linear scheme of a name, `None` where it leaves linears as stored."""
         entry = get_entry(name)
-        return None if entry.linear is None else self._make(entry.linear, entry.called(name))
+        return None if entry.linear is None else self._make(QuantizedLinearScheme, entry, entry.linear, name)
 
     def experts(self, name: str) -> MoEScheme | None:
         """The MoE scheme of a name, `None` where it leaves experts as stored."""
         entry = get_entry(name)
-        return None if entry.experts is None else self._make(entry.experts, entry.called(name))
+        return None if entry.experts is None else self._make(QuantizedMoEScheme, entry, entry.experts, name)
 
     def prequantized_linear(
         self, name: str, format_name: str, activations: StoredActivations | None
-    ) -> PrequantizedLinear:
+    ) -> QuantizedLinearScheme:
         """The scheme that keeps the linear layer `name` as a checkpoint stores it."""
-        kept: PrequantizedLinear = self._keep(PrequantizedLinear, name, format_name, activations)
-        return kept
+        return self._keep(QuantizedLinearScheme, name, format_name, activations)
 
     def prequantized_experts(
         self, name: str, format_name: str, activations: StoredActivations | None
-    ) -> PrequantizedMoE:
+    ) -> QuantizedMoEScheme:
         """The scheme that keeps the experts of `name` as a checkpoint stores them."""
-        kept: PrequantizedMoE = self._keep(PrequantizedMoE, name, format_name, activations)
-        return kept
+        return self._keep(QuantizedMoEScheme, name, format_name, activations)
 
     def dequantizer(self, format_name: str) -> Callable[..., None]:
         """The kernel that turns stored codes of a format into the values they stand for, in float32."""
@@ -186,19 +188,19 @@ class SchemeFactory:
         functions = [function for name in read for function in kernel_registry.needed_to_read(name, self.device)]
         for scheme, dtype in itertools.product(list(self._made.values()), dtypes):
             functions += kernel_registry.needed_to_load(
-                scheme.format_name, self.device, dtype, self._options.stats, scale_mode=self._scale_mode
+                scheme.kernels.format.name, self.device, dtype, self._options.stats, scale_mode=self._scale_mode
             )
         kernel_registry.prepare(functions)
         logger.debug("Kernels were ready after %.3f s", time.perf_counter() - start)
 
-    def _keep(self, cls: Any, name: str, format_name: str, activations: StoredActivations | None) -> Any:
+    def _keep(self, cls: type[_S], name: str, format_name: str, activations: StoredActivations | None) -> _S:
         if all(reason is not None for _, reason in kernel_registry.candidates("quantize", format_name, self.device)):
             raise UnsupportedCheckpointError(
                 f"{name} is stored as {format_name}, which is only read to be quantized anew: name a quantization, "
                 f"such as {DEFAULT}"
             )
         try:
-            return cls(*self._arguments(name, format_name, activations, online=False))
+            return cls(PREQUANTIZED, *self._arguments(name, format_name, activations, online=False))
         except LookupError as error:
             raise NoKernelError(f"{name} is stored as {format_name}: {error}") from error
 
@@ -214,18 +216,18 @@ class SchemeFactory:
         kernels = kernel_registry.kernel_set(format_name, self.device, overrides, scale_mode)
         return Quantizer(kernels, self._options.stats, self.device), choice.emulated
 
-    def _make(self, cls: Callable[[Quantizer, Activation | None], _S], called: str) -> _S:
-        if cls not in self._made:
-            format_name = cls.format_name  # type: ignore[attr-defined]
-            if format_name not in kernel_registry.SCALE_MODES[self._scale_mode]:
+    def _make(self, cls: type[_S], entry: SchemeEntry, fmt: WeightFormat, name: str) -> _S:
+        key, called = (entry.name, cls), entry.called(name)
+        if key not in self._made:
+            if self._scale_mode not in fmt.scale_modes:
                 raise PolicyError(
                     f"{called} has no scale mode {self._scale_mode!r}; leave scale_mode at default, or choose one of "
                     f"{', '.join(_names_with(self._scale_mode))}"
                 )
             try:
-                self._made[cls] = cls(*self._arguments(called, format_name, None, online=True))
+                self._made[key] = cls(entry.name, *self._arguments(called, fmt.name, None, online=True))
             except LookupError as error:
                 raise NoKernelError(str(error)) from error
-            self._made[cls].called = called
-        made: _S = self._made[cls]
+            self._made[key].called = called
+        made: _S = self._made[key]
         return made

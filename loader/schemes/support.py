@@ -126,16 +126,14 @@ def _alike(row: Support) -> tuple[object, ...]:
 
 def scheme_support(entry: SchemeEntry) -> Support:
     """What there is for a scheme."""
-    classes = {"linear": entry.linear, "experts": entry.experts}
-    formats = {kind: FORMATS[cls.format_name] for kind, cls in classes.items() if cls is not None}
+    formats = entry.formats
     return Support(entry.name, entry.aliases, entry.weights, entry.scale, formats, online=bool(formats))
 
 
 def _format(formats: list[WeightFormat]) -> Support:
     names = [fmt.name for fmt in formats]
     name = names[0] if len(names) == 1 else f"{_common_beginning(names)}*"
-    weights = f"INT{formats[0].code_bits}" if formats[0].scale_words == 2 else "E2M1"
-    return Support(name, (), weights, _scale(formats), dict.fromkeys(KINDS, formats[0]), online=False)
+    return Support(name, (), formats[0].label, _scale(formats), dict.fromkeys(KINDS, formats[0]), online=False)
 
 
 def _common_beginning(names: list[str]) -> str:

@@ -46,7 +46,7 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TABLES = {"quark": QUARK, "compressed-tensors": COMPRESSED_TENSORS}
 CASES = [(tool, name) for tool, table in TABLES.items() for name in table]
-SCHEMES = {entry.linear.format_name: entry.name for entry in ENTRIES if entry.linear is not None}
+SCHEMES = {entry.linear.name: entry.name for entry in ENTRIES if entry.linear is not None}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from quantload.kernels.formats import WeightFormat
 from quantload.kernels.registry import (
-    NUMBA_FORMATS,
     OPERATIONS,
     SCALE_MODES,
     KernelSet,
@@ -24,7 +23,7 @@ from quantload.kernels.registry import (
     needed_to_load,
     prepare,
 )
-from tested_formats import QUANTIZED, TRITON
+from tested_formats import NUMBA_FORMATS, QUANTIZED, TRITON
 
 INTERPRETED = ("quantize", "observe", "finish_scales", "dequantize")
 """The operations that the tests here check in Triton's interpreter as well."""

@@ -14,22 +14,20 @@ from quantload.kernels.formats import FORMATS, MX, MXFP4, MXFP4_ROWS
 from quantload.kernels.gpu.activations import quantize_mx_activations, quantize_scaled_activations
 from quantload.kernels.gpu.experts import TritonExperts
 from quantload.kernels.gpu.linear import TritonLinear
+from quantload.kernels.gpu.matmuls import gpu_matmuls
 from quantload.kernels.gpu.scaled_mm import ScaledMmLinear
 from quantload.kernels.gpu.target import GpuTarget
-from quantload.kernels.reference import fp8, int8, integer, mx, mxfp4, mxfp4_rows
+from quantload.kernels.reference import mx
+from quantload.kernels.reference.choose import reference
 from quantload.kernels.reference.row_multiplied import MultipliedExperts, MultipliedLinear
 from quantload.kernels.scale_rules import FP8_BLOCK_MIN_AMAX, FP8_LARGEST
 from triton.runtime import interpreter
 
 interpreter_fixes.apply()
 
-ACTIVATIONS_TOO = {
-    "mxfp4": mxfp4.reference,
-    "mxfp8": mx.references["mxfp8"],
-    "int8_channel": int8.reference,
-    **fp8.references,
-}
-REFERENCES = {**ACTIVATIONS_TOO, **mx.references, **integer.references, "mxfp4_rows": mxfp4_rows.reference}
+ACTIVATIONS_TOO = [
+    name for name, fmt in FORMATS.items() if any(kernel.rounds_activations for kernel in gpu_matmuls("linear", fmt))
+]
 DECODED = ["mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "int4_group16_f16", "int4_group128_bf16", "int8_group0_f32"]
 """Formats that arithmetic decodes; groups narrower and wider than a tile, and of a whole row."""
 GFX950 = GpuTarget("gfx950", 4)
@@ -46,7 +44,7 @@ def quantized_matrix(name: str, matrix: torch.Tensor) -> tuple[torch.Tensor, tor
     fmt = FORMATS[name]
     codes = torch.zeros(fmt.code_shape(*matrix.shape), dtype=torch.uint8).view(fmt.code_dtype)
     scales = torch.zeros(fmt.scale_shape(*matrix.shape)).to(fmt.scale_dtype)
-    assert REFERENCES[name].quantize(matrix, (codes, scales)) == 0
+    assert reference(name).quantize(matrix, (codes, scales)) == 0
     return codes, scales
 
 
@@ -54,7 +52,7 @@ def dequantized(
     name: str, codes: torch.Tensor, scales: torch.Tensor, n_rows: int, k: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     out = torch.empty(n_rows, k, dtype=dtype)
-    REFERENCES[name].dequantize((codes, scales), out)
+    reference(name).dequantize((codes, scales), out)
     return out.double()
 
 
@@ -141,7 +139,7 @@ def test_activations_are_quantized_as_weights_are(record_property, name):
         want_codes, want_scales = quantized_matrix(name, x)
         codes, scales = (
             quantize_mx_activations(x, FORMATS[name])
-            if FORMATS[name] in MX
+            if FORMATS[name].family is MX
             else quantize_scaled_activations(x, FORMATS[name])
         )
         assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
@@ -189,7 +187,7 @@ def test_every_code_under_scales_of_all_sizes(record_property, name):
     every = torch.arange(256, dtype=torch.int32).repeat(24, 1)
     codes = mx.pack_fp6(every & 63) if fmt.code_bits == 6 else every.where(every & 127 != 127, 0).to(torch.uint8)
     weight = torch.empty(24, 256)
-    REFERENCES[name].dequantize((codes.view(fmt.code_dtype), scales), weight)
+    reference(name).dequantize((codes.view(fmt.code_dtype), scales), weight)
     got = TritonLinear(fmt, target=GpuTarget("sm_90", 4))(
         torch.eye(256), (codes.view(fmt.code_dtype), scales), None, 24, 256
     )
@@ -205,7 +203,7 @@ def test_every_code_under_every_zero_point(record_property, name):
     scales = torch.randn(fmt.scale_shape(16, 300), generator=torch.Generator().manual_seed(0)).to(fmt.scale_dtype)
     scales[:, 1::2] = torch.arange(16)[:, None].to(fmt.scale_dtype)
     weight = torch.empty(16, 300)
-    REFERENCES[name].dequantize((codes, scales), weight)
+    reference(name).dequantize((codes, scales), weight)
     got = TritonLinear(fmt, target=GpuTarget("sm_90", 4))(torch.eye(300), (codes, scales), None, 16, 300)
     assert torch.equal(got.T, weight)
 

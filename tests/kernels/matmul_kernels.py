@@ -88,7 +88,7 @@ def label(operation: str, name: str, is_quantized: bool, tokens: int) -> str:
 
 def native_instruction(name: str, target: str, is_quantized: bool, dtype: torch.dtype = torch.bfloat16) -> str:
     """A pattern for the matrix instruction, or decoding instruction, that the kernel is for."""
-    if FORMATS[name] in MX and is_quantized:
+    if FORMATS[name].family is MX and is_quantized:
         return MFMA_MX if target == "gfx950" else TCGEN05_MX[name]
     if is_quantized:
         return (MATRIX_INT8 if name.startswith("int8") else MATRIX_FP8)[target]

@@ -25,7 +25,8 @@ from quantload.online.moe import MoeOnlineWeightLoader
 from quantload.online.storage import FinalStorage
 from quantload.schemes.activations import Activation, ActivationFormat
 from quantload.schemes.base import Quantizer
-from quantload.schemes.mxfp4 import QuarkMxfp4Linear, QuarkMxfp4MoE
+from quantload.schemes.linear import QuantizedLinearScheme
+from quantload.schemes.moe import QuantizedMoEScheme
 from torch import Tensor, nn
 
 GFX950 = GpuTarget("gfx950")
@@ -227,7 +228,7 @@ def inside(padded: Tensor, size: tuple[int, ...], fill: int = 99) -> Tensor:
 @pytest.mark.parametrize(("n_rows", "k"), [(256, 512), (100, 90), (257, 32), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_linear(stand_in: StandIn, tokens: int, n_rows: int, k: int, dtype: torch.dtype) -> None:
-    scheme = QuarkMxfp4Linear(Quantizer(through_aiter()))
+    scheme = QuantizedLinearScheme("quark_mxfp4", Quantizer(through_aiter()))
     layer: Any = nn.Module()
     scheme.create_weights(layer, in_features=k, out_features=n_rows)
     rows, columns = aiter.padded(n_rows), aiter.padded(k)
@@ -285,7 +286,7 @@ class Dirty(FinalStorage):
 
 
 def loaded(
-    scheme: QuarkMxfp4MoE, layer: Any, hidden: int = 512, intermediate: int = 256, times: int = 1
+    scheme: QuantizedMoEScheme, layer: Any, hidden: int = 512, intermediate: int = 256, times: int = 1
 ) -> dict[str, Tensor]:
     """Load random weights through the layer's closures, and reload them; returns what their codes stand for."""
     shards = {"gate_up_proj": (("w1", intermediate), ("w3", intermediate)), "down_proj": (("w2", hidden),)}
@@ -311,7 +312,7 @@ def loaded(
 
 def test_a_reload_leaves_nothing_of_the_load_before_in_the_padding(stand_in: StandIn) -> None:
     """Codes that were arranged lie where the next ones have zeros."""
-    scheme, layer, again = QuarkMxfp4MoE(Quantizer(through_aiter())), Experts(), Experts()
+    scheme, layer, again = QuantizedMoEScheme("quark_mxfp4", Quantizer(through_aiter())), Experts(), Experts()
     loaded(scheme, layer, 90, 100)
     loaded(scheme, again, 90, 100, times=2)
     for name, tensor in layer.named_parameters():
@@ -320,7 +321,7 @@ def test_a_reload_leaves_nothing_of_the_load_before_in_the_padding(stand_in: Sta
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(512, 256), (90, 100), (288, 33)])
 def test_a_whole_experts_layer(stand_in: StandIn, hidden: int, intermediate: int) -> None:
-    scheme, layer = QuarkMxfp4MoE(Quantizer(through_aiter())), Experts()
+    scheme, layer = QuantizedMoEScheme("quark_mxfp4", Quantizer(through_aiter())), Experts()
     weights = loaded(scheme, layer, hidden, intermediate)
     wide, inner = aiter.padded(hidden), aiter.padded(intermediate)
     assert layer.get_parameter("gate_up_proj").shape == (3, 2 * inner, wide // 2)
@@ -340,7 +341,7 @@ def test_a_whole_experts_layer(stand_in: StandIn, hidden: int, intermediate: int
     out = scheme.apply(layer, x, ids, shares)
     assert (out.dtype, out.shape) == (torch.bfloat16, x.shape)
     assert stand_in.calls == ["fused_moe"]
-    plain, twin = QuarkMxfp4MoE(Quantizer(kernel_set("mxfp4", "cpu")), EMULATED), Experts()
+    plain, twin = QuantizedMoEScheme("quark_mxfp4", Quantizer(kernel_set("mxfp4", "cpu")), EMULATED), Experts()
     assert all(torch.equal(want, weights[name]) for name, want in loaded(plain, twin, hidden, intermediate).items())
     want = plain.apply(twin, x, ids, shares)
     # a sum in another order may round to another BF16 in between, and that to another code
@@ -349,7 +350,7 @@ def test_a_whole_experts_layer(stand_in: StandIn, hidden: int, intermediate: int
 
 @pytest.mark.parametrize("what", ["has_bias", "is_interleaved", "other_activation", "learned", "post_norm", "parallel"])
 def test_what_is_no_plain_swiglu_is_not_fused(stand_in: StandIn, what: str) -> None:
-    scheme, layer = QuarkMxfp4MoE(Quantizer(through_aiter())), Experts()
+    scheme, layer = QuantizedMoEScheme("quark_mxfp4", Quantizer(through_aiter())), Experts()
     changes: dict[str, tuple[str, Any]] = {
         "has_bias": ("has_bias", True),
         "is_interleaved": ("is_concatenated", False),

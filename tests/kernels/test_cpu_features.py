@@ -9,8 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from quantload.kernels.registry import NUMBA_FORMATS
-from tested_formats import QUANTIZED
+from tested_formats import NUMBA_FORMATS, QUANTIZED
 
 SCRIPT = """
 import hashlib, torch

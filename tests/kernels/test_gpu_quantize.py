@@ -70,7 +70,7 @@ def test_triton_comes_before_torch_on_a_gpu(monkeypatch, name, operation):
 def test_fp8_is_fnuz_on_gfx942_alone(monkeypatch):
     for name in FORMATS:
         pretend(monkeypatch, "gfx942")
-        assert gpu_quantize.stored_format(name, CUDA) == FNUZ.get(name, name)
+        assert gpu_quantize.stored_format(name, CUDA) == FNUZ.get(FORMATS[name], FORMATS[name]).name
         assert gpu_quantize.stored_format(name, torch.device("cpu")) == name
         pretend(monkeypatch, "gfx950")
         assert gpu_quantize.stored_format(name, CUDA) == name

@@ -14,8 +14,8 @@ from quantload.kernels.cpu import dequantize as cpu_dequantize
 from quantload.kernels.cpu import linear as cpu_linear
 from quantload.kernels.cpu import processor, team
 from quantload.kernels.cpu.build import linear as linear_build
-from quantload.kernels.registry import NUMBA_FORMATS, kernel_set
-from tested_formats import QUANTIZED
+from quantload.kernels.registry import kernel_set
+from tested_formats import NUMBA_FORMATS, QUANTIZED
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from quantload.kernels import statistics as stats
-from quantload.kernels.formats import FORMATS, MX
+from quantload.kernels.formats import FORMATS, SCALE_MODES
 from quantload.kernels.mx_elements import ELEMENTS
 from quantload.kernels.registry import NoKernel, candidates, kernel_set
 
-NAMES = [fmt.name for fmt in MX]
+NAMES = SCALE_MODES["mse"]
 KERNELS = [kernel.name for kernel, reason in candidates("quantize", "mxfp4", "cpu", "mse") if reason is None]
 
 

@@ -11,7 +11,6 @@ import torch
 from quantload.kernels import registry
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import (
-    NUMBA_FORMATS,
     OPERATIONS,
     NoKernel,
     candidates,
@@ -20,7 +19,7 @@ from quantload.kernels.registry import (
     prepare,
     select,
 )
-from tested_formats import QUANTIZED
+from tested_formats import NUMBA_FORMATS, QUANTIZED
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -81,8 +80,8 @@ def test_preparing_in_several_threads_compiles_once():
     for thread in threads:
         thread.join()
     assert not errors
-    function = cpu_build.scaled_quantize("int8_channel", "bf16", True)
-    assert function is cpu_build.scaled_quantize("int8_channel", "bf16", True)
+    function = cpu_build.scaled_quantize("int8", "bf16", True)
+    assert function is cpu_build.scaled_quantize("int8", "bf16", True)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])

@@ -26,7 +26,7 @@ def test_a_load_with_the_least_error(scheme: str) -> None:
     assert sum(mse.sqnr_db - even.sqnr_db for even, mse in pairs) / len(pairs) > 0.005
     assert all(layer.kernel.endswith("numba, mse scales") for layer in least.load_report.layers)
     weight = load_quantized(DEMO_MODEL, "none").get_parameter(f"{name}.weight").detach()
-    kernels = kernel_set(least.get_submodule(name).scheme.format_name, "cpu", {"quantize": "torch"}, "mse")
+    kernels = kernel_set(least.get_submodule(name).scheme.kernels.format.name, "cpu", {"quantize": "torch"}, "mse")
     codes, scales = (torch.empty_like(least.get_parameter(f"{name}.{each}")) for each in ("weight", "weight_scale"))
     kernels.quantize(weight, (codes, scales))
     assert torch.equal(codes, least.get_parameter(f"{name}.weight"))

@@ -53,7 +53,7 @@ def test_every_entry_makes_what_it_says(entry: Any) -> None:
     if entry.name != "experts_int8" and linear is not None:
         assert linear.name == entry.name
         assert experts is not None
-        assert (experts.format_name == linear.format_name) == (entry.name != "quark_int4fp8_moe")
+        assert (experts.kernels.format is linear.kernels.format) == (entry.name != "quark_int4fp8_moe")
 
 
 def test_one_instance_a_name_and_kind() -> None:

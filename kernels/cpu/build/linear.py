@@ -6,6 +6,8 @@ until there are none left, so a slow core holds up nobody.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ...mx_elements import ELEMENTS
 from ..compiled import FINGERPRINT, CFunction, Compiled, Recipe, c_function, read_f32, read_u8, write_u8
 from ..ir.dot import dot_rows
 from ..ir.integer_decode import LANES, dequantize_group
@@ -86,9 +89,7 @@ call_dequantize = intrinsic(_call_dequantize)
 
 def _dequantize(family: str, kind: str) -> Recipe[CFunction]:
     """C function (codes, scales, out: address and stride each; rows, cols, block_rows, block_cols) for a tile."""
-    if family.startswith("uint"):
-        return c_function(_integer_dequantize(family, kind), DEQUANTIZE)
-    return c_function((_mx_dequantize if family.startswith("mx") else _scaled_dequantize)(family, kind), DEQUANTIZE)
+    return c_function(DECODERS[family](family, kind), DEQUANTIZE)
 
 
 def _mx_dequantize(family: str, kind: str) -> Any:
@@ -163,6 +164,16 @@ def _integer_dequantize(family: str, kind: str) -> Any:
         return 0
 
     return dequantize
+
+
+DECODERS: Mapping[str, Callable[[str, str], Any]] = MappingProxyType(
+    {
+        **dict.fromkeys((*ELEMENTS, "mxfp8_f16c"), _mx_dequantize),
+        **dict.fromkeys(("fp8", "fp8_f16c", "int8"), _scaled_dequantize),
+        **{f"uint{bits}_{scale}": _integer_dequantize for bits in (4, 8) for scale in ("f16", "bf16", "f32")},
+    }
+)
+"""What makes the function for each `WeightFormat.decoder`, with the instructions of F16C or without."""
 
 
 def most_tokens() -> int:

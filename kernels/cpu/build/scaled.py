@@ -48,7 +48,7 @@ def _scale_of(rule: str, amax: Any) -> Any:
 
 
 scale_of = nb.njit(nogil=True, error_model="numpy")(_scale_of)
-TARGETS = {"fp8_channel": "fp8_divide", "fp8_tensor": "fp8_divide", "fp8_block": "fp8_multiply", "int8_channel": "int8"}
+TARGETS = {"fp8_channel": "fp8_divide", "fp8_tensor": "fp8_divide", "fp8_block": "fp8_multiply", "int8": "int8"}
 
 GROUP_COLS = 2048
 """Columns whose blocks are worked on together, so that a block's short rows do not jump through memory."""
@@ -59,7 +59,7 @@ STRIP_ROWS = 8
 def _scaled_quantize(rule: str, kind: str, measure: bool) -> Recipe[KernelFunction]:
     fingerprint, width, infinity, target = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind], TARGETS[rule]
     finite = np.float32(LARGEST_FINITE[kind])
-    limit = np.float32((INT8_LARGEST if rule == "int8_channel" else FP8_LARGEST) * (1.0 + st.SATURATION_SLACK))
+    limit = np.float32((INT8_LARGEST if rule == "int8" else FP8_LARGEST) * (1.0 + st.SATURATION_SLACK))
     tile_elements, group_cols, strip_rows = TILE_ELEMENTS, GROUP_COLS, STRIP_ROWS
 
     def quantize(  # type: ignore[no-untyped-def]

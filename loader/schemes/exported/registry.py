@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...errors import PolicyError
-from ...kernels.formats import FORMATS
+from ...kernels.formats import WeightFormat
 from ..base import LinearScheme, MoEScheme
 from ..registry import ENTRIES, SchemeEntry
 from .compressed_tensors import COMPRESSED_TENSORS
@@ -54,7 +54,7 @@ def why_not_columns(scheme: LinearScheme | MoEScheme, columns: int, export: Expo
     for entry in ENTRIES:
         kind = entry.experts if experts else entry.linear
         if kind is not None:
-            by_format.setdefault(kind.format_name, entry.name)
+            by_format.setdefault(kind.name, entry.name)
     schemes = [name for form, name in by_format.items() if _fits(export, form, columns)]
     formats = [each.name for each in EXPORT_FORMATS.values() if _fits(each, fmt, columns)]
     ways = [f"--format {formats[0]} holds them"] if formats and not export.weights[fmt].fused else []
@@ -70,9 +70,9 @@ def _fits(export: ExportFormat, format_name: str, columns: int) -> bool:
     return weight is not None and not weight.fused and weight.divides(columns)
 
 
-def _holds(export: ExportFormat, linear: type[LinearScheme] | None, experts: type[MoEScheme] | None) -> bool:
-    kinds = [(scheme, scheme is experts) for scheme in (linear, experts) if scheme is not None]
-    return bool(kinds) and all(export.holds(FORMATS[scheme.format_name], experts=own) for scheme, own in kinds)
+def _holds(export: ExportFormat, linear: WeightFormat | None, experts: WeightFormat | None) -> bool:
+    kinds = [(fmt, own) for fmt, own in ((linear, False), (experts, True)) if fmt is not None]
+    return bool(kinds) and all(export.holds(fmt, experts=own) for fmt, own in kinds)
 
 
 def _pairs() -> Iterable[tuple[str, list[str]]]:

@@ -113,7 +113,7 @@ class StoredWeight(NamedTuple):
     @property
     def largest_scale(self) -> float:
         """The largest float scale with which every code stands for a finite number of `dtype`."""
-        return torch.finfo(self.dtype).max / _largest_code(self.format)
+        return torch.finfo(self.dtype).max / self.format.largest
 
     @property
     def codes(self) -> StoredTensor:
@@ -156,18 +156,6 @@ class StoredWeight(NamedTuple):
         yield from self.values
         if self.input_scale is not None:
             yield self.input_scale
-
-
-def _largest_code(fmt: WeightFormat) -> float:
-    """The largest magnitude of what a code stands for without its scale."""
-    if fmt.code_dtype.is_floating_point:
-        return torch.finfo(fmt.code_dtype).max
-    if fmt.scale_words == 2:  # the difference of a code and a zero point
-        return float((1 << fmt.code_bits) - 1)
-    return 128.0 if fmt.code_dtype is torch.int8 else _LARGEST_E2M1
-
-
-_LARGEST_E2M1 = 6.0
 
 
 @dataclass(frozen=True)

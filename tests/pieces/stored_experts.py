@@ -165,12 +165,10 @@ class StoredExperts:
         format_name = self.wanted.name
 
         class Scheme(QuantizedMoEScheme):
-            name = format_name
-
             def apply(self, *_: Any) -> Tensor:
                 raise NotImplementedError
 
-        scheme = Scheme(Quantizer(kernel_set(format_name, "cpu")))
+        scheme = Scheme(format_name, Quantizer(kernel_set(format_name, "cpu")))
         self._count(scheme, "quantize_expert")
         loader = MoeOnlineWeightLoader(self.layer, scheme, on_finished=lambda *_: self._finish())
         return {name: loader.bound(name) for name in self.layer.weight_layouts}

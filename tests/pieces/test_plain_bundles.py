@@ -58,13 +58,11 @@ class Checkpoint:
             self.layer.register_parameter(f"{name}_scale", meta_parameter(layout.shapes[1], fmt.scale_dtype))
 
         class Scheme(QuantizedMoEScheme):
-            name = format_name
-
             def apply(self, *_: Any) -> Tensor:
                 raise NotImplementedError
 
         self.calls: list[tuple[int, ...]] = []
-        scheme = Scheme(Quantizer(kernel_set(format_name, "cpu")))
+        scheme = Scheme(format_name, Quantizer(kernel_set(format_name, "cpu")))
         quantize = scheme.quantize_expert
 
         def noted(weight: Tensor, *args: Any, **kwargs: Any) -> TensorStats:

@@ -295,7 +295,7 @@ class Layer(nn.Module):
 def static_linear(scale: float) -> tuple[Any, Any]:
     """A `quark_mxfp4` linear layer with FP8 static activations and the weight of an identity matrix."""
     scheme: Any = SchemeFactory(CPU, LoadOptions()).linear("quark_mxfp4")
-    scheme = type(scheme)(scheme.quantizer, Activation(act.FP8_STATIC, CPU))
+    scheme = type(scheme)(scheme.name, scheme.quantizer, Activation(act.FP8_STATIC, CPU))
     layer = Layer()
     scheme.create_weights(layer, in_features=32, out_features=32)
     assert (layer.input_scale.shape, layer.input_scale.dtype) == ((1,), torch.float32)
@@ -331,7 +331,7 @@ def test_casting_a_layer_leaves_its_static_scale() -> None:
 
 def test_experts_have_a_static_scale_for_each_matmul() -> None:
     scheme: Any = SchemeFactory(CPU, LoadOptions()).experts("quark_mxfp4")
-    scheme = type(scheme)(scheme.quantizer, Activation(act.FP8_STATIC, CPU))
+    scheme = type(scheme)(scheme.name, scheme.quantizer, Activation(act.FP8_STATIC, CPU))
     layer: Any = Layer()
     sizes = {"gate_up_proj": ((("w1", 32), ("w3", 32)), 64), "down_proj": ((("w2", 64),), 32)}
     scheme.create_weights(layer, num_experts=3, **sizes)

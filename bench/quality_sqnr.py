@@ -71,12 +71,12 @@ class Sqnr:
 
 def measure_sqnr(seed: int) -> list[Sqnr]:
     """Every format on every distribution, but for those that hold the values of another one (E4M3 FNUZ)."""
-    modes = importlib.import_module("quantload.kernels.registry").SCALE_MODES
+    formats = importlib.import_module("quantload.kernels.formats").FORMATS
     found = []
     for distribution, draw in DISTRIBUTIONS.items():
         weights = draw(torch.Generator().manual_seed(seed)).mul_(0.02).to(torch.bfloat16)
-        for name in (each for each in MEASURED if not each.endswith("_fnuz")):
-            found += [_sqnr(name, mode, distribution, weights) for mode, having in modes.items() if name in having]
+        for name in (each for each in MEASURED if formats[each].ocp is None):
+            found += [_sqnr(name, mode, distribution, weights) for mode in formats[name].scale_modes]
     return found
 
 

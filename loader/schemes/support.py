@@ -65,8 +65,8 @@ class Support:
         """The ways in which its scales can be chosen."""
         return tuple(
             mode
-            for mode, formats in SCALE_MODES.items()
-            if self.online and all(fmt.name in formats for fmt in self.formats.values())
+            for mode in SCALE_MODES
+            if self.online and all(mode in fmt.scale_modes for fmt in self.formats.values())
         )
 
     @property

@@ -120,7 +120,7 @@ def _layout(weights: Settings, written: str) -> Layout:
         weights.choice("type", ("float",), "int")
         weights.choice("symmetric", (True,), True)
         weights.choice("group_size", (fmt.block_cols,))
-        return mx(fmt, "weight" if fmt is MXFP8 else "weight_packed")
+        return mx(fmt, "weight_packed" if fmt.packed > 1 else "weight")
     if written == _NVFP4:
         weights.choice("num_bits", (NVFP4.code_bits,), 8)
         weights.choice("type", ("float",), "int")

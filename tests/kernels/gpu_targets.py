@@ -193,7 +193,7 @@ def _interpreted_cases(files: Sequence[Path], arguments: Sequence[str], timeout:
 def interpreter_trouble() -> str | None:
     """Why this Triton cannot interpret a loop: 3.6 makes numbers of arrays in a way that NumPy 2.4 no longer allows."""
     try:
-        int(np.zeros(1, np.int32))  # type: ignore[call-overload]
+        int(np.zeros(1, np.int32))
     except TypeError:
         if "int(self.handle.data))" in inspect.getsource(interpreter):
             return f"the interpreter of Triton {triton.__version__} cannot loop with NumPy {np.__version__}"

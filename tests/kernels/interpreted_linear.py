@@ -6,6 +6,9 @@ except where said. Codes and scales of activations are compared bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import interpreter_fixes
 import pytest
 import torch
@@ -94,7 +97,16 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor)
 @pytest.mark.parametrize(("tokens", "n_rows", "k"), SHAPES)
 @pytest.mark.parametrize("name", ["mxfp4", *DECODED, "fp8_tensor", "fp8_block", "fp8_channel_fnuz", "int8_channel"])
 @pytest.mark.parametrize("bias_is_float32", [False, True])
-def test_weight_only(record_property, name, tokens, n_rows, k, dtype, target, bias_is_float32):
+def test_weight_only(
+    record_property: Callable[..., Any],
+    name: str,
+    tokens: int,
+    n_rows: int,
+    k: int,
+    dtype: torch.dtype,
+    target: str,
+    bias_is_float32: bool,
+) -> None:
     record_property("kernel", f"{name} linear, weight-only")
     record_property("result", "close")
     of_every_type = ("mxfp4", "mxfp6_e2m3", "int4_group16_f16", "fp8_block")
@@ -113,7 +125,9 @@ def test_weight_only(record_property, name, tokens, n_rows, k, dtype, target, bi
 
 @pytest.mark.parametrize(("tokens", "n_rows", "k"), SHAPES)
 @pytest.mark.parametrize("name", ACTIVATIONS_TOO)
-def test_quantized_activations(record_property, name, tokens, n_rows, k):
+def test_quantized_activations(
+    record_property: Callable[..., Any], name: str, tokens: int, n_rows: int, k: int
+) -> None:
     skip_without_dot_scaled(name)
     record_property("kernel", f"{name} linear, activations too")
     record_property("result", "close")
@@ -125,7 +139,7 @@ def test_quantized_activations(record_property, name, tokens, n_rows, k):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS_TOO)
-def test_activations_are_quantized_as_weights_are(record_property, name):
+def test_activations_are_quantized_as_weights_are(record_property: Callable[..., Any], name: str) -> None:
     record_property("kernel", f"{name} activations")
     if name.startswith("fp8_block"):
         pytest.skip("128 x 128 blocks for weights, 1 x 128 for activations: test_quantized_activations compares values")
@@ -148,7 +162,7 @@ def test_activations_are_quantized_as_weights_are(record_property, name):
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "fp8_channel", "fp8_tensor", "int8_channel"])
-def test_what_is_not_finite_stays_visible(name, bad):
+def test_what_is_not_finite_stays_visible(name: str, bad: float) -> None:
     skip_without_dot_scaled(name)
     codes, scales = quantized(name, 16, 256)
     x = activations(40, 256, torch.bfloat16)
@@ -163,7 +177,9 @@ def test_what_is_not_finite_stays_visible(name, bad):
 )
 @pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["fp8_channel", "fp8_tensor"])
-def test_through_torch_scaled_mm(name, tokens, n_rows, dtype, bias_dtype):
+def test_through_torch_scaled_mm(
+    name: str, tokens: int, n_rows: int, dtype: torch.dtype, bias_dtype: torch.dtype
+) -> None:
     """torch's matmul of two FP8 operands, which it has for CPUs too, and Triton for what that does not take."""
     codes, scales = quantized(name, n_rows, 160)
     x, bias = activations(tokens, 160, dtype), torch.randn(n_rows).to(bias_dtype)
@@ -180,7 +196,7 @@ def test_through_torch_scaled_mm(name, tokens, n_rows, dtype, bias_dtype):
 
 
 @pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp6_e3m2", "mxfp8"])
-def test_every_code_under_scales_of_all_sizes(record_property, name):
+def test_every_code_under_scales_of_all_sizes(record_property: Callable[..., Any], name: str) -> None:
     """A product with the identity matrix is the weight itself, but for the sign of a zero; larger ones are infinite."""
     record_property("kernel", f"{name} weights decoded")
     fmt, scales = FORMATS[name], torch.arange(0, 240, 10, dtype=torch.uint8)[:, None].repeat(1, 8)
@@ -195,7 +211,7 @@ def test_every_code_under_scales_of_all_sizes(record_property, name):
 
 
 @pytest.mark.parametrize("name", ["int4_group16_f16", "int4_group64_bf16", "int4_group0_f32", "int8_group256_f16"])
-def test_every_code_under_every_zero_point(record_property, name):
+def test_every_code_under_every_zero_point(record_property: Callable[..., Any], name: str) -> None:
     """A product with the identity matrix is the weight itself, of 300 columns: the last group is cut off."""
     record_property("kernel", f"{name} weights decoded")
     fmt = FORMATS[name]
@@ -217,7 +233,7 @@ def routed(experts: int, counts: list[int], nobody: int) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("counts", [[0, 5, 0, 33, 1], [0, 0, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize("is_quantized", [False, True], ids=["weight-only", "activations too"])
 @pytest.mark.parametrize("name", ["mxfp4", *DECODED[1:], "fp8_channel", "fp8_tensor", "fp8_block_fnuz", "int8_channel"])
-def test_experts(record_property, name, is_quantized, counts):
+def test_experts(record_property: Callable[..., Any], name: str, is_quantized: bool, counts: list[int]) -> None:
     """Each expert's tokens as `linear` computes them; rows of nobody are 0; an idle expert is not read."""
     if is_quantized and name not in ACTIVATIONS_TOO:
         pytest.skip("activations stay as they are")
@@ -244,7 +260,7 @@ def test_experts(record_property, name, is_quantized, counts):
 
 @pytest.mark.parametrize("is_quantized", [False, True], ids=["weight-only", "activations too"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_rows_with_multipliers(record_property, is_quantized, dtype):
+def test_rows_with_multipliers(record_property: Callable[..., Any], is_quantized: bool, dtype: torch.dtype) -> None:
     """The kernels of MXFP4 on scales with a gap behind each row; the product is rounded to the type of x twice."""
     record_property("kernel", f"mxfp4 with multipliers of rows, {'activations too' if is_quantized else 'weight-only'}")
     record_property("result", "close")

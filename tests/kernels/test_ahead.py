@@ -18,6 +18,7 @@ import psutil
 import pytest
 from numba import types
 from numba.core.caching import IndexDataCacheFile
+from quantload.checkpoint.device import Event
 from quantload.kernels.cpu import ahead, compiled
 from quantload.kernels.cpu.build import integer as integer_build
 from quantload.kernels.cpu.build import linear as linear_build
@@ -30,7 +31,7 @@ _numbers = itertools.count()
 
 
 def _add(number: int) -> Recipe[KernelFunction]:
-    def add(x):
+    def add(x: int) -> int:
         return x + number
 
     return jit(add, types.int64(types.int64))
@@ -62,11 +63,11 @@ def compiled_here() -> Iterator[list[str]]:
     """The names of the functions that are compiled in this process."""
     names: list[str] = []
 
-    class Listener(numba.core.event.Listener):
-        def on_start(self, event):
+    class Listener(numba.core.event.Listener):  # type: ignore[misc]
+        def on_start(self, event: Event) -> None:
             names.append(event.data["dispatcher"].py_func.__name__)
 
-        def on_end(self, event):
+        def on_end(self, event: Event) -> None:
             pass
 
     with numba.core.event.install_listener("numba:compile", Listener()):
@@ -86,7 +87,12 @@ def _no_child_stays() -> Iterator[None]:
     assert psutil.Process().children() == before
 
 
-def test_another_process_compiles(needed, compiled_here, caplog, capfd):
+def test_another_process_compiles(
+    needed: Needed[KernelFunction],
+    compiled_here: list[str],
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     before = set(os.listdir("/proc/self/fd"))
     ahead.prepare([needed, needed])
     assert needed.get()(2) == 2 + needed.key[0]
@@ -96,7 +102,9 @@ def test_another_process_compiles(needed, compiled_here, caplog, capfd):
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_what_is_there_is_not_compiled_again(needed, compiled_here, monkeypatch):
+def test_what_is_there_is_not_compiled_again(
+    needed: Needed[KernelFunction], compiled_here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ahead.prepare([needed])
     monkeypatch.setattr(ahead, "_run_child", lambda described: pytest.fail("nothing is missing"))
     ahead.prepare([needed])
@@ -119,8 +127,14 @@ def test_what_is_there_is_not_compiled_again(needed, compiled_here, monkeypatch)
     ],
 )
 def test_else_this_process_compiles_and_says_why(
-    executable, said, needed, compiled_here, caplog, monkeypatch, tmp_path
-):
+    executable: str,
+    said: str,
+    needed: Needed[KernelFunction],
+    compiled_here: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     if " " in executable:
         executable = program(tmp_path / "python3", executable)
     monkeypatch.setattr(sys, "executable", executable)
@@ -145,13 +159,19 @@ runpy.run_module('quantload.kernels.cpu.ahead', run_name='__main__')
 """
 
 
-def test_the_process_that_compiles_says_that_it_waits(needed, compiled_here, caplog, monkeypatch, tmp_path):
+def test_the_process_that_compiles_says_that_it_waits(
+    needed: Needed[KernelFunction],
+    compiled_here: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     monkeypatch.setattr(sys, "executable", program(tmp_path / "python3", IMPATIENT.format(python=sys.executable)))
     with CompileLock(_add(*needed.key)._lock_path()) as lock:  # as another process has it
         assert lock.take()
 
         class Release(logging.Handler):
-            def emit(self, record):
+            def emit(self, record: logging.LogRecord) -> None:
                 lock.release()
 
         monkeypatch.setattr(logging.getLogger("quantload"), "handlers", [Release()])
@@ -163,14 +183,21 @@ def test_the_process_that_compiles_says_that_it_waits(needed, compiled_here, cap
     assert compiled.getMessage().startswith("Compiled 1 CPU kernels in ")
 
 
-def test_a_program_that_was_frozen_is_not_started_again(needed, caplog, monkeypatch):
+def test_a_program_that_was_frozen_is_not_started_again(
+    needed: Needed[KernelFunction], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     ahead.prepare([needed])
     assert needed.get()(2) == 2 + needed.key[0]
     assert "need not be a Python interpreter" in caplog.text
 
 
-def test_without_a_folder_for_the_cache_this_process_compiles(needed, compiled_here, caplog, monkeypatch):
+def test_without_a_folder_for_the_cache_this_process_compiles(
+    needed: Needed[KernelFunction],
+    compiled_here: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "ZipCacheLocator")
     monkeypatch.setattr(ahead, "_run_child", lambda described: pytest.fail("nobody could read what it makes"))
     monkeypatch.setattr(compiled, "_said", [])
@@ -181,7 +208,13 @@ def test_without_a_folder_for_the_cache_this_process_compiles(needed, compiled_h
     assert "let XDG_CACHE_HOME or NUMBA_CACHE_DIR name a folder" in record.getMessage()
 
 
-def test_a_damaged_cache_is_named(needed, compiled_here, caplog, monkeypatch, tmp_path):
+def test_a_damaged_cache_is_named(
+    needed: Needed[KernelFunction],
+    compiled_here: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     ahead.prepare([needed])
     (index,) = (tmp_path / "cache").rglob("*.nbi")
     index.write_bytes(b"")
@@ -192,7 +225,9 @@ def test_a_damaged_cache_is_named(needed, compiled_here, caplog, monkeypatch, tm
     assert "numba's disk cache is damaged" in caplog.text
 
 
-def test_processes_that_write_at_once_do_not_swap_their_functions(compiled_here, monkeypatch):
+def test_processes_that_write_at_once_do_not_swap_their_functions(
+    compiled_here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both read an empty index of the cache; then one writes its index last, the other its machine code."""
     late = []
     numbers = next(_numbers), next(_numbers)
@@ -208,7 +243,7 @@ def test_processes_that_write_at_once_do_not_swap_their_functions(compiled_here,
     assert compiled_here == ["add", "add"]  # they came from the cache
 
 
-def test_what_another_process_compiles_is_waited_for(compiled_here):
+def test_what_another_process_compiles_is_waited_for(compiled_here: list[str]) -> None:
     number = next(_numbers)
     with CompileLock(_add(number)._lock_path()) as lock:
         assert lock.take()
@@ -220,7 +255,7 @@ def test_what_another_process_compiles_is_waited_for(compiled_here):
     assert compiled_here == ["add"]
 
 
-def test_processes_share_what_all_of_them_need(compiled_here, monkeypatch):
+def test_processes_share_what_all_of_them_need(compiled_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What another is compiling comes last."""
     first, second = next(_numbers), next(_numbers)
     described = [(__name__, "_add", (first,)), (__name__, "_add", (second,))]
@@ -239,7 +274,7 @@ def test_processes_share_what_all_of_them_need(compiled_here, monkeypatch):
     assert compiled_here == ["add", "add"]
 
 
-def test_every_closure_has_files_of_its_own():
+def test_every_closure_has_files_of_its_own() -> None:
     formats, kinds, flags = ("mxfp4", "mxfp6_e2m3", "mxfp8"), ("bf16", "f16", "f32"), (False, True)
     keys = list(itertools.product(formats, ("default", "mse"), kinds, flags))
     names = {mx_build._mx_quantize(*key).function.__qualname__ for key in keys}
@@ -251,7 +286,7 @@ def test_every_closure_has_files_of_its_own():
     assert len({linear_build._dequantize(name, "f32").function.__qualname__ for name in ("mxfp4", "fp8", "int8")}) == 3
 
 
-def test_what_compiles_does_without_torch():
+def test_what_compiles_does_without_torch() -> None:
     modules = ("build.mx", "build.scaled", "build.integer", "build.rows", "build.linear", "build.panel", "ahead")
     code = "import sys; " + "; ".join(f"import quantload.kernels.cpu.{name}" for name in modules)
     code += "; print('torch' in sys.modules)"
@@ -271,7 +306,7 @@ print("compiled here:", sum(misses))
 
 
 @pytest.mark.slow
-def test_processes_that_start_together_do_not_disturb_each_other(tmp_path):
+def test_processes_that_start_together_do_not_disturb_each_other(tmp_path: Path) -> None:
     orders = [["fp8_channel", "fp8_block", "int8_channel"], ["int8_channel", "fp8_block"], ["fp8_tensor"]]
     commands = [[sys.executable, "-c", PROCESS, json.dumps(order)] for order in orders]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]

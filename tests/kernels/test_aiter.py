@@ -187,8 +187,8 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fo
 def through_aiter() -> KernelSet:
     """The kernels of the CPU, with aiter's of gfx950 for the matmuls."""
     plain = kernel_set("mxfp4", "cpu")
-    functions = {op: gpu_matmuls(op, MXFP4)[0] for op in ("linear", "experts")}
-    fields = {op: getattr(plain, op) for op in ("quantize", "observe", "finish_scales", "dequantize")}
+    functions: dict[str, Any] = {op: gpu_matmuls(op, MXFP4)[0] for op in ("linear", "experts")}
+    fields: dict[str, Any] = {op: getattr(plain, op) for op in ("quantize", "observe", "finish_scales", "dequantize")}
     names = {**plain.names, **dict.fromkeys(functions, "aiter")}
     return KernelSet(
         MXFP4, **fields, **functions, names=names, arrangements=dict.fromkeys(functions, aiter.ARRANGEMENT)
@@ -273,7 +273,8 @@ class Experts(nn.Module):
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
+        gated: Tensor = self.act_fn(gate) * up
+        return gated
 
 
 class Dirty(FinalStorage):
@@ -328,7 +329,7 @@ def test_a_whole_experts_layer(stand_in: StandIn, hidden: int, intermediate: int
     assert layer.get_parameter("down_proj_scale").shape == (3, wide, inner // 32)
     for name, want in weights.items():
         assert torch.equal(scheme.dequantize(layer, name), want)
-    codes, scales = aiter.canonical((layer.gate_up_proj, layer.gate_up_proj_scale))
+    codes, scales = aiter.canonical((layer.get_parameter("gate_up_proj"), layer.get_parameter("gate_up_proj_scale")))
     for start in (0, inner):  # gate, and up at a multiple of 256 rows
         assert codes[:, start : start + intermediate, : hidden // 2].any()
         assert not codes[:, start + intermediate : start + inner].any()

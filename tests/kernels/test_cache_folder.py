@@ -65,8 +65,8 @@ def test_installs_of_the_same_kernels_share_and_others_do_not_disturb_them(tmp_p
     first, same, other = (copy_of_the_package(tmp_path / name) for name in ("first", "same", "other"))
     with (other / "quantload" / "kernels" / "cpu" / "build" / "mx.py").open("a") as file:
         file.write("# an edit\n")
-    for file in (same / "quantload").rglob("*.py"):
-        os.utime(file, (0, 0))
+    for path in (same / "quantload").rglob("*.py"):
+        os.utime(path, (0, 0))
     compile_kernel(first, XDG_CACHE_HOME=str(cache))
     entries = cached(cache)
     compile_kernel(same, XDG_CACHE_HOME=str(cache))

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "cache" / "kernel.lock")
 
 
-def test_one_holds_it_and_nothing_is_left_of_it(path):
+def test_one_holds_it_and_nothing_is_left_of_it(path: str) -> None:
     before = os.listdir("/proc/self/fd")
     with CompileLock(path) as first, CompileLock(path) as second:
         assert first.take()
@@ -38,9 +39,10 @@ def test_one_holds_it_and_nothing_is_left_of_it(path):
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_it_ends_with_a_process_that_is_killed(path):
+def test_it_ends_with_a_process_that_is_killed(path: str) -> None:
     command = [sys.executable, "-c", HOLDER, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
         assert holder.stdout.readline() == "True\n"
         with CompileLock(path) as lock:
             assert not lock.take()
@@ -49,7 +51,7 @@ def test_it_ends_with_a_process_that_is_killed(path):
             assert lock.take()
 
 
-def test_nobody_waits_for_ever(path, monkeypatch):
+def test_nobody_waits_for_ever(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_lock, "WAIT_SECONDS", 0.1)
     with CompileLock(path) as holder, CompileLock(path) as waiting:
         assert holder.take()
@@ -57,7 +59,9 @@ def test_nobody_waits_for_ever(path, monkeypatch):
         assert os.path.exists(path)
 
 
-def test_who_waits_for_long_says_so_once(path, monkeypatch, caplog):
+def test_who_waits_for_long_says_so_once(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "quantload")
     monkeypatch.setattr(logging.getLogger("quantload"), "handlers", [])  # those of tests of the command line
     monkeypatch.setattr(compile_lock, "WAIT_SECONDS", 60.0)
@@ -65,15 +69,15 @@ def test_who_waits_for_long_says_so_once(path, monkeypatch, caplog):
     monkeypatch.setattr(compile_lock, "_waiting", compile_lock._Waiting())
     with CompileLock(path) as holder, CompileLock(path) as waiting:
         assert holder.take()
-        polls = []
+        polls: list[int] = []
 
-        def sleep(seconds):
+        def sleep(seconds: float) -> None:
             polls.append(len(caplog.records))
             if len(polls) == 6:
                 holder.release()
 
         monkeypatch.setattr(compile_lock, "POLL_SECONDS", 1.0)
-        monkeypatch.setattr(compile_lock.time, "sleep", sleep)
+        monkeypatch.setattr(time, "sleep", sleep)
         waiting.wait()
     assert polls == [0, 0, 0, 1, 1, 1]
     (record,) = caplog.records
@@ -81,7 +85,7 @@ def test_who_waits_for_long_says_so_once(path, monkeypatch, caplog):
     assert record.getMessage().startswith("waiting for another process that compiles CPU kernels; ")
 
 
-def test_nobody_waits_where_nothing_can_be_locked(tmp_path):
+def test_nobody_waits_where_nothing_can_be_locked(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with CompileLock(str(tmp_path / "file" / "kernel.lock")) as lock:
         assert lock.take()

@@ -27,7 +27,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
     ("name", "reason"),
     [("sm_75", "sm_80 or newer"), (None, "no GPU"), ("sm_80", None), ("sm_100", None), ("gfx942", None)],
 )
-def test_reasons(monkeypatch, name, reason):
+def test_reasons(monkeypatch: pytest.MonkeyPatch, name: str | None, reason: str | None) -> None:
     pytest.importorskip("triton", reason="Triton is on Linux only")
     pretend(monkeypatch, name)
     found = gpu_quantize.triton_unavailable(CUDA)
@@ -36,7 +36,9 @@ def test_reasons(monkeypatch, name, reason):
     assert ("no GPU" if name is None else "unset it") in (gpu_quantize.triton_unavailable(CUDA) or "")
 
 
-def test_a_gpu_without_triton_is_told_what_to_install_and_gets_nothing_slower_unasked(monkeypatch):
+def test_a_gpu_without_triton_is_told_what_to_install_and_gets_nothing_slower_unasked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pretend(monkeypatch, "sm_90")
     monkeypatch.setitem(sys.modules, "triton", None)
     for format_name in TRITON:
@@ -52,7 +54,7 @@ def test_a_gpu_without_triton_is_told_what_to_install_and_gets_nothing_slower_un
         SchemeFactory(CUDA, LoadOptions()).linear("quark_mxfp4")
 
 
-def test_a_gpu_that_triton_is_not_for_needs_no_triton(monkeypatch):
+def test_a_gpu_that_triton_is_not_for_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "sm_75")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert select("quantize", "mxfp4", CUDA).name == "torch"
@@ -60,14 +62,14 @@ def test_a_gpu_that_triton_is_not_for_needs_no_triton(monkeypatch):
 
 @pytest.mark.parametrize("operation", gpu_quantize.OPERATIONS)
 @pytest.mark.parametrize("name", TRITON)
-def test_triton_comes_before_torch_on_a_gpu(monkeypatch, name, operation):
+def test_triton_comes_before_torch_on_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str, operation: str) -> None:
     pytest.importorskip("triton", reason="Triton is on Linux only")
     pretend(monkeypatch, "sm_90")
     assert select(operation, name, CUDA).name == "triton"
     assert select(operation, name, "cpu").name != "triton"
 
 
-def test_fp8_is_fnuz_on_gfx942_alone(monkeypatch):
+def test_fp8_is_fnuz_on_gfx942_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FORMATS:
         pretend(monkeypatch, "gfx942")
         assert gpu_quantize.stored_format(name, CUDA) == FNUZ.get(FORMATS[name], FORMATS[name]).name

@@ -16,7 +16,7 @@ AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @pytest.fixture(params=["torch", "numba"])
 def kernel(request: pytest.FixtureRequest) -> str:
-    return request.param
+    return str(request.param)
 
 
 def quantized(name: str, kernel: str, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +29,7 @@ def quantized(name: str, kernel: str, source: torch.Tensor) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("name", ["gauss", "ties", "zeros"])
-def test_rows_equal_those_of_sglang(vectors, name, kernel):
+def test_rows_equal_those_of_sglang(vectors: dict[str, np.ndarray], name: str, kernel: str) -> None:
     source = torch.from_numpy(vectors[f"{name}|in"].astype(np.int16)).view(torch.bfloat16)
     codes, scales = quantized("int4fp8_channel", kernel, source)
     np.testing.assert_array_equal(codes.int().numpy() - 8, vectors[f"{name}|sglang:int4|channel7|c"])
@@ -48,7 +48,7 @@ def unpacked(words: torch.Tensor) -> torch.Tensor:
     return columns.flatten(1).T
 
 
-def test_groups_are_those_of_awq_to_the_rounding_of_the_scale(request, kernel):
+def test_groups_are_those_of_awq_to_the_rounding_of_the_scale(request: pytest.FixtureRequest, kernel: str) -> None:
     """The same scales. AutoAWQ's export divides by them before they are float16, so some ties fall the other way."""
     golden: Path = request.config.rootpath / "tests" / "data" / "golden"
     original = load_file(golden / "bf16_llama" / "model.safetensors")

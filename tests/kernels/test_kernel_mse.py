@@ -8,12 +8,15 @@ from quantload.kernels import statistics as stats
 from quantload.kernels.formats import FORMATS, SCALE_MODES
 from quantload.kernels.mx_elements import ELEMENTS
 from quantload.kernels.registry import NoKernel, candidates, kernel_set
+from torch import Tensor
 
 NAMES = SCALE_MODES["mse"]
 KERNELS = [kernel.name for kernel, reason in candidates("quantize", "mxfp4", "cpu", "mse") if reason is None]
 
 
-def quantize(name: str, source: torch.Tensor, kernel: str, measured: torch.Tensor | None = None):
+def quantize(
+    name: str, source: torch.Tensor, kernel: str, measured: torch.Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     kernels = kernel_set(name, "cpu", {"quantize": kernel}, "mse")
     codes = torch.full(kernels.format.code_shape(*source.shape), 77, dtype=torch.uint8).view(kernels.format.code_dtype)
     scales = torch.full(kernels.format.scale_shape(*source.shape), 77, dtype=torch.uint8)
@@ -32,7 +35,7 @@ def squared_errors(name: str, source: torch.Tensor, scales: torch.Tensor) -> tor
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_mxfp4_blocks_worked_out_by_hand(kernel):
+def test_mxfp4_blocks_worked_out_by_hand(kernel: str) -> None:
     """Cutting 7 off at 6 costs 1. Without the room above 6 the others would be exact, with it 3 becomes 4."""
     source = torch.zeros(4, 32)
     source[0, :3] = torch.tensor([7.0, 3.0, 3.0])  # scale 1: 1; scale 2: 7 -> 8 and 3 -> 4 twice: 3
@@ -47,7 +50,7 @@ def test_mxfp4_blocks_worked_out_by_hand(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_better_of_two_scales(name, kernel):
+def test_the_better_of_two_scales(name: str, kernel: str) -> None:
     generator = torch.Generator().manual_seed(0)
     source = (torch.randn(64, 512, generator=generator) * torch.randn(64, 1, generator=generator).exp()).bfloat16()
     _, scales = quantize(name, source, kernel)
@@ -62,7 +65,7 @@ def test_the_better_of_two_scales(name, kernel):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_less_is_lost_than_by_the_rule_of_the_format(name):
+def test_less_is_lost_than_by_the_rule_of_the_format(name: str) -> None:
     source = torch.randn(256, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
     least, usual = stats.new_statistics(), stats.new_statistics()
     codes, scales = quantize(name, source, "numba", least)
@@ -73,7 +76,7 @@ def test_less_is_lost_than_by_the_rule_of_the_format(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_kernel_gives_the_same_bytes(name, dtype):
+def test_every_kernel_gives_the_same_bytes(name: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     source = torch.randn(40, 333, generator=generator) * torch.exp(3 * torch.randn(40, 1, generator=generator))
     source[3] = 0
@@ -92,7 +95,7 @@ def test_every_kernel_gives_the_same_bytes(name, dtype):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
-def test_every_bf16_value_as_the_largest_of_its_block(name, kernel, all_bf16):
+def test_every_bf16_value_as_the_largest_of_its_block(name: str, kernel: str, all_bf16: Tensor) -> None:
     source = torch.randn(len(all_bf16), 32, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
     source = (source * all_bf16[:, None].float()).bfloat16()
     source[:, 7] = all_bf16
@@ -103,7 +106,7 @@ def test_every_bf16_value_as_the_largest_of_its_block(name, kernel, all_bf16):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_scales_that_are_known_are_left_alone(kernel):
+def test_scales_that_are_known_are_left_alone(kernel: str) -> None:
     kernels = kernel_set("mxfp6_e2m3", "cpu", {"quantize": kernel}, "mse")
     source = torch.full((1, 32), 7.75)
     codes, scales = torch.zeros(1, 24, dtype=torch.uint8), torch.full((1, 1), 129, dtype=torch.uint8)
@@ -115,20 +118,20 @@ def test_scales_that_are_known_are_left_alone(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_amax_alone_is_not_enough(kernel):
+def test_amax_alone_is_not_enough(kernel: str) -> None:
     kernels = kernel_set("mxfp8", "cpu", {"finish_scales": kernel}, "mse")
     with pytest.raises(ValueError, match="mxfp8: scales of the least squared error cannot be told from amax alone"):
         kernels.finish_scales(torch.ones(2, 3), (torch.zeros(2, 3, dtype=torch.uint8),))
 
 
-def test_formats_without_the_mode_say_which_they_have():
+def test_formats_without_the_mode_say_which_they_have() -> None:
     with pytest.raises(NoKernel, match="fp8_channel has no scale mode 'mse'; it has default"):
         kernel_set("fp8_channel", "cpu", scale_mode="mse")
     with pytest.raises(NoKernel, match="mxfp4 has no scale mode 'least'; it has default, mse"):
         kernel_set("mxfp4", "cpu", scale_mode="least")
 
 
-def test_only_choosing_scales_differs_between_the_modes():
+def test_only_choosing_scales_differs_between_the_modes() -> None:
     for name in NAMES:
         usual, least = kernel_set(name, "cpu"), kernel_set(name, "cpu", scale_mode="mse")
         assert least.format is FORMATS[name]
@@ -137,6 +140,6 @@ def test_only_choosing_scales_differs_between_the_modes():
         assert least.dequantize is usual.dequantize
 
 
-def test_a_gpu_without_a_kernel_of_its_own_falls_back_to_torch():
+def test_a_gpu_without_a_kernel_of_its_own_falls_back_to_torch() -> None:
     found = candidates("quantize", "mxfp4", "cuda", "mse")
     assert [kernel.name for kernel, reason in found if reason is None] == ["torch"]

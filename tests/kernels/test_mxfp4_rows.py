@@ -38,7 +38,7 @@ def uneven_rows(rows: int, cols: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, cols, generator=generator) * torch.exp(3 * torch.randn(rows, 1, generator=generator))
 
 
-def test_sixteenths_of_an_octave():
+def test_sixteenths_of_an_octave() -> None:
     assert CANDIDATES[0] == 1.0
     assert CANDIDATES[8] == torch.tensor(2.0).sqrt().item()
     assert [a < b for a, b in zip(CANDIDATES, (*CANDIDATES[1:], 2.0), strict=True)] == [True] * 16
@@ -47,7 +47,7 @@ def test_sixteenths_of_an_octave():
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("j", range(16))
-def test_a_row_of_codes_times_a_candidate_has_that_multiplier(kernel, j):
+def test_a_row_of_codes_times_a_candidate_has_that_multiplier(kernel: str, j: int) -> None:
     """Two blocks with scales 2^0 and 2^-3 and every code, one a block of zeros."""
     code = torch.tensor([*VALUES, *(-value for value in VALUES)]).repeat(2)
     row = torch.cat((code, torch.zeros(32), code / 8))[None] * CANDIDATES[j]
@@ -61,7 +61,7 @@ def test_a_row_of_codes_times_a_candidate_has_that_multiplier(kernel, j):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_bytes_of_the_multiplier_are_little_endian_behind_the_scales(kernel):
+def test_bytes_of_the_multiplier_are_little_endian_behind_the_scales(kernel: str) -> None:
     source = torch.zeros(3, 40)
     source[1, :3] = torch.tensor([6.0, 2.0, 1.0]) * CANDIDATES[8]
     _, scales = quantize(source, kernel)
@@ -73,7 +73,7 @@ def test_bytes_of_the_multiplier_are_little_endian_behind_the_scales(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_tie_goes_to_the_smallest(kernel):
+def test_a_tie_goes_to_the_smallest(kernel: str) -> None:
     """A row with one weight is exact under few candidates, and one that all keep exactly has multiplier 1."""
     codes, scales = quantize(torch.tensor([[0.0] * 31 + [-3.0]]), kernel)
     assert split(scales)[1].item() == 1.0
@@ -83,7 +83,7 @@ def test_a_tie_goes_to_the_smallest(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_best_of_all_candidates(kernel, dtype):
+def test_the_best_of_all_candidates(kernel: str, dtype: torch.dtype) -> None:
     source = uneven_rows(24, 200, seed=0).clamp(-6e4, 6e4).to(dtype)
     codes, scales = quantize(source, kernel)
     wide = source.double()
@@ -104,7 +104,7 @@ def test_the_best_of_all_candidates(kernel, dtype):
     dtype=st.sampled_from(DTYPES),
     exponent=st.integers(-120, 110),
 )
-def test_every_kernel_gives_the_same_bytes(rows, cols, seed, dtype, exponent):
+def test_every_kernel_gives_the_same_bytes(rows: int, cols: int, seed: int, dtype: torch.dtype, exponent: int) -> None:
     source = uneven_rows(rows, cols, seed) * 2.0 ** (exponent if dtype != torch.float16 else exponent / 16)
     source[rows // 2] = 0
     source = source.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
@@ -117,7 +117,7 @@ def test_every_kernel_gives_the_same_bytes(rows, cols, seed, dtype, exponent):
 
 
 @pytest.mark.parametrize("cols", [1, 40, 333, 4096])
-def test_no_row_loses_more_than_in_mxfp4(cols):
+def test_no_row_loses_more_than_in_mxfp4(cols: int) -> None:
     source = uneven_rows(64, cols, seed=1).bfloat16()
     for row in source.split(1):
         own, plain = stats.new_statistics(), stats.new_statistics()
@@ -127,7 +127,7 @@ def test_no_row_loses_more_than_in_mxfp4(cols):
 
 
 @pytest.mark.parametrize(("cols", "gain"), [(64, 0.8), (512, 0.35), (4096, 0.1)])
-def test_decibels_over_mxfp4(cols, gain):
+def test_decibels_over_mxfp4(cols: int, gain: float) -> None:
     source = torch.randn(256, cols, generator=torch.Generator().manual_seed(2)).bfloat16()
     own, plain = stats.new_statistics(), stats.new_statistics()
     quantize(source, measured=own)
@@ -136,7 +136,7 @@ def test_decibels_over_mxfp4(cols, gain):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_multiplier_that_is_known_is_left_alone(kernel):
+def test_a_multiplier_that_is_known_is_left_alone(kernel: str) -> None:
     source = torch.full((1, 32), 9.0)
     scales = torch.tensor([[127, *torch.tensor([1.5]).view(torch.uint8).tolist()]], dtype=torch.uint8)
     known, codes = scales.clone(), torch.zeros(1, 16, dtype=torch.uint8)
@@ -146,7 +146,7 @@ def test_a_multiplier_that_is_known_is_left_alone(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_amax_alone_is_not_enough(kernel):
+def test_amax_alone_is_not_enough(kernel: str) -> None:
     kernels = kernel_set("mxfp4_rows", "cpu", {"finish_scales": kernel})
     with pytest.raises(ValueError, match="mxfp4_rows: the multiplier of a row cannot be told from maxima"):
         kernels.finish_scales(torch.ones(2, 6), (torch.zeros(2, 6, dtype=torch.uint8),))
@@ -155,7 +155,7 @@ def test_amax_alone_is_not_enough(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias_dtype", [None, torch.bfloat16, torch.float32], ids=str)
-def test_experts_are_as_many_linears(kernel, dtype, bias_dtype):
+def test_experts_are_as_many_linears(kernel: str, dtype: torch.dtype, bias_dtype: None) -> None:
     kernels = kernel_set("mxfp4_rows", "cpu", dict.fromkeys(("linear", "experts"), kernel))
     experts, rows, cols = 3, 40, 72
     codes, scales = map(torch.stack, zip(*(quantize(uneven_rows(rows, cols, seed)) for seed in range(3)), strict=True))
@@ -170,7 +170,7 @@ def test_experts_are_as_many_linears(kernel, dtype, bias_dtype):
     assert (got[7:] == 0).all()  # tokens of nobody
 
 
-def test_matmuls_are_those_of_mxfp4():
+def test_matmuls_are_those_of_mxfp4() -> None:
     for operation in ("linear", "experts", "dequantize"):
         own = [
             (kernel.name, kernel.rounds_activations) for kernel in platform_kernels(operation, "mxfp4_rows", "gfx950")
@@ -181,12 +181,12 @@ def test_matmuls_are_those_of_mxfp4():
     assert aiter == "brings scales into an order of its own, where multipliers of rows have no place"
 
 
-def test_scales_have_no_other_mode():
+def test_scales_have_no_other_mode() -> None:
     with pytest.raises(NoKernel, match="mxfp4_rows has no scale mode 'mse'; it has default"):
         kernel_set("mxfp4_rows", "cpu", scale_mode="mse")
 
 
-def test_the_format_is_read_by_rows():
+def test_the_format_is_read_by_rows() -> None:
     codes, scales = quantize(uneven_rows(8, 100, seed=3))
     assert torch.equal(values_of(codes[2:5], scales[2:5], (3, 100)), values_of(codes, scales, (8, 100))[2:5])
     assert scales.shape == MXFP4_ROWS.scale_shape(8, 100)

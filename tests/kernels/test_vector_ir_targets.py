@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import llvmlite.binding as llvm
 import pytest
@@ -34,7 +35,7 @@ def literal(value: object) -> SimpleNamespace:
     return SimpleNamespace(literal_value=value)
 
 
-EMITTED = {
+EMITTED: dict[str, tuple[Any, list[Any], list[Any], int]] = {
     "quantize_bf16_run": (mxfp4_table_ir.quantize_bf16_run, [ADDRESS] * 4, [literal(True), literal(False)], 1),
     **{
         f"quantize_{name}_{sums}": (mx_ir.quantize_run, [ADDRESS] * 5, [name, "default", kind, sums], 1)
@@ -77,8 +78,8 @@ EMITTED = {
 
 def module_of(name: str) -> str:
     """LLVM IR of a function that holds nothing but what the intrinsic emits."""
-    intrinsic, numbers, literals, last = EMITTED[name]
-    literals = [value if isinstance(value, SimpleNamespace) else literal(value) for value in literals]
+    intrinsic, numbers, constants, last = EMITTED[name]
+    literals = [value if isinstance(value, SimpleNamespace) else literal(value) for value in constants]
     _, codegen = intrinsic._defn(None, *numbers, *literals, *[ADDRESS] * last)
     module = ir.Module(name)
     arguments = [F32 if number is types.float32 else I64 for number in [*numbers, *[ADDRESS] * last]]
@@ -92,7 +93,7 @@ def module_of(name: str) -> str:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", EMITTED)
-def test_compiles_to_vector_instructions(name, target, monkeypatch):
+def test_compiles_to_vector_instructions(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (integer_decode_ir, integer_ir, mx_decode_ir, scaled_decode_ir, scaled_ir):
         monkeypatch.setattr(module, "has", lambda feature: False)  # what every processor can do
     llvm.initialize_all_targets()

@@ -55,7 +55,7 @@ def plain() -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86-64 processors")
 @pytest.mark.parametrize("cpu", ["x86-64", "haswell", None])
-def test_same_bytes_on_every_x86(plain, cpu):
+def test_same_bytes_on_every_x86(plain: str, cpu: str | None) -> None:
     environment = {} if cpu is None else {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
     assert len(plain) == hashlib.sha256().digest_size * 2
     assert digest("numba", environment) == plain

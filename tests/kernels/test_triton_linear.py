@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_every_other_tile_size(name: str, target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_activations_and_sums(target: str) -> None:
-    kernels = [
+    kernels: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
         *(
             (quantize_tokens_mx, {"x": "*bf16", "codes": "*u8", "scales": "*u8"}, {"CODE": code, "BT": 16, "BK": 256})
             for code in ("e2m1", "e4m3")

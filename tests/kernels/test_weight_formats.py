@@ -23,7 +23,7 @@ from quantload.kernels.formats import FORMATS
         ("nvfp4", (2, 40), (2, 20), (2, 3), 64),
     ],
 )
-def test_layout(name, shape, codes, scales, size):
+def test_layout(name: str, shape: tuple[int, int], codes: tuple[int, int], scales: tuple[int, int], size: int) -> None:
     fmt = FORMATS[name]
     assert fmt.code_shape(*shape) == codes
     assert fmt.scale_shape(*shape) == scales
@@ -42,9 +42,9 @@ def test_layout(name, shape, codes, scales, size):
         ("fp8_tensor", (50, 100), slice(0, 1)),
     ],
 )
-def test_where_the_scales_of_some_columns_stand(name, columns, scales):
+def test_where_the_scales_of_some_columns_stand(name: str, columns: tuple[int, int], scales: slice) -> None:
     assert FORMATS[name].scales[0].columns(*columns, 100) == scales
 
 
-def test_names_are_the_keys():
+def test_names_are_the_keys() -> None:
     assert all(fmt.name == name for name, fmt in FORMATS.items())

@@ -56,10 +56,8 @@ class Suite:
             return [changed] if changed in self.files else self._importing(path.stem)
         folder = mirror(path)
         named = [name for name in self._in(folder) if f"_{path.stem}_" in f"{Path(name).stem}_"]
-        importing = self._importing(module_of(path))
-        for near in named, importing:
-            near.sort(key=lambda name: (Path(name).parent != folder, not Path(name).is_relative_to(folder)))
-        found = [*named, *importing] or self._in(folder)
+        near = [*named, *self._importing(module_of(path))]
+        found = sorted(near, key=lambda name: distance(Path(name), folder)) or self._in(folder)
         return list(dict.fromkeys([*found[:1], *(CONTRACT if path.parts[0] in SOURCES else ()), *found[1:]]))
 
     def _in(self, folder: Path) -> list[str]:
@@ -90,6 +88,13 @@ def mirror(path: Path) -> Path:
     """The folder of tests for a source file; `schemes/stored` and other folders in a folder share their parent's."""
     inner = path.parent.parts if path.parts[0] != "loader" else path.parent.parts[1:]
     return Path("tests", *inner[:1])
+
+
+def distance(tests: Path, mirror: Path) -> int:
+    """How far a file of tests is from the folder that mirrors a source; whole loads test everything, and take long."""
+    if tests.parent == mirror:
+        return 0
+    return 3 if "end_to_end" in tests.parts else 1 if tests.is_relative_to(mirror) else 2
 
 
 def changed_since(base: str | None) -> list[str]:

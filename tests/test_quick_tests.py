@@ -12,6 +12,7 @@ from quick_tests import ROOT, Suite, changed_since, chosen
 
 FILES = {
     "tests/test_import_contract.py": "",
+    "tests/end_to_end/test_bad_options.py": "",
     "tests/test_options.py": "from quantload.options import LoadOptions",
     "tests/pieces/test_plain.py": "from quantload.pieces.plain import plan_pieces",
     "tests/pieces/test_slabs.py": "from stored_experts import experts",
@@ -38,7 +39,7 @@ def suite(tmp_path: Path) -> Suite:
         ("tests/pieces/test_slabs.py", ["pieces/test_slabs"]),
         ("tests/pieces/stored_experts.py", ["pieces/test_slabs"]),
         ("tests/pieces/conftest.py", ["pieces/test_plain", "pieces/test_slabs"]),
-        ("loader/options.py", ["test_options", "test_import_contract"]),
+        ("loader/options.py", ["test_options", "test_import_contract", "end_to_end/test_bad_options"]),
         ("loader/pieces/plain.py", ["pieces/test_plain", "test_import_contract", "schemes/test_stored_quark"]),
         ("loader/pieces/cuts.py", ["pieces/test_plain", "test_import_contract", "pieces/test_slabs"]),
         ("loader/schemes/stored/quark.py", ["schemes/test_stored_quark", "test_import_contract"]),

@@ -66,8 +66,8 @@ class Family:
 
     Each of `reference`, `cpu` and `gpu` is "module:attribute" in the folder of that name, or None where there is none:
     `reference(format, scale mode)` makes the plain torch operations, `cpu(format, reference, scale mode)` those of
-    numba, `gpu(format)` the launches of a `TritonQuantize`. Matmuls on GPUs are rows of `gpu/matmuls.py`.
-    `scale_modes` are the ways in which scales can be chosen.
+    numba, `gpu(format, scale mode)` the launches of a `TritonQuantize`. Matmuls on GPUs are rows of `gpu/matmuls.py`.
+    `scale_modes` are the ways in which scales can be chosen, `gpu_modes` those that the launches have.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Family:
     cpu: str | None = None
     gpu: str | None = None
     scale_modes: tuple[str, ...] = ("default",)
+    gpu_modes: tuple[str, ...] = ("default",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +226,26 @@ class RowMultiplied(WeightFormat):
         return True
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TensorScaled(WeightFormat):
+    """A format whose scales stand under one float32 scale of the whole tensor: weight = code * (scale * scale_2).
+
+    Only scale_2 is made of maxima; the others are made with the codes, of any part that is whole blocks, once that is
+    known.
+    """
+
+    @cached_property
+    def scales(self) -> tuple[FormatTensor, ...]:
+        """The scales of the blocks, and that of the tensor."""
+        of_blocks = FormatTensor("_scale", self.scale_dtype, self.block_rows, self.block_cols)
+        return of_blocks, FormatTensor("_scale_2", torch.float32, 0, 0)
+
+    @cached_property
+    def maxima(self) -> FormatTensor:
+        """One, of the tensor."""
+        return self.scales[1]
+
+
 MULTIPLIER_BYTES = 4
 
 
@@ -249,8 +270,10 @@ FP8_FNUZ = Family("fp8_fnuz", "fp8:make", None, "scaled:ScaledLaunches")
 INT8 = Family("int8", "int8:make", "operations:NumbaScaled", "scaled:ScaledLaunches")
 INTEGER = Family("integer", "integer:make", "integer:NumbaIntegers", "integer:IntegerLaunches")
 """Integers with a zero point for each group of a row."""
-NVFP4_READ = Family("nvfp4", "nvfp4:make")
-"""Only read, to be quantized anew."""
+TENSOR_SCALED = Family(
+    "tensor_scaled", "nvfp4:make", "nvfp4:NumbaNvfp4", "nvfp4:Nvfp4Launches", MX.scale_modes, MX.scale_modes
+)
+"""Blocks along K whose scales stand under one of the tensor."""
 
 _FP8_OF_ROWS = "fp8 per token", "fp8 per tensor", "fp8 static"
 
@@ -313,9 +336,9 @@ INT8_CHANNEL = WeightFormat(
     family=INT8, element="int8", label="INT8", largest=128.0, rule="int8", decoder="int8",
     activations=("int8 per token", "int8 static"),
 )  # fmt: skip
-NVFP4 = WeightFormat(
-    *("nvfp4", torch.uint8, torch.float32, 1, 16, 4),
-    family=NVFP4_READ, element="e2m1", label="E2M1", largest=MXFP4.largest,
+NVFP4 = TensorScaled(
+    *("nvfp4", torch.uint8, torch.float8_e4m3fn, 1, 16, 4, True),
+    family=TENSOR_SCALED, element="nvfp4", label="E2M1", largest=MXFP4.largest, rule="nvfp4", decoder="nvfp4",
 )  # fmt: skip
 
 GROUPS = (16, 32, 64, 128, 256, 0)

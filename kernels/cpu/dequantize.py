@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 
 import torch
 
@@ -27,8 +28,8 @@ def dequantize(fmt: WeightFormat, tensors: Tensors, out: torch.Tensor, threads: 
     if out.dtype == torch.float16:
         _dequantize_f16(fmt, tensors, out, threads)
         return
-    (codes, scales), function = tensors, needed(fmt, out.dtype).get()
-    blocks = fmt.block_rows or rows, fmt.block_cols or cols
+    (codes, scales, *outer), function = tensors, needed(fmt, out.dtype).get()
+    blocks = blocks_of(fmt, rows, cols, *map(float, outer))
     if threads == 1 or rows * cols < ALONE_ELEMENTS:
         function.ctypes(*address(codes), *address(scales), *address(out), rows, cols, *blocks)
         return
@@ -44,6 +45,13 @@ def needed(fmt: WeightFormat, dtype: torch.dtype) -> Needed[CFunction]:
     return linear_build.dequantize.needed(target, "bf16" if dtype == torch.bfloat16 else "f32")
 
 
+def blocks_of(fmt: WeightFormat, rows: int, cols: int, scale_2: float = 1.0) -> tuple[int, int]:
+    """Rows and columns of a block, as compiled functions take them; the bits of scale_2 where a tensor has one."""
+    if len(fmt.scales) > 1:
+        return fmt.block_rows, int(struct.unpack("<I", struct.pack("<f", scale_2))[0])
+    return fmt.block_rows or rows, fmt.block_cols or cols
+
+
 def run_task(
     task: CFunction,
     tensors: Tensors,
@@ -56,7 +64,7 @@ def run_task(
     *rest: int,
 ) -> None:
     """Run a task of `linear_build`; its arguments stand in a vector whose first element the threads count up."""
-    codes, scales = tensors
+    codes, scales, *_ = tensors
     values = (0, rows, step, *address(codes), *address(scales), *blocks, *address(out), cols, *rest)
     arguments = (ctypes.c_int64 * len(linear_build.ARGUMENTS))(*values)
     team.run(task, ctypes.addressof(arguments), threads)

@@ -16,7 +16,7 @@ from ..reference.operations import tensor_rows, tile_rows, times_tile
 from .build import linear as linear_build
 from .build.panel import CHUNK, PAD, panel_task
 from .compiled import CFunction, Needed
-from .dequantize import ALONE_ELEMENTS, address, dequantize, run_task
+from .dequantize import ALONE_ELEMENTS, address, blocks_of, dequantize, run_task
 from .dequantize import needed as needed_to_dequantize
 from .ir.dot import BLOCK, DECODERS
 from .ir.panel import ROWS, TOKENS
@@ -48,8 +48,9 @@ def linear(
     if not x.shape[0] or not n_rows or not k:
         return times_tile(x, x.new_zeros(n_rows, k), bias).to(x.dtype)
     tokens, together = x.shape[0], linear_build.most_tokens()
-    whole = fmt.pads_cols or k % BLOCK == 0
-    in_registers = whole and fmt.block_cols % BLOCK == 0
+    filled = fmt.pads_cols and tensors[0].shape[1] * 8 // fmt.code_bits % BLOCK == 0
+    whole = filled or k % BLOCK == 0
+    in_registers = whole and (fmt.block_cols % BLOCK == 0 or DECODERS[_decoder(fmt, x.dtype)].block_scales > 0)
     if in_registers and tokens <= together:
         return _few_tokens(fmt, x, tensors, bias, n_rows, k)
     if whole and tokens <= most_in_panels(fmt, x.dtype):
@@ -89,11 +90,11 @@ def _few_tokens(
     out = torch.empty(slots, n_rows, dtype=torch.float32)
     threads = torch.get_num_threads() if n_rows * k >= ALONE_ELEMENTS else 1
     step = max(1, n_rows // (8 * threads * ROW_STEP)) * ROW_STEP
-    blocks = fmt.block_rows or n_rows, fmt.block_cols or k
+    blocks = blocks_of(fmt, n_rows, k)
     cols = -(-k // BLOCK) * BLOCK
     task = needed(fmt, x.dtype, tokens).get()
     run_task(task, tensors, blocks, out, n_rows, cols, step, threads, *address(prepared), 0)
-    return (out[:tokens] if bias is None else out[:tokens].add_(bias)).to(x.dtype)
+    return _finished(out[:tokens], tensors, bias).to(x.dtype)
 
 
 def _in_panels(
@@ -112,11 +113,17 @@ def _in_panels(
     most = min(PANEL_ROWS, PANEL_BYTES // row_bytes, n_rows // (8 * threads))
     step = max(ROWS, 1 << max(most, 1).bit_length() - 1)  # a power of two divides the height of blocks of rows
     panels = _scratch(torch.uint8, threads * step, row_bytes)
-    blocks, function = (fmt.block_rows or n_rows, fmt.block_cols or k), needed_to_dequantize(fmt, x.dtype).get()
+    blocks, function = blocks_of(fmt, n_rows, k), needed_to_dequantize(fmt, x.dtype).get()
     rest = (*address(prepared), function.address, slots, panels.data_ptr(), 0)
     run_task(panel_task(), tensors, blocks, out, n_rows, cols, step, threads, *rest)
-    product = out[:tokens, :n_rows]
-    return (product if bias is None else product.add_(bias)).to(x.dtype)
+    return _finished(out[:tokens, :n_rows], tensors, bias).to(x.dtype)
+
+
+def _finished(product: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
+    """float32 sums of codes times their scales, times the scale of the whole tensor where it has one, plus bias."""
+    for scale_2 in tensors[2:]:
+        product *= scale_2
+    return product if bias is None else product.add_(bias)
 
 
 def _many_tokens(

@@ -52,7 +52,7 @@ class NumbaKernels(ABC):
         rows, cols = source.shape
         if not rows or not cols:
             return 0
-        blocks = self.format.block_rows or rows, self.format.block_cols or cols
+        blocks = self.format.maxima.block_rows or rows, self.format.maxima.block_cols or cols
         return self._observe(KINDS[source.dtype]).get()(*address(source), *address(amax), rows, cols, *blocks)
 
     def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
@@ -75,7 +75,7 @@ class NumbaKernels(ABC):
     def needed(self, kind: str, measure: bool) -> list[Needed[KernelFunction]]:
         """What loading weights of a kind will call."""
         quantize = self._quantize(kind, measure)
-        return [quantize] if self.format.block_cols else [quantize, self._observe(kind)]
+        return [quantize] if self.format.maxima.block_cols else [quantize, self._observe(kind)]
 
     @abstractmethod
     def _quantize(self, kind: str, measure: bool) -> Needed[KernelFunction]:

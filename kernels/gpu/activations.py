@@ -6,8 +6,11 @@ import torch
 import triton
 
 from ..formats import WeightFormat
+from ..nvfp4_scales import BLOCK, spread
 from .jit.mx_matmul import quantize_tokens_mx
+from .jit.nvfp4_matmul import quantize_tokens_nvfp4
 from .jit.scaled_matmul import quantize_tokens, token_amax
+from .launch import EXACT
 
 
 def quantize_mx_activations(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,6 +28,25 @@ def quantize_mx_activations(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.T
         CODE=fmt.element, BT=16, BK=columns,
     )  # fmt: skip
     return codes, scales
+
+
+def quantize_nvfp4_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, K] in NVFP4, each token as a tensor of its own: codes [T, ceil(K / 16) * 8], E4M3 bytes, float32 [T].
+
+    A token that holds NaN or Inf gets a NaN for the last.
+    """
+    tokens, k = x.shape
+    blocks = -(-k // BLOCK)
+    codes = torch.empty(tokens, blocks * BLOCK // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(tokens, blocks, dtype=torch.uint8, device=x.device)
+    amax, scale_2 = torch.empty(2, tokens, dtype=torch.float32, device=x.device)
+    token_amax[(tokens,)](x, amax, k, x.stride(0), BK=min(4096, max(128, triton.next_power_of_2(k))))
+    columns = min(256, triton.next_power_of_2(blocks * BLOCK))
+    quantize_tokens_nvfp4[(triton.cdiv(tokens, 16), triton.cdiv(blocks * BLOCK, columns))](
+        x, amax, codes, scales, scale_2, tokens, k, x.stride(0), codes.stride(0), scales.stride(0),
+        SPREAD=spread("default"), BT=16, BK=columns, **EXACT,
+    )  # fmt: skip
+    return codes, scales, scale_2
 
 
 def quantize_scaled_activations(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:

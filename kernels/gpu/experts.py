@@ -10,7 +10,7 @@ import triton
 from ..formats import Tensors, WeightFormat
 from ..reference.arguments import check_experts
 from .jit.matmul import multiply_experts
-from .linear import Operands, check_rows, code_bits, constants, on_device, operands, target_of, tiles_for
+from .linear import Operands, check_rows, constants, in_kernels, on_device, operands, target_of, tiles_for
 from .target import GpuTarget
 from .tiles import Tiles
 
@@ -36,8 +36,8 @@ class TritonExperts:
         k: int,
     ) -> torch.Tensor:
         check_experts(self.format, x, tensors, bias, offsets, n_rows, k)
-        codes, scales = tensors
-        check_rows(self.format, codes, scales, bias)
+        codes = tensors[0]
+        check_rows(self.format, tensors[0], tensors[1], bias)
         out = x.new_empty(x.shape[0], n_rows)
         if not out.numel():
             return out
@@ -46,14 +46,13 @@ class TritonExperts:
         tiles = tiles_for(self.format, target, x, per_expert, self.quantized)
         with on_device(x):
             given = operands(self.format, target, x, self.quantized)
-            self._launch(given, codes, scales, bias, offsets, out, k, tiles)
+            self._launch(given, tensors, bias, offsets, out, k, tiles)
         return out
 
     def _launch(
         self,
         given: Operands,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         bias: torch.Tensor | None,
         offsets: torch.Tensor,
         out: torch.Tensor,
@@ -61,13 +60,15 @@ class TritonExperts:
         tiles: Tiles,
     ) -> None:
         tokens, n_rows = out.shape
-        experts = codes.shape[0]
-        bits = code_bits(self.format, codes)
+        experts = tensors[0].shape[0]
+        bits, scales, scale_2 = in_kernels(self.format, tensors)
         multiply_experts[(most_blocks(tokens, experts, tiles.tokens), triton.cdiv(n_rows, tiles.rows))](
             given.x,
             given.scales,
+            given.scale_2,
             bits,
             scales,
+            scale_2,
             out if bias is None else bias,
             out,
             offsets,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..formats import WeightFormat
+from ..formats import Tensors, WeightFormat
 from ..reference.operations import as_one_row
 from .jit import integer
 from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
@@ -18,6 +18,7 @@ class IntegerLaunches:
     """The launches of an integer format with zero points (see `triton_launch.Launches`)."""
 
     format: WeightFormat
+    scale_mode: str = "default"
 
     @property
     def in_one_pass(self) -> bool:
@@ -26,12 +27,12 @@ class IntegerLaunches:
     def quantize(
         self,
         source: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         nonfinite: torch.Tensor,
         measured: bool,
         known: bool,
     ) -> torch.Tensor:
+        codes, scales = tensors
         rows, cols = as_one_row(self.format, source, codes, scales)
         tile = self._tile(rows, cols)
         grid = grid_of(rows, cols, tile["R"], tile["B"] * tile["W"])
@@ -51,14 +52,16 @@ class IntegerLaunches:
             GROUP=self.format.block_cols, **tile, num_warps=4, **EXACT,
         )  # fmt: skip
 
-    def finish_scales(self, amax: torch.Tensor, scales: torch.Tensor) -> None:
+    def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
+        (scale,) = scales
         rows, groups = amax.shape[0], amax.shape[1] // 2
         integer.scales_integers[grid_of(1, rows * groups, 1, SCALES)](
-            amax, bits(scales), rows, groups, amax.stride(0), scales.stride(0),
+            amax, bits(scale), rows, groups, amax.stride(0), scale.stride(0),
             **self._rule(), N=SCALES, num_warps=4, **EXACT,
         )  # fmt: skip
 
-    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    def dequantize(self, tensors: Tensors, out: torch.Tensor) -> None:
+        codes, scales = tensors
         rows, cols = out.shape
         width = width_of(cols)
         integer.dequantize_groups[grid_of(rows, cols, TILE // width, width)](

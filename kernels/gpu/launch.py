@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..formats import WeightFormat
+from ..formats import Tensors, WeightFormat
 
 TILE = 4096
 """Elements that a program of four warps makes: 32 for each thread of NVIDIA's, 16 of AMD's."""
@@ -32,8 +32,7 @@ class Launches(Protocol):
     def quantize(
         self,
         source: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         nonfinite: torch.Tensor,
         measured: bool,
         known: bool,
@@ -41,10 +40,10 @@ class Launches(Protocol):
         """Launch, and return the partial statistics (no columns unless `measured`)."""
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor, nonfinite: torch.Tensor) -> None: ...
-    def finish_scales(self, amax: torch.Tensor, scales: torch.Tensor) -> None:
+    def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
         """`amax` and `scales` are matrices."""
 
-    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None: ...
+    def dequantize(self, tensors: Tensors, out: torch.Tensor) -> None: ...
 
 
 def width_of(cols: int) -> int:

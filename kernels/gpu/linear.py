@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import triton
 
-from ..formats import INTEGER, MX, Tensors, WeightFormat
+from ..formats import INTEGER, MX, TENSOR_SCALED, Tensors, WeightFormat
 from ..reference.arguments import check_linear
-from .activations import quantize_mx_activations, quantize_scaled_activations
+from .activations import quantize_mx_activations, quantize_nvfp4_activations, quantize_scaled_activations
 from .jit.matmul import multiply_linear
 from .jit.tile_matmul import sum_parts
 from .target import GpuTarget, gpu_target
@@ -27,6 +27,7 @@ class Operands:
 
     x: torch.Tensor
     scales: torch.Tensor
+    scale_2: torch.Tensor
     scale_stride: int
     constants: dict[str, Any]
 
@@ -51,8 +52,7 @@ class TritonLinear:
         k: int,
     ) -> torch.Tensor:
         check_linear(self.format, x, tensors, bias, n_rows, k)
-        codes, scales = tensors
-        check_rows(self.format, codes, scales, bias)
+        check_rows(self.format, tensors[0], tensors[1], bias)
         out = x.new_empty(x.shape[0], n_rows)
         if not out.numel():
             return out
@@ -60,14 +60,13 @@ class TritonLinear:
         tiles = tiles_for(self.format, target, x, x.shape[0], self.quantized)
         with on_device(x):
             given = operands(self.format, target, x, self.quantized)
-            self._launch(given, codes, scales, bias, out, k, tiles, target)
+            self._launch(given, tensors, bias, out, k, tiles, target)
         return out
 
     def _launch(
         self,
         given: Operands,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         bias: torch.Tensor | None,
         out: torch.Tensor,
         k: int,
@@ -79,12 +78,14 @@ class TritonLinear:
         step = split_of_k(target, tiles_t * tiles_n, tiles, tokens, k)
         parts = max(1, triton.cdiv(k, step))
         written = out if parts == 1 else torch.empty(parts, tokens, n_rows, dtype=torch.float32, device=out.device)
-        bits = code_bits(self.format, codes)
+        bits, scales, scale_2 = in_kernels(self.format, tensors)
         multiply_linear[(tiles_t, tiles_n, parts)](
             given.x,
             given.scales,
+            given.scale_2,
             bits,
             scales,
+            scale_2,
             out if bias is None else bias,
             written,
             tokens,
@@ -114,12 +115,15 @@ def operands(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, quantized: b
     x = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
     kinds = way(fmt, target, x.dtype, x.shape[0], quantized)
     if kinds["ACTIVATIONS"] != "codes":
-        return Operands(x, x, 0, kinds)
+        return Operands(x, x, x, 0, kinds)
     if fmt.family is MX:
         codes, scales = quantize_mx_activations(x, fmt)
-        return Operands(code_bits(fmt, codes), scales, scales.stride(0), kinds)
+        return Operands(code_bits(fmt, codes), scales, scales, scales.stride(0), kinds)
+    if fmt.family is TENSOR_SCALED:
+        codes, scales, scale_2 = quantize_nvfp4_activations(x)
+        return Operands(codes, scales, scale_2, scales.stride(0), kinds)
     codes, scales = quantize_scaled_activations(x, fmt)
-    return Operands(code_bits(fmt, codes), scales, scales.stride(0) if fmt.block_rows else 0, kinds)
+    return Operands(code_bits(fmt, codes), scales, scales, scales.stride(0) if fmt.block_rows else 0, kinds)
 
 
 def way(fmt: WeightFormat, target: GpuTarget, dtype: torch.dtype, tokens: int, quantized: bool) -> dict[str, Any]:
@@ -127,7 +131,9 @@ def way(fmt: WeightFormat, target: GpuTarget, dtype: torch.dtype, tokens: int, q
     if fmt.family is MX:
         kind = float_kind(fmt, target, dtype) if not quantized else "quantize" if tokens <= FEW_TOKENS else "codes"
         tile = "decoded" if kind == "decode" else "mx"
-    elif fmt.family is INTEGER:
+    elif fmt.family is TENSOR_SCALED and quantized:
+        tile, kind = "nvfp4", "codes"
+    elif fmt.family in (INTEGER, TENSOR_SCALED):
         tile, kind = "decoded", "decode"
     else:
         tile, kind = "scaled", "codes" if quantized else "float"
@@ -137,9 +143,10 @@ def way(fmt: WeightFormat, target: GpuTarget, dtype: torch.dtype, tokens: int, q
 def tiles_for(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, tokens: int, quantized: bool) -> Tiles:
     """The tile sizes for x [..., k]; `tokens` is how many of its rows meet one weight."""
     k, itemsize = x.shape[1], x.dtype.itemsize
-    if fmt.family is MX and (quantized or fmt.element == TRITON_DECODES):
+    along_k = fmt.family in (MX, TENSOR_SCALED)
+    if along_k and (quantized or fmt.element == TRITON_DECODES):
         return mx_tiles(target, tokens, k, quantized, itemsize)
-    if fmt.family in (MX, INTEGER):
+    if along_k or fmt.family is INTEGER:
         return decoded_tiles(target, tokens, k, itemsize)
     return scaled_tiles(target, tokens, k, quantized, itemsize, fmt.block_rows > 1)
 
@@ -161,6 +168,12 @@ def code_bits(fmt: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
     if fmt.code_bits == 6:
         return codes.view(torch.int32)
     return codes.view(torch.uint8) if codes.dtype.is_floating_point else codes
+
+
+def in_kernels(fmt: WeightFormat, tensors: Tensors) -> Tensors:
+    """Codes, scales and the scale of the whole tensor (the scales where there is none), as every GPU loads them."""
+    codes, scales, *outer = tensors
+    return code_bits(fmt, codes), code_bits(fmt, scales) if outer else scales, outer[0] if outer else scales
 
 
 def check_rows(fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:

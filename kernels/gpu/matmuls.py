@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..arrangement import Arrangement
-from ..formats import FORMATS, FP8, FP8_FNUZ, INT8, INTEGER, MX, Family, WeightFormat
+from ..formats import FORMATS, FP8, FP8_FNUZ, INT8, INTEGER, MX, TENSOR_SCALED, Family, WeightFormat
 from . import aiter
 from .quantizers import triton_lacks, triton_unavailable
 from .target import GpuTarget, gpu_target
@@ -100,6 +100,10 @@ def _lacks_mx(fmt: WeightFormat, target: GpuTarget) -> str | None:
     return None if target.native_mx else f"{target.name} has no MX matrix instructions; gfx950 and sm_100 have"
 
 
+def _lacks_nvfp4(fmt: WeightFormat, target: GpuTarget) -> str | None:
+    return None if target.native_nvfp4 else f"{target.name} has no NVFP4 matrix instructions; sm_100 has"
+
+
 def _lacks_fp8(fmt: WeightFormat, target: GpuTarget) -> str | None:
     if not target.native_fp8:
         return f"{target.name} has no matrix instructions for FP8; sm_89, gfx942 and newer have"
@@ -130,15 +134,16 @@ _AITER = {**_ROUNDS, "arrangement": aiter.ARRANGEMENT, "missing": aiter.missing,
 _SCALED_MM = {**_ROUNDS, "missing": _missing_scaled_mm}
 
 # aiter fuses a whole experts layer; layers it cannot fuse stay canonical and multiply through Triton. Activations are
-# quantized too where that is what the format is for (FP8, and MXFP4 and MXFP8 with matrix instructions for them); those
-# of INT8 only on request, because its activations lose more than its weights.
+# quantized too where that is what the format is for (FP8, and MXFP4, NVFP4 and MXFP8 with matrix instructions for
+# them); those of INT8 only on request, because its activations lose more than its weights.
 ROWS = (
     Row("aiter", {MX: ("e2m1",)}, {**_triton(True), "linear": ("aiter", "AiterLinear", ())}, aiter.lacks, _AITER),
     Row("triton_w4a4", {MX: ("e2m1",)}, _triton(True), _lacks_mx, _ROUNDS),
+    Row("triton_w4a4", {TENSOR_SCALED: ("nvfp4",)}, _triton(True), _lacks_nvfp4, _ROUNDS),
     Row("scaled_mm", {FP8: None}, {"linear": ("scaled_mm", "ScaledMmLinear", ())}, _lacks_scaled_mm, _SCALED_MM),
     Row("triton_w8a8", {MX: ("e4m3",)}, _triton(True), _lacks_mx, _ROUNDS),
     Row("triton_w8a8", {FP8: None, FP8_FNUZ: None}, _triton(True), _lacks_fp8, _ROUNDS),
-    Row("triton", dict.fromkeys((MX, FP8, FP8_FNUZ, INT8, INTEGER)), _triton(False), _lacks_nothing),
+    Row("triton", dict.fromkeys((MX, TENSOR_SCALED, FP8, FP8_FNUZ, INT8, INTEGER)), _triton(False), _lacks_nothing),
     Row("triton_w8a8", {INT8: None}, _triton(True), _lacks_nothing, _ROUNDS),
 )
 """Best first."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..formats import WeightFormat
+from ..formats import Tensors, WeightFormat
 from ..reference.operations import as_one_row
 from .jit import mx
 from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
@@ -18,17 +18,18 @@ class MxLaunches:
     """The launches of an MX format (see `triton_launch.Launches`)."""
 
     format: WeightFormat
+    scale_mode: str = "default"
     in_one_pass: bool = True
 
     def quantize(
         self,
         source: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         nonfinite: torch.Tensor,
         measured: bool,
         known: bool,
     ) -> torch.Tensor:
+        codes, scales = tensors
         rows, cols = as_one_row(self.format, source, codes, scales)
         tile = _tile(rows, cols)
         grid = grid_of(rows, cols, tile["R"], 32 * tile["B"])
@@ -48,15 +49,17 @@ class MxLaunches:
             **tile, num_warps=4, **EXACT,
         )  # fmt: skip
 
-    def finish_scales(self, amax: torch.Tensor, scales: torch.Tensor) -> None:
+    def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
+        (scale,) = scales
         element = self.format.mx_element
         rows, cols = amax.shape
         mx.scales_mx[grid_of(1, amax.numel(), 1, SCALES)](
-            amax.view(torch.int32), scales, rows, cols, amax.stride(0), scales.stride(0),
+            amax.view(torch.int32), scale, rows, cols, amax.stride(0), scale.stride(0),
             EMAX=element.emax, THRESHOLD=element.threshold, N=SCALES, num_warps=4, **EXACT,
         )  # fmt: skip
 
-    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    def dequantize(self, tensors: Tensors, out: torch.Tensor) -> None:
+        codes, scales = tensors
         rows, cols = out.shape
         element, tile = self.format.mx_element, _tile(rows, cols)
         mx.dequantize_mx[grid_of(rows, cols, tile["R"], 32 * tile["B"])](

@@ -27,10 +27,11 @@ class TritonQuantize:
     """The operations of one format that have no matmul in them (see `registry` for what each takes and returns)."""
 
     format: WeightFormat
+    scale_mode: str = "default"
 
     @cached_property
     def _launches(self) -> Launches:
-        return _launches(self.format)
+        return _launches(self.format, self.scale_mode)
 
     def quantize(
         self,
@@ -67,7 +68,6 @@ class TritonQuantize:
         Everything is on one device, the float64 [STATS] `statistics` too.
         """
         check_quantize(self.format, source, tensors)
-        codes, scales = tensors
         if not source.numel():
             return
         with on(source.device):
@@ -75,11 +75,11 @@ class TritonQuantize:
                 scales_known = True
                 amax = torch.zeros(self.format.amax_shape(*source.shape), dtype=torch.float32, device=source.device)
                 self.enqueue_observe(source, amax, nonfinite)
-                self.finish_scales(amax, (scales,))
+                self.finish_scales(amax, tensors[1:])
                 counted = torch.zeros_like(nonfinite)  # those of the first pass are not counted twice
             else:
                 counted = nonfinite
-            partials = self._launches.quantize(source, codes, scales, counted, statistics is not None, scales_known)
+            partials = self._launches.quantize(source, tensors, counted, statistics is not None, scales_known)
             if statistics is not None:
                 measure.merge_partials[(st.STATS,)](
                     partials, statistics, partials.shape[1], source.numel(), BLOCK=MERGE, num_warps=4, **EXACT
@@ -95,28 +95,27 @@ class TritonQuantize:
 
     def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
         check_finish(self.format, amax, scales)
-        (scale,) = scales
         if amax.numel():
+            matrices = tuple(scale.view(-1, scale.shape[-1]) for scale in scales)
             with on(amax.device):
-                self._launches.finish_scales(amax.view(-1, amax.shape[-1]), scale.view(-1, scale.shape[-1]))
+                self._launches.finish_scales(amax.view(-1, amax.shape[-1]), matrices)
 
     def dequantize(self, tensors: Tensors, out: torch.Tensor) -> None:
         check_quantize(self.format, out, tensors)
-        codes, scales = tensors
         if not out.numel():
             return
         with on(out.device):
-            self._launches.dequantize(codes, scales, out)
+            self._launches.dequantize(tensors, out)
 
 
-def triton_quantize(format_name: str) -> TritonQuantize:
+def triton_quantize(format_name: str, scale_mode: str = "default") -> TritonQuantize:
     """The operations of a format."""
-    return TritonQuantize(FORMATS[format_name])
+    return TritonQuantize(FORMATS[format_name], scale_mode)
 
 
-def _launches(fmt: WeightFormat) -> Launches:
+def _launches(fmt: WeightFormat, scale_mode: str) -> Launches:
     if fmt.family is None or fmt.family.gpu is None:
         raise ValueError(f"{fmt.name} has no kernels for GPUs")
     module, _, attribute = fmt.family.gpu.partition(":")
-    made: Launches = getattr(importlib.import_module(f".{module}", __package__), attribute)(fmt)
+    made: Launches = getattr(importlib.import_module(f".{module}", __package__), attribute)(fmt, scale_mode)
     return made

@@ -27,6 +27,7 @@ class GpuQuantize:
 
     operation: str
     format: WeightFormat
+    scale_mode: str = "default"
     name: str = "triton"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -36,7 +37,7 @@ class GpuQuantize:
     def _function(self) -> Any:
         from .quantize import triton_quantize
 
-        return getattr(triton_quantize(self.format.name), self.operation)
+        return getattr(triton_quantize(self.format.name, self.scale_mode), self.operation)
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why the kernel cannot run on a device, or None when it can."""
@@ -50,10 +51,11 @@ class GpuQuantize:
 def gpu_quantizers(operation: str, fmt: WeightFormat, scale_mode: str = "default") -> list[GpuQuantize]:
     """The kernels of an operation of a format, best first.
 
-    There are none with a matmul, for families without launches, or for another scale mode than the default.
+    There are none with a matmul, or for families and scale modes without launches.
     """
     served = operation in OPERATIONS and fmt.family is not None and fmt.family.gpu is not None
-    return [GpuQuantize(operation, fmt)] if served and scale_mode == "default" else []
+    modes = () if fmt.family is None else fmt.family.gpu_modes
+    return [GpuQuantize(operation, fmt, scale_mode)] if served and scale_mode in modes else []
 
 
 def triton_unavailable(device: torch.device) -> str | None:

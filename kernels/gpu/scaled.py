@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..formats import WeightFormat
+from ..formats import Tensors, WeightFormat
 from .jit import scaled
 from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, power_of_two, width_of
 
@@ -20,6 +20,7 @@ class ScaledLaunches:
     """The launches of a format with float32 scales (see `triton_launch.Launches`)."""
 
     format: WeightFormat
+    scale_mode: str = "default"
 
     @property
     def in_one_pass(self) -> bool:
@@ -28,12 +29,12 @@ class ScaledLaunches:
     def quantize(
         self,
         source: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
+        tensors: Tensors,
         nonfinite: torch.Tensor,
         measured: bool,
         known: bool,
     ) -> torch.Tensor:
+        codes, scales = tensors
         rows, cols = source.shape
         strides = (source.stride(0), codes.stride(0), scales.stride(0))
         common = {**self._rule(), "KNOWN": known, "MEASURE": measured, **EXACT}
@@ -61,13 +62,15 @@ class ScaledLaunches:
             GROUP=self._group(), **tile, num_warps=warps, **EXACT,
         )  # fmt: skip
 
-    def finish_scales(self, amax: torch.Tensor, scales: torch.Tensor) -> None:
+    def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
+        (scale,) = scales
         rows, cols = amax.shape
         scaled.scales_scaled[grid_of(1, amax.numel(), 1, SCALES)](
-            amax, scales, rows, cols, amax.stride(0), scales.stride(0), **self._rule(), N=SCALES, num_warps=4, **EXACT
+            amax, scale, rows, cols, amax.stride(0), scale.stride(0), **self._rule(), N=SCALES, num_warps=4, **EXACT
         )
 
-    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    def dequantize(self, tensors: Tensors, out: torch.Tensor) -> None:
+        codes, scales = tensors
         rows, cols = out.shape
         tile, warps = self._tile(cols)
         scaled.dequantize_scaled[grid_of(rows, cols, tile["R"], tile["C"])](

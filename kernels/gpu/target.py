@@ -31,6 +31,11 @@ class GpuTarget:
         return self.name == "gfx950" or 100 <= self.capability < 120
 
     @property
+    def native_nvfp4(self) -> bool:
+        """Whether matrix instructions take FP4 operands with E4M3 scales of 16."""
+        return 100 <= self.capability < 120
+
+    @property
     def fnuz(self) -> bool:
         """Whether its FP8 is E4M3FNUZ."""
         return self.name in ("gfx940", "gfx941", "gfx942")

@@ -25,14 +25,15 @@ def check_observe(fmt: WeightFormat, source: torch.Tensor, amax: torch.Tensor) -
 
 
 def check_finish(fmt: WeightFormat, amax: torch.Tensor, scales: Tensors) -> None:
-    """Raise ValueError unless scales computed from `amax` can be written into `scales`, the first of which is as tall.
+    """Raise ValueError unless scales computed from `amax` can be written into those of `scales` that have its blocks.
 
-    Further ones have a shape that `amax` alone does not tell.
+    Others have a shape that `amax` alone does not tell.
     """
     if amax.dtype != torch.float32:
         raise ValueError(f"{fmt.name}: amax must be torch.float32, got {amax.dtype}")
     for wanted, scale in zip(fmt.scales, scales, strict=True):
-        fits = wanted is not fmt.scales[0] or scale.shape == amax.shape
+        decided = (wanted.block_rows, wanted.block_cols) == (fmt.maxima.block_rows, fmt.maxima.block_cols)
+        fits = not decided or scale.shape == amax.shape
         if scale.dtype != wanted.dtype or not fits:
             raise ValueError(
                 f"{fmt.name}: scales of maxima {list(amax.shape)} must be written to a {wanted.dtype} "

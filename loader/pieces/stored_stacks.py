@@ -107,8 +107,8 @@ class StoredStack:
     def finite(self, number: int, buffer: Tensor) -> Tensor:
         """What `values` returns; raises `NonFiniteWeightError` naming the tensor where it is scales that are not."""
         values, matrix = self.values(number, buffer), self.matrices[number]
-        if matrix.part.role in ("scale", "zero_point"):
-            largest = matrix.weight.largest_scale if matrix.part.role == "scale" else torch.inf
+        if matrix.part.role in ("scale", "zero_point", "scale_2"):
+            largest = torch.inf if matrix.part.role == "zero_point" else matrix.weight.largest_scale
             try:
                 check_finite(matrix.part.entry.name, values, largest)
             except NonFiniteWeightError:

@@ -15,6 +15,8 @@ from quantized_copies import METHODS, quantized_copy
 from quantized_models import quantized_modules, weight_names
 from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
 from quantload.errors import CheckpointError, UnsupportedCheckpointError
+from quantload.kernels.formats import NVFP4
+from quantload.kernels.registry import kernel_set
 
 Checkpoint = Callable[[str], Path]
 TRANSPOSED = {"gpt2"}
@@ -179,10 +181,23 @@ def test_a_config_of_modelopt_in_a_file_of_its_own(checkpoint: Checkpoint, tmp_p
     assert load_quantized(tmp_path / "out").load_report.quantization == "prequantized"
 
 
-def test_nvfp4_is_only_read_to_be_quantized_anew(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    quantized, _ = quantized_copy(tmp_path, checkpoint("llama"), *METHODS["nvfp4"])
-    with pytest.raises(UnsupportedCheckpointError, match=r"stored as nvfp4, which is only read .* such as quark"):
-        load_quantized(quantized)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_nvfp4_is_kept_as_it_is_stored(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Three tensors of each weight, which stand for what was stored."""
+    quantized, plain = quantized_copy(tmp_path, checkpoint(name), *METHODS["nvfp4"])
+    got, want = load_quantized(quantized), load_quantized(plain, "none")
+    assert {layer.scheme for layer in got.load_report.layers} == {"prequantized"}
+    weights = dict(want.named_parameters())
+    scaled = [key.removesuffix("_scale_2") for key in got.state_dict() if key.endswith("_scale_2")]
+    assert scaled
+    for key in scaled:
+        codes, scale, scale_2 = (got.state_dict()[key + suffix] for suffix in NVFP4.suffixes)
+        of_each = scale_2.numel()  # experts have one for gate and one for up
+        matrices = (each.reshape(of_each, -1, each.shape[-1]) for each in (codes, scale, scale_2, weights[key]))
+        for *tensors, expected in zip(*matrices, strict=True):
+            values = torch.empty(expected.shape)
+            kernel_set("nvfp4", "cpu").dequantize(tuple(tensors), values)
+            torch.testing.assert_close(values.to(expected.dtype), expected.detach(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", sorted(SPLIT))

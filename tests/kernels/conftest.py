@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quantload.kernels.formats import WeightFormat
+from quantload.kernels.formats import Tensors, WeightFormat
 from quantload.kernels.registry import (
     OPERATIONS,
     SCALE_MODES,
@@ -23,7 +23,7 @@ from quantload.kernels.registry import (
     needed_to_load,
     prepare,
 )
-from tested_formats import NUMBA_FORMATS, QUANTIZED, TRITON
+from tested_formats import NUMBA_FORMATS, QUANTIZED, TRITON, filled
 
 INTERPRETED = ("quantize", "observe", "finish_scales", "dequantize")
 """The operations that the tests here check in Triton's interpreter as well."""
@@ -47,21 +47,17 @@ class Runner:
     def format(self) -> WeightFormat:
         return self.kernels.format
 
-    def empty(self, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = torch.full(self.format.code_shape(rows, cols), 77, dtype=torch.uint8, device=self.device)
-        scales = torch.full(self.format.scale_shape(rows, cols), 77, device=self.device)
-        return codes.view(self.format.code_dtype), scales.to(self.format.scale_dtype)
+    def empty(self, rows: int, cols: int) -> Tensors:
+        return filled(self.format, rows, cols, device=self.device)
 
-    def quantize(self, source: torch.Tensor, statistics: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        codes, scales = self.empty(*source.shape)
-        assert self.kernels.quantize(source.to(self.device), (codes, scales), statistics) == 0
-        return codes.cpu(), scales.cpu()
+    def quantize(self, source: torch.Tensor, statistics: torch.Tensor | None = None) -> Tensors:
+        tensors = self.empty(*source.shape)
+        assert self.kernels.quantize(source.to(self.device), tensors, statistics) == 0
+        return tuple(tensor.cpu() for tensor in tensors)
 
-    def dequantize(
-        self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor:
+    def dequantize(self, tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         out = torch.full(shape, 77.0, dtype=dtype, device=self.device)
-        self.kernels.dequantize((codes.to(self.device), scales.to(self.device)), out)
+        self.kernels.dequantize(tuple(tensor.to(self.device) for tensor in tensors), out)
         return out.cpu()
 
 

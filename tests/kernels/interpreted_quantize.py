@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantload.kernels.formats import FORMATS, INTEGERS, WeightFormat
+from quantload.kernels.formats import FORMATS, INTEGERS, Tensors, WeightFormat
 from quantload.kernels.gpu.quantize import triton_quantize
+from quantload.kernels.reference.operations import tensor_rows
 from quantload.kernels.registry import kernel_set
-from tested_formats import TRITON
+from tested_formats import TRITON, filled
 
 ROWS, COLS = 130, 200
 ONE_OF_EACH_GROUP = [fmt for i, fmt in enumerate(INTEGERS) if i % 3 == i // 3 % 3]
@@ -26,10 +27,8 @@ def weights(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return source.to(dtype)
 
 
-def outputs(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    fmt = FORMATS[name]
-    codes = torch.full(fmt.code_shape(ROWS, COLS), 77, dtype=torch.uint8).view(fmt.code_dtype)
-    return codes, torch.full(fmt.scale_shape(ROWS, COLS), 7, dtype=fmt.scale_dtype)
+def outputs(name: str) -> Tensors:
+    return filled(FORMATS[name], ROWS, COLS)
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -44,23 +43,20 @@ def test_two_passes(name, record_property):
     fmt, kernels, source = FORMATS[name], triton_quantize(name), weights()
     want = outputs(name)
     assert plain(name).quantize(source, want) == 0
-    amax = torch.zeros(fmt.scale_shape(ROWS, COLS))
+    amax = torch.zeros(fmt.amax_shape(ROWS, COLS))
     cut = 128
-    parts = (slice(0, cut), slice(cut, ROWS))
+    parts = ((0, cut), (cut, ROWS))
     for rows in parts:
-        blocks = slice(rows.start // fmt.block_rows, -(-rows.stop // fmt.block_rows)) if fmt.block_rows else slice(0, 1)
-        assert kernels.observe(source[rows], amax[blocks]) == 0
-    codes, scales = outputs(name)
-    kernels.finish_scales(amax, (scales,))
-    assert same(scales, want[1])
+        assert kernels.observe(source[slice(*rows)], amax[slice(*fmt.maxima.rows(*rows))]) == 0
+    got = outputs(name)
+    kernels.finish_scales(amax, got[1:])
+    assert same(got[-1], want[-1])
     for rows in parts:
-        blocks = slice(rows.start // fmt.block_rows, -(-rows.stop // fmt.block_rows)) if fmt.block_rows else slice(0, 1)
-        assert kernels.quantize(source[rows], (codes[rows], scales[blocks]), scales_known=True) == 0
-    assert same(codes, want[0])
-    assert same(scales, want[1])
+        assert kernels.quantize(source[slice(*rows)], tensor_rows(fmt, got, *rows), scales_known=True) == 0
+    assert all(same(one, other) for one, other in zip(got, want, strict=True))
     if fmt.scale_dtype == torch.float32:
         kernels.finish_scales(amax, (amax,))
-        assert same(amax, scales)
+        assert same(amax, got[1])
 
 
 @pytest.mark.interpreted
@@ -70,10 +66,12 @@ def test_scales_of_every_exponent(name, record_property):
     exponents = torch.arange(255, dtype=torch.int32)
     significands = torch.tensor([0, 1, 0x400000, 0x400001, 0x5FFFFF, 0x600000, 0x600001, 0x700000, 0x780000, 0x7FFFFF])
     amax = (exponents[:, None] << 23 | significands[None, :].int()).view(torch.float32)
-    got, want = (torch.zeros(amax.shape, dtype=FORMATS[name].scale_dtype) for _ in range(2))
-    triton_quantize(name).finish_scales(amax, (got,))
-    plain(name).finish_scales(amax, (want,))
-    assert same(got, want)
+    fmt = FORMATS[name]
+    made = fmt.scales[-1].dtype  # of the scales that maxima decide
+    got, want = ([torch.zeros(amax.shape, dtype=made) for _ in fmt.scales] for _ in range(2))
+    triton_quantize(name).finish_scales(amax, tuple(got))
+    plain(name).finish_scales(amax, tuple(want))
+    assert all(same(one, other) for one, other in zip(got, want, strict=True))
 
 
 @pytest.mark.interpreted

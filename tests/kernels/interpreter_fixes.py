@@ -1,8 +1,8 @@
 """What Triton's interpreter gets wrong about BF16 and E4M3 FNUZ, put right for tests that run under it.
 
-It multiplies the bits of BF16 operands of `tl.dot` instead of their values, makes BF16 of an integer likewise, cuts off
-where it should round, and loses subnormals. The conversions here are torch's. Up to Triton 3.7 it does not know E4M3
-FNUZ by its name, although it has all that it takes.
+It takes every scale of `tl.dot_scaled` for E8M0. It multiplies the bits of BF16 operands of `tl.dot` instead of their
+values, makes BF16 of an integer likewise, cuts off where it should round, and loses subnormals. The conversions here
+are torch's. Up to Triton 3.7 it does not know E4M3 FNUZ by its name, although it has all that it takes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 
 _convert = interpreter._convert_float
 _patch_lang_core = interpreter._patch_lang_core
+_scale = getattr(interpreter, "_dot_scaled_scale_to_f32", None)
 _create_dot = interpreter.InterpreterBuilder.create_dot
 
 
@@ -52,8 +53,17 @@ def _with_fnuz(lang: Any, *scope: Any) -> None:
     lang.dtype.to_ir = lambda self, b: b.get_fp8e4b8_ty() if self.name == "fp8e4b8" else to_ir(self, b)
 
 
+def _scale_to_f32(scale: Any, *where: Any) -> np.ndarray:
+    if scale.dtype == tl.float8e4nv:
+        return torch.from_numpy(np.ascontiguousarray(scale.data)).view(torch.float8_e4m3fn).float().numpy()
+    converted: np.ndarray = _scale(scale, *where)
+    return converted
+
+
 def apply() -> None:
     """Patch the interpreter of this process."""
+    if _scale is not None:
+        interpreter._dot_scaled_scale_to_f32 = _scale_to_f32
     interpreter._convert_float = _convert_float
     interpreter._patch_lang_core = _with_fnuz
     interpreter.InterpreterBuilder.create_dot = _dot

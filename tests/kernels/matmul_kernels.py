@@ -7,16 +7,26 @@ from typing import Any
 
 import torch
 from gpu_targets import Compiled, add_compiled, compile_for
-from quantload.kernels.formats import FORMATS, MX
+from quantload.kernels.formats import FORMATS
 from quantload.kernels.gpu.jit import matmul
 from quantload.kernels.gpu.linear import constants, tiles_for, way
 from quantload.kernels.gpu.target import GpuTarget
 
 K, MANY = 4096, 512
 SIXTEENTHS = ("k", "k_step", "n_rows", "x_stride", "code_stride", "code_expert_stride", "bias_stride", "out_stride")
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*u8",
+}
 MFMA_MX = r"v_mfma_scale_f32_\w+_f8f6f4"
-TCGEN05_MX = {"mxfp4": r"tcgen05\.mma\.\S+mxf4\S*", "mxfp8": r"tcgen05\.mma\.\S+mxf8f6f4\S*"}
+TCGEN05_MX = {
+    "mxfp4": r"tcgen05\.mma\.\S+mxf4\S*",
+    "nvfp4": r"tcgen05\.mma\.\S+mxf4nvf4\S+block16",
+    "mxfp8": r"tcgen05\.mma\.\S+mxf8f6f4\S*",
+}
 DECODE_FP4 = r"v_cvt_scalef32_pk_b?f16_fp4"
 MATRIX = {
     torch.bfloat16: r"v_mfma_f32_\w+_bf16|mma\.sync\.\S+\.bf16\.\S+|wgmma\S+bf16|tcgen05\.mma\S+f16",
@@ -55,6 +65,8 @@ def compiled(
         "x_scales": scale_type,
         "codes": code_type,
         "scales": scale_type,
+        "scale_2": "*fp32",
+        "x_scale_2": "*fp32",
         "bias": float_type,
         "out": float_type,
         "offsets": "*i32",
@@ -88,7 +100,7 @@ def label(operation: str, name: str, is_quantized: bool, tokens: int) -> str:
 
 def native_instruction(name: str, target: str, is_quantized: bool, dtype: torch.dtype = torch.bfloat16) -> str:
     """A pattern for the matrix instruction, or decoding instruction, that the kernel is for."""
-    if FORMATS[name].family is MX and is_quantized:
+    if name in TCGEN05_MX and is_quantized:
         return MFMA_MX if target == "gfx950" else TCGEN05_MX[name]
     if is_quantized:
         return (MATRIX_INT8 if name.startswith("int8") else MATRIX_FP8)[target]

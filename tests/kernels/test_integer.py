@@ -145,18 +145,3 @@ def test_every_kernel_agrees_and_no_weight_moves_by_more_than_half_a_scale(name,
     info = torch.finfo(fmt.scale_dtype)
     rounding = 2**fmt.code_bits * torch.maximum(step * info.eps, torch.tensor(info.smallest_normal * info.eps)) / 2
     assert bool(((values - source.float()).abs() <= step * 0.50001 + rounding).all())
-
-
-@pytest.mark.parametrize("operation", ["quantize", "observe", "finish_scales"])
-def test_nvfp4_is_only_read(operation):
-    assert all(
-        "only read" in reason for kernel, reason in candidates(operation, "nvfp4", "cpu") if kernel.name == "torch"
-    )
-
-
-def test_nvfp4_is_read():
-    codes = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE, 0x77]], dtype=torch.uint8)
-    out = torch.empty(1, 18)
-    function = next(k for k, reason in candidates("dequantize", "nvfp4", "cpu") if reason is None)
-    function((codes, torch.tensor([[1.0, 0.25]])), out)
-    assert out[0].tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6, 1.5, 1.5]

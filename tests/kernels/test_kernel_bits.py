@@ -7,24 +7,23 @@ from fractions import Fraction
 
 import pytest
 import torch
+from quantload.kernels.formats import Tensors
 from quantload.kernels.registry import kernel_set
 from tested_formats import FP8, FP8_E4M3FN, INT8, MX
 
 GRID = [Fraction(n, 2) for n in (0, 1, 2, 3, 4, 6, 8, 12)]
 
 
-def plain(contender, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def plain(contender, source: torch.Tensor) -> Tensors:
     """Codes and scales by the torch reference on the CPU."""
-    codes, scales = (t.cpu() for t in contender.empty(*source.shape))
-    assert kernel_set(contender.format.name, "cpu", {"quantize": "torch"}).quantize(source, (codes, scales)) == 0
-    return codes, scales
+    tensors = tuple(t.cpu() for t in contender.empty(*source.shape))
+    assert kernel_set(contender.format.name, "cpu", {"quantize": "torch"}).quantize(source, tensors) == 0
+    return tensors
 
 
 def assert_same_bytes(contender, source: torch.Tensor) -> None:
-    codes, scales = contender.quantize(source)
-    want_codes, want_scales = plain(contender, source)
-    assert torch.equal(scales.view(torch.uint8), want_scales.view(torch.uint8))
-    assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
+    for got, want in zip(contender.quantize(source), plain(contender, source), strict=True):
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
 def blocks_of_each_value(values: torch.Tensor) -> torch.Tensor:
@@ -143,9 +142,9 @@ def test_odd_sizes(contender, cols, dtype):
 
 def test_zero_rows_have_finite_scales(runner):
     source = torch.zeros(130, 160, dtype=torch.bfloat16)
-    codes, scales = runner.quantize(source)
-    assert torch.isfinite(scales.float()).all()
-    values = runner.dequantize(codes, scales, (130, 160))
+    tensors = runner.quantize(source)
+    assert all(torch.isfinite(scales.float()).all() for scales in tensors[1:])
+    values = runner.dequantize(tensors, (130, 160))
     assert torch.equal(values, torch.zeros(130, 160))
 
 
@@ -154,7 +153,7 @@ def test_zero_rows_have_finite_scales(runner):
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (130, 200), (128, 256)])
 def test_dequantize(contender, shape, dtype):
     generator = torch.Generator().manual_seed(4)
-    codes, scales = contender.empty(*shape)
+    codes, scales, *outer = contender.empty(*shape)
     codes.view(torch.uint8).copy_(torch.randint(0, 256, codes.shape, generator=generator))
     raw = codes.view(torch.uint8)
     if contender.format.code_dtype == torch.float8_e4m3fn:
@@ -165,10 +164,11 @@ def test_dequantize(contender, shape, dtype):
         scales.copy_(torch.randint(0, 252, scales.shape, generator=generator))
     else:
         scales.copy_(torch.rand(scales.shape, generator=generator))
+    tensors = codes, scales, *(each.fill_(0.37) for each in outer)
     want = torch.empty(shape, dtype=dtype)
     plain_set = kernel_set(contender.format.name, "cpu", {"dequantize": "torch"})
-    plain_set.dequantize((codes.cpu(), scales.cpu()), want)
-    got = contender.dequantize(codes, scales, shape, dtype)
+    plain_set.dequantize(tuple(each.cpu() for each in tensors), want)
+    got = contender.dequantize(tensors, shape, dtype)
     assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
@@ -178,7 +178,7 @@ def test_every_code_byte_dequantizes_to_its_meaning(runner):
     fmt = runner.format
     if fmt.name == "int8_channel":
         codes, values = torch.arange(-128, 128).to(torch.int8), [float(c) for c in range(-128, 128)]
-    elif fmt.name in ("mxfp4", "mxfp4_rows"):
+    elif fmt.name in ("mxfp4", "mxfp4_rows", "nvfp4"):
         codes, values = torch.arange(256, dtype=torch.uint8), small_floats(2, 1, 1)
         values = [values[c] for byte in range(256) for c in (byte & 15, byte >> 4)]
     elif fmt.scale_words == 2:  # the zero point is 2, as the scale is
@@ -199,9 +199,10 @@ def test_every_code_byte_dequantizes_to_its_meaning(runner):
         if fmt.scale_dtype == torch.uint8
         else scales.to(fmt.scale_dtype)
     )
+    outer = [torch.ones(each.shape(1, len(values))) for each in fmt.scales[1:]]
     if fmt.name == "mxfp4_rows":
         scales[:, -4:] = torch.ones(1).view(torch.uint8)  # the multiplier of the row
-    got = runner.dequantize(codes.view(1, -1), scales, (1, len(values)))
+    got = runner.dequantize((codes.view(1, -1), scales, *outer), (1, len(values)))
     want = 2 * torch.tensor([values])
     assert torch.equal(got.view(torch.int32), want.view(torch.int32))
 

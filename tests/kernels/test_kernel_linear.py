@@ -14,8 +14,9 @@ from quantload.kernels.cpu import dequantize as cpu_dequantize
 from quantload.kernels.cpu import linear as cpu_linear
 from quantload.kernels.cpu import processor, team
 from quantload.kernels.cpu.build import linear as linear_build
+from quantload.kernels.formats import Tensors
 from quantload.kernels.registry import kernel_set
-from tested_formats import NUMBA_FORMATS, QUANTIZED
+from tested_formats import NUMBA_FORMATS, QUANTIZED, filled
 
 
 @contextmanager
@@ -28,17 +29,15 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def quantized(kernels, n_rows: int, k: int, size: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    fmt = kernels.format
+def quantized(kernels, n_rows: int, k: int, size: float = 1.0) -> Tensors:
     weight = (torch.randn(n_rows, k, generator=torch.Generator().manual_seed(1)) * size).bfloat16()
-    codes = torch.zeros(fmt.code_shape(n_rows, k), dtype=torch.uint8).view(fmt.code_dtype)
-    scales = torch.zeros(fmt.scale_shape(n_rows, k), dtype=fmt.scale_dtype)
-    assert kernels.quantize(weight, (codes, scales)) == 0
-    return codes, scales
+    tensors = filled(kernels.format, n_rows, k, 0)
+    assert kernels.quantize(weight, tensors) == 0
+    return tensors
 
 
 @cache
-def small_weight(name: str, n_rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def small_weight(name: str, n_rows: int, k: int) -> Tensors:
     """Quantized once for all kernels and types of x: `test_kernel_bits.py` says that every kernel gives these bytes."""
     return quantized(kernel_set(name, "cpu"), n_rows, k, size=0.05)
 
@@ -61,11 +60,11 @@ def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows
     bias_dtype = dtype if bias_kind == "as x" else bias_kind
     bias = torch.randn(n_rows, generator=generator).to(bias_dtype) if bias_dtype is not None else None
     x = torch.randn(tokens, k, generator=generator).to(dtype)
-    codes, scales = small_weight(runner.format.name, n_rows, k)
-    dequantized = runner.dequantize(codes, scales, (n_rows, k), dtype)
+    tensors = small_weight(runner.format.name, n_rows, k)
+    dequantized = runner.dequantize(tensors, (n_rows, k), dtype)
     want = F.linear(x.double(), dequantized.double(), None if bias is None else bias.double())
-    x, codes, scales, bias = (t if t is None else t.to(runner.device) for t in (x, codes, scales, bias))
-    got = runner.kernels.linear(x, (codes, scales), bias, n_rows, k).cpu()
+    x, bias, *tensors = (t if t is None else t.to(runner.device) for t in (x, bias, *tensors))
+    got = runner.kernels.linear(x, tuple(tensors), bias, n_rows, k).cpu()
     assert got.shape == (tokens, n_rows)
     assert got.dtype == dtype
     tolerance = 2 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps  # one rounding, and a float32 sum
@@ -74,40 +73,40 @@ def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows
 
 @pytest.mark.parametrize("tokens", [1, 50])
 def test_a_float32_bias_is_added_before_anything_is_rounded_to_the_type_of_x(runner, tokens):
-    codes, scales = runner.quantize(torch.eye(64))
+    tensors = runner.quantize(torch.eye(64))
     x = torch.zeros(tokens, 64, dtype=torch.bfloat16)
     x[:, 0] = -256
     bias = torch.full((64,), 256.5)  # 256 in BF16
-    on_device = tuple(t.to(runner.device) for t in (codes, scales))
+    on_device = tuple(t.to(runner.device) for t in tensors)
     got = runner.kernels.linear(x.to(runner.device), on_device, bias.to(runner.device), 64, 64).cpu()
     assert got.dtype == torch.bfloat16
-    one = runner.dequantize(codes, scales, (64, 64))[0, 0]  # more or less, and kernels may round it to BF16
+    one = runner.dequantize(tensors, (64, 64))[0, 0]  # more or less, and kernels may round it to BF16
     wanted = [256.5 - 256 * float(value) for value in (one, one.bfloat16())]
     assert all(min(abs(value - want) for want in wanted) < 0.1 for value in got[:, 0].tolist())
 
 
 def test_arguments_that_do_not_fit_are_named(runner):
-    codes, scales = runner.quantize(torch.ones(8, 64))
+    tensors = runner.quantize(torch.ones(8, 64))
     x = torch.ones(2, 64, device=runner.device)
-    codes, scales = codes.to(runner.device), scales.to(runner.device)
+    tensors = tuple(t.to(runner.device) for t in tensors)
     with pytest.raises(ValueError, match=r"x of shape \[T, 32\]"):
-        runner.kernels.linear(x, (codes, scales), None, 8, 32)
+        runner.kernels.linear(x, tensors, None, 8, 32)
     with pytest.raises(ValueError, match="weight has codes"):
-        runner.kernels.linear(x, (codes, scales), None, 9, 64)
+        runner.kernels.linear(x, tensors, None, 9, 64)
     with pytest.raises(ValueError, match="bias"):
-        runner.kernels.linear(x, (codes, scales), torch.ones(3, device=runner.device), 8, 64)
+        runner.kernels.linear(x, tensors, torch.ones(3, device=runner.device), 8, 64)
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 30])
 def test_the_number_of_threads_changes_nothing(fmt, tokens):
     kernels = kernel_set(fmt, "cpu")
-    codes, scales = quantized(kernels, 1030, 512)  # enough weights for several threads
+    tensors = quantized(kernels, 1030, 512)  # enough weights for several threads
     x = torch.randn(tokens, 512).bfloat16()
     results = []
     for threads in (1, 2, 5):
         with torch_threads(threads):
-            results.append(kernels.linear(x, (codes, scales), None, 1030, 512))
+            results.append(kernels.linear(x, tensors, None, 1030, 512))
     if tokens < 30:  # torch's own matmul of a tile may sum in another order
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
@@ -119,10 +118,10 @@ def test_the_number_of_threads_changes_nothing(fmt, tokens):
 def test_a_team_takes_every_row_once(threads):
     task = linear_build.dequantize_task()
     kernels = kernel_set("int8_channel", "cpu")
-    codes, scales = quantized(kernels, 600, 512)
+    tensors = quantized(kernels, 600, 512)
     want, got = torch.empty(600, 512), torch.full((600, 512), 77.0)
-    kernels.dequantize((codes, scales), want)
-    cpu_dequantize.dequantize(kernels.format, (codes, scales), got, threads)
+    kernels.dequantize(tensors, want)
+    cpu_dequantize.dequantize(kernels.format, tensors, got, threads)
     assert torch.equal(got, want)
     assert task is linear_build.dequantize_task()
 
@@ -131,22 +130,22 @@ def test_a_team_takes_every_row_once(threads):
 @pytest.mark.parametrize(("threads", "rows"), [(2, 1500), (3, 2048), (5, 700)])
 def test_threads_start_where_scales_do(fmt, threads, rows):
     kernels = kernel_set(fmt, "cpu")
-    codes, scales = quantized(kernels, rows, 1024)
+    tensors = quantized(kernels, rows, 1024)
     want, got = torch.empty(rows, 1024), torch.empty(rows, 1024)
-    kernels.dequantize((codes, scales), want)
-    cpu_dequantize.dequantize(kernels.format, (codes, scales), got, threads)
+    kernels.dequantize(tensors, want)
+    cpu_dequantize.dequantize(kernels.format, tensors, got, threads)
     assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("tokens", [3, 60])
 def test_scratch_made_in_inference_mode_serves_outside_of_it(tokens):
     kernels = kernel_set("int8_channel", "cpu")
-    codes, scales = quantized(kernels, 64, 96)
+    tensors = quantized(kernels, 64, 96)
     x = torch.randn(tokens, 96).half()
     cpu_linear._reused.__dict__.clear()
     with torch.inference_mode():
-        want = kernels.linear(x, (codes, scales), None, 64, 96)
-    assert torch.equal(kernels.linear(x, (codes, scales), None, 64, 96), want)
+        want = kernels.linear(x, tensors, None, 64, 96)
+    assert torch.equal(kernels.linear(x, tensors, None, 64, 96), want)
 
 
 def test_without_the_runtime_of_torch_one_thread_does_it(monkeypatch, caplog):
@@ -154,15 +153,15 @@ def test_without_the_runtime_of_torch_one_thread_does_it(monkeypatch, caplog):
     team._parallel.cache_clear()
     try:
         kernels = kernel_set("mxfp4", "cpu")
-        codes, scales = quantized(kernels, 1030, 512)
+        tensors = quantized(kernels, 1030, 512)
         x = torch.randn(1, 512).bfloat16()
         with caplog.at_level("INFO", "quantload"), torch_threads(2):
-            alone = kernels.linear(x, (codes, scales), None, 1030, 512)
+            alone = kernels.linear(x, tensors, None, 1030, 512)
         assert "OpenMP runtime was not found" in caplog.text
     finally:
         team._parallel.cache_clear()
     with torch_threads(2):
-        assert torch.equal(kernels.linear(x, (codes, scales), None, 1030, 512), alone)
+        assert torch.equal(kernels.linear(x, tensors, None, 1030, 512), alone)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which libraries a process has loaded")
@@ -180,6 +179,7 @@ OTHERS = {
     "mxfp6_e3m2_f32": "mxfp6_e3m2",
     "mxfp8_f32": "mxfp8",
     "mxfp8_f16c": "mxfp8",
+    "nvfp4_f32": "nvfp4",
     "fp8_f32": "fp8_block",
     "fp8_f16c": "fp8_block",
     "int8_f32": "int8_channel",
@@ -192,13 +192,13 @@ def test_decoders_of_other_processors(decoder, monkeypatch):
         pytest.skip("this processor has no f16c")
     monkeypatch.setattr(cpu_linear, "_decoder", lambda fmt, dtype: decoder)
     kernels = kernel_set(OTHERS[decoder], "cpu")
-    codes, scales = quantized(kernels, 261, 224)
+    tensors = quantized(kernels, 261, 224)
     dequantized = torch.empty(261, 224)
-    kernels.dequantize((codes, scales), dequantized)
+    kernels.dequantize(tensors, dequantized)
     for tokens in (1, 3, 8):
         x = torch.randn(tokens, 224).bfloat16()
         want = F.linear(x.double(), dequantized.double()).bfloat16()
-        torch.testing.assert_close(kernels.linear(x, (codes, scales), None, 261, 224), want, rtol=0.008, atol=1e-4)
+        torch.testing.assert_close(kernels.linear(x, tensors, None, 261, 224), want, rtol=0.008, atol=1e-4)
 
 
 @pytest.mark.parametrize(

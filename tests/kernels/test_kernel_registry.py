@@ -104,7 +104,8 @@ def test_what_a_platform_can_run_does_not_depend_on_what_is_here() -> None:
     assert names("linear", "fp8_channel", "sm_90") == ["scaled_mm", "triton_w8a8", "triton", "torch"]
     assert names("linear", "fp8_channel", "gfx942")[0] == "triton_w8a8"  # in the form it is stored in there
     assert names("quantize", "int4_group128_f16", "cpu") == ["numba", "torch"]
-    assert names("quantize", "nvfp4", "cpu") == []
+    assert names("linear", "nvfp4", "sm_100") == ["triton_w4a4", "triton", "torch"]
+    assert names("linear", "nvfp4", "gfx950") == ["triton", "torch"]
     with pytest.raises(NoKernel, match="unknown platform 'sm_70'; platforms are cpu, sm_80"):
         names("linear", "mxfp4", "sm_70")
 

@@ -13,8 +13,7 @@ from tested_formats import FP8, FP8_E4M3FN, INT8, MXFP6
 def measured(runner, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(what the kernel says, what float64 says), entry SATURATED left out."""
     got = stats.new_statistics(runner.device)
-    codes, scales = runner.quantize(source, got)
-    values = runner.dequantize(codes, scales, tuple(source.shape)).double()
+    values = runner.dequantize(runner.quantize(source, got), tuple(source.shape)).double()
     x = source.double()
     error = (x - values).abs()
     want = stats.new_statistics()
@@ -125,7 +124,7 @@ def check_saturation(runner, largest: float, factor: float) -> None:
     above = source.double().abs() > scales.double() * largest * (1 + stats.SATURATION_SLACK)
     assert got[stats.SATURATED] == above.sum()
     assert bool(above.any()) == (factor < 1)
-    values = runner.dequantize(codes.cpu(), scales.cpu(), (7, 128))
+    values = runner.dequantize((codes.cpu(), scales.cpu()), (7, 128))
     assert (values.abs() <= largest * scales.cpu() * (1 + 2.0**-20)).all()
 
 
@@ -173,7 +172,7 @@ def test_mxfp4_largest_error_is_exact_wherever_it_is(contender, seed, share):
     got, largest = stats.new_statistics(contender.device), torch.zeros((), dtype=torch.float64)
     for piece in source.split([1, 31, 64]):
         codes, scales = contender.quantize(piece, got)
-        values = contender.dequantize(codes, scales, tuple(piece.shape)).double()
+        values = contender.dequantize((codes, scales), tuple(piece.shape)).double()
         largest = torch.maximum(largest, (piece.double() - values).abs().max())
         assert got[stats.MAX_ERROR].cpu() == largest
 
@@ -194,8 +193,7 @@ def test_mxfp4_little_noise_keeps_its_digits(contender, error):
 def test_what_is_lost_altogether_has_no_ratio_left(runner, size):
     got = stats.new_statistics(runner.device)
     source = (torch.randn(64, 256, generator=torch.Generator().manual_seed(5)) * size).bfloat16()
-    codes, scales = runner.quantize(source, got)
-    if bool((runner.dequantize(codes, scales, (64, 256)) == 0).all()):
+    if bool((runner.dequantize(runner.quantize(source, got), (64, 256)) == 0).all()):
         assert stats.sqnr_db(got) == 0.0
     else:
         assert stats.sqnr_db(got) > 15.0

@@ -28,8 +28,12 @@ def test_mx_activations_too(name: str, target: str) -> None:
     check("experts", name, target, 1, True)
 
 
+def test_nvfp4_activations_too() -> None:
+    check("experts", "nvfp4", "sm_100", 1, True)
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp8", "int4_group128_f16", "int8_channel"])
+@pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp8", "nvfp4", "int4_group128_f16", "int8_channel"])
 def test_weight_only(name: str, target: str) -> None:
     check("experts", name, target, 1, False)
 
@@ -43,7 +47,17 @@ def test_fp8_activations_too(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "name",
-    ["mxfp4", "mxfp6_e2m3", "mxfp8", "int4_group16_f16", "fp8_channel", "fp8_tensor", "fp8_block", "int8_channel"],
+    [
+        "mxfp4",
+        "mxfp6_e2m3",
+        "mxfp8",
+        "nvfp4",
+        "int4_group16_f16",
+        "fp8_channel",
+        "fp8_tensor",
+        "fp8_block",
+        "int8_channel",
+    ],
 )
 def test_every_other_tile_size(name: str, target: str) -> None:
     for tokens in (1, 32, 64, MANY):

@@ -37,8 +37,13 @@ def test_mx_activations_too(name: str, target: str, tokens: int) -> None:
     check("linear", name, target, tokens, True)
 
 
+@pytest.mark.parametrize("tokens", [1, MANY])
+def test_nvfp4_activations_too(tokens: int) -> None:
+    check("linear", "nvfp4", "sm_100", tokens, True)
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp8", "int4_group128_f16", "fp8_channel", "int8_channel"])
+@pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp8", "nvfp4", "int4_group128_f16", "fp8_channel", "int8_channel"])
 def test_weight_only(name: str, target: str) -> None:
     check("linear", name, target, 1, False)
 
@@ -57,12 +62,24 @@ def test_int8_activations_too(target: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    "name", ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "int4_group16_bf16", "int4_group128_f16", "int8_group0_f32"]
+    "name",
+    [
+        "mxfp4",
+        "mxfp6_e2m3",
+        "mxfp6_e3m2",
+        "mxfp8",
+        "nvfp4",
+        "int4_group16_bf16",
+        "int4_group128_f16",
+        "int8_group0_f32",
+    ],
 )
 def test_every_other_tile_size_of_scales_along_k(name: str, target: str, dtype: torch.dtype) -> None:
     for tokens in (1, 32, 64, MANY):
         check("linear", name, target, tokens, False, dtype)
         if name in ("mxfp4", "mxfp8") and target in ("gfx950", "sm_100"):
+            check("linear", name, target, tokens, True, dtype)
+        if name == "nvfp4" and target == "sm_100":
             check("linear", name, target, tokens, True, dtype)
 
 
@@ -156,6 +173,9 @@ CHOICES = {
     ("mxfp4", "gfx950"): "triton_w4a4",
     ("mxfp4", "sm_100"): "triton_w4a4",
     ("mxfp4", "sm_90"): "triton",
+    ("nvfp4", "sm_100"): "triton_w4a4",
+    ("nvfp4", "sm_90"): "triton",
+    ("nvfp4", "gfx950"): "triton",
     ("mxfp4", "gfx942"): "triton",
     ("mxfp8", "gfx950"): "triton_w8a8",
     ("mxfp8", "sm_100"): "triton_w8a8",

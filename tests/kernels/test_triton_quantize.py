@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from quantload.kernels import statistics as st
-from quantload.kernels.formats import FORMATS
+from quantload.kernels.formats import FORMATS, Tensors
 
 pytest.importorskip("triton", reason="Triton is on Linux only")
 
@@ -19,8 +19,8 @@ from gpu_kernel_table import TABLE
 from gpu_targets import TARGETS, Compiled, add_compiled, compile_for, interpret, interpreter_trouble
 from quantload.kernels.gpu import quantize as triton_quantize
 from quantload.kernels.gpu import quantizers as gpu_quantize
-from quantload.kernels.gpu.jit import integer, measure, mx, scaled
-from tested_formats import TRITON
+from quantload.kernels.gpu.jit import integer, measure, mx, nvfp4, scaled
+from tested_formats import TRITON, filled
 
 HERE = Path(__file__).parent
 POINTERS = MappingProxyType(
@@ -35,7 +35,7 @@ POINTERS = MappingProxyType(
         torch.int64: "*i64",
     }
 )
-QUANTIZE = ("quantize_mx", "quantize_rows", "quantize_tiles", "quantize_integers")
+QUANTIZE = ("quantize_mx", "quantize_rows", "quantize_tiles", "quantize_integers", "quantize_nvfp4")
 OPTIONS = ("num_warps", "enable_fp_fusion")
 ALIKE = ("mxfp6_e3m2", "int4_group32_bf16", "int8_group64_f32", "int4fp8_channel")
 """Formats whose kernels differ from those of another in numbers only."""
@@ -89,6 +89,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         (mx, ("quantize_mx", "observe_mx", "scales_mx", "dequantize_mx")),
         (scaled, ("quantize_rows", "quantize_tiles", "observe_scaled", "scales_scaled", "dequantize_scaled")),
         (integer, ("quantize_integers", "observe_integers", "scales_integers", "dequantize_groups")),
+        (nvfp4, ("quantize_nvfp4", "scales_nvfp4", "dequantize_nvfp4")),
         (measure, ("merge_partials",)),
     ):
         for name in names:
@@ -96,10 +97,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return found
 
 
-def outputs(name: str, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
-    fmt = FORMATS[name]
-    codes = torch.zeros(fmt.code_shape(rows, cols), dtype=torch.uint8).view(fmt.code_dtype)
-    return codes, torch.zeros(fmt.scale_shape(rows, cols), dtype=fmt.scale_dtype)
+def outputs(name: str, rows: int, cols: int) -> Tensors:
+    return filled(FORMATS[name], rows, cols, 0)
 
 
 def compile_all(launches: list[Launch], operation: str, target: str, name: str) -> None:
@@ -154,7 +153,7 @@ def test_quantize_compiles(launches, name, target):
 @pytest.mark.parametrize(
     ("name", "target"),
     pairs(
-        *("mxfp4", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block", "fp8_channel_fnuz", "int8_channel"),
+        *("mxfp4", "nvfp4", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block", "fp8_channel_fnuz", "int8_channel"),
         "int4_group128_f16",
     ),
 )
@@ -165,14 +164,14 @@ def test_dequantize_compiles(launches, name, target):
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), pairs("mxfp4", "fp8_tensor", "int8_channel", "fp8_block", "int4_group128_f16")
+    ("name", "target"), pairs("mxfp4", "nvfp4", "fp8_tensor", "int8_channel", "fp8_block", "int4_group128_f16")
 )
 def test_observe_and_finish_compile(launches, name, target):
     source, kernels = torch.zeros(64, 4096, dtype=torch.bfloat16), triton_quantize.triton_quantize(name)
-    amax = torch.zeros(FORMATS[name].scale_shape(64, 4096))
+    amax = torch.zeros(FORMATS[name].amax_shape(64, 4096))
     assert kernels.observe(source, amax) == 0
     compile_all(launches, "observe", target, name)
-    kernels.finish_scales(amax, (outputs(name, 64, 4096)[1],))
+    kernels.finish_scales(amax, outputs(name, 64, 4096)[1:])
     compile_all(launches, "finish_scales", target, name)
 
 
@@ -181,9 +180,9 @@ def test_observe_and_finish_compile(launches, name, target):
 )
 def test_other_sources_odd_sizes_and_known_scales_compile(launches, name, target, dtype):
     source, kernels = torch.zeros(130, 333, dtype=dtype), triton_quantize.triton_quantize(name)
-    codes, scales = outputs(name, 130, 333)
-    assert kernels.quantize(source, (codes, scales), st.new_statistics(), True) == 0
-    kernels.dequantize((codes, scales), source)
+    made = outputs(name, 130, 333)
+    assert kernels.quantize(source, made, st.new_statistics(), True) == 0
+    kernels.dequantize(made, source)
     assert {launch.kernel.__name__ for launch in launches} > {"merge_partials"}
     for launch in launches:
         assert launch.compile(target).spills == 0
@@ -194,7 +193,7 @@ def test_a_piece_is_one_launch_and_one_for_statistics(launches):
     source = torch.zeros(1024, 4096, dtype=torch.bfloat16)
     for name, fmt in {name: FORMATS[name] for name in TRITON}.items():
         kernels, made = triton_quantize.triton_quantize(name), outputs(name, 1024, 4096)
-        twice = 2 if fmt.block_rows == 0 or (fmt.scale_words == 2 and fmt.block_cols == 0) else 0
+        twice = 2 if fmt.maxima.block_rows == 0 or (fmt.scale_words == 2 and fmt.block_cols == 0) else 0
         kernels.quantize(source, made)
         assert len(launches) == 1 + twice
         kernels.quantize(source, made, st.new_statistics())
@@ -219,7 +218,7 @@ def test_enqueueing_reads_nothing_back(launches, monkeypatch):
     for name, fmt in {name: FORMATS[name] for name in TRITON}.items():
         kernels, made = triton_quantize.triton_quantize(name), outputs(name, 64, 256)
         kernels.enqueue_quantize(source, made, count, st.new_statistics())
-        kernels.enqueue_observe(source, torch.zeros(fmt.scale_shape(64, 256)), count)
+        kernels.enqueue_observe(source, torch.zeros(fmt.amax_shape(64, 256)), count)
         assert reads == []
         kernels.quantize(source, made, st.new_statistics())
         assert reads == ["torch.int64"]

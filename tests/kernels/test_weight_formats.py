@@ -20,7 +20,6 @@ from quantload.kernels.formats import FORMATS
         ("int4fp8_channel", (5, 7), (5, 4), (5, 2), 60),
         ("int4_group128_f16", (3, 300), (3, 150), (3, 6), 486),
         ("int8_group0_f32", (3, 300), (3, 300), (3, 2), 924),
-        ("nvfp4", (2, 40), (2, 20), (2, 3), 64),
     ],
 )
 def test_layout(name: str, shape: tuple[int, int], codes: tuple[int, int], scales: tuple[int, int], size: int) -> None:
@@ -30,6 +29,14 @@ def test_layout(name: str, shape: tuple[int, int], codes: tuple[int, int], scale
     assert fmt.bytes(*shape) == size
     assert tuple(each.shape(*shape) for each in fmt.tensors) == (codes, scales)
     assert fmt.amax_shape(*shape) == scales
+
+
+def test_a_scale_of_the_tensor_is_one_more_and_its_maximum_is_all_there_is():
+    fmt = FORMATS["nvfp4"]
+    assert fmt.names("w") == ["w", "w_scale", "w_scale_2"]
+    assert fmt.shapes(2, 40) == ((2, 24), (2, 3), (1, 1))
+    assert fmt.amax_shape(2, 40) == (1, 1)
+    assert fmt.bytes(2, 40) == 48 + 6 + 4
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from quantload.kernels import formats
-from quantload.kernels.formats import FORMATS, INTEGERS
+from quantload.kernels.formats import FORMATS, INTEGERS, Tensors, WeightFormat
 from quantload.kernels.gpu.quantizers import gpu_quantizers
 from quantload.kernels.registry import candidates, platform_kernels
 
@@ -25,3 +26,10 @@ FP8_FNUZ = tuple(name for name in QUANTIZED if FORMATS[name].family is formats.F
 FP8 = (*FP8_E4M3FN, *FP8_FNUZ)
 INT8 = formats.INT8_CHANNEL.name
 """What tests say they are about, with `@pytest.mark.formats`."""
+
+
+def filled(fmt: WeightFormat, rows: int, cols: int, value: int = 77, device: str = "cpu") -> Tensors:
+    """Tensors of a weight that hold what no kernel has written: the codes bytes, the scales numbers."""
+    codes, *scales = fmt.tensors
+    first = torch.full(codes.shape(rows, cols), value, dtype=torch.uint8, device=device).view(codes.dtype)
+    return first, *(torch.full(each.shape(rows, cols), value, device=device).to(each.dtype) for each in scales)

@@ -9,7 +9,7 @@ import torch
 from quantload.checkpoint.headers import TensorEntry
 from quantload.kernels.registry import select
 from quantload.schemes.stored.read import READERS, read_stored
-from quantload.schemes.stored.weights import StoredCheckpoint, StoredTensor, StoredWeight
+from quantload.schemes.stored.weights import StoredCheckpoint, StoredTensor, StoredWeight, scale_role
 from torch import Tensor
 
 
@@ -54,8 +54,10 @@ def dequantized(weight: StoredWeight, tensors: Mapping[str, Tensor]) -> Tensor:
         zeros = parts.get("zero_point", torch.full_like(scales, weight.zero_point))
         assert zeros.dtype is fmt.scale_dtype
         scales = torch.stack((scales, zeros), dim=2).flatten(1)
-    scales = scales.reshape(experts, *fmt.scale_shape(weight.rows, weight.columns))
+    all_scales = [scales, *(parts[scale_role(scale)] for scale in fmt.scales[1:])]
+    shapes = [scale.shape(weight.rows, weight.columns) for scale in fmt.scales]
+    all_scales = [each.reshape(experts, *shape) for each, shape in zip(all_scales, shapes, strict=True)]
     out = torch.empty(experts, weight.rows, weight.columns)
     for e in range(experts):
-        select("dequantize", fmt.name, "cpu")((codes[e], scales[e]), out[e])
+        select("dequantize", fmt.name, "cpu")((codes[e], *(each[e] for each in all_scales)), out[e])
     return (out.transpose(1, 2) if weight.transposed else out).reshape(weight.shape)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from quantload.checkpoint.headers import TensorEntry
-from quantload.errors import CheckpointError
+from quantload.errors import CheckpointError, NonFiniteWeightError
 from quantload.kernels.formats import FORMATS
-from quantload.schemes.stored.checks import check_order, check_shape
+from quantload.schemes.stored.checks import check_finite, check_order, check_shape
 from quantload.schemes.stored.weights import StoredTensor, StoredWeight
 
 
@@ -17,6 +17,16 @@ def test_the_order_of_columns_is_checked_where_the_tensor_lies() -> None:
         check_order("q.g_idx", groups.expand(2, 8), 4)
         with pytest.raises(CheckpointError, match=r"q\.g_idx does not count groups of 4 columns"):
             check_order("q.g_idx", groups.flip(0), 4)
+
+
+def test_scales_in_fp8_are_looked_at_as_others_are() -> None:
+    scales = torch.tensor([[448.0, 2.0**-9]]).to(torch.float8_e4m3fn)
+    check_finite("q.weight_scale", scales)
+    with pytest.raises(NonFiniteWeightError, match=r"q\.weight_scale: a scale is 448; with one above 100 codes"):
+        check_finite("q.weight_scale", scales, 100.0)
+    scales.view(torch.uint8)[0, 1] = 0x7F
+    with pytest.raises(NonFiniteWeightError, match=r"q\.weight_scale: a scale is NaN or infinite"):
+        check_finite("q.weight_scale", scales)
 
 
 def test_a_shape_is_that_of_codes_and_scales() -> None:

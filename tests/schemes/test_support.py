@@ -16,7 +16,7 @@ from quantload.schemes.support_tables import HARDWARE, markdown, online, support
 from safetensors.torch import load_file
 
 DATA = Path(__file__).parents[1] / "data"
-QUANTIZED = sorted(
+TESTED = sorted(
     path.parent
     for path in DATA.glob("*/*/config.json")
     if json.loads(path.read_text()).get("quantization_config") is not None
@@ -24,7 +24,7 @@ QUANTIZED = sorted(
 ROWS = {row.name: row for row in support_matrix()}
 
 
-@pytest.mark.parametrize("folder", QUANTIZED, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
+@pytest.mark.parametrize("folder", TESTED, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_what_real_checkpoints_hold_is_listed(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     quantization = config.pop("quantization_config")
@@ -39,7 +39,7 @@ def test_what_real_checkpoints_hold_is_listed(folder: Path) -> None:
 
 
 def test_every_tool_has_a_real_checkpoint_but_modelopt() -> None:
-    configs = (json.loads((folder / "config.json").read_text()) for folder in QUANTIZED)
+    configs = (json.loads((folder / "config.json").read_text()) for folder in TESTED)
     methods = {config["quantization_config"]["quant_method"] for config in configs}
     assert methods == {*METHODS} - {"modelopt"}
 
@@ -63,7 +63,7 @@ def test_layers_and_tools() -> None:
     assert ROWS["quark_mxfp4"].written_as == {"quark": both, "compressed-tensors": both, "mxfp4": ("experts",)}
     assert ROWS["quark_int4fp8_moe"].written_as == {}
     assert ROWS["int4_group0_f32"].written_as == {}
-    assert [row.name for row in ROWS.values() if not row.kept] == ["nvfp4"]
+    assert all(row.kept for row in ROWS.values())
 
 
 def test_activations_and_scale_modes() -> None:
@@ -83,7 +83,7 @@ def test_json_has_the_kernels_of_every_platform_by_kind() -> None:
     assert rows["none"]["formats"] == rows["none"]["read_from"] == {}
     assert rows["none"]["convert_to"] == {}
     assert rows["int4_group64_bf16"]["read_from"] == {method: ["linear", "experts"] for method in _INT4_TOOLS}
-    assert rows["nvfp4"]["requantize_only"] is True
+    assert rows["nvfp4"]["requantize_only"] is False
     json.dumps(list(rows.values()))
 
 
@@ -101,7 +101,8 @@ def test_tables_answer_what_a_user_asks() -> None:
     assert served["mxfp6_e2m3"]["gfx950 (MI350X)"] == "triton"
     assert served["quark_mxfp4"]["gfx950 (MI350X)"] == "aiter, else triton_w4a4"
     assert served["fp8_per_tensor"]["sm_90 (H100)"] == "scaled_mm / triton_w8a8"
-    assert "nvfp4" not in served
+    assert served["nvfp4"]["sm_100 (B200)"] == "triton_w4a4"
+    assert served["nvfp4"]["gfx950 (MI350X)"] == "triton"
     assert set(HARDWARE) == set(PLATFORMS) - {"cpu"}
 
 

@@ -15,11 +15,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ... import nvfp4_scales
 from ...mx_elements import ELEMENTS
 from ..compiled import FINGERPRINT, CFunction, Compiled, Recipe, c_function, read_f32, read_u8, write_u8
 from ..ir.dot import dot_rows
 from ..ir.integer_decode import LANES, dequantize_group
 from ..ir.mx_decode import block_bytes, dequantize_run
+from ..ir.nvfp4_decode import dequantize_pairs
 from ..ir.scaled_decode import dequantize_tile
 from ..ir.vector import I64, ITEM_BYTES, load_scalar
 from ..processor import has
@@ -166,9 +168,36 @@ def _integer_dequantize(family: str, kind: str) -> Any:
     return dequantize
 
 
+def _nvfp4_dequantize(family: str, kind: str) -> Any:
+    """`block_cols` of the function holds the float32 bits of scale_2."""
+    fingerprint, width, block = FINGERPRINT, ITEM_BYTES[kind], nvfp4_scales.BLOCK
+
+    def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
+        len(fingerprint)
+        pairs, rest = cols // (2 * block), cols % (2 * block)
+        coded, scaled, last = np.zeros(block, np.uint8), np.zeros(2, np.uint8), np.empty(2 * block * width, np.uint8)
+        for row in range(rows):
+            c, e, o = codes + row * codes_stride, scales + row * scales_stride, out + row * out_stride
+            dequantize_pairs(c, e, block_cols, o, pairs, kind)
+            if rest:
+                blocks = (rest + block - 1) // block
+                for i in range(blocks * block // 2):
+                    coded[i] = read_u8(c + pairs * block + i)
+                for i in range(blocks):
+                    scaled[i] = read_u8(e + pairs * 2 + i)
+                here, beside = np.int64(coded.ctypes.data), np.int64(scaled.ctypes.data)
+                dequantize_pairs(here, beside, block_cols, np.int64(last.ctypes.data), 1, kind)
+                for i in range(rest * width):
+                    write_u8(o + pairs * 2 * block * width + i, last[i])
+        return 0
+
+    return dequantize
+
+
 DECODERS: Mapping[str, Callable[[str, str], Any]] = MappingProxyType(
     {
         **dict.fromkeys((*ELEMENTS, "mxfp8_f16c"), _mx_dequantize),
+        "nvfp4": _nvfp4_dequantize,
         **dict.fromkeys(("fp8", "fp8_f16c", "int8"), _scaled_dequantize),
         **{f"uint{bits}_{scale}": _integer_dequantize for bits in (4, 8) for scale in ("f16", "bf16", "f32")},
     }

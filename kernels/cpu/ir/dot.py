@@ -13,6 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
+from . import nvfp4_decode
 from .integer_decode import even_and_odd, look_up, scale_and_zero, table_of_codes
 from .mx_decode import look_up_mxfp6, values
 from .mxfp4_decode import decode_block, look_up_block
@@ -61,8 +62,8 @@ class Decoder:
     """(builder, address of the codes, address of the block's scale byte or what `segment` made) -> factors."""
     accumulate: Callable[[Vector, list[Vector], ir.Value], Vector]
     """(16 float32 sums, factors, address of the activations) -> the sums with the products added."""
-    block_scales: bool = False
-    """Whether each 32 weights have a scale byte; else a segment of a row has one scale."""
+    block_scales: int = 0
+    """Scale bytes that each 32 weights have of their own; 0: a segment of a row has one scale."""
     even_first: bool = False
     """Whether the activations of a block must stand with the 16 even ones before the 16 odd ones."""
     segment: Callable[[ir.IRBuilder, ir.Value], tuple[ir.Value, Any]] = _float32_scale
@@ -103,6 +104,14 @@ def _mxfp6_bits(name: str) -> Callable[[ir.IRBuilder, ir.Value, ir.Value], list[
 
 def _mxfp8_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
     return [_interleave(*values(b, codes, scale, "mxfp8_f16c"))]
+
+
+def _nvfp4_values(b: ir.IRBuilder, codes: ir.Value, scales: ir.Value) -> list[Vector]:
+    return nvfp4_decode.values(b, codes, nvfp4_decode.scales_of(b, scales))
+
+
+def _nvfp4_bits(b: ir.IRBuilder, codes: ir.Value, scales: ir.Value) -> list[Vector]:
+    return [nvfp4_decode.look_up(b, codes, nvfp4_decode.scales_of(b, scales))]
 
 
 def _scaled_values(target: str) -> Callable[[ir.IRBuilder, ir.Value, Any], list[Vector]]:
@@ -157,19 +166,21 @@ def _integer_decoder(bits: int, scale_kind: str, x_kind: str) -> Decoder:
 
 
 DECODERS: Mapping[str, Decoder] = {
-    "mxfp4_bf16": Decoder(16, 64, _mxfp4_bits, _bf16_products, block_scales=True),
-    "mxfp4_f32": Decoder(16, 128, _mxfp4_values, _f32_products, block_scales=True, even_first=True),
+    "mxfp4_bf16": Decoder(16, 64, _mxfp4_bits, _bf16_products, block_scales=1),
+    "mxfp4_f32": Decoder(16, 128, _mxfp4_values, _f32_products, block_scales=1, even_first=True),
     **{
         decoder: made
         for name in ("mxfp6_e2m3", "mxfp6_e3m2")
         for decoder, made in (
-            (f"{name}_bf16", Decoder(24, 64, _mxfp6_bits(name), _bf16_products, block_scales=True)),
-            (f"{name}_f32", Decoder(24, 128, _mx_values(name), _f32_products, block_scales=True, even_first=True)),
+            (f"{name}_bf16", Decoder(24, 64, _mxfp6_bits(name), _bf16_products, block_scales=1)),
+            (f"{name}_f32", Decoder(24, 128, _mx_values(name), _f32_products, block_scales=1, even_first=True)),
         )
     },
-    "mxfp8_bf16": Decoder(32, 64, _mxfp8_bits, _bf16_products, block_scales=True),
-    "mxfp8_f16c": Decoder(32, 128, _mx_values("mxfp8_f16c"), _f32_products, block_scales=True, even_first=True),
-    "mxfp8_f32": Decoder(32, 128, _mx_values("mxfp8"), _f32_products, block_scales=True, even_first=True),
+    "mxfp8_bf16": Decoder(32, 64, _mxfp8_bits, _bf16_products, block_scales=1),
+    "mxfp8_f16c": Decoder(32, 128, _mx_values("mxfp8_f16c"), _f32_products, block_scales=1, even_first=True),
+    "mxfp8_f32": Decoder(32, 128, _mx_values("mxfp8"), _f32_products, block_scales=1, even_first=True),
+    "nvfp4_bf16": Decoder(16, 64, _nvfp4_bits, _bf16_products, block_scales=2),
+    "nvfp4_f32": Decoder(16, 128, _nvfp4_values, _f32_products, block_scales=2, even_first=True),
     "fp8_bf16": Decoder(32, 64, _fp8_bits, _bf16_products, segment=_scale_of_halves),
     "fp8_f16c": Decoder(32, 128, _fp8_halves, _f32_products, segment=_scale_of_halves),
     "fp8_f32": Decoder(32, 128, _scaled_values("fp8"), _f32_products),
@@ -222,7 +233,8 @@ def dot_rows(
         def add_block(block: ir.Value, sums: str, segments: list[Any]) -> None:
             at, x_at = b.mul(block, I64(kind.code_bytes)), b.mul(block, I64(kind.x_bytes))
             for row in range(n_rows):
-                scale = b.add(scale_rows[row], block) if kind.block_scales else segments[row]
+                own = b.mul(block, I64(kind.block_scales))
+                scale = b.add(scale_rows[row], own) if kind.block_scales else segments[row]
                 factors = kind.decode(b, b.add(code_rows[row], at), scale)
                 for token in range(n_tokens):
                     address = b.add(x_rows[token], x_at)

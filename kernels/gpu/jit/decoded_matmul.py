@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import decode_float, in_order, power_of_two, six_bit_codes, widened, with_sign
+from .elements import decode_float, e4m3, in_order, power_of_two, six_bit_codes, widened, with_sign
 
 
 @triton.jit
@@ -60,8 +60,8 @@ def load_weight(
 ):
     """float32 [BN, BK] of rows and columns [at, at + BK), by the arithmetic of `dequantize`; finite beyond k.
 
-    CODE: "e2m1", "e2m3", "e3m2" or "e4m3", with a scale byte per GROUP columns, or "uint4" or "uint8", with a scale and
-    a zero point. GROUP 0 is the whole row.
+    CODE: "e2m1", "e2m3", "e3m2" or "e4m3", with an E8M0 byte per GROUP columns, "nvfp4", E2M1 with an E4M3 one, or
+    "uint4" or "uint8", with a scale and a zero point. GROUP 0 is the whole row.
     """
     values = _decode(load_codes(codes, rows, at, k, code_stride, CODE, EVEN_K, BN, BK), CODE)
     GROUPS: tl.constexpr = BK // GROUP if GROUP > 0 and GROUP < BK else 1
@@ -77,7 +77,8 @@ def load_weight(
         values = (values - zero[:, :, None]) * scale[:, :, None]
     else:
         byte = tl.load(scales + (rows[:, None] * scale_stride + group), mask=inside, other=0)
-        values *= power_of_two(byte.to(tl.int32))[:, :, None]
+        unit = e4m3(byte.to(tl.int32)) if CODE == "nvfp4" else power_of_two(byte.to(tl.int32))
+        values *= unit[:, :, None]
     return values.reshape(BN, BK)
 
 
@@ -106,7 +107,7 @@ def load_codes(
             (third >> 8) & 0xFFFFFF,
         )
         return six_bit_codes(quads.reshape(BN, BK // 4)).reshape(BN, BK)
-    PACKED: tl.constexpr = 2 if CODE == "e2m1" or CODE == "uint4" else 1
+    PACKED: tl.constexpr = 2 if CODE == "e2m1" or CODE == "nvfp4" or CODE == "uint4" else 1
     bytes_ = tl.arange(0, BK // PACKED)
     place = codes + at // PACKED + (rows[:, None] * stride + bytes_[None, :])
     packed = tl.load(place) if EVEN_K else tl.load(place, mask=bytes_[None, :] * PACKED < k - at, other=0)
@@ -135,7 +136,8 @@ def _decode(code, CODE: tl.constexpr):
     """float32 of int32 codes; there is no NaN among them."""
     if CODE == "uint4" or CODE == "uint8":
         return code.to(tl.float32)
-    SIGN: tl.constexpr = 3 if CODE == "e2m1" else 7 if CODE == "e4m3" else 5
-    MANTISSA: tl.constexpr = 1 if CODE == "e2m1" else 2 if CODE == "e3m2" else 3
+    E2M1: tl.constexpr = CODE == "e2m1" or CODE == "nvfp4"
+    SIGN: tl.constexpr = 3 if E2M1 else 7 if CODE == "e4m3" else 5
+    MANTISSA: tl.constexpr = 1 if E2M1 else 2 if CODE == "e3m2" else 3
     BIAS: tl.constexpr = 7 if CODE == "e4m3" else 3 if CODE == "e3m2" else 1
     return with_sign(decode_float(code & ((1 << SIGN) - 1), MANTISSA, BIAS), code, SIGN)

@@ -73,6 +73,13 @@ def with_sign(values, code, SIGN: tl.constexpr):
 
 
 @triton.jit
+def e4m3(byte):
+    """float32 of int32 E4M3 codes, NaN included."""
+    magnitude = byte & 0x7F
+    return with_sign(tl.where(magnitude == 0x7F, float("nan"), decode_float(magnitude, 3, 7)), byte, 7)
+
+
+@triton.jit
 def in_order(first, second, third, fourth):
     """Four tensors [..., n] as [..., n, 2, 2]: one after the other, when reshaped to [..., 4n]."""
     return tl.join(tl.join(first, third), tl.join(second, fourth))

@@ -1,7 +1,9 @@
 """The kernels of `linear` and `experts`: one tile a program, by whichever way of multiplying its formats need.
 
-TILE names it: "mx" (`mx_matmul`), "decoded" (`decoded_matmul`) or "scaled" (`scaled_matmul`); CODE, GROUP (columns
-that share a scale, 0 for all) and ACTIVATIONS are its business.
+TILE names it: "mx" (`mx_matmul`), "nvfp4" (`nvfp4_matmul`), "decoded" (`decoded_matmul`) or "scaled"
+(`scaled_matmul`); CODE, GROUP (columns that share a scale, 0 for all) and ACTIVATIONS are its business. Where a format
+has them, `scale_2` is the float32 scale of a whole tensor, those of the experts one after the other, and `x_scale_2`
+that of each token.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import triton.language as tl
 
 from .decoded_matmul import decoded_tile
 from .mx_matmul import mx_tile
+from .nvfp4_matmul import nvfp4_tile
 from .scaled_matmul import scale_tile, scaled_tile
 from .tile_matmul import find_block, rows_from, store_tile
 
@@ -19,8 +22,10 @@ from .tile_matmul import find_block, rows_from, store_tile
 def multiply_linear(
     x,
     x_scales,
+    x_scale_2,
     codes,
     scales,
+    scale_2,
     bias,
     out,
     tokens,
@@ -52,8 +57,10 @@ def multiply_linear(
     tile = _product(
         x,
         x_scales,
+        x_scale_2,
         codes,
         scales,
+        scale_2,
         t0,
         tokens,
         n0,
@@ -82,8 +89,10 @@ def multiply_linear(
 def multiply_experts(
     x,
     x_scales,
+    x_scale_2,
     codes,
     scales,
+    scale_2,
     bias,
     out,
     offsets,
@@ -125,8 +134,10 @@ def multiply_experts(
     tile = _product(
         x,
         x_scales,
+        x_scale_2,
         codes + expert.to(tl.int64) * code_expert_stride,
         scales + expert.to(tl.int64) * scale_expert_stride,
+        scale_2 + expert,
         t0,
         end,
         n0,
@@ -155,8 +166,10 @@ def multiply_experts(
 def _product(
     x,
     x_scales,
+    x_scale_2,
     codes,
     scales,
+    scale_2,
     t0,
     t_end,
     n0,
@@ -196,6 +209,15 @@ def _product(
             x_stride, code_stride, scale_stride,
             CODE, GROUP, EVEN_K, BT, BN, BK,
         )  # fmt: skip
+        if CODE == "nvfp4":
+            tile *= tl.load(scale_2)
+    elif TILE == "nvfp4":
+        tile = nvfp4_tile(
+            x, x_scales, codes, scales, x_rows, w_rows, k_begin, k_end, k,
+            x_stride, x_scale_stride, code_stride, scale_stride,
+            EVEN_K, BT, BN, BK,
+        )  # fmt: skip
+        tile *= tl.load(scale_2) * tl.load(x_scale_2 + t0 + x_rows)[None, :]
     else:
         X_CODES: tl.constexpr = ACTIVATIONS == "codes"
         tile = scaled_tile(

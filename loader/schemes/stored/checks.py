@@ -19,7 +19,7 @@ def check_finite(name: str, scales: Tensor, largest: float = torch.inf) -> None:
     if scales.dtype == torch.uint8:
         found = torch.nan if int(scales.max()) == 255 else 0.0
     else:
-        found = float(scales.abs().max())
+        found = float(scales.float().abs().max())  # there is no maximum of FP8
     if not found < torch.inf:
         raise NonFiniteWeightError(f"{name}: a scale is NaN or infinite; the checkpoint is damaged, copy it again")
     if found > largest:

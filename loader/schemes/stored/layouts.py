@@ -92,17 +92,19 @@ def nvfp4(codes: str, outer: str, *, divided: bool = False) -> Layout:
         why = "a weight in NVFP4"
         entry = module.matrix(codes, (*BYTES, torch.float4_e2m1fn_x2), why=why)
         rows, columns = entry.shape[0], entry.shape[1] * 2
-        scales = module.shaped("weight_scale", FP8, (NVFP4.scale_shape(rows, columns),), why=why)
-        for_all = module.scalar(outer, why=why)
-        if columns % NVFP4.block_cols or (divided and for_all == 0):
+        if columns % NVFP4.block_cols:
             raise CheckpointError(
-                f"{entry.name} has {columns} codes in a row, with the scale {for_all} for all; {why} has whole blocks "
-                f"of {NVFP4.block_cols} codes, and no scale of 0; export the checkpoint again"
+                f"{entry.name} has {columns} codes in a row; {why} has whole blocks of {NVFP4.block_cols}; export the "
+                "checkpoint again"
             )
-        scale = StoredTensor(
-            "scale", scales, 1, lambda e4m3: float32(e4m3) / for_all if divided else float32(e4m3) * for_all
+        scales = module.shaped("weight_scale", FP8, (NVFP4.scale_shape(rows, columns),), why=why)
+        for_all = module.shaped(outer, FLOATS, ONE, why=why)
+        parts = (
+            StoredTensor("codes", entry),
+            StoredTensor("scale", scales),
+            StoredTensor("scale_2", for_all, 0, reciprocal if divided else float32),
         )
-        return module.weight(NVFP4, (rows, columns), (StoredTensor("codes", entry), scale))
+        return module.weight(NVFP4, (rows, columns), parts)
 
     return read
 
@@ -149,6 +151,11 @@ def float32(stored: Tensor) -> Tensor:
     """Scales in float32, exactly: from float types, and from E8M0 bytes."""
     exponents = stored.view(torch.float8_e8m0fnu) if stored.dtype is torch.uint8 else stored
     return exponents.float().reshape(stored.shape[0] if stored.ndim else 1, -1)
+
+
+def reciprocal(stored: Tensor) -> Tensor:
+    """One divided by scales, in float32."""
+    return float32(stored).reciprocal()
 
 
 @cache

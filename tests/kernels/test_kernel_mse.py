@@ -1,16 +1,17 @@
-"""Scales of the least squared error: the better of two, the smaller on a tie, the same bytes from every kernel."""
+"""Scales of MX formats of the least squared error: the better of two, the smaller on a tie, from every kernel."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from quantload.kernels import statistics as stats
-from quantload.kernels.formats import FORMATS, SCALE_MODES
+from quantload.kernels.formats import FORMATS
 from quantload.kernels.mx_elements import ELEMENTS
 from quantload.kernels.registry import NoKernel, candidates, kernel_set
+from tested_formats import MX
 from torch import Tensor
 
-NAMES = SCALE_MODES["mse"]
+NAMES = MX
 KERNELS = [kernel.name for kernel, reason in candidates("quantize", "mxfp4", "cpu", "mse") if reason is None]
 
 

@@ -90,8 +90,8 @@ def _checkpoints(rows: tuple[Support, ...]) -> Table:
     notes = (
         f"Online: quantized while a BF16, FP16 or FP32 checkpoint is read. The other columns are the `quant_method` in "
         f"a checkpoint's config.json: {tools}.",
-        f"Write: `quantload convert --format`. Whatever is read can also be quantized anew to any scheme; {only} only "
-        f"that.",
+        "Write: `quantload convert --format`. Whatever is read can also be quantized anew to any scheme"
+        + (f"; {only} only that." if only else "."),
     )
     title = "Where weights come from, and what they are written to"
     return Table(title, ("scheme or format", "online", *METHODS), tuple(cells), notes)

@@ -16,7 +16,7 @@ from triton.runtime import interpreter
 
 _convert = interpreter._convert_float
 _patch_lang_core = interpreter._patch_lang_core
-_scale = getattr(interpreter, "_dot_scaled_scale_to_f32", None)
+_scale: Any = getattr(interpreter, "_dot_scaled_scale_to_f32", None)
 _create_dot = interpreter.InterpreterBuilder.create_dot
 
 

@@ -31,7 +31,7 @@ def test_layout(name: str, shape: tuple[int, int], codes: tuple[int, int], scale
     assert fmt.amax_shape(*shape) == scales
 
 
-def test_a_scale_of_the_tensor_is_one_more_and_its_maximum_is_all_there_is():
+def test_a_scale_of_the_tensor_is_one_more_and_its_maximum_is_all_there_is() -> None:
     fmt = FORMATS["nvfp4"]
     assert fmt.names("w") == ["w", "w_scale", "w_scale_2"]
     assert fmt.shapes(2, 40) == ((2, 24), (2, 3), (1, 1))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import struct
+from array import array
 
 import torch
 
@@ -28,14 +27,14 @@ def dequantize(fmt: WeightFormat, tensors: Tensors, out: torch.Tensor, threads: 
     if out.dtype == torch.float16:
         _dequantize_f16(fmt, tensors, out, threads)
         return
-    (codes, scales, *outer), function = tensors, needed(fmt, out.dtype).get()
-    blocks = blocks_of(fmt, rows, cols, *map(float, outer))
+    function = needed(fmt, out.dtype).get()
     if threads == 1 or rows * cols < ALONE_ELEMENTS:
-        function.ctypes(*address(codes), *address(scales), *address(out), rows, cols, *blocks)
+        scales = scale_arguments(fmt, tensors, rows, cols)
+        function.ctypes(*address(tensors[0]), scales.buffer_info()[0], *address(out), 0, rows, cols)
         return
     whole = max(fmt.block_rows, 1)  # a thread starts where a row of scales does
     task, step = linear_build.dequantize_task(), -(-rows // (4 * threads * whole)) * whole
-    run_task(task, tensors, blocks, out, rows, cols, step, threads, 0, 0, function.address)
+    run_task(task, fmt, tensors, out, rows, cols, step, threads, 0, 0, function.address)
 
 
 def needed(fmt: WeightFormat, dtype: torch.dtype) -> Needed[CFunction]:
@@ -45,17 +44,18 @@ def needed(fmt: WeightFormat, dtype: torch.dtype) -> Needed[CFunction]:
     return linear_build.dequantize.needed(target, "bf16" if dtype == torch.bfloat16 else "f32")
 
 
-def blocks_of(fmt: WeightFormat, rows: int, cols: int, scale_2: float = 1.0) -> tuple[int, int]:
-    """Rows and columns of a block, as compiled functions take them; the bits of scale_2 where a tensor has one."""
-    if len(fmt.scales) > 1:
-        return fmt.block_rows, int(struct.unpack("<I", struct.pack("<f", scale_2))[0])
-    return fmt.block_rows or rows, fmt.block_cols or cols
+def scale_arguments(fmt: WeightFormat, tensors: Tensors, rows: int, cols: int) -> array[int]:
+    """`linear_build.SCALE_ARGUMENTS` of each scale tensor, as compiled functions take them by its address."""
+    values: list[int] = []
+    for tensor, scale in zip(tensors[1:], fmt.scales, strict=True):
+        values += (*address(tensor), scale.block_rows or rows, scale.block_cols or cols)
+    return array("q", values)
 
 
 def run_task(
     task: CFunction,
+    fmt: WeightFormat,
     tensors: Tensors,
-    blocks: tuple[int, int],
     out: torch.Tensor,
     rows: int,
     cols: int,
@@ -64,15 +64,15 @@ def run_task(
     *rest: int,
 ) -> None:
     """Run a task of `linear_build`; its arguments stand in a vector whose first element the threads count up."""
-    codes, scales, *_ = tensors
-    values = (0, rows, step, *address(codes), *address(scales), *blocks, *address(out), cols, *rest)
-    arguments = (ctypes.c_int64 * len(linear_build.ARGUMENTS))(*values)
-    team.run(task, ctypes.addressof(arguments), threads)
+    scales = scale_arguments(fmt, tensors, rows, cols)
+    values = (0, rows, step, *address(tensors[0]), scales.buffer_info()[0], *address(out), cols, *rest)
+    arguments = array("q", values)
+    team.run(task, arguments.buffer_info()[0], threads)
 
 
 def address(tensor: torch.Tensor) -> tuple[int, int]:
     """Address of the first element and bytes between rows; what is handed over is read without another look."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(
             f"a CPU kernel was given a tensor on {tensor.device}; move the whole layer, or its input, to cpu"
         )

@@ -7,6 +7,7 @@ cache, and many a dequantized tile that torch multiplies.
 from __future__ import annotations
 
 import threading
+from functools import cache
 
 import torch
 
@@ -16,7 +17,7 @@ from ..reference.operations import tensor_rows, tile_rows, times_tile
 from .build import linear as linear_build
 from .build.panel import CHUNK, PAD, panel_task
 from .compiled import CFunction, Needed
-from .dequantize import ALONE_ELEMENTS, address, blocks_of, dequantize, run_task
+from .dequantize import ALONE_ELEMENTS, address, dequantize, run_task
 from .dequantize import needed as needed_to_dequantize
 from .ir.dot import BLOCK, DECODERS
 from .ir.panel import ROWS, TOKENS
@@ -50,7 +51,7 @@ def linear(
     tokens, together = x.shape[0], linear_build.most_tokens()
     filled = fmt.pads_cols and tensors[0].shape[1] * 8 // fmt.code_bits % BLOCK == 0
     whole = filled or k % BLOCK == 0
-    in_registers = whole and (fmt.block_cols % BLOCK == 0 or DECODERS[_decoder(fmt, x.dtype)].block_scales > 0)
+    in_registers = whole and DECODERS[_decoder(fmt, x.dtype)].serves(fmt.block_cols)
     if in_registers and tokens <= together:
         return _few_tokens(fmt, x, tensors, bias, n_rows, k)
     if whole and tokens <= most_in_panels(fmt, x.dtype):
@@ -90,10 +91,9 @@ def _few_tokens(
     out = torch.empty(slots, n_rows, dtype=torch.float32)
     threads = torch.get_num_threads() if n_rows * k >= ALONE_ELEMENTS else 1
     step = max(1, n_rows // (8 * threads * ROW_STEP)) * ROW_STEP
-    blocks = blocks_of(fmt, n_rows, k)
     cols = -(-k // BLOCK) * BLOCK
     task = needed(fmt, x.dtype, tokens).get()
-    run_task(task, tensors, blocks, out, n_rows, cols, step, threads, *address(prepared), 0)
+    run_task(task, fmt, tensors, out, n_rows, cols, step, threads, *address(prepared), 0)
     return _finished(out[:tokens], tensors, bias).to(x.dtype)
 
 
@@ -113,9 +113,10 @@ def _in_panels(
     most = min(PANEL_ROWS, PANEL_BYTES // row_bytes, n_rows // (8 * threads))
     step = max(ROWS, 1 << max(most, 1).bit_length() - 1)  # a power of two divides the height of blocks of rows
     panels = _scratch(torch.uint8, threads * step, row_bytes)
-    blocks, function = blocks_of(fmt, n_rows, k), needed_to_dequantize(fmt, x.dtype).get()
+    function = needed_to_dequantize(fmt, x.dtype).get()
     rest = (*address(prepared), function.address, slots, panels.data_ptr(), 0)
-    run_task(panel_task(), tensors, blocks, out, n_rows, cols, step, threads, *rest)
+    of_blocks = (*tensors[:2], *(_one() for _ in tensors[2:]))  # what BF16 holds exactly; `_finished` has the rest
+    run_task(panel_task(), fmt, of_blocks, out, n_rows, cols, step, threads, *rest)
     return _finished(out[:tokens, :n_rows], tensors, bias).to(x.dtype)
 
 
@@ -124,6 +125,13 @@ def _finished(product: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None
     for scale_2 in tensors[2:]:
         product *= scale_2
     return product if bias is None else product.add_(bias)
+
+
+@cache
+def _one() -> torch.Tensor:
+    """The scale of a whole tensor for whoever applies it to sums instead."""
+    with torch.inference_mode(False):
+        return torch.ones(1, 1)
 
 
 def _many_tokens(

@@ -28,7 +28,7 @@ from ..processor import has
 from .scaled import STRIP_ROWS
 
 _i64 = types.int64
-DEQUANTIZE = types.int64(*[_i64] * 10)
+DEQUANTIZE = types.int64(*[_i64] * 8)
 TASK = types.void(_i64)
 ARGUMENTS = (
     "next_row",
@@ -37,9 +37,6 @@ ARGUMENTS = (
     "codes",
     "codes_stride",
     "scales",
-    "scales_stride",
-    "block_rows",
-    "block_cols",
     "out",
     "out_stride",
     "cols",
@@ -50,7 +47,11 @@ ARGUMENTS = (
     "panels",
     "next_panel",
 )
-"""The arguments of a task in order, of which it uses those it needs; strides are bytes between rows."""
+"""The arguments of a task in order, of which it uses those it needs; strides are bytes between rows.
+
+`scales` is the address of `SCALE_ARGUMENTS` of each scale tensor of the format, in its order.
+"""
+SCALE_ARGUMENTS = ("address", "stride", "block_rows", "block_cols")
 
 
 def _take(typing: Any, address: Any, count: Any) -> Any:
@@ -68,41 +69,53 @@ def _call_dequantize(
     codes: Any,
     codes_stride: Any,
     scales: Any,
-    scales_stride: Any,
     out: Any,
     out_stride: Any,
+    first: Any,
     rows: Any,
     cols: Any,
-    block_rows: Any,
-    block_cols: Any,
 ) -> Any:
     """Call the C function at an address, one of those that `dequantize` makes."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        pointer = b.inttoptr(args[0], ir.FunctionType(I64, [I64] * 10).as_pointer())
+        pointer = b.inttoptr(args[0], ir.FunctionType(I64, [I64] * 8).as_pointer())
         return b.call(pointer, list(args[1:]))
 
-    return types.int64(*[types.int64] * 11), codegen
+    return types.int64(*[types.int64] * 9), codegen
+
+
+def _argument(typing: Any, data: Any, index: Any) -> Any:
+    """The int64 of an index at an address. Emitted: numba would compile a function of each index, in every process."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return load_scalar(b, b.add(args[0], b.mul(args[1], I64(8))), I64)
+
+    return types.int64(types.int64, types.int64), codegen
 
 
 take = intrinsic(_take)
+argument = intrinsic(_argument)
 call_dequantize = intrinsic(_call_dequantize)
 
 
 def _dequantize(family: str, kind: str) -> Recipe[CFunction]:
-    """C function (codes, scales, out: address and stride each; rows, cols, block_rows, block_cols) for a tile."""
+    """C function (codes, their stride, scales, out, its stride, first, rows, cols) for a tile.
+
+    `scales` is that of `ARGUMENTS`, for a matrix of which the tile begins with row `first`.
+    """
     return c_function(DECODERS[family](family, kind), DEQUANTIZE)
 
 
 def _mx_dequantize(family: str, kind: str) -> Any:
     fingerprint, width, code_bytes = FINGERPRINT, ITEM_BYTES[kind], block_bytes(family)
 
-    def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
+    def dequantize(codes, codes_stride, scales, out, out_stride, first, rows, cols):  # type: ignore[no-untyped-def]
         len(fingerprint)
         blocks, rest = cols // 32, cols % 32
         last = np.empty(32 * width, np.uint8)
+        exponents, stride = argument(scales, 0), argument(scales, 1)
         for row in range(rows):
-            c, e, o = codes + row * codes_stride, scales + row * scales_stride, out + row * out_stride
+            c, e, o = codes + row * codes_stride, exponents + (first + row) * stride, out + row * out_stride
             dequantize_run(c, e, o, blocks, family, kind)
             if rest:
                 dequantize_run(c + blocks * code_bytes, e + blocks, np.int64(last.ctypes.data), 1, family, kind)
@@ -116,8 +129,10 @@ def _mx_dequantize(family: str, kind: str) -> Any:
 def _scaled_dequantize(family: str, kind: str) -> Any:
     fingerprint, width, strip_rows = FINGERPRINT, ITEM_BYTES[kind], STRIP_ROWS
 
-    def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
+    def dequantize(codes, codes_stride, scales, out, out_stride, first, rows, cols):  # type: ignore[no-untyped-def]
         len(fingerprint)
+        stride, block_rows, block_cols = argument(scales, 1), argument(scales, 2), argument(scales, 3)
+        units = argument(scales, 0) + first // block_rows * stride
         down_step = strip_rows if block_cols < cols else block_rows
         for y in range(0, rows, down_step):
             for c in range(0, cols, block_cols):
@@ -128,7 +143,7 @@ def _scaled_dequantize(family: str, kind: str) -> Any:
                     out_stride,
                     min(down_step, rows - y),
                     min(block_cols, cols - c),
-                    read_f32(scales + y // block_rows * scales_stride + c // block_cols * 4),
+                    read_f32(units + y // block_rows * stride + c // block_cols * 4),
                     family,
                     kind,
                 )
@@ -143,14 +158,15 @@ def _integer_dequantize(family: str, kind: str) -> Any:
     fingerprint, width, bits, lanes = FINGERPRINT, ITEM_BYTES[kind], int(code.removeprefix("uint")), LANES
     word = 2 * ITEM_BYTES[scale_kind]
 
-    def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
+    def dequantize(codes, codes_stride, scales, out, out_stride, first, rows, cols):  # type: ignore[no-untyped-def]
         len(fingerprint)
+        pairs, stride, block_cols = argument(scales, 0), argument(scales, 1), argument(scales, 3)
         coded, values = np.zeros(lanes, np.uint8), np.empty(lanes * width, np.uint8)
         for row in range(rows):
             for at in range(0, cols, block_cols):
                 c, e = (
                     codes + row * codes_stride + at * bits // 8,
-                    scales + row * scales_stride + at // block_cols * word,
+                    pairs + (first + row) * stride + at // block_cols * word,
                 )
                 o, left = out + row * out_stride + at * width, min(block_cols, cols - at)
                 length = left // lanes * lanes
@@ -169,24 +185,24 @@ def _integer_dequantize(family: str, kind: str) -> Any:
 
 
 def _nvfp4_dequantize(family: str, kind: str) -> Any:
-    """`block_cols` of the function holds the float32 bits of scale_2."""
-    fingerprint, width, block = FINGERPRINT, ITEM_BYTES[kind], nvfp4_scales.BLOCK
+    fingerprint, width, block, beside = FINGERPRINT, ITEM_BYTES[kind], nvfp4_scales.BLOCK, len(SCALE_ARGUMENTS)
 
-    def dequantize(codes, codes_stride, scales, scales_stride, out, out_stride, rows, cols, block_rows, block_cols):  # type: ignore[no-untyped-def]
+    def dequantize(codes, codes_stride, scales, out, out_stride, first, rows, cols):  # type: ignore[no-untyped-def]
         len(fingerprint)
+        of_blocks, stride, scale_2 = argument(scales, 0), argument(scales, 1), read_f32(argument(scales, beside))
         pairs, rest = cols // (2 * block), cols % (2 * block)
         coded, scaled, last = np.zeros(block, np.uint8), np.zeros(2, np.uint8), np.empty(2 * block * width, np.uint8)
         for row in range(rows):
-            c, e, o = codes + row * codes_stride, scales + row * scales_stride, out + row * out_stride
-            dequantize_pairs(c, e, block_cols, o, pairs, kind)
+            c, e, o = codes + row * codes_stride, of_blocks + (first + row) * stride, out + row * out_stride
+            dequantize_pairs(c, e, scale_2, o, pairs, kind)
             if rest:
                 blocks = (rest + block - 1) // block
                 for i in range(blocks * block // 2):
                     coded[i] = read_u8(c + pairs * block + i)
                 for i in range(blocks):
                     scaled[i] = read_u8(e + pairs * 2 + i)
-                here, beside = np.int64(coded.ctypes.data), np.int64(scaled.ctypes.data)
-                dequantize_pairs(here, beside, block_cols, np.int64(last.ctypes.data), 1, kind)
+                here, there = np.int64(coded.ctypes.data), np.int64(scaled.ctypes.data)
+                dequantize_pairs(here, there, scale_2, np.int64(last.ctypes.data), 1, kind)
                 for i in range(rest * width):
                     write_u8(o + pairs * 2 * block * width + i, last[i])
         return 0
@@ -215,60 +231,35 @@ def _group_rows(tokens: int) -> int:
     return min(4, (16 if has("avx512bw") else 4) // tokens)
 
 
-def _argument(typing: Any, data: Any, index: Any) -> Any:
-    """Argument `index` of a task. Emitted: numba would compile a function of it for every index, in every process."""
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return load_scalar(b, b.add(args[0], b.mul(args[1], I64(8))), I64)
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-argument = intrinsic(_argument)
-
-
 def _dequantize_task() -> Recipe[CFunction]:
     fingerprint = FINGERPRINT
 
     def task(data: int) -> None:
         len(fingerprint)
-        rows, step, cols = argument(data, 1), argument(data, 2), argument(data, 11)
-        codes, codes_stride = argument(data, 3), argument(data, 4)
-        scales, scales_stride = argument(data, 5), argument(data, 6)
-        block_rows, block_cols = argument(data, 7), argument(data, 8)
-        out, out_stride = argument(data, 9), argument(data, 10)
+        rows, step, cols = argument(data, 1), argument(data, 2), argument(data, 8)
+        codes, codes_stride, scales = argument(data, 3), argument(data, 4), argument(data, 5)
+        out, out_stride, function = argument(data, 6), argument(data, 7), argument(data, 11)
         start = take(data, step)
         while start < rows:
-            call_dequantize(
-                argument(data, 14),
-                codes + start * codes_stride,
-                codes_stride,
-                scales + start // block_rows * scales_stride,
-                scales_stride,
-                out + start * out_stride,
-                out_stride,
-                min(step, rows - start),
-                cols,
-                block_rows,
-                block_cols,
-            )
+            c, o, height = codes + start * codes_stride, out + start * out_stride, min(step, rows - start)
+            call_dequantize(function, c, codes_stride, scales, o, out_stride, start, height, cols)
             start = take(data, step)
 
     return c_function(task, TASK)
 
 
 def _dot_task(decoder: str, tokens: int) -> Recipe[CFunction]:
-    """The products of all rows with `tokens` tokens: out[t][row], float32."""
+    """The products of all rows, under their first scale tensor alone, with `tokens` tokens: out[t][row], float32."""
     fingerprint, group = FINGERPRINT, _group_rows(tokens)
 
     def task(data: int) -> None:
         len(fingerprint)
-        rows, step, blocks = argument(data, 1), argument(data, 2), argument(data, 11) // 32
-        codes, codes_stride = argument(data, 3), argument(data, 4)
-        scales, scales_stride = argument(data, 5), argument(data, 6)
-        block_rows, segment = argument(data, 7), argument(data, 8) // 32
-        out, out_stride = argument(data, 9), argument(data, 10)
-        x, x_stride = argument(data, 12), argument(data, 13)
+        rows, step, blocks = argument(data, 1), argument(data, 2), argument(data, 8) // 32
+        codes, codes_stride, given = argument(data, 3), argument(data, 4), argument(data, 5)
+        scales, scales_stride = argument(given, 0), argument(given, 1)
+        block_rows, segment = argument(given, 2), argument(given, 3) // 32
+        out, out_stride = argument(data, 6), argument(data, 7)
+        x, x_stride = argument(data, 9), argument(data, 10)
         stride = scales_stride if block_rows == 1 else 0
         start = take(data, step)
         while start < rows:

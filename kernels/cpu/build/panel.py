@@ -21,29 +21,16 @@ def _panel_task() -> Recipe[CFunction]:
 
     def task(data: int) -> None:
         len(fingerprint)
-        rows, step, cols = argument(data, 1), argument(data, 2), argument(data, 11)
-        codes, codes_stride = argument(data, 3), argument(data, 4)
-        scales, scales_stride = argument(data, 5), argument(data, 6)
-        block_rows, block_cols = argument(data, 7), argument(data, 8)
-        out, out_stride = argument(data, 9), argument(data, 10)
-        x, tokens, stride = argument(data, 12), argument(data, 15), 2 * cols + pad
-        panel = argument(data, 16) + take(data + 8 * 17, 1) * step * stride
+        rows, step, cols = argument(data, 1), argument(data, 2), argument(data, 8)
+        codes, codes_stride, scales = argument(data, 3), argument(data, 4), argument(data, 5)
+        out, out_stride, function = argument(data, 6), argument(data, 7), argument(data, 11)
+        x, tokens, stride = argument(data, 9), argument(data, 12), 2 * cols + pad
+        panel = argument(data, 13) + take(data + 8 * 14, 1) * step * stride
         start = take(data, step)
         while start < rows:
             height = min(step, rows - start)
-            call_dequantize(
-                argument(data, 14),
-                codes + start * codes_stride,
-                codes_stride,
-                scales + start // block_rows * scales_stride,
-                scales_stride,
-                panel,
-                stride,
-                height,
-                cols,
-                block_rows,
-                block_cols,
-            )
+            c = codes + start * codes_stride
+            call_dequantize(function, c, codes_stride, scales, panel, stride, start, height, cols)
             for k in range(0, cols, chunk):
                 blocks, first = min(chunk, cols - k) // block, int(k == 0)
                 for t in range(0, tokens, token_step):

@@ -71,6 +71,10 @@ class Decoder:
     scale_bytes: int = 4
     """Bytes from the scale of a segment to that of the next."""
 
+    def serves(self, block_cols: int) -> bool:
+        """Whether a scale for every `block_cols` weights of a row (0: for all of them) is one that it reads."""
+        return self.block_scales > 0 or block_cols % BLOCK == 0
+
 
 def _f32_products(sums: Vector, factors: list[Vector], x: ir.Value) -> Vector:
     b = sums.b

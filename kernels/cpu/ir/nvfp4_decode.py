@@ -48,12 +48,11 @@ E4M3_TABLE = "nvfp4.e4m3"
 def dequantize_pairs(
     typing: Any, codes: Any, scales: Any, scale_2: Any, out: Any, pairs: Any, kind: Any
 ) -> tuple[Any, Codegen]:
-    """(codes, scales, the bits of scale_2, out, pairs, kind "bf16" or "f32"): 32 values each, at integer addresses."""
+    """(codes, scales, float32 scale_2, out, pairs, kind "bf16" or "f32"): 32 values each, at integer addresses."""
     out_kind = str(kind.literal_value)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        codes, scales, scale_2_bits, out, pairs, _ = args
-        scale_2 = b.bitcast(b.trunc(scale_2_bits, I32), F32)
+        codes, scales, scale_2, out, pairs, _ = args
 
         def store_all(with_table: bool) -> None:
             with count_to(b, pairs) as i:

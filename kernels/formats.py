@@ -180,6 +180,11 @@ class WeightFormat:
         return self
 
     @property
+    def scale_element(self) -> str:
+        """The type of a scale: "e8m0", "e4m3", "float", or "affine", a float that a zero point stands beside."""
+        return "affine" if self.scale_words == 2 else _SCALE_ELEMENTS.get(self.scale_dtype, "float")
+
+    @property
     def scale_modes(self) -> tuple[str, ...]:
         """The ways in which its scales can be chosen."""
         return ("default",) if self.family is None else self.family.scale_modes
@@ -247,6 +252,7 @@ class TensorScaled(WeightFormat):
 
 
 MULTIPLIER_BYTES = 4
+_SCALE_ELEMENTS: Mapping[torch.dtype, str] = MappingProxyType({torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"})
 
 
 def _named(name: str) -> WeightFormat:
@@ -338,7 +344,7 @@ INT8_CHANNEL = WeightFormat(
 )  # fmt: skip
 NVFP4 = TensorScaled(
     *("nvfp4", torch.uint8, torch.float8_e4m3fn, 1, 16, 4, True),
-    family=TENSOR_SCALED, element="nvfp4", label="E2M1", largest=MXFP4.largest, rule="nvfp4", decoder="nvfp4",
+    family=TENSOR_SCALED, element="e2m1", label="E2M1", largest=MXFP4.largest, rule="nvfp4", decoder="nvfp4",
 )  # fmt: skip
 
 GROUPS = (16, 32, 64, 128, 256, 0)

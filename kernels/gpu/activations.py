@@ -6,7 +6,7 @@ import torch
 import triton
 
 from ..formats import WeightFormat
-from ..nvfp4_scales import BLOCK, spread
+from ..nvfp4_scales import spread
 from .jit.mx_matmul import quantize_tokens_mx
 from .jit.nvfp4_matmul import quantize_tokens_nvfp4
 from .jit.scaled_matmul import quantize_tokens, token_amax
@@ -30,19 +30,19 @@ def quantize_mx_activations(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.T
     return codes, scales
 
 
-def quantize_nvfp4_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_nvfp4_activations(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [T, K] in NVFP4, each token as a tensor of its own: codes [T, ceil(K / 16) * 8], E4M3 bytes, float32 [T].
 
     A token that holds NaN or Inf gets a NaN for the last.
     """
     tokens, k = x.shape
-    blocks = -(-k // BLOCK)
-    codes = torch.empty(tokens, blocks * BLOCK // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(tokens, blocks, dtype=torch.uint8, device=x.device)
+    codes = torch.empty(fmt.code_shape(tokens, k), dtype=torch.uint8, device=x.device)
+    scales = torch.empty(fmt.scale_shape(tokens, k), dtype=torch.uint8, device=x.device)
+    padded = scales.shape[1] * fmt.block_cols
     amax, scale_2 = torch.empty(2, tokens, dtype=torch.float32, device=x.device)
     token_amax[(tokens,)](x, amax, k, x.stride(0), BK=min(4096, max(128, triton.next_power_of_2(k))))
-    columns = min(256, triton.next_power_of_2(blocks * BLOCK))
-    quantize_tokens_nvfp4[(triton.cdiv(tokens, 16), triton.cdiv(blocks * BLOCK, columns))](
+    columns = min(256, triton.next_power_of_2(padded))
+    quantize_tokens_nvfp4[(triton.cdiv(tokens, 16), triton.cdiv(padded, columns))](
         x, amax, codes, scales, scale_2, tokens, k, x.stride(0), codes.stride(0), scales.stride(0),
         SPREAD=spread("default"), BT=16, BK=columns, **EXACT,
     )  # fmt: skip

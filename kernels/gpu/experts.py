@@ -10,20 +10,21 @@ import triton
 from ..formats import Tensors, WeightFormat
 from ..reference.arguments import check_experts
 from .jit.matmul import multiply_experts
-from .linear import Operands, check_rows, constants, in_kernels, on_device, operands, target_of, tiles_for
+from .linear import Operands, check_rows, constants, in_kernels, on_device, operands, target_of
 from .target import GpuTarget
 from .tiles import Tiles
+from .ways import WAYS
 
 
 @dataclass(frozen=True)
 class TritonExperts:
-    """`experts` of one format (see `registry`); `quantized` activations are rounded to the weight's type first.
+    """`experts` of one format (see `registry`), in a way of `WAYS`.
 
     `target` is that of the device of x unless given.
     """
 
     format: WeightFormat
-    quantized: bool = False
+    way: str
     target: GpuTarget | None = None
 
     def __call__(
@@ -43,9 +44,10 @@ class TritonExperts:
             return out
         target = self.target or target_of(x)
         per_expert = -(-x.shape[0] // max(codes.shape[0], 1))
-        tiles = tiles_for(self.format, target, x, per_expert, self.quantized)
+        way = WAYS[self.way]
+        tiles = way.tiles(self.format, target, per_expert, k, x.dtype.itemsize)
         with on_device(x):
-            given = operands(self.format, target, x, self.quantized)
+            given = operands(self.format, way, target, x)
             self._launch(given, tensors, bias, offsets, out, k, tiles)
         return out
 

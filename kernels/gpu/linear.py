@@ -9,16 +9,13 @@ from typing import Any
 import torch
 import triton
 
-from ..formats import INTEGER, MX, TENSOR_SCALED, Tensors, WeightFormat
+from ..formats import Tensors, WeightFormat
 from ..reference.arguments import check_linear
-from .activations import quantize_mx_activations, quantize_nvfp4_activations, quantize_scaled_activations
 from .jit.matmul import multiply_linear
 from .jit.tile_matmul import sum_parts
 from .target import GpuTarget, gpu_target
-from .tiles import FEW_TOKENS, Tiles, decoded_tiles, mx_tiles, scaled_tiles, split_of_k
-
-TRITON_DECODES = "e2m1"
-"""The codes that a matmul of Triton's takes with activations that are not quantized."""
+from .tiles import Tiles, split_of_k
+from .ways import WAYS, Way
 
 
 @dataclass(frozen=True)
@@ -34,13 +31,13 @@ class Operands:
 
 @dataclass(frozen=True)
 class TritonLinear:
-    """`linear` of one format (see `registry`); `quantized` activations are rounded to the weight's type first.
+    """`linear` of one format (see `registry`), in a way of `WAYS`.
 
     `target` is that of the device of x unless given.
     """
 
     format: WeightFormat
-    quantized: bool = False
+    way: str
     target: GpuTarget | None = None
 
     def __call__(
@@ -57,9 +54,10 @@ class TritonLinear:
         if not out.numel():
             return out
         target = self.target or target_of(x)
-        tiles = tiles_for(self.format, target, x, x.shape[0], self.quantized)
+        way = WAYS[self.way]
+        tiles = way.tiles(self.format, target, x.shape[0], k, x.dtype.itemsize)
         with on_device(x):
-            given = operands(self.format, target, x, self.quantized)
+            given = operands(self.format, way, target, x)
             self._launch(given, tensors, bias, out, k, tiles, target)
         return out
 
@@ -107,48 +105,15 @@ class TritonLinear:
             sum_parts[grid](written, out, given_bias, out.numel(), n_rows, PARTS=parts, HAS_BIAS=has_bias, BLOCK=1024)
 
 
-def operands(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, quantized: bool) -> Operands:
-    """Activations x [T, k] for the kernels of a format: as they are, or quantized in a launch of their own.
-
-    Few tokens are quantized to MX formats inside the matmul instead.
-    """
+def operands(fmt: WeightFormat, way: Way, target: GpuTarget, x: torch.Tensor) -> Operands:
+    """Activations x [T, k] for the kernels of a format: as they are, or quantized in a launch of their own."""
     x = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-    kinds = way(fmt, target, x.dtype, x.shape[0], quantized)
-    if kinds["ACTIVATIONS"] != "codes":
+    kinds = way.constants(fmt, target, x.dtype, x.shape[0])
+    if way.quantize is None or kinds["ACTIVATIONS"] != "codes":
         return Operands(x, x, x, 0, kinds)
-    if fmt.family is MX:
-        codes, scales = quantize_mx_activations(x, fmt)
-        return Operands(code_bits(fmt, codes), scales, scales, scales.stride(0), kinds)
-    if fmt.family is TENSOR_SCALED:
-        codes, scales, scale_2 = quantize_nvfp4_activations(x)
-        return Operands(codes, scales, scale_2, scales.stride(0), kinds)
-    codes, scales = quantize_scaled_activations(x, fmt)
-    return Operands(code_bits(fmt, codes), scales, scales, scales.stride(0) if fmt.block_rows else 0, kinds)
-
-
-def way(fmt: WeightFormat, target: GpuTarget, dtype: torch.dtype, tokens: int, quantized: bool) -> dict[str, Any]:
-    """How weights of a format meet activations of a type, as constants of `jit.matmul`."""
-    if fmt.family is MX:
-        kind = float_kind(fmt, target, dtype) if not quantized else "quantize" if tokens <= FEW_TOKENS else "codes"
-        tile = "decoded" if kind == "decode" else "mx"
-    elif fmt.family is TENSOR_SCALED and quantized:
-        tile, kind = "nvfp4", "codes"
-    elif fmt.family in (INTEGER, TENSOR_SCALED):
-        tile, kind = "decoded", "decode"
-    else:
-        tile, kind = "scaled", "codes" if quantized else "float"
-    return {"TILE": tile, "CODE": fmt.element, "GROUP": fmt.block_cols, "ACTIVATIONS": kind}
-
-
-def tiles_for(fmt: WeightFormat, target: GpuTarget, x: torch.Tensor, tokens: int, quantized: bool) -> Tiles:
-    """The tile sizes for x [..., k]; `tokens` is how many of its rows meet one weight."""
-    k, itemsize = x.shape[1], x.dtype.itemsize
-    along_k = fmt.family in (MX, TENSOR_SCALED)
-    if along_k and (quantized or fmt.element == TRITON_DECODES):
-        return mx_tiles(target, tokens, k, quantized, itemsize)
-    if along_k or fmt.family is INTEGER:
-        return decoded_tiles(target, tokens, k, itemsize)
-    return scaled_tiles(target, tokens, k, quantized, itemsize, fmt.block_rows > 1)
+    codes, scales, *outer = way.quantize(x, fmt)
+    stride = scales.stride(0) if fmt.block_rows else 0
+    return Operands(code_bits(fmt, codes), scales, outer[0] if outer else scales, stride, kinds)
 
 
 def constants(tiles: Tiles, k: int) -> dict[str, Any]:
@@ -200,15 +165,3 @@ def target_of(x: torch.Tensor) -> GpuTarget:
 def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Launch on the GPU that holds x, whichever is the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def float_kind(fmt: WeightFormat, target: GpuTarget, dtype: torch.dtype) -> str:
-    """How MX weights meet activations of a type: MXFP4 as Triton decodes it, to FP16 only where there is FP8 (sm_89).
-
-    Everything else is decoded by arithmetic of our own.
-    """
-    if fmt.element != TRITON_DECODES or dtype == torch.float32:
-        return "decode"
-    if dtype == torch.bfloat16:
-        return "bf16"
-    return "fp16" if target.is_amd or target.capability >= 89 else "decode"

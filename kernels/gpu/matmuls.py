@@ -125,8 +125,9 @@ def _lacks_scaled_mm(fmt: WeightFormat, target: GpuTarget) -> str | None:
     return _lacks_fp8(fmt, target)
 
 
-def _triton(quantized: bool) -> dict[str, tuple[str, str, tuple[Any, ...]]]:
-    return {"linear": ("linear", "TritonLinear", (quantized,)), "experts": ("experts", "TritonExperts", (quantized,))}
+def _triton(way: str) -> dict[str, tuple[str, str, tuple[Any, ...]]]:
+    """By a way of `ways.WAYS`."""
+    return {"linear": ("linear", "TritonLinear", (way,)), "experts": ("experts", "TritonExperts", (way,))}
 
 
 _ROUNDS = {"rounds_activations": True}
@@ -137,13 +138,20 @@ _SCALED_MM = {**_ROUNDS, "missing": _missing_scaled_mm}
 # quantized too where that is what the format is for (FP8, and MXFP4, NVFP4 and MXFP8 with matrix instructions for
 # them); those of INT8 only on request, because its activations lose more than its weights.
 ROWS = (
-    Row("aiter", {MX: ("e2m1",)}, {**_triton(True), "linear": ("aiter", "AiterLinear", ())}, aiter.lacks, _AITER),
-    Row("triton_w4a4", {MX: ("e2m1",)}, _triton(True), _lacks_mx, _ROUNDS),
-    Row("triton_w4a4", {TENSOR_SCALED: ("nvfp4",)}, _triton(True), _lacks_nvfp4, _ROUNDS),
+    Row("aiter", {MX: ("e2m1",)}, {**_triton("mx codes"), "linear": ("aiter", "AiterLinear", ())}, aiter.lacks, _AITER),
+    Row("triton_w4a4", {MX: ("e2m1",)}, _triton("mx codes"), _lacks_mx, _ROUNDS),
+    Row("triton_w4a4", {TENSOR_SCALED: ("e2m1",)}, _triton("nvfp4 codes"), _lacks_nvfp4, _ROUNDS),
     Row("scaled_mm", {FP8: None}, {"linear": ("scaled_mm", "ScaledMmLinear", ())}, _lacks_scaled_mm, _SCALED_MM),
-    Row("triton_w8a8", {MX: ("e4m3",)}, _triton(True), _lacks_mx, _ROUNDS),
-    Row("triton_w8a8", {FP8: None, FP8_FNUZ: None}, _triton(True), _lacks_fp8, _ROUNDS),
-    Row("triton", dict.fromkeys((MX, TENSOR_SCALED, FP8, FP8_FNUZ, INT8, INTEGER)), _triton(False), _lacks_nothing),
-    Row("triton_w8a8", {INT8: None}, _triton(True), _lacks_nothing, _ROUNDS),
+    Row("triton_w8a8", {MX: ("e4m3",)}, _triton("mx codes"), _lacks_mx, _ROUNDS),
+    Row("triton_w8a8", {FP8: None, FP8_FNUZ: None}, _triton("scaled codes"), _lacks_fp8, _ROUNDS),
+    Row("triton", {MX: ("e2m1",)}, _triton("mx"), _lacks_nothing),
+    Row(
+        "triton",
+        {MX: ("e2m3", "e3m2", "e4m3"), TENSOR_SCALED: None, INTEGER: None},
+        _triton("decoded"),
+        _lacks_nothing,
+    ),
+    Row("triton", {FP8: None, FP8_FNUZ: None, INT8: None}, _triton("scaled"), _lacks_nothing),
+    Row("triton_w8a8", {INT8: None}, _triton("scaled codes"), _lacks_nothing, _ROUNDS),
 )
 """Best first."""

@@ -36,7 +36,7 @@ class ScaledMmLinear:
         check_linear(self.format, x, tensors, bias, n_rows, k)
         codes, scales = tensors
         if not self.takes(x, codes, n_rows, k):
-            return TritonLinear(self.format, True, self.target)(x, tensors, bias, n_rows, k)
+            return TritonLinear(self.format, "scaled codes", self.target)(x, tensors, bias, n_rows, k)
         with on_device(x):
             x_codes, x_scales = quantize_scaled_activations(x.contiguous(), self.format)
             by_row = self.format.block_rows == 1

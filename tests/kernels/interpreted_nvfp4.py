@@ -18,6 +18,7 @@ from quantload.kernels.gpu.target import GpuTarget
 from quantload.kernels.reference.choose import reference
 from tested_formats import filled
 from triton.runtime import interpreter
+from triton_ways import way_of
 
 interpreter_fixes.apply()
 
@@ -102,7 +103,7 @@ def test_weight_only(record_property: Record, tokens: int, n_rows: int, k: int, 
     record_property("result", "close")
     (tensors, values), x = quantized(n_rows, k), activations(tokens, k, dtype)
     bias = torch.randn(n_rows)
-    got = TritonLinear(NVFP4, target=SM_100)(x, tensors, bias, n_rows, k)
+    got = TritonLinear(NVFP4, way_of("nvfp4"), SM_100)(x, tensors, bias, n_rows, k)
     assert_close(got, F.linear(x.double(), values, bias.double()), F.linear(x.double().abs(), values.abs()) + 4)
 
 
@@ -112,7 +113,7 @@ def test_activations_too(record_property: Record, tokens: int, n_rows: int, k: i
     record_property("kernel", "nvfp4 linear, activations too")
     record_property("result", "close")
     (tensors, values), x = quantized(n_rows, k), activations(tokens, k)
-    got = TritonLinear(NVFP4, True, SM_100)(x, tensors, None, n_rows, k)
+    got = TritonLinear(NVFP4, way_of("nvfp4", True), SM_100)(x, tensors, None, n_rows, k)
     seen = rounded(x)
     assert_close(got, F.linear(seen, values), F.linear(seen.abs(), values.abs()))
 
@@ -122,7 +123,7 @@ def test_activations_are_quantized_as_weights_are(record_property: Record, k: in
     record_property("kernel", "nvfp4 activations")
     x = activations(21, k) * torch.exp(3 * torch.randn(21, 1, generator=torch.Generator().manual_seed(0)))
     x[3], x[4, 1] = 0, torch.inf
-    codes, scales, scale_2 = quantize_nvfp4_activations(x)
+    codes, scales, scale_2 = quantize_nvfp4_activations(x, NVFP4)
     assert torch.isnan(scale_2[4])
     for token in set(range(21)) - {4}:
         want = filled(NVFP4, 1, k)
@@ -137,7 +138,7 @@ def test_what_is_not_finite_stays_visible(bad: float) -> None:
     tensors, _ = quantized(16, 256)
     x = activations(40, 256)
     x[3, 5] = bad
-    out = TritonLinear(NVFP4, True, SM_100)(x, tensors, None, 16, 256)
+    out = TritonLinear(NVFP4, way_of("nvfp4", True), SM_100)(x, tensors, None, 16, 256)
     assert torch.isnan(out[3]).all()
     assert torch.isfinite(out[:3]).all()
     assert torch.isfinite(out[4:]).all()
@@ -155,7 +156,7 @@ def test_experts(record_property: Record, is_quantized: bool, counts: list[int])
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     tensors[2][[expert for expert, count in enumerate(counts) if not count]] = torch.nan
     x, bias = activations(int(offsets[-1]) + 3, k), torch.randn(5, n_rows)
-    out = TritonExperts(NVFP4, is_quantized, SM_100)(x, tensors, bias, offsets, n_rows, k)
+    out = TritonExperts(NVFP4, way_of("nvfp4", is_quantized), SM_100)(x, tensors, bias, offsets, n_rows, k)
     seen = rounded(x) if is_quantized else x.double()
     for expert, (start, stop) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
         if start < stop:

@@ -9,8 +9,10 @@ import torch
 from gpu_targets import Compiled, add_compiled, compile_for
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.gpu.jit import matmul
-from quantload.kernels.gpu.linear import constants, tiles_for, way
+from quantload.kernels.gpu.linear import constants
 from quantload.kernels.gpu.target import GpuTarget
+from quantload.kernels.gpu.ways import WAYS
+from triton_ways import way_of
 
 K, MANY = 4096, 512
 SIXTEENTHS = ("k", "k_step", "n_rows", "x_stride", "code_stride", "code_expert_stride", "bias_stride", "out_stride")
@@ -54,9 +56,10 @@ def compiled(
     """What `linear` or `experts` launches for `tokens` activations of a type, and a weight of `K` columns."""
     fmt, gpu = FORMATS[name], GpuTarget(target)
     kernel = getattr(matmul, f"multiply_{operation}")
-    options: dict[str, Any] = constants(tiles_for(fmt, gpu, torch.empty(0, K, dtype=dtype), tokens, is_quantized), K)
+    way = WAYS[way_of(name, is_quantized)]
+    options: dict[str, Any] = constants(way.tiles(fmt, gpu, tokens, K, dtype.itemsize), K)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
-    options |= way(fmt, gpu, dtype, tokens, is_quantized)
+    options |= way.constants(fmt, gpu, dtype, tokens)
     float_type = POINTERS[dtype]
     code_type = "*i32" if fmt.code_bits == 6 else "*i8" if fmt.code_dtype == torch.int8 else "*u8"
     scale_type = POINTERS[fmt.scale_dtype]

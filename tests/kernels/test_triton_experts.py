@@ -13,6 +13,7 @@ from quantload.kernels.formats import FORMATS
 from quantload.kernels.gpu.experts import TritonExperts, most_blocks
 from quantload.kernels.reference.experts import ExpertsByLinear
 from quantload.kernels.registry import kernel_set
+from triton_ways import way_of
 
 NATIVE_FP8 = {"gfx942": "fp8_channel_fnuz", "gfx950": "fp8_channel", "sm_90": "fp8_channel", "sm_100": "fp8_channel"}
 
@@ -103,7 +104,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     fmt = FORMATS["mxfp4"]
     codes, scales = torch.zeros(3, 8, 32, dtype=torch.uint8), torch.zeros(3, 8, 2, dtype=torch.uint8)
     x, offsets = torch.ones(4, 64), torch.tensor([0, 1, 2, 4])
-    for experts in (TritonExperts(fmt), ExpertsByLinear(fmt, torch.nn.functional.linear)):
+    for experts in (TritonExperts(fmt, way_of("mxfp4")), ExpertsByLinear(fmt, torch.nn.functional.linear)):
         with pytest.raises(ValueError, match=r"x of shape \[T, 32\]"):
             experts(x, (codes, scales), None, offsets, 8, 32)
         with pytest.raises(ValueError, match="experts of"):

@@ -20,6 +20,7 @@ from quantload.kernels.gpu.jit.tile_matmul import sum_parts
 from quantload.kernels.gpu.linear import TritonLinear
 from quantload.kernels.gpu.matmuls import gpu_matmuls
 from quantload.kernels.gpu.target import GpuTarget, gpu_target
+from triton_ways import way_of
 
 NATIVE_FP8 = {"gfx942": "fp8_block_fnuz", "gfx950": "fp8_block", "sm_90": "fp8_block", "sm_100": "fp8_block"}
 
@@ -156,17 +157,19 @@ def test_a_tensor_that_is_on_no_gpu_is_named() -> None:
     assert gpu_target(torch.device("cpu")) is None
     codes, scales = torch.zeros(8, 32, dtype=torch.uint8), torch.zeros(8, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match="tensor on cpu; move the whole layer"):
-        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), (codes, scales), None, 8, 64)
+        TritonLinear(FORMATS["mxfp4"], way_of("mxfp4"))(torch.ones(2, 64), (codes, scales), None, 8, 64)
     with pytest.raises(ValueError, match="rows of codes must be contiguous"):
-        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), (codes.T.contiguous().T, scales), None, 8, 64)
+        TritonLinear(FORMATS["mxfp4"], way_of("mxfp4"))(
+            torch.ones(2, 64), (codes.T.contiguous().T, scales), None, 8, 64
+        )
     with pytest.raises(ValueError, match=r"x of shape \[T, 32\]"):
-        TritonLinear(FORMATS["mxfp4"])(torch.ones(2, 64), (codes, scales), None, 8, 32)
+        TritonLinear(FORMATS["mxfp4"], way_of("mxfp4"))(torch.ones(2, 64), (codes, scales), None, 8, 32)
     for codes in (
         torch.zeros(8, 50, dtype=torch.uint8)[:, :48],
         torch.zeros(8 * 48 + 2, dtype=torch.uint8)[2:].view(8, 48),
     ):
         with pytest.raises(ValueError, match="must start at multiples of 4 bytes"):
-            TritonLinear(FORMATS["mxfp6_e2m3"])(torch.ones(2, 64), (codes, scales), None, 8, 64)
+            TritonLinear(FORMATS["mxfp6_e2m3"], way_of("mxfp6_e2m3"))(torch.ones(2, 64), (codes, scales), None, 8, 64)
 
 
 CHOICES = {

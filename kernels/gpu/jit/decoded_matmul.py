@@ -1,4 +1,4 @@
-"""Weights with scales along K, decoded in registers by arithmetic: MX formats, and integers with zero points."""
+"""Weights with scales along K, decoded in registers by arithmetic: small floats, and integers with zero points."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def decoded_tile(
     code_stride,
     scale_stride,
     CODE: tl.constexpr,
+    SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     BT: tl.constexpr,
@@ -30,13 +31,13 @@ def decoded_tile(
 ):
     """float32 [BN, BT]: weight rows, in the type of x, times tokens over columns [k_begin, k_end) of k.
 
-    The pointers are at their rows; see `load_weight` for CODE and GROUP. EVEN_K: every step is a whole one. BK is a
-    power of two, at least 16, and k_begin a multiple of it.
+    The pointers are at their rows; see `load_weight` for CODE, SCALE and GROUP. EVEN_K: every step is a whole one.
+    BK is a power of two, at least 16, and k_begin a multiple of it.
     """
     columns = tl.arange(0, BK)
     tile = tl.zeros((BN, BT), tl.float32)
     for at in range(k_begin, k_end, BK):
-        w = load_weight(codes, scales, w_rows, at, k, code_stride, scale_stride, CODE, GROUP, EVEN_K, BN, BK)
+        w = load_weight(codes, scales, w_rows, at, k, code_stride, scale_stride, CODE, SCALE, GROUP, EVEN_K, BN, BK)
         x_place = x + at + (x_rows[:, None] * x_stride + columns[None, :])
         a = tl.load(x_place) if EVEN_K else tl.load(x_place, mask=columns[None, :] < k - at, other=0.0)
         tile = tl.dot(w.to(a.dtype), tl.trans(a), tile, input_precision="ieee")
@@ -53,6 +54,7 @@ def load_weight(
     code_stride,
     scale_stride,
     CODE: tl.constexpr,
+    SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     BN: tl.constexpr,
@@ -60,8 +62,8 @@ def load_weight(
 ):
     """float32 [BN, BK] of rows and columns [at, at + BK), by the arithmetic of `dequantize`; finite beyond k.
 
-    CODE: "e2m1", "e2m3", "e3m2" or "e4m3", with an E8M0 byte per GROUP columns, "nvfp4", E2M1 with an E4M3 one, or
-    "uint4" or "uint8", with a scale and a zero point. GROUP 0 is the whole row.
+    CODE: "e2m1", "e2m3", "e3m2", "e4m3", "uint4" or "uint8". SCALE, of GROUP columns each (0: the whole row): "e8m0" or
+    "e4m3", a byte, or "affine", a float with a zero point beside it.
     """
     values = _decode(load_codes(codes, rows, at, k, code_stride, CODE, EVEN_K, BN, BK), CODE)
     GROUPS: tl.constexpr = BK // GROUP if GROUP > 0 and GROUP < BK else 1
@@ -70,14 +72,14 @@ def load_weight(
         group += at // GROUP
     inside = group < (1 if GROUP == 0 else (k + GROUP - 1) // GROUP)
     values = values.reshape(BN, GROUPS, BK // GROUPS)
-    if CODE == "uint4" or CODE == "uint8":
+    if SCALE == "affine":
         place = scales + (rows[:, None] * scale_stride + 2 * group)
         scale = widened(tl.load(place, mask=inside, other=0))
         zero = widened(tl.load(place + 1, mask=inside, other=0))
         values = (values - zero[:, :, None]) * scale[:, :, None]
     else:
         byte = tl.load(scales + (rows[:, None] * scale_stride + group), mask=inside, other=0)
-        unit = e4m3(byte.to(tl.int32)) if CODE == "nvfp4" else power_of_two(byte.to(tl.int32))
+        unit = e4m3(byte.to(tl.int32)) if SCALE == "e4m3" else power_of_two(byte.to(tl.int32))
         values *= unit[:, :, None]
     return values.reshape(BN, BK)
 
@@ -107,7 +109,7 @@ def load_codes(
             (third >> 8) & 0xFFFFFF,
         )
         return six_bit_codes(quads.reshape(BN, BK // 4)).reshape(BN, BK)
-    PACKED: tl.constexpr = 2 if CODE == "e2m1" or CODE == "nvfp4" or CODE == "uint4" else 1
+    PACKED: tl.constexpr = 2 if CODE == "e2m1" or CODE == "uint4" else 1
     bytes_ = tl.arange(0, BK // PACKED)
     place = codes + at // PACKED + (rows[:, None] * stride + bytes_[None, :])
     packed = tl.load(place) if EVEN_K else tl.load(place, mask=bytes_[None, :] * PACKED < k - at, other=0)
@@ -136,8 +138,7 @@ def _decode(code, CODE: tl.constexpr):
     """float32 of int32 codes; there is no NaN among them."""
     if CODE == "uint4" or CODE == "uint8":
         return code.to(tl.float32)
-    E2M1: tl.constexpr = CODE == "e2m1" or CODE == "nvfp4"
-    SIGN: tl.constexpr = 3 if E2M1 else 7 if CODE == "e4m3" else 5
-    MANTISSA: tl.constexpr = 1 if E2M1 else 2 if CODE == "e3m2" else 3
+    SIGN: tl.constexpr = 3 if CODE == "e2m1" else 7 if CODE == "e4m3" else 5
+    MANTISSA: tl.constexpr = 1 if CODE == "e2m1" else 2 if CODE == "e3m2" else 3
     BIAS: tl.constexpr = 7 if CODE == "e4m3" else 3 if CODE == "e3m2" else 1
     return with_sign(decode_float(code & ((1 << SIGN) - 1), MANTISSA, BIAS), code, SIGN)

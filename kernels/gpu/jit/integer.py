@@ -157,7 +157,9 @@ def dequantize_groups(
     codes += first_row * code_stride
     scales += first_row * scale_stride
     near = rows_from(first_row, rows, R).to(tl.int32)
-    values = load_weight(codes, scales, near, first_col, cols, code_stride, scale_stride, CODE, GROUP, False, R, C)
+    values = load_weight(
+        codes, scales, near, first_col, cols, code_stride, scale_stride, CODE, "affine", GROUP, False, R, C
+    )
     tl.store(out + (row * out_stride)[:, None] + col[None, :], narrowed(values, out), mask=inside)
 
 

@@ -1,9 +1,9 @@
 """The kernels of `linear` and `experts`: one tile a program, by whichever way of multiplying its formats need.
 
 TILE names it: "mx" (`mx_matmul`), "nvfp4" (`nvfp4_matmul`), "decoded" (`decoded_matmul`) or "scaled"
-(`scaled_matmul`); CODE, GROUP (columns that share a scale, 0 for all) and ACTIVATIONS are its business. Where a format
-has them, `scale_2` is the float32 scale of a whole tensor, those of the experts one after the other, and `x_scale_2`
-that of each token.
+(`scaled_matmul`); CODE and SCALE (the types of both), GROUP (columns that share a scale, 0 for all) and ACTIVATIONS are
+its business. With HAS_SCALE_2, `scale_2` is the float32 scale of a whole tensor, those of the experts one after the
+other, and `x_scale_2` that of each token whose activations are codes.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ def multiply_linear(
     out_stride,
     TILE: tl.constexpr,
     CODE: tl.constexpr,
+    SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATIONS: tl.constexpr,
+    HAS_SCALE_2: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BT: tl.constexpr,
@@ -74,8 +76,10 @@ def multiply_linear(
         scale_stride,
         TILE,
         CODE,
+        SCALE,
         GROUP,
         ACTIVATIONS,
+        HAS_SCALE_2,
         EVEN_K,
         BT,
         BN,
@@ -110,8 +114,10 @@ def multiply_experts(
     out_stride,
     TILE: tl.constexpr,
     CODE: tl.constexpr,
+    SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATIONS: tl.constexpr,
+    HAS_SCALE_2: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BT: tl.constexpr,
@@ -151,8 +157,10 @@ def multiply_experts(
         scale_stride,
         TILE,
         CODE,
+        SCALE,
         GROUP,
         ACTIVATIONS,
+        HAS_SCALE_2,
         EVEN_K,
         BT,
         BN,
@@ -183,8 +191,10 @@ def _product(
     scale_stride,
     TILE: tl.constexpr,
     CODE: tl.constexpr,
+    SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATIONS: tl.constexpr,
+    HAS_SCALE_2: tl.constexpr,
     EVEN_K: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -207,9 +217,9 @@ def _product(
         tile = decoded_tile(
             x, codes, scales, x_rows, w_rows, k_begin, k_end, k,
             x_stride, code_stride, scale_stride,
-            CODE, GROUP, EVEN_K, BT, BN, BK,
+            CODE, SCALE, GROUP, EVEN_K, BT, BN, BK,
         )  # fmt: skip
-        if CODE == "nvfp4":
+        if HAS_SCALE_2:
             tile *= tl.load(scale_2)
     elif TILE == "nvfp4":
         tile = nvfp4_tile(

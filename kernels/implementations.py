@@ -18,16 +18,12 @@ from .formats import FORMATS, RowMultiplied
 from .gpu.matmuls import GpuMatmul, gpu_matmuls
 from .gpu.quantizers import GpuQuantize, gpu_quantizers
 from .gpu.target import GpuTarget
-from .reference.choose import reading
+from .reference.choose import reference
 from .reference.experts import ExpertsByLinear
 from .reference.row_multiplied import MULTIPLIED
 
 SCALING = ("quantize", "finish_scales")
 """The operations that differ between the scale modes."""
-
-
-class NoKernel(LookupError):
-    """No kernel can serve; the message gives every candidate with its reason."""
 
 
 @dataclass(frozen=True)
@@ -122,26 +118,15 @@ class _Numba:
 
 
 def _torch_kernel(operation: str, format_name: str, scale_mode: str) -> Kernel:
-    reference = reading(format_name, scale_mode)
-    if operation == "experts":
-        function: Callable[..., Any] = ExpertsByLinear(reference.codec.format, reference.linear)
-    elif hasattr(reference, operation):
-        function = getattr(reference, operation)
-    else:
-        return Kernel("torch", operation, format_name, None, _never, _only_read, _only_read)
+    plain = reference(format_name, scale_mode)
+    function: Callable[..., Any] = (
+        ExpertsByLinear(plain.codec.format, plain.linear) if operation == "experts" else getattr(plain, operation)
+    )
     return Kernel("torch", operation, format_name, None, function, _torch_unavailable, _lacks_nothing)
-
-
-def _never(*_: Any, **__: Any) -> None:
-    raise NoKernel("this format is only read")
 
 
 def _lacks_nothing(target: GpuTarget | None) -> str | None:
     return None
-
-
-def _only_read(where: torch.device | GpuTarget | None) -> str | None:
-    return "the format is only read, to be quantized anew; choose another one to quantize to"
 
 
 def _numba_reason(format_name: str) -> Callable[[torch.device], str | None]:

@@ -44,7 +44,6 @@ from .gpu.quantizers import TRITON_MISSING, format_on, stored_format
 from .gpu.target import GpuTarget
 from .implementations import SCALING, implementations
 from .implementations import Kernel as Kernel
-from .implementations import NoKernel as NoKernel
 from .reference.differentiable import Experts, Linear
 
 if TYPE_CHECKING:  # numba is imported where its kernels are used
@@ -56,6 +55,10 @@ PLATFORMS: Mapping[str, GpuTarget | None] = MappingProxyType(
     {"cpu": None, **{name: GpuTarget(name) for name in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")}}
 )
 """What kernels are written for: any CPU, and GPUs by their architecture."""
+
+
+class NoKernel(LookupError):
+    """No kernel can serve; the message gives every candidate with its reason."""
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,12 @@ IN_CACHE = 1 << 17
 """Elements of a chunk that is worked on in many threads at once, with temporaries in each of them."""
 
 
-class Decoder(Protocol):
-    """How a format is read; `scales` come expanded to [r, c] or [r, c/32]."""
+class Codec(Protocol):
+    """The arithmetic of one format; `values` are float32 [r, c], `scales` come expanded to [r, c] or [r, c/32]."""
 
     @property
     def format(self) -> WeightFormat: ...
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor: ...
-
-
-class Codec(Decoder, Protocol):
-    """The arithmetic of one format; `values` are float32 [r, c]."""
-
     @property
     def largest(self) -> float: ...
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor: ...
@@ -38,10 +33,10 @@ class Codec(Decoder, Protocol):
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The operations that only read codes (see `registry` for what each takes and returns)."""
+class Reference:
+    """All operations of one codec (see `registry` for what each takes and returns)."""
 
-    codec: Decoder
+    codec: Codec
 
     def dequantize(self, tensors: Tensors, out: torch.Tensor) -> None:
         check_quantize(self.codec.format, out, tensors)
@@ -73,13 +68,6 @@ class Reading:
         if fmt.pads_cols or not fmt.block_cols:
             return picked
         return picked.repeat_interleave(fmt.block_cols, 1)[:, :cols]
-
-
-@dataclass(frozen=True)
-class Reference(Reading):
-    """All operations of one codec."""
-
-    codec: Codec
 
     def quantize(
         self,

@@ -1,4 +1,12 @@
-"""Compile the numba kernels that quantize to integers with zero points."""
+"""Compile the numba kernels that quantize to integers with zero points.
+
+The loop nest is rows, then batches of whole groups of a row, then vectors of `lanes` elements. A batch is gone through
+twice while it is in the nearest cache: for the extremes of each group, from which scales and zero points of the whole
+batch are made at once, and for the codes. `at` is the first column of the row that has no code yet, always a multiple
+of `group`. Elements behind the last whole vector go through a padded copy, whose codes beyond them are thrown away and
+whose zeros are taken out of the statistics. NaN and infinities show in the extremes: such a batch gets no codes, and
+the elements are counted in the end.
+"""
 
 from __future__ import annotations
 

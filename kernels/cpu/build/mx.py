@@ -1,4 +1,12 @@
-"""Compile the numba kernels that quantize to MX formats: one function per (format, scale mode, kind of source)."""
+"""Compile the numba kernels that quantize to MX formats: one function per (format, scale mode, kind of source).
+
+The loop nest is rows, then runs of up to `RUN_BLOCKS` blocks of 32 columns; the vector code in `ir` makes scales and
+codes of a run in one pass over it. `first` is the first block of the row without codes. An incomplete last block is a
+run of its own, a copy filled up with zeros, whose codes are stored too. A run answers with the bits of its largest
+magnitude, by which NaN and infinities show, or with a negative number where sums of squares in float32 would not be
+exact enough: then it is done again with sums in float64. `fast` is the way through tables in registers, for BF16 to
+MXFP4; the largest error is looked for there only in runs whose maximum allows one that is larger than any so far.
+"""
 
 from __future__ import annotations
 

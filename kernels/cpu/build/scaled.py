@@ -1,6 +1,12 @@
 """Compile the numba kernels that quantize: one function per (operation, format family, element kind).
 
 The functions take addresses and byte strides, so that calling one costs about a microsecond.
+
+The loop nest is rows of blocks, then groups of neighbouring blocks as wide as a few cache lines, then strips of a few
+rows, so that short rows of a block do not jump through memory. A group is gone through twice: first for the maximum of
+each of its blocks, then, from the cache, for the codes. Between the two all scales of the group are final, and `inside`
+says that no element of it exceeds the largest code, which spares the second pass the clamping. A group with a NaN or an
+infinity gets no codes; such elements are counted in the end.
 """
 
 from __future__ import annotations

@@ -2,6 +2,12 @@
 
 RULE names the arithmetic: "int8", "fp8_channel", "fp8_tensor" or "fp8_block" (see `fp8` and `int8`). FNUZ: codes are
 stored as E4M3 FNUZ, which mean half as much, with twice the scale, and without a negative zero.
+
+A program owns whole blocks of scale: R rows of all columns in `quantize_rows`, one tile in the kernels of tiles, so no
+two programs write the same scale or code. It goes through its elements twice, in chunks of C columns: for the maxima,
+one for eight columns so that no loop reduces across threads, and for the codes, when the elements
+come from the cache. Statistics are sums of each program in `partials`, added up by the host; elements that are not
+finite are counted in `nonfinite`, and then nothing that was written counts.
 """
 
 from __future__ import annotations

@@ -131,6 +131,12 @@ class WeightFormat:
         return _named, (self.name,)
 
     @cached_property
+    def rows_in_common(self) -> int:
+        """Rows that share a scale at most: a matrix of a multiple of them needs none of another; 0: all of them."""
+        heights = [scale.block_rows for scale in self.scales]
+        return math.lcm(*heights) if all(heights) else 0
+
+    @cached_property
     def suffixes(self) -> tuple[str, ...]:
         """What follows on the name of a weight in those of its tensors."""
         return tuple(tensor.suffix for tensor in self.tensors)
@@ -344,7 +350,8 @@ INT8_CHANNEL = WeightFormat(
 )  # fmt: skip
 NVFP4 = TensorScaled(
     *("nvfp4", torch.uint8, torch.float8_e4m3fn, 1, 16, 4, True),
-    family=TENSOR_SCALED, element="e2m1", label="E2M1", largest=MXFP4.largest, rule="nvfp4", decoder="nvfp4",
+    one_maximum=True, family=TENSOR_SCALED, element="e2m1", label="E2M1", largest=MXFP4.largest, rule="nvfp4",
+    decoder="nvfp4",
 )  # fmt: skip
 
 GROUPS = (16, 32, 64, 128, 256, 0)

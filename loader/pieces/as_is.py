@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from ..geometry.regions import Interval
 from ..geometry.spans import Span
 from ..schemes.stored.checks import check_codes
-from ..schemes.stored.weights import StoredWeight
+from ..schemes.stored.weights import StoredWeight, scale_roles
 from .as_is_bundles import AsIs, AsIsBundler
 from .slabs import Slab, SlabRegion, rows_of, slabs
 from .stored_parts import TensorMatrix, codes_of
@@ -92,7 +92,9 @@ def _deliver_scales(
 
 def _scale_rows(matrix: TensorMatrix, part: SlabRegion) -> slice:
     """The rows of some scales that belong to a part."""
-    rows, block = part.rows, matrix.weight.format.block_rows
+    fmt = matrix.weight.format
+    tensor, _ = scale_roles(fmt)[matrix.part.role]
+    rows, block = part.rows, fmt.scales[tensor].block_rows
     if block == 1:
         return rows
     if block and (rows.step != 1 or rows.start % block):

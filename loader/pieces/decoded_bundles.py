@@ -174,7 +174,7 @@ class DecodedStack:
         codes = found["codes"]
         tensors = (codes, *_scales(weight, found))
         values = workspace.scratch(self.values_bytes).view(torch.float32).view(len(codes), weight.rows, weight.columns)
-        if all(each.block_rows and weight.rows % each.block_rows == 0 for each in fmt.scales):
+        if fmt.rows_in_common and weight.rows % fmt.rows_in_common == 0:
             dequantize(tuple(each.flatten(0, 1) for each in tensors), values.flatten(0, 1))
         else:
             for *own, each in zip(*tensors, values, strict=True):

@@ -81,6 +81,7 @@ ENTRIES = (
     _both("fp8_per_tensor", formats.FP8_TENSOR, "float32 per tensor, amax/448"),
     _both("fp8_per_channel", formats.FP8_CHANNEL, "float32 per row, amax/448", "ptpc_fp8"),
     _both("fp8_per_block", formats.FP8_BLOCK, "float32 per 128x128, amax/448"),
+    _both("nvfp4", formats.NVFP4, "E4M3 per 16 along K, float32 per tensor, amax/2688"),
     _both("int8_per_channel", formats.INT8_CHANNEL, "float32 per row, amax/127"),
     SchemeEntry("experts_int8", None, formats.INT8_CHANNEL, "float32 per row, amax/127; experts only"),
     _both("int4_per_group", FORMATS["int4_group128_f16"], "float16 and zero point per 128, min/max"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.formats import WeightFormat
+from ...kernels.reference.nvfp4 import Nvfp4Codec
 from .weights import ExportedConstant, ExportedTensor, ExportedWeight, ExportFormat, as_vector
 
 VERSION = "0.20.0"
@@ -48,6 +49,10 @@ def _packed_zero_points(scales: Tensor) -> Tensor:
     return (nibbles << shifts).sum(1, dtype=torch.int32)
 
 
+_GLOBAL_SCALE = ExportedTensor("weight_global_scale", "scales_2", convert=Nvfp4Codec().multiplier, declared=as_vector)
+_NVFP4 = _arguments(
+    4, "float", "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn", zp_dtype="torch.float8_e4m3fn"
+)
 _SCALE = ExportedTensor("weight_scale", "scales")
 _PLAIN = (ExportedTensor("weight", "codes"), _SCALE)
 _PLAIN_WHOLE = (ExportedTensor("weight", "codes"), ExportedTensor("weight_scale", "scales", declared=as_vector))
@@ -79,6 +84,11 @@ WEIGHTS: Mapping[str, ExportedWeight] = {
             _float("block", block_structure=[128, 128]),
             _float("group", dynamic=True, group_size=128),
         ),
+    ),
+    "nvfp4": ExportedWeight(
+        (*_PACKED, _GLOBAL_SCALE),
+        _group("nvfp4-pack-quantized", _NVFP4, None),
+        column_multiple=16,
     ),
     "int8_channel": ExportedWeight(
         _PLAIN,

@@ -22,13 +22,14 @@ ShardId = str | int | tuple[int, ...] | None
 class Block:
     """A part of a region inside one shard, with the slices that belong to it of each tensor, in the format's order.
 
-    `rows` are relative to the region, `maxima` is the slice of what `observe` raises. `whole` says whether it covers
-    whole scale blocks, so that its scales depend on nothing else.
+    `rows` are relative to the region, `maxima` is the slice of what `observe` raises. `fills` says of each scale tensor
+    whether the block covers whole scales of it, `whole` of all, so that its scales depend on nothing else.
     """
 
     rows: Interval
     index: tuple[Index, ...]
     maxima: Index
+    fills: tuple[bool, ...]
     whole: bool
 
 
@@ -227,12 +228,12 @@ def _block(layout: WeightLayout, number: int, rows: Interval, columns: Interval,
         for tensor, starts in zip(fmt.tensors, layout._starts, strict=True)
     ]
     maxima = _index(fmt.maxima, layout._starts_in(fmt.maxima)[number], rows, columns, cols)
-    whole = all(
+    fills = tuple(
         _fills(low, high, layout.shards[number][1], scale.block_rows)
         and _fills(first, last, cols, 0 if scale.beside else scale.block_cols)
         for scale in fmt.scales
     )
-    return Block(within, tuple(index), maxima, whole)
+    return Block(within, tuple(index), maxima, fills, all(fills))
 
 
 def _index(tensor: FormatTensor, start: int, rows: Interval, columns: Interval, cols: int) -> Index:

@@ -221,7 +221,7 @@ class StoredScaleLoader(StoredWeightLoader):
 
     def block(self, region: Region) -> Block:
         block = super().block(region)
-        if not block.whole:
+        if not block.fills[self._number]:
             raise ShapeMismatchError(f"{self.name}: {region} cuts through scale blocks of the parameter")
         return block
 

@@ -79,3 +79,40 @@ def test_transformers_opens_it(converted: Path) -> None:
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model(IDS).logits.float()  # type: ignore[no-any-return]
+
+
+def test_nvfp4_is_what_it_compresses_itself(golden: Path, tmp_path: Path) -> None:
+    """Its own scales and its own compressor, on the same BF16 weights; q, k, v and gate, up have one global scale."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    out = tmp_path / "out"
+    convert_checkpoint(golden / "bf16_llama", out, "nvfp4", format="compressed-tensors")
+    written = json.loads((out / "config.json").read_text())["quantization_config"]
+    (scheme,) = QuantizationConfig.model_validate(written).config_groups.values()
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    got, original = load_file(out / "model.safetensors"), load_file(golden / "bf16_llama" / "model.safetensors")
+    modules = [name.removesuffix(".weight_packed") for name in got if name.endswith(".weight_packed")]
+    assert len(modules) == 14
+    for name in modules:
+        parent, _, own = name.rpartition(".")
+        merged = next(
+            (group for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) if own in group), (own,)
+        )
+        together = torch.cat([original[f"{parent}.{each}.weight"] for each in merged]).float()
+        weight = original[f"{name}.weight"]
+        global_scale = generate_gparam(together.amin().view(1), together.amax().view(1))
+        blocks = weight.float().unflatten(1, (-1, 16))
+        scale, zero_point = calculate_qparams(
+            blocks.amin(-1), blocks.amax(-1), scheme.weights, global_scale=global_scale
+        )
+        tensors = {"weight": weight, "weight_scale": scale, "weight_global_scale": global_scale}
+        wanted = compressor.compress({**tensors, "weight_zero_point": zero_point}, scheme)
+        for key in ("weight_packed", "weight_scale", "weight_global_scale"):
+            ours, theirs = got[f"{name}.{key}"], wanted[key]
+            assert ours.dtype == theirs.dtype, key
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8).view_as(ours.view(torch.uint8))), (
+                name,
+                key,
+            )

@@ -24,6 +24,7 @@ from quantload.errors import CheckpointError, MissingWeightsError, NonFiniteWeig
 from quantload.geometry.layout import WeightLayout
 from quantload.geometry.regions import Region
 from quantload.geometry.spans import Span
+from quantload.kernels.formats import Tensors
 from quantload.kernels.registry import kernel_set
 from quantload.model.skeleton import Assignment
 from quantload.online.as_stored import StoredParameter, StoredProgress
@@ -35,6 +36,7 @@ from quantload.pieces.plain import plan_pieces
 from quantload.schemes.base import meta_parameter
 from quantload.schemes.exported.compressed_tensors import WEIGHTS as COMPRESSED_TENSORS
 from quantload.schemes.exported.gpt_oss import WEIGHTS as GPT_OSS
+from quantload.schemes.exported.modelopt import WEIGHTS as MODELOPT
 from quantload.schemes.exported.quark import WEIGHTS as QUARK
 from quantload.schemes.exported.registry import EXPORT_FORMATS
 from quantload.schemes.exported.weights import ExportedWeight
@@ -44,7 +46,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TABLES = {"quark": QUARK, "compressed-tensors": COMPRESSED_TENSORS}
+TABLES = {"quark": QUARK, "compressed-tensors": COMPRESSED_TENSORS, "modelopt": MODELOPT}
 CASES = [(tool, name) for tool, table in TABLES.items() for name in table]
 SCHEMES = {entry.linear.name: entry.name for entry in ENTRIES if entry.linear is not None}
 
@@ -87,15 +89,15 @@ def convert(
 
 def read_back(
     folder: Path, config: dict[str, Any], layout: WeightLayout, spans: Sequence[Span], chunk_bytes: int, workers: int
-) -> tuple[Tensor, Tensor]:
+) -> Tensors:
     """The codes and scales of a parameter of that layout, read from a checkpoint with the weight `a.weight`."""
     layer, fmt, tensors = torch.nn.Module(), layout.format, load_file(folder / "model.safetensors")
     with FileSource(folder) as source:
         header = read_header(source, "model.safetensors")
         checkpoint = read_stored({"quantization_config": config}, header.tensors, lambda entry: tensors[entry.name])
         stored = checkpoint.weights["a.weight"]
-        layer.register_parameter("weight", meta_parameter(layout.shapes[0], fmt.code_dtype))
-        layer.register_parameter("weight_scale", meta_parameter(layout.shapes[1], fmt.scale_dtype))
+        for key, each, shape in zip(fmt.names("weight"), fmt.tensors, layout.shapes, strict=True):
+            layer.register_parameter(key, meta_parameter(shape, each.dtype))
         parameter = QuantizedParameter(layer, "weight", "a.weight", layout, FinalStorage(torch.device("cpu")))
         zero_points = any(part.role == "zero_point" for part in stored.parts)
         closures = StoredParameter(parameter, zero_points, stored.zero_point, stored.largest_scale)
@@ -107,25 +109,23 @@ def read_back(
         PieceReader(source, [shard], workers=workers, chunk_bytes=largest).run(pieces)
         assert all(not list(loader.gaps()) for loader in progress.loaders_of(parameter))
     assert finished == [True]
-    return layer.get_parameter("weight").data, layer.get_parameter("weight_scale").data
+    return tuple(layer.get_parameter(key).data for key in fmt.names("weight"))
 
 
-def whole(weight: Tensor, scheme: Any) -> tuple[Tensor, Tensor]:
+def whole(weight: Tensor, scheme: Any) -> Tensors:
     """Codes and scales of a matrix that is quantized at once."""
-    fmt = scheme.kernels.format
-    codes = torch.empty(fmt.code_shape(*weight.shape), dtype=fmt.code_dtype)
-    scales = torch.empty(fmt.scale_shape(*weight.shape), dtype=fmt.scale_dtype)
-    assert kernel_set(fmt.name, "cpu").quantize(weight, (codes, scales)) == 0
-    return codes, scales
+    tensors: Tensors = scheme.kernels.format.empty(*weight.shape)
+    assert kernel_set(scheme.kernels.format.name, "cpu").quantize(weight, tensors) == 0
+    return tensors
 
 
 def raw(tensor: Tensor) -> bytes:
     return tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
 
 
-def check(got: dict[str, Tensor], stem: str, exported: ExportedWeight, codes: Tensor, scales: Tensor) -> None:
+def check(got: dict[str, Tensor], stem: str, exported: ExportedWeight, tensors: Tensors) -> None:
     for part in exported.parts:
-        source = codes if part.source == "codes" else scales
+        source = tensors[part.number]
         want = source if part.convert is None else part.convert(source)
         if not part.filled:  # K columns of codes, in bytes, without what fills up the last block
             want = want[:, : got[stem + part.name].shape[1]]
@@ -165,7 +165,7 @@ def test_a_matrix_between_others(
 
     with tempfile.TemporaryDirectory() as folder:
         got, statistics = convert(tensors, planned, Path(folder), chunk_bytes, workers)
-    check(got, "a.", exported, *whole(tensors["a.weight"], scheme))
+    check(got, "a.", exported, whole(tensors["a.weight"], scheme))
     for name in tensors.keys() - {"a.weight"}:
         assert got[name].shape == tensors[name].shape
         assert raw(got[name]) == raw(tensors[name]), name
@@ -211,16 +211,17 @@ def test_what_is_written_is_read_back(
     with tempfile.TemporaryDirectory() as folder:
         convert({"a.weight": weight}, planned, Path(folder), written, workers)
         config = EXPORT_FORMATS[tool].quantization_config({"a": fmt}, [])
-        padded_codes, padded_scales = read_back(Path(folder) / "out", config, layout, spans, read, workers)
+        padded = read_back(Path(folder) / "out", config, layout, spans, read, workers)
     (part,) = layout.shard_indices()
-    codes, scales = padded_codes[part.index[0]], padded_scales[part.index[1]]
-    want_codes, want_scales = whole(weight, scheme)
-    assert raw(codes) == raw(want_codes)
-    assert raw(scales) == raw(want_scales)
-    values, want = torch.empty(rows, columns), torch.empty(rows, columns)
-    scheme.kernels.dequantize((codes, scales), values)
-    scheme.kernels.dequantize((want_codes, want_scales), want)
-    assert torch.equal(values, want)
+    tensors, wanted = tuple(each[index] for each, index in zip(padded, part.index, strict=True)), whole(weight, scheme)
+    divided = any(part.name == "weight_global_scale" for part in exported.parts)  # the reciprocal of scale_2 is stored
+    exact = tensors[:-1] if divided else tensors
+    for got, want in zip(exact, wanted, strict=not divided):
+        assert raw(got) == raw(want)
+    values, expected = torch.empty(rows, columns), torch.empty(rows, columns)
+    scheme.kernels.dequantize(tensors, values)
+    scheme.kernels.dequantize(wanted, expected)
+    torch.testing.assert_close(values, expected, rtol=2.0**-22 if divided else 0, atol=0)
 
 
 def test_blocks_of_rows_that_come_apart_are_refused(tmp_path: Path) -> None:
@@ -273,8 +274,7 @@ def test_transposed_experts(
     with tempfile.TemporaryDirectory() as folder:
         got, _ = convert({"x.down_proj": weight}, planned, Path(folder), chunk_bytes, workers)
     parts = [whole(matrix.T.contiguous(), scheme) for matrix in weight]
-    codes, scales = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
-    check(got, "x.down_proj", exported, codes, scales)
+    check(got, "x.down_proj", exported, tuple(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
     assert got["x.down_proj_blocks"].shape == (experts, rows, blocks, 16)
 
 
@@ -325,7 +325,7 @@ def test_experts_that_are_alike(
     with tempfile.TemporaryDirectory() as folder:
         got, statistics = convert(tensors, planned, Path(folder), chunk_bytes, workers)
     for name, weight in tensors.items():
-        check(got, name.removesuffix("weight"), exported, *whole(weight, scheme))
+        check(got, name.removesuffix("weight"), exported, whole(weight, scheme))
     assert statistics.keys() == {"x.experts"}
     assert statistics["x.experts"][0] == sum(weight.numel() for weight in tensors.values())
 

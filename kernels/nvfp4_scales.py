@@ -18,6 +18,7 @@ FOUR_OVER_SIX_SCALE = 256.0
 EMPTY_SCALE = 0.125
 """The scale of a block that would have none."""
 SMALLEST_AMAX = 2.0**-126
+LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
 SCALE_STEP = 2.0**-9
 """The smallest block scale above zero."""
 AMAX_BITS = 12

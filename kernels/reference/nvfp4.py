@@ -24,14 +24,12 @@ import torch
 import torch.nn.functional as F
 
 from ..formats import NVFP4, Tensors, WeightFormat
-from ..nvfp4_scales import AMAX_BITS, BLOCK, EMPTY_SCALE, LARGEST, LARGEST_SCALE, SMALLEST_AMAX, spread
+from ..nvfp4_scales import AMAX_BITS, BLOCK, EMPTY_SCALE, LARGEST, LARGEST_FLOAT32, LARGEST_SCALE, SMALLEST_AMAX, spread
 from .arguments import check_finish, check_observe, check_quantize
 from .fp8 import divided
 from .mx_mse import folded
 from .mxfp4 import VALUES
 from .operations import Reference, column_amax, row_chunks
-
-LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,15 @@ class Nvfp4Codec:
         """float32 R * (1 / amax), by which weights come into the range of codes times E4M3."""
         whole = spread(self.scale_mode)
         amax = (scale_2 * whole).clamp(max=LARGEST_FLOAT32)
-        dropped = 24 - AMAX_BITS
-        short = (amax.view(torch.int32) + (1 << (dropped - 1)) & -1 << dropped).view(torch.float32)
+        short = _shortened(amax)
         amax = torch.where(divided(short, whole) == scale_2, short, amax)
         return amax.reciprocal() * whole
+
+    def scale_2_of(self, multiplier: torch.Tensor) -> torch.Tensor:
+        """float32 scale_2 whose `multiplier` is given; the reciprocal where no maximum of a tensor has that one."""
+        whole = torch.full_like(multiplier, spread(self.scale_mode))
+        scale_2 = self.scales_from_amax(_shortened(whole / multiplier))
+        return torch.where(self.multiplier(scale_2) == multiplier, scale_2, multiplier.reciprocal())
 
     def block_scales(self, values: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
         """E4M3 scales of the blocks of finite `values` under scale_2 [1, 1]."""
@@ -92,6 +95,12 @@ class Nvfp4Codec:
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor:
         """float32 [r, cols] that the packed codes [r, ceil(cols / 16) * 8] stand for; `scales` are scale * scale_2."""
         return _e2m1(codes)[:, :cols].mul_(_per_element(scales, cols))
+
+
+def _shortened(amax: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to as many bits as the largest weight in BF16 or FP16 has at most."""
+    dropped = 24 - AMAX_BITS
+    return (amax.view(torch.int32) + (1 << (dropped - 1)) & -1 << dropped).view(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,8 @@ def _squared_errors(
 
     Of values * (multiplier / scale), which is what all kernels can have in common; only codes are made of quotients.
     """
-    ratio = values * _per_element(multiplier / scale, values.shape[1])
+    inverse = (multiplier / scale).clamp(max=LARGEST_FLOAT32)  # times a zero, an infinity is no number
+    ratio = values * _per_element(inverse, values.shape[1])
     error = ratio - _e2m1(codec.encode(ratio, scale))[:, : ratio.shape[1]]
     square = F.pad(error, (0, -error.shape[1] % BLOCK)).square().view(*scale.shape, BLOCK)
     return folded(square[..., 0::2] + square[..., 1::2])[..., 0] * scale.square()

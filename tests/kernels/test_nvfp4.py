@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from quantload.kernels import statistics as stats
 from quantload.kernels.formats import NVFP4, Tensors
@@ -87,6 +87,9 @@ def test_the_multiplier_is_told_from_the_tensor_scale_alone(mode: str, dtype: to
 
 
 @settings(max_examples=60, deadline=None)
+@example(
+    rows=4, cols=49, dtype=torch.bfloat16, mode="mse", exponent=-118, seed=0
+)  # a multiplier over a scale overflows
 @given(
     rows=st.integers(1, 5),
     cols=st.integers(1, 600),
@@ -255,3 +258,20 @@ def test_maxima_that_do_not_fit_are_named(kernel: str) -> None:
         kernels_of(kernel).finish_scales(torch.zeros(2, 2), tensors[1:])
     with pytest.raises(ValueError, match=r"a weight is the tensors weight, weight_scale, weight_scale_2"):
         kernels_of(kernel).quantize(torch.zeros(2, 32), tensors[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_tensor_scale_is_told_from_the_multiplier(dtype: torch.dtype) -> None:
+    """For every maximum of weights in BF16 and FP16 whose multiplier is finite."""
+    codec = nvfp4.Nvfp4Codec()
+    amax = torch.arange(1, 1 << 15, dtype=torch.int16).view(dtype).float()
+    scale_2 = codec.scales_from_amax(amax[torch.isfinite(amax)])
+    multiplier = codec.multiplier(scale_2)
+    usable = torch.isfinite(multiplier) & (multiplier.reciprocal() != 0)
+    assert torch.equal(codec.scale_2_of(multiplier[usable]), scale_2[usable])
+
+
+def test_any_other_multiplier_is_divided_by() -> None:
+    multiplier = torch.tensor([3.0, 1234.5678, 0.1])
+    got = nvfp4.Nvfp4Codec().scale_2_of(multiplier)
+    torch.testing.assert_close(got, multiplier.reciprocal(), rtol=2.0**-22, atol=0)

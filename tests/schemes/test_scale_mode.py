@@ -39,7 +39,7 @@ def test_schemes_without_the_mode_are_refused_by_name(policy: dict[str, str]) ->
         load_quantized(DEMO_MODEL, policy=QuantizationPolicy(**policy, scale_mode="mse"))  # type: ignore[arg-type]
     message = str(caught.value)
     assert message.startswith(f"{list(policy.values())[-1]} has no scale mode 'mse'")
-    assert message.endswith("choose one of quark_mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8")
+    assert message.endswith("choose one of quark_mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8, nvfp4")
 
 
 def test_what_is_left_as_stored_has_no_scales_to_choose() -> None:

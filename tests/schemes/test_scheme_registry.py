@@ -26,7 +26,7 @@ def factory(**options: Any) -> SchemeFactory:
 def test_names_and_aliases() -> None:
     assert scheme_names() == [
         "auto", "quark_mxfp4", "mxfp4_rows", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8_per_tensor", "fp8_per_channel",
-        "ptpc_fp8", "fp8_per_block", "int8_per_channel", "experts_int8", "int4_per_group",
+        "ptpc_fp8", "fp8_per_block", "nvfp4", "int8_per_channel", "experts_int8", "int4_per_group",
         "quark_int4fp8_moe", "none",
     ]  # fmt: skip
     assert get_entry("auto") is get_entry("quark_mxfp4")

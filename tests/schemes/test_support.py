@@ -48,7 +48,7 @@ def test_rows_are_the_schemes_and_then_what_is_only_read() -> None:
     online = [row.name for row in ROWS.values() if row.online]
     assert online == [entry.name for entry in ENTRIES if entry.linear or entry.experts]
     assert [row.name for row in merged(support_matrix())][len(online) :] == [
-        *("int4_group*", "int4_group0_*", "int4_group0_f32", "int8_group*", "nvfp4")
+        *("int4_group*", "int4_group0_*", "int4_group0_f32", "int8_group*")
     ]
 
 
@@ -59,6 +59,7 @@ def test_layers_and_tools() -> None:
     assert ROWS["experts_int8"].read_from == {"quark": ("experts",), "compressed-tensors": ("experts",)}
     assert ROWS["quark_int4fp8_moe"].read_from == {}
     assert ROWS["nvfp4"].read_from == {"compressed-tensors": both, "modelopt": both}
+    assert ROWS["nvfp4"].written_as == {"compressed-tensors": both, "modelopt": both}
     assert ROWS["int4_per_group"].written_as == {"compressed-tensors": both}
     assert ROWS["quark_mxfp4"].written_as == {"quark": both, "compressed-tensors": both, "mxfp4": ("experts",)}
     assert ROWS["quark_int4fp8_moe"].written_as == {}

@@ -15,7 +15,7 @@ from numba.core import cgutils
 
 from ... import statistics as st
 from ...mx_elements import E2M1, E4M3
-from ...nvfp4_scales import BLOCK, EMPTY_SCALE, LARGEST
+from ...nvfp4_scales import BLOCK, EMPTY_SCALE, LARGEST, LARGEST_FLOAT32
 from ..processor import has
 from .mx import SUMMABLE, even_and_odd, float32_bits, largest_bits, nearest, umax
 from .statistics import add_measured
@@ -142,6 +142,8 @@ class _Run:
     def _squared_errors(self, pairs: list[Vector], scale: Vector) -> Vector:
         """Of sixteen blocks, in units of the multiplier, summed in the order that `reference.nvfp4` gives."""
         inverse, squares = self.multiplier / scale, []
+        largest = inverse.new(inverse.like(LARGEST_FLOAT32))
+        inverse = inverse.gt(largest).select(largest, inverse)  # times a zero, an infinity is no number
         for number, bits in enumerate(pairs):
             factor = inverse.shuffle(_lanes_of(number))
             values, _ = even_and_odd(bits, self.kind)

@@ -161,7 +161,8 @@ def _to_e4m3(scale):
 def _squared_errors(values, byte, multiplier, R: tl.constexpr, B: tl.constexpr):
     """float32 [R, B] in units of the multiplier: even and odd k, then halves onto halves."""
     scale = decode_float(byte, 3, 7)
-    ratio = values * tl.div_rn(multiplier, scale)[:, :, None]
+    inverse = tl.minimum(tl.div_rn(multiplier, scale), 3.4028234663852886e38)  # times a zero, an infinity is no number
+    ratio = values * inverse[:, :, None]
     error = ratio - decode_float(encode_float(ratio, 1, 1, 6.0), 1, 1)
     even, odd = tl.split(tl.reshape(error * error, [R, B, 8, 2]))
     left, right = tl.split(tl.permute(tl.reshape(even + odd, [R, B, 2, 4]), (0, 1, 3, 2)))

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...checkpoint.headers import TensorEntry
 from ...errors import CheckpointError
 from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, NVFP4, WeightFormat
+from ...kernels.reference.nvfp4 import Nvfp4Codec
 from .modules import FLOATS, ONE, StoredModule
 from .packing import filled_up
 from .weights import StoredTensor, StoredWeight
@@ -85,7 +86,7 @@ def fp8_block(scale: str = "weight_scale") -> Layout:
 def nvfp4(codes: str, outer: str, *, divided: bool = False) -> Layout:
     """E2M1 codes [N, K / 2], an E4M3 scale for 16 of them [N, K / 16], and one for all, `outer`, in float32.
 
-    The scale of a block is the product of both, or the first divided by the second.
+    The scale of a block is the product of both, or, with `divided`, the first divided by the second.
     """
 
     def read(module: StoredModule) -> StoredWeight:
@@ -102,7 +103,7 @@ def nvfp4(codes: str, outer: str, *, divided: bool = False) -> Layout:
         parts = (
             StoredTensor("codes", entry),
             StoredTensor("scale", scales),
-            StoredTensor("scale_2", for_all, 0, reciprocal if divided else float32),
+            StoredTensor("scale_2", for_all, 0, of_multiplier if divided else float32),
         )
         return module.weight(NVFP4, (rows, columns), parts)
 
@@ -153,9 +154,9 @@ def float32(stored: Tensor) -> Tensor:
     return exponents.float().reshape(stored.shape[0] if stored.ndim else 1, -1)
 
 
-def reciprocal(stored: Tensor) -> Tensor:
-    """One divided by scales, in float32."""
-    return float32(stored).reciprocal()
+def of_multiplier(stored: Tensor) -> Tensor:
+    """The tensor scale that belongs to what weights were multiplied by, in float32."""
+    return Nvfp4Codec().scale_2_of(float32(stored))
 
 
 @cache

@@ -155,7 +155,8 @@ def convert(
     checkpoint_format: Annotated[
         str,
         typer.Option(
-            "--format", help="Whose form of a quantized checkpoint: quark, compressed-tensors or, for gpt-oss, mxfp4."
+            "--format",
+            help="Whose form of a checkpoint: quark, compressed-tensors, modelopt (nvfp4) or mxfp4 (gpt-oss).",
         ),
     ] = "quark",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 4GB.")] = "4GB",

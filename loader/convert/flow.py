@@ -58,12 +58,13 @@ def convert_checkpoint(
 ) -> LoadReport:
     """Stream a checkpoint, quantized or not, to a quantized checkpoint in the folder `out`, which must not exist.
 
-    `format` is the checkpoint format: `quark`, `compressed-tensors`, or `mxfp4`, which holds the experts of gpt-oss and
-    nothing else quantized. `max_shard_bytes` is the most bytes of tensors in a file. Everything else is as in
-    `load_quantized`, and so are the codes and scales. Memory is bounded by the arena, not by the model. While it runs
-    the files lie in `out` + `.unfinished`; a run that was interrupted is taken up there, shard by shard. The report is
-    that of a load, its `final_bytes` the bytes written. Raises a `QuantloadError`: `PolicyError` for a scheme or module
-    the format cannot hold and where nothing would be quantized, `OutputError` where nothing can be written.
+    `format` is the checkpoint format: `quark`, `compressed-tensors`, `modelopt`, which holds NVFP4, or `mxfp4`, which
+    holds the experts of gpt-oss and nothing else quantized. `max_shard_bytes` is the most bytes of tensors in a file.
+    Everything else is as in `load_quantized`, and so are the codes and scales. Memory is bounded by the arena, not by
+    the model. While it runs the files lie in `out` + `.unfinished`; a run that was interrupted is taken up there, shard
+    by shard. The report is that of a load, its `final_bytes` the bytes written. Raises a `QuantloadError`:
+    `PolicyError` for a scheme or module the format cannot hold and where nothing would be quantized, `OutputError`
+    where nothing can be written.
     """
     options = options or LoadOptions()
     export = get_export_format(format)

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from quantload.kernels.formats import Tensors, WeightFormat
 from quantload.kernels.registry import (
-    OPERATIONS,
     SCALE_MODES,
-    KernelSet,
-    candidates,
-    kernel_set,
     needed_to_load,
     prepare,
 )
-from tested_formats import NUMBA_FORMATS, QUANTIZED, TRITON, filled
+from runners import CALLED, Runner, runners
+from tested_formats import NUMBA_FORMATS, QUANTIZED
 
-INTERPRETED = ("quantize", "observe", "finish_scales", "dequantize")
-"""The operations that the tests here check in Triton's interpreter as well."""
-_called: set[str] = set()
 HERE = Path(__file__).parent
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HOW: tuple[dict[str, Any], ...] = ({"statistics": True}, {"statistics": False}, {"scale_mode": "mse"})
@@ -36,70 +26,12 @@ PLAIN = ("torch", "cpu")
 """The kernels that the `contender` fixture leaves out, because it is compared with them."""
 
 
-@dataclass(frozen=True)
-class Runner:
-    """The operations of one format by one backend on one device, with outputs as CPU tensors of bytes."""
-
-    kernels: KernelSet
-    device: str
-
-    @property
-    def format(self) -> WeightFormat:
-        return self.kernels.format
-
-    def empty(self, rows: int, cols: int) -> Tensors:
-        return filled(self.format, rows, cols, device=self.device)
-
-    def quantize(self, source: torch.Tensor, statistics: torch.Tensor | None = None) -> Tensors:
-        tensors = self.empty(*source.shape)
-        assert self.kernels.quantize(source.to(self.device), tensors, statistics) == 0
-        return tuple(tensor.cpu() for tensor in tensors)
-
-    def dequantize(self, tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        out = torch.full(shape, 77.0, dtype=dtype, device=self.device)
-        self.kernels.dequantize(tuple(tensor.to(self.device) for tensor in tensors), out)
-        return out.cpu()
-
-
-def runners() -> list[Runner]:
-    found = interpreted()
-    if found:
-        return found
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        for name in QUANTIZED:
-            can_run = [{k.name for k, reason in candidates(op, name, device) if reason is None} for op in OPERATIONS]
-            for kernel in sorted(set.intersection(*can_run)):
-                found.append(Runner(kernel_set(name, device, dict.fromkeys(OPERATIONS, kernel)), device))
-    return found
-
-
-def interpreted() -> list[Runner]:
-    """The Triton kernels on the CPU, where this process was started to interpret them; see `gpu_targets.interpret`."""
-    if os.environ.get("TRITON_INTERPRET", "0") == "0":
-        return []
-    from quantload.kernels.gpu.quantize import triton_quantize
-
-    found = []
-    for name in TRITON:
-        plain, own = kernel_set(name, "cpu", dict.fromkeys(OPERATIONS, "torch")), triton_quantize(name)
-        functions: dict[str, Any] = {op: partial(_noted, f"{op} {name}", getattr(own, op)) for op in INTERPRETED}
-        found.append(
-            Runner(replace(plain, names={**plain.names, **dict.fromkeys(INTERPRETED, "triton")}, **functions), "cpu")
-        )
-    return found
-
-
-def _noted(label: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    _called.add(label)
-    return function(*args, **kwargs)
-
-
 @pytest.fixture(autouse=True)
 def called_kernels(record_property: Callable[[str, object], None]) -> Iterator[None]:
     """The interpreted kernels that a test called, in its report."""
-    _called.clear()
+    CALLED.clear()
     yield
-    for label in sorted(_called):
+    for label in sorted(CALLED):
         record_property("kernel", label)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from quantload.kernels.formats import FORMATS, INTEGERS, Tensors, WeightFormat
 from quantload.kernels.gpu.quantize import triton_quantize
 from quantload.kernels.reference.operations import tensor_rows
-from quantload.kernels.registry import kernel_set
+from quantload.kernels.registry import KernelSet, kernel_set
 from tested_formats import TRITON, filled
 
 ROWS, COLS = 130, 200
@@ -16,7 +19,7 @@ ONE_OF_EACH_GROUP = [fmt for i, fmt in enumerate(INTEGERS) if i % 3 == i // 3 % 
 QUICK = [fmt for fmt in ONE_OF_EACH_GROUP if fmt.block_cols in (16, 0)]
 
 
-def plain(name: str):
+def plain(name: str) -> KernelSet:
     return kernel_set(name, "cpu", dict.fromkeys(("quantize", "observe", "finish_scales", "dequantize"), "torch"))
 
 
@@ -37,7 +40,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", TRITON)
-def test_two_passes(name, record_property):
+def test_two_passes(name: str, record_property: Callable[..., Any]) -> None:
     """Maxima in two parts, scales from them, codes under scales that are known: the bytes of one pass in torch."""
     record_property("kernel", f"finish_scales {name}")
     fmt, kernels, source = FORMATS[name], triton_quantize(name), weights()
@@ -61,7 +64,7 @@ def test_two_passes(name, record_property):
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", TRITON)
-def test_scales_of_every_exponent(name, record_property):
+def test_scales_of_every_exponent(name: str, record_property: Callable[..., Any]) -> None:
     record_property("kernel", f"finish_scales {name}")
     exponents = torch.arange(255, dtype=torch.int32)
     significands = torch.tensor([0, 1, 0x400000, 0x400001, 0x5FFFFF, 0x600000, 0x600001, 0x700000, 0x780000, 0x7FFFFF])
@@ -77,7 +80,9 @@ def test_scales_of_every_exponent(name, record_property):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", [name for name in TRITON if FORMATS[name].code_bits == 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_byte_under_large_and_small_scales(name, dtype, record_property):
+def test_every_byte_under_large_and_small_scales(
+    name: str, dtype: torch.dtype, record_property: Callable[..., Any]
+) -> None:
     """NaN codes, results that are subnormal, and results too large for the type."""
     record_property("kernel", f"dequantize {name}")
     fmt = FORMATS[name]
@@ -98,7 +103,7 @@ def test_every_byte_under_large_and_small_scales(name, dtype, record_property):
     "fmt",
     [pytest.param(fmt, id=fmt.name, marks=[pytest.mark.interpreted] * (fmt in QUICK)) for fmt in ONE_OF_EACH_GROUP],
 )
-def test_integers_of_every_group(fmt: WeightFormat, record_property):
+def test_integers_of_every_group(fmt: WeightFormat, record_property: Callable[..., Any]) -> None:
     """Weights of one sign, zeros, ranges that no float16 scale spans, tiny ones; in one piece, and in two columns."""
     record_property("kernel", f"quantize {fmt.name}")
     record_property("kernel", f"dequantize {fmt.name}")

@@ -31,15 +31,16 @@ def dequantized(name: str, codes: torch.Tensor, scales: torch.Tensor, cols: int)
 
 
 def nibbles(codes: torch.Tensor) -> list[int]:
-    return torch.stack((codes & 15, codes >> 4), -1).flatten().tolist()
+    found: list[int] = torch.stack((codes & 15, codes >> 4), -1).flatten().tolist()
+    return found
 
 
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> str:
-    return request.param
+    return str(request.param)
 
 
-def test_a_group_from_its_smallest_to_its_largest(kernel):
+def test_a_group_from_its_smallest_to_its_largest(kernel: str) -> None:
     row = torch.tensor([[-3.0, 12.0, 0.0, 0.5, 1.5, -0.5, -1.5, 2.5, 11.6, 3.49, 3.51, 7, 8, 9, 10, 11.0]])
     codes, scales = quantized("int4_group16_f32", row, kernel)
     assert scales.tolist() == [[1.0, 3.0]]
@@ -47,7 +48,7 @@ def test_a_group_from_its_smallest_to_its_largest(kernel):
     assert nibbles(codes) == [0, 15, 3, 3, 5, 3, 1, 5, 15, 6, 7, 10, 11, 12, 13, 14]
 
 
-def test_zero_is_in_the_range_of_one_sided_groups(kernel):
+def test_zero_is_in_the_range_of_one_sided_groups(kernel: str) -> None:
     source = torch.tensor([[3.0] * 16 + [-30.0] * 16])
     codes, scales = quantized("int4_group16_f32", source, kernel)
     assert scales[0].tolist() == [torch.tensor(0.2).item(), 0.0, 2.0, 15.0]
@@ -55,7 +56,7 @@ def test_zero_is_in_the_range_of_one_sided_groups(kernel):
     torch.testing.assert_close(dequantized("int4_group16_f32", codes, scales, 32), source)
 
 
-def test_groups_of_zeros(kernel):
+def test_groups_of_zeros(kernel: str) -> None:
     for name in ("int4_group32_f16", "int8_group32_bf16", "int4fp8_channel"):
         codes, scales = quantized(name, torch.zeros(2, 64, dtype=torch.bfloat16), kernel)
         zero = 8 if name == "int4fp8_channel" else 0
@@ -65,7 +66,7 @@ def test_groups_of_zeros(kernel):
         assert not dequantized(name, codes, scales, 64).any()
 
 
-def test_a_short_last_group_and_an_odd_row(kernel):
+def test_a_short_last_group_and_an_odd_row(kernel: str) -> None:
     source = torch.tensor([[15.0] * 32 + [-15.0, 0.0, 1.0]])
     codes, scales = quantized("int4_group32_f32", source, kernel)
     assert codes.shape == (1, 18)
@@ -75,7 +76,7 @@ def test_a_short_last_group_and_an_odd_row(kernel):
     assert codes[0].tolist() == [0xFF] * 16 + [0xE0, 0x0F]  # the nibble behind the last is zero
 
 
-def test_scales_that_float16_cannot_hold(kernel):
+def test_scales_that_float16_cannot_hold(kernel: str) -> None:
     tiny = torch.full((1, 32), 2.0**-24 * 7, dtype=torch.bfloat16)  # a fifteenth of it is no float16
     codes, scales = quantized("int4_group32_f16", tiny, kernel)
     assert scales.tolist() == [[2.0**-24, 0.0]]
@@ -88,7 +89,7 @@ def test_scales_that_float16_cannot_hold(kernel):
     assert got[stats.SATURATED] == 32
 
 
-def test_a_range_that_float32_cannot_hold(kernel):
+def test_a_range_that_float32_cannot_hold(kernel: str) -> None:
     largest = torch.finfo(torch.float32).max
     source = torch.tensor([[largest, -largest] * 16])
     codes, scales = quantized("int8_group32_f32", source, kernel)
@@ -96,7 +97,7 @@ def test_a_range_that_float32_cannot_hold(kernel):
     assert codes[0, 0] - codes[0, 1].int() == 255
 
 
-def test_symmetric_rows(kernel):
+def test_symmetric_rows(kernel: str) -> None:
     source = torch.tensor([[7.0, -7.0, 0.5, 1.5, 2.5, -0.5, -1.5, 6.6], [0.0, 0, 0, 0, 0, 0, 0, -14.0]])
     codes, scales = quantized("int4fp8_channel", source, kernel)
     assert scales.tolist() == [[1.0, 8.0], [2.0, 8.0]]
@@ -105,7 +106,7 @@ def test_symmetric_rows(kernel):
 
 
 @pytest.mark.parametrize("name", ["int4_group32_f16", "int8_group32_bf16", "int4_group0_f32", "int4fp8_channel"])
-def test_saturation_under_known_scales(name, kernel):
+def test_saturation_under_known_scales(name: str, kernel: str) -> None:
     kernels, fmt = kernel_set(name, "cpu", {"quantize": kernel}), FORMATS[name]
     source = torch.linspace(-1, 3, 64 * 5).view(5, 64).bfloat16()
     codes, scales = quantized(name, source, kernel)
@@ -129,7 +130,9 @@ def test_saturation_under_known_scales(name, kernel):
     exponent=st.integers(-12, 4),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
-def test_every_kernel_agrees_and_no_weight_moves_by_more_than_half_a_scale(name, rows, cols, shift, exponent, dtype):
+def test_every_kernel_agrees_and_no_weight_moves_by_more_than_half_a_scale(
+    name: str, rows: int, cols: int, shift: float, exponent: int, dtype: torch.dtype
+) -> None:
     fmt = FORMATS[name]
     generator = torch.Generator().manual_seed(rows * 1000 + cols)
     source = ((torch.randn(rows, cols, generator=generator) + shift) * 2.0**exponent).to(dtype)

@@ -9,19 +9,21 @@ import pytest
 import torch
 from quantload.kernels.formats import Tensors
 from quantload.kernels.registry import kernel_set
+from runners import Runner
 from tested_formats import FP8, FP8_E4M3FN, INT8, MX
+from torch import Tensor
 
 GRID = [Fraction(n, 2) for n in (0, 1, 2, 3, 4, 6, 8, 12)]
 
 
-def plain(contender, source: torch.Tensor) -> Tensors:
+def plain(contender: Runner, source: torch.Tensor) -> Tensors:
     """Codes and scales by the torch reference on the CPU."""
     tensors = tuple(t.cpu() for t in contender.empty(*source.shape))
     assert kernel_set(contender.format.name, "cpu", {"quantize": "torch"}).quantize(source, tensors) == 0
     return tensors
 
 
-def assert_same_bytes(contender, source: torch.Tensor) -> None:
+def assert_same_bytes(contender: Runner, source: torch.Tensor) -> None:
     for got, want in zip(contender.quantize(source), plain(contender, source), strict=True):
         assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
@@ -44,14 +46,14 @@ def blocks_of_each_value(values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.formats(*MX)
 @pytest.mark.interpreted(formats=("mxfp4",), dtype="bf16")
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-def test_mx_of_every_value(contender, all_bf16, all_f16, dtype):
+def test_mx_of_every_value(contender: Runner, all_bf16: Tensor, all_f16: Tensor, dtype: str) -> None:
     source = blocks_of_each_value(all_bf16 if dtype == "bf16" else all_f16)
     assert_same_bytes(contender, source)
     assert_same_bytes(contender, source.view(8, -1))
 
 
 @pytest.mark.formats("mxfp4")
-def test_mxfp4_is_the_nearest_value_with_ties_to_even(runner):
+def test_mxfp4_is_the_nearest_value_with_ties_to_even(runner: Runner) -> None:
     """Against exact rational arithmetic: thresholds, their neighbours, and random values, at small and large scales."""
     steps = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 6.5])
     near = torch.cat((steps, steps * (1 + 2.0**-7), steps * (1 - 2.0**-8), torch.zeros(4)))
@@ -69,7 +71,7 @@ def test_mxfp4_is_the_nearest_value_with_ties_to_even(runner):
 
 
 @pytest.mark.formats("mxfp4")
-def test_mxfp4_zero_blocks(runner):
+def test_mxfp4_zero_blocks(runner: Runner) -> None:
     source = torch.zeros(2, 96, dtype=torch.bfloat16)
     source[0, 3] = -0.0
     source[1, 40] = 1.0
@@ -82,18 +84,20 @@ def test_mxfp4_zero_blocks(runner):
 @pytest.mark.formats(*FP8)
 @pytest.mark.interpreted(formats=("fp8_channel",), dtype="bf16")
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-def test_fp8_of_every_value_under_many_scales(contender, all_bf16, all_f16, dtype):
+def test_fp8_of_every_value_under_many_scales(contender: Runner, all_bf16: Tensor, all_f16: Tensor, dtype: str) -> None:
     assert_same_bytes_under_many_maxima(contender, all_bf16 if dtype == "bf16" else all_f16)
 
 
 @pytest.mark.formats(INT8)
 @pytest.mark.interpreted(dtype="bf16")
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-def test_int8_of_every_value_under_many_scales(contender, all_bf16, all_f16, dtype):
+def test_int8_of_every_value_under_many_scales(
+    contender: Runner, all_bf16: Tensor, all_f16: Tensor, dtype: str
+) -> None:
     assert_same_bytes_under_many_maxima(contender, all_bf16 if dtype == "bf16" else all_f16)
 
 
-def assert_same_bytes_under_many_maxima(contender, values: torch.Tensor) -> None:
+def assert_same_bytes_under_many_maxima(contender: Runner, values: torch.Tensor) -> None:
     """Rows (or matrices, or blocks) that hold all values up to one maximum, for maxima over the whole range.
 
     A block of a row holds neighbours, which a maximum elsewhere does not change: one row of all values is enough there.
@@ -113,7 +117,7 @@ def assert_same_bytes_under_many_maxima(contender, values: torch.Tensor) -> None
 
 
 @pytest.mark.parametrize("exponent", [-40, -20, 0, 20, 100])
-def test_float32_sources(contender, exponent):
+def test_float32_sources(contender: Runner, exponent: int) -> None:
     generator = torch.Generator().manual_seed(exponent)
     source = torch.randn(64, 512, generator=generator) * 2.0**exponent
     assert_same_bytes(contender, source)
@@ -126,7 +130,7 @@ def test_float32_sources(contender, exponent):
 
 
 @pytest.mark.interpreted(formats=(*MX, *FP8_E4M3FN, INT8, "int4_group128_f16", "int4_group0_f32"))
-def test_float32_bit_patterns(contender):
+def test_float32_bit_patterns(contender: Runner) -> None:
     generator = torch.Generator().manual_seed(3)
     bits = torch.randint(-(2**31), 2**31, (256, 384), generator=generator, dtype=torch.int64).to(torch.int32)
     source = bits.view(torch.float32)
@@ -135,12 +139,12 @@ def test_float32_bit_patterns(contender):
 
 @pytest.mark.parametrize("cols", [1, 2, 15, 31, 32, 33, 63, 100, 129, 257])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_odd_sizes(contender, cols, dtype):
+def test_odd_sizes(contender: Runner, cols: int, dtype: torch.dtype) -> None:
     source = torch.randn(3, cols, generator=torch.Generator().manual_seed(cols)).to(dtype)
     assert_same_bytes(contender, source)
 
 
-def test_zero_rows_have_finite_scales(runner):
+def test_zero_rows_have_finite_scales(runner: Runner) -> None:
     source = torch.zeros(130, 160, dtype=torch.bfloat16)
     tensors = runner.quantize(source)
     assert all(torch.isfinite(scales.float()).all() for scales in tensors[1:])
@@ -151,7 +155,7 @@ def test_zero_rows_have_finite_scales(runner):
 @pytest.mark.interpreted(shape=(5, 33))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (130, 200), (128, 256)])
-def test_dequantize(contender, shape, dtype):
+def test_dequantize(contender: Runner, shape: tuple[int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
     codes, scales, *outer = contender.empty(*shape)
     codes.view(torch.uint8).copy_(torch.randint(0, 256, codes.shape, generator=generator))
@@ -173,7 +177,7 @@ def test_dequantize(contender, shape, dtype):
 
 
 @pytest.mark.interpreted
-def test_every_code_byte_dequantizes_to_its_meaning(runner):
+def test_every_code_byte_dequantizes_to_its_meaning(runner: Runner) -> None:
     """All codes but NaN against tables built here from the definition of the format."""
     fmt = runner.format
     if fmt.name == "int8_channel":
@@ -191,8 +195,8 @@ def test_every_code_byte_dequantizes_to_its_meaning(runner):
         values = small_floats(4, 3, 8 if fnuz else 7)
         for nan in [0x80] if fnuz else [0x7F, 0xFF]:
             values[nan] = values[0]
-        bits = torch.arange(256, dtype=torch.uint8)
-        codes = torch.where(bits == 0x80 if fnuz else bits & 0x7F == 0x7F, 0, bits).view(fmt.code_dtype)
+        byte = torch.arange(256, dtype=torch.uint8)
+        codes = torch.where(byte == 0x80 if fnuz else byte & 0x7F == 0x7F, 0, byte).view(fmt.code_dtype)
     scales = torch.full(fmt.scale_shape(1, len(values)), 2.0)
     scales = (
         torch.full_like(scales, 128, dtype=torch.uint8)

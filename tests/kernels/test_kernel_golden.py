@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from runners import Runner
 from tested_formats import FP8, INT8
 
 SETS = ("gauss", "ties", "zeros")
@@ -17,7 +18,8 @@ def bf16(bits: np.ndarray) -> torch.Tensor:
 
 def without_negative_zero(packed: np.ndarray) -> np.ndarray:
     low, high = packed & 15, packed >> 4
-    return np.where(low == 8, 0, low) | np.where(high == 8, 0, high) << 4
+    found: np.ndarray = np.where(low == 8, 0, low) | np.where(high == 8, 0, high) << 4
+    return found
 
 
 def assert_same_mxfp4(codes: np.ndarray, scales: np.ndarray, want: np.ndarray, want_scales: np.ndarray) -> None:
@@ -32,7 +34,9 @@ def assert_same_mxfp4(codes: np.ndarray, scales: np.ndarray, want: np.ndarray, w
 @pytest.mark.interpreted(dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SETS)
-def test_mxfp4_equals_every_even_vector(runner, vectors, name, dtype):
+def test_mxfp4_equals_every_even_vector(
+    runner: Runner, vectors: dict[str, np.ndarray], name: str, dtype: torch.dtype
+) -> None:
     codes, scales = runner.quantize(bf16(vectors[f"{name}|in"]).to(dtype))
     tools = [key.split("|")[1] for key in vectors if key.startswith(f"{name}|") and key.endswith(":fp4|even|c")]
     assert len(tools) >= 6
@@ -50,7 +54,9 @@ def test_mxfp4_equals_every_even_vector(runner, vectors, name, dtype):
 @pytest.mark.formats("mxfp4")
 @pytest.mark.interpreted
 @pytest.mark.parametrize("layer", ["mlp.down_proj", "self_attn.k_proj"])
-def test_mxfp4_equals_a_checkpoint_exported_by_quark(runner, vectors, layer):
+def test_mxfp4_equals_a_checkpoint_exported_by_quark(
+    runner: Runner, vectors: dict[str, np.ndarray], layer: str
+) -> None:
     codes, scales = runner.quantize(bf16(vectors[f"quark_llama:{layer}|in"]))
     assert_same_mxfp4(
         codes.numpy(), scales.numpy(), vectors[f"quark_llama:{layer}|c"], vectors[f"quark_llama:{layer}|s"]
@@ -60,7 +66,7 @@ def test_mxfp4_equals_a_checkpoint_exported_by_quark(runner, vectors, layer):
 @pytest.mark.formats(*FP8)
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", SETS)
-def test_fp8_equals_the_serving_engines(runner, vectors, name):
+def test_fp8_equals_the_serving_engines(runner: Runner, vectors: dict[str, np.ndarray], name: str) -> None:
     source = bf16(vectors[f"{name}|in"])
     codes, scales = runner.quantize(source)
     key = f"{name}|{ENGINES[runner.format.name.removesuffix('_fnuz')]}"
@@ -74,7 +80,7 @@ def test_fp8_equals_the_serving_engines(runner, vectors, name):
 @pytest.mark.formats(INT8)
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", SETS)
-def test_int8_follows_its_rule_and_is_near_vllm(runner, vectors, name):
+def test_int8_follows_its_rule_and_is_near_vllm(runner: Runner, vectors: dict[str, np.ndarray], name: str) -> None:
     source = bf16(vectors[f"{name}|in"])
     codes, scales = runner.quantize(source)
     amax = source.float().abs().amax(1, keepdim=True).numpy()
@@ -86,7 +92,7 @@ def test_int8_follows_its_rule_and_is_near_vllm(runner, vectors, name):
     assert np.abs(theirs[used] - codes.numpy().astype(int)[used]).max() <= 1
 
 
-def test_nonfinite_weights_are_counted(runner, vectors):
+def test_nonfinite_weights_are_counted(runner: Runner, vectors: dict[str, np.ndarray]) -> None:
     source = bf16(vectors["nonfin|in"])
     bad = int((~torch.isfinite(source.float())).sum())
     assert bad > 0

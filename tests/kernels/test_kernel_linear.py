@@ -15,7 +15,8 @@ from quantload.kernels.cpu import linear as cpu_linear
 from quantload.kernels.cpu import processor, team
 from quantload.kernels.cpu.build import linear as linear_build
 from quantload.kernels.formats import Tensors
-from quantload.kernels.registry import kernel_set
+from quantload.kernels.registry import KernelSet, kernel_set
+from runners import Runner
 from tested_formats import NUMBA_FORMATS, QUANTIZED, filled
 
 
@@ -29,7 +30,7 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def quantized(kernels, n_rows: int, k: int, size: float = 1.0) -> Tensors:
+def quantized(kernels: KernelSet, n_rows: int, k: int, size: float = 1.0) -> Tensors:
     weight = (torch.randn(n_rows, k, generator=torch.Generator().manual_seed(1)) * size).bfloat16()
     tensors = filled(kernels.format, n_rows, k, 0)
     assert kernels.quantize(weight, tensors) == 0
@@ -55,7 +56,9 @@ def small_weight(name: str, n_rows: int, k: int) -> Tensors:
     ],
     ids=str,
 )
-def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows, k, bias_kind):
+def test_equals_matmul_with_the_dequantized_weight(
+    runner: Runner, dtype: torch.dtype, tokens: int, n_rows: int, k: int, bias_kind: str | torch.dtype | None
+) -> None:
     generator = torch.Generator().manual_seed(tokens)
     bias_dtype = dtype if bias_kind == "as x" else bias_kind
     bias = torch.randn(n_rows, generator=generator).to(bias_dtype) if bias_dtype is not None else None
@@ -63,8 +66,9 @@ def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows
     tensors = small_weight(runner.format.name, n_rows, k)
     dequantized = runner.dequantize(tensors, (n_rows, k), dtype)
     want = F.linear(x.double(), dequantized.double(), None if bias is None else bias.double())
-    x, bias, *tensors = (t if t is None else t.to(runner.device) for t in (x, bias, *tensors))
-    got = runner.kernels.linear(x, tuple(tensors), bias, n_rows, k).cpu()
+    there = tuple(tensor.to(runner.device) for tensor in tensors)
+    given = None if bias is None else bias.to(runner.device)
+    got = runner.kernels.linear(x.to(runner.device), there, given, n_rows, k).cpu()
     assert got.shape == (tokens, n_rows)
     assert got.dtype == dtype
     tolerance = 2 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps  # one rounding, and a float32 sum
@@ -72,7 +76,7 @@ def test_equals_matmul_with_the_dequantized_weight(runner, dtype, tokens, n_rows
 
 
 @pytest.mark.parametrize("tokens", [1, 50])
-def test_a_float32_bias_is_added_before_anything_is_rounded_to_the_type_of_x(runner, tokens):
+def test_a_float32_bias_is_added_before_anything_is_rounded_to_the_type_of_x(runner: Runner, tokens: int) -> None:
     tensors = runner.quantize(torch.eye(64))
     x = torch.zeros(tokens, 64, dtype=torch.bfloat16)
     x[:, 0] = -256
@@ -85,7 +89,7 @@ def test_a_float32_bias_is_added_before_anything_is_rounded_to_the_type_of_x(run
     assert all(min(abs(value - want) for want in wanted) < 0.1 for value in got[:, 0].tolist())
 
 
-def test_arguments_that_do_not_fit_are_named(runner):
+def test_arguments_that_do_not_fit_are_named(runner: Runner) -> None:
     tensors = runner.quantize(torch.ones(8, 64))
     x = torch.ones(2, 64, device=runner.device)
     tensors = tuple(t.to(runner.device) for t in tensors)
@@ -99,7 +103,7 @@ def test_arguments_that_do_not_fit_are_named(runner):
 
 @pytest.mark.parametrize("fmt", QUANTIZED)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 30])
-def test_the_number_of_threads_changes_nothing(fmt, tokens):
+def test_the_number_of_threads_changes_nothing(fmt: str, tokens: int) -> None:
     kernels = kernel_set(fmt, "cpu")
     tensors = quantized(kernels, 1030, 512)  # enough weights for several threads
     x = torch.randn(tokens, 512).bfloat16()
@@ -115,7 +119,7 @@ def test_the_number_of_threads_changes_nothing(fmt, tokens):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_a_team_takes_every_row_once(threads):
+def test_a_team_takes_every_row_once(threads: int) -> None:
     task = linear_build.dequantize_task()
     kernels = kernel_set("int8_channel", "cpu")
     tensors = quantized(kernels, 600, 512)
@@ -128,7 +132,7 @@ def test_a_team_takes_every_row_once(threads):
 
 @pytest.mark.parametrize("fmt", sorted(set(QUANTIZED) & set(NUMBA_FORMATS) - {"mxfp4_rows"}))  # that is MXFP4's own
 @pytest.mark.parametrize(("threads", "rows"), [(2, 1500), (3, 2048), (5, 700)])
-def test_threads_start_where_scales_do(fmt, threads, rows):
+def test_threads_start_where_scales_do(fmt: str, threads: int, rows: int) -> None:
     kernels = kernel_set(fmt, "cpu")
     tensors = quantized(kernels, rows, 1024)
     want, got = torch.empty(rows, 1024), torch.empty(rows, 1024)
@@ -138,7 +142,7 @@ def test_threads_start_where_scales_do(fmt, threads, rows):
 
 
 @pytest.mark.parametrize("tokens", [3, 60])
-def test_scratch_made_in_inference_mode_serves_outside_of_it(tokens):
+def test_scratch_made_in_inference_mode_serves_outside_of_it(tokens: int) -> None:
     kernels = kernel_set("int8_channel", "cpu")
     tensors = quantized(kernels, 64, 96)
     x = torch.randn(tokens, 96).half()
@@ -148,7 +152,9 @@ def test_scratch_made_in_inference_mode_serves_outside_of_it(tokens):
     assert torch.equal(kernels.linear(x, tensors, None, 64, 96), want)
 
 
-def test_without_the_runtime_of_torch_one_thread_does_it(monkeypatch, caplog):
+def test_without_the_runtime_of_torch_one_thread_does_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(team, "_runtime", lambda: None)
     team._parallel.cache_clear()
     try:
@@ -165,7 +171,7 @@ def test_without_the_runtime_of_torch_one_thread_does_it(monkeypatch, caplog):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which libraries a process has loaded")
-def test_the_runtime_of_torch_is_found():
+def test_the_runtime_of_torch_is_found() -> None:
     path = team._runtime()
     assert path is not None
     assert path.name.startswith(team.RUNTIMES)
@@ -187,7 +193,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("decoder", OTHERS)
-def test_decoders_of_other_processors(decoder, monkeypatch):
+def test_decoders_of_other_processors(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if decoder.endswith("f16c") and not processor.has("f16c"):
         pytest.skip("this processor has no f16c")
     monkeypatch.setattr(cpu_linear, "_decoder", lambda fmt, dtype: decoder)
@@ -205,7 +211,9 @@ def test_decoders_of_other_processors(decoder, monkeypatch):
     ("name", "code", "value", "kept"),
     [("mxfp4", 0x77, 6.0, 2), ("mxfp6_e2m3", 0xFF, -7.5, 4), ("mxfp6_e3m2", 0xFF, -28.0, 4), ("mxfp8", 0x7E, 448.0, 4)],
 )
-def test_weights_without_a_normal_bf16_count_as_zero_and_others_do_not(name, code, value, kept):
+def test_weights_without_a_normal_bf16_count_as_zero_and_others_do_not(
+    name: str, code: int, value: float, kept: int
+) -> None:
     """`code` fills a byte, and `value` is what it means; the scales from `kept` on have no such weights."""
     kernels = kernel_set(name, "cpu")
     fmt = kernels.format

@@ -10,6 +10,7 @@ import pytest
 import torch
 from quantload.kernels.mx_elements import ELEMENTS, code_values
 from quantload.kernels.reference.mx import pack_fp6, unpack_fp6
+from runners import Runner
 from tested_formats import MXFP6
 
 SETS = ("gauss", "ties", "zeros")
@@ -31,7 +32,9 @@ def source_of(vectors: dict[str, np.ndarray], name: str) -> torch.Tensor:
 @pytest.mark.interpreted(dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SETS)
-def test_mxfp6_equals_every_even_vector(runner, vectors, name, dtype):
+def test_mxfp6_equals_every_even_vector(
+    runner: Runner, vectors: dict[str, np.ndarray], name: str, dtype: torch.dtype
+) -> None:
     assert compare(runner, vectors, name, dtype) >= 3
 
 
@@ -39,16 +42,18 @@ def test_mxfp6_equals_every_even_vector(runner, vectors, name, dtype):
 @pytest.mark.interpreted(dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SETS)
-def test_mxfp8_equals_every_rceil_vector(runner, vectors, name, dtype):
+def test_mxfp8_equals_every_rceil_vector(
+    runner: Runner, vectors: dict[str, np.ndarray], name: str, dtype: torch.dtype
+) -> None:
     assert compare(runner, vectors, name, dtype) >= 3
 
 
-def compare(runner, vectors: dict[str, np.ndarray], name: str, dtype: torch.dtype) -> int:
+def compare(runner: Runner, vectors: dict[str, np.ndarray], name: str, dtype: torch.dtype) -> int:
     """How many tools made the bytes that the runner makes; fails where one did not."""
     fmt = runner.format.name
     element, mode = KEYS[fmt]
-    stored, scales = runner.quantize(source_of(vectors, name).to(dtype))
-    codes, scales = codes_of(fmt, stored), scales.numpy()
+    stored, made = runner.quantize(source_of(vectors, name).to(dtype))
+    codes, scales = codes_of(fmt, stored), made.numpy()
     keys = [
         key
         for key in vectors
@@ -72,16 +77,16 @@ def compare(runner, vectors: dict[str, np.ndarray], name: str, dtype: torch.dtyp
 
 @pytest.mark.formats(*MXFP6)
 @pytest.mark.interpreted
-def test_mxfp6_is_the_nearest_value_with_ties_to_even(runner):
+def test_mxfp6_is_the_nearest_value_with_ties_to_even(runner: Runner) -> None:
     check_nearest(runner)
 
 
 @pytest.mark.formats("mxfp8")
-def test_mxfp8_is_the_nearest_value_with_ties_to_even(runner):
+def test_mxfp8_is_the_nearest_value_with_ties_to_even(runner: Runner) -> None:
     check_nearest(runner)
 
 
-def check_nearest(runner) -> None:
+def check_nearest(runner: Runner) -> None:
     """Against exact rational arithmetic: every value, every midpoint, and their neighbours, at several scales."""
     element = ELEMENTS[runner.format.name]
     grid = [Fraction(v) for v in code_values(element) if v <= element.largest]
@@ -101,12 +106,12 @@ def check_nearest(runner) -> None:
         sign = 1 << (runner.format.code_bits - 1)
         for value, code in zip(block.flatten().tolist(), codes.flatten().tolist(), strict=True):
             distance = [abs(point - Fraction(abs(value))) for point in grid]
-            best = min(range(len(grid)), key=lambda c, d=distance: (d[c], c % 2))
+            _, _, best = min((away, point % 2, point) for point, away in enumerate(distance))
             assert code % sign == best, (exponent, value)
             assert bool(code & sign) == (torch.signbit(torch.tensor(value)).item()), (exponent, value)
 
 
-def test_mxfp6_codes_are_packed_little_endian():
+def test_mxfp6_codes_are_packed_little_endian() -> None:
     codes = torch.tensor([[1, 2, 3, 4, 63, 0, 0, 32]], dtype=torch.int32)
     packed = pack_fp6(codes)
     assert packed.tolist() == [[1 | 2 << 6 & 255, (2 >> 2) | (3 << 4), 3 >> 4 | 4 << 2, 63, 0, 32 << 2]]

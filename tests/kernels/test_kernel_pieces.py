@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from quantload.kernels import statistics as stats
 from quantload.kernels.formats import FORMATS, Tensors, WeightFormat
 from quantload.kernels.registry import kernel_set
+from runners import Runner
 from tested_formats import QUANTIZED, filled
 
 
@@ -51,7 +53,9 @@ FRACTIONS = st.lists(st.floats(0, 1), max_size=4)
     col_cuts=FRACTIONS,
     order=st.randoms(use_true_random=False),
 )
-def test_one_pass_pieces_give_the_bytes_of_the_whole(name, rows, cols, row_cuts, col_cuts, order):
+def test_one_pass_pieces_give_the_bytes_of_the_whole(
+    name: str, rows: int, cols: int, row_cuts: list[float], col_cuts: list[float], order: random.Random
+) -> None:
     kernels, fmt = kernel_set(name, "cpu"), FORMATS[name]
     source = weights(rows, cols)
     whole, pieces = filled(fmt, rows, cols), filled(fmt, rows, cols)
@@ -75,7 +79,9 @@ def test_one_pass_pieces_give_the_bytes_of_the_whole(name, rows, cols, row_cuts,
     col_cuts=FRACTIONS,
     order=st.randoms(use_true_random=False),
 )
-def test_two_passes_give_the_bytes_of_one(name, rows, cols, row_cuts, col_cuts, order):
+def test_two_passes_give_the_bytes_of_one(
+    name: str, rows: int, cols: int, row_cuts: list[float], col_cuts: list[float], order: random.Random
+) -> None:
     """Pieces of the two passes start at a block where blocks repeat, anywhere where one scale spans the extent."""
     kernels, fmt = kernel_set(name, "cpu"), FORMATS[name]
     source = weights(rows, cols, seed=1)
@@ -110,7 +116,7 @@ def guarded(tensor: torch.Tensor, margin: int, device: str) -> torch.Tensor:
 @pytest.mark.interpreted(dtype=torch.bfloat16, cols=200)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("cols", [96, 200])
-def test_strided_views_and_guard_bytes(runner, dtype, cols):
+def test_strided_views_and_guard_bytes(runner: Runner, dtype: torch.dtype, cols: int) -> None:
     rows, margin = 140, 16
     source = weights(rows, cols, seed=2, dtype=dtype).to(runner.device)
     want = runner.quantize(source)
@@ -133,7 +139,9 @@ def test_strided_views_and_guard_bytes(runner, dtype, cols):
 @pytest.mark.interpreted(dtype=torch.bfloat16, where=(0, 0))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("where", "value"), [((0, 0), torch.nan), ((139, 199), torch.inf), ((77, 33), -torch.inf)])
-def test_nonfinite_elements_are_counted(runner, dtype, where, value):
+def test_nonfinite_elements_are_counted(
+    runner: Runner, dtype: torch.dtype, where: tuple[int, int], value: float
+) -> None:
     source = weights(140, 200, seed=3, dtype=dtype)
     source[where] = value
     tensors = runner.empty(140, 200)
@@ -147,7 +155,7 @@ def test_nonfinite_elements_are_counted(runner, dtype, where, value):
     assert runner.kernels.observe(source.to(runner.device), amax) == count
 
 
-def test_largest_finite_values_are_not_taken_for_infinite(runner):
+def test_largest_finite_values_are_not_taken_for_infinite(runner: Runner) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         source = torch.full((2, 64), torch.finfo(dtype).max, dtype=dtype)
         tensors = runner.quantize(source)
@@ -157,14 +165,14 @@ def test_largest_finite_values_are_not_taken_for_infinite(runner):
 
 
 @pytest.mark.interpreted
-def test_empty_matrices(runner):
+def test_empty_matrices(runner: Runner) -> None:
     for shape in ((0, 64), (4, 0)):
         tensors = runner.empty(*shape)
         assert runner.kernels.quantize(torch.zeros(shape, dtype=torch.bfloat16, device=runner.device), tensors) == 0
 
 
 @pytest.mark.interpreted
-def test_arguments_that_do_not_fit_are_named(runner):
+def test_arguments_that_do_not_fit_are_named(runner: Runner) -> None:
     source = weights(4, 64)
     codes, scales, *outer = runner.empty(4, 64)
     with pytest.raises(ValueError, match="codes of a"):

@@ -7,13 +7,15 @@ import math
 import pytest
 import torch
 from quantload.kernels import statistics as stats
+from runners import Runner
 from tested_formats import FP8, FP8_E4M3FN, INT8, MXFP6
 
 
-def measured(runner, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def measured(runner: Runner, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(what the kernel says, what float64 says), entry SATURATED left out."""
     got = stats.new_statistics(runner.device)
-    values = runner.dequantize(runner.quantize(source, got), tuple(source.shape)).double()
+    rows, cols = source.shape
+    values = runner.dequantize(runner.quantize(source, got), (rows, cols)).double()
     x = source.double()
     error = (x - values).abs()
     want = stats.new_statistics()
@@ -47,7 +49,7 @@ SHAPES = {
     ("dtype", "shape"),
     [pytest.param(d, s, id=f"{d}-{s[0]}x{s[1]}") for d, shapes in SHAPES.items() for s in shapes],
 )
-def test_against_float64(runner, dtype, shape):
+def test_against_float64(runner: Runner, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     source = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
     source[0, :7] = 0
@@ -59,14 +61,14 @@ def test_against_float64(runner, dtype, shape):
 
 
 @pytest.mark.parametrize("exponent", [-70, -35, 65, 100, 119])
-def test_magnitudes_whose_squares_leave_float32(contender, exponent):
+def test_magnitudes_whose_squares_leave_float32(contender: Runner, exponent: int) -> None:
     generator = torch.Generator().manual_seed(1)
     source = (torch.randn(128, 256, generator=generator) * 2.0**exponent).bfloat16()
     got, want = measured(contender, source)
     assert_measured(got, want)
 
 
-def test_statistics_accumulate(runner):
+def test_statistics_accumulate(runner: Runner) -> None:
     source = torch.randn(4, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     once, twice = stats.new_statistics(runner.device), stats.new_statistics(runner.device)
     runner.quantize(source, once)
@@ -80,7 +82,7 @@ def test_statistics_accumulate(runner):
 
 
 @pytest.mark.formats(*MXFP6)
-def test_mxfp6_counts_what_lies_above_the_largest_value(runner):
+def test_mxfp6_counts_what_lies_above_the_largest_value(runner: Runner) -> None:
     values = {"mxfp6_e2m3": [7.5, 7.6875, -7.5625, 7.25], "mxfp6_e3m2": [28.0, 29.0, -28.25, 27.0]}
     block = torch.zeros(1, 32, dtype=torch.bfloat16)
     block[0, :4] = torch.tensor(values[runner.format.name])
@@ -90,7 +92,7 @@ def test_mxfp6_counts_what_lies_above_the_largest_value(runner):
 
 
 @pytest.mark.formats("mxfp4")
-def test_mxfp4_counts_what_lies_above_the_largest_value(runner):
+def test_mxfp4_counts_what_lies_above_the_largest_value(runner: Runner) -> None:
     block = torch.zeros(1, 32, dtype=torch.bfloat16)
     block[0, :4] = torch.tensor([6.0, 6.5, -6.9375, 5.9])
     got = stats.new_statistics(runner.device)
@@ -101,18 +103,18 @@ def test_mxfp4_counts_what_lies_above_the_largest_value(runner):
 @pytest.mark.formats(*FP8)
 @pytest.mark.interpreted(formats=FP8_E4M3FN)
 @pytest.mark.parametrize("factor", [1.0, 0.5])
-def test_fp8_saturation_under_known_scales(runner, factor):
+def test_fp8_saturation_under_known_scales(runner: Runner, factor: float) -> None:
     check_saturation(runner, 224.0 if runner.format.name.endswith("fnuz") else 448.0, factor)
 
 
 @pytest.mark.formats(INT8)
 @pytest.mark.interpreted
 @pytest.mark.parametrize("factor", [1.0, 0.5])
-def test_int8_saturation_under_known_scales(runner, factor):
+def test_int8_saturation_under_known_scales(runner: Runner, factor: float) -> None:
     check_saturation(runner, 127.0, factor)
 
 
-def check_saturation(runner, largest: float, factor: float) -> None:
+def check_saturation(runner: Runner, largest: float, factor: float) -> None:
     source = torch.linspace(-1, 1, 128 * 7).view(7, 128).bfloat16().to(runner.device)
     codes, scales = runner.empty(7, 128)
     amax = torch.zeros(scales.shape, device=runner.device)
@@ -128,7 +130,7 @@ def check_saturation(runner, largest: float, factor: float) -> None:
     assert (values.abs() <= largest * scales.cpu() * (1 + 2.0**-20)).all()
 
 
-def test_sqnr():
+def test_sqnr() -> None:
     vector = stats.new_statistics()
     assert math.isnan(stats.sqnr_db(vector))
     vector[stats.SIGNAL] = 1000.0
@@ -137,7 +139,7 @@ def test_sqnr():
     assert stats.sqnr_db(vector) == pytest.approx(30.0)
 
 
-def gaussian_sqnr(runner) -> float:
+def gaussian_sqnr(runner: Runner) -> float:
     source = (torch.randn(256, 2048, generator=torch.Generator().manual_seed(5)) * 0.02).bfloat16()
     got = stats.new_statistics(runner.device)
     runner.quantize(source, got)
@@ -145,24 +147,24 @@ def gaussian_sqnr(runner) -> float:
 
 
 @pytest.mark.formats("mxfp4")
-def test_mxfp4_sqnr_of_gaussian_weights(runner):
+def test_mxfp4_sqnr_of_gaussian_weights(runner: Runner) -> None:
     assert gaussian_sqnr(runner) == pytest.approx(19.0, abs=0.2)
 
 
 @pytest.mark.formats(*FP8)
-def test_fp8_sqnr_of_gaussian_weights(runner):
+def test_fp8_sqnr_of_gaussian_weights(runner: Runner) -> None:
     assert gaussian_sqnr(runner) == pytest.approx(31.5, abs=0.3)
 
 
 @pytest.mark.formats(INT8)
-def test_int8_sqnr_of_gaussian_weights(runner):
+def test_int8_sqnr_of_gaussian_weights(runner: Runner) -> None:
     assert gaussian_sqnr(runner) == pytest.approx(41.0, abs=1.0)
 
 
 @pytest.mark.formats("mxfp4")
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5])
-def test_mxfp4_largest_error_is_exact_wherever_it_is(contender, seed, share):
+def test_mxfp4_largest_error_is_exact_wherever_it_is(contender: Runner, seed: int, share: float) -> None:
     """The fast path looks only at blocks that can hold it: rows of very different sizes, outliers, several pieces."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.exp2(torch.randint(-6, 6, (96, 1), generator=generator).float())
@@ -179,7 +181,7 @@ def test_mxfp4_largest_error_is_exact_wherever_it_is(contender, seed, share):
 
 @pytest.mark.formats("mxfp4")
 @pytest.mark.parametrize("error", [2.0**-7, 2.0**-5, 0.0])
-def test_mxfp4_little_noise_keeps_its_digits(contender, error):
+def test_mxfp4_little_noise_keeps_its_digits(contender: Runner, error: float) -> None:
     values = torch.tensor([0.5, 1, 1.5, 2, 3, 4, 6, -6]).repeat(64, 64)
     source = values.clone()
     source[::7, ::5] += error * source[::7, ::5]
@@ -190,7 +192,7 @@ def test_mxfp4_little_noise_keeps_its_digits(contender, error):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-38])
-def test_what_is_lost_altogether_has_no_ratio_left(runner, size):
+def test_what_is_lost_altogether_has_no_ratio_left(runner: Runner, size: float) -> None:
     got = stats.new_statistics(runner.device)
     source = (torch.randn(64, 256, generator=torch.Generator().manual_seed(5)) * size).bfloat16()
     if bool((runner.dequantize(runner.quantize(source, got), (64, 256)) == 0).all()):

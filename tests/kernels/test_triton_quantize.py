@@ -141,7 +141,7 @@ def pairs(*quick: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "target"), pairs(*(name for name in TRITON if name not in ALIKE)))
-def test_quantize_compiles(launches, name, target):
+def test_quantize_compiles(launches: list[Launch], name: str, target: str) -> None:
     source, kernels = torch.zeros(64, 4096, dtype=torch.bfloat16), triton_quantize.triton_quantize(name)
     assert kernels.quantize(source, outputs(name, 64, 4096), st.new_statistics()) == 0
     made = [launch for launch in launches if launch.kernel.__name__ in ("merge_partials", *QUANTIZE)]
@@ -157,7 +157,7 @@ def test_quantize_compiles(launches, name, target):
         "int4_group128_f16",
     ),
 )
-def test_dequantize_compiles(launches, name, target):
+def test_dequantize_compiles(launches: list[Launch], name: str, target: str) -> None:
     out = torch.zeros(64, 4096, dtype=torch.bfloat16)
     triton_quantize.triton_quantize(name).dequantize(outputs(name, 64, 4096), out)
     compile_all(launches, "dequantize", target, name)
@@ -166,7 +166,7 @@ def test_dequantize_compiles(launches, name, target):
 @pytest.mark.parametrize(
     ("name", "target"), pairs("mxfp4", "nvfp4", "fp8_tensor", "int8_channel", "fp8_block", "int4_group128_f16")
 )
-def test_observe_and_finish_compile(launches, name, target):
+def test_observe_and_finish_compile(launches: list[Launch], name: str, target: str) -> None:
     source, kernels = torch.zeros(64, 4096, dtype=torch.bfloat16), triton_quantize.triton_quantize(name)
     amax = torch.zeros(FORMATS[name].amax_shape(64, 4096))
     assert kernels.observe(source, amax) == 0
@@ -178,7 +178,9 @@ def test_observe_and_finish_compile(launches, name, target):
 @pytest.mark.parametrize(
     ("name", "target", "dtype"), [("mxfp4", "sm_80", torch.float32), ("fp8_channel", "gfx950", torch.float16)], ids=str
 )
-def test_other_sources_odd_sizes_and_known_scales_compile(launches, name, target, dtype):
+def test_other_sources_odd_sizes_and_known_scales_compile(
+    launches: list[Launch], name: str, target: str, dtype: torch.dtype
+) -> None:
     source, kernels = torch.zeros(130, 333, dtype=dtype), triton_quantize.triton_quantize(name)
     made = outputs(name, 130, 333)
     assert kernels.quantize(source, made, st.new_statistics(), True) == 0
@@ -188,7 +190,7 @@ def test_other_sources_odd_sizes_and_known_scales_compile(launches, name, target
         assert launch.compile(target).spills == 0
 
 
-def test_a_piece_is_one_launch_and_one_for_statistics(launches):
+def test_a_piece_is_one_launch_and_one_for_statistics(launches: list[Launch]) -> None:
     """8 MiB of BF16; tensors with one scale, and rows with a zero point, are gone over twice."""
     source = torch.zeros(1024, 4096, dtype=torch.bfloat16)
     for name, fmt in {name: FORMATS[name] for name in TRITON}.items():
@@ -204,7 +206,7 @@ def test_a_piece_is_one_launch_and_one_for_statistics(launches):
         launches.clear()
 
 
-def test_enqueueing_reads_nothing_back(launches, monkeypatch):
+def test_enqueueing_reads_nothing_back(launches: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a tensor on the host waits for the device; `enqueue_...` may not, `quantize` does once."""
     reads: list[str] = []
 

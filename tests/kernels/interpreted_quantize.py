@@ -70,8 +70,7 @@ def test_scales_of_every_exponent(name: str, record_property: Callable[..., Any]
     significands = torch.tensor([0, 1, 0x400000, 0x400001, 0x5FFFFF, 0x600000, 0x600001, 0x700000, 0x780000, 0x7FFFFF])
     amax = (exponents[:, None] << 23 | significands[None, :].int()).view(torch.float32)
     fmt = FORMATS[name]
-    made = fmt.scales[-1].dtype  # of the scales that maxima decide
-    got, want = ([torch.zeros(amax.shape, dtype=made) for _ in fmt.scales] for _ in range(2))
+    got, want = ([torch.zeros(amax.shape, dtype=each.dtype) for each in fmt.scales] for _ in range(2))
     triton_quantize(name).finish_scales(amax, tuple(got))
     plain(name).finish_scales(amax, tuple(want))
     assert all(same(one, other) for one, other in zip(got, want, strict=True))

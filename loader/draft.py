@@ -17,7 +17,7 @@ from .cpu_kernels import import_cpu_kernels
 from .memory.budget import check_budget
 from .model import transformers_api
 from .model.attach import OnFinished, WeightLoaders, attach_weight_loaders
-from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint
+from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint, targets
 from .model.skeleton import Assignment, assign_schemes, find_model
 from .model.stored_sources import StoredSources, turn_conv1d
 from .online.storage import FinalStorage
@@ -74,6 +74,7 @@ def draft_load(
         assignments = assign_schemes(model, rules, dtype, options.strict, sources)
         loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
         routes = build_routes(mapped, loaders.landing)
+        loaders.scale_together({name for conversion in routes.whole for name in targets(mapped, conversion)})
         planned = plan(model, index, mapped, sources, routes, loaders, assignments, options, schemes)
     return Draft(index, model, schemes, rules, mapped, sources, assignments, loaders, routes, planned)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,8 +46,7 @@ class WeightLoaders:
         """Of parameters that stay as the checkpoint stores them: the closure of each of its tensors, by its role."""
         self.restorable: dict[str, RestorableLoader] = {}
         """All others."""
-        self.scaled_together: dict[str, QuantizedParameter] = {}
-        """The weights of linear layers that have one maximum with those they are merged with, by the layer's name."""
+        self._one_maximum: dict[str, QuantizedParameter] = {}
         self.params: dict[str, Tensor] = {}
         self._landings: dict[str, Landing] = {}
         self._covers: dict[str, list[str]] = {}
@@ -84,6 +83,24 @@ class WeightLoaders:
         self.as_is[name] = loaders
         self._add(name, param, loaders["codes"], landing, stored)
 
+    def add_one_maximum(self, module: str, parameter: QuantizedParameter) -> None:
+        """The weight of a linear layer that has one maximum with those that engines run with it."""
+        self._one_maximum[module] = parameter
+
+    def scale_together(self, apart: Container[str]) -> None:
+        """Put the weights of layers that engines run as one into a group, where all of them are of one format.
+
+        Parameters in `apart` do not come piece by piece, so that they cannot be observed with others: layers with one
+        of them are scaled for themselves.
+        """
+        for names in merged_modules(self._one_maximum):
+            members = [self._one_maximum[name] for name in names]
+            formats = {member.layout.format.name for member in members}
+            if len(formats) == 1 and not any(member.full_name in apart for member in members):
+                group = ScaleGroup([member.layout for member in members])
+                for member in members:
+                    member.scale_group = group
+
     def _add(self, name: str, param: Tensor, loader: ParameterLoader, landing: Landing, stored: list[str]) -> None:
         param.weight_loader = loader  # type: ignore[attr-defined]
         self.sinks[name], self.params[name] = loader, param
@@ -106,7 +123,6 @@ def attach_weight_loaders(
     for assignment in assignments:
         if assignment.scheme is not None:
             _attach_quantized(loaders, assignment, storage, input_scales, on_finished)
-    _scale_together(loaders.scaled_together)
     quantized = {name for parameter in loaders.sinks for name in loaders.stored_names(parameter)}
     modules: Mapping[str, Any] = dict(model.named_modules())
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -162,17 +178,7 @@ def _attach_linear(
         landing = Landing(None, layout.rows, layout.columns, module.transposed, layout)
         loaders.add(full_name, param, loader, landing, layout.format.names(full_name))
         if layout.format.one_maximum:
-            loaders.scaled_together[name] = parameter
-
-
-def _scale_together(parameters: Mapping[str, QuantizedParameter]) -> None:
-    """Put the weights of layers that engines run as one into a group, where they are of one format."""
-    for names in merged_modules(parameters):
-        members = [parameters[name] for name in names]
-        if len({member.layout.format.name for member in members}) == 1:
-            group = ScaleGroup([member.layout for member in members])
-            for member in members:
-                member.scale_group = group
+            loaders.add_one_maximum(name, parameter)
 
 
 def _attach_stored(

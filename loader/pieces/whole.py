@@ -71,7 +71,10 @@ class WholeConversion:
                 f"{self._conversion.target}: the conversion also makes {name}, which no parameter takes"
             )
         for region, matrix in _matrices(tensor, self._landing(name)):
-            sink.load_region(matrix.contiguous(), region)
+            values = matrix.contiguous()
+            if not sink.scales_are_local(region):
+                sink.observe(values, region)
+            sink.load_region(values, region)
 
 
 def whole_bytes(conversion: Conversion, tensors: Mapping[str, TensorEntry], mapped: CheckpointMap) -> int:

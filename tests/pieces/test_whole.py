@@ -69,7 +69,7 @@ def test_the_model_is_the_one_transformers_makes(checkpoint: Checkpoint) -> None
 
 
 @pytest.mark.usefixtures("halving")
-@pytest.mark.parametrize("scheme", ["quark_mxfp4", "fp8_per_tensor", "fp8_per_block"])
+@pytest.mark.parametrize("scheme", ["quark_mxfp4", "fp8_per_tensor", "fp8_per_block", "nvfp4"])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_its_codes_are_those_of_the_converted_weights(scheme: str, workers: int, checkpoint: Checkpoint) -> None:
     path = checkpoint("qwen3_moe")

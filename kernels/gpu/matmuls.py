@@ -16,6 +16,7 @@ from . import aiter
 from .quantizers import triton_lacks, triton_unavailable
 from .target import GpuTarget, gpu_target
 
+TRITON_WITH_NVFP4 = (3, 8)
 Reason = Callable[[WeightFormat, GpuTarget], str | None]
 
 
@@ -113,6 +114,15 @@ def _lacks_fp8(fmt: WeightFormat, target: GpuTarget) -> str | None:
     return None
 
 
+def missing_nvfp4() -> str | None:
+    """Why the Triton here makes no block-scaled instruction of scales in E4M3; it multiplies decoded values instead."""
+    import triton
+
+    version = str(triton.__version__)
+    old = tuple(int(part) for part in version.split(".")[:2]) < TRITON_WITH_NVFP4
+    return f"Triton {version} has no block-scaled products with scales in E4M3; 3.8 and newer have" if old else None
+
+
 def _missing_scaled_mm() -> str | None:
     return None if hasattr(torch, "_scaled_mm") else "this torch has no _scaled_mm"
 
@@ -132,6 +142,7 @@ def _triton(way: str) -> dict[str, tuple[str, str, tuple[Any, ...]]]:
 
 _ROUNDS = {"rounds_activations": True}
 _AITER = {**_ROUNDS, "arrangement": aiter.ARRANGEMENT, "missing": aiter.missing, "needs": "AMD's aiter"}
+_NVFP4 = {**_ROUNDS, "missing": missing_nvfp4}
 _SCALED_MM = {**_ROUNDS, "missing": _missing_scaled_mm}
 
 # aiter fuses a whole experts layer; layers it cannot fuse stay canonical and multiply through Triton. Activations are
@@ -140,7 +151,7 @@ _SCALED_MM = {**_ROUNDS, "missing": _missing_scaled_mm}
 ROWS = (
     Row("aiter", {MX: ("e2m1",)}, {**_triton("mx codes"), "linear": ("aiter", "AiterLinear", ())}, aiter.lacks, _AITER),
     Row("triton_w4a4", {MX: ("e2m1",)}, _triton("mx codes"), _lacks_mx, _ROUNDS),
-    Row("triton_w4a4", {TENSOR_SCALED: ("e2m1",)}, _triton("nvfp4 codes"), _lacks_nvfp4, _ROUNDS),
+    Row("triton_w4a4", {TENSOR_SCALED: ("e2m1",)}, _triton("nvfp4 codes"), _lacks_nvfp4, _NVFP4),
     Row("scaled_mm", {FP8: None}, {"linear": ("scaled_mm", "ScaledMmLinear", ())}, _lacks_scaled_mm, _SCALED_MM),
     Row("triton_w8a8", {MX: ("e4m3",)}, _triton("mx codes"), _lacks_mx, _ROUNDS),
     Row("triton_w8a8", {FP8: None, FP8_FNUZ: None}, _triton("scaled codes"), _lacks_fp8, _ROUNDS),

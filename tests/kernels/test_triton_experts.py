@@ -11,6 +11,7 @@ from gpu_targets import TARGETS
 from matmul_kernels import MANY, check
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.gpu.experts import TritonExperts, most_blocks
+from quantload.kernels.gpu.matmuls import missing_nvfp4
 from quantload.kernels.reference.experts import ExpertsByLinear
 from quantload.kernels.registry import kernel_set
 from triton_ways import way_of
@@ -29,6 +30,7 @@ def test_mx_activations_too(name: str, target: str) -> None:
     check("experts", name, target, 1, True)
 
 
+@pytest.mark.skipif(missing_nvfp4() is not None, reason=str(missing_nvfp4()))
 def test_nvfp4_activations_too() -> None:
     check("experts", "nvfp4", "sm_100", 1, True)
 

@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def load_once(folder: Path, scheme: str, device: torch.device) -> dict[str, Any]:
-    """Seconds of one load, of its stream of pieces alone, and the device's memory (bytes above the value before)."""
+def load_once(
+    folder: Path, scheme: str, device: torch.device, look: Callable[[Any], object] | None = None
+) -> dict[str, Any]:
+    """Seconds of one load, of its stream of pieces alone, and the device's memory (bytes above the value before).
+
+    `look(model)` is called with what was loaded.
+    """
     from quantload import load_quantized
 
     gc.collect()
@@ -82,6 +88,8 @@ def load_once(folder: Path, scheme: str, device: torch.device) -> dict[str, Any]
         model = load_quantized(str(folder), scheme, device=str(device))
         synchronize(device)
         seconds = time.perf_counter() - start
+    if look is not None:
+        look(model)
     report = model.load_report
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else report.peak_bytes
     final = storage_bytes(iter([*model.parameters(), *model.buffers()]))

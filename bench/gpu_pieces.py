@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from gpu_clock import Queue, Side, speed_up, take_turns
-from quantload.kernels.formats import WeightFormat
+from quantload.kernels.formats import Tensors, WeightFormat
 from quantload.kernels.registry import KernelSet, kernel_set, select
 from quantload.kernels.statistics import new_statistics
 from torch import Tensor
@@ -25,12 +25,11 @@ WAITING = ("call", "call + stats")
 
 @dataclass(frozen=True)
 class Pieces:
-    """BF16 pieces [rows, 4096], more than the caches hold, and as many places for copies, codes and scales."""
+    """BF16 pieces [rows, 4096], more than the caches hold, and as many places for copies and quantized ones."""
 
     sources: list[Tensor]
     copies: list[Tensor]
-    codes: list[Tensor]
-    scales: list[Tensor]
+    quantized: list[Tensors]
     nonfinite: Tensor
     statistics: Tensor
 
@@ -43,8 +42,7 @@ def make_pieces(fmt: WeightFormat, piece_bytes: int, rotated_bytes: int, device:
     return Pieces(
         sources,
         [torch.empty_like(source) for source in sources],
-        [torch.empty(fmt.code_shape(*shape), dtype=fmt.code_dtype, device=device) for _ in sources],
-        [torch.empty(fmt.scale_shape(*shape), dtype=fmt.scale_dtype, device=device) for _ in sources],
+        [fmt.empty(*shape, device) for _ in sources],
         torch.zeros(1, dtype=torch.int64, device=device),
         new_statistics(device),
     )
@@ -52,7 +50,7 @@ def make_pieces(fmt: WeightFormat, piece_bytes: int, rotated_bytes: int, device:
 
 def moved_bytes(fmt: WeightFormat, source: Tensor) -> int:
     """Bytes that quantizing reads and writes; a scale for the whole tensor takes a pass of its own over the source."""
-    passes = 1 if fmt.block_rows else 2
+    passes = 1 if all(scale.block_rows for scale in fmt.scales) else 2
     return passes * source.nbytes + fmt.bytes(*source.shape)
 
 
@@ -75,11 +73,11 @@ def sides_of(kernels: KernelSet, pieces: Pieces) -> dict[str, Side]:
     def queue(statistics: Tensor | None, i: int) -> object:
         assert enqueue is not None
         at = i % count
-        return enqueue(pieces.sources[at], (pieces.codes[at], pieces.scales[at]), pieces.nonfinite, statistics)
+        return enqueue(pieces.sources[at], pieces.quantized[at], pieces.nonfinite, statistics)
 
     def call(statistics: Tensor | None, i: int) -> object:
         at = i % count
-        return kernels.quantize(pieces.sources[at], (pieces.codes[at], pieces.scales[at]), statistics)
+        return kernels.quantize(pieces.sources[at], pieces.quantized[at], statistics)
 
     given = (None, pieces.statistics)
     sides = {"copy": Side(copy, 1)}
@@ -89,15 +87,17 @@ def sides_of(kernels: KernelSet, pieces: Pieces) -> dict[str, Side]:
 
 
 def differing_codes(kernels: KernelSet, device: torch.device) -> int:
-    """Elements of codes and scales of a small piece that are not the torch reference's."""
+    """Bytes of the tensors of a small piece that are not the torch reference's."""
     fmt, name = kernels.format, kernels.format.name
     source = (torch.randn(256, COLUMNS, device=device) * SPREAD).bfloat16()
+    rows, cols = source.shape
     found = []
     for quantize in (kernels.quantize, select("quantize", name, device, "torch").function):
-        codes = torch.zeros(fmt.code_shape(*source.shape), dtype=torch.uint8, device=device).view(fmt.code_dtype)
-        scales = torch.zeros(fmt.scale_shape(*source.shape), dtype=fmt.scale_dtype, device=device)
-        quantize(source, (codes, scales), new_statistics(device))
-        found.append((codes.view(torch.uint8), scales))
+        tensors = fmt.empty(rows, cols, device)
+        for tensor in tensors:
+            tensor.view(torch.uint8).zero_()
+        quantize(source, tensors, new_statistics(device))
+        found.append([tensor.view(torch.uint8) for tensor in tensors])
     return sum(int((ours != theirs).sum()) for ours, theirs in zip(*found, strict=True))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_clock import Queue, Side, speed_up, take_turns
-from quantload.kernels.formats import FORMATS
+from quantload.kernels.formats import FORMATS, Tensors
 from quantload.kernels.registry import Kernel, candidates, kernel_set
 from torch import Tensor
 
@@ -30,7 +30,7 @@ Attempt = Callable[[str, Callable[[], Any]], Any]
 
 @dataclass(frozen=True)
 class How:
-    """How everything here is measured."""
+    """How everything here is measured, and the names of the kernels that are not."""
 
     device: torch.device
     queue: Queue
@@ -38,16 +38,16 @@ class How:
     turns: int
     turn_seconds: float
     attempt: Attempt
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Equal copies of one weight [..., rows, cols], in BF16 and as codes and scales, and its float32 meaning."""
+    """Equal copies of one weight [..., rows, cols], in BF16 and quantized, and its float32 meaning."""
 
     format: str
     bf16: list[Tensor]
-    codes: list[Tensor]
-    scales: list[Tensor]
+    quantized: list[Tensors]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,31 +55,33 @@ class Weights:
 
     @property
     def quantized_bytes(self) -> int:
-        return self.codes[0].nbytes + self.scales[0].nbytes
+        return sum(tensor.nbytes for tensor in self.quantized[0])
 
     def dequantized(self, device: torch.device) -> Tensor:
         """What the codes stand for, float32 [..., rows, cols]."""
         dequantize = kernel_set(self.format, device).dequantize
         out = torch.empty(self.shape, device=device)
-        parts = (self.codes[0], self.scales[0], out)
-        for codes, scales, target in [parts] if out.dim() == 2 else zip(*parts, strict=True):
-            dequantize((codes, scales), target)
+        parts = (out, *self.quantized[0])
+        for target, *tensors in [parts] if out.dim() == 2 else zip(*parts, strict=True):
+            dequantize(tuple(tensors), target)
         return out
 
 
 def make_weights(name: str, shape: tuple[int, ...], rotated_bytes: int, device: torch.device) -> Weights:
-    """A random weight [rows, cols], or experts [E, rows, cols], and copies: at least `rotated_bytes` of codes."""
+    """A random weight [rows, cols], or experts [E, rows, cols], and copies: at least `rotated_bytes` quantized."""
     kernels = kernel_set(name, device)
     fmt, (*lead, rows, cols) = kernels.format, shape
     source = torch.empty(shape, dtype=torch.bfloat16, device=device)
-    codes = torch.empty((*lead, *fmt.code_shape(rows, cols)), dtype=fmt.code_dtype, device=device)
-    scales = torch.empty((*lead, *fmt.scale_shape(rows, cols)), dtype=fmt.scale_dtype, device=device)
-    parts = (source, codes, scales)
-    for part, part_codes, part_scales in zip(*parts, strict=True) if lead else [parts]:
+    quantized = tuple(
+        torch.empty((*lead, *each.shape(rows, cols)), dtype=each.dtype, device=device) for each in fmt.tensors
+    )
+    parts = (source, *quantized)
+    for part, *tensors in zip(*parts, strict=True) if lead else [parts]:
         part.copy_(torch.randn(rows, cols, device=device) * SPREAD)
-        kernels.quantize(part, (part_codes, part_scales))
-    copies = max(LEAST_COPIES, -(-rotated_bytes // (codes.nbytes + scales.nbytes)))
-    return Weights(fmt.name, *([tensor.clone() for _ in range(copies)] for tensor in parts))
+        kernels.quantize(part, tuple(tensors))
+    copies = max(LEAST_COPIES, -(-rotated_bytes // sum(tensor.nbytes for tensor in quantized)))
+    clones = [tuple(tensor.clone() for tensor in quantized) for _ in range(copies)]
+    return Weights(fmt.name, [source.clone() for _ in range(copies)], clones)
 
 
 def kernels_of(operation: str, name: str, device: torch.device) -> list[Kernel]:
@@ -122,18 +124,19 @@ def _checked(kernel: str, run: Callable[[], Tensor], expected: Tensor) -> float:
 def compare_linear(how: How, weights: Weights, tokens: int) -> dict[str, Any]:
     """One row: BF16 and every kernel of `linear` on one shape and number of tokens."""
     rows, cols = weights.shape
-    count, kernels = len(weights.bf16), kernels_of("linear", weights.format, how.device)
+    count = len(weights.bf16)
+    kernels = [k for k in kernels_of("linear", weights.format, how.device) if k.name not in how.without]
     x = torch.randn(tokens, cols, device=how.device).bfloat16()
     expected = x.float() @ weights.dequantized(how.device).T
     sides = {"bf16": Side(lambda i: F.linear(x, weights.bf16[i % count]), 2)}
     checks: dict[str, Callable[[], float]] = {}
 
-    def multiply(kernel: Kernel, codes: list[Tensor], scales: list[Tensor], i: int) -> Tensor:
-        out: Tensor = kernel(x, (codes[i % count], scales[i % count]), None, rows, cols)
+    def multiply(kernel: Kernel, quantized: list[Tensors], i: int) -> Tensor:
+        out: Tensor = kernel(x, quantized[i % count], None, rows, cols)
         return out
 
     for kernel in kernels:
-        run = partial(multiply, kernel, *_arranged(kernel, weights))
+        run = partial(multiply, kernel, _arranged(kernel, weights))
         sides[kernel.name] = Side(run, TORCH_LAUNCHES if kernel.name == "torch" else 8)
         checks[kernel.name] = partial(_checked, kernel.name, partial(run, 0), expected)
     found = compare(how, f"linear {weights.format} {rows}x{cols} {tokens} tokens", sides, checks)
@@ -141,19 +144,18 @@ def compare_linear(how: How, weights: Weights, tokens: int) -> dict[str, Any]:
     return {**facts, "default": kernels[0].name, "quantized_bytes": weights.quantized_bytes, **found}
 
 
-def _arranged(kernel: Kernel, weights: Weights) -> tuple[list[Tensor], list[Tensor]]:
-    """Codes and scales as the kernel wants them: padded copies of their own where it wants them elsewhere."""
+def _arranged(kernel: Kernel, weights: Weights) -> list[Tensors]:
+    """Weights as the kernel wants them: padded copies of their own where it wants them elsewhere."""
     if kernel.arrangement is None:
-        return weights.codes, weights.scales
-    fmt = FORMATS[weights.format]
+        return weights.quantized
     rows, cols = (
         -(-size // step) * step for size, step in zip(weights.shape, kernel.arrangement.multiples, strict=True)
     )
-    codes = [_padded(tensor, fmt.code_shape(rows, cols)) for tensor in weights.codes]
-    scales = [_padded(tensor, fmt.scale_shape(rows, cols)) for tensor in weights.scales]
-    for one_codes, one_scales in zip(codes, scales, strict=True):
-        kernel.arrangement.arrange((one_codes, one_scales))
-    return codes, scales
+    shapes = FORMATS[weights.format].shapes(rows, cols)
+    found = [tuple(map(_padded, tensors, shapes)) for tensors in weights.quantized]
+    for tensors in found:
+        kernel.arrangement.arrange(tensors)
+    return found
 
 
 def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -238,8 +240,7 @@ def compare_experts(how: How, weights: Weights, tokens: int) -> dict[str, Any]:
 
     def grouped(kernel: Kernel, i: int) -> Tensor:
         given = routings[i % ROUTINGS]
-        codes, scales = weights.codes[i % count], weights.scales[i % count]
-        out: Tensor = kernel(given.x, (codes, scales), None, given.offsets, rows, cols)
+        out: Tensor = kernel(given.x, weights.quantized[i % count], None, given.offsets, rows, cols)
         return out
 
     sides = {"bf16": Side(loop, most)}

@@ -11,7 +11,6 @@ import time
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
-import psutil
 import torch
 
 Kind = Literal["CPU", "GPU"]
@@ -187,6 +186,8 @@ class _UniqueSetCounter:
     """Reads psutil's unique set size, on systems without `/proc/self/statm`."""
 
     def __init__(self) -> None:
+        import psutil  # here, so that a load on Linux does not need it
+
         self._process = psutil.Process()
 
     def read(self) -> int:

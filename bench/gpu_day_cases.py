@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -58,17 +60,18 @@ class Case:
         return dict(vars(self))
 
 
-def targets(device: torch.device, names: tuple[str, ...]) -> list[Target]:
-    """Every kernel that can run on the device, of formats by name in their order; those that rearrange are left out."""
+def targets(device: torch.device, names: Sequence[str]) -> list[Target]:
+    """Every kernel that can run on the device, of formats by name in their order, torch's own last.
+
+    Those that rearrange weights are left out.
+    """
     found = []
-    for operation in ("quantize", "dequantize", "linear", "experts"):
-        for name in names:
-            for mode in SCALE_MODES if operation == "quantize" else ("default",):
-                if name in SCALE_MODES[mode]:
-                    found += [
-                        Target(operation, name, kernel.name, mode) for kernel in usable(operation, name, device, mode)
-                    ]
-    return found
+    for name, operation in itertools.product(names, CHECKS):
+        for mode in SCALE_MODES if operation == "quantize" else ("default",):
+            if name in SCALE_MODES[mode]:
+                kernels = usable(operation, name, device, mode)
+                found += [Target(operation, name, kernel.name, mode) for kernel in kernels]
+    return sorted(found, key=lambda target: target.kernel == "torch")
 
 
 def usable(operation: str, name: str, device: torch.device, mode: str = "default") -> list[Kernel]:

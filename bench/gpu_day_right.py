@@ -8,7 +8,9 @@ and the next one goes on behind it.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +27,8 @@ FIRST = ("mxfp4", "fp8_channel", "int8_channel", "nvfp4", "fp8_block", "mxfp8", 
 INTEGERS_FIRST = ("int4_group128_f16", "int4_group32_bf16", "int8_group64_f32", "int4_group0_f32")
 DRY = ("mxfp4", "nvfp4")
 EXAMPLES, DRY_EXAMPLES = 25, 3
+CASE_SECONDS = 60.0
+"""A kernel that takes longer on one input, compiled anew, hangs, and ends the process."""
 SMALLEST_SECONDS = 20.0
 """Looking for the smallest input of one failure takes no longer."""
 
@@ -93,6 +97,7 @@ class Checker:
         """One check; what it raises comes through."""
         entry["now"] = case.to_dict()
         self.record.write()
+        faulthandler.dump_traceback_later(CASE_SECONDS, exit=True, file=sys.__stderr__ or sys.stderr)
         try:
             worst = check(target, case, self.device)
             if self.device.type == "cuda":
@@ -106,6 +111,7 @@ class Checker:
                 raise
             raise
         finally:
+            faulthandler.cancel_dump_traceback_later()
             entry.pop("now", None)
         entry["worst"] = max(entry["worst"], worst)
 

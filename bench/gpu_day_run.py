@@ -44,6 +44,7 @@ def run_day(options: argparse.Namespace) -> int:
     if missing is not None:
         print(missing.replace("bench/kernels.py", "bench/gpu_day.py --minutes 8 --out DIR"))
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started ends, too
     end = time.time() + options.minutes * 60 - SUMMARY_SECONDS
     clean(options.out)
     day = Record(options.out / "day.json")
@@ -141,7 +142,11 @@ def run_stage(
                 if code == 0:
                     continue
                 said.append(f"share {share} ended with {code}; see its log")
-                again = (code < 0 or code == LOST) and starts[share] < MOST_STARTS and time.time() < limit.soft
+                again = (
+                    (stage == "right" or code < 0 or code == LOST)
+                    and starts[share] < MOST_STARTS
+                    and time.time() < limit.soft
+                )
                 if again:  # behind the input that it was on
                     starts[share] += 1
                     running[share] = start(options, stage, limit.soft, share)

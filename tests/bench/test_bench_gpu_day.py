@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -58,6 +59,24 @@ def test_a_dry_day_goes_through_every_stage(tmp_path: Path) -> None:
     assert not (out / "work").exists()
     assert "WRONG" not in done.stdout
     assert "docs/platforms.md" in (out / "summary.md").read_text()
+
+
+def test_a_day_that_is_ended_leaves_no_process_and_no_checkpoint(tmp_path: Path) -> None:
+    line = [sys.executable, str(BENCH / "gpu_day.py"), "--dry", "--out", "day"]
+    with subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as day:
+        out = tmp_path / "day"
+        until = time.time() + 60
+        while not (out / "right.log").exists() and time.time() < until:
+            time.sleep(0.05)
+        assert (out / "right.log").exists()
+        day.terminate()
+        assert day.wait(30) != 0
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            commands.append(path.read_bytes())
+    assert not any(str(out).encode() in command for command in commands)
+    assert not (out / "work").exists()
 
 
 def test_without_a_gpu_nothing_runs_and_it_says_so(tmp_path: Path) -> None:
@@ -218,6 +237,39 @@ def test_other_tokens_are_explained_by_a_small_margin_only() -> None:
     assert not gpu_day_loads.compare_tokens((right, theirs + 5 * torch.randn(4, 50)), (right, theirs), False)[
         "explained"
     ]
+
+
+def test_a_process_that_loses_its_device_is_followed_by_another_and_one_that_hangs_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = iter(["import sys; sys.exit(3)", "import os; os.abort()", "pass", "import time; time.sleep(600)"])
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*_: object) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", next(codes)], start_new_session=True))
+        return started[-1]
+
+    monkeypatch.setattr(gpu_day_run, "start", start)
+    maker = subprocess.Popen([sys.executable, "-c", "pass"])
+    options = Namespace(dry=True, out=tmp_path)
+    long = gpu_day_run.Limit(time.time() + 60, time.time() + 60)
+    ended = gpu_day_run.run_stage(options, "speed", long, maker)
+    assert [process.poll() for process in started] == [3, -6, 0]
+    assert ended["said"] == ["share 0/1 ended with 3; see its log", "share 0/1 ended with -6; see its log"]
+    short = gpu_day_run.Limit(time.time() + 1, time.time() + 1)
+    ended = gpu_day_run.run_stage(options, "deeper", short, maker)
+    assert ended["said"] == ["share 0/1 was ended at its limit"]
+    assert started[-1].poll() == -9
+
+
+def test_the_formats_that_matter_most_come_first_and_those_of_torch_last() -> None:
+    found = gpu_day_cases.targets(CPU, ("nvfp4", "fp8_block"))
+    assert [(target.format, target.operation) for target in found][:3] == [
+        ("nvfp4", "quantize"), ("nvfp4", "quantize"), ("nvfp4", "dequantize"),
+    ]  # fmt: skip
+    every = gpu_day_cases.targets(torch.device("cuda"), gpu_day_right.chosen_formats(False))
+    kernels = [target.kernel for target in every]
+    assert kernels.index("torch") >= len(kernels) - kernels.count("torch")
 
 
 def test_each_stage_gets_its_share_of_what_is_left() -> None:

@@ -86,7 +86,7 @@ class PolicyOptions:
         str,
         typer.Option(
             help="How scales are chosen. default: by the rule of the scheme. mse: for the least squared error of each "
-            "block, for MX schemes only."
+            "block, for MX schemes and nvfp4 only."
         ),
     ] = "default"
 

@@ -55,10 +55,17 @@ class Nvfp4Codec:
         return amax.reciprocal() * whole
 
     def scale_2_of(self, multiplier: torch.Tensor) -> torch.Tensor:
-        """float32 scale_2 whose `multiplier` is given; the reciprocal where no maximum of a tensor has that one."""
-        whole = torch.full_like(multiplier, spread(self.scale_mode))
-        scale_2 = self.scales_from_amax(_shortened(whole / multiplier))
-        return torch.where(self.multiplier(scale_2) == multiplier, scale_2, multiplier.reciprocal())
+        """float32 scale_2 whose `multiplier` is given; NaN for a multiplier that is none, not finite or not positive.
+
+        It is that of the largest weight in BF16 or FP16 which one scale mode or the other gives it, where there is such
+        a weight, else the reciprocal.
+        """
+        found = multiplier.reciprocal()
+        for mode in ("mse", "default"):
+            codec, whole = Nvfp4Codec(mode), torch.full_like(multiplier, spread(mode))
+            scale_2 = codec.scales_from_amax(_shortened(whole / multiplier))
+            found = torch.where(codec.multiplier(scale_2) == multiplier, scale_2, found)
+        return torch.where(torch.isfinite(multiplier) & (multiplier > 0), found, torch.nan)
 
     def block_scales(self, values: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
         """E4M3 scales of the blocks of finite `values` under scale_2 [1, 1]."""

@@ -214,6 +214,29 @@ def test_a_scale_that_is_not_finite_is_named(scheme: str, golden: Path, tmp_path
 
 @pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
 @pytest.mark.parametrize(
+    ("tool", "scale", "value"),
+    [
+        ("compressed-tensors", "weight_global_scale", torch.inf),
+        ("compressed-tensors", "weight_global_scale", 0.0),
+        ("compressed-tensors", "weight_global_scale", -100.0),
+        ("modelopt", "weight_scale_2", torch.inf),
+        ("modelopt", "weight_scale_2", -1e-4),
+    ],
+)
+def test_a_tensor_scale_that_no_maximum_gives_is_named(
+    tool: str, scale: str, value: float, scheme: str, golden: Path, tmp_path: Path
+) -> None:
+    convert_checkpoint(golden / "bf16_llama", tmp_path / "nvfp4", "nvfp4", format=tool)
+    tensors = raw_checkpoint.read(tmp_path / "nvfp4")
+    key = f"model.layers.1.mlp.down_proj.{scale}"
+    tensors[key] = torch.full_like(tensors[key], value)
+    folder = raw_checkpoint.write(tmp_path / "damaged", tmp_path / "nvfp4", [tensors])
+    with pytest.raises(NonFiniteWeightError, match=r"layers\.1\.mlp\.down_proj.*NaN or infinite"):
+        load_quantized(folder, scheme)
+
+
+@pytest.mark.parametrize("scheme", ["auto", "quark_mxfp4"])
+@pytest.mark.parametrize(
     ("name", "dtype", "largest"),
     [
         ("native_llama_blockfp8", "bfloat16", torch.finfo(torch.bfloat16).max / 448),

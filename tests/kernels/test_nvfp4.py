@@ -260,18 +260,24 @@ def test_maxima_that_do_not_fit_are_named(kernel: str) -> None:
         kernels_of(kernel).quantize(torch.zeros(2, 32), tensors[:2])
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_tensor_scale_is_told_from_the_multiplier(dtype: torch.dtype) -> None:
-    """For every maximum of weights in BF16 and FP16 whose multiplier is finite."""
-    codec = nvfp4.Nvfp4Codec()
+def test_the_tensor_scale_is_told_from_the_multiplier(mode: str, dtype: torch.dtype) -> None:
+    """For every maximum of weights in BF16 and FP16 whose multiplier is finite, though the mode is not known."""
+    codec = nvfp4.Nvfp4Codec(mode)
     amax = torch.arange(1, 1 << 15, dtype=torch.int16).view(dtype).float()
     scale_2 = codec.scales_from_amax(amax[torch.isfinite(amax)])
     multiplier = codec.multiplier(scale_2)
     usable = torch.isfinite(multiplier) & (multiplier.reciprocal() != 0)
-    assert torch.equal(codec.scale_2_of(multiplier[usable]), scale_2[usable])
+    assert torch.equal(nvfp4.Nvfp4Codec().scale_2_of(multiplier[usable]), scale_2[usable])
 
 
 def test_any_other_multiplier_is_divided_by() -> None:
     multiplier = torch.tensor([3.0, 1234.5678, 0.1])
     got = nvfp4.Nvfp4Codec().scale_2_of(multiplier)
     torch.testing.assert_close(got, multiplier.reciprocal(), rtol=2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize("multiplier", [0.0, -1.0, float("inf"), float("-inf"), float("nan")])
+def test_a_multiplier_that_is_none_has_no_tensor_scale(multiplier: float) -> None:
+    assert nvfp4.Nvfp4Codec().scale_2_of(torch.tensor([multiplier])).isnan().all()

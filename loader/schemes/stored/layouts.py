@@ -103,7 +103,7 @@ def nvfp4(codes: str, outer: str, *, divided: bool = False) -> Layout:
         parts = (
             StoredTensor("codes", entry),
             StoredTensor("scale", scales),
-            StoredTensor("scale_2", for_all, 0, of_multiplier if divided else float32),
+            StoredTensor("scale_2", for_all, 0, of_multiplier if divided else of_tensor),
         )
         return module.weight(NVFP4, (rows, columns), parts)
 
@@ -152,6 +152,12 @@ def float32(stored: Tensor) -> Tensor:
     """Scales in float32, exactly: from float types, and from E8M0 bytes."""
     exponents = stored.view(torch.float8_e8m0fnu) if stored.dtype is torch.uint8 else stored
     return exponents.float().reshape(stored.shape[0] if stored.ndim else 1, -1)
+
+
+def of_tensor(stored: Tensor) -> Tensor:
+    """Scales of tensors in float32; NaN for a negative one, which no maximum gives."""
+    scales = float32(stored)
+    return torch.where(scales < 0, torch.nan, scales)
 
 
 def of_multiplier(stored: Tensor) -> Tensor:

@@ -159,12 +159,12 @@ def test_a_wrong_kernel_is_told_with_its_smallest_input_and_ends_nothing(
 def test_a_wrong_product_is_seen() -> None:
     kernel = gpu_day_cases.kernel_of(Target("linear", "mxfp4", "numba"), CPU)
     want = torch.randn(8, 16).double()
-    assert gpu_day_cases.share_of_allowed(kernel, want.bfloat16(), want, want.abs()) < 1
+    assert gpu_day_cases.share_of_allowed(kernel, want.bfloat16(), want, want.abs(), torch.ones(8, 1)) < 1
     one_off = want.clone()
     one_off[3, 3] += 0.5
     for got in (one_off, want * 1.02, want + torch.nan):
         with pytest.raises(Wrong):
-            gpu_day_cases.share_of_allowed(kernel, got.bfloat16(), want, want.abs())
+            gpu_day_cases.share_of_allowed(kernel, got.bfloat16(), want, want.abs(), torch.ones(8, 1))
 
 
 def test_what_a_process_died_on_is_a_failure_and_the_next_goes_on_behind_it(tmp_path: Path) -> None:

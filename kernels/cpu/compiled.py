@@ -7,6 +7,9 @@ file that holds the function).
 Every closure has files of its own in that cache. numba numbers those of all closures of one function in a shared index
 without a lock, so that two processes may give one number to two of them, and the next process would get the machine
 code of the one for the other.
+
+Equal texts in a closure are one object: numba's key is a pickle, which says of an object that it was there before, and
+the texts that a builder is given in one process may be its own constants, in another they may come from JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -183,10 +187,20 @@ def c_function(function: Callable[..., Any], signature: Any) -> Recipe[CFunction
 
 def _with_own_files(function: Callable[..., Any], signature: Any) -> Callable[..., Any]:
     """`function` by a name, which numba makes file names of, that says what it closes over and the processor."""
+    for cell in function.__closure__ or ():
+        cell.cell_contents = _with_one_object_for_equal_texts(cell.cell_contents)
     constants = [cell.cell_contents for cell in function.__closure__ or ()]
     identity = repr((signature, cpu_target.target_context.codegen().magic_tuple(), constants))
     function.__qualname__ += f".{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     return function
+
+
+def _with_one_object_for_equal_texts(constant: Any) -> Any:
+    if type(constant) is str:
+        return sys.intern(constant)
+    if type(constant) is tuple:
+        return tuple(map(_with_one_object_for_equal_texts, constant))
+    return constant
 
 
 class Compiled(Generic[Made]):

@@ -9,20 +9,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numba
 import psutil
 import pytest
 from numba import types
-from numba.core.caching import IndexDataCacheFile
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.registry import cpu_target
 from quantload.checkpoint.device import Event
 from quantload.kernels.cpu import ahead, compiled
 from quantload.kernels.cpu.build import integer as integer_build
 from quantload.kernels.cpu.build import linear as linear_build
 from quantload.kernels.cpu.build import mx as mx_build
+from quantload.kernels.cpu.build import nvfp4 as nvfp4_build
 from quantload.kernels.cpu.build import scaled as cpu_build
 from quantload.kernels.cpu.compile_lock import CompileLock
 from quantload.kernels.cpu.compiled import Compiled, KernelFunction, Needed, Recipe, jit
@@ -286,8 +289,45 @@ def test_every_closure_has_files_of_its_own() -> None:
     assert len({linear_build._dequantize(name, "f32").function.__qualname__ for name in ("mxfp4", "fp8", "int8")}) == 3
 
 
+def _cache_key(recipe: Recipe[Any]) -> Any:
+    return FunctionCache(recipe.function)._index_key(recipe.signature, cpu_target.target_context.codegen())
+
+
+def _pair(first: str, second: str, third: tuple[str, str]) -> Recipe[KernelFunction]:
+    def length(x: int) -> int:
+        return x + len(first) + len(second) + len(third)
+
+    return jit(length, types.int64(types.int64))
+
+
+@pytest.mark.parametrize(
+    ("build", "key"),
+    [
+        (_pair, ("same", "same", ("same", "same"))),
+        *((cpu_build._scaled_quantize, (rule, "bf16", True)) for rule in cpu_build.TARGETS),
+        *((mx_build._mx_quantize, (name, "mse", "f32", False)) for name in ("mxfp4", "mxfp6_e2m3", "mxfp8")),
+        *((nvfp4_build._nvfp4_quantize, (mode, "bf16", True)) for mode in ("default", "mse")),
+        *((integer_build._quantize, (8, kind, True, 32, "f32", True)) for kind in ("f16", "bf16", "f32")),
+        *((linear_build._dequantize, (name, "f32")) for name in linear_build.DECODERS),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or "-".join(map(str, value)),
+)
+def test_the_process_that_compiles_finds_the_same_place_in_the_cache(
+    build: Callable[..., Recipe[Any]], key: tuple[Any, ...]
+) -> None:
+    """It is told the texts as JSON: they are equal to constants of the builder, but not the same objects."""
+
+    def told(value: Any) -> Any:
+        return tuple(map(told, value)) if isinstance(value, tuple) else json.loads(json.dumps(value))
+
+    here, there = build(*key), build(*told(key))
+    assert _cache_key(here) == _cache_key(there)
+    assert here.function.__qualname__ == there.function.__qualname__
+
+
 def test_what_compiles_does_without_torch() -> None:
-    modules = ("build.mx", "build.scaled", "build.integer", "build.rows", "build.linear", "build.panel", "ahead")
+    names = ("mx", "scaled", "nvfp4", "integer", "rows", "linear", "panel")
+    modules = (*(f"build.{name}" for name in names), "ahead")
     code = "import sys; " + "; ".join(f"import quantload.kernels.cpu.{name}" for name in modules)
     code += "; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -307,7 +347,7 @@ print("compiled here:", sum(misses))
 
 @pytest.mark.slow
 def test_processes_that_start_together_do_not_disturb_each_other(tmp_path: Path) -> None:
-    orders = [["fp8_channel", "fp8_block", "int8_channel"], ["int8_channel", "fp8_block"], ["fp8_tensor"]]
+    orders = [["fp8_channel", "fp8_block", "int8"], ["int8", "fp8_block"], ["fp8_tensor"]]
     commands = [[sys.executable, "-c", PROCESS, json.dumps(order)] for order in orders]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     for child in children:

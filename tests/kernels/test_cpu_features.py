@@ -25,13 +25,12 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     for mode, name in ((mode, name) for mode in SCALE_MODES for name in FORMAT_NAMES if name in SCALE_MODES[mode]):
         fmt = FORMATS[name]
         for kernel in KERNELS:
-            codes = torch.zeros(fmt.code_shape(130, 333), dtype=torch.uint8).view(fmt.code_dtype)
-            scales = torch.zeros(fmt.scale_shape(130, 333), dtype=fmt.scale_dtype)
+            tensors = tuple(torch.zeros_like(tensor) for tensor in fmt.empty(130, 333))
             out = torch.zeros(130, 333, dtype=torch.bfloat16)
             kernels = kernel_set(name, "cpu", dict.fromkeys(("quantize", "dequantize"), kernel), mode)
-            assert kernels.quantize(source, codes, scales) == 0
-            kernels.dequantize(codes, scales, out)
-            for tensor in (codes, scales, out):
+            assert kernels.quantize(source, tensors) == 0
+            kernels.dequantize(tensors, out)
+            for tensor in (*tensors, out):
                 digest.update(tensor.view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
 """

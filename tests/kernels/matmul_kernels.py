@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+import triton
 from gpu_targets import Compiled, add_compiled, compile_for
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.gpu.jit import matmul
@@ -35,6 +36,9 @@ MATRIX = {
     torch.float16: r"v_mfma_f32_\w+x\d+_f16|mma\.sync\.\S+\.f16\.f16\.\S+|wgmma\S+\.f16\.f16|tcgen05\.mma\S+f16",
     torch.float32: r"v_mfma_f32_\w+_f32|fma\.rn\.f32",
 }
+TCGEN05_TF32 = r"tcgen05\.mma\S+tf32"
+"""What Triton before 3.8 makes of float32 on sm_100, although the kernels ask for IEEE arithmetic."""
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 MATRIX_FP8 = {
     "gfx942": r"v_mfma_f32_\w+_fp8_fp8",
     "gfx950": r"v_mfma_f32_\w+_f8f6f4",
@@ -109,6 +113,8 @@ def native_instruction(name: str, target: str, is_quantized: bool, dtype: torch.
         return (MATRIX_INT8 if name.startswith("int8") else MATRIX_FP8)[target]
     if name == "mxfp4" and target == "gfx950" and dtype != torch.float32:
         return DECODE_FP4
+    if dtype == torch.float32 and target == "sm_100" and TRITON < (3, 8):
+        return TCGEN05_TF32
     return MATRIX[dtype]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,8 @@ DRY_GRACE = 60.0
 MOST_WORKERS = 8
 MOST_STARTS = 12
 SUMMARY_SECONDS = 5.0
+_started: list[subprocess.Popen[bytes]] = []
+"""All that this day has started, to be ended with it."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ def run_day(options: argparse.Namespace) -> int:
         day.values["gpu"] = describe_gpu(torch.device("cuda", torch.cuda.current_device()))
         print(gpu_headline(day.values["gpu"]), flush=True)
     day.write()
-    maker = start(options, "checkpoints", end)
     try:
+        maker = start(options, "checkpoints", end)
         left = [stage for stage in WORTH if stage in options.stages]
         while left:
             limit = limit_of(left, end, options.dry)
@@ -63,7 +67,8 @@ def run_day(options: argparse.Namespace) -> int:
             day.values["stages"][stage] = run_stage(options, stage, limit, maker)
             day.write()
     finally:
-        stop(maker)
+        for process in _started:
+            stop(process)
         if options.work.is_relative_to(options.out):
             shutil.rmtree(options.work, ignore_errors=True)
     text, wrong = summarize(options.out)
@@ -100,8 +105,8 @@ def start(options: argparse.Namespace, stage: str, until: float, share: str = "0
     if options.dry and stage == "deeper":
         environment["TRITON_INTERPRET"] = "1"
     log = options.out / f"{stage}{'' if share == '0/1' else '-' + share.replace('/', 'of')}.log"
-    with log.open("ab") as file:
-        return subprocess.Popen(
+    with log.open("ab") as file, _signals_wait():
+        process = subprocess.Popen(
             line,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -109,6 +114,24 @@ def start(options: argparse.Namespace, stage: str, until: float, share: str = "0
             env=environment,
             start_new_session=True,
         )
+        _started.append(process)
+    return process
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """A signal that ends the day does so when the process that is being started is known."""
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, lambda signum, frame: came.append(signum))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            raise KeyboardInterrupt
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

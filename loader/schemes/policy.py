@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,6 +12,7 @@ from ..errors import PolicyError, UnmatchedPatternError
 from ..kernels.formats import WeightFormat
 from ..options import QuantizationPolicy
 from .base import LinearScheme, MoEScheme
+from .expressions import UnboundedPatternError, expression
 from .registry import AS_STORED, DEFAULT, PREQUANTIZED, SchemeFactory, get_entry
 from .stored.weights import StoredActivations
 
@@ -27,9 +27,9 @@ def matches(pattern: str, name: str) -> bool:
     """Whether a module name fits a pattern: `re:` and a regular expression (full match), a glob, or the name."""
     if pattern.startswith("re:"):
         try:
-            return re.fullmatch(pattern[3:], name) is not None
-        except re.error as error:
-            raise PolicyError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+            return expression(pattern[3:]).fullmatch(name)
+        except UnboundedPatternError as error:
+            raise PolicyError(f"pattern {pattern[:200]!r} {error}") from error
     return fnmatch.fnmatchcase(name, pattern)
 
 

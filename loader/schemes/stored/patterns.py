@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from ...errors import CheckpointError
+from ..expressions import Expression, MatchingTime, UnboundedPatternError
 
 T = TypeVar("T")
+Said = tuple[str, Expression]
+"""What the config says, and what it means."""
 
 
 def _itself(pattern: str) -> tuple[str, ...]:
@@ -31,19 +35,44 @@ class Patterns:
         meaning: Callable[[str], tuple[str, ...]] = _itself,
     ) -> None:
         self._names: dict[str, str] = {}
-        self._expressions: list[tuple[str, re.Pattern[str]]] = []
-        for said in patterns:
-            for pattern in meaning(said):
-                if _is_pattern(pattern, globs):
-                    self._expressions.append((said, compile_pattern(pattern, where, said)))
-                else:
-                    self._names.setdefault(pattern, said)
+        self._expressions: list[Said] = []
+        self._where, self._time = where, MatchingTime()
+        with _bounded(where):
+            for said in self._time.each(patterns):
+                for pattern in meaning(said):
+                    if _is_pattern(pattern, globs):
+                        self._expressions.append((said, compile_pattern(pattern, where, said)))
+                    else:
+                        self._names.setdefault(pattern, said)
 
     def first(self, name: str) -> str | None:
         """What the config says that names a module: its own name before any pattern, and of those the first."""
-        if name in self._names:
-            return self._names[name]
-        return next((pattern for pattern, expression in self._expressions if expression.match(name)), None)
+        if name in self._names or not self._expressions:
+            return self._names.get(name)
+        with _bounded(self._where):
+            found = _first(self._expressions, name, self._time)
+        return None if found is None else found[0]
+
+
+@contextlib.contextmanager
+def _bounded(where: str) -> Iterator[None]:
+    """Makes of what is said about the time of matching what is wrong with the config."""
+    try:
+        yield
+    except UnboundedPatternError as error:
+        raise CheckpointError(f"config.json: {where} {error}") from error
+
+
+def _first(expressions: Iterable[Said], name: str, limited: MatchingTime) -> Said | None:
+    """The first that fits the start of a name."""
+    return next((said for said in limited.each(expressions) if _fits(*said, name)), None)
+
+
+def _fits(said: str, expression: Expression, name: str) -> bool:
+    try:
+        return expression.match(name)
+    except UnboundedPatternError as error:
+        raise UnboundedPatternError(f"has {said[:200]!r}, which {error}") from error
 
 
 class Lookup(Generic[T]):
@@ -67,26 +96,34 @@ class Prefixes:
 
     def __init__(self, patterns: Iterable[str], where: str) -> None:
         listed = list(patterns)
-        self._expressions = [
-            (pattern, compile_pattern(_prefix(pattern), where, pattern), f".{pattern}") for pattern in listed
-        ]
+        self._where, self._time = where, MatchingTime()
+        with _bounded(where):
+            self._expressions = [
+                (pattern, compile_pattern(_prefix(pattern), where, pattern)) for pattern in self._time.each(listed)
+            ]
         # A config may list hundreds of names, and tens of thousands of modules are asked about: one look at them all.
         names = [pattern for pattern in listed if _NAME.fullmatch(pattern)]
-        together = [compile_pattern(_prefix("|".join(names)), where, "|".join(names))] if names else []
-        self._any = [*together, *(found for pattern, found, _ in self._expressions if not _NAME.fullmatch(pattern))]
-        self._endings = tuple([ending for *_, ending in self._expressions])
+        self._any: list[Said] = [
+            ("its names", compile_pattern(_prefix("|".join(names[start : start + _AT_ONCE])), where, "its names"))
+            for start in range(0, len(names), _AT_ONCE)
+        ]
+        self._any += [said for said in self._expressions if not _NAME.fullmatch(said[0])]
+        self._endings = tuple([f".{pattern}" for pattern in listed])
 
     def first(self, name: str) -> str | None:
         """The first pattern that means a module."""
-        if not name.endswith(self._endings) and not any(expression.match(name) for expression in self._any):
-            return None
-        return next(
-            pattern
-            for pattern, expression, ending in self._expressions
-            if expression.match(name) or name.endswith(ending)
-        )
+        with _bounded(self._where):
+            if not name.endswith(self._endings) and _first(self._any, name, self._time) is None:
+                return None
+            return next(
+                pattern
+                for pattern, expression in self._time.each(self._expressions)
+                if name.endswith(f".{pattern}") or _fits(pattern, expression, name)
+            )
 
 
+_AT_ONCE = 100
+"""Names that are looked at together."""
 _NAME = re.compile(r"[\w.-]+")
 """What stands for itself, dots aside."""
 
@@ -99,14 +136,12 @@ def _is_pattern(pattern: str, globs: bool) -> bool:
     return pattern.startswith("re:") or (globs and any(character in pattern for character in "*?["))
 
 
-def compile_pattern(pattern: str, where: str, said: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str, where: str, said: str) -> Expression:
     """What matches a whole name if `pattern` is a glob, and the start of one if it is a regular expression.
 
     Raises `CheckpointError` that shows what the config says.
     """
     try:
-        return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
-    except re.error as error:
-        raise CheckpointError(
-            f"config.json: {where} has {said!r}, which is not a regular expression ({error.msg}); correct the config"
-        ) from error
+        return Expression(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+    except UnboundedPatternError as error:
+        raise CheckpointError(f"config.json: {where} has {said[:200]!r}, which {error}; correct the config") from error

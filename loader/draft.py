@@ -60,10 +60,11 @@ def draft_load(
     chosen = choose_policy(quantization, policy, checkpoint.is_quantized)
     schemes = SchemeFactory(storage.device, options, chosen.scale_mode)
     rules = Policy(chosen, schemes, checkpoint.is_quantized)
-    recipe = find_model(checkpoint, trust_remote_code)
+    with collector_paused():
+        index = read_index(checkpoint)
+    recipe = find_model(checkpoint, trust_remote_code, index.tensors)
     source_dtype = torch.float32 if checkpoint.is_quantized else recipe.dtype  # codes become float32 on their way
     with schemes.compiling(source_dtype), collector_paused():
-        index = read_index(checkpoint)
         with SmallTensors(checkpoint, index) as read:
             stored = read_stored(checkpoint.config(), index.tensors, read)
         model, dtype = recipe.build(stored.plain.values())

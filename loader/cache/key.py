@@ -15,6 +15,7 @@ import transformers
 from ..checkpoint.index import shard_names
 from ..checkpoint.paths import locate
 from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.small_files import MAX_CODE_BYTES, read_small_file
 from ..checkpoint.source import FileSource
 from ..model.skeleton import Assignment
 from ..options import CacheVerify, QuantizationPolicy
@@ -95,7 +96,10 @@ def _digest(path: Path, size: int) -> str:
 
 
 def _modeling_code(root: Path) -> Mapping[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.glob("*.py"))}
+    return {
+        path.name: hashlib.sha256(read_small_file(path, MAX_CODE_BYTES) or b"").hexdigest()
+        for path in sorted(root.glob("*.py"))
+    }
 
 
 def _policy(policy: QuantizationPolicy) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _parse(scanner: JsonScanner, shard: int, data_start: int) -> tuple[dict[str,
             position, ended = scanner.after_value(position)
             continue
         raw_name, dtype, shape, begin, stop, closing = match.groups()
-        name = scanner.decode(raw_name, position)
+        name = scanner.name(raw_name, position)
         if dtype is None or shape is None or begin is None or name == "__metadata__":
             raise _bad_entry(scanner, name, position)
         if name in tensors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import CheckpointError, UnsupportedCheckpointError
-from .weight_map import INDEX_NAME, SINGLE_NAME, explicit_name, parse_weight_map
+from .small_files import read_json_object, read_small_file
+from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name, parse_weight_map
 
 # Everything transformers reads beside the weights. Never pickles.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes", "*.tokenizer", "*.py")
 """What lies beside the weights, by name: configs, code, and the vocabularies of all tokenizers of transformers."""
 CONFIG_NAME = "config.json"
 MODELOPT_CONFIG_NAME = "hf_quant_config.json"
-_MAX_CONFIG_BYTES = 16 << 20
 logger = logging.getLogger("quantload")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -48,7 +47,7 @@ class Checkpoint:
 
         What older ModelOpt exports say about their quantization, in a file of its own, is its `quantization_config`.
         """
-        config = _json_object(self.root / CONFIG_NAME)
+        config = read_json_object(self.root / CONFIG_NAME)
         if config is None:
             raise CheckpointError(f"{self.root}: has no config.json; give the folder or hub id of a transformers model")
         said = config.get("quantization_config")
@@ -57,25 +56,8 @@ class Checkpoint:
                 f"{self.root / CONFIG_NAME}: quantization_config is a {type(said).__name__}, expected a JSON object; "
                 f"copy or download it again"
             )
-        apart = None if said is not None else _json_object(self.root / MODELOPT_CONFIG_NAME)
+        apart = None if said is not None else read_json_object(self.root / MODELOPT_CONFIG_NAME)
         return config if apart is None else {**config, "quantization_config": {"quant_method": "modelopt", **apart}}
-
-
-def _json_object(path: Path) -> dict[str, Any] | None:
-    """What a JSON file holds, `None` without the file; raises `CheckpointError` for anything but an object."""
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path}: larger than {_MAX_CONFIG_BYTES:,} bytes; this is no model config")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy or download it again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds a {type(config).__name__}, expected a JSON object")
-    return config
 
 
 def resolve(model_id: str | Path, revision: str | None = None) -> Checkpoint:
@@ -146,7 +128,5 @@ def _shards_to_fetch(root: Path) -> list[str]:
     name = explicit_name(Checkpoint(root, str(root)).config()) or INDEX_NAME
     if not name.endswith(".json"):
         return [name]
-    index = root / name
-    if not index.exists():
-        return [SINGLE_NAME]
-    return sorted(set(parse_weight_map(index.read_bytes(), name).values()))
+    index = read_small_file(root / name, MAX_INDEX_BYTES)
+    return [SINGLE_NAME] if index is None else sorted(set(parse_weight_map(index, name).values()))

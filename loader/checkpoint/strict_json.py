@@ -18,6 +18,8 @@ _OPEN = re.compile(SPACE + rb"\{" + SPACE + rb"(\}?)")
 _NEXT = re.compile(SPACE + b"([,}])")
 _BLANK = re.compile(SPACE)
 _MAX_SKIPPED = 1 << 20
+MAX_NAME = 4096
+"""Bytes of a name of a tensor; more than a hundred are rare."""
 
 
 @dataclass(slots=True)
@@ -47,6 +49,16 @@ class JsonScanner:
         except (UnicodeError, ValueError):
             raise self.fail(position, "a string in valid UTF-8") from None
         return text
+
+    def name(self, raw: bytes, position: int) -> str:
+        """The text of a JSON string that is a name: at most `MAX_NAME` bytes of it."""
+        if len(raw) > MAX_NAME:
+            shown = raw[:60].decode("utf-8", "replace")
+            raise self.error(
+                f"{self.what}: the name {shown!r}... at byte {position} has {len(raw):,} bytes, at most {MAX_NAME:,} "
+                f"are read; this is no ordinary checkpoint"
+            )
+        return self.decode(raw, position)
 
     def open_object(self, position: int) -> tuple[int, bool]:
         """Steps into an object: the position of its first key, and whether it is empty (then the one after it)."""
@@ -86,7 +98,7 @@ class JsonScanner:
             if match is None:
                 raise self.fail(position, "a name and a value, both in double quotes")
             raw_name, raw_value, closing = match.groups()
-            name = self.decode(raw_name, position)
+            name = self.name(raw_name, position)
             if name in found:
                 raise self.error(f"{self.what}: {name[:200]!r} appears twice; write the file again")
             if len(found) == limit:

@@ -11,8 +11,8 @@ from .strict_json import JsonScanner
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 1 << 28
-MAX_INDEX_ENTRIES = 4_000_000
+MAX_INDEX_BYTES = 1 << 27
+MAX_INDEX_ENTRIES = 1_000_000
 
 
 def explicit_name(config: Mapping[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.resolve import CONFIG_NAME, Checkpoint
+from ..checkpoint.small_files import MODEL_FILES, check_small_files
 from ..errors import CheckpointError
 from ..schemes.base import LinearScheme, MoEScheme
 from ..schemes.policy import Choice, Policy, name_reason
-from . import modeling_code, transformers_api
+from . import config_checks, modeling_code, transformers_api
 from .experts import convert_experts, is_fused_experts, unsupported_reason
 from .quantized import GivenMethod, QuantizedLinear, QuantizedLinearReadByDtype, refuse_to_save
 from .stored_sources import ModuleWeights, StoredSources
@@ -41,11 +42,15 @@ class Assignment:
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """The class and config of the model of the checkpoint folder `root`, imported but not built."""
+    """The class and config of the model of the checkpoint folder `root`, imported but not built.
+
+    `most_modules` is how many modules and parameters it may have at most, if that is known.
+    """
 
     cls: type[PreTrainedModel]
     config: Any
     root: Path
+    most_modules: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,19 +64,31 @@ class ModelRecipe:
         It has its generation config already: what is wrong with that file is a `CheckpointError` here, before a weight.
         """
         dtype = transformers_api.settle_dtype(self.config, (entry.dtype for entry in tensors))
-        model = transformers_api.meta_model(self.cls, self.config, self.root, dtype)
+        with config_checks.modules_limited(self.most_modules, self.root):
+            model = transformers_api.meta_model(self.cls, self.config, self.root, dtype)
         transformers_api.adopt_generation_config(model, self.root)
         return model, dtype
 
 
-def find_model(checkpoint: Checkpoint, trust_remote_code: bool) -> ModelRecipe:
-    """The model a checkpoint's config names; raises `CheckpointError` or `UnsupportedCheckpointError`."""
+def find_model(
+    checkpoint: Checkpoint, trust_remote_code: bool, tensors: Mapping[str, TensorEntry] | None = None
+) -> ModelRecipe:
+    """The model a checkpoint's config names; raises `CheckpointError` or `UnsupportedCheckpointError`.
+
+    One that is larger than `tensors` can fill is an error before it takes memory.
+    """
+    check_small_files(checkpoint.root, MODEL_FILES)
+    said = checkpoint.config()
     _check_dtype(checkpoint)
+    config_checks.check_counts(said, checkpoint.root, tensors)
+    if not trust_remote_code:
+        config_checks.check_code(said, checkpoint.root)
     config = transformers_api.load_config(checkpoint.root, trust_remote_code)
     cls = transformers_api.model_class(config, checkpoint.root, trust_remote_code)
     config.name_or_path = checkpoint.model_id
     config.__dict__.pop("quantization_config", None)  # it speaks of the files, and of no module of the model
-    return ModelRecipe(cls, config, checkpoint.root)
+    most = None if tensors is None else config_checks.most_modules(tensors.values())
+    return ModelRecipe(cls, config, checkpoint.root, most)
 
 
 def _check_dtype(checkpoint: Checkpoint) -> None:

@@ -32,13 +32,15 @@ from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.monkey_patching import patch_output_recorders
 
 from ..checkpoint.resolve import CONFIG_NAME
-from ..errors import CheckpointError, UnsupportedCheckpointError
+from ..checkpoint.small_files import MODEL_FILES, check_values, read_small_file
+from ..errors import CheckpointError, QuantloadError, UnsupportedCheckpointError
 from .name_families import Member, families, rename_family
 
 _default_dtype = threading.Lock()
 """Held while transformers builds on torch's default dtype, which it sets for the whole process: one load at a time."""
 
 GENERATION_CONFIG_NAME = "generation_config.json"
+MAX_GENERATION_VALUES = 1 << 17
 AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -133,6 +135,8 @@ def meta_model(cls: type[PreTrainedModel], config: Any, root: Path, dtype: torch
             stack.enter_context(context)
         try:
             model = cls(config)
+        except QuantloadError:
+            raise
         except Exception as error:  # what a model class makes of impossible sizes is its own affair
             raise CheckpointError(
                 f"{root / CONFIG_NAME}: transformers {transformers.__version__} cannot build a {cls.__name__} of it: "
@@ -338,7 +342,10 @@ def adopt_generation_config(model: PreTrainedModel, root: Path) -> None:
     """
     if not model.can_generate():
         return
-    has_own = (root / GENERATION_CONFIG_NAME).exists()
+    own = read_small_file(root / GENERATION_CONFIG_NAME, MODEL_FILES[GENERATION_CONFIG_NAME])
+    has_own = own is not None
+    if own is not None:
+        check_values(root / GENERATION_CONFIG_NAME, own, MAX_GENERATION_VALUES)
     name, how = (GENERATION_CONFIG_NAME, {}) if has_own else (CONFIG_NAME, {"_from_model_config": True})
     try:
         model.generation_config = GenerationConfig.from_pretrained(root, config_file_name=name, **how)

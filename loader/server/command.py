@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import AutoProcessor
 
 from ..checkpoint.resolve import Checkpoint, resolve
+from ..checkpoint.small_files import PROCESSOR_FILES, check_small_files
 from ..errors import CheckpointError, LoadCancelledError, PolicyError, UnsupportedCheckpointError
 from ..load import load_quantized
 from ..memory.metrics import LoadMetrics
@@ -82,6 +83,7 @@ def serve_model(
 
 
 def _load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    check_small_files(checkpoint.root, PROCESSOR_FILES)
     try:
         return AutoProcessor.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)
     except Exception as error:  # processor classes fail in ways of their own

@@ -125,6 +125,14 @@ def test_refuses_what_is_not_quite_json(header: bytes, says: str) -> None:
         header_of(raw_shard(header))
 
 
+@pytest.mark.parametrize("length", [4097, 1 << 20])
+def test_a_name_that_no_tensor_has_is_refused(length: int) -> None:
+    with pytest.raises(CorruptHeaderError, match=f"'xxx.*{length:,} bytes, at most 4,096") as caught:
+        header_of(as_header({"x" * length: good}, b"12"))
+    assert len(str(caught.value)) < 300
+    assert header_of(as_header({"x" * 4096: good}, b"12")).tensors
+
+
 def test_dtypes_torch_lacks_are_unsupported_not_corrupt() -> None:
     with pytest.raises(UnsupportedCheckpointError, match="F6_E2M3"):
         header_of(as_header({"a": entry("F6_E2M3", [4], 0, 3)}, b"123"))

@@ -57,6 +57,9 @@ def draft_load(
     plan: Callable[..., LoadPlan] = plan_load,
 ) -> Draft:
     """Everything before the first weight: schemes and kernels, index, skeleton, routes, and what `plan` makes of it."""
+    checkpoint.note_configs()
+    if trust_remote_code:
+        checkpoint.note_code()
     chosen = choose_policy(quantization, policy, checkpoint.is_quantized)
     schemes = SchemeFactory(storage.device, options, chosen.scale_mode)
     rules = Policy(chosen, schemes, checkpoint.is_quantized)

@@ -3,6 +3,7 @@
 QuantloadError
 ├── CheckpointError                 the files on disk, config.json and the index included
 │   ├── TruncatedShardError         a shard is shorter than its header says, or shrank while it was read
+│   ├── ChangedFileError            a file is not the one it was when the load began to read it
 │   ├── CorruptHeaderError          a safetensors header breaks a rule of the format
 │   ├── MissingShardError           the index names a file that is not there
 │   ├── UnsafePathError             the index names a path outside the checkpoint folder
@@ -38,6 +39,10 @@ class CheckpointError(QuantloadError):
 
 class TruncatedShardError(CheckpointError):
     """A shard is shorter than its header says, or shrank while it was being read."""
+
+
+class ChangedFileError(CheckpointError):
+    """A file of the checkpoint was written to, replaced or removed while it was read; nothing is made of it."""
 
 
 class CorruptHeaderError(CheckpointError):

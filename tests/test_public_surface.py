@@ -102,7 +102,7 @@ def test_policy_fields() -> None:
 
 
 TREE = {
-    "CheckpointError": ["TruncatedShardError", "CorruptHeaderError", "MissingShardError", "UnsafePathError",
+    "CheckpointError": ["TruncatedShardError", "ChangedFileError", "CorruptHeaderError", "MissingShardError", "UnsafePathError",
                         "NonFiniteWeightError"],
     "RouteError": ["MissingWeightsError", "UnexpectedWeightsError", "ShapeMismatchError"],
     "PolicyError": ["UnknownSchemeError", "UnmatchedPatternError"],

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import transformers
 
@@ -57,15 +57,18 @@ def entry_key(
 
 
 def _shards(checkpoint: Checkpoint) -> Iterator[tuple[str, int, int]]:
-    with FileSource(checkpoint.root, page_cache="keep") as source:
+    identities = checkpoint.identities
+    with FileSource(checkpoint.root, page_cache="keep", identities=identities) as source:
         for name in shard_names(checkpoint, source):
-            size, path = source.size(name), locate(checkpoint.root, name)
-            yield _digest(path, size), size, path.stat().st_mtime_ns
+            size = source.size(name)
+            with locate(checkpoint.root, name).open("rb") as file:
+                identities.compare(name, os.fstat(file.fileno()))
+                yield _digest(file, size), size, identities[name].mtime_ns
 
 
 def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
     """Of every byte; the page cache is left as it was."""
-    with FileSource(checkpoint.root) as source:
+    with FileSource(checkpoint.root, identities=checkpoint.identities) as source:
         buffer = memoryview(bytearray(_READ_AT_ONCE))
         for name in shard_names(checkpoint, source):
             digest, size = hashlib.sha256(), source.size(name)
@@ -77,21 +80,20 @@ def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
             yield digest.hexdigest(), size
 
 
-def _digest(path: Path, size: int) -> str:
+def _digest(file: BinaryIO, size: int) -> str:
     """Of the header, and of pages of 4 KiB spread evenly over the file: two trainings of one model differ there."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        length = file.read(8)
-        digest.update(length)
-        left = int.from_bytes(length, "little")
-        while left and (part := file.read(min(left, _HEADER_AT_ONCE))):
-            digest.update(part)
-            left -= len(part)
-        samples = range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES // _SAMPLE_BYTES * _SAMPLE_BYTES))
-        for offset in samples:  # asked for all at once: a disk or a network answers them side by side
-            os.posix_fadvise(file.fileno(), offset, _SAMPLE_BYTES, os.POSIX_FADV_WILLNEED)
-        for offset in samples:
-            digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, offset))
+    length = file.read(8)
+    digest.update(length)
+    left = int.from_bytes(length, "little")
+    while left and (part := file.read(min(left, _HEADER_AT_ONCE))):
+        digest.update(part)
+        left -= len(part)
+    samples = range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES // _SAMPLE_BYTES * _SAMPLE_BYTES))
+    for offset in samples:  # asked for all at once: a disk or a network answers them side by side
+        os.posix_fadvise(file.fileno(), offset, _SAMPLE_BYTES, os.POSIX_FADV_WILLNEED)
+    for offset in samples:
+        digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, offset))
     return digest.hexdigest()
 
 

@@ -67,10 +67,16 @@ class NoCache:
 
     @contextlib.contextmanager
     def reading(self, draft: Draft) -> Iterator[Reading]:
-        """Where a load reads; inside, every parameter it has tensors for becomes complete."""
-        options = self._options
-        source = FileSource(self._checkpoint.root, page_cache=options.page_cache, retries=options.retries)
+        """Where a load reads; inside, every parameter it has tensors for becomes complete.
+
+        At its end the files of the checkpoint must be those that the draft was made of, or it is a `ChangedFileError`.
+        """
+        options, files = self._options, self._checkpoint.identities
+        source = FileSource(
+            self._checkpoint.root, page_cache=options.page_cache, retries=options.retries, identities=files
+        )
         yield Reading(source, draft.index.shards, draft.plan)
+        files.check_unchanged()
 
 
 class FolderCache(NoCache):
@@ -125,6 +131,7 @@ class FolderCache(NoCache):
                 stack.enter_context(entry)
                 stack.enter_context(_damage())
                 yield self._restored(draft, entry)
+        self._checkpoint.identities.check_unchanged()
 
     def _find(self, key: str) -> Entry | None:
         """The entry, unless it lacks the statistics that the load wants."""

@@ -46,9 +46,11 @@ def read_index(checkpoint: Checkpoint, source: Source | None = None) -> Checkpoi
     truncated, corrupt and unsafe shards, `UnsupportedCheckpointError` when there are only files of other formats.
     """
     if source is None:
-        with FileSource(checkpoint.root, page_cache="keep") as files:
-            return _read_index(checkpoint, files)
-    return _read_index(checkpoint, source)
+        with FileSource(checkpoint.root, page_cache="keep", identities=checkpoint.identities) as files:
+            found = _find_shards(checkpoint, files)
+            checkpoint.identities.note(found[1])  # all of them before the first: they are of one moment
+            return _read_index(files, *found)
+    return _read_index(source, *_find_shards(checkpoint, source))
 
 
 def shard_names(checkpoint: Checkpoint, source: Source) -> list[str]:
@@ -56,8 +58,7 @@ def shard_names(checkpoint: Checkpoint, source: Source) -> list[str]:
     return _find_shards(checkpoint, source)[1]
 
 
-def _read_index(checkpoint: Checkpoint, source: Source) -> CheckpointIndex:
-    index_name, names, listed = _find_shards(checkpoint, source)
+def _read_index(source: Source, index_name: str, names: list[str], listed: dict[str, str]) -> CheckpointIndex:
     shards: list[Shard] = []
     tensors: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}

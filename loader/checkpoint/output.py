@@ -1,30 +1,33 @@
 """The folder a checkpoint is written to: under another name until all of it is on the disk, and resumed shard by shard.
 
 Beside OUT stands `OUT.unfinished`: a folder `files` that will be OUT, and a journal with one line for what is being
-written (its key) and one for each finished shard. A run that is killed leaves it behind, and the next one takes up the
-shards whose bytes are those the journal says.
+written (its key) and one for each finished shard, each with its checksum. A run that is killed leaves it behind, and
+the next one takes up the shards whose bytes are those the journal says; what a damaged line said is done anew. Both
+are taken up only where this user made them: in a folder that others may write to, they could be anybody's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ..errors import OutputError
-from .writer import UNFINISHED_SUFFIX, Extent, ShardPlan, verified
+from .writer import UNFINISHED_SUFFIX, Extent, ShardPlan, create_file, verified
 
 UNFINISHED = ".unfinished"
 _JOURNAL = "journal.jsonl"
 _FILES = "files"
-_COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +81,14 @@ class OutputFolder:
             self._append(line)
         self._finished[plan.path] = _Finished(list(extents), dict(notes))
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file and flush it."""
-        with self._explained(), (self.files / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def copy(self, source: Path, name: str) -> None:
-        """Copy a file and flush it."""
+    def write(self, name: str, parts: Iterable[bytes | bytearray]) -> None:
+        """Write a small file, in parts, and flush it."""
         with self._explained():
-            target = self.files / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with source.open("rb") as read, target.open("wb") as file:
-                shutil.copyfileobj(read, file, _COPY_BYTES)
+            path = self.files / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(create_file(path), "wb") as file:
+                for part in parts:
+                    file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -102,25 +99,58 @@ class OutputFolder:
                 sync_folder(Path(folder))
             os.rename(self.files, self.out)
             self._published = True
-            sync_folder(self.out.parent)
-            self._leave()
+            try:
+                sync_folder(self.out.parent)
+            finally:
+                self._leave()
 
     def _take(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._work.mkdir(exist_ok=True)
+        self._make_own(self._work)
         strangers = {path.name for path in self._work.iterdir()} - {_JOURNAL, _FILES}
         if strangers:
             raise OutputError(
                 f"{self._work} holds {', '.join(sorted(strangers)[:3])}, which is none of ours; move it away, "
                 f"or give another folder than {self.out}"
             )
-        self._journal = os.open(self._work / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._journal = self._open_journal()
         try:
             self._lock()
             self._read_journal()
         except BaseException:
             os.close(self._journal)
             raise
+
+    def _make_own(self, folder: Path) -> None:
+        """Make a folder; one that is there already must be a folder itself, and this user's."""
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                raise self._not_ours(folder, "folder") from None
+
+    def _open_journal(self) -> int:
+        path, flags = self._work / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            fd = os.open(path, flags)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise self._not_ours(path, "file") from None
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink > 1:
+            os.close(fd)
+            raise self._not_ours(path, "file")
+        return fd
+
+    def _not_ours(self, path: Path, kind: str) -> OutputError:
+        return OutputError(
+            f"{path} is a link, belongs to another user, or is no {kind}; remove it, or give another folder than "
+            f"{self.out}"
+        )
 
     def _lock(self) -> None:
         """Take the journal, which another run may hold, or may have published and removed since it was opened."""
@@ -156,20 +186,31 @@ class OutputFolder:
             os.rmdir(self._work)
 
     def _read_journal(self) -> None:
-        lines = list(_parsed((self._work / _JOURNAL).read_bytes()))
-        if not lines or lines[0] != {"key": self._key}:
-            shutil.rmtree(self.files, ignore_errors=True)
-            os.truncate(self._journal, 0)
-            self._append({"key": self._key})
+        with open(self._journal, "rb", closefd=False) as journal:
+            lines = list(_intact(journal.read()))
+        if {"key": self._key} in lines:
+            self._make_own(self.files)
+        else:
+            self._begin_anew()
             lines.clear()
-        for line in lines[1:]:
-            extents = [Extent(*extent) for extent in line["extents"]]
-            self._finished[line["shard"]] = _Finished(extents, line["notes"])
-        self.files.mkdir(exist_ok=True)
+        for line in lines:
+            if "shard" in line:
+                extents = [Extent(*extent) for extent in line["extents"]]
+                self._finished[line["shard"]] = _Finished(extents, line["notes"])
+
+    def _begin_anew(self) -> None:
+        if os.path.lexists(self.files):
+            self._make_own(self.files)  # else a link would be followed
+            shutil.rmtree(self.files)
+        os.truncate(self._journal, 0)
+        self._append({"key": self._key})
+        self.files.mkdir()
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        # A line that a killed run left half written ends here, and is skipped when the journal is read.
-        os.write(self._journal, b"\n" + json.dumps(line).encode())
+        # A line that a killed run or a full disk left half written ends here, and is skipped when the journal is read.
+        data = memoryview(b"\n" + _with_checksum(json.dumps(line).encode()))
+        while data:
+            data = data[os.write(self._journal, data) :]
         os.fsync(self._journal)
 
     @contextlib.contextmanager
@@ -183,10 +224,16 @@ class OutputFolder:
             ) from error
 
 
-def _parsed(journal: bytes) -> Iterator[dict[str, Any]]:
+def _with_checksum(line: bytes) -> bytes:
+    return b"%08x %b" % (zlib.crc32(line), line)
+
+
+def _intact(journal: bytes) -> Iterator[dict[str, Any]]:
+    """What the lines say that are as they were written."""
     for line in journal.split(b"\n"):
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+        said = line[9:]
+        if line == _with_checksum(said):
+            yield json.loads(said)
 
 
 def sync_folder(folder: Path) -> None:

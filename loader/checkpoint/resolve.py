@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import CheckpointError, UnsupportedCheckpointError
+from .identity import FileIdentities
 from .small_files import read_json_object, read_small_file
 from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name, parse_weight_map
 
@@ -26,6 +27,7 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "
 """What lies beside the weights, by name: configs, code, and the vocabularies of all tokenizers of transformers."""
 CONFIG_NAME = "config.json"
 MODELOPT_CONFIG_NAME = "hf_quant_config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
 logger = logging.getLogger("quantload")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -36,6 +38,19 @@ class Checkpoint:
 
     root: Path
     model_id: str
+    identities: FileIdentities = field(init=False, repr=False, compare=False)
+    """What its files were when they were first looked at, by all who read it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "identities", FileIdentities(self.root))
+
+    def note_configs(self) -> None:
+        """Remember what the files are that say which model it is, before transformers reads them."""
+        self.identities.note((CONFIG_NAME, MODELOPT_CONFIG_NAME, GENERATION_CONFIG_NAME))
+
+    def note_code(self) -> None:
+        """Remember what the modeling code is."""
+        self.identities.note(sorted(path.name for path in self.root.glob("*.py")))
 
     @property
     def is_quantized(self) -> bool:
@@ -78,7 +93,8 @@ def resolve(model_id: str | Path, revision: str | None = None) -> Checkpoint:
     if folder.is_dir():
         if revision is not None:
             logger.warning("%s is a folder, which has no revisions: %r is not looked at", folder, revision)
-        return Checkpoint(folder.resolve() if folder.is_symlink() else folder.absolute(), given)
+        # Without links, so that one that is turned to another version meanwhile does not mix the two.
+        return Checkpoint(folder.resolve(), given)
     if folder.exists():
         raise CheckpointError(f"{given!r} is a file; give the folder it lies in, with its config.json")
     if isinstance(model_id, Path) or _looks_local(given):

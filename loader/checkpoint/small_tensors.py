@@ -20,7 +20,8 @@ class SmallTensors:
     """Reads tensors of at most a mebibyte; raises `CheckpointError` for a larger one. Use it as a context manager."""
 
     def __init__(self, checkpoint: Checkpoint, index: CheckpointIndex) -> None:
-        self._files, self._shards = FileSource(checkpoint.root, page_cache="keep"), index.shards
+        self._files = FileSource(checkpoint.root, page_cache="keep", identities=checkpoint.identities)
+        self._shards = index.shards
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -13,6 +14,7 @@ from typing import Protocol, Self
 
 from ..errors import CheckpointError, MissingShardError, TruncatedShardError
 from ..options import PageCache
+from .identity import FileIdentities
 from .pagecache import CacheWindows
 from .paths import locate
 
@@ -61,13 +63,9 @@ class FileCalls:
         # Non-blocking, so that a FIFO in the folder cannot hang the load; regular files ignore it.
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
-    def replace(self, fd: int, path: str) -> None:
-        """Makes `fd` a fresh handle of `path` while other threads may be reading from it."""
-        fresh = self.open(path)
-        try:
-            os.dup2(fresh, fd, inheritable=False)
-        finally:
-            self.close(fresh)
+    def replace(self, fd: int, fresh: int) -> None:
+        """Makes `fd` a handle of the file `fresh` is open on, while other threads may be reading from it."""
+        os.dup2(fresh, fd, inheritable=False)
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -96,8 +94,10 @@ class FileSource:
     """Files below the folder `root`.
 
     Read errors that may pass (EIO, ESTALE, ETIMEDOUT, EINTR) are tried again `retries` times with growing pauses from
-    10 ms on; then `CheckpointError`. At most `max_open` files stay open. `page_cache`: `auto` leaves what was in the
-    page cache before and drops the rest behind the reader, `keep` drops nothing, `drop` everything.
+    10 ms on; then `CheckpointError`. A file that is not the one it was when it was first opened, by this source or
+    another one with the same `identities`, is a `ChangedFileError`. At most `max_open` files stay open. `page_cache`:
+    `auto` leaves what was in the page cache before and drops the rest behind the reader, `keep` drops nothing, `drop`
+    everything.
     """
 
     read_bytes = 2 << 20
@@ -110,12 +110,14 @@ class FileSource:
         retries: int = 4,
         max_open: int = 64,
         calls: FileCalls | None = None,
+        identities: FileIdentities | None = None,
     ) -> None:
         self._root = Path(root)
         self._policy: PageCache = page_cache
         self._retries = retries
         self._max_open = max_open
         self._calls = calls or FileCalls()
+        self._identities = identities or FileIdentities(self._root)
         self._files: dict[str, _File] = {}
         self._lock = threading.Lock()
 
@@ -128,10 +130,8 @@ class FileSource:
     def size(self, path: str) -> int:
         """Size of the file in bytes; raises `MissingShardError` when there is none."""
         file = self._acquire(path)
-        try:
-            return self._calls.stat(file.fd).st_size
-        finally:
-            self._give_back(file)
+        self._give_back(file)
+        return self._identities[path].size
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
         """Fills `buffer` from byte `offset` on and returns its length.
@@ -201,21 +201,33 @@ class FileSource:
             file.users -= 1
 
     def _open(self, file: _File) -> None:
-        try:
+        failures = 0
+        while file.fd < 0:
             try:
-                fd = self._calls.open(file.location)
+                self._open_once(file)
+            except (FileNotFoundError, NotADirectoryError):
+                raise MissingShardError(
+                    f"{file.path}: no such file in {self._root}; copy or download it again"
+                ) from None
             except OSError as error:
-                if error.errno not in _OUT_OF_FDS or not self._close_idle(0):
-                    raise
-                fd = self._calls.open(file.location)
-        except (FileNotFoundError, NotADirectoryError):
-            raise MissingShardError(f"{file.path}: no such file in {self._root}; copy or download it again") from None
+                failures += 1
+                if not self._may_retry(error, failures):
+                    raise CheckpointError(
+                        f"{file.path}: cannot be opened{_after(failures)}: {error.strerror} ({file.location})"
+                    ) from error
+
+    def _open_once(self, file: _File) -> None:
+        try:
+            fd = self._calls.open(file.location)
         except OSError as error:
-            raise CheckpointError(f"{file.path}: cannot be opened: {error.strerror} ({file.location})") from error
+            if error.errno not in _OUT_OF_FDS or not self._close_idle(0):
+                raise
+            fd = self._calls.open(file.location)
         try:
             status = self._calls.stat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{file.path}: not a regular file ({file.location}); give the file itself")
+            self._identities.compare(file.path, status)
             if file.cache is None:
                 # Here, because after the first read nobody can tell what was warm before.
                 file.cache = CacheWindows(status.st_size, self._policy, fd, self._calls, status.st_dev)
@@ -241,13 +253,32 @@ class FileSource:
             self._calls.close(fd)
 
     def _pause_before_retry(self, file: _File, offset: int, error: OSError, failures: int) -> None:
-        if error.errno not in _TRANSIENT or failures > self._retries:
-            tries = f" after {failures} tries" if failures > 1 else ""
+        if not self._may_retry(error, failures):
             raise CheckpointError(
-                f"{file.path}: cannot be read at byte {offset:,}{tries}: {error.strerror}; check the disk or the "
-                f"network mount of {file.location}"
+                f"{file.path}: cannot be read at byte {offset:,}{_after(failures)}: {error.strerror}; check the disk "
+                f"or the network mount of {file.location}"
             ) from error
-        time.sleep(_FIRST_DELAY * 2 ** (failures - 1))
         if error.errno == errno.ESTALE:
-            with self._lock:
-                self._calls.replace(file.fd, file.location)
+            with contextlib.suppress(OSError):  # the next read says that the handle is stale, and counts
+                self._open_anew(file)
+
+    def _may_retry(self, error: OSError, failures: int) -> bool:
+        """Whether an error may pass, after a pause."""
+        if error.errno not in _TRANSIENT or failures > self._retries:
+            return False
+        time.sleep(_FIRST_DELAY * 2 ** (failures - 1))
+        return True
+
+    def _open_anew(self, file: _File) -> None:
+        """Go on with a fresh handle of the same file: a server that was restarted does not know the old one."""
+        with self._lock:
+            fresh = self._calls.open(file.location)
+            try:
+                self._identities.compare(file.path, self._calls.stat(fresh))
+                self._calls.replace(file.fd, fresh)
+            finally:
+                self._calls.close(fresh)
+
+
+def _after(failures: int) -> str:
+    return f" after {failures} tries" if failures > 1 else ""

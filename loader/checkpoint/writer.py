@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -169,7 +170,7 @@ class ShardWriter:
         with self._lock:
             if self._fd < 0:
                 try:
-                    self._fd = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+                    self._fd = create_file(self._unfinished)
                     os.posix_fallocate(self._fd, 0, self.plan.size)
                     write_all(self._fd, memoryview(self.plan.header), 0)
                 except OSError as error:
@@ -186,8 +187,11 @@ class ShardWriter:
 
     def _finish(self) -> None:
         self._flush(self._open())
-        self.close()
-        os.rename(self._unfinished, self._path)
+        try:
+            self.close()
+            os.rename(self._unfinished, self._path)
+        except OSError as error:
+            raise self._failed(error) from error
         extents, self._extents = self._extents, []
         self._on_finished(self.plan, extents)
 
@@ -205,9 +209,12 @@ class ShardWriter:
 
 
 def verified(path: Path, plan: ShardPlan, extents: Iterable[Extent]) -> bool:
-    """Whether the file is there, as long as planned, with the planned header and the bytes the extents say."""
+    """Whether the file is there, as long as planned, with the planned header and the bytes the extents say: all."""
+    extents = list(extents)
+    if len(plan.header) + sum(extent.rows * extent.width for extent in extents) != plan.size:
+        return False
     try:
-        with path.open("rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             if os.fstat(file.fileno()).st_size != plan.size or file.read(len(plan.header)) != plan.header:
                 return False
             return all(_crc_of(file.fileno(), extent) == extent.crc for extent in extents)
@@ -221,6 +228,13 @@ def _crc_of(fd: int, extent: Extent) -> int:
     for row in range(rows):
         crc = zlib.crc32(os.pread(fd, width, extent.offset + row * extent.pitch), crc)
     return crc
+
+
+def create_file(path: Path) -> int:
+    """A descriptor to write to a new file with, in place of whatever an earlier run left there; no link is followed."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -17,7 +17,7 @@ from ..checkpoint.output import UNFINISHED, OutputFolder
 from ..checkpoint.paths import locate
 from ..checkpoint.reader import PieceReader
 from ..checkpoint.resolve import CONFIG_NAME, MODELOPT_CONFIG_NAME, SMALL_FILES, Checkpoint, resolve
-from ..checkpoint.source import FileSource
+from ..checkpoint.source import FileSource, Source, read_bytes
 from ..checkpoint.weight_map import INDEX_NAME
 from ..checkpoint.working_memory import CPU, slots_per_worker
 from ..checkpoint.writer import ShardPlan, plan_shards, weight_index
@@ -40,7 +40,7 @@ from .tensors import kept_modules, plan_tensors, quantized_modules
 from .together import units
 
 MAX_SHARD_BYTES = 4 * 10**9
-_KEY_VERSION = 2
+_KEY_VERSION = 3
 
 
 def convert_checkpoint(
@@ -72,6 +72,7 @@ def convert_checkpoint(
         raise PolicyError(f"max_shard_bytes is {max_shard_bytes}; give a positive number of bytes")
     with torch.inference_mode(False), Recorder(CPU, options.stats, progress) as recorder:
         checkpoint = resolve(model_id, revision)
+        small = _small_files(checkpoint)
         storage = FinalStorage(CPU)
         with collector_paused():
             draft = draft_load(
@@ -90,13 +91,19 @@ def convert_checkpoint(
             config = _config(checkpoint, draft, tensors, export)
             stored = checkpoint.config().get("quantization_config")
             key = _key(checkpoint, draft.index, shards, [config, stored, policy and asdict(policy), options.stats])
-        with OutputFolder(Path(out), key) as folder:
+        source = FileSource(
+            checkpoint.root,
+            page_cache=options.page_cache,
+            retries=options.retries,
+            identities=checkpoint.identities,
+        )
+        with OutputFolder(Path(out), key) as folder, source:
             with OpenShards(tensors, shards, folder, recorder.on_layer) as open_shards:
                 plan = _plan(draft, open_shards, sum(len(shard.offsets) for shard in shards), options)
                 recorder.expect(plan, draft.assignments)
                 check_budget(plan.memory, options.max_memory)
                 reader = PieceReader(
-                    FileSource(checkpoint.root, page_cache=options.page_cache, retries=options.retries),
+                    source,
                     draft.index.shards,
                     workers=plan.workers,
                     chunk_bytes=plan.chunk_bytes,
@@ -105,7 +112,8 @@ def convert_checkpoint(
                 open_shards.begin()
                 totals = reader.run(plan.pieces)
                 open_shards.check_complete()
-            _write_surroundings(folder, checkpoint, shards, config)
+            _write_surroundings(folder, source, small, shards, config)
+            checkpoint.identities.check_unchanged()
             folder.publish()
     report = recorder.report(
         checkpoint.model_id, draft.rules.name, totals, sum(shard.size for shard in shards), _meta_bytes
@@ -165,8 +173,8 @@ def _key(
     """What decides about the bytes that come out and the report: input files, planned headers, what was chosen."""
     said = hashlib.sha256(json.dumps([_KEY_VERSION, *choices]).encode())
     for shard in index.shards:
-        status = locate(checkpoint.root, shard.path).stat()
-        said.update(f"{shard.path} {status.st_size} {status.st_mtime_ns}\n".encode())
+        identity = checkpoint.identities[shard.path]
+        said.update(f"{shard.path} {identity.size} {identity.mtime_ns} {identity.ctime_ns}\n".encode())
     for entry in index.tensors.values():
         said.update(f"{entry}\n".encode())
     for plan in shards:
@@ -175,23 +183,34 @@ def _key(
 
 
 def _write_surroundings(
-    folder: OutputFolder, checkpoint: Checkpoint, shards: Sequence[ShardPlan], config: dict[str, Any]
+    folder: OutputFolder, source: Source, small: Sequence[str], shards: Sequence[ShardPlan], config: dict[str, Any]
 ) -> None:
     """Everything but the weights: tokenizer and other small files, index, config last."""
-    for name in _small_files(checkpoint.root):
-        folder.copy(locate(checkpoint.root, name), name)
-    folder.write(INDEX_NAME, _json(weight_index(shards)))
-    folder.write(CONFIG_NAME, _json(config))
+    for name in small:
+        folder.write(name, _content(source, name))
+    folder.write(INDEX_NAME, [_json(weight_index(shards))])
+    folder.write(CONFIG_NAME, [_json(config)])
 
 
-def _small_files(root: Path) -> Iterator[str]:
+def _small_files(checkpoint: Checkpoint) -> list[str]:
+    """What is to be copied; raises `UnsafePathError` where it is not in the folder, now rather than in the end."""
+    names: list[str] = []
     for pattern in SMALL_FILES:
-        for path in root.rglob(pattern):
-            name = path.relative_to(root)
+        for path in checkpoint.root.rglob(pattern):
+            name = path.relative_to(checkpoint.root)
             hidden = any(part.startswith(".") or part.endswith(UNFINISHED) for part in name.parts)
             replaced = str(name) in (CONFIG_NAME, MODELOPT_CONFIG_NAME) or name.name.endswith(".safetensors.index.json")
             if path.is_file() and not hidden and not replaced:
-                yield str(name)
+                locate(checkpoint.root, str(name))
+                names.append(str(name))
+    checkpoint.identities.note(names)
+    return names
+
+
+def _content(source: Source, name: str) -> Iterator[bytearray]:
+    size = source.size(name)
+    for offset in range(0, size, source.read_bytes):
+        yield read_bytes(source, name, offset, min(source.read_bytes, size - offset))
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.monkey_patching import patch_output_recorders
 
-from ..checkpoint.resolve import CONFIG_NAME
+from ..checkpoint.resolve import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ..checkpoint.small_files import MODEL_FILES, check_values, read_small_file
 from ..errors import CheckpointError, QuantloadError, UnsupportedCheckpointError
 from .name_families import Member, families, rename_family
@@ -39,7 +39,6 @@ from .name_families import Member, families, rename_family
 _default_dtype = threading.Lock()
 """Held while transformers builds on torch's default dtype, which it sets for the whole process: one load at a time."""
 
-GENERATION_CONFIG_NAME = "generation_config.json"
 MAX_GENERATION_VALUES = 1 << 17
 AUTO_CLASSES = (
     "AutoModelForCausalLM",

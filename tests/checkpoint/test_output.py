@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,12 +36,11 @@ def interrupted(out: Path, key: str = "key") -> None:
 
 
 def test_it_appears_when_it_is_published(tmp_path: Path) -> None:
-    (tmp_path / "small.json").write_text("{}")
     with OutputFolder(tmp_path / "deep/out", "key") as folder:
         for plan in PLANS:
             write(folder, plan)
-        folder.write("config.json", b"{}")
-        folder.copy(tmp_path / "small.json", "sub/small.json")
+        folder.write("config.json", [b"{}"])
+        folder.write("sub/small.json", [b"{", bytearray(b"}")])
         assert not (tmp_path / "deep/out").exists()
         folder.publish()
     assert os.listdir(tmp_path / "deep") == ["out"]
@@ -49,13 +51,12 @@ def test_it_appears_when_it_is_published(tmp_path: Path) -> None:
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that loses its power leaves nothing that looks finished, and no line about a shard that is not."""
     disk = Disk(monkeypatch)
-    (tmp_path / "small.json").write_text("{}")
     with OutputFolder(tmp_path / "out", "key") as folder:
         for plan in PLANS:
             write(folder, plan)
             assert disk.holds(folder.files.with_name("journal.jsonl"))
-        folder.write("config.json", b"{}")
-        folder.copy(tmp_path / "small.json", "sub/small.json")
+        folder.write("config.json", [b"{}"])
+        folder.write("sub/small.json", [b"{", bytearray(b"}")])
         folder.publish()
     assert disk.renamed == [*(plan.path for plan in PLANS), "out"]
     assert disk.lacking == []
@@ -80,6 +81,151 @@ def test_a_killed_run_leaves_what_the_next_one_clears(tmp_path: Path) -> None:
         folder.publish()
     assert sorted(os.listdir(tmp_path / "out")) == [plan.path for plan in PLANS]
     assert (tmp_path / "out" / PLANS[1].path).stat().st_size == PLANS[1].size
+
+
+def test_a_bit_flipped_anywhere_in_the_journal_costs_a_shard_and_nothing_else(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    journal, shard = tmp_path / "out.unfinished/journal.jsonl", tmp_path / "out.unfinished/files" / PLANS[0].path
+    intact, content = journal.read_bytes(), shard.read_bytes()
+    for position in range(0, len(intact), 3):
+        journal.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
+        with OutputFolder(tmp_path / "out", "key") as folder:
+            assert folder.finished(PLANS[0]) is None or journal.read_bytes() == intact, position
+        shard.parent.mkdir(parents=True, exist_ok=True)  # nothing was finished: nothing is left
+        shard.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"", b"[]", b"null", b"17", b'"shard"', b"{}", b'{"shard": "model.safetensors"}', b"\xff\xfe", b"[" * 100_000,
+        b'{"shard": 5, "extents": [], "notes": {}}', b'{"shard": "a", "extents": [[1]], "notes": null}', b"0" * 99,
+    ],
+)  # fmt: skip
+def test_lines_that_nobody_wrote_are_passed_over(line: bytes, tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    journal = tmp_path / "out.unfinished/journal.jsonl"
+    journal.write_bytes(line + b"\n" + journal.read_bytes() + b"\n" + line)
+    with OutputFolder(tmp_path / "out", "key") as folder:
+        assert [folder.finished(plan) for plan in PLANS] == [{"of": PLANS[0].path}, None]
+
+
+def test_a_shard_whose_line_vouches_for_a_part_of_it_only_is_written_again(tmp_path: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt), OutputFolder(tmp_path / "out", "key") as folder:
+        writer = ShardWriter(folder.files, PLANS[0], 1, lambda plan, extents: folder.record(plan, [], {}))
+        writer.write(len(PLANS[0].header), torch.arange(4, dtype=torch.uint8).view(1, 4), 4)
+        writer.done()
+        raise KeyboardInterrupt
+    with OutputFolder(tmp_path / "out", "key") as folder:
+        assert folder.finished(PLANS[0]) is None
+
+
+def put(kind: str, path: Path, target: Path) -> None:
+    """Something of others in the place of one of our files."""
+    if kind == "link":
+        path.symlink_to(target)
+    elif kind == "dangling link":
+        path.symlink_to(target.with_name("nowhere"))
+    elif kind == "hard link":
+        path.hardlink_to(target)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe", "folder"])
+def test_a_link_in_place_of_the_journal_is_not_followed(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    work = tmp_path / "out.unfinished"
+    work.mkdir()
+    put(kind, work / "journal.jsonl", tmp_path / "precious")
+    with pytest.raises(OutputError, match=r"journal\.jsonl (is a link, belongs to another|cannot be written)"):
+        OutputFolder(tmp_path / "out", "key").__enter__()
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["out.unfinished", "precious"]
+
+
+@pytest.mark.parametrize("name", ["out.unfinished", "out.unfinished/files"])
+@pytest.mark.parametrize("key", ["key", "another key"])
+def test_a_link_in_place_of_a_folder_is_not_followed(name: str, key: str, tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    (tmp_path / name).rename(tmp_path / "elsewhere")
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "elsewhere").rglob("*")}
+    with pytest.raises(OutputError, match=r"is a link, belongs to another user, or is no folder"):
+        OutputFolder(tmp_path / "out", key).__enter__()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "elsewhere").rglob("*")} == before
+
+
+def test_what_another_user_left_is_not_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path / "out")
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with pytest.raises(OutputError, match=r"out\.unfinished is a link, belongs to another user"):
+        OutputFolder(tmp_path / "out", "key").__enter__()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe"])
+@pytest.mark.parametrize("name", [f"{PLANS[0].path}.part", "config.json", PLANS[0].path])
+def test_a_link_in_place_of_a_file_is_replaced(kind: str, name: str, tmp_path: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt), OutputFolder(tmp_path / "out", "key") as folder:
+        write(folder, PLANS[1])
+        raise KeyboardInterrupt
+    (tmp_path / "precious").write_text("precious")
+    put(kind, tmp_path / "out.unfinished/files" / name, tmp_path / "precious")
+    with OutputFolder(tmp_path / "out", "key") as folder:
+        write(folder, PLANS[0])
+        folder.write("config.json", [b"{}"])
+        folder.publish()
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert not (tmp_path / "nowhere").exists()
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", *(plan.path for plan in PLANS)]
+    assert all(path.is_file() and not path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_link_to_a_finished_shard_is_not_taken_up(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    path = tmp_path / "out.unfinished/files" / PLANS[0].path
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with OutputFolder(tmp_path / "out", "key") as folder:
+        assert folder.finished(PLANS[0]) is None
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "rename", "posix_fallocate", "pwrite", "fdatasync", "mkdir"])
+def test_a_disk_that_says_no_is_an_error_and_the_next_run_goes_on(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time the call is made, one after the other, until it is made no more."""
+    original, at = getattr(os, call), 0
+    while not (tmp_path / "out").exists():
+        at += 1
+        made = iter(range(1, 1000))
+
+        def failing(*args: Any, made: Iterator[int] = made, at: int = at) -> Any:
+            if next(made) == at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*args)
+
+        with monkeypatch.context() as patch, contextlib.suppress(OutputError):
+            patch.setattr(os, call, failing)
+            published(tmp_path / "out")
+        assert at < 30
+    assert at > 1 or call == "mkdir"
+    assert {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()} == {
+        plan.path: plan.size for plan in PLANS
+    }
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_line_that_the_disk_takes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: original(fd, data[:7]))
+        interrupted(tmp_path / "out")
+    with OutputFolder(tmp_path / "out", "key") as folder:
+        assert [folder.finished(plan) for plan in PLANS] == [{"of": PLANS[0].path}, None]
 
 
 def test_another_key_starts_anew(tmp_path: Path) -> None:

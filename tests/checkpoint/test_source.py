@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from quantload.checkpoint import FileSource
 from quantload.checkpoint.source import FileCalls
-from quantload.errors import CheckpointError, MissingShardError, TruncatedShardError, UnsafePathError
+from quantload.errors import ChangedFileError, CheckpointError, MissingShardError, TruncatedShardError, UnsafePathError
 
 DATA = bytes(range(256)) * 40
 
@@ -49,9 +49,9 @@ class Calls(FileCalls):
         super().close(fd)
         self.opened.remove(fd)
 
-    def replace(self, fd: int, path: str) -> None:
+    def replace(self, fd: int, fresh: int) -> None:
         self.replaced += 1
-        super().replace(fd, path)
+        super().replace(fd, fresh)
 
     def preadv(self, fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         if not flags and self.failures:
@@ -59,6 +59,32 @@ class Calls(FileCalls):
             raise OSError(number, os.strerror(number))
         if self.at_most is not None:
             buffers = [buffers[0][: self.at_most]]
+        return super().preadv(fd, buffers, offset, flags)
+
+
+class FailsToOpen(Calls):
+    """Fails as often as there are numbers `left`, in one of the calls that opening a file makes."""
+
+    def __init__(self, call: str, left: list[int]) -> None:
+        super().__init__()
+        self.call, self.left = call, left
+
+    def _fail(self, call: str) -> None:
+        if call == self.call and self.left:
+            number = self.left.pop(0)
+            raise OSError(number, os.strerror(number))
+
+    def open(self, path: str) -> int:
+        self._fail("open")
+        return super().open(path)
+
+    def stat(self, fd: int) -> os.stat_result:
+        self._fail("stat")
+        return super().stat(fd)
+
+    def preadv(self, fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags:
+            self._fail("probe")
         return super().preadv(fd, buffers, offset, flags)
 
 
@@ -105,12 +131,48 @@ def test_other_errors_are_not_retried(folder: Path, pauses: list[float]) -> None
     assert pauses == []
 
 
-def test_a_stale_handle_is_replaced_by_the_new_file(folder: Path) -> None:
+def test_a_stale_handle_is_not_replaced_by_that_of_a_new_file(folder: Path) -> None:
+    """A server forgets the handles of files that were replaced: headers and weights would be of two files."""
     with FileSource(folder, calls=Calls([errno.ESTALE])) as source:
         source.size("a")
         (folder / "new").write_bytes(b"new content")
         (folder / "new").replace(folder / "a")
-        assert read(source, "a", 0, 11) == b"new content"
+        with pytest.raises(ChangedFileError, match=r"a: changed while it was read \(another file is in its place\)"):
+            read(source, "a", 0, 11)
+
+
+def test_a_stale_handle_of_a_file_that_is_gone(folder: Path) -> None:
+    calls = Calls([errno.ESTALE] * 9)
+    with FileSource(folder, calls=calls) as source:
+        source.size("a")
+        (folder / "a").unlink()
+        with pytest.raises(CheckpointError, match=r"a: cannot be read at byte 0 after 5 tries: Stale file handle"):
+            read(source, "a", 0, 11)
+    assert calls.opened == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR])
+@pytest.mark.parametrize("call", ["open", "stat", "probe"])
+def test_opening_is_tried_again(folder: Path, pauses: list[float], call: str, number: int) -> None:
+    calls = FailsToOpen(call, [number] * 4)
+    with FileSource(folder, calls=calls) as source:
+        assert read(source, "a", 1, 1000) == DATA[:1000]
+    assert pauses == [0.01, 0.02, 0.04, 0.08]
+    calls.left = [number] * 9
+    with source, pytest.raises(CheckpointError, match=r"a: cannot be opened after 5 tries: "):
+        FileSource(folder, calls=calls).size("a")
+    assert calls.opened == []
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ELOOP])
+@pytest.mark.parametrize("call", ["open", "stat", "probe"])
+def test_opening_that_cannot_succeed_is_not_tried_again(
+    folder: Path, pauses: list[float], call: str, number: int
+) -> None:
+    calls = FailsToOpen(call, [number])
+    with pytest.raises(CheckpointError, match=r"a: cannot be opened: "):
+        FileSource(folder, calls=calls).size("a")
+    assert (pauses, calls.opened) == ([], [])
 
 
 def test_end_of_file(folder: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .cache.session import NoCache, open_cache
 from .checkpoint.reader import PieceReader, ReadTotals
-from .checkpoint.resolve import resolve
+from .checkpoint.resolve import Checkpoint, resolve
 from .draft import Draft, draft_load
 from .memory.budget import check_budget
 from .model import transformers_api
@@ -21,7 +21,7 @@ from .schemes.registry import choose_device
 
 
 def load_quantized(
-    model_id: str | Path,
+    model_id: str | Path | Checkpoint,
     quantization: str = "auto",
     *,
     device: str | torch.device = "auto",
@@ -33,12 +33,13 @@ def load_quantized(
 ) -> PreTrainedModel:
     """Stream a BF16, FP16, FP32 or quantized checkpoint into a quantized transformers model, ready to generate.
 
-    `model_id` is a folder or a hub id, `quantization` a scheme name (`auto`: the checkpoint's own quantization where
-    it has one, else `quark_mxfp4`; any other name quantizes such a checkpoint anew), `device` a torch device
-    (`auto`: the first that has kernels). `policy` says in detail which module gets which scheme; a scheme name other
-    than `auto` then replaces its `linear`. `options` say how the load runs. `progress(bytes_read, bytes_total)` is
-    called in this thread; what it raises cancels the load. The model has `.load_report` and `.load_plan`. Raises a
-    `QuantloadError`; afterwards threads, files and memory are as before.
+    `model_id` is a folder or a hub id (or what `checkpoint.resolve` made of one), `quantization` a scheme name
+    (`auto`: the checkpoint's own quantization where it has one, else `quark_mxfp4`; any other name quantizes such a
+    checkpoint anew), `device` a torch device (`auto`: the first that has kernels). `policy` says in detail which module
+    gets which scheme; a scheme name other than `auto` then replaces its `linear`. `options` say how the load runs.
+    `progress(bytes_read, bytes_total)` is called in this thread; what it raises cancels the load. The model has
+    `.load_report` and `.load_plan`. Raises a `QuantloadError`;
+    afterwards threads, files and memory are as before.
     """
     options = options or LoadOptions()
     place = choose_device(device)

@@ -102,8 +102,8 @@ def test_policy_fields() -> None:
 
 
 TREE = {
-    "CheckpointError": ["TruncatedShardError", "ChangedFileError", "CorruptHeaderError", "MissingShardError", "UnsafePathError",
-                        "NonFiniteWeightError"],
+    "CheckpointError": ["TruncatedShardError", "ChangedFileError", "CorruptHeaderError", "MissingShardError",
+                        "UnsafePathError", "NonFiniteWeightError"],
     "RouteError": ["MissingWeightsError", "UnexpectedWeightsError", "ShapeMismatchError"],
     "PolicyError": ["UnknownSchemeError", "UnmatchedPatternError"],
     "QuantloadError": ["CheckpointError", "RouteError", "PolicyError", "MemoryBudgetError", "NoKernelError",

@@ -8,6 +8,7 @@ every later one, and compared once more when everything is read, before anything
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -69,8 +70,11 @@ class FileIdentities:
             )
 
     def _now(self, name: str) -> FileIdentity | None:
-        # Opened, because a network file system asks its server then, and may answer a `stat` from memory.
         try:
+            status = os.stat(self._root / name)
+            if not stat.S_ISREG(status.st_mode):  # which is for whoever reads it to refuse
+                return FileIdentity.of(status)
+            # Opened, because a network file system asks its server then, and may answer `stat` from memory.
             fd = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             return None

@@ -48,6 +48,11 @@ class Checkpoint:
         """Remember what the files are that say which model it is, before transformers reads them."""
         self.identities.note((CONFIG_NAME, MODELOPT_CONFIG_NAME, GENERATION_CONFIG_NAME))
 
+    def note_small_files(self) -> None:
+        """Remember what else lies beside the weights, such as the files of a tokenizer."""
+        names = {path.name for pattern in SMALL_FILES for path in self.root.glob(pattern) if path.is_file()}
+        self.identities.note(sorted(names))
+
     def note_code(self) -> None:
         """Remember what the modeling code is."""
         self.identities.note(sorted(path.name for path in self.root.glob("*.py")))
@@ -75,12 +80,16 @@ class Checkpoint:
         return config if apart is None else {**config, "quantization_config": {"quant_method": "modelopt", **apart}}
 
 
-def resolve(model_id: str | Path, revision: str | None = None) -> Checkpoint:
+def resolve(model_id: str | Path | Checkpoint, revision: str | None = None) -> Checkpoint:
     """The checkpoint a folder or hub id stands for; a hub id is downloaded, or taken from the cache when offline.
+
+    One that was resolved before is itself: what it was then counts, whatever its name stands for now.
 
     Only safetensors weights and small text files are downloaded. Raises `CheckpointError` when there is no such
     folder or repository, `UnsupportedCheckpointError` for URLs.
     """
+    if isinstance(model_id, Checkpoint):
+        return model_id
     given = str(model_id)
     if _URL.match(given):
         raise UnsupportedCheckpointError(

@@ -46,6 +46,7 @@ def serve_model(
         raise UnsupportedCheckpointError(
             f"{checkpoint.model_id!r} is no model that generates text; it can be loaded, not served"
         )
+    checkpoint.note_small_files()  # the load that follows sees that the tokenizer is still of the same model
     metrics = LoadMetrics()
 
     def load(progress: Progress, cancel: threading.Event) -> Any:
@@ -57,7 +58,7 @@ def serve_model(
 
         try:
             model = load_quantized(
-                model_id, quantization, device=device, policy=policy, options=options, revision=revision,
+                checkpoint, quantization, device=device, policy=policy, options=options,
                 trust_remote_code=trust_remote_code, progress=on_progress,
             )  # fmt: skip
         except BaseException:

@@ -21,13 +21,7 @@ from transformers import PreTrainedModel
 def test_every_class_of_the_auto_mappings_is_there_once() -> None:
     names = [each.class_name for each in shrunk_models.model_classes()]
     assert len(names) == len(set(names)) > 1000
-    assert {
-        "LlamaForCausalLM",
-        "Swinv2Model",
-        "LayoutLMv3Model",
-        "FalconForCausalLM",
-        "T5ForConditionalGeneration",
-    } <= {*names}
+    assert {"LlamaForCausalLM", "Swinv2Model", "LayoutLMv3Model", "T5ForConditionalGeneration"} <= {*names}
 
 
 @pytest.fixture(scope="module")

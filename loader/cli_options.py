@@ -269,10 +269,12 @@ class CheckpointOptions:
     def arguments(self) -> dict[str, Any]:
         """Arguments of `load_quantized` and its like. Raises `PolicyError`."""
         from .options import LoadOptions
+        from .schemes.names import known_name
 
+        quantization = known_name(self.quantization)
         policy = self.chosen.policy()
         options = LoadOptions.from_mapping({k: v for group in self.groups() for k, v in group.values().items()})
-        return {"quantization": self.quantization, "policy": policy, "options": options, **self.source.values()}
+        return {"quantization": quantization, "policy": policy, "options": options, **self.source.values()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from .errors import PolicyError
+from .schemes.names import known_name
 
 MIB = 1 << 20
 
@@ -184,7 +185,9 @@ class QuantizationPolicy:
         pairs = tuple(tuple(pair) if not isinstance(pair, str) else (pair,) for pair in overrides)
         if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs):
             raise PolicyError(f"overrides is {self.overrides!r}; give (pattern, scheme) pairs or a mapping")
-        object.__setattr__(self, "overrides", pairs)
+        object.__setattr__(self, "linear", known_name(self.linear))
+        object.__setattr__(self, "experts", None if self.experts is None else known_name(self.experts))
+        object.__setattr__(self, "overrides", tuple((pattern, known_name(scheme)) for pattern, scheme in pairs))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:

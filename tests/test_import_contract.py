@@ -40,12 +40,16 @@ FLOORS: dict[str, Floor] = {
     "kernels.implementations": Floor(f"{KERNELS} kernels.cpu kernels.gpu", "the list of all of them"),
     "kernels.registry": Floor(f"{KERNELS} kernels.cpu kernels.gpu kernels.implementations", "chooses from the list"),
     "cpu_kernels": Floor("errors kernels.cpu", "loads numba with the package's own errors"),
-    "options": Floor("errors kernels.registry", "checks what a caller asks for, kernels by name included"),
+    "schemes.names": Floor("errors", "checks names before torch is imported"),
+    "options": Floor(
+        "errors kernels.registry schemes.names", "checks what a caller asks for, kernels and schemes by name included"
+    ),
     "geometry": Floor("errors kernels.formats", "where a piece lies: no files, no modules"),
     "checkpoint": Floor("errors options", "files of any model: nothing about quantization"),
     "memory": Floor("errors kernels.statistics", "measures and plans a load without knowing its steps"),
     "schemes": Floor(
-        f"errors options geometry checkpoint {KERNELS} kernels.registry", "what a format means for a module"
+        f"errors options schemes.names geometry checkpoint {KERNELS} kernels.registry",
+        "what a format means for a module",
     ),
     "online": Floor(
         "errors geometry kernels.formats kernels.statistics schemes", "an engine can use the closures as they are"
@@ -66,7 +70,7 @@ FLOORS: dict[str, Floor] = {
     "cache": Floor(f"{GROUND} checkpoint memory schemes online model plan draft", "a load calls it at three places"),
     "load": Floor(f"{GROUND} checkpoint memory schemes online model plan draft recording cache", "the flow of a load"),
     "server": Floor("errors options checkpoint memory model load", "a user of load like any other"),
-    "cli_options": Floor("errors options memory", "imported before anything heavy is"),
+    "cli_options": Floor("errors options schemes.names memory", "imported before anything heavy is"),
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli": Floor(
         "errors options memory schemes draft load convert server cli_options cli_groups", "a user of the package"

@@ -13,6 +13,7 @@ from ..kernels.formats import WeightFormat
 from ..options import QuantizationPolicy
 from .base import LinearScheme, MoEScheme
 from .expressions import UnboundedPatternError, expression
+from .names import known_name
 from .registry import AS_STORED, DEFAULT, PREQUANTIZED, SchemeFactory, get_entry
 from .stored.weights import StoredActivations
 
@@ -152,7 +153,7 @@ def choose_policy(
     `auto` leaves a checkpoint that `is_quantized` as stored, for experts and in overrides too, and stands for
     `quark_mxfp4` otherwise.
     """
-    policy = policy or QuantizationPolicy()
+    policy, quantization = policy or QuantizationPolicy(), known_name(quantization)
 
     def meant(scheme_name: str) -> str:
         return AS_STORED if is_quantized and scheme_name == "auto" else scheme_name

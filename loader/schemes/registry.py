@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import NoKernelError, PolicyError, UnknownSchemeError, UnsupportedCheckpointError
+from ..errors import NoKernelError, PolicyError, UnsupportedCheckpointError
 from ..kernels import formats
 from ..kernels import registry as kernel_registry
 from ..kernels.formats import FORMATS, WeightFormat
@@ -22,6 +22,7 @@ from .activations import Activation, choose_activations
 from .base import LinearScheme, MoEScheme, Quantizer
 from .linear import QuantizedLinearScheme
 from .moe import QuantizedMoEScheme
+from .names import AUTO, aliases_of, known_name
 from .stored.weights import StoredActivations
 
 logger = logging.getLogger("quantload")
@@ -44,7 +45,11 @@ class SchemeEntry:
     linear: WeightFormat | None
     experts: WeightFormat | None
     scale: str
-    aliases: tuple[str, ...] = ()
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Its other names."""
+        return aliases_of(self.name)
 
     @property
     def formats(self) -> dict[str, WeightFormat]:
@@ -65,8 +70,8 @@ class SchemeEntry:
         return f"{name} ({self.name})" if name in self.aliases else self.name
 
 
-def _both(name: str, fmt: WeightFormat, scale: str, *aliases: str) -> SchemeEntry:
-    return SchemeEntry(name, fmt, fmt, scale, aliases)
+def _both(name: str, fmt: WeightFormat, scale: str) -> SchemeEntry:
+    return SchemeEntry(name, fmt, fmt, scale)
 
 
 # quark_mxfp4 and MXFP6 have the bytes that AMD Quark exports, mxfp8 those of torchao, int4_per_group those of AutoAWQ;
@@ -79,7 +84,7 @@ ENTRIES = (
     _both("mxfp6_e3m2", formats.MXFP6_E3M2, "E8M0 per 32 along K, EVEN"),
     _both("mxfp8", formats.MXFP8, "E8M0 per 32 along K, RCEIL"),
     _both("fp8_per_tensor", formats.FP8_TENSOR, "float32 per tensor, amax/448"),
-    _both("fp8_per_channel", formats.FP8_CHANNEL, "float32 per row, amax/448", "ptpc_fp8"),
+    _both("fp8_per_channel", formats.FP8_CHANNEL, "float32 per row, amax/448"),
     _both("fp8_per_block", formats.FP8_BLOCK, "float32 per 128x128, amax/448"),
     _both("nvfp4", formats.NVFP4, "E4M3 per 16 along K, float32 per tensor, amax/2688"),
     _both("int8_per_channel", formats.INT8_CHANNEL, "float32 per row, amax/127"),
@@ -95,17 +100,10 @@ ENTRIES = (
 _BY_NAME = {name: entry for entry in ENTRIES for name in (entry.name, *entry.aliases)}
 
 
-def scheme_names() -> list[str]:
-    """Every name `--quantization` takes, aliases included."""
-    return ["auto", *_BY_NAME]
-
-
 def get_entry(name: str) -> SchemeEntry:
     """The entry of a scheme name; `UnknownSchemeError` lists the names there are."""
-    try:
-        return _BY_NAME[DEFAULT if name == "auto" else name]
-    except (KeyError, TypeError):
-        raise UnknownSchemeError(f"unknown scheme {name!r}; choose one of {', '.join(scheme_names())}") from None
+    name = known_name(name)
+    return _BY_NAME[DEFAULT if name == AUTO else name]
 
 
 def _names_with(scale_mode: ScaleMode) -> list[str]:

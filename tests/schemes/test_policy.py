@@ -159,7 +159,7 @@ def test_a_pattern_in_the_shadow_of_another_one_still_matches_something() -> Non
     "values", [{"linear": "mxfp5"}, {"experts": "mxfp5"}, {"overrides": {"*": "mxfp5"}}], ids=lambda v: next(iter(v))
 )
 def test_an_unknown_scheme_is_an_error_before_anything_is_read(values: dict[str, object]) -> None:
-    with pytest.raises(UnknownSchemeError, match="unknown scheme 'mxfp5'; choose one of auto, quark_mxfp4"):
+    with pytest.raises(UnknownSchemeError, match="unknown scheme 'mxfp5'; did you mean mxfp8 or mxfp4"):
         at_work(**values)
 
 

@@ -85,6 +85,11 @@ def rewritten(name: str, content: str) -> Change:
     return change
 
 
+def config_rewritten(folder: Path, _: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+
+
 def truncated(folder: Path, _: Path) -> None:
     os.truncate(folder / SHARDS[1], 5000)
 
@@ -100,7 +105,7 @@ CHANGES: dict[str, Change] = {
     "a shard truncated": truncated,
     "a shard removed": removed,
     "the index replaced": replaced(INDEX),
-    "the config rewritten": rewritten("config.json", "{}"),
+    "the config rewritten": config_rewritten,
     "a generation config rewritten": rewritten("generation_config.json", '{"max_length": 3}'),
 }
 

@@ -92,13 +92,22 @@ def plan(
         {"name": a.name, "kind": a.kind, "scheme": a.scheme.name if a.scheme is not None else None, "reason": a.reason}
         for a in draft.assignments
     ]
-    summary = draft.plan.memory.to_dict() | {"fallback_conversions": draft.plan.whole_conversions, "modules": modules}
+    left = draft.plan.leftovers
+    summary = draft.plan.memory.to_dict() | {
+        "fallback_conversions": draft.plan.whole_conversions,
+        "modules": modules,
+        "unexpected": [*left.unexpected],
+        "unexpected_bytes": left.unexpected_bytes,
+        "ignored_tensors": len(left.ignored),
+        "initialized": [*left.initialized],
+        "overlaid": [*left.overlaid],
+    }
     if as_json:
         _print_json(summary)
     else:
         from .memory.summary import print_plan
 
-        print_plan(draft.plan.memory, modules, _tables())
+        print_plan(summary, draft.plan.memory, _tables())
 
 
 @app.command()

@@ -139,7 +139,12 @@ class RunOptions:
         int | None, typer.Option(help="Number of threads that read and quantize.", show_default="one a core")
     ] = None
     strict: Annotated[
-        bool, typer.Option("--strict", help="Make a pattern that matches no module an error; it is a warning without.")
+        bool,
+        typer.Option(
+            "--strict",
+            help="Make an error of what is a warning without: a pattern that matches no module, tensors that the model "
+            "does not know, tied weights that differ.",
+        ),
     ] = False
     kernel: Annotated[
         list[str] | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ def draft_load(
         model, dtype = recipe.build(stored.plain.values())
         stored = turn_conv1d(model, stored)
         mapped = map_checkpoint(model, stored.entries)
+        mapped.leftovers = replace(mapped.leftovers, overlaid=index.overlaid)
+        mapped.leftovers.check(options.strict)
         sources = StoredSources(stored, mapped)
         dtype_of = transformers_api.DtypePlan(model, dtype)
         assignments = assign_schemes(model, rules, dtype, options.strict, sources)

@@ -79,5 +79,6 @@ def _stream(draft: Draft, cache: NoCache, recorder: Recorder, options: LoadOptio
         )
         totals = reader.run(reading.plan.pieces)
         draft.loaders.check_complete(loaded_parameters(draft.mapped, draft.loaders))
-    transformers_api.finish(draft.model, draft.mapped.missing, draft.mapped.weight_conversions, device)
+    untied = transformers_api.finish(draft.model, draft.mapped.missing, draft.mapped.weight_conversions, device)
+    recorder.on_untied(untied, options.strict)
     return totals

@@ -60,7 +60,9 @@ class LoadOptions:
     """Measure in the kernels what quantizing loses (SQNR, largest error, saturation); loads without it are faster."""
 
     strict: bool = False
-    """Whether a pattern of the policy that matches no module is an error (`UnmatchedPatternError`) or a warning."""
+    """Whether what is a warning otherwise is an error: a pattern of the policy that matches no module
+    (`UnmatchedPatternError`), checkpoint tensors that no parameter takes (`UnexpectedWeightsError`), a tensor that lies
+    in two shards, tied parameters that are stored with different values (`CheckpointError`)."""
 
     activations: Activations = "auto"
     """What the inputs of quantized layers are rounded to. `auto`: what the chosen kernel does; `none`: never rounded;

@@ -18,6 +18,7 @@ from .memory.overhead import PIECES, TENSORS
 from .memory.planner import SLACK_BYTES, MemoryPlan, ParameterSize, plan_memory
 from .model import transformers_api
 from .model.attach import WeightLoaders
+from .model.leftovers import Leftovers
 from .model.routes import CheckpointMap, Routes
 from .model.skeleton import Assignment
 from .model.stored_sources import StoredSources
@@ -38,7 +39,7 @@ class LoadPlan:
     """The pieces of a load in the order they are read, and its predicted memory.
 
     `chunk_bytes` is the size of a staging buffer: the largest piece, at most the option's unless a scale block is
-    larger. `bytes_in` are the checkpoint bytes of each linear and experts module.
+    larger. `bytes_in` are the checkpoint bytes of each linear and experts module, `leftovers` what is not loaded.
     """
 
     pieces: list[Piece]
@@ -48,6 +49,7 @@ class LoadPlan:
     bytes_total: int
     bytes_in: dict[str, int]
     whole_conversions: int
+    leftovers: Leftovers
 
 
 def plan_load(
@@ -77,7 +79,8 @@ def plan_load(
     bytes_in = dict(_bytes_in(mapped, assignments, sources))
     held = whole + (workers + 1) * stored.held_bytes + max(plain.maxima_bytes, stored.maxima_bytes)
     memory = _memory(model, index, mapped, sources, loaders, assignments, staging, held, len(pieces))
-    return LoadPlan(pieces, chunk, workers, memory, sum(piece.nbytes for piece in pieces), bytes_in, len(routes.whole))
+    total = sum(piece.nbytes for piece in pieces)
+    return LoadPlan(pieces, chunk, workers, memory, total, bytes_in, len(routes.whole), mapped.leftovers)
 
 
 def plan_without_pieces(
@@ -97,7 +100,7 @@ def plan_without_pieces(
         schemes.dequantizer(name)  # that it is there, and compiled in time
     memory = _memory(model, index, mapped, sources, loaders, assignments, staging=0, held=0, pieces=0)
     bytes_in = dict(_bytes_in(mapped, assignments, sources))
-    return LoadPlan([], MIN_CHUNK, 1, memory, 0, bytes_in, len(routes.whole))
+    return LoadPlan([], MIN_CHUNK, 1, memory, 0, bytes_in, len(routes.whole), mapped.leftovers)
 
 
 def _memory(

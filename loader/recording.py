@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.reader import ReadTotals
-from .errors import PolicyError
+from .errors import CheckpointError, PolicyError
 from .memory import logs
 from .memory.ledger import Ledger
 from .memory.probes import probe_for
 from .memory.report import CacheResult, KeptReport, LayerReport, LoadReport
 from .model.attach import Process
+from .model.leftovers import some
 from .model.skeleton import Assignment
 from .plan import LoadPlan
 from .schemes.registry import PREQUANTIZED
 
 Progress = Callable[[int, int], None]
+logger = logging.getLogger("quantload")
 
 
 class Recorder:
@@ -38,6 +41,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._plan: LoadPlan | None = None
         self._assignments: dict[str, Assignment] = {}
+        self._untied: list[str] = []
         _check_usable(device)
         self.ledger = Ledger(probe_for(device))
 
@@ -94,6 +98,19 @@ class Recorder:
         with self._lock:
             self._layers[assignment.name] = layer
 
+    def on_untied(self, untied: Mapping[str, str], strict: bool) -> None:
+        """Parameters that the model ties to others and that have values of their own: a warning, an error if strict."""
+        self._untied = sorted(untied)
+        if untied:
+            pairs = some(f"{name} to {other}" for name, other in untied.items())
+            said = (
+                f"the model ties {pairs}, and the checkpoint has both with different values: is `tie_word_embeddings` "
+                f"in config.json the one of this checkpoint?"
+            )
+            if strict:
+                raise CheckpointError(f"{said} Without --strict (strict=True) each keeps its own, as in transformers")
+            logger.warning("%s Each keeps its own, as in transformers", said)
+
     def report(
         self,
         name: str,
@@ -127,6 +144,12 @@ class Recorder:
             kept=[KeptReport(a.name, a.reason, kept_bytes(a.module)) for a in assignments if a.scheme is None],
             timeline=self.ledger.timeline,
             cache=cache,
+            unexpected=[*plan.leftovers.unexpected],
+            unexpected_bytes=plan.leftovers.unexpected_bytes,
+            ignored_tensors=len(plan.leftovers.ignored),
+            initialized=[*plan.leftovers.initialized],
+            overlaid=[*plan.leftovers.overlaid],
+            untied=self._untied,
         )
         self._log(report)
         self._let_go()

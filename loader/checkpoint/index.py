@@ -27,13 +27,15 @@ class Shard:
 class CheckpointIndex:
     """All tensors of a checkpoint by name, in the order of shards and of their headers.
 
-    `total_bytes` is the sum of the tensors' bytes; `metadata` is that of the first shard's header.
+    `total_bytes` is the sum of the tensors' bytes; `metadata` is that of the first shard's header. `overlaid` are
+    tensors that lie in more than one shard: those of the shard that the index names are here.
     """
 
     shards: tuple[Shard, ...]
     tensors: dict[str, TensorEntry]
     total_bytes: int
     metadata: dict[str, str]
+    overlaid: tuple[str, ...] = ()
 
 
 def read_index(checkpoint: Checkpoint, source: Source | None = None) -> CheckpointIndex:
@@ -42,8 +44,10 @@ def read_index(checkpoint: Checkpoint, source: Source | None = None) -> Checkpoi
 
     `source` serves paths relative to the checkpoint (default: the files below `checkpoint.root`). A tensor in a shard
     that the index does not list is loaded, and one that lies in another shard than listed is taken from there, as in
-    transformers. Raises `CheckpointError` for tensors listed but in no shard or in two, its subclasses for missing,
-    truncated, corrupt and unsafe shards, `UnsupportedCheckpointError` when there are only files of other formats.
+    transformers. Of a tensor in several shards, the one in the shard that the index names for it counts. Raises
+    `CheckpointError` for tensors listed but in no shard, or in several of which the index names none, its subclasses
+    for missing, truncated, corrupt and unsafe shards, `UnsupportedCheckpointError` when there are only files of other
+    formats.
     """
     if source is None:
         with FileSource(checkpoint.root, page_cache="keep", identities=checkpoint.identities) as files:
@@ -61,28 +65,45 @@ def shard_names(checkpoint: Checkpoint, source: Source) -> list[str]:
 def _read_index(source: Source, index_name: str, names: list[str], listed: dict[str, str]) -> CheckpointIndex:
     shards: list[Shard] = []
     tensors: dict[str, TensorEntry] = {}
+    overlaid: dict[str, list[int]] = {}
     metadata: dict[str, str] = {}
     for number, name in enumerate(names):
         try:
             header = read_header(source, name, number)
         except MissingShardError as error:
             raise MissingShardError(f"{index_name} names the shard {error}") from None
-        repeated = [tensor for tensor in header.tensors if tensor in tensors] if tensors else []
-        if repeated:
-            raise CheckpointError(
-                f"{_some(repeated)} in {names[tensors[repeated[0]].shard]} and again in {name}; "
-                "only one of them can be right: remove the stale file from the index, or save the checkpoint again"
-            )
+        for tensor in [tensor for tensor in header.tensors if tensor in tensors] if tensors else ():
+            overlaid.setdefault(tensor, [tensors[tensor].shard]).append(number)
+            if listed.get(tensor) != name:
+                del header.tensors[tensor]
         shards.append(Shard(name, header.size))
         tensors.update(header.tensors)
         metadata = metadata or header.metadata
+    _check_overlaid(overlaid, tensors, names, listed)
     missing = [tensor for tensor in listed if tensor not in tensors]
     if missing:
         raise CheckpointError(
             f"{index_name} lists {_some(missing)}, in none of its {len(names)} shards; "
             "copy or download the checkpoint again, or save it again"
         )
-    return CheckpointIndex(tuple(shards), tensors, sum(entry.nbytes for entry in tensors.values()), metadata)
+    return CheckpointIndex(tuple(shards), tensors, _nbytes(tensors), metadata, tuple(overlaid))
+
+
+def _nbytes(tensors: dict[str, TensorEntry]) -> int:
+    return sum(entry.nbytes for entry in tensors.values())
+
+
+def _check_overlaid(
+    overlaid: dict[str, list[int]], tensors: dict[str, TensorEntry], names: list[str], listed: dict[str, str]
+) -> None:
+    """Raise `CheckpointError` for tensors in several shards of which the index names none."""
+    undecided = [tensor for tensor in overlaid if listed.get(tensor) != names[tensors[tensor].shard]]
+    if undecided:
+        first, again = (names[number] for number in overlaid[undecided[0]][:2])
+        raise CheckpointError(
+            f"{_some(undecided)} in {first} and again in {again}; only one of them can be right: name it in the index, "
+            f"remove the stale file from there, or save the checkpoint again"
+        )
 
 
 def _find_shards(checkpoint: Checkpoint, source: Source) -> tuple[str, list[str], dict[str, str]]:

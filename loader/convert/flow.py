@@ -148,7 +148,7 @@ def _plan(draft: Draft, open_shards: OpenShards, written: int, options: LoadOpti
         quantizable_kept_bytes=0,
     )
     total = sum(piece.nbytes for piece in pieces)
-    return LoadPlan(pieces, chunk, workers, memory, total, draft.plan.bytes_in, whole_conversions=0)
+    return LoadPlan(pieces, chunk, workers, memory, total, draft.plan.bytes_in, 0, draft.plan.leftovers)
 
 
 def _config(

@@ -115,6 +115,10 @@ class LoadReport:
 
     `peak_bytes` is the highest memory above `baseline_bytes`, the value before the load. `layers` are the quantized
     modules, `kept` those that were not, `timeline` at most 200 points. `cache` is what became of the load with one.
+    `unexpected` are checkpoint tensors that the model class does not know, with their bytes, `ignored_tensors` those
+    that it passes over by itself: none of them was read. `initialized` are parameters that it lets be missing,
+    `overlaid` tensors that lie in several shards, of which the one that the index names was read, `untied` parameters
+    that the model ties to others and the checkpoint has with values of their own, which they keep.
     """
 
     model: str
@@ -134,6 +138,12 @@ class LoadReport:
     kept: list[KeptReport] = field(default_factory=list)
     timeline: list[TimelinePoint] = field(default_factory=list)
     cache: CacheResult | None = None
+    unexpected: list[str] = field(default_factory=list)
+    unexpected_bytes: int = 0
+    ignored_tensors: int = 0
+    initialized: list[str] = field(default_factory=list)
+    overlaid: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
 
     @property
     def bytes_per_second(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -31,6 +31,8 @@ def render(report: LoadReport, console: Console | None = None) -> None:
         console.print(_worst_layers(worst))
     if report.kept:
         console.print(_kept(report.kept))
+    for line in _left(report.to_dict()):
+        console.print(line, highlight=False, markup=False)
     console.print(_memory(report))
     conversions = f", fallback conversions: {report.fallback_conversions}" if report.fallback_conversions else ""
     cache = f", cache: {report.cache}" if report.cache is not None else ""
@@ -41,10 +43,11 @@ def render(report: LoadReport, console: Console | None = None) -> None:
     )
 
 
-def print_plan(plan: MemoryPlan, modules: Iterable[Mapping[str, Any]], console: Console) -> None:
-    """Print what a load would take, and what was decided about its modules.
+def print_plan(summary: Mapping[str, Any], plan: MemoryPlan, console: Console) -> None:
+    """Print what a load would take, and what was decided about its modules and about tensors that belong to none.
 
-    A module is a mapping with `kind`, `scheme` (None: kept as stored) and `reason`.
+    `summary` has `modules`, each with `kind`, `scheme` (None: kept as stored) and `reason`, and the names and numbers
+    of a report about tensors that are not loaded.
     """
     table = Table("", "bytes", title="Predicted memory", title_justify="left")
     for label, size in (
@@ -56,11 +59,32 @@ def print_plan(plan: MemoryPlan, modules: Iterable[Mapping[str, Any]], console: 
     ):
         table.add_row(label, format_bytes(size))
     console.print(table)
-    counted = Counter((m["kind"], m["scheme"] or "as stored", m["reason"]) for m in modules)
+    counted = Counter((m["kind"], m["scheme"] or "as stored", m["reason"]) for m in summary["modules"])
     decisions = Table("modules", "kind", "scheme", "reason")
     for (kind, scheme, reason), count in counted.items():
         decisions.add_row(str(count), kind, scheme, reason)
     console.print(decisions)
+    for line in _left(summary):
+        console.print(line, highlight=False, markup=False)
+
+
+def _left(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about tensors that are not loaded, about parameters that have none, and about those that are not tied."""
+    nbytes, ignored = format_bytes(summary["unexpected_bytes"]), summary["ignored_tensors"]
+    named = {
+        f"unexpected, not loaded ({nbytes})": summary["unexpected"],
+        "in several shards, the index names one": summary["overlaid"],
+        "initialized, not in the checkpoint": summary["initialized"],
+        "not tied, as their values differ": summary.get("untied", ()),
+    }
+    if ignored:
+        yield f"passed over by the model class: {ignored} tensors"
+    yield from (f"{what}: {_names(names)}" for what, names in named.items() if names)
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > NAMES_PER_REASON else ""
+    return ", ".join(names[:NAMES_PER_REASON]) + more
 
 
 def mean_and_min_sqnr(layers: Iterable[LayerReport]) -> tuple[float, float] | None:

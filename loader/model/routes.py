@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,10 +20,9 @@ from ..geometry.spans import Landing, Span
 from ..schemes.stored.weights import StoredWeight
 from . import transformers_api
 from .coordinates import Box, Coordinates, NotExpressible, merge_boxes
+from .leftovers import NAMES_SHOWN, Leftovers, some
 from .transformers_api import Conversion
 from .unexplained_codes import check_scales
-
-NAMES_SHOWN = 8
 
 CheckpointTensor = TensorEntry | StoredWeight
 """What a parameter is made of: a checkpoint tensor, or several that stand for a quantized one."""
@@ -59,6 +58,7 @@ class CheckpointMap:
     missing: set[str]
     weight_conversions: list[Any]
     templates: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    leftovers: Leftovers = field(default_factory=Leftovers)
 
 
 @dataclass
@@ -79,8 +79,10 @@ class LandingOf(Protocol):
 def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, CheckpointTensor]) -> CheckpointMap:
     """Rename, group and convert every checkpoint name, without a byte of data.
 
-    Raises `UnexpectedWeightsError`, `MissingWeightsError` and `ShapeMismatchError`, after the exceptions the model
-    class declares, and `CheckpointError` for codes with scales that no config explains.
+    Tied parameters of `model` get their values from those of their group that the checkpoint has. Raises
+    `MissingWeightsError` and `ShapeMismatchError`, after the exceptions the model class declares,
+    `UnexpectedWeightsError` for more tensors than a parameter is made of, and `CheckpointError` for codes with scales
+    that no config explains.
     """
     names = transformers_api.plan_names(model, tensors)
     mapped = CheckpointMap(ModelShapes(model), names.conversions, {}, [], [], set(), names.weight_conversions)
@@ -90,22 +92,22 @@ def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, CheckpointTenso
             loaded.add(name)
             if coordinates is not None:
                 mapped.coordinates[name] = (coordinates, conversion)
+    transformers_api.tie_to(model, loaded)
     unexpected = [*names.unexpected, *(name for name in loaded if name not in mapped.shapes.tensors)]
-    missing = set(mapped.shapes.tensors) - loaded
-    wanted, surplus = transformers_api.complaints(model, missing, unexpected)
+    mapped.missing = set(mapped.shapes.tensors) - loaded
+    mapped.ignored = sorted(set(unexpected))
+    wanted, surplus = transformers_api.complaints(model, mapped.missing, unexpected)
     if surplus:
         check_scales(surplus, names.conversions, tensors)
-        raise UnexpectedWeightsError(
-            f"{len(surplus)} checkpoint tensors that no parameter of {type(model).__name__} takes: {_some(surplus)}; "
-            f"is config.json the one of this checkpoint?"
-        )
+    cls = type(model).__name__
     if wanted:
+        unknown = f"; {len(surplus)} checkpoint tensors are unknown to it: {some(surplus)}" if surplus else ""
         raise MissingWeightsError(
-            f"{len(wanted)} parameters of {type(model).__name__} have no tensor in the checkpoint: {_some(wanted)}; "
+            f"{len(wanted)} parameters of {cls} have no tensor in the checkpoint: {some(wanted)}{unknown}; "
             f"the checkpoint is incomplete, or config.json describes another model"
         )
-    mapped.missing = missing
-    mapped.ignored = sorted(set(unexpected))
+    initialized = mapped.missing - transformers_api.tied_names(model)
+    mapped.leftovers = Leftovers.of(cls, surplus, mapped.ignored, initialized, tensors)
     return mapped
 
 
@@ -114,7 +116,7 @@ def _convert(
 ) -> dict[str, Coordinates | None]:
     names = conversion.names()
     if conversion.converter is None and len(names) > 1:
-        raise UnexpectedWeightsError(f"checkpoint tensors {_some(names)} all go to {conversion.target}; keep one")
+        raise UnexpectedWeightsError(f"checkpoint tensors {some(names)} all go to {conversion.target}; keep one")
     try:
         converted = transformers_api.full_names(conversion, _operate(mapped, conversion, tensors))
     except NotExpressible:
@@ -129,7 +131,7 @@ def _convert(
         if expected is not None and coordinates.shape != expected.shape:
             _explain(mapped, conversion)
             raise ShapeMismatchError(
-                f"{name}: the checkpoint gives shape {tuple(coordinates.shape)} (from {_some(names)}), the model has "
+                f"{name}: the checkpoint gives shape {tuple(coordinates.shape)} (from {some(names)}), the model has "
                 f"{tuple(expected.shape)}; is config.json the one of this checkpoint?"
             )
     return dict(converted)
@@ -186,12 +188,12 @@ def _explain(mapped: CheckpointMap, conversion: Conversion) -> None:
         surplus += [name for i, name in names.items() if everyone and i not in everyone]
     if surplus:
         raise UnexpectedWeightsError(
-            f"{conversion.target} has {len(everyone)} experts, the checkpoint has more: {_some(surplus)}; "
+            f"{conversion.target} has {len(everyone)} experts, the checkpoint has more: {some(surplus)}; "
             f"is config.json the one of this checkpoint?"
         )
     if absent:
         raise MissingWeightsError(
-            f"{conversion.target} needs {len(absent)} more checkpoint tensors: {_some(absent)}; "
+            f"{conversion.target} needs {len(absent)} more checkpoint tensors: {some(absent)}; "
             f"the checkpoint is incomplete, or config.json describes another model"
         )
 
@@ -208,12 +210,6 @@ def _numbered(names: list[str]) -> dict[int, str]:
 def _renumber(number: int, template: str, wanted: int) -> str:
     head, _, tail = template.rpartition(f".{number}.")
     return f"{head}.{wanted}.{tail}"
-
-
-def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - NAMES_SHOWN} more" if len(ordered) > NAMES_SHOWN else ""
-    return ", ".join(ordered[:NAMES_SHOWN]) + more
 
 
 def build_routes(mapped: CheckpointMap, landing_of: LandingOf) -> Routes:

@@ -10,7 +10,7 @@ import copy
 import inspect
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from ..checkpoint.resolve import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ..checkpoint.small_files import MODEL_FILES, check_values, read_small_file
 from ..errors import CheckpointError, QuantloadError, UnsupportedCheckpointError
 from .name_families import Member, families, rename_family
+from .ties import tied_to_what_is_there
 
 _default_dtype = threading.Lock()
 """Held while transformers builds on torch's default dtype, which it sets for the whole process: one load at a time."""
@@ -292,6 +293,13 @@ class DtypePlan:
         return created
 
 
+def tie_to(model: PreTrainedModel, there: Collection[str]) -> None:
+    """Let every tied parameter of `model` get its values from one that is in `there`, where any of its group is."""
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    if ties:
+        model.all_tied_weights_keys = tied_to_what_is_there(ties, there)
+
+
 def tied_names(model: PreTrainedModel) -> set[str]:
     """Parameters that are tied to another one and need no tensor of their own."""
     return set(getattr(model, "all_tied_weights_keys", {}))
@@ -319,8 +327,14 @@ def complaints(model: PreTrainedModel, missing: Iterable[str], unexpected: Itera
     return set(info.missing_keys) - tied_names(model), set(info.unexpected_keys)
 
 
-def finish(model: PreTrainedModel, missing: Iterable[str], weight_conversions: list[Any], device: torch.device) -> None:
-    """What transformers does after the last tensor: missing parameters, non-persistent buffers, tying."""
+def finish(
+    model: PreTrainedModel, missing: Iterable[str], weight_conversions: list[Any], device: torch.device
+) -> dict[str, str]:
+    """What transformers does after the last tensor: missing parameters, non-persistent buffers, tying.
+
+    Returns the pairs that the model ties and the checkpoint has with different values: they are left apart.
+    """
+    ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             tensor._is_hf_initialized = True
@@ -332,6 +346,7 @@ def finish(model: PreTrainedModel, missing: Iterable[str], weight_conversions: l
         type(model)._finalize_model_loading(model, config, info)
     model._weight_conversions = weight_conversions
     model.eval()
+    return {name: other for name, other in ties.items() if name not in model.all_tied_weights_keys}
 
 
 def adopt_generation_config(model: PreTrainedModel, root: Path) -> None:

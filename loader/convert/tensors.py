@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ..geometry.regions import Region
 from ..geometry.spans import Span
 from ..kernels.formats import WeightFormat
 from ..model.attach import WeightLoaders
+from ..model.leftovers import some
 from ..model.routes import CheckpointTensor, Routes
 from ..model.skeleton import Assignment
 from ..schemes.base import LinearScheme, MoEScheme
@@ -26,6 +28,7 @@ from ..schemes.policy import name_reason
 from ..schemes.stored.weights import StoredWeight
 from .refusals import impossible, nothing_quantized
 
+logger = logging.getLogger("quantload")
 _NAME = "weight"
 _SUFFIX = f".{_NAME}"
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -82,9 +85,10 @@ def plan_tensors(
 ) -> list[QuantizedTensor | KeptTensor]:
     """What becomes of all tensors of a checkpoint, in the order of files and offsets.
 
-    A weight that is stored quantized is one tensor here, which can only be quantized anew. Raises `PolicyError` naming
-    all modules whose weights the format cannot hold as the checkpoint stores them, for
-    a scheme the format has no weights for, and where nothing is quantized.
+    A weight that is stored quantized is one tensor here, which can only be quantized anew. What the model does not know
+    is copied, but for such weights: they are left out with a warning, as the new config says nothing of their codes.
+    Raises `PolicyError` naming all modules whose weights the format cannot hold as the checkpoint stores them, for a
+    scheme the format has no weights for, and where nothing is quantized.
     """
     sinks = loaders.sinks
     by_name = {assignment.name: assignment for assignment in assignments}
@@ -93,7 +97,7 @@ def plan_tensors(
     anew: dict[str, str] = {}
     planned: list[QuantizedTensor | KeptTensor] = []
     why_not = _WhyNot(loaders, export)
-    for entry in sorted(tensors.values(), key=lambda entry: (entry.shard, entry.offset)):
+    for entry in _to_write(tensors, routes):
         spans = [span for span in routes.spans.get(entry.name, ()) if sinks[span.parameter].values_dtype is None]
         if isinstance(entry, StoredWeight):
             why = _why_not_anew(entry, spans, routes, loaders)
@@ -126,6 +130,20 @@ def plan_tensors(
     if not any(isinstance(tensor, QuantizedTensor) for tensor in planned):
         raise nothing_quantized(assignments)
     return planned
+
+
+def _to_write(tensors: Mapping[str, CheckpointTensor], routes: Routes) -> list[CheckpointTensor]:
+    """All but weights that are stored quantized and go nowhere in the model, in the order of files and offsets."""
+    unknown = [name for name, entry in tensors.items() if isinstance(entry, StoredWeight) and name not in routes.spans]
+    if unknown:
+        logger.warning(
+            "%d weights that are stored quantized and that the model does not know are not written: %s",
+            len(unknown),
+            some(unknown),
+        )
+    left_out = {*unknown}
+    written = (entry for name, entry in tensors.items() if name not in left_out)
+    return sorted(written, key=lambda entry: (entry.shard, entry.offset))
 
 
 def _why_not_anew(weight: StoredWeight, spans: Sequence[Span], routes: Routes, loaders: WeightLoaders) -> str:

@@ -17,6 +17,7 @@ from quantload.errors import (
 from shard_files import MemorySource, shard_bytes, write_sharded
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+THREE = "overlay.safetensors"
 
 
 def write_index(folder: Path, index: object) -> None:
@@ -78,10 +79,27 @@ def test_tensor_listed_but_nowhere(tmp_path: Path) -> None:
         read_index(resolve(tmp_path))
 
 
-def test_tensor_in_two_shards(tmp_path: Path) -> None:
-    write_sharded(tmp_path, {ONE: {"a": b"1"}, TWO: {"a": b"2"}}, {"a": ONE, "b": TWO})
+@pytest.mark.parametrize(
+    "listed",
+    [{"c": ONE, "b": TWO}, {"a": THREE, "c": ONE, "b": TWO}],
+    ids=["nothing", "a shard without it"],
+)
+def test_tensor_in_two_shards_of_which_the_index_names_none(tmp_path: Path, listed: dict[str, str]) -> None:
+    shards = {ONE: {"a": b"1", "c": b"3"}, TWO: {"a": b"2", "b": b"4"}, THREE: {"d": b"5"}}
+    write_sharded(tmp_path, shards, listed)
     with pytest.raises(CheckpointError, match=f"a in {ONE} and again in {TWO}"):
         read_index(resolve(tmp_path))
+
+
+@pytest.mark.parametrize("counts", [ONE, TWO, THREE])
+def test_of_a_tensor_in_several_shards_the_one_counts_that_the_index_names(tmp_path: Path, counts: str) -> None:
+    shards = {ONE: {"a": b"1", "b": b"4"}, TWO: {"a": b"22", "c": b"5"}, THREE: {"a": b"333", "d": b"6"}}
+    write_sharded(tmp_path, shards, {"a": counts, "b": ONE, "c": TWO, "d": THREE})
+    index = read_index(resolve(tmp_path))
+    assert index.tensors["a"].nbytes == len(shards[counts]["a"])
+    assert index.shards[index.tensors["a"].shard].path == counts
+    assert index.overlaid == ("a",)
+    assert index.total_bytes == sum(entry.nbytes for entry in index.tensors.values())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from quantload.memory.report import KeptReport, LayerReport, LoadReport, Timelin
 from quantload.memory.summary import render
 from rich.console import Console
 
-# Section 7 of the design, in its order.
+# Section 7 of the design, in its order, and what a load leaves out.
 REPORT_FIELDS = [
     "model",
     "quantization",
@@ -36,6 +36,12 @@ REPORT_FIELDS = [
     "kept",
     "timeline",
     "cache",
+    "unexpected",
+    "unexpected_bytes",
+    "ignored_tensors",
+    "initialized",
+    "overlaid",
+    "untied",
 ]
 LAYER_FIELDS = [
     "name",

@@ -132,8 +132,11 @@ def test_a_surplus_expert_is_named(qwen3_moe: tuple[PreTrainedModel, Entries]) -
 def test_an_unexpected_tensor_is_named(qwen3_moe: tuple[PreTrainedModel, Entries]) -> None:
     model, entries = qwen3_moe
     entries["model.layers.7.mlp.gate.weight"] = entries["model.layers.1.mlp.gate.weight"]
-    with pytest.raises(UnexpectedWeightsError, match=r"1 checkpoint tensors that no parameter .*layers\.7\.mlp\.gate"):
-        map_checkpoint(model, entries)
+    left = map_checkpoint(model, entries).leftovers
+    assert left.unexpected == ("model.layers.7.mlp.gate.weight",)
+    assert left.unexpected_bytes == entries["model.layers.1.mlp.gate.weight"].nbytes
+    with pytest.raises(UnexpectedWeightsError, match=r"1 checkpoint tensors .*Qwen3MoeFor.*layers\.7\.mlp\.gate"):
+        left.check(strict=True)
 
 
 def test_many_names_are_cut_short(qwen3_moe: tuple[PreTrainedModel, Entries]) -> None:
@@ -141,7 +144,7 @@ def test_many_names_are_cut_short(qwen3_moe: tuple[PreTrainedModel, Entries]) ->
     for number in range(12):
         entries[f"model.extra.{number:02}"] = entries["model.norm.weight"]
     with pytest.raises(UnexpectedWeightsError, match=r"12 checkpoint .*extra\.00.*extra\.07 and 4 more;"):
-        map_checkpoint(model, entries)
+        map_checkpoint(model, entries).leftovers.check(strict=True)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +181,7 @@ def test_what_the_class_allows_to_be_missing_or_surplus_is_no_error(checkpoint: 
     mapped = map_checkpoint(model, {**entries, inv_freq.name: inv_freq})
     assert mapped.ignored == [inv_freq.name]
     assert mapped.missing == {"lm_head.weight"}
+    assert (mapped.leftovers.unexpected, mapped.leftovers.ignored) == ((), (inv_freq.name,))
 
 
 # Spans

@@ -1,4 +1,4 @@
-"""Every model class with tied parameters: from which one of a group transformers and quantload let the others be filled.
+"""Every model class with tied parameters: from which one of a group transformers and quantload fill the others.
 
 python bench/ties.py                # all classes, a few minutes; the result goes to bench/results
 python bench/ties.py --only Bart    # those whose names the pattern finds

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 
 from .mx_elements import E2M1, E2M3, E3M2, E4M3, ELEMENTS, MxElement
+from .scale_rules import LARGEST_BF16, largest_extreme
 
 Tensors = tuple[torch.Tensor, ...]
 """The tensors of a weight, in the order of its format: codes, then scales."""
@@ -199,6 +200,15 @@ class WeightFormat:
     def mx_element(self) -> MxElement:
         """The codes of an MX format, and their scale rule."""
         return ELEMENTS[self.decoder]
+
+    def largest_amax(self, dtype: torch.dtype) -> float:
+        """The largest maximum of weights of a dtype that scales follow.
+
+        Codes of larger ones saturate, so that all values are finite in that dtype and in BF16.
+        """
+        if self.family is MX:
+            return self.mx_element.largest_amax(SHORT[dtype])
+        return largest_extreme(SHORT[dtype]) if self.rule == "asymmetric" else LARGEST_BF16
 
     def bytes(self, rows: int, cols: int) -> int:
         """Bytes of all tensors of a matrix [rows, cols]."""

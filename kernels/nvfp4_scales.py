@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .scale_rules import LARGEST_BF16
+
 BLOCK = 16
 """Elements along K that share a scale."""
 LARGEST = 6.0
@@ -27,7 +29,7 @@ AMAX_BITS = 12
 
 def tensor_scale(amax: float, whole: float) -> float:
     """scale_2 of a tensor whose largest weight is `amax`; `whole` is its `spread`. Both are float32."""
-    top, largest = np.float32(amax), np.float32(whole)
+    top, largest = np.float32(min(amax, LARGEST_BF16)), np.float32(whole)
     with np.errstate(over="ignore"):
         multiplier = np.float32(1.0) / max(top, np.float32(SMALLEST_AMAX)) * largest
     return float(top / largest) if np.isfinite(multiplier) else 1.0

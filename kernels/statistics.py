@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 COUNT = 0
 """Elements seen (padding is not counted)."""
 SIGNAL = 1
-"""Sum of x squared (the CPU kernels of FP8 and INT8 square x / scale in float32: below 2^-63 scale that is 0)."""
+"""Sum of x squared (the CPU kernels of FP8 and integers square x / scale in float32: below 2^-63 scale that is 0)."""
 NOISE = 2
 """Sum of (x - dequantized x) squared."""
 MAX_ERROR = 3
@@ -51,8 +51,11 @@ def sqnr_db(statistics: torch.Tensor) -> float:
     """Signal to quantization noise ratio in dB: 10 log10(signal / noise); inf without noise, nan where all is zero.
 
     0 where the squares of all elements vanish beside their scale: then every code is zero and everything is lost.
+    -inf where the noise is infinite, which it is beside no finite weights.
     """
     signal, noise = float(statistics[SIGNAL]), float(statistics[NOISE])
     if signal == 0.0:
         return math.nan if float(statistics[AMAX]) == 0.0 else 0.0
+    if noise == math.inf:
+        return -math.inf
     return 10.0 * math.log10(signal / noise) if noise > 0.0 else math.inf

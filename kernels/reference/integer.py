@@ -3,7 +3,7 @@
 A weight is (code - zero) * scale in float32. From the smallest and largest weight of a group, zero included, with
 L = 2^bits - 1 as in AutoAWQ's zero point quantization:
 
-    scale = (largest - smallest) / L, stored in the dtype of the scales
+    scale = (largest - smallest) / L, stored in the dtype of the scales; neither counts beyond `largest_extreme`
     zero  = round(-smallest / scale), within 0 .. L
     code  = round(weight / scale) + zero, within 0 .. L
 

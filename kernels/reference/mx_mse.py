@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 import torch.nn.functional as F
 
-from ..formats import Tensors
+from ..formats import SHORT, Tensors
 from .arguments import check_finish
 from .mxfp4 import BLOCK
 from .operations import Codec, Reference, row_chunks
@@ -28,7 +28,8 @@ class MseReference(Reference):
         if not nonfinite:
             for start, stop in row_chunks(*source.shape):
                 values = source[start:stop].float()
-                scale[start:stop].copy_(least_error_bytes(self.codec, values, amax[start:stop]))
+                last = self.codec.format.mx_element.last_byte(SHORT[source.dtype])
+                scale[start:stop].copy_(least_error_bytes(self.codec, values, amax[start:stop], last))
         return nonfinite
 
     def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> NoReturn:
@@ -39,12 +40,12 @@ class MseReference(Reference):
         )
 
 
-def least_error_bytes(codec: Codec, values: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    """uint8 [r, blocks] for finite float32 `values` [r, c], from amax [r, blocks]."""
+def least_error_bytes(codec: Codec, values: torch.Tensor, amax: torch.Tensor, last: int) -> torch.Tensor:
+    """uint8 [r, blocks], at most `last`, for finite float32 `values` [r, c], from amax [r, blocks]."""
     emax = codec.format.mx_element.emax
     floor = ((amax.view(torch.int32) >> 23) - emax).clamp(0, 254).to(torch.uint8)
     here, there = (squared_errors(codec, codec.ratio(values, byte), byte) for byte in (floor, floor + 1))
-    return floor + (here > 4.0 * there).to(torch.uint8)
+    return floor + ((here > 4.0 * there) & (floor < last)).to(torch.uint8)
 
 
 def squared_errors(codec: Codec, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ A power of two more in m is one less in every scale byte, so one octave holds al
 j = 0..15, in float32. The row takes the m of the least squared error under the EVEN rule; a tie goes to the smallest j,
 so a row of zeros has m = 1. In float32, with r = 1 / m:
 
-    byte  = EVEN rule of (r * amax of the block)
+    byte  = EVEN rule of (r * amax of the block), at most `last_byte_of_row`
     ratio = w * (r * 2^(127 - byte)), rounded to E2M1
     value = (code * 2^(byte - 127)) * m
 
@@ -19,8 +19,8 @@ from typing import NoReturn
 import torch
 import torch.nn.functional as F
 
-from ..formats import MULTIPLIER_BYTES, MXFP4_ROWS, Tensors, WeightFormat
-from ..mx_elements import E2M1
+from ..formats import MULTIPLIER_BYTES, MXFP4_ROWS, SHORT, Tensors, WeightFormat
+from ..mx_elements import E2M1, last_byte_of_row
 from ..scale_rules import CANDIDATES
 from . import mxfp4
 from .arguments import check_finish, check_observe
@@ -59,15 +59,15 @@ class Mxfp4RowsCodec:
         bytes_, multipliers = split(scales)
         return self._blocks.decode(codes, bytes_, cols) * multipliers
 
-    def best_scales(self, values: torch.Tensor) -> torch.Tensor:
-        """Rows of the scale tensor for finite float32 `values` [r, c]."""
+    def best_scales(self, values: torch.Tensor, kind: str) -> torch.Tensor:
+        """Rows of the scale tensor for finite float32 `values` [r, c] that were of a kind."""
         amax = column_amax(values.abs(), BLOCK)
         multiplier = torch.ones(len(values), 1, device=values.device)
         least = torch.full_like(multiplier, torch.inf, dtype=torch.float64)
         best = torch.zeros_like(amax, dtype=torch.uint8)
         for candidate in CANDIDATES:
             reciprocal = 1.0 / torch.full_like(multiplier, candidate)
-            bytes_ = self._blocks.scales_from_amax(amax * reciprocal)
+            bytes_ = self._blocks.scales_from_amax(amax * reciprocal).clamp_(max=last_byte_of_row(candidate, kind))
             error = self._squared_error(values, bytes_, reciprocal) * candidate**2
             better = error < least
             least = torch.where(better, error, least)
@@ -92,7 +92,8 @@ class Mxfp4RowsReference(Reference):
         (scale,) = scales
         for start, stop in row_chunks(*source.shape) if source.shape[1] else ():
             values = source[start:stop].float()
-            scale[start:stop].copy_(self.codec.best_scales(torch.where(torch.isfinite(values), values, 0)))
+            finite = torch.where(torch.isfinite(values), values, 0)
+            scale[start:stop].copy_(self.codec.best_scales(finite, SHORT[source.dtype]))
         return 0
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:

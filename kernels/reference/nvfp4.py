@@ -4,7 +4,7 @@ A weight is code * (scale * scale_2), in float32. The rules are those of compres
 `calculate_qparams` and its compressor) on maxima in float32; scale_2 is NVIDIA ModelOpt's `weight_scale_2`. With
 R = 6 * 448 and each operation rounded to float32:
 
-    scale_2     = amax of the tensor / R, and 1 where the multiplier would not be finite
+    scale_2     = amax of the tensor (at most the largest BF16) / R, and 1 where the multiplier would not be finite
     multiplier  = R * (1 / amax of the tensor) (compressed-tensors' `weight_global_scale`)
     scale       = multiplier * (amax of the block / 6), to E4M3, at most 448; 0.125 where that gives 0
     code        = w / (scale / multiplier), to E2M1, ties to even, at most 6; a weight of -0 is stored as 0
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from ..formats import NVFP4, Tensors, WeightFormat
 from ..nvfp4_scales import AMAX_BITS, BLOCK, EMPTY_SCALE, LARGEST, LARGEST_FLOAT32, LARGEST_SCALE, SMALLEST_AMAX, spread
+from ..scale_rules import LARGEST_BF16
 from .arguments import check_finish, check_observe, check_quantize
 from .fp8 import divided
 from .mx_mse import folded
@@ -42,7 +43,7 @@ class Nvfp4Codec:
 
     def scales_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
         """float32 scale_2 from the maxima of tensors."""
-        whole = spread(self.scale_mode)
+        whole, amax = spread(self.scale_mode), amax.clamp(max=LARGEST_BF16)
         usable = torch.isfinite(amax.clamp(min=SMALLEST_AMAX).reciprocal() * whole)
         return torch.where(usable, divided(amax, whole), 1.0)
 

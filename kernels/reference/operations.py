@@ -101,7 +101,7 @@ class Reference:
         amax = torch.zeros(shape, dtype=torch.float32, device=source.device)
         nonfinite = self.observe(source, amax)
         if not nonfinite:
-            self.finish_scales(amax, scales)
+            self.finish_scales(amax.clamp_(max=self.codec.format.largest_amax(source.dtype)), scales)
         return nonfinite
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
@@ -123,7 +123,7 @@ class Reference:
     def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
         check_finish(self.codec.format, amax, scales)
         (scale,) = scales
-        scale.copy_(self.codec.scales_from_amax(amax))
+        scale.copy_(self.codec.scales_from_amax(amax.clamp(max=self.codec.format.largest_amax(amax.dtype))))
 
     def saturated(self, ratio: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Which elements lie beyond what codes can express, by more than the rounding of the scale."""

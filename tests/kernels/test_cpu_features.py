@@ -22,6 +22,8 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     source = source.to(dtype)
     source[7] = 0
     source[9] *= 1e-30
+    source[11, 40], source[12, 300] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    source[13] = torch.finfo(dtype).smallest_normal / 2
     for mode, name in ((mode, name) for mode in SCALE_MODES for name in FORMAT_NAMES if name in SCALE_MODES[mode]):
         fmt = FORMATS[name]
         for kernel in KERNELS:

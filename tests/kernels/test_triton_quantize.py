@@ -37,6 +37,8 @@ POINTERS = MappingProxyType(
 )
 QUANTIZE = ("quantize_mx", "quantize_rows", "quantize_tiles", "quantize_integers", "quantize_nvfp4")
 OPTIONS = ("num_warps", "enable_fp_fusion")
+EVERY = ("golden", "mx", "bits", "statistics", "pieces", "extremes")
+"""The tests of every kernel: `test_kernel_*.py`."""
 ALIKE = ("mxfp6_e3m2", "int4_group32_bf16", "int8_group64_f32", "int4fp8_channel")
 """Formats whose kernels differ from those of another in numbers only."""
 
@@ -240,7 +242,7 @@ def shares(*arguments: str) -> list[list[str]]:
 def test_interpreted_bits() -> None:
     """Tests of every kernel, on the Triton ones in the interpreter: those marked for it, which take seconds."""
     quickly = shares("-m", "interpreted_quickly")
-    results = interpret(*files("golden", "mx", "bits", "statistics", "pieces"), shares=quickly)
+    results = interpret(*files(*EVERY), shares=quickly)
     check(results)
     labels = {label for result in results for label in result.kernels}
     assert {f"{op} {name}" for op in gpu_quantize.OPERATIONS for name in TRITON} <= labels
@@ -250,7 +252,7 @@ def test_interpreted_bits() -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(interpreter_trouble() is not None, reason=interpreter_trouble() or "")
 def test_interpreted_bits_of_everything() -> None:
-    results = interpret(*files("golden", "mx", "bits", "statistics", "pieces"), shares=shares(), timeout=1500)
+    results = interpret(*files(*EVERY), shares=shares(), timeout=1500)
     check(results)
     assert len(results) > 900
 

@@ -79,7 +79,7 @@ def _quantize(
                 words_here = e + at // group * word
                 if found < infinity:
                     if known == 0:
-                        scales_of_extremes(high, low, word_at, levels, symmetric, scale_kind)
+                        scales_of_extremes(high, low, word_at, levels, symmetric, kind, scale_kind)
                         for i in range(count * word):
                             write_u8(words_here + i, words[i])
                     else:

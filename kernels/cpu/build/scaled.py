@@ -18,7 +18,14 @@ import numpy as np
 from numba import types
 
 from ... import statistics as st
-from ...scale_rules import FP8_BLOCK_MIN_AMAX, FP8_CHANNEL_MIN_SCALE, FP8_LARGEST, FP8_TENSOR_MIN_AMAX, INT8_LARGEST
+from ...scale_rules import (
+    FP8_BLOCK_MIN_AMAX,
+    FP8_CHANNEL_MIN_SCALE,
+    FP8_LARGEST,
+    FP8_TENSOR_MIN_AMAX,
+    INT8_LARGEST,
+    LARGEST_BF16,
+)
 from ..compiled import FINGERPRINT, Compiled, KernelFunction, Recipe, jit, read_f32, read_f64, write_f32, write_f64
 from ..ir.magnitude import amax_tile, count_above, magnitude_to_f32
 from ..ir.scaled import TILE_ELEMENTS, quantize_tile
@@ -41,6 +48,7 @@ add_count_and_amax = nb.njit(nogil=True)(_add_count_and_amax)
 
 def _scale_of(rule: str, amax: Any) -> Any:
     """float32 scale of a float32 amax; `fp8.Fp8Codec` and `int8.Int8Codec` give the sources of the rules."""
+    amax = min(amax, np.float32(LARGEST_BF16))
     if rule == "fp8_channel":
         return max(amax / np.float32(FP8_LARGEST), np.float32(FP8_CHANNEL_MIN_SCALE))
     if rule == "fp8_tensor":

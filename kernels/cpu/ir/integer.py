@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 
 from ... import statistics as st
-from ...scale_rules import SMALLEST_SCALE, SYMMETRIC_LARGEST
+from ...scale_rules import LARGEST_BF16, SMALLEST_SCALE, SYMMETRIC_LARGEST, largest_extreme
 from ..processor import has
 from .scaled import corrected_quotient, floats
 from .scaled_decode import to_bf16
@@ -87,13 +87,17 @@ def group_extremes(
 
 @emitted
 def scales_of_extremes(
-    typing: Any, high: Any, low: Any, words: Any, levels: Any, symmetric: Any, dtype: Any
+    typing: Any, high: Any, low: Any, words: Any, levels: Any, symmetric: Any, kind: Any, dtype: Any
 ) -> tuple[Any, Codegen]:
-    """Scales and zero points of a batch, side by side at `words` in the literal `dtype`, by the rule of `integer`."""
+    """Scales and zero points of a batch, side by side at `words` in the literal `dtype`, by the rule of `integer`.
+
+    `kind` is that of the weights.
+    """
+    followed = LARGEST_BF16 if bool(symmetric.literal_value) else largest_extreme(str(kind.literal_value))
     largest, is_symmetric, scale_kind = int(levels.literal_value), bool(symmetric.literal_value), dtype.literal_value
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        above, below = load(b, args[0], F32, BATCH), load(b, args[1], F32, BATCH)
+        above, below = (load(b, address, F32, BATCH).min(followed) for address in args[:2])
         half_range = above * 0.5 + below * 0.5
         scale = above.max(below) / SYMMETRIC_LARGEST if is_symmetric else half_range / (largest / 2)
         stored = _rounded(scale.max(SMALLEST_SCALE), scale_kind)
@@ -103,7 +107,7 @@ def scales_of_extremes(
         store(stored.shuffle(pairs, _rounded(zero, scale_kind)), args[2])
         return context.get_dummy_value()
 
-    return types.void(high, low, words, levels, symmetric, dtype), codegen
+    return types.void(high, low, words, levels, symmetric, kind, dtype), codegen
 
 
 @emitted

@@ -82,6 +82,7 @@ class MxRun:
 
     def __init__(self, b: ir.IRBuilder, element: MxElement, mode: str, kind: str, sums: str) -> None:
         self.b, self.element, self.mode, self.kind, self.sums = b, element, mode, kind, sums
+        self.last = I32(element.last_byte(kind))
         self.acc = Accumulators(b)
 
     def emit(
@@ -114,9 +115,10 @@ class MxRun:
         b, element = self.b, self.element
         bits = float32_bits(b, amax, self.kind)
         if self.mode == "default":
-            return scale_byte(b, bits, element.threshold, element.emax, 23)
-        floor = scale_byte(b, bits, 1 << 23, element.emax, 23)
-        return b.add(floor, b.zext(self._next_is_better(floor, values), I32))
+            return umin(b, scale_byte(b, bits, element.threshold, element.emax, 23), self.last)
+        floor = umin(b, scale_byte(b, bits, 1 << 23, element.emax, 23), self.last)
+        better = b.and_(self._next_is_better(floor, values), b.icmp_unsigned("<", floor, self.last))
+        return b.add(floor, b.zext(better, I32))
 
     def _next_is_better(self, floor: ir.Value, values: list[Vector]) -> ir.Value:
         """Whether the squared error is less under the next scale, summed in the order that `mx_mse` gives."""
@@ -250,6 +252,10 @@ def largest_bits(bits: Vector, kind: str) -> ir.Value:
 
 def umax(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.icmp_unsigned(">", x, y), x, y)
+
+
+def umin(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return b.select(b.icmp_unsigned("<", x, y), x, y)
 
 
 def power_of_two(b: ir.IRBuilder, biased: ir.Value) -> Vector:

@@ -2,7 +2,8 @@
 
 With v = max(|x| - scale/4, 0) as bit patterns, an element is above 0.25 scale
 when v > 0, at or above 0.75 scale when v >= 192, and from there rounding v to its upper bits is rounding to E2M1.
-That needs scale/4 to be a normal BF16 (byte >= 3); other blocks, and other sources, take the float32 path of `mx_ir`.
+That needs scale/4 to be a normal BF16 (byte >= 3), and a byte up to the last of BF16; other blocks, and other sources,
+take the float32 path of `mx_ir`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Blocks:
         amax = b.zext(magnitude.reduce("umax"), I32)
         b.store(umax(b, b.load(self.largest), amax), self.largest)
         byte = even_byte(b, amax, 7)
-        slow = b.and_(b.icmp_unsigned("<", byte, I32(MIN_FAST_BYTE)), b.icmp_unsigned("!=", amax, I32(0)))
+        # A byte above the last one is left to the other path, too, as no code of this one saturates beyond 6.9 scale.
+        fits = b.icmp_unsigned("<=", b.sub(byte, I32(MIN_FAST_BYTE)), I32(E2M1.last_byte("bf16") - MIN_FAST_BYTE))
+        slow = b.and_(b.not_(fits), b.icmp_unsigned("!=", amax, I32(0)))
         b.store(b.or_(b.load(self.odd), b.zext(slow, I32)), self.odd)
         store_scalar(b, b.trunc(byte, I8), b.add(self.scales, i))
         return bits, magnitude, byte

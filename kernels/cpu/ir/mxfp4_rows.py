@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from ...mx_elements import E2M1
+from ...mx_elements import E2M1, LARGEST_MULTIPLIER, last_byte_of_row
 from ...scale_rules import CANDIDATES
 from .mx import (
     MxRun,
@@ -21,6 +21,7 @@ from .mx import (
     power_of_two_bits,
     scale_byte,
     umax,
+    umin,
 )
 from .vector import (
     F32,
@@ -62,7 +63,7 @@ def candidate_errors(typing: Any, source: Any, blocks: Any, kind: Any, errors: A
             b.store(umax(b, b.load(largest), amax), largest)
             amax_f32 = splat(b, b.bitcast(float32_bits(b, amax, name), F32), LANES)
             values, _ = even_and_odd(bits, name)
-            store(_block_errors(b, values, amax_f32), b.add(errors, b.mul(i, I64(8 * LANES))))
+            store(_block_errors(b, values, amax_f32, name), b.add(errors, b.mul(i, I64(8 * LANES))))
         return b.zext(b.load(largest), I64)
 
     return types.int64(source, blocks, kind, errors), codegen
@@ -104,7 +105,9 @@ class _RowRun(MxRun):
     def _byte(self, amax: ir.Value, values: list[Vector]) -> ir.Value:
         b = self.b
         amax_f32 = b.fmul(b.bitcast(float32_bits(b, amax, self.kind), F32), self.reciprocal)
-        return scale_byte(b, b.bitcast(amax_f32, I32), E2M1.threshold, E2M1.emax, 23)
+        small = b.fcmp_ordered("<=", self.multiplier, F32(LARGEST_MULTIPLIER))
+        last = b.select(small, self.last, b.sub(self.last, I32(1)))
+        return umin(b, scale_byte(b, b.bitcast(amax_f32, I32), E2M1.threshold, E2M1.emax, 23), last)
 
     def _inverse(self, byte: ir.Value) -> Vector:
         return super()._inverse(byte) * splat(self.b, self.reciprocal, 16)
@@ -120,10 +123,12 @@ class _RowRun(MxRun):
                     self._add_product(name, half, half)
 
 
-def _block_errors(b: ir.IRBuilder, values: list[Vector], amax: Vector) -> Vector:
+def _block_errors(b: ir.IRBuilder, values: list[Vector], amax: Vector, kind: str) -> Vector:
     """float64 [LANES] of a block of which `values` are the magnitudes, those with even and those with odd k."""
+    last = [last_byte_of_row(each, kind) for each in CANDIDATES]
     reciprocals = amax.new(ir.Constant(ir.VectorType(F32, LANES), list(RECIPROCALS)))
     bytes_ = amax.new(scale_byte(b, (amax * reciprocals).cast(I32).value, E2M1.threshold, E2M1.emax, 23))
+    bytes_ = bytes_.call("llvm.umin", amax.new(ir.Constant(ir.VectorType(I32, LANES), last)))
     inverses = amax.new(power_of_two_bits(b, (constant(b, I32, LANES, 254) - bytes_).value)).cast(F32)
     factors = inverses * reciprocals
     in_units = _folded(values, factors, range(LANES))

@@ -53,7 +53,8 @@ def quantize_integers(
         scale = widened(tl.load(scale_at, mask=block_inside, other=1))
         zero = widened(tl.load(scale_at + 1, mask=block_inside, other=0)).to(tl.int32)
     else:
-        scale, zero = _scale_and_zero(high, low, scales, BITS, SYMMETRIC)
+        TOP: tl.constexpr = 15 if raw.dtype == tl.float16 else 127
+        scale, zero = _scale_and_zero(high, low, scales, BITS, SYMMETRIC, TOP)
         tl.store(scale_at, narrowed(scale, scales), mask=block_inside)
         tl.store(scale_at + 1, narrowed(zero.to(tl.float32), scales), mask=block_inside)
 
@@ -131,7 +132,7 @@ def scales_integers(
     at = amax + row * amax_stride + 2 * group
     high = tl.load(at, mask=row < rows, other=0.0).to(tl.int32, bitcast=True)
     low = tl.load(at + 1, mask=row < rows, other=0.0).to(tl.int32, bitcast=True)
-    scale, zero = _scale_and_zero(high, low, scales, BITS, SYMMETRIC)
+    scale, zero = _scale_and_zero(high, low, scales, BITS, SYMMETRIC, 127)
     to = scales + row * scale_stride + 2 * group
     tl.store(to, narrowed(scale, scales), mask=row < rows)
     tl.store(to + 1, narrowed(zero.to(tl.float32), scales), mask=row < rows)
@@ -171,11 +172,15 @@ def _maxima(signed):
 
 
 @triton.jit
-def _scale_and_zero(high, low, scales, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """float32 scales, rounded to the type of `scales`, and int32 zero points, from maxima as float32 bits."""
+def _scale_and_zero(high, low, scales, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TOP: tl.constexpr):
+    """float32 scales, rounded to the type of `scales`, and int32 zero points, from maxima as float32 bits.
+
+    TOP is the largest exponent of the weights. No maximum beyond what `scale_rules` says is followed.
+    """
+    FOLLOWED: tl.constexpr = 3.3895313892515355e38 if SYMMETRIC else (2.0 - 9 * 2.0**-6) * 2.0**TOP
     LARGEST: tl.constexpr = (1 << BITS) - 1
-    above = high.to(tl.float32, bitcast=True)
-    below = low.to(tl.float32, bitcast=True)
+    above = tl.minimum(high.to(tl.float32, bitcast=True), FOLLOWED)
+    below = tl.minimum(low.to(tl.float32, bitcast=True), FOLLOWED)
     STEPS: tl.constexpr = 7.0 if SYMMETRIC else LARGEST / 2
     extent = tl.maximum(above, below) if SYMMETRIC else above * 0.5 + below * 0.5
     scale = widened(narrowed(tl.div_rn(extent, STEPS), scales))

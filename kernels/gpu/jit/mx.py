@@ -51,7 +51,8 @@ def quantize_mx(
     if KNOWN:
         byte = tl.load(scale_at, mask=block_inside, other=0).to(tl.int32)
     else:
-        byte = _scale_byte(amax, EMAX, THRESHOLD)
+        TOP: tl.constexpr = 142 if raw.dtype == tl.float16 else 254
+        byte = _scale_byte(amax, EMAX, THRESHOLD, TOP)
         tl.store(scale_at, byte.to(tl.uint8), mask=block_inside)
 
     ratio = bits.to(tl.float32, bitcast=True) * power_of_two(254 - byte)[:, :, None]
@@ -98,7 +99,7 @@ def scales_mx(
     i = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     row, col = i // cols, i % cols
     top = tl.load(amax + row * amax_stride + col, mask=row < rows, other=0)
-    tl.store(scales + row * scale_stride + col, _scale_byte(top, EMAX, THRESHOLD).to(tl.uint8), mask=row < rows)
+    tl.store(scales + row * scale_stride + col, _scale_byte(top, EMAX, THRESHOLD, 254).to(tl.uint8), mask=row < rows)
 
 
 @triton.jit
@@ -132,10 +133,10 @@ def dequantize_mx(
 
 
 @triton.jit
-def _scale_byte(amax, EMAX: tl.constexpr, THRESHOLD: tl.constexpr):
-    """int32 scale bytes from the float32 bits of block maxima (see `mx.MxElement`)."""
+def _scale_byte(amax, EMAX: tl.constexpr, THRESHOLD: tl.constexpr, TOP: tl.constexpr):
+    """int32 scale bytes from the float32 bits of block maxima, whose exponents are at most TOP (see `MxElement`)."""
     byte = (amax >> 23) - EMAX + ((amax & 0x7FFFFF) >= THRESHOLD).to(tl.int32)
-    return tl.minimum(tl.maximum(byte, 0), 254)
+    return tl.minimum(tl.maximum(byte, 0), TOP - EMAX)
 
 
 @triton.jit

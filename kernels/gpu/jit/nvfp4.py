@@ -92,6 +92,7 @@ def encode_blocks(signed, scale_2, SPREAD: tl.constexpr, MSE: tl.constexpr, R: t
 @triton.jit
 def tensor_scale(amax, SPREAD: tl.constexpr):
     """float32 scales of tensors from their maxima."""
+    amax = tl.minimum(amax, 3.3895313892515355e38)  # the largest BF16
     multiplier = tl.div_rn(1.0, tl.maximum(amax, 2.0**-126)) * SPREAD
     return tl.where(multiplier < float("inf"), tl.div_rn(amax, SPREAD), 1.0)
 

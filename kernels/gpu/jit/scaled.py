@@ -233,6 +233,7 @@ def dequantize_scaled(
 @triton.jit
 def scale_of(amax, RULE: tl.constexpr):
     """float32 scales of float32 maxima, every operation rounded as in plain torch."""
+    amax = tl.minimum(amax, 3.3895313892515355e38)  # the largest BF16
     if RULE == "int8":
         scale = tl.div_rn(amax, 127.0)
         scale = tl.where(scale == 0, 1.0, scale)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -53,15 +54,20 @@ def folder_name(fingerprint: str) -> str:
 def own_folder(root: Path, key: str) -> Path:
     """The folder `root/quantload/kernels/key`, there and writable by this user alone; OSError where that cannot be.
 
-    Machine code is read from it, so that one that others could write to is refused.
+    Machine code is read from it, so that one that others could write to, or put another in place of, is refused. Links
+    of this user's are followed.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if root.stat().st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+        raise PermissionError(f"everybody may replace what is in {root}")
     folder = root
     for part in ("quantload", "kernels", key):
         folder = folder / part
         folder.mkdir(mode=0o700, exist_ok=True)
-        facts = folder.stat()
-        if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+        facts = folder.lstat()
+        if stat.S_ISLNK(facts.st_mode) and facts.st_uid == os.geteuid():
+            facts = folder.stat()
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
             raise PermissionError(f"{folder} belongs to another user, or others may write to it")
     tempfile.TemporaryFile(dir=folder).close()
     _used(folder)
@@ -103,7 +109,7 @@ class KernelLocator:
 
     def ensure_cache_path(self) -> None:
         """Called before a file is written: another process may have removed the folder meanwhile."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own_folder(self._folder.parents[2], self._folder.name)
 
     def get_cache_path(self) -> str:
         """The folder its files are in."""

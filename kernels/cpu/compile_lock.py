@@ -54,7 +54,7 @@ class CompileLock:
         """Whether this process holds it now, or has nothing to wait for; False where another holds it."""
         try:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError:
             return True  # numba says what is wrong with the folder
         try:

@@ -1,6 +1,7 @@
 """One entry of a cache: a folder with a small checkpoint, checksums of its files, and a lock.
 
-`entry.json` names the files and vouches for `checksums.crc32`, which vouches for them; its own checksum stands in it.
+`entry.json` names the files and vouches for `checksums.crc32`, which vouches for them; its own checksum stands in it,
+and the key, so that an entry that has another's name is none.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .checksums import Checksums, VerifiedSource
 from .locks import FileLock
 
 LOCK, ENTRY, CHECKSUMS = "lock", "entry.json", "checksums.crc32"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the files beside the tensors; a reader of another version starts anew."""
 
 
@@ -64,19 +65,19 @@ class Entry:
         self.lock.release()
 
 
-def write_description(folder: Path, checksums: Mapping[str, Checksums]) -> None:
+def write_description(folder: Path, key: str, checksums: Mapping[str, Checksums]) -> None:
     """Write `checksums.crc32` and `entry.json`, which say what the other files must be, and force them to disk."""
     parts = {name: each.to_bytes() for name, each in checksums.items()}
     data = b"".join(parts.values())
     files = {name: len(part) for name, part in parts.items()}
-    body = {"format_version": FORMAT_VERSION, "files": files, "checksums_crc32": zlib.crc32(data)}
+    body = {"format_version": FORMAT_VERSION, "key": key, "files": files, "checksums_crc32": zlib.crc32(data)}
     write_file(folder / CHECKSUMS, data)
     write_file(folder / ENTRY, json.dumps({"crc32": _crc(body), "entry": body}).encode())
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file and force it to disk."""
-    with path.open("xb") as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -91,6 +92,8 @@ def _read_checksums(folder: Path) -> dict[str, Checksums]:
             raise ValueError("its checksum is another one")
         if body["format_version"] != FORMAT_VERSION:
             raise ValueError(f"it is of version {body['format_version']}, {FORMAT_VERSION} is read")
+        if body["key"] != folder.name:
+            raise ValueError("it is the entry of another key")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedEntryError(f"{ENTRY} and {CHECKSUMS} are not what was written: {error}") from error
     checksums, at = {}, 0

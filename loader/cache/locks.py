@@ -1,11 +1,15 @@
-"""Locks on files that end with the process that holds them."""
+"""Locks on files that end with the process that holds them; a link in the place of such a file is never followed."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 from pathlib import Path
 from typing import Self
+
+from .ownership import check_file
 
 
 class FileLock:
@@ -28,10 +32,15 @@ class FileLock:
     @classmethod
     def _take(cls, path: Path, flags: int, kind: int, wait: bool) -> Self | None:
         try:
-            fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+            fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise PermissionError(f"{path} is a link; remove it") from None
         try:
+            check_file(path, os.fstat(fd))
             fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
             if _same_file(fd, path):
                 return cls(path, fd)
@@ -46,6 +55,16 @@ class FileLock:
     def is_on(self, path: Path) -> bool:
         """Whether it is held, and on the file that `path` leads to now."""
         return self._fd >= 0 and _same_file(self._fd, path)
+
+    def note(self, number: int) -> None:
+        """Have the file say a number."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, str(number).encode(), 0)
+
+    def touch(self) -> None:
+        """Make now the time of the last change of the file, where that can be written."""
+        with contextlib.suppress(OSError):
+            os.utime(self._fd)
 
     def release(self) -> None:
         """Let go of it; a second time does nothing."""

@@ -5,7 +5,8 @@
     <root>/.quantload-removed-*/      on its way out
     <root>/lock                       held, briefly, by the one who makes room
 
-A process that is killed leaves no lock, and at most a folder that the next writer clears away.
+A process that is killed leaves no lock, and at most a folder that the next writer clears away. Folders are made for
+this user alone, and one that others can write to is neither read nor written.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.output import sync_folder
+from ..errors import DamagedEntryError
 from ..memory.amounts import format_bytes
 from .checksums import Checksums
 from .entry import ENTRY, LOCK, Entry, write_description, write_file
 from .locks import FileLock
+from .ownership import check_folder
 
 WRITING, REMOVED = ".quantload-writing-", ".quantload-removed-"
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -46,7 +49,7 @@ class Unfinished:
             write_file(self.folder / name, data)
             known[name] = Checksums((0, len(data)))
             known[name].note(0, memoryview(data))
-        write_description(self.folder, known)
+        write_description(self.folder, self.key, known)
         sync_folder(self.folder)
         with self.store.alone():
             final = self.store.root / self.key
@@ -72,15 +75,22 @@ class Store:
     def find(self, key: str) -> Entry | None:
         """The entry of a key, locked against removal, as just used.
 
-        Raises `DamagedEntryError` where it is there and its description is not what was written.
+        Raises `DamagedEntryError` where it is there and its description is not what was written, or others could have
+        written it, and `PermissionError` where others may write to the root.
         """
         folder = self.root / key
-        lock = FileLock.shared(folder / LOCK)
+        if not os.path.lexists(folder):
+            return None
+        check_folder(self.root, links=True)
+        try:
+            check_folder(folder)
+            lock = FileLock.shared(folder / LOCK)
+        except PermissionError as error:
+            raise DamagedEntryError(str(error)) from error
         if lock is None:
             return None
         try:
-            with contextlib.suppress(OSError):  # a cache that may only be read, where nothing is removed either
-                os.utime(folder / LOCK)
+            lock.touch()  # unless the cache may only be read, where nothing is removed either
             return Entry.open(folder, lock)
         except BaseException:
             lock.release()
@@ -92,18 +102,21 @@ class Store:
         Removes the least recently used entries that nobody is reading. Raises `BlockingIOError` while another process
         writes the entry, and other `OSError`s where the folder cannot be written to, or cannot have that much room.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_folder(self.root, links=True)
         folder = self.root / f"{WRITING}{key}"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        check_folder(folder)
         lock = FileLock.exclusive(folder / LOCK, create=True)
         if lock is None:
             raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing the entry", str(folder))
         unfinished = Unfinished(self, folder, key, lock)
         try:
+            lock.note(0)  # what a killed process had reserved
             _clear(folder)
             with self.alone():
                 self._make_room(key, nbytes)
-                (folder / LOCK).write_text(str(nbytes))
+                lock.note(nbytes)
         except BaseException:
             unfinished.discard()
             raise
@@ -161,16 +174,17 @@ class Store:
 
 
 def _remove(folder: Path) -> None:
-    """Remove an entry, finished or not, unless somebody is using it."""
-    lock = FileLock.exclusive(folder / LOCK, create=True)
+    """Remove an entry, finished or not, unless somebody is using it or may be: a lock of others cannot be taken."""
+    lock = None
+    with contextlib.suppress(PermissionError):
+        lock = FileLock.exclusive(folder / LOCK, create=True)
     if lock is not None:
         with lock:
             _put_away(folder)
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a killed process left of an entry, and what it had reserved."""
-    (folder / LOCK).write_text("")
+    """Remove what a killed process left of an entry."""
     for left in folder.iterdir():
         if left.name != LOCK:
             left.unlink()

@@ -116,7 +116,7 @@ class TensorWriter:
         return {file.plan.path: file.checksums for file in self._files}
 
     def _open(self, folder: Path, plan: ShardPlan) -> None:
-        fd = os.open(folder / plan.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = os.open(folder / plan.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         file = _File(plan, fd, _checksums(plan))
         self._files.append(file)
         self._file_of.update(dict.fromkeys(plan.offsets, file))

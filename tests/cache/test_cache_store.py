@@ -68,7 +68,7 @@ def test_an_entry_of_another_version_is_written_anew(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr("quantload.cache.entry.FORMAT_VERSION", 999)
         publish(store, A)
-    with pytest.raises(DamagedEntryError, match="it is of version 999, 1 is read"):
+    with pytest.raises(DamagedEntryError, match="it is of version 999, 2 is read"):
         store.find(A)
 
 

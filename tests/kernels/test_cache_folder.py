@@ -122,6 +122,49 @@ def test_the_folder_is_of_this_user_alone(tmp_path: Path) -> None:
     assert own_folder(tmp_path / "not yet there", "key") == folder
 
 
+@pytest.mark.parametrize(("mode", "refused"), [(0o777, True), (0o1777, False), (0o775, False), (0o702, True)])
+def test_a_place_where_everybody_may_replace_folders_is_refused(tmp_path: Path, mode: int, refused: bool) -> None:
+    root = tmp_path / "shared"
+    root.mkdir()
+    root.chmod(mode)
+    if refused:
+        with pytest.raises(PermissionError, match=r"everybody may replace what is in .*shared"):
+            own_folder(root, "key")
+        assert list(root.iterdir()) == []
+    else:
+        assert own_folder(root, "key").is_dir()
+
+
+@pytest.mark.parametrize("name", ["quantload", "quantload/kernels", "quantload/kernels/key"])
+def test_a_link_is_followed_where_this_user_made_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own, to a larger disk; that of another user leads to kernels of his."""
+    root = tmp_path / "root"
+    own_folder(root, "key")
+    (root / name).rename(tmp_path / "elsewhere")
+    (root / name).symlink_to(tmp_path / "elsewhere")
+    assert own_folder(root, "key").resolve().is_relative_to(tmp_path / "elsewhere")
+    if os.geteuid() == 0:
+        os.chown(root / name, 12345, 12345, follow_symlinks=False)
+    else:
+        user = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        own_folder(root, "key")
+
+
+def test_a_folder_that_was_removed_is_made_anew_for_this_user_alone(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    place = KernelLocator(compile_kernel, __file__, own_folder(root, "key"))
+    shutil.rmtree(root)
+    umask = os.umask(0)
+    try:
+        place.ensure_cache_path()
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((root / "quantload" / "kernels" / "key").stat().st_mode) == 0o700
+    assert own_folder(root, "key").is_dir()
+
+
 def test_a_folder_that_others_write_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = own_folder(tmp_path, "key")
     folder.parent.chmod(0o770)

@@ -28,6 +28,18 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "cache" / "kernel.lock")
 
 
+@pytest.mark.parametrize("target", ["precious", "nowhere"])
+def test_a_link_in_its_place_is_not_followed(path: str, target: str, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    os.makedirs(os.path.dirname(path))
+    os.symlink(tmp_path / target, path)
+    with CompileLock(path) as lock:
+        assert lock.take()  # there is nothing to wait for
+    assert sorted(os.listdir(tmp_path)) == ["cache", "precious"]
+    assert os.path.islink(path)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_one_holds_it_and_nothing_is_left_of_it(path: str) -> None:
     before = os.listdir("/proc/self/fd")
     with CompileLock(path) as first, CompileLock(path) as second:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,7 +38,7 @@ import transformers
 from compared_models import FAULTS, TOLERANCE, differs, outputs
 from machine import describe_machine, headline
 from result_files import RESULTS, write_result
-from shrunk_models import ModelClass, built, candidate_inputs, model_classes, shrunk_configs
+from shrunk_models import ModelClass, best_of, built, candidate_inputs, model_classes, shrunk_configs
 from transformers import PreTrainedModel
 
 SECONDS = 90
@@ -50,12 +51,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--schemes", nargs="+", default=["quark_mxfp4"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--only", default="", help="a regular expression that class names match")
+    parser.add_argument("--one-a-type", action="store_true", help="one class for each type of config, with the most in it")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     machine = describe_machine()
     print(headline(machine), flush=True)
-    cases = [(each, given.schemes, given.dtypes) for each in model_classes(given.only)]
+    classes = model_classes(given.only)
+    if given.one_a_type:
+        classes = [best_of(list(those)) for _, those in itertools.groupby(classes, lambda each: each.model_type)]
+    for module in ("draft", "load", "model.skeleton", "schemes.registry", "online.moe", "memory.report"):
+        importlib.import_module(f"quantload.{module}")  # once, instead of in each process
+    cases = [(each, given.schemes, given.dtypes) for each in classes]
     rows = []
     for number, found in enumerate(_results(cases, given.processes), 1):
         rows += found
@@ -66,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     counts = Counter((row["scheme"], row["dtype"], row["result"]) for row in rows)
     for (scheme, dtype, result), count in sorted(counts.items()):
         print(f"{scheme:24} {dtype:10} {result:16} {count:5}")
-    reduced = f"only-{given.only}" if given.only else ""
+    reduced = f"only-{given.only}" if given.only else "one-a-type" if given.one_a_type else ""
     tolerance = {str(dtype): value for dtype, value in TOLERANCE.items()}
     settings = {"schemes": given.schemes, "dtypes": given.dtypes, "tolerance": tolerance}
     result = {"machine": machine, "settings": settings, "rows": rows}

@@ -84,6 +84,12 @@ def model_classes(pattern: str = "") -> list[ModelClass]:
     return sorted(found.values(), key=lambda each: (each.model_type, each.class_name))
 
 
+def best_of(classes: list[ModelClass]) -> ModelClass:
+    """The class of a type that has the most in it: one that generates, else any that has more than the bare model."""
+    kinds = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "ForMaskedLM", "For", "")
+    return min(classes, key=lambda each: next(n for n, kind in enumerate(kinds) if kind in each.class_name))
+
+
 def shrunk_configs(model: ModelClass) -> Iterator[PreTrainedConfig]:
     """Configs of `model` from the smallest that may work to the one that only has fewer layers."""
     for divisor, everything in itertools.product(DIVISORS, (False, True)):

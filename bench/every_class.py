@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--schemes", nargs="+", default=["quark_mxfp4"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--only", default="", help="a regular expression that class names match")
-    parser.add_argument("--one-a-type", action="store_true", help="one class for each type of config, with the most in it")
+    parser.add_argument("--one-a-type", action="store_true", help="one class a type of config: the fullest")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)

@@ -34,7 +34,7 @@ def differs(loaded: PreTrainedModel, twin: PreTrainedModel, inputs: dict[str, An
         found = outputs(loaded, inputs)
     except Exception as error:
         return "forward fails", f"{type(error).__name__}: {error}"
-    return _outputs_differ(found, expected, len(quantized))
+    return _outputs_differ(found, expected, len(quantized), TOLERANCE[twin.dtype])
 
 
 def _adopt(loaded: nn.Module, twin: nn.Module) -> set[str]:
@@ -94,7 +94,9 @@ def _tensors(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(f"{place}[{number}]", each)
 
 
-def _outputs_differ(found: dict[str, Tensor], expected: dict[str, Tensor], quantized: int) -> tuple[str, str]:
+def _outputs_differ(
+    found: dict[str, Tensor], expected: dict[str, Tensor], quantized: int, tolerance: float
+) -> tuple[str, str]:
     if set(found) != set(expected):
         return "values differ", f"outputs {sorted(set(found) ^ set(expected))}"
     worst, where = 0.0, ""
@@ -112,7 +114,6 @@ def _outputs_differ(found: dict[str, Tensor], expected: dict[str, Tensor], quant
         error = float((ours - theirs).abs().max()) / max(size, 1e-6) if theirs.numel() else 0.0
         if error > worst:
             worst, where = error, name
-    dtype = next((each.dtype for each in expected.values() if each.is_floating_point()), torch.float32)
-    if worst > TOLERANCE.get(dtype, 1e-3):
+    if worst > tolerance:
         return "values differ", f"{where}: {worst:.2g} of its largest value"
     return RIGHT, f"{worst:.1g}; {quantized} quantized"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .load import load_quantized
     from .memory.report import LoadReport
     from .options import LoadOptions, QuantizationPolicy
+
+    __version__: str
 
 __all__ = [
     "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantloadError", "convert_checkpoint", "load_quantized",
@@ -31,6 +33,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return metadata.version(__name__)
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

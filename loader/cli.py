@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -11,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from .cli_groups import command_with_groups
+from .cli_logging import console, set_up_logging
 from .cli_options import ConvertOptions, Json, Model, ModelOptions, PlanOptions, Report
 from .errors import (
     CheckpointError,
@@ -35,10 +35,8 @@ app = typer.Typer(
     help="Stream a checkpoint straight into a quantized model.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     pretty_exceptions_show_locals=False,  # an API key may be among them
 )
-console = Console(stderr=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -47,10 +45,13 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Exit codes: 0; 2 usage; 3 bad checkpoint; 4 out of budget; 1 other.")
+@app.callback(
+    epilog="Every option can be given as an environment variable: --max-memory as QUANTLOAD_MAX_MEMORY. "
+    "Exit codes: 0; 2 usage; 3 bad checkpoint; 4 out of budget; 1 other."
+)
 def about(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+        bool, typer.Option("--version", "-V", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     """Stream a checkpoint straight into a quantized model."""
@@ -66,11 +67,12 @@ def load(
     report: Report = None,
 ) -> None:
     """Load a model, and say what was quantized, what it lost and how much memory it took."""
+    chosen.logs.set_up()
     arguments = chosen.arguments()
     _check_writable(report)
     from .load import load_quantized
 
-    with _progress_bar("loading") as progress:
+    with _progress_bar("loading", chosen.logs.quiet) as progress:
         loaded = load_quantized(_model(model, arguments), progress=progress, **arguments)
     _tell(loaded.load_report, report, as_json)
 
@@ -84,6 +86,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a load would do and how much memory it would take, from the headers alone."""
+    chosen.logs.set_up()
     arguments = chosen.arguments()
     from .draft import plan_quantized
 
@@ -143,6 +146,7 @@ def serve(
 ) -> None:
     """Load a model and serve it over an OpenAI-compatible API, with /metrics, /health and /load_report."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the server takes over as soon as it listens
+    chosen.logs.set_up()
     arguments = chosen.arguments()
     try:
         from .server.command import serve_model
@@ -162,10 +166,10 @@ def convert(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
     checkpoint_format: Annotated[
-        str,
+        Literal["quark", "compressed-tensors", "modelopt", "mxfp4"],
         typer.Option(
             "--format",
-            help="Whose form of a checkpoint: quark, compressed-tensors, modelopt (nvfp4) or mxfp4 (gpt-oss).",
+            help="Whose form of a checkpoint; modelopt is for nvfp4, mxfp4 that of gpt-oss.",
         ),
     ] = "quark",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 4GB.")] = "4GB",
@@ -174,12 +178,13 @@ def convert(
     report: Report = None,
 ) -> None:
     """Write a quantized checkpoint, streaming; run again after an interruption, it goes on where it was."""
+    chosen.logs.set_up()
     arguments = chosen.arguments()
     _check_writable(report)
     from .convert.flow import convert_checkpoint
     from .memory.amounts import parse_bytes
 
-    with _progress_bar("converting") as progress:
+    with _progress_bar("converting", chosen.logs.quiet) as progress:
         made = convert_checkpoint(
             model, out, format=checkpoint_format, max_shard_bytes=parse_bytes(max_shard_size), progress=progress,
             **arguments,
@@ -220,7 +225,7 @@ def report(
 
 def main() -> None:
     """Run the command line; exit codes: 0, 2 usage, 3 bad checkpoint, 4 out of budget, 1 other."""
-    _set_up_logging()
+    set_up_logging()
     try:
         app()
     except QuantloadError as error:
@@ -301,23 +306,9 @@ def _tables() -> Console:
     return Console(width=None if sys.stdout.isatty() else _NO_TERMINAL_WIDTH)
 
 
-class _ConsoleHandler(logging.Handler):
-    """Prints log lines above a progress bar, never wrapped: programs read them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        console.print(self.format(record), highlight=False, markup=False, soft_wrap=True)
-
-
-def _set_up_logging() -> None:
-    logger = logging.getLogger("quantload")
-    logger.setLevel(logging.INFO)
-    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
-        logger.addHandler(_ConsoleHandler())
-
-
 @contextmanager
-def _progress_bar(doing: str) -> Iterator[Callable[[int, int], None] | None]:
-    if not console.is_terminal:
+def _progress_bar(doing: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    if quiet or not console.is_terminal:
         yield None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, get_type_hints
 
+from typer.models import OptionInfo
+
 
 def command_with_groups(function: Callable[..., None]) -> Callable[..., None]:
     """A command for typer whose parameters are those of `function`, groups of options taken apart."""
@@ -17,7 +19,10 @@ def command_with_groups(function: Callable[..., None]) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
     for name, parameter in own:
         group = is_dataclass(hints[name])
-        parameters += _options_of(hints[name]) if group else [parameter.replace(annotation=hints[name])]
+        if group:
+            parameters += _options_of(hints[name])
+        else:
+            parameters.append(parameter.replace(annotation=_with_variable(name, hints[name])))
 
     @functools.wraps(function)
     def command(**given: Any) -> None:
@@ -36,11 +41,20 @@ def _options_of(group: Any, panel: str | None = None) -> Iterator[inspect.Parame
         if is_dataclass(hint):
             yield from _options_of(hint, inspect.getdoc(hint))
             continue
-        kind, (option,) = hint.__origin__, hint.__metadata__
-        option = copy.copy(option)
-        option.rich_help_panel = panel and panel.rstrip(".")
-        hint = Annotated[kind, option]
+        hint = _with_variable(each.name, hint, panel and panel.rstrip("."))
         yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hint)
+
+
+def _with_variable(name: str, hint: Any, panel: str | None = None) -> Any:
+    """An option that an environment variable can give too, in a panel of the help; an argument as it is."""
+    kind, (option,) = hint.__origin__, hint.__metadata__
+    if not isinstance(option, OptionInfo):
+        return hint
+    option = copy.copy(option)
+    option.rich_help_panel = option.rich_help_panel or panel
+    option.envvar = option.envvar or f"QUANTLOAD_{name.upper()}"
+    option.show_envvar = False  # the help of `quantload` says it of all of them
+    return Annotated[kind, option]
 
 
 def _taken(hint: Any, name: str, given: Mapping[str, Any]) -> Any:

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 
+from .cli_logging import LogFormat, LogLevel, set_up_logging
 from .errors import PolicyError
+from .options import Activations, CacheVerify, PageCache, ScaleMode
+from .schemes.names import SCHEME_NAMES, known_name
 
 if TYPE_CHECKING:
     from .options import QuantizationPolicy
+
+
+def _complete_scheme(incomplete: str) -> list[str]:
+    """The scheme names that begin with what was typed, for the shell."""
+    return [name for name in SCHEME_NAMES if name.startswith(incomplete.lower())]
+
 
 Model = Annotated[
     str | None, typer.Argument(help="Folder or hub id of a checkpoint.", show_default="the bundled demo model")
@@ -22,6 +31,8 @@ Quantization = Annotated[
     typer.Option(
         "--quantization",
         "-q",
+        metavar="SCHEME",
+        autocompletion=_complete_scheme,
         help="Scheme for the weights; `quantload schemes` lists them. auto: as the checkpoint is stored where it is "
         "quantized, else quark_mxfp4. none: quantize nothing.",
     ),
@@ -54,7 +65,10 @@ class PolicyOptions:
     experts: Annotated[
         str | None,
         typer.Option(
-            metavar="SCHEME", help="Scheme for the experts of MoE layers.", show_default="that of --quantization"
+            metavar="SCHEME",
+            autocompletion=_complete_scheme,
+            help="Scheme for the experts of MoE layers.",
+            show_default="that of --quantization",
         ),
     ] = None
     ignore: Annotated[
@@ -83,10 +97,10 @@ class PolicyOptions:
         ),
     ] = False
     scale_mode: Annotated[
-        str,
+        ScaleMode,
         typer.Option(
             help="How scales are chosen. default: by the rule of the scheme. mse: for the least squared error of each "
-            "block, for MX schemes and nvfp4 only."
+            "block, for MX schemes and nvfp4 only.",
         ),
     ] = "default"
 
@@ -102,7 +116,7 @@ class PolicyOptions:
             ignore=tuple(self.ignore or ()),
             overrides=tuple(overrides),
             default_ignore=not self.no_default_ignore,
-            scale_mode=self.scale_mode,  # type: ignore[arg-type]  # checked there
+            scale_mode=self.scale_mode,
         )
 
 
@@ -114,7 +128,7 @@ class RunOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Limit, as 16GiB or a number of bytes. What is predicted to need more memory ends before a weight "
+            help="Limit, such as 16GiB. What is predicted to need more memory ends before a weight "
             "is read, with exit code 4.",
             show_default="no limit",
         ),
@@ -167,20 +181,18 @@ class StreamOptions:
     """How weights are read, and what is measured on the way."""
 
     page_cache: Annotated[
-        str,
+        PageCache,
         typer.Option(
             help="What becomes of the checkpoint in the page cache. auto: what was there stays, the rest is dropped "
-            "once it is read. keep: all of it stays. drop: all of it is dropped."
+            "once it is read. keep: all of it stays. drop: all of it is dropped.",
         ),
     ] = "auto"
     stats: Annotated[
-        str, typer.Option(help="on or off: measure what quantization loses, for the report; off is faster.")
+        Literal["on", "off"], typer.Option(help="Measure what quantization loses, for the report; off is faster.")
     ] = "on"
 
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`."""
-        if self.stats not in ("on", "off"):
-            raise PolicyError(f"--stats is {self.stats!r}; choose on or off")
         return {"page_cache": self.page_cache, "stats": self.stats == "on"}
 
 
@@ -189,11 +201,11 @@ class ForwardOptions:
     """What the model computes with."""
 
     activations: Annotated[
-        str,
+        Activations,
         typer.Option(
             help="What the inputs of quantized layers are rounded to. auto: what the kernel does. none: they are not. "
             "emulate: rounded and back, as the checkpoint says, else to the format of the weights. Or the name of a "
-            "format, such as mxfp4 or fp8."
+            "format, such as mxfp4 or fp8.",
         ),
     ] = "auto"
 
@@ -223,10 +235,10 @@ class CacheOptions:
         ),
     ] = None
     cache_verify: Annotated[
-        str,
+        CacheVerify,
         typer.Option(
             help="How the checkpoint's weights are known. samples: by 64 pages of each file, its size and its time of "
-            "change. full: by every byte, which is read for that."
+            "change. full: by every byte, which is read for that.",
         ),
     ] = "samples"
 
@@ -237,6 +249,25 @@ class CacheOptions:
         if self.cache_verify != "samples" and self.cache is None:
             raise PolicyError(f"--cache-verify {self.cache_verify} is given without --cache: name the folder too")
         return {"cache": self.cache, "cache_verify": self.cache_verify, **_bytes({"cache_bytes": self.cache_size})}
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """What it says on standard error."""
+
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more: the same as --log-level debug.")] = False
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Log errors only, and show no progress: the same as --log-level error.")
+    ] = False
+    log_level: Annotated[LogLevel, typer.Option(help="Least level that is logged.")] = "info"
+    log_format: Annotated[LogFormat, typer.Option(help="Form of log lines; json is one object a line.")] = "text"
+
+    def set_up(self) -> None:
+        """Log so from now on. Raises `PolicyError` for both of --verbose and --quiet."""
+        if self.verbose and self.quiet:
+            raise PolicyError("--verbose and --quiet are both given; choose one")
+        level: LogLevel = "debug" if self.verbose else "error" if self.quiet else self.log_level
+        set_up_logging(level, self.log_format)
 
 
 @dataclass(frozen=True)
@@ -266,6 +297,7 @@ class CheckpointOptions:
     chosen: PolicyOptions
     run: RunOptions
     source: SourceOptions
+    logs: LogOptions
 
     def groups(self) -> tuple[LoadOptionsGroup, ...]:
         """The groups that make the `LoadOptions`; what a command does not offer keeps its default."""
@@ -274,7 +306,6 @@ class CheckpointOptions:
     def arguments(self) -> dict[str, Any]:
         """Arguments of `load_quantized` and its like. Raises `PolicyError`."""
         from .options import LoadOptions
-        from .schemes.names import known_name
 
         quantization = known_name(self.quantization)
         policy = self.chosen.policy()

@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Generic, Literal, Self, TypeVar, get_args, overload
 
 from .errors import PolicyError
+from .memory.amounts import parse_bytes
 from .schemes.names import known_name
 
 MIB = 1 << 20
@@ -17,6 +18,35 @@ PageCache = Literal["auto", "keep", "drop"]
 CacheVerify = Literal["samples", "full"]
 ScaleMode = Literal["default", "mse"]
 Activations = Literal["auto", "none", "emulate", "mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8", "fp8", "int8"]
+
+
+_SizeT = TypeVar("_SizeT", int, "int | None")
+
+
+class Size(Generic[_SizeT]):
+    """A field of a dataclass that is a number of bytes; text such as `16GiB` is taken, too, and becomes one."""
+
+    def __init__(self, default: _SizeT) -> None:
+        self._default: _SizeT = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, options: None, owner: type) -> _SizeT: ...
+    @overload
+    def __get__(self, options: object, owner: type) -> _SizeT: ...
+    def __get__(self, options: object | None, owner: type) -> _SizeT:
+        size: _SizeT = self._default if options is None else options.__dict__[self._name]
+        return size
+
+    def __set__(self, options: object, size: _SizeT | str) -> None:
+        if isinstance(size, str):
+            try:
+                size = parse_bytes(size)
+            except PolicyError as error:
+                raise PolicyError(f"{self._name}: {error}") from None
+        options.__dict__[self._name] = size
 
 
 def _from_mapping(cls: type[Any], values: Mapping[str, Any]) -> Any:
@@ -33,19 +63,20 @@ def _from_mapping(cls: type[Any], values: Mapping[str, Any]) -> Any:
 class LoadOptions:
     """How a load runs; nothing here changes the bytes of the quantized weights.
 
-    Raises `PolicyError` for values that are out of range or of another type.
+    Sizes are numbers of bytes, or text with a unit, such as "16GiB" or "500MB". Raises `PolicyError` for values that
+    are out of range or of another type.
     """
 
-    chunk_bytes: int = 8 * MIB
+    chunk_bytes: Size[int] = Size(8 * MIB)
     """Largest piece that is read and quantized at once, in bytes; at least 4096. A scale block is never cut, so a piece
     is larger where a block is."""
 
-    staging_bytes: int | None = None
+    staging_bytes: Size[int | None] = Size(None)
     """Size of the staging arena, the buffers that pieces are read into, in bytes. None: what the workers need, which is
     two buffers of the largest piece each (on a GPU, and in a conversion, three). Less means fewer workers, more is not
     taken."""
 
-    max_memory: int | None = None
+    max_memory: Size[int | None] = Size(None)
     """Limit in bytes for the predicted peak of a load: model, staging arena and allowance. A load that would take more
     ends with `MemoryBudgetError` before a weight is read. None: no limit."""
 
@@ -80,7 +111,7 @@ class LoadOptions:
     cache: str | Path | None = None
     """Folder in which a load leaves the quantized form, for the next load of the same to read. None: no cache."""
 
-    cache_bytes: int | None = None
+    cache_bytes: Size[int | None] = Size(None)
     """Largest size of that folder in bytes; entries that were not used for longest are removed. None: what the disk
     has."""
 

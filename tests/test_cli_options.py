@@ -10,6 +10,7 @@ from quantload import cli
 from quantload.cli_options import (
     CacheOptions,
     ForwardOptions,
+    LogOptions,
     ModelOptions,
     PolicyOptions,
     RunOptions,
@@ -76,7 +77,7 @@ def test_what_commands_have_in_common() -> None:
 
 
 def chosen(policy: PolicyOptions, run: RunOptions) -> dict[str, Any]:
-    groups = {"forward": ForwardOptions(), "stream": StreamOptions(), "caching": CacheOptions()}
+    groups = {"forward": ForwardOptions(), "stream": StreamOptions(), "caching": CacheOptions(), "logs": LogOptions()}
     return ModelOptions(chosen=policy, run=run, source=SourceOptions(), **groups).arguments()  # type: ignore[arg-type]
 
 

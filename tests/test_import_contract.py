@@ -24,7 +24,7 @@ class Floor:
 
 
 KERNELS = "kernels kernels.reference"
-GROUND = "errors options collector"
+GROUND = "errors options collector memory.amounts"
 FLOORS: dict[str, Floor] = {
     "errors": Floor("", "everybody raises them"),
     "collector": Floor("", "a context manager around Python's own collector"),
@@ -40,13 +40,15 @@ FLOORS: dict[str, Floor] = {
     "kernels.implementations": Floor(f"{KERNELS} kernels.cpu kernels.gpu", "the list of all of them"),
     "kernels.registry": Floor(f"{KERNELS} kernels.cpu kernels.gpu kernels.implementations", "chooses from the list"),
     "cpu_kernels": Floor("errors kernels.cpu", "loads numba with the package's own errors"),
+    "memory.amounts": Floor("errors", "what people write for sizes"),
     "schemes.names": Floor("errors", "checks names before torch is imported"),
     "options": Floor(
-        "errors kernels.registry schemes.names", "checks what a caller asks for, kernels and schemes by name included"
+        "errors kernels.registry memory.amounts schemes.names",
+        "checks what a caller asks for, kernels and schemes by name included",
     ),
     "geometry": Floor("errors kernels.formats", "where a piece lies: no files, no modules"),
     "checkpoint": Floor("errors options", "files of any model: nothing about quantization"),
-    "memory": Floor("errors kernels.statistics", "measures and plans a load without knowing its steps"),
+    "memory": Floor("errors memory.amounts kernels.statistics", "measures and plans a load without knowing its steps"),
     "schemes": Floor(
         f"errors options schemes.names geometry checkpoint {KERNELS} kernels.registry",
         "what a format means for a module",
@@ -60,7 +62,8 @@ FLOORS: dict[str, Floor] = {
     "pieces": Floor(f"errors geometry {KERNELS} checkpoint schemes online model", "what is read at once, and for whom"),
     "plan": Floor(f"{GROUND} checkpoint memory schemes online model pieces", "says what a load will do"),
     "draft": Floor(
-        f"{GROUND} cpu_kernels checkpoint memory schemes online model plan", "is shared by load, convert and cache"
+        f"{GROUND} cpu_kernels checkpoint memory schemes online model plan",
+        "is shared by load, convert and cache",
     ),
     "recording": Floor(f"{GROUND} checkpoint memory schemes model plan", "says what a load did"),
     "convert": Floor(
@@ -68,14 +71,25 @@ FLOORS: dict[str, Floor] = {
         "a flow of its own beside load: neither knows the other",
     ),
     "cache": Floor(f"{GROUND} checkpoint memory schemes online model plan draft", "a load calls it at three places"),
-    "load": Floor(f"{GROUND} checkpoint memory schemes online model plan draft recording cache", "the flow of a load"),
+    "load": Floor(
+        f"{GROUND} checkpoint memory schemes online model plan draft recording cache",
+        "the flow of a load",
+    ),
     "server": Floor("errors options checkpoint memory model load", "a user of load like any other"),
-    "cli_options": Floor("errors options schemes.names memory", "imported before anything heavy is"),
+    "cli_logging": Floor("", "log lines and the console they go to"),
+    "cli_options": Floor(
+        "errors options schemes.names memory.amounts cli_logging", "imported before anything heavy is"
+    ),
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli": Floor(
-        "errors options memory schemes draft load convert server cli_options cli_groups", "a user of the package"
+        "errors options memory memory.amounts schemes draft load convert server cli_logging cli_options cli_groups",
+        "a user of the package",
     ),
-    "": Floor("errors options memory draft load convert", "the public names, each imported when it is first used"),
+    "__main__": Floor("cli", "python -m quantload"),
+    "": Floor(
+        "errors options memory draft load convert",
+        "the public names, each imported when it is first used",
+    ),
 }
 """From the ground up: a floor names only floors above it in this list, so that the list itself has no circle."""
 

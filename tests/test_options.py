@@ -7,7 +7,9 @@ import dataclasses
 import inspect
 import itertools
 import os
+import pickle
 import textwrap
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,13 +96,24 @@ def test_a_policy_from_parsed_json(overrides: Any) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"workers": "2"}, {"workers": 2.5}, {"workers": True}, {"chunk_bytes": "8MiB"}, {"chunk_bytes": None},
-        {"max_memory": "1GiB"}, {"retries": None}, {"stats": "off"}, {"strict": "no"}, {"kernels": None},
+        {"workers": "2"}, {"workers": 2.5}, {"workers": True}, {"chunk_bytes": True}, {"chunk_bytes": None},
+        {"max_memory": "16"}, {"max_memory": 1.5}, {"staging_bytes": "much"}, {"cache_bytes": b"1GiB"},
+        {"retries": None}, {"stats": "off"}, {"strict": "no"}, {"kernels": None},
     ],
 )  # fmt: skip
 def test_values_of_the_wrong_type(values: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match=next(iter(values))):
         LoadOptions(**values)
+
+
+@pytest.mark.parametrize("name", ["chunk_bytes", "staging_bytes", "max_memory", "cache_bytes"])
+def test_sizes_may_have_units(name: str) -> None:
+    in_text: dict[str, Any] = {name: "1.5GiB"}
+    in_bytes: dict[str, Any] = {name: 3 << 29}
+    options = LoadOptions(**in_text)
+    assert getattr(options, name) == 3 << 29
+    assert options == LoadOptions(**in_bytes) == replace(options) == pickle.loads(pickle.dumps(options))
+    assert f"{name}={3 << 29}" in repr(options)
 
 
 def test_a_pattern_is_not_taken_apart_into_letters() -> None:

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from ..errors import PolicyError
-
-if TYPE_CHECKING:
-    pass
-
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 
 _UNITS = {
-    "": 1,
     "b": 1,
     "kb": 10**3,
     "mb": 10**6,
@@ -37,18 +31,21 @@ _AMOUNT = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]*)", re.ASCII)
 
 
 def parse_bytes(amount: str | int) -> int:
-    """Bytes in `amount`: an integer, or text such as `16GiB`, `500MB`, `1.5 GiB` or `123`.
+    """Bytes in `amount`: an integer, or text such as `16GiB`, `500MB`, `1.5 GiB` or `123B`.
 
     KB, MB, GB, TB are powers of 1000; KiB, MiB, GiB, TiB and the bare letters K, M, G, T are powers of 1024; case
-    does not matter. Raises `PolicyError` for anything else, negative amounts and fractions of a byte included.
+    does not matter. Raises `PolicyError` for anything else: text without a unit, negative amounts and fractions of a
+    byte included.
     """
     if isinstance(amount, int) and not isinstance(amount, bool):
         if amount < 0:
             raise PolicyError(f"{amount} bytes: give zero or more")
         return amount
     match = _AMOUNT.fullmatch(amount.strip().lower()) if isinstance(amount, str) else None
+    if match is not None and not match[2]:
+        raise PolicyError(f"{amount!r} has no unit; write {match[1]}GiB, {match[1]}MB or, for bytes, {match[1]}B")
     if match is None or match[2] not in _UNITS:
-        raise PolicyError(f"{amount!r} is not an amount of memory; write 16GiB, 500MB or a number of bytes")
+        raise PolicyError(f"{amount!r} is not an amount of memory; write 16GiB, 500MB or 4096B")
     size = Fraction(match[1]) * _UNITS[match[2]]
     if _UNITS[match[2]] == 1 and size.denominator != 1:
         raise PolicyError(

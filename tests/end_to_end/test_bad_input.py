@@ -605,7 +605,7 @@ def test_exit_codes(
     assert run_cli(monkeypatch, command, llama, "--no-such-option") == 2
     capfd.readouterr()
     if command == "load":
-        assert run_cli(monkeypatch, command, llama, "--max-memory", "100000") == 4
+        assert run_cli(monkeypatch, command, llama, "--max-memory", "100000B") == 4
         assert "Traceback" not in capfd.readouterr().err
 
     (llama / raw_checkpoint.SINGLE).write_bytes(b"\x01")

@@ -17,8 +17,7 @@ from quantload.memory.planner import SLACK_BYTES, MemoryPlan, ParameterSize, Sch
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("0", 0),
-        ("123", 123),
+        ("0B", 0),
         (123, 123),
         ("123B", 123),
         ("500MB", 500_000_000),
@@ -42,6 +41,8 @@ def test_amounts_people_write(text: str | int, size: int) -> None:
     [
         "",
         " ",
+        "16",
+        "0",
         "GiB",
         "-1",
         "-1GiB",
@@ -60,6 +61,11 @@ def test_amounts_people_write(text: str | int, size: int) -> None:
 def test_nonsense_is_refused_and_quoted(nonsense: str) -> None:
     with pytest.raises(PolicyError, match=re.escape(repr(nonsense))):
         parse_bytes(nonsense)
+
+
+def test_text_without_a_unit_is_asked_for_one() -> None:
+    with pytest.raises(PolicyError, match="'16' has no unit; write 16GiB, 16MB or, for bytes, 16B"):
+        parse_bytes("16")
 
 
 @pytest.mark.parametrize("value", [-1, True, 1.5, None, b"1GiB", ["1GiB"]])

@@ -52,7 +52,8 @@ def _with_variable(name: str, hint: Any, panel: str | None = None) -> Any:
         return hint
     option = copy.copy(option)
     option.rich_help_panel = option.rich_help_panel or panel
-    option.envvar = option.envvar or f"QUANTLOAD_{name.upper()}"
+    flag = next((each for each in option.param_decls or () if each.startswith("--")), name)
+    option.envvar = option.envvar or f"QUANTLOAD_{flag.removeprefix('--').replace('-', '_').upper()}"
     option.show_envvar = False  # the help of `quantload` says it of all of them
     return Annotated[kind, option]
 

@@ -275,8 +275,68 @@ def test_a_saved_report_can_be_shown(quantload: Command, checkpoint: Checkpoint,
 def test_version(quantload: Command) -> None:
     from importlib.metadata import version
 
-    code, out, _ = quantload("--version")
-    assert (code, out.strip()) == (0, version("quantload"))
+    for option in ("--version", "-V"):
+        code, out, _ = quantload(option)
+        assert (code, out.strip()) == (0, version("quantload"))
+    import quantload as package
+
+    assert package.__version__ == version("quantload")
+
+
+def test_python_m_quantload_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "quantload", "-V"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "levels"),
+    [((), {"info"}), (("--quiet",), set()), (("-v",), {"info", "debug"}), (("--log-level", "warning"), set())],
+)
+def test_how_much_is_logged(quantload: Command, arguments: tuple[str, ...], levels: set[str]) -> None:
+    code, _, err = quantload("load", "--log-format", "json", *arguments)
+    assert code == 0
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert {line["level"] for line in lines} == levels
+    assert all(set(line) == {"time", "level", "logger", "message"} for line in lines)
+
+
+def test_more_and_less_at_once(quantload: Command) -> None:
+    code, _, err = quantload("load", "-v", "--quiet")
+    assert code == 2
+    assert "choose one" in err
+
+
+def test_every_option_can_come_from_the_environment(quantload: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTLOAD_QUANTIZATION", "int8")
+    monkeypatch.setenv("QUANTLOAD_IGNORE", "*.v_proj *.k_proj")
+    monkeypatch.setenv("QUANTLOAD_JSON", "1")
+    code, out, _ = quantload("plan")
+    assert code == 0
+    modules = {each["name"]: each for each in json.loads(out)["modules"]}
+    assert modules["model.layers.0.self_attn.q_proj"]["scheme"] == "int8_per_channel"
+    assert modules["model.layers.0.self_attn.v_proj"]["reason"] == "ignored by pattern '*.v_proj'"
+    assert modules["model.layers.0.self_attn.k_proj"]["reason"] == "ignored by pattern '*.k_proj'"
+    assert quantload("plan", "-q", "none")[0] == 0  # what is given counts more
+
+
+@pytest.mark.parametrize("option", ["--page-cache", "--stats", "--scale-mode", "--activations", "--log-level"])
+def test_a_wrong_choice_is_told_the_right_ones(quantload: Command, option: str) -> None:
+    code, _, err = quantload("load", option, "sometimes")
+    assert code == 2
+    assert "sometimes" in err
+    right = {"--page-cache": "drop", "--stats": "off", "--scale-mode": "mse", "--activations": "mxfp4"}
+    assert right.get(option, "warning") in err
+
+
+def test_the_shell_completes_names_of_schemes() -> None:
+    environment = {**os.environ, "_QUANTLOAD_COMPLETE": "complete_bash", "COMP_WORDS": "quantload load -q mxfp6",
+                   "COMP_CWORD": "3"}  # fmt: skip
+    code = "import sys; sys.argv = ['quantload']; from quantload.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.split() == ["mxfp6_e2m3", "mxfp6_e3m2"]
 
 
 @pytest.mark.parametrize(

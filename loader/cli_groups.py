@@ -52,7 +52,8 @@ def _with_variable(name: str, hint: Any, panel: str | None = None) -> Any:
         return hint
     option = copy.copy(option)
     option.rich_help_panel = option.rich_help_panel or panel
-    flag = next((each for each in option.param_decls or () if each.startswith("--")), name)
+    names = (option.default, *(option.param_decls or ()))  # typer takes the first name for a default until it is used
+    flag = next((each for each in names if isinstance(each, str) and each.startswith("--")), name)
     option.envvar = option.envvar or f"QUANTLOAD_{flag.removeprefix('--').replace('-', '_').upper()}"
     option.show_envvar = False  # the help of `quantload` says it of all of them
     return Annotated[kind, option]

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from .load import load_quantized
     from .memory.report import LoadReport
     from .options import LoadOptions, QuantizationPolicy
+    from .quantized_model import QuantizedModel
 
     __version__: str
 
 __all__ = [
-    "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantloadError", "convert_checkpoint", "load_quantized",
-    "plan_quantized",
+    "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantizedModel", "QuantloadError", "convert_checkpoint",
+    "load_quantized", "plan_quantized",
 ]  # fmt: skip
 
 # Resolved on first use: the pytest plugin and the log parser live in this package and must not import torch.
@@ -25,6 +26,7 @@ _HOMES = {
     "LoadOptions": ".options",
     "LoadReport": ".memory.report",
     "QuantizationPolicy": ".options",
+    "QuantizedModel": ".quantized_model",
     "QuantloadError": ".errors",
     "convert_checkpoint": ".convert.flow",
     "load_quantized": ".load",

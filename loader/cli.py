@@ -6,11 +6,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,6 +25,7 @@ from .errors import (
     RouteError,
     UnsupportedCheckpointError,
 )
+from .schemes.names import ExportName
 
 EXIT_USAGE, EXIT_CHECKPOINT, EXIT_BUDGET, EXIT_OTHER = 2, 3, 4, 1
 _NO_TERMINAL_WIDTH = 10_000
@@ -72,8 +72,7 @@ def load(
     _check_writable(report)
     from .load import load_quantized
 
-    with _progress_bar("loading", chosen.logs.quiet) as progress:
-        loaded = load_quantized(_model(model, arguments), progress=progress, **arguments)
+    loaded = load_quantized(_model(model, arguments), progress=chosen.logs.progress(), **arguments)
     _tell(loaded.load_report, report, as_json)
 
 
@@ -166,7 +165,7 @@ def convert(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
     checkpoint_format: Annotated[
-        Literal["quark", "compressed-tensors", "modelopt", "mxfp4"],
+        ExportName,
         typer.Option(
             "--format",
             help="Whose form of a checkpoint; modelopt is for nvfp4, mxfp4 that of gpt-oss.",
@@ -182,13 +181,11 @@ def convert(
     arguments = chosen.arguments()
     _check_writable(report)
     from .convert.flow import convert_checkpoint
-    from .memory.amounts import parse_bytes
 
-    with _progress_bar("converting", chosen.logs.quiet) as progress:
-        made = convert_checkpoint(
-            model, out, format=checkpoint_format, max_shard_bytes=parse_bytes(max_shard_size), progress=progress,
-            **arguments,
-        )  # fmt: skip
+    made = convert_checkpoint(
+        model, out, format=checkpoint_format, max_shard_bytes=max_shard_size, progress=chosen.logs.progress(),
+        **arguments,
+    )  # fmt: skip
     _tell(made, report, as_json)
 
 
@@ -304,19 +301,6 @@ def _show(report: Any, as_json: bool) -> None:
 def _tables() -> Console:
     """Standard output, as wide as the terminal; where there is none, as wide as any table: nothing is cut."""
     return Console(width=None if sys.stdout.isatty() else _NO_TERMINAL_WIDTH)
-
-
-@contextmanager
-def _progress_bar(doing: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn(doing), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("load", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print_json(value: dict[str, Any]) -> None:

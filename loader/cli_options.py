@@ -269,6 +269,10 @@ class LogOptions:
         level: LogLevel = "debug" if self.verbose else "error" if self.quiet else self.log_level
         set_up_logging(level, self.log_format)
 
+    def progress(self) -> bool | None:
+        """What `progress` of a load is: a bar for people, none where log lines are for a program."""
+        return False if self.quiet or self.log_format == "json" else None
+
 
 @dataclass(frozen=True)
 class SourceOptions:

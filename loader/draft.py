@@ -23,6 +23,7 @@ from .model.stored_sources import StoredSources, turn_conv1d
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy
 from .plan import LoadPlan, plan_load
+from .schemes.names import SchemeName
 from .schemes.policy import Policy, choose_policy
 from .schemes.registry import SchemeFactory, choose_device
 from .schemes.stored.read import read_stored
@@ -87,7 +88,7 @@ def draft_load(
 
 def plan_quantized(
     model_id: str | Path,
-    quantization: str = "auto",
+    quantization: SchemeName | str = "auto",
     *,
     device: str | torch.device = "auto",
     policy: QuantizationPolicy | None = None,

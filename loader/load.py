@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
-from transformers import PreTrainedModel
 
 from .cache.session import NoCache, open_cache
 from .checkpoint.reader import PieceReader, ReadTotals
@@ -16,34 +16,41 @@ from .model import transformers_api
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy
 from .plan import loaded_parameters
-from .recording import Progress, Recorder, tensor_bytes
+from .progress import Progress, showing
+from .quantized_model import QuantizedModel
+from .recording import Recorder, tensor_bytes
+from .schemes.names import SchemeName
 from .schemes.registry import choose_device
 
 
 def load_quantized(
     model_id: str | Path | Checkpoint,
-    quantization: str = "auto",
+    quantization: SchemeName | str = "auto",
     *,
     device: str | torch.device = "auto",
     policy: QuantizationPolicy | None = None,
     options: LoadOptions | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> PreTrainedModel:
+    progress: Progress | bool | None = None,
+) -> QuantizedModel:
     """Stream a BF16, FP16, FP32 or quantized checkpoint into a quantized transformers model, ready to generate.
 
     `model_id` is a folder or a hub id (or what `checkpoint.resolve` made of one), `quantization` a scheme name
     (`auto`: the checkpoint's own quantization where it has one, else `quark_mxfp4`; any other name quantizes such a
     checkpoint anew), `device` a torch device (`auto`: the first that has kernels). `policy` says in detail which module
     gets which scheme; a scheme name other than `auto` then replaces its `linear`. `options` say how the load runs.
-    `progress(bytes_read, bytes_total)` is called in this thread; what it raises cancels the load. The model has
-    `.load_report` and `.load_plan`. Raises a `QuantloadError`;
-    afterwards threads, files and memory are as before.
+    `progress(bytes_read, bytes_total)` is called in this thread, and what it raises cancels the load; without one a
+    bar is shown in a terminal or a notebook, with True everywhere, with False nowhere. The model has `.load_report` and
+    `.load_plan`. Raises a `QuantloadError`; afterwards threads, files and memory are as before.
     """
     options = options or LoadOptions()
     place = choose_device(device)
-    with torch.inference_mode(False), Recorder(place, options.stats, progress) as recorder:
+    with (
+        torch.inference_mode(False),
+        showing(progress, "loading") as told,
+        Recorder(place, options.stats, told) as recorder,
+    ):
         checkpoint = resolve(model_id, revision)
         cache = open_cache(checkpoint, options, recorder.on_layer, trust_remote_code)
 
@@ -55,7 +62,7 @@ def load_quantized(
                 return draft, _stream(draft, cache, recorder, options, storage.device)
 
         draft, totals = cache.attempt(load)
-    model = draft.model
+    model = cast(QuantizedModel, draft.model)
     model.load_report = recorder.report(
         checkpoint.model_id, draft.rules.name, totals, tensor_bytes(model), tensor_bytes, cache.result
     )

@@ -21,9 +21,9 @@ from .model.attach import Process
 from .model.leftovers import some
 from .model.skeleton import Assignment
 from .plan import LoadPlan
+from .progress import Progress
 from .schemes.registry import PREQUANTIZED
 
-Progress = Callable[[int, int], None]
 logger = logging.getLogger("quantload")
 
 

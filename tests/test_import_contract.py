@@ -24,9 +24,10 @@ class Floor:
 
 
 KERNELS = "kernels kernels.reference"
-GROUND = "errors options collector memory.amounts"
+GROUND = "errors options collector memory.amounts schemes.names progress"
 FLOORS: dict[str, Floor] = {
     "errors": Floor("", "everybody raises them"),
+    "progress": Floor("", "who is told how far a load is"),
     "collector": Floor("", "a context manager around Python's own collector"),
     "kernels": Floor(
         "", "what all kernels share; an engine may take kernels/ without the loader, and so without errors"
@@ -71,11 +72,12 @@ FLOORS: dict[str, Floor] = {
         "a flow of its own beside load: neither knows the other",
     ),
     "cache": Floor(f"{GROUND} checkpoint memory schemes online model plan draft", "a load calls it at three places"),
+    "quantized_model": Floor("memory", "a type"),
     "load": Floor(
-        f"{GROUND} checkpoint memory schemes online model plan draft recording cache",
+        f"{GROUND} checkpoint memory schemes online model plan draft recording cache quantized_model",
         "the flow of a load",
     ),
-    "server": Floor("errors options checkpoint memory model load", "a user of load like any other"),
+    "server": Floor("errors options checkpoint memory schemes.names model load", "a user of load like any other"),
     "cli_logging": Floor("", "log lines and the console they go to"),
     "cli_options": Floor(
         "errors options schemes.names memory.amounts cli_logging", "imported before anything heavy is"
@@ -87,7 +89,7 @@ FLOORS: dict[str, Floor] = {
     ),
     "__main__": Floor("cli", "python -m quantload"),
     "": Floor(
-        "errors options memory draft load convert",
+        "errors options memory draft load convert quantized_model",
         "the public names, each imported when it is first used",
     ),
 }

@@ -6,20 +6,23 @@ import dataclasses
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import quantload
 from quantload import errors
 
+DEMO_MODEL = Path(quantload.__file__).parent / "demo_model"
+
 
 def test_what_the_package_offers() -> None:
     assert sorted(quantload.__all__) == [
-        "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantloadError", "convert_checkpoint", "load_quantized",
-        "plan_quantized",
+        "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantizedModel", "QuantloadError", "convert_checkpoint",
+        "load_quantized", "plan_quantized",
     ]  # fmt: skip
     assert dir(quantload) == sorted(quantload.__all__)
     for name in quantload.__all__:
-        assert getattr(quantload, name).__name__ == name
+        assert getattr(quantload, name).__name__ == {"QuantizedModel": "PreTrainedModel"}.get(name, name)
 
 
 def test_a_name_that_is_not_there() -> None:
@@ -42,6 +45,13 @@ COMMON = [
     ("revision", True, None),
     ("trust_remote_code", True, False),
 ]
+
+
+def test_what_a_load_returns_has_a_type_that_knows_its_report() -> None:
+    model = quantload.load_quantized(DEMO_MODEL, "int8", progress=False)
+    peak: int = model.load_report.peak_bytes  # mypy checks these lines, as it does those of the README
+    predicted: int = model.load_plan.peak_bytes
+    assert 0 < peak <= predicted
 
 
 def test_load_quantized() -> None:

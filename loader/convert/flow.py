@@ -24,6 +24,7 @@ from ..checkpoint.writer import ShardPlan, plan_shards, weight_index
 from ..collector import collector_paused
 from ..draft import Draft, draft_load
 from ..errors import PolicyError
+from ..memory.amounts import parse_bytes
 from ..memory.budget import check_budget
 from ..memory.overhead import WRITTEN_PIECES, WRITTEN_TENSORS
 from ..memory.report import LoadReport
@@ -32,9 +33,11 @@ from ..options import LoadOptions, QuantizationPolicy
 from ..pieces.plain import plan_pieces
 from ..pieces.stored import plan_stored
 from ..plan import MIN_CHUNK, LoadPlan, plan_staging, plan_without_pieces
-from ..recording import Progress, Recorder
+from ..progress import Progress, showing
+from ..recording import Recorder
 from ..schemes.exported.registry import get_export_format
 from ..schemes.exported.weights import ExportFormat
+from ..schemes.names import ExportName, SchemeName
 from .shards import OpenShards, PlannedTensor
 from .tensors import kept_modules, plan_tensors, quantized_modules
 from .together import units
@@ -46,20 +49,21 @@ _KEY_VERSION = 3
 def convert_checkpoint(
     model_id: str | Path,
     out: str | Path,
-    quantization: str = "auto",
+    quantization: SchemeName | str = "auto",
     *,
-    format: str = "quark",
+    format: ExportName | str = "quark",
     policy: QuantizationPolicy | None = None,
     options: LoadOptions | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | str = MAX_SHARD_BYTES,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> LoadReport:
     """Stream a checkpoint, quantized or not, to a quantized checkpoint in the folder `out`, which must not exist.
 
     `format` is the checkpoint format: `quark`, `compressed-tensors`, `modelopt`, which holds NVFP4, or `mxfp4`, which
-    holds the experts of gpt-oss and nothing else quantized. `max_shard_bytes` is the most bytes of tensors in a file.
+    holds the experts of gpt-oss and nothing else quantized. `max_shard_bytes` is the most bytes of tensors in a file,
+    or text such as "4GB".
     Everything else is as in `load_quantized`, and so are the codes and scales. Memory is bounded by the arena, not by
     the model. While it runs the files lie in `out` + `.unfinished`; a run that was interrupted is taken up there, shard
     by shard. The report is that of a load, its `final_bytes` the bytes written. Raises a `QuantloadError`:
@@ -68,9 +72,14 @@ def convert_checkpoint(
     """
     options = options or LoadOptions()
     export = get_export_format(format)
+    max_shard_bytes = parse_bytes(max_shard_bytes)
     if max_shard_bytes < 1:
         raise PolicyError(f"max_shard_bytes is {max_shard_bytes}; give a positive number of bytes")
-    with torch.inference_mode(False), Recorder(CPU, options.stats, progress) as recorder:
+    with (
+        torch.inference_mode(False),
+        showing(progress, "converting") as told,
+        Recorder(CPU, options.stats, told) as recorder,
+    ):
         checkpoint = resolve(model_id, revision)
         small = _small_files(checkpoint)
         storage = FinalStorage(CPU)

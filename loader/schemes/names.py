@@ -16,6 +16,9 @@ SchemeName = Literal[
 ]  # fmt: skip
 """Every name that `quantization` takes; see `aliases_of` for those that are other names of a scheme."""
 
+ExportName = Literal["quark", "compressed-tensors", "modelopt", "mxfp4"]
+"""The formats of checkpoints that `convert` writes."""
+
 SCHEME_NAMES: tuple[str, ...] = get_args(SchemeName)
 
 ALIASES = {"mxfp4": "quark_mxfp4", "ptpc_fp8": "fp8_per_channel", "int8": "int8_per_channel", "int4": "int4_per_group"}

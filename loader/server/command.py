@@ -18,6 +18,7 @@ from ..memory.metrics import LoadMetrics
 from ..memory.summary import render
 from ..model.skeleton import find_model
 from ..options import LoadOptions, QuantizationPolicy
+from ..schemes.names import SchemeName
 from .serve import Progress, serve
 
 SHUTDOWN_SECONDS = 5.0
@@ -25,7 +26,7 @@ SHUTDOWN_SECONDS = 5.0
 
 def serve_model(
     model_id: str | Path,
-    quantization: str,
+    quantization: SchemeName | str,
     *,
     device: str,
     policy: QuantizationPolicy | None,

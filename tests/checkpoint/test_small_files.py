@@ -63,10 +63,11 @@ def test_what_is_no_regular_file_is_never_opened(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the name of a socket is at most 108 bytes
     make(Path(name))
-    for attempt in (
+    attempts: tuple[Callable[[], object], ...] = (
         lambda: check_small_files(tmp_path, MODEL_FILES | PROCESSOR_FILES),
         lambda: read_json_object(tmp_path / name),
-    ):
+    )
+    for attempt in attempts:
         with pytest.raises(CheckpointError, match=rf"^{re.escape(str(tmp_path / name))}: .*{says}"):
             attempt()
 

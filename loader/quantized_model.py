@@ -1,0 +1,20 @@
+"""What `load_quantized` returns, for type checkers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from .memory.planner import MemoryPlan
+    from .memory.report import LoadReport
+
+    class QuantizedModel(PreTrainedModel):  # type: ignore[misc]  # transformers' classes are not typed
+        """The transformers model of a checkpoint and what its load says; at run time it is of the model's class."""
+
+        load_report: LoadReport
+        load_plan: MemoryPlan
+
+else:
+    QuantizedModel = PreTrainedModel

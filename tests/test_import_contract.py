@@ -84,7 +84,7 @@ FLOORS: dict[str, Floor] = {
     ),
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli": Floor(
-        "errors options memory memory.amounts schemes schemes.names draft load convert server cli_logging cli_options cli_groups",
+        f"{GROUND} memory schemes draft load convert server cli_logging cli_options cli_groups",
         "a user of the package",
     ),
     "__main__": Floor("cli", "python -m quantload"),

@@ -79,6 +79,7 @@ def draft_load(
         sources = StoredSources(stored, mapped)
         dtype_of = transformers_api.DtypePlan(model, dtype)
         assignments = assign_schemes(model, rules, dtype, options.strict, sources)
+        schemes.warn_of_missing_scales()
         loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
         routes = build_routes(mapped, loaders.landing)
         loaders.scale_together({name for conversion in routes.whole for name in targets(mapped, conversion)})

@@ -19,6 +19,8 @@ from huggingface_hub.errors import (
 
 from ..errors import CheckpointError, UnsupportedCheckpointError
 from .identity import FileIdentities
+from .quantization_config import FILES as QUANTIZATION_FILES
+from .quantization_config import with_quantization_config
 from .small_files import read_json_object, read_small_file
 from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name, parse_weight_map
 
@@ -26,7 +28,6 @@ from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name,
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes", "*.tokenizer", "*.py")
 """What lies beside the weights, by name: configs, code, and the vocabularies of all tokenizers of transformers."""
 CONFIG_NAME = "config.json"
-MODELOPT_CONFIG_NAME = "hf_quant_config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 logger = logging.getLogger("quantload")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -46,7 +47,7 @@ class Checkpoint:
 
     def note_configs(self) -> None:
         """Remember what the files are that say which model it is, before transformers reads them."""
-        self.identities.note((CONFIG_NAME, MODELOPT_CONFIG_NAME, GENERATION_CONFIG_NAME))
+        self.identities.note((CONFIG_NAME, *QUANTIZATION_FILES, GENERATION_CONFIG_NAME))
 
     def note_small_files(self) -> None:
         """Remember what else lies beside the weights, such as the files of a tokenizer."""
@@ -65,19 +66,12 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """`config.json` as a dict; raises `CheckpointError` when it is missing or no JSON object.
 
-        What older ModelOpt exports say about their quantization, in a file of its own, is its `quantization_config`.
+        What it says about quantization is its `quantization_config`, wherever a tool wrote it.
         """
         config = read_json_object(self.root / CONFIG_NAME)
         if config is None:
             raise CheckpointError(f"{self.root}: has no config.json; give the folder or hub id of a transformers model")
-        said = config.get("quantization_config")
-        if said is not None and not isinstance(said, dict):
-            raise CheckpointError(
-                f"{self.root / CONFIG_NAME}: quantization_config is a {type(said).__name__}, expected a JSON object; "
-                f"copy or download it again"
-            )
-        apart = None if said is not None else read_json_object(self.root / MODELOPT_CONFIG_NAME)
-        return config if apart is None else {**config, "quantization_config": {"quant_method": "modelopt", **apart}}
+        return with_quantization_config(self.root, config, read_json_object)
 
 
 def resolve(model_id: str | Path | Checkpoint, revision: str | None = None) -> Checkpoint:

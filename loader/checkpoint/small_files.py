@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .quantization_config import FILES as QUANTIZATION_FILES
 
 MIB = 1 << 20
 MAX_CONFIG_BYTES = 16 * MIB
@@ -19,7 +20,10 @@ MAX_VALUES = 1 << 20
 MAX_DEPTH = 64
 MAX_INTEGER = 1 << 127
 
-MODEL_FILES = {"config.json": MAX_CONFIG_BYTES, "hf_quant_config.json": MAX_CONFIG_BYTES, "generation_config.json": MIB}
+MODEL_FILES = {
+    **dict.fromkeys(("config.json", *QUANTIZATION_FILES), MAX_CONFIG_BYTES),
+    "generation_config.json": MIB,
+}
 """What is read to build a model, with the most bytes of each."""
 PROCESSOR_FILES = {
     **dict.fromkeys(

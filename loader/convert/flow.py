@@ -15,8 +15,9 @@ from torch import nn
 from ..checkpoint.index import CheckpointIndex
 from ..checkpoint.output import UNFINISHED, OutputFolder
 from ..checkpoint.paths import locate
+from ..checkpoint.quantization_config import FILES as QUANTIZATION_FILES
 from ..checkpoint.reader import PieceReader
-from ..checkpoint.resolve import CONFIG_NAME, MODELOPT_CONFIG_NAME, SMALL_FILES, Checkpoint, resolve
+from ..checkpoint.resolve import CONFIG_NAME, SMALL_FILES, Checkpoint, resolve
 from ..checkpoint.source import FileSource, Source, read_bytes
 from ..checkpoint.weight_map import INDEX_NAME
 from ..checkpoint.working_memory import CPU, slots_per_worker
@@ -208,7 +209,7 @@ def _small_files(checkpoint: Checkpoint) -> list[str]:
         for path in checkpoint.root.rglob(pattern):
             name = path.relative_to(checkpoint.root)
             hidden = any(part.startswith(".") or part.endswith(UNFINISHED) for part in name.parts)
-            replaced = str(name) in (CONFIG_NAME, MODELOPT_CONFIG_NAME) or name.name.endswith(".safetensors.index.json")
+            replaced = str(name) in (CONFIG_NAME, *QUANTIZATION_FILES) or name.name.endswith(".safetensors.index.json")
             if path.is_file() and not hidden and not replaced:
                 locate(checkpoint.root, str(name))
                 names.append(str(name))

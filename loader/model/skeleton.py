@@ -86,7 +86,7 @@ def find_model(
     config = transformers_api.load_config(checkpoint.root, trust_remote_code)
     cls = transformers_api.model_class(config, checkpoint.root, trust_remote_code)
     config.name_or_path = checkpoint.model_id
-    config.__dict__.pop("quantization_config", None)  # it speaks of the files, and of no module of the model
+    transformers_api.forget_quantization(config)
     most = None if tensors is None else config_checks.most_modules(tensors.values())
     return ModelRecipe(cls, config, checkpoint.root, most)
 

@@ -55,8 +55,9 @@ class ModuleWeights:
 
     @property
     def activations(self) -> StoredActivations | None:
-        """What the config says about the module's input; the scale is that of one weight."""
-        return self.first.activations
+        """What the config says about the module's input; the scale is that of one weight, none if any lacks its own."""
+        found = (weight.activations for weight in self._all())
+        return next((each for each in found if each is not None and each.lacks_scale), self.first.activations)
 
     def has_zero_points(self, parameter: str) -> bool:
         """Whether the weights of a parameter come with zero points of their own."""

@@ -65,6 +65,15 @@ def load_config(root: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
+def forget_quantization(config: Any) -> None:
+    """Take `quantization_config` out of a config and those of its parts: it speaks of the files, not of the model."""
+    config.__dict__.pop("quantization_config", None)
+    for name in getattr(config, "sub_configs", {}):
+        part = getattr(config, name, None)
+        if part is not None and not isinstance(part, dict):
+            forget_quantization(part)
+
+
 def model_class(config: Any, root: Path, trust_remote_code: bool) -> type[PreTrainedModel]:
     """The class `config.architectures` names."""
     names = getattr(config, "architectures", None)

@@ -219,10 +219,11 @@ def _configured(weights: WeightFormat, stored: StoredActivations, name: str) -> 
     found = ActivationFormat(stored.format, stored.granularity, stored.group, not stored.dynamic)
     if found not in pairs(weights):
         raise _no_such_pair(weights, str(found), name)
-    if found.static and stored.scale is None:
+    if stored.lacks_scale:
         raise CheckpointError(
             f"{name}: the config says that activations are {found}, and the checkpoint has no {name}.input_scale; "
-            f"export the model again with its input scales, or load it with activations='none'"
+            f"export the model again with its input scales, or load it with --activations none (activations='none'), "
+            f"which leaves the inputs of layers as they are"
         )
     return found
 

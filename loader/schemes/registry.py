@@ -133,6 +133,7 @@ class SchemeFactory:
         self._made: dict[Any, Any] = {}
         self._source_dtypes: set[torch.dtype] = set()
         self._read: set[str] = set()
+        self._lacking: list[str] = []
 
     def linear(self, name: str) -> LinearScheme | None:
         """The linear scheme of a name, `None` where it leaves linears as stored."""
@@ -155,6 +156,16 @@ class SchemeFactory:
     ) -> QuantizedMoEScheme:
         """The scheme that keeps the experts of `name` as a checkpoint stores them."""
         return self._keep(QuantizedMoEScheme, name, format_name, activations)
+
+    def warn_of_missing_scales(self) -> None:
+        """Say which layers have static activations by the config and no scale for them in the checkpoint, if any."""
+        if self._lacking:
+            logger.warning(
+                "%d layers have no input_scale, such as %s, and the config says that their inputs are quantized with "
+                "one: with activations='none' they are not",
+                len(self._lacking),
+                self._lacking[0],
+            )
 
     def dequantizer(self, format_name: str) -> Callable[..., None]:
         """The kernel that turns stored codes of a format into the values they stand for, in float32."""
@@ -198,6 +209,8 @@ class SchemeFactory:
                 f"{name} is stored as {format_name}, which is only read to be quantized anew: name a quantization, "
                 f"such as {DEFAULT}"
             )
+        if activations is not None and activations.lacks_scale:
+            self._lacking.append(name)
         try:
             return cls(PREQUANTIZED, *self._arguments(name, format_name, activations, online=False))
         except LookupError as error:

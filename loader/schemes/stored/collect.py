@@ -37,7 +37,10 @@ _UNUSED = {
         "attention and its cache are not quantized here",
     ),
     **dict.fromkeys(
-        ("input_scale", "activation_scale", "input_zero_point", "input_scale_2", "input_global_scale"),
+        (
+            *("input_scale", "activation_scale", "qscale_act"),
+            *("input_zero_point", "input_scale_2", "input_global_scale"),
+        ),
         "the input of this layer is not quantized with a scale from the checkpoint",
     ),
 }

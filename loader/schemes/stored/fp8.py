@@ -1,8 +1,13 @@
-"""FP8 as DeepSeek writes it, with a scale for each block (`weight_scale_inv`), or with one for each tensor or row."""
+"""FP8 as DeepSeek writes it, with a scale for each block (`weight_scale_inv`), or with one for each tensor or row.
+
+DeepSeek-V4 calls scales `scale`, and its experts may be MXFP4; Mistral's are `qscale_weight`, of inputs `qscale_act`.
+"""
 
 from __future__ import annotations
 
-from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, MXFP8
+import torch
+
+from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, MXFP4, MXFP8
 from .layers import Activations, Kept, Layer
 from .layouts import fp8_block, fp8_channel, fp8_tensor, mx
 from .modules import ONE, StoredModule
@@ -10,7 +15,9 @@ from .patterns import Prefixes
 from .settings import Settings
 from .weights import StoredWeight
 
-_SCALES = ("weight_scale_inv", "weight_scale")
+_SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale")
+_INPUT_SCALES = ("input_scale", "activation_scale", "qscale_act")
+_FP4 = (torch.int8, torch.uint8, torch.float4_e2m1fn_x2)
 _BLOCKS = [FP8_BLOCK.block_rows, FP8_BLOCK.block_cols]
 _MX_BLOCKS = [MXFP8.block_rows, MXFP8.block_cols]
 
@@ -19,8 +26,8 @@ class Fp8:
     """A checkpoint with `quant_method` fp8."""
 
     method = "fp8"
-    tensors = frozenset({*_SCALES, "input_scale", "activation_scale"})
-    formats = frozenset((FP8_TENSOR, FP8_CHANNEL, FP8_BLOCK, MXFP8))
+    tensors = frozenset({*_SCALES, *_INPUT_SCALES} - {"scale"})  # which is a parameter of many modules, too
+    formats = frozenset((FP8_TENSOR, FP8_CHANNEL, FP8_BLOCK, MXFP8, MXFP4))
 
     def __init__(self, settings: Settings) -> None:
         settings.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
@@ -41,7 +48,7 @@ class Fp8:
         if settings.get("activation_scheme") is None:
             return None
         if not dynamic:
-            return Activations("fp8", False, "tensor", scales=("input_scale", "activation_scale"))
+            return Activations("fp8", False, "tensor", scales=_INPUT_SCALES)
         if self._block is None:
             return Activations("fp8", True, "token")
         if self._block == _MX_BLOCKS:
@@ -51,6 +58,9 @@ class Fp8:
     def _layout(self, module: StoredModule) -> StoredWeight:
         """Which of the layouts a weight has, by the shape of its scale where there are no blocks."""
         scale = next((name for name in _SCALES if name in module), _SCALES[0] if self._block else _SCALES[1])
+        codes = module.left.get("weight")
+        if codes is not None and codes.dtype in _FP4:
+            return mx(MXFP4, scale=scale)(module)
         if self._block == _BLOCKS:
             return fp8_block(scale)(module)
         if self._block == _MX_BLOCKS:

@@ -23,10 +23,10 @@ class Activations:
     scales: tuple[str, ...] = ("input_scale",)
 
     def of(self, module: StoredModule) -> StoredActivations:
-        """What a module's tensors make of it; raises `CheckpointError` where a static scale is missing."""
-        if self.dynamic:
+        """What a module's tensors make of it: without a scale where a static one is missing, which who uses it says."""
+        tensor = None if self.dynamic else next((name for name in self.scales if name in module), None)
+        if tensor is None:
             return self._without_scale
-        tensor = next((name for name in self.scales if name in module), self.scales[0])
         scale = module.shaped(tensor, FLOATS, ONE, why="a static scale of activations")
         return StoredActivations(self.format, self.dynamic, self.granularity, self.group, scale)
 

@@ -29,11 +29,12 @@ def mx(fmt: WeightFormat, codes: str = "weight", scale: str = "weight_scale") ->
 
     The last block of a row may have fewer codes; those that it lacks here are zeros.
     """
-    code_dtypes = (*BYTES, torch.float4_e2m1fn_x2) if fmt.code_bits == 4 else (fmt.code_dtype,)
+    code_dtypes = (*BYTES, torch.int8, torch.float4_e2m1fn_x2) if fmt.code_bits == 4 else (fmt.code_dtype,)
     why = f"a weight in {fmt.name}"
 
     def read(module: StoredModule) -> StoredWeight:
         entry = module.matrix(codes, code_dtypes, why=why)
+        entry = as_bytes(entry) if entry.dtype is torch.int8 else entry
         rows, columns = entry.shape[0], entry.shape[1] * 8 // fmt.code_bits
         if columns * fmt.code_bits != entry.shape[1] * 8:
             raise CheckpointError(

@@ -58,7 +58,8 @@ class StoredActivations:
     """What a config says about the input of a layer.
 
     `format`: mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8, fp8 or int8. `granularity`: tensor, token or group (1 x `group`
-    elements). A static scale is `scale`, one number a tensor, in the checkpoint; a dynamic one is found in the forward.
+    elements). A static scale is `scale`, one number a tensor, in the checkpoint, `None` where that has none; a dynamic
+    one is found in the forward.
     """
 
     format: str
@@ -66,6 +67,11 @@ class StoredActivations:
     granularity: Literal["tensor", "token", "group"]
     group: int = 0
     scale: TensorEntry | None = None
+
+    @property
+    def lacks_scale(self) -> bool:
+        """Whether they are static and the checkpoint does not say with which scale."""
+        return not self.dynamic and self.scale is None
 
     @property
     def kind(self) -> tuple[str, bool, str, int]:

@@ -66,8 +66,9 @@ def load_config(root: Path, trust_remote_code: bool) -> Any:
 
 
 def forget_quantization(config: Any) -> None:
-    """Take `quantization_config` out of a config and those of its parts: it speaks of the files, not of the model."""
-    config.__dict__.pop("quantization_config", None)
+    """Take what is said of quantization out of a config and those of its parts: it is about files, not the model."""
+    for name in ("quantization_config", "compression_config"):
+        config.__dict__.pop(name, None)
     for name in getattr(config, "sub_configs", {}):
         part = getattr(config, name, None)
         if part is not None and not isinstance(part, dict):

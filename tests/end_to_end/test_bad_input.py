@@ -441,7 +441,7 @@ def test_codes_without_a_config_that_says_what_they_stand_for(
 
 
 @pytest.mark.parametrize("quantization", ["auto", "none", "quark_mxfp4"])
-@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "weight_scale_2"])
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "weight_scale_2", "scale", "qscale_weight"])
 @pytest.mark.parametrize(("name", "tensor"), [("llama", Q_PROJ), ("qwen3_moe", EXPERT)])
 def test_codes_and_their_scales_without_a_config_that_says_what_they_stand_for(
     name: str, tensor: str, scale: str, quantization: str, checkpoint: Checkpoint, tmp_path: Path

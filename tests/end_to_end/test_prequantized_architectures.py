@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import raw_checkpoint
@@ -179,6 +181,91 @@ def test_a_config_of_modelopt_in_a_file_of_its_own(checkpoint: Checkpoint, tmp_p
     convert_checkpoint(quantized, tmp_path / "out", "quark_mxfp4")
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
     assert load_quantized(tmp_path / "out").load_report.quantization == "prequantized"
+
+
+def _inside(said: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+    config["text_config"]["quantization_config"] = said
+
+
+def _compression(said: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+    config["compression_config"] = said
+
+
+def _gptq_file(said: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+    own = {name: value for name, value in said.items() if name != "quant_method"}
+    (folder / "quantize_config.json").write_text(json.dumps(own))
+
+
+def _awq_file(said: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+    own = {"w_bit": said["bits"], "q_group_size": said["group_size"], "zero_point": True, "version": "GEMM"}
+    (folder / "quant_config.json").write_text(json.dumps(own))
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "place"),
+    [
+        ("gemma3", "fp8 blocks", _inside),
+        ("qwen3_vl_moe", "fp8 rows", _inside),
+        ("llama", "mxfp8", _compression),
+        ("llama", "gptq", _gptq_file),
+        ("llama", "awq", _awq_file),
+    ],
+)
+def test_a_config_at_every_place_that_tools_have_for_it(
+    name: str, method: str, place: Callable[..., None], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    quantized, _ = quantized_copy(tmp_path, checkpoint(name), *METHODS[method])
+    want = load_quantized(quantized)
+    config = json.loads((quantized / "config.json").read_text())
+    place(config.pop("quantization_config"), config, quantized)
+    (quantized / "config.json").write_text(json.dumps(config))
+    got, state = load_quantized(quantized), want.state_dict()
+    assert got.load_report.layers == want.load_report.layers
+    assert got.state_dict().keys() == state.keys()
+    assert all(torch.equal(state[key].view(torch.uint8), t.view(torch.uint8)) for key, t in got.state_dict().items())
+    assert got.config.to_dict() == want.config.to_dict()
+    convert_checkpoint(quantized, tmp_path / "out", "int8_per_channel", policy=QuantizationPolicy(experts="none"))
+    written = json.dumps(json.loads((tmp_path / "out" / "config.json").read_text()))
+    assert written.count('"quant_method"') == 1
+    assert not [*(tmp_path / "out").glob("quant*_config.json")]
+
+
+@pytest.mark.parametrize("name", ["scale", "qscale_weight"])
+def test_fp8_whose_scales_have_another_name(name: str, golden: Path, tmp_path: Path) -> None:
+    original = golden / "native_llama_blockfp8"
+    tensors = {key.replace("weight_scale_inv", name): t for key, t in raw_checkpoint.read(original).items()}
+    folder = raw_checkpoint.write(tmp_path / name, original, [tensors])
+    want, got = load_quantized(original), load_quantized(folder)
+    assert got.load_report.unexpected == []
+    assert {layer.format for layer in got.load_report.layers} == {"fp8_block"}
+    state = want.state_dict()
+    assert all(torch.equal(state[key].view(torch.uint8), t.view(torch.uint8)) for key, t in got.state_dict().items())
+
+
+@pytest.mark.parametrize("lacking", ["all", "one"])
+def test_static_activations_without_their_scales(
+    lacking: str, golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, one = golden / "quark_llama_fp8", "model.layers.1.mlp.down_proj.input_scale"
+    tensors = raw_checkpoint.read(original)
+    for name in [name for name in tensors if (name.endswith("input_scale") and lacking == "all") or name == one]:
+        del tensors[name]
+    folder = raw_checkpoint.write(tmp_path / "lacking", original, [tensors])
+    layer = r"model\.layers\.\d\.\w+\.\w+" if lacking == "all" else r"model\.layers\.1\.mlp\.down_proj"
+    for activations in ("auto", "emulate"):
+        with pytest.raises(CheckpointError, match=rf"{layer}: .* no {layer}\.input_scale; .*--activations none"):
+            load_quantized(folder, options=LoadOptions(activations=activations))
+    weights_alone = LoadOptions(activations="none")
+    with caplog.at_level(logging.WARNING, "quantload"):
+        got = load_quantized(folder, options=weights_alone)
+    count = len(got.load_report.layers) if lacking == "all" else 1
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert re.match(rf"{count} layers have no input_scale, such as {layer}, ", said)
+    tokens = torch.arange(8)[None]
+    want = load_quantized(original, options=weights_alone)
+    assert torch.equal(got(tokens).logits, want(tokens).logits)
+    anew, usual = load_quantized(folder, "quark_mxfp4"), load_quantized(original, "quark_mxfp4")  # which uses no scale
+    assert torch.equal(anew(tokens).logits, usual(tokens).logits)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

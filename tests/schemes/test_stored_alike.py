@@ -61,5 +61,9 @@ def test_each_has_its_own_tensors() -> None:
 def test_one_that_lacks_a_tensor_is_not_like_the_others() -> None:
     tensors = {**linear("a", 1.0), **linear("b", 2.0)}
     del tensors["b.input_scale"]
-    with pytest.raises(CheckpointError, match=r"b\.input_scale is missing"):
+    weights = stored_tensors.read(STATIC, tensors).weights
+    assert weights["a.weight"].input_scale is not None
+    assert weights["b.weight"].input_scale is None
+    del tensors["b.weight_scale"]
+    with pytest.raises(CheckpointError, match=r"b\.weight_scale is missing"):
         stored_tensors.read(STATIC, tensors)

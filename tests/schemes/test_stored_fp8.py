@@ -53,12 +53,53 @@ def test_blocks(scale: Tensor) -> None:
 def test_blocks_of_a_row_are_mxfp8() -> None:
     scales = torch.full((160, 6), 126, dtype=torch.uint8)
     tensors = {"q.weight": codes(), "q.weight_scale_inv": scales}
-    weight = stored_tensors.read(config(weight_block_size=[1, 32], scale_fmt="ue8m0"), tensors).weights["q.weight"]
-    assert weight.format.name == "mxfp8"
-    assert torch.equal(stored_tensors.dequantized(weight, tensors), codes().float() * 0.5)
+    for said in (config(weight_block_size=[1, 32], scale_fmt="ue8m0"), {"quant_method": "mxfp8"}):
+        weight = stored_tensors.read(said, tensors).weights["q.weight"]
+        assert weight.format.name == "mxfp8"
+        assert torch.equal(stored_tensors.dequantized(weight, tensors), codes().float() * 0.5)
 
 
-@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("name", ["scale", "qscale_weight", "weight_scale"])
+def test_blocks_whose_scales_have_another_name(name: str) -> None:
+    tensors = {"q.weight": codes(), f"q.{name}": SCALE.to(torch.float8_e8m0fnu), "q.qscale_act": torch.ones(())}
+    stored = stored_tensors.read(config(weight_block_size=BLOCKS, scale_fmt="ue8m0"), tensors)
+    weight = stored.weights["q.weight"]
+    assert weight.format.name == "fp8_block"
+    assert set(stored.unused) == {"q.qscale_act"}
+    assert torch.equal(stored_tensors.dequantized(weight, tensors), codes().float() * expanded(SCALE))
+
+
+def test_a_parameter_called_scale_is_none_of_codes() -> None:
+    """Norms and hyper-connections have one; so have the fake quantizers of attention, which nothing here needs."""
+    tensors = {"norm.scale": torch.ones(4), "hc.scale": torch.ones(3), "hc.weight": torch.ones(3)}
+    unused = {"a.q_fake_quantizer.qscale_act": torch.ones(())}
+    stored = stored_tensors.read(config(weight_block_size=BLOCKS), {**blocks(SCALE), **tensors, **unused})
+    assert (set(stored.plain), set(stored.unused)) == (set(tensors), set(unused))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float4_e2m1fn_x2])
+@pytest.mark.parametrize("name", ["scale", "weight_scale_inv"])
+def test_weights_of_four_bits_beside_fp8_are_mxfp4(name: str, dtype: torch.dtype) -> None:
+    """Experts of DeepSeek-V4: two codes in a byte, the first in its low bits, and an E8M0 scale for 32."""
+    packed = torch.arange(256).to(torch.uint8).repeat(2, 1)  # [2, 512]
+    tensors = {"e.weight": packed.view(dtype), f"e.{name}": torch.full((2, 16), 126).byte().view(torch.float8_e8m0fnu)}
+    stored = stored_tensors.read(config(weight_block_size=BLOCKS), {**blocks(SCALE), **tensors})
+    weight = stored.weights["e.weight"]
+    assert (weight.format.name, weight.activations) == ("mxfp4", None)
+    assert stored.weights["q.weight"].activations is not None
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]) / 2
+    wanted = torch.stack((values[packed.long() & 15], values[packed.long() >> 4]), dim=2).flatten(1)
+    tensors["e.weight"] = packed
+    assert torch.equal(stored_tensors.dequantized(weight, tensors), wanted)
+
+
+def test_scales_of_four_bits_that_are_no_powers_of_two_are_refused() -> None:
+    tensors = {"e.weight": torch.zeros(2, 16, dtype=torch.int8), "e.scale": torch.ones(2, 1)}
+    with pytest.raises(CheckpointError, match=r"e\.scale is float32; a weight in mxfp4 takes uint8 or float8_e8m0fnu"):
+        stored_tensors.read(config(weight_block_size=BLOCKS), tensors)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv", "qscale_weight", "scale"])
 @pytest.mark.parametrize(
     ("scale", "fmt"),
     [
@@ -94,10 +135,21 @@ def test_activations(fields: dict[str, Any], described: tuple[str, bool, str, in
         assert found.scale.name == "q.activation_scale"
 
 
-def test_a_static_scale_that_is_missing_or_no_number_is_named() -> None:
+@pytest.mark.parametrize("name", ["input_scale", "activation_scale", "qscale_act"])
+def test_a_static_scale_under_any_of_its_names(name: str) -> None:
+    tensors = {**blocks(torch.tensor(1.0)), f"q.{name}": torch.tensor(2.0)}
+    weight = stored_tensors.read(config(activation_scheme="static"), tensors).weights["q.weight"]
+    assert weight.activations is not None
+    assert not weight.activations.lacks_scale
+    assert weight.input_scale is not None
+    assert weight.input_scale.name == f"q.{name}"
+
+
+def test_a_static_scale_that_is_missing_is_known_and_one_that_is_no_number_is_named() -> None:
     tensors = blocks(torch.tensor(1.0))
-    with pytest.raises(CheckpointError, match=r"q\.input_scale is missing: a static scale of activations"):
-        stored_tensors.read(config(activation_scheme="static"), tensors)
+    weight = stored_tensors.read(config(activation_scheme="static"), tensors).weights["q.weight"]
+    assert weight.activations is not None
+    assert weight.activations.lacks_scale
     with pytest.raises(CheckpointError, match=r"q\.input_scale has the shape \[2\]"):
         stored_tensors.read(config(activation_scheme="static"), {**tensors, "q.input_scale": torch.ones(2)})
 

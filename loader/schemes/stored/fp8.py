@@ -23,21 +23,24 @@ _MX_BLOCKS = [MXFP8.block_rows, MXFP8.block_cols]
 
 
 class Fp8:
-    """A checkpoint with `quant_method` fp8."""
+    """A checkpoint with `quant_method` fp8, or mxfp8, whose blocks need not be said."""
 
     method = "fp8"
-    tensors = frozenset({*_SCALES, *_INPUT_SCALES} - {"scale"})  # which is a parameter of many modules, too
+    # Not `scale`, which is a parameter of many modules, nor `qscale_act`, which fake quantizers of attention have.
+    tensors = frozenset({*_SCALES, *_INPUT_SCALES} - {"scale", "qscale_act"})
     formats = frozenset((FP8_TENSOR, FP8_CHANNEL, FP8_BLOCK, MXFP8, MXFP4))
 
     def __init__(self, settings: Settings) -> None:
         settings.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
         settings.choice("scale_fmt", ("float", "float32", "ue8m0"), "float")
-        self._block = settings.choice("weight_block_size", (None, _BLOCKS, _MX_BLOCKS))
+        usual = _MX_BLOCKS if settings.get("quant_method") == "mxfp8" else None
+        self._block = settings.choice("weight_block_size", (None, _BLOCKS, _MX_BLOCKS), usual)
         names = [field for field in ("modules_to_not_convert", "ignored_layers") if settings.get(field)]
         self._where = f"{settings.path}.{names[0] if names else 'modules_to_not_convert'}"
         self._kept = Prefixes(settings.strings("modules_to_not_convert", "ignored_layers"), self._where)
         dynamic = settings.choice("activation_scheme", ("dynamic", "static", None)) == "dynamic"
-        self._layer = Layer(self._layout, self._activations(settings, dynamic))
+        # What the config says of inputs is meant for weights in FP8.
+        self._layer = Layer(self._layout, self._activations(settings, dynamic), frozenset((MXFP4,)))
 
     def layer(self, module: str) -> Layer | Kept:
         """Every layer but those that the config names."""

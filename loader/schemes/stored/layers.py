@@ -37,15 +37,16 @@ class Activations:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that is stored quantized."""
+    """A layer that is stored quantized; of its inputs `activations` speak, but for weights in `weight_only` formats."""
 
     layout: Layout
     activations: Activations | None = None
+    weight_only: frozenset[WeightFormat] = frozenset()
 
     def read(self, module: StoredModule) -> StoredWeight:
         """The weight that a module's tensors stand for."""
         weight = self.layout(module)
-        if self.activations is None:
+        if self.activations is None or weight.format in self.weight_only:
             return weight
         zeros = zero_points(module, "input_zero_point", ONE, 0)
         return weight._replace(activations=self.activations.of(module), parts=(*weight.parts, *zeros))

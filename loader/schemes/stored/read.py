@@ -55,8 +55,10 @@ READERS: Mapping[str, Reader] = MappingProxyType(
         "awq": _of("AutoAWQ in its GEMM layout", Awq),
         "gptq": _of("AutoGPTQ and GPTQModel", Gptq),
         "mxfp4": Reader("gpt-oss", read_gpt_oss, FORMATS_OF_BLOCKS, ("experts",)),
-        "fp8": _of("DeepSeek and others like it", Fp8),
-        **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed"), _of("NVIDIA ModelOpt", ModelOpt)),
+        **dict.fromkeys(("fp8", "mxfp8"), _of("DeepSeek and others like it", Fp8)),
+        **dict.fromkeys(
+            ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"), _of("NVIDIA ModelOpt", ModelOpt)
+        ),
         "quantload": Reader("quantload", read_quantload, frozenset(FORMATS.values())),
     }
 )

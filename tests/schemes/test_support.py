@@ -54,7 +54,12 @@ def test_rows_are_the_schemes_and_then_what_is_only_read() -> None:
 
 def test_layers_and_tools() -> None:
     both = ("linear", "experts")
-    assert ROWS["quark_mxfp4"].read_from == {"quark": both, "compressed-tensors": both, "mxfp4": ("experts",), "fp8": both}
+    assert ROWS["quark_mxfp4"].read_from == {
+        "quark": both,
+        "compressed-tensors": both,
+        "mxfp4": ("experts",),
+        "fp8": both,
+    }
     assert ROWS["mxfp6_e3m2"].read_from == {"quark": both}
     assert ROWS["experts_int8"].read_from == {"quark": ("experts",), "compressed-tensors": ("experts",)}
     assert ROWS["quark_int4fp8_moe"].read_from == {}

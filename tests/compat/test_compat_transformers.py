@@ -120,7 +120,7 @@ def test_deepseek_v4_with_experts_in_four_bits(tmp_path: Path) -> None:
             codes, scale = (_four_bits if ".experts." in name else _blocks)(tensor.float())
             stored |= {name: codes, name.replace(".weight", ".scale"): scale}
     path = written(tmp_path / "fp8", original, stored)
-    said = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "activation_scheme": "dynamic"}
+    said: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "activation_scheme": "dynamic"}
     said |= {"weight_block_size": [128, 128], "expert_dtype": "fp4"}
     described = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**described, "quantization_config": said}))

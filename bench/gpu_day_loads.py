@@ -22,6 +22,7 @@ from quantload import load_quantized
 from quantload.cli import DEMO_MODEL
 from quantload.kernels.registry import weight_only
 from quantload.memory.probes import AnonymousRssProbe
+from quantload.schemes.opaque import plain
 from quantload.schemes.registry import ENTRIES
 from torch import Tensor
 
@@ -66,7 +67,8 @@ def run(record: Record, device: torch.device, options: argparse.Namespace) -> No
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
     """Parameters and buffers by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: plain(tensor) for name, tensor in named}
 
 
 def checksums(model: Any) -> dict[str, int]:

@@ -19,6 +19,7 @@ QuantloadError
 │   └── UnmatchedPatternError       an ignore or override pattern that matches nothing, in strict mode
 ├── MemoryBudgetError               the plan needs more memory than allowed: need, limit, what to change
 ├── NoKernelError                   no kernel can serve; the message gives every candidate with its reason
+├── QuantizedWeightError            code takes the codes of a quantized weight for numbers; names the layer to keep
 ├── UnsupportedCheckpointError      pickle files, an unknown quant_method
 ├── OutputError                     what is to be written: the folder exists, the disk is full
 └── LoadCancelledError              the load was cancelled before it finished
@@ -105,6 +106,13 @@ class MemoryBudgetError(QuantloadError):
 
 class NoKernelError(QuantloadError):
     """No kernel can serve an operation on this device."""
+
+
+class QuantizedWeightError(QuantloadError):
+    """Code takes the codes of a quantized weight for numbers.
+
+    No `TypeError`: torch makes one of those, raised inside of an operator, say that the operator does not exist.
+    """
 
 
 class UnsupportedCheckpointError(QuantloadError):

@@ -66,10 +66,10 @@ class EntryRecording:
         """A module is complete: write it as it is now, and call `then` when it may be changed."""
         assignment = self._assignments[name]
         assert assignment.scheme is not None
-        layouts = assignment.scheme.layouts(assignment.module)
-        keys = [each for key, layout in layouts.items() for each in layout.format.names(key)]
-        held = assignment.module._parameters
-        tensors = {f"{name}.{key}": tensor for key in keys if (tensor := held[key]) is not None}
+        scheme, module = assignment.scheme, assignment.module
+        tensors: dict[str, Tensor] = {}
+        for key, layout in scheme.layouts(module).items():
+            tensors |= zip(layout.format.names(f"{name}.{key}"), scheme.weight(module, layout, key), strict=True)
         if self._statistics is not None and statistics is not None:
             self._statistics[name] = statistics.tolist()
         self._writer.take(tensors, then)

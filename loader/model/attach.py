@@ -22,6 +22,7 @@ from ..online.storage import FinalStorage
 from ..online.weight_loader import DirectWeightLoader, OnlineWeightLoader, ParameterLoader, RestorableLoader
 from ..schemes.activations import InputScales
 from ..schemes.base import LinearScheme
+from ..schemes.opaque import plain
 from ..schemes.stored.weights import Role, scale_role
 from .merged_modules import merged_modules
 from .quantized import QuantizedLinear
@@ -219,4 +220,4 @@ def _attach_stored(
 
 
 def _write_input_scale(layer: weakref.ref[Any], key: str, storage: FinalStorage, value: Tensor) -> None:
-    materialize(alive(layer), key, storage).data.copy_(value)
+    plain(materialize(alive(layer), key, storage)).data.copy_(value)

@@ -1,8 +1,4 @@
-"""What the source of transformers' modeling code does with a linear layer besides calling it.
-
-A layer whose weight is codes can be called. Modeling code that multiplies with `layer.weight` itself, divides it in
-place, or casts to its dtype would get codes instead of numbers, silently; so the source is asked first.
-"""
+"""The source of transformers' modeling code, and what it says in a single line about layers whose weight is codes."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import functools
 import inspect
 import linecache
 import re
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 
 from torch import nn
@@ -17,22 +14,10 @@ from transformers import PreTrainedModel
 
 # A method that only initializes or ties does not read a weight while the model runs.
 NOT_RUNNING = frozenset({"__init__", "_init_weights", "tie_weights", "_tie_weights", "reset_parameters"})
-READS_WEIGHT = re.compile(
-    r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|ndim|is_meta)\b)(?!\s*=[^=])"
-)
-READS_DTYPE = re.compile(r"\bself\.(\w+)\.weight\.dtype\b")
+OF_EVERY_MODEL = re.compile(r"transformers\.(?!models\.)")
+"""The modules of transformers that are about no model: generation, attention kernels, outputs."""
 WRITES_WEIGHT = re.compile(r"\.(\w+)\.weight\.(?:data\.)?\w+_\(")
 ASKS_CONFIG = re.compile(r"hasattr\(self\.config, \"(_is_quantized)\"\)")
-
-
-def reads_weight(parent: nn.Module, child: str) -> bool:
-    """Whether code of `parent` uses the weight of its layer `child` as a tensor."""
-    return _found(READS_WEIGHT, parent, child)
-
-
-def reads_dtype(parent: nn.Module, child: str) -> bool:
-    """Whether code of `parent` asks for the dtype of the weight of `child`, to cast activations to it."""
-    return _found(READS_DTYPE, parent, child)
 
 
 def asks_if_quantized(parent: nn.Module) -> bool:
@@ -52,21 +37,22 @@ def _found(pattern: re.Pattern[str], module: nn.Module, name: str) -> bool:
 
 @functools.cache
 def _names_of(pattern: re.Pattern[str], cls: type) -> frozenset[str]:
-    own = (base for base in cls.__mro__ if base.__module__ not in (nn.Module.__module__, "transformers.modeling_utils"))
-    return frozenset().union(*(_names(pattern, base) for base in own))
+    running = (function for name, function in own_methods(cls) if name not in NOT_RUNNING)
+    return frozenset().union(*(pattern.findall(source(function)) for function in running))
 
 
-def _names(pattern: re.Pattern[str], cls: type) -> frozenset[str]:
-    names: set[str] = set()
-    for name, method in vars(cls).items():
-        function = inspect.unwrap(method) if inspect.isfunction(method) else None
-        if inspect.isfunction(function) and name not in NOT_RUNNING:
-            names.update(pattern.findall(_source(function)))
-    return frozenset(names)
+def own_methods(cls: type) -> Iterator[tuple[str, FunctionType]]:
+    """The methods of a model's class and its bases, by name, without those that every module or model has."""
+    for base in cls.__mro__:
+        if base.__module__ != nn.Module.__module__ and not OF_EVERY_MODEL.match(base.__module__):
+            for name, method in vars(base).items():
+                function = inspect.unwrap(method) if inspect.isfunction(method) else None
+                if isinstance(function, FunctionType):
+                    yield name, function
 
 
 @functools.cache
-def _source(function: FunctionType) -> str:
+def source(function: FunctionType) -> str:
     """The lines a function was compiled from; empty where there are none to look into.
 
     `inspect.getsource` finds the last line by running Python's tokenizer in Python, which took longer than all else

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedCheckpointError
 from ..schemes.base import LinearScheme, MoEScheme
+from ..schemes.opaque import OpaqueParameter
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -20,16 +21,51 @@ def apply_keeping_codes(module: Any, fn: Apply, recurse: bool = True) -> Any:
 
     What is behind `.to()`, `.half()` and `.cuda()`: FP8 codes and float32 scales are no numbers to be rounded.
     """
-    kept = {id(module._parameters[name]) for name in module.scheme.kept_exactly(module)}
+    held: dict[str, Any] = module._parameters
+    opaque = dict(_opaque(module))
+    try:
+        held.update(dict.fromkeys(opaque))  # in their places, and passed over
+        nn.Module._apply(module, fn, recurse)
+    finally:
+        held.update(opaque)
+    held.update({name: parameter.applied(fn) for name, parameter in opaque.items()})
+    return module
 
-    def moved(tensor: Tensor) -> Tensor:
-        if id(tensor) in kept:
-            empty = fn(tensor[:0])
-            if empty.dtype != tensor.dtype:
-                return tensor.to(empty.device)
-        return fn(tensor)
 
-    return nn.Module._apply(module, moved, recurse)
+def save_codes(module: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    """`nn.Module._save_to_state_dict` for a module with a scheme: a state dict has codes and scales as they are."""
+    nn.Module._save_to_state_dict(module, destination, prefix, keep_vars)
+    if not keep_vars:
+        destination.update({f"{prefix}{name}": parameter.tensor.detach() for name, parameter in _opaque(module)})
+
+
+def load_codes(module: Any, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    """`nn.Module._load_from_state_dict` for a module with a scheme: the other way."""
+    held: dict[str, Any] = module._parameters
+    opaque = dict(_opaque(module))
+    try:
+        held.update({name: nn.Parameter(each.tensor, requires_grad=False) for name, each in opaque.items()})
+        nn.Module._load_from_state_dict(module, state_dict, prefix, *args)
+    finally:
+        for name, parameter in opaque.items():
+            same = held[name].data_ptr() == parameter.tensor.data_ptr() and held[name].device == parameter.tensor.device
+            held[name] = parameter if same else parameter.around(held[name].data)
+
+
+def _opaque(module: nn.Module) -> list[tuple[str, OpaqueParameter]]:
+    return [(name, each) for name, each in module._parameters.items() if type(each) is OpaqueParameter]
+
+
+def make_opaque(module: Any) -> None:
+    """Let no code take the codes and scales of a module with a scheme for numbers."""
+    for name in module.scheme.kept_exactly(module):
+        module._parameters[name] = OpaqueParameter(module._parameters[name])
+
+
+def say_what_codes_stand_for(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Tell codes and scales of a module its name in the model, for messages, and the dtype it computes in."""
+    for key, parameter in _opaque(module):
+        parameter.stands_for(name, key, dtype)
 
 
 class GivenMethod:
@@ -62,8 +98,9 @@ def refuse_to_save(model: nn.Module, *_: Any, **__: Any) -> None:
 class QuantizedLinear(nn.Module):
     """A linear layer (or GPT-2 `Conv1D`) whose weight is codes and scales.
 
-    `weight` holds the codes and `weight_scale` the scales, canonical [N, K]; `bias` [N] is as stored. `transposed`
-    says that the module it stands for keeps its weight as [K, N], which `dequantize` gives back.
+    `weight` holds the codes and `weight_scale` the scales, canonical [N, K], which nothing but the scheme may use as
+    numbers (`OpaqueParameter`); `bias` [N] is as stored. `transposed` says that the module it stands for keeps its
+    weight as [K, N], which `dequantize` gives back.
     """
 
     def __init__(
@@ -75,6 +112,7 @@ class QuantizedLinear(nn.Module):
         self.transposed = transposed
         self.scheme = scheme
         scheme.create_weights(self, in_features=in_features, out_features=out_features)
+        make_opaque(self)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,43 +128,14 @@ class QuantizedLinear(nn.Module):
         applied: Self = apply_keeping_codes(self, fn, recurse)
         return applied
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        save_codes(self, destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        load_codes(self, state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={self.scheme.name}"
-
-
-class DtypeFacade(Tensor):
-    """Codes that answer `.dtype` with the compute dtype."""
-
-    compute_dtype: torch.dtype
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.compute_dtype
-
-
-class QuantizedLinearReadByDtype(QuantizedLinear):
-    """A `QuantizedLinear` for models that cast activations to `layer.weight.dtype`, as T5 does.
-
-    There `layer.weight` is the codes behind a face that answers `.dtype` with the dtype the layer computes in; the
-    parameter itself, in `parameters()` and `state_dict()`, is the same as everywhere.
-    """
-
-    compute_dtype: torch.dtype
-
-    def _apply(self, fn: Apply, recurse: bool = True) -> Self:
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        return super()._apply(fn, recurse)
-
-    def __getattr__(self, name: str) -> Any:
-        found: Any = super().__getattr__(name)  # parameters are no instance attributes: they are always found here
-        if name != "weight":
-            return found
-        if torch.compiler.is_compiling():  # which takes a tensor's dtype from the tensor; its elements are not read
-            return found.new_empty((), dtype=self.compute_dtype).expand(found.shape)
-        facade = found.as_subclass(DtypeFacade)
-        facade.__dict__.update(found.__dict__)
-        facade.compute_dtype = self.compute_dtype
-        return facade
 
 
 def quantize_experts(module: Any, scheme: MoEScheme) -> None:
@@ -145,8 +154,11 @@ def quantize_experts(module: Any, scheme: MoEScheme) -> None:
     module.num_experts = int(module._parameters["down_proj"].shape[0])
     scheme.create_weights(module, num_experts=module.num_experts, **sizes)
     module.scheme = scheme
+    make_opaque(module)
     module.dequantize = GivenMethod(_dequantize, module)
     module._apply = GivenMethod(apply_keeping_codes, module)
+    module._save_to_state_dict = GivenMethod(save_codes, module)
+    module._load_from_state_dict = GivenMethod(load_codes, module)
 
 
 def _dequantize(module: Any, name: str = "gate_up_proj") -> Tensor:

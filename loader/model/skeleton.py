@@ -20,8 +20,9 @@ from ..schemes.base import LinearScheme, MoEScheme
 from ..schemes.policy import Choice, Policy, name_reason
 from . import config_checks, modeling_code, transformers_api
 from .experts import convert_experts, is_fused_experts, unsupported_reason
-from .quantized import GivenMethod, QuantizedLinear, QuantizedLinearReadByDtype, refuse_to_save
+from .quantized import GivenMethod, QuantizedLinear, refuse_to_save, say_what_codes_stand_for
 from .stored_sources import ModuleWeights, StoredSources
+from .weight_reads import weight_readers
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes a model can be built in."""
@@ -138,9 +139,11 @@ class _Assigner:
     """Decides about the modules of one model, one by one."""
 
     def __init__(self, model: PreTrainedModel, policy: Policy, dtype: torch.dtype, sources: StoredSources) -> None:
-        self._model, self._policy, self._dtype, self._sources = model, policy, dtype, sources
+        self._model, self._policy, self._sources = model, policy, sources
+        self._dtype_of = transformers_api.DtypePlan(model, dtype)
         self._head = transformers_api.output_head(model)
         self._tied = transformers_api.tied_parameters(model)
+        self._readers = weight_readers(model)
 
     def experts(self, name: str, module: Any) -> Assignment:
         impossible = unsupported_reason(module)
@@ -150,7 +153,9 @@ class _Assigner:
         if impossible is not None or choice.scheme is None:
             return Assignment(name, "experts", module, None, impossible or choice.reason)
         assert isinstance(choice.scheme, MoEScheme)
+        dtype = self._dtype_of(weights[0], module.get_parameter(weights[0].rpartition(".")[2]).dtype)
         convert_experts(module, choice.scheme)
+        say_what_codes_stand_for(module, name, dtype)
         return Assignment(name, "experts", module, choice.scheme, "", self._kept(stored, choice))
 
     def linear(self, name: str, module: Any, parent: nn.Module) -> Assignment:
@@ -161,9 +166,9 @@ class _Assigner:
         if impossible is not None or choice.scheme is None:
             return Assignment(name, "linear", module, None, impossible or choice.reason)
         assert isinstance(choice.scheme, LinearScheme)
-        quantized = self._quantized(module, choice.scheme, modeling_code.reads_dtype(parent, child))
+        quantized = self._quantized(name, module, choice.scheme)
         setattr(parent, child, quantized)
-        if modeling_code.reads_weight(parent, child):
+        if id(module) in self._readers:
             transformers_api.tell_quantized(parent)
         return Assignment(name, "linear", quantized, choice.scheme, "", self._kept(stored, choice))
 
@@ -174,14 +179,11 @@ class _Assigner:
         assert choice.scheme is not None
         return self._sources.adapt(stored, choice.scheme.kernels.format)
 
-    def _quantized(self, module: Any, scheme: LinearScheme, read_by_dtype: bool) -> QuantizedLinear:
+    def _quantized(self, name: str, module: Any, scheme: LinearScheme) -> QuantizedLinear:
         transposed = isinstance(module, Conv1D)
         rows, columns = reversed(module.weight.shape) if transposed else module.weight.shape
-        sizes = (int(columns), int(rows), module.bias, transposed)
-        if not read_by_dtype:
-            return QuantizedLinear(scheme, *sizes).train(module.training)
-        quantized = QuantizedLinearReadByDtype(scheme, *sizes).train(module.training)
-        quantized.compute_dtype = self._dtype
+        quantized = QuantizedLinear(scheme, int(columns), int(rows), module.bias, transposed).train(module.training)
+        say_what_codes_stand_for(quantized, name, self._dtype_of(f"{name}.weight", module.weight.dtype))
         return quantized
 
     def _impossible(self, name: str, module: nn.Module, parent: nn.Module, child: str) -> str | None:
@@ -189,8 +191,9 @@ class _Assigner:
             return "its weight is tied to another parameter"
         if type(module) not in (nn.Linear, Conv1D):
             return f"{type(module).__name__} is a linear layer with code of its own"
-        if modeling_code.reads_weight(parent, child) and not modeling_code.asks_if_quantized(parent):
-            return f"the forward of {type(parent).__name__} reads its weight instead of calling it"
+        reader = self._readers.get(id(module))
+        if reader is not None and not (reader is type(parent) and modeling_code.asks_if_quantized(parent)):
+            return f"the forward of {reader.__name__} reads its weight instead of calling it"
         if modeling_code.writes_weight(self._model, child):
             return f"{type(self._model).__name__} changes its weight in place"
         return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..geometry.layout import Block, WeightLayout
 from ..geometry.regions import Region, RegionTracker
 from ..kernels.formats import Tensors
+from ..schemes.opaque import OpaqueParameter, plain
 from .observing import Finish, Observation, ScaleGroup, scales_are_shared
 from .storage import FinalStorage
 
@@ -28,13 +29,17 @@ def materialize(module: nn.Module, name: str, storage: FinalStorage, dtype: torc
     old: Tensor = held[name]
     if not old.is_meta:
         return old
-    new: Tensor = storage.empty(tuple(old.shape), dtype or old.dtype)
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
-    new.__dict__.update(old.__dict__)
-    new._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers initializes what does not say so
+    tensor = storage.empty(tuple(old.shape), dtype or plain(old).dtype)
+    new: Any = tensor
+    if isinstance(old, OpaqueParameter):
+        new = old.around(tensor)
+    else:
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
+        new.__dict__.update(old.__dict__)
+    new._is_hf_initialized = True  # transformers initializes what does not say so
     held[name] = new
-    return new
+    return new  # type: ignore[no-any-return]
 
 
 def alive(module: weakref.ref[M]) -> M:
@@ -67,7 +72,7 @@ class QuantizedParameter:
         with self._lock:
             if self._tensors is None:
                 module, names = alive(self._module), self.layout.format.names(self._name)
-                self._tensors = tuple(materialize(module, name, self._storage).data for name in names)
+                self._tensors = tuple(plain(materialize(module, name, self._storage)).data for name in names)
                 self.layout.clear_padding(self._tensors)
         return self._tensors
 

@@ -16,6 +16,7 @@ from ..kernels.registry import KernelSet, kernel_set
 from ..kernels.statistics import new_statistics
 from . import operators
 from .activations import Activation
+from .opaque import plain
 
 
 class NonFiniteError(ValueError):
@@ -117,14 +118,16 @@ class _Scheme(ABC):
         """`x` [T, K] as the matmul with a weight is to see it: rounded where activations are emulated."""
         if self.activation is None:
             return x
-        scale = layer._parameters[self.input_scale_name(weight)] if self.activation.static else None
+        scale = None
+        if self.activation.static:
+            scale = plain(cast("Tensor", layer._parameters[self.input_scale_name(weight)]))
         return operators.call("rounded", self.activation, self._rounding, x, scale)
 
     @staticmethod
     def weight(layer: nn.Module, layout: WeightLayout, name: str) -> Tensors:
-        """The codes and scales of a parameter as the layer holds them."""
+        """The codes and scales of a parameter as the layer holds them, in ordinary tensors."""
         held = layer._parameters
-        return tuple([cast("Tensor", held[name + suffix]) for suffix in layout.format.suffixes])
+        return tuple([plain(held[name + suffix]) for suffix in layout.format.suffixes])  # type: ignore[arg-type]
 
     @staticmethod
     def register_tensors(layer: nn.Module, layout: WeightLayout, name: str) -> None:

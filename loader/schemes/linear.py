@@ -33,7 +33,7 @@ class QuantizedLinearScheme(LinearScheme):
         arrangement = self.kernels.arrangements.get("linear")
         if arrangement is not None:
             layout = self.layouts(layer)["weight"]
-            tensors = tuple(tensor.data for tensor in self.weight(layer, layout, "weight"))
+            tensors = self.weight(layer, layout, "weight")
             layout.clear_padding(tensors)
             arrangement.arrange(tensors)
 

@@ -76,7 +76,7 @@ class QuantizedMoEScheme(MoEScheme):
             return
         arrangement = self.kernels.arrangements["experts"]
         for name, layout in self.layouts(layer).items():
-            tensors = tuple(tensor.data for tensor in self.weight(layer, layout, name))
+            tensors = self.weight(layer, layout, name)
             layout.clear_padding(tensors)
             arrangement.arrange(tensors)
 

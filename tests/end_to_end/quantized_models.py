@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from architectures import ROUTERS, Architecture, Inputs, is_experts, logits, quantizable_modules, reference
 from quantload.schemes.base import LinearScheme, MoEScheme
+from quantload.schemes.opaque import plain
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -176,11 +177,11 @@ def assert_logits_match(quantized: PreTrainedModel, path: Path, architecture: Ar
 
 def final_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each piece of memory counted once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [plain(tensor) for tensor in (*model.parameters(), *model.buffers())]
     return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors if t.numel()}.values())
 
 
 def state_bytes(model: nn.Module) -> dict[str, bytes]:
     """Every parameter and buffer as bytes: codes, scales and kept weights."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, t in named}
+    return {name: plain(t).detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, t in named}

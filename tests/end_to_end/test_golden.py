@@ -26,7 +26,7 @@ def canonical(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 def exported_layout(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters under the names of Quark's export: one tensor an expert, gate and up apart."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.state_dict().items():
         layer, _, last = name.rpartition(".")
         if ".experts." not in name:
             yield name, parameter

@@ -305,7 +305,7 @@ def test_static_input_scales_are_read_where_activations_are_emulated(golden: Pat
     model = load_quantized(folder, options=LoadOptions(activations="emulate"))
     tensors = raw_checkpoint.read(folder)
     for name, module in quantized_modules(model).items():
-        assert torch.equal(module.input_scale, tensors[f"{name}.input_scale"].float().reshape(1))
+        assert torch.equal(module.state_dict()["input_scale"], tensors[f"{name}.input_scale"].float().reshape(1))
     report = model.load_report
     assert all(layer.kernel.endswith("fp8 static activations emulated") for layer in report.layers)
     assert report.final_bytes == report.predicted_final_bytes

@@ -9,14 +9,14 @@ import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from architectures import BY_NAME, logits
 from quantload import load_quantized
-from quantload.errors import RouteError, UnsupportedCheckpointError
-from quantload.model.quantized import DtypeFacade, QuantizedLinear, QuantizedLinearReadByDtype
+from quantload.errors import QuantizedWeightError, RouteError, UnsupportedCheckpointError
+from quantload.model.quantized import QuantizedLinear, say_what_codes_stand_for
 from quantload.options import LoadOptions
 from quantload.schemes.registry import SchemeFactory
 from torch import Tensor, nn
@@ -38,19 +38,19 @@ SCHEMES = [
 Checkpoint = Callable[[str], Path]
 
 
-def linear(
-    scheme: str = "int8_per_channel", bias: bool = True, transposed: bool = False, cls: type = QuantizedLinear
-) -> Any:
+def linear(scheme: str = "int8_per_channel", bias: bool = True, transposed: bool = False) -> Any:
     """A quantized linear layer [48, 80] with real codes."""
     made: Any = SchemeFactory(CPU, LoadOptions()).linear(scheme)
-    module = cls(made, 80, 48, nn.Parameter(torch.randn(48, dtype=torch.bfloat16)) if bias else None, transposed)
+    biases = nn.Parameter(torch.randn(48, dtype=torch.bfloat16)) if bias else None
+    module: Any = QuantizedLinear(made, 80, 48, biases, transposed)
     layout = module.weight_layout
     weight = torch.randn(48, 80, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     codes = torch.empty(layout.shapes[0], dtype=layout.format.code_dtype)
     scales = torch.empty(layout.shapes[1], dtype=layout.format.scale_dtype)
     assert made.kernels.quantize(weight, (codes, scales)) == 0
-    module.weight = nn.Parameter(codes, requires_grad=False)
-    module.weight_scale = nn.Parameter(scales, requires_grad=False)
+    module.weight = module.weight.around(codes)
+    module.weight_scale = module.weight_scale.around(scales)
+    say_what_codes_stand_for(module, "model.layers.7.mlp.down", torch.bfloat16)
     return module
 
 
@@ -104,8 +104,8 @@ def test_a_dtype_conversion_leaves_codes_and_scales_alone(scheme: str, convert: 
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     module = module.to(torch.float16) if convert == "to" else getattr(module, convert)()
     dtype = {"float": torch.float32, "bfloat16": torch.bfloat16}.get(convert, torch.float16)
-    assert same_bytes(module.weight, before["weight"])
-    assert same_bytes(module.weight_scale, before["weight_scale"])
+    assert same_bytes(module.state_dict()["weight"], before["weight"])
+    assert same_bytes(module.state_dict()["weight_scale"], before["weight_scale"])
     assert module.bias.dtype == dtype
     assert module(torch.randn(2, 80, dtype=dtype)).dtype == dtype
 
@@ -117,44 +117,164 @@ def test_what_is_no_dtype_conversion_reaches_codes_and_scales() -> None:
     assert all(p.is_shared() for p in copy.deepcopy(module).share_memory().parameters())
 
 
-# The face for models that read `weight.dtype`
+# What code sees of a weight
 
 
-def read_by_dtype() -> QuantizedLinearReadByDtype:
-    module: QuantizedLinearReadByDtype = linear(cls=QuantizedLinearReadByDtype)
-    module.compute_dtype = torch.bfloat16
-    return module
+def test_a_weight_has_the_dtype_of_computing_and_the_state_dict_that_of_the_codes() -> None:
+    module = linear()
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert all(p.is_floating_point() and torch.is_floating_point(p) for p in module.parameters())
+    assert module.weight.dtype == module.weight.data.dtype == module.weight.detach().dtype == torch.bfloat16
+    assert {name: t.dtype for name, t in module.state_dict().items()} == {
+        "weight": torch.int8, "weight_scale": torch.float32, "bias": torch.bfloat16,
+    }  # fmt: skip
+    assert type(module.state_dict()["weight"]) is Tensor
 
 
-def test_the_face_answers_dtype_and_the_parameter_does_not() -> None:
-    module = read_by_dtype()
-    assert module.weight.dtype == torch.bfloat16
-    assert isinstance(module.weight, DtypeFacade)
-    assert dict(module.named_parameters())["weight"].dtype == torch.int8
-    assert module.state_dict()["weight"].dtype == torch.int8
-    assert torch.equal(module.weight.data.as_subclass(Tensor), module._parameters["weight"].data)  # type: ignore[union-attr]
+def test_a_weight_says_where_and_how_large_it_is() -> None:
+    module = linear()
+    module.weight.weight_loader = "closure"
+    weight = module.weight
+    assert (weight.weight_loader, weight.shape, weight.device, weight.is_meta) == ("closure", (48, 80), CPU, False)
+    assert (weight.numel(), weight.element_size(), weight.nbytes) == (3840, 1, 3840)
+    assert (weight.dim(), weight.size(0)) == (2, 48)
+    assert weight.untyped_storage().data_ptr() == module.state_dict()["weight"].data_ptr()
+    assert isinstance(weight, nn.Parameter)
+    assert "int8" in repr(weight)
 
 
-def test_the_face_has_what_was_attached_to_the_parameter() -> None:
-    module = read_by_dtype()
-    module._parameters["weight"].weight_loader = "closure"  # type: ignore[union-attr]
-    assert module.weight.weight_loader == "closure"
-    assert module.weight.shape == (48, 80)
-    assert module.weight.device == CPU
+CASTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "to_dtype": lambda w, x: x.to(w.dtype),
+    "to_like": lambda w, x: x.to(w),
+    "to_named": lambda w, x: cast("Any", x).to(tensor=w),
+    "type_as": lambda w, x: x.type_as(w),
+    "new_zeros": lambda w, _: w.new_zeros(3),
+    "new_ones": lambda w, _: w.new_ones(3),
+    "new_full": lambda w, _: w.new_full((3,), 2),
+    "new_empty": lambda w, _: w.new_empty(3),
+    "new_tensor": lambda w, _: w.new_tensor([1.5]),
+}
 
 
-def test_a_graph_sees_the_dtype_of_the_face() -> None:
-    module, x = read_by_dtype(), torch.randn(3, 80)
+@pytest.mark.parametrize("cast", CASTS)
+def test_what_is_cast_to_a_weight_gets_the_dtype_of_computing(cast: str) -> None:
+    assert CASTS[cast](linear().weight, torch.zeros(3)).dtype == torch.bfloat16
 
-    def forward(x: Tensor) -> Tensor:
-        wanted = module.weight
-        out: Tensor = module(x.to(wanted.dtype)) if wanted.shape == (48, 80) else x
-        return out
 
+NAME = r"^model\.layers\.7\.mlp\.down\.weight "
+USES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "linear": lambda w, x: nn.functional.linear(x, w),
+    "data": lambda w, x: nn.functional.linear(x, w.data),
+    "detach": lambda w, x: x @ w.detach(),
+    "matmul": lambda w, x: torch.matmul(x, w.T),
+    "operator": lambda w, x: x @ w,
+    "reflected": lambda w, _: 2 * w,
+    "einsum": lambda w, x: torch.einsum("bk,nk->bn", x, w),
+    "norm": lambda w, _: w.norm(),
+    "index": lambda w, _: w[0],
+    "rows": lambda w, _: w[:, torch.tensor([1, 2])],
+    "cat": lambda w, _: torch.cat([w, w]),
+    "float": lambda w, _: w.float(),
+    "cast": lambda w, _: w.to(torch.bfloat16),
+    "chunk": lambda w, _: w.chunk(2),
+    "item": lambda w, _: w.sum().item(),
+    "numpy": lambda w, _: w.numpy(),
+    "list": lambda w, _: w.tolist(),
+    "iterate": lambda w, _: list(w),
+    "initialize": lambda w, _: nn.init.normal_(w),
+    "fill": lambda w, _: w.data.zero_(),
+    "copy": lambda w, x: w.copy_(x),
+    "assign": lambda w, x: setattr(w, "data", x),
+    "embed": lambda w, _: nn.functional.embedding(torch.tensor([1]), w),
+    "functional_call": lambda w, x: torch.addmm(x, x, w),
+    "address": lambda w, _: w.data_ptr(),
+    "compare": lambda w, _: torch.equal(w, w),
+    "zeros_like": lambda w, _: torch.zeros_like(w),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_weight_is_not_used_as_numbers(use: str) -> None:
+    module = linear()
+    before = module.state_dict()["weight"].clone()
+    with pytest.raises(QuantizedWeightError, match=NAME + r".*'model\.layers\.\*\.mlp\.down'"):
+        USES[use](module.weight, torch.zeros(4, 80, dtype=torch.bfloat16))
+    assert torch.equal(module.state_dict()["weight"], before)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_scheme_gives_its_codes_or_scales_as_numbers(scheme: str) -> None:
+    module = linear(scheme)
+    for key in ("weight", "weight_scale"):
+        with pytest.raises(QuantizedWeightError, match=rf"down\.{key} .*calls matmul"):
+            torch.matmul(torch.zeros(4, 48), getattr(module, key))
+        assert getattr(module, key).dtype == torch.bfloat16
+
+
+def test_a_weight_nobody_named_is_refused_too() -> None:
+    module = linear()
+    say_what_codes_stand_for(module, "", torch.bfloat16)
+    with pytest.raises(QuantizedWeightError, match="a quantized weight holds codes"):
+        module.weight.sum()
+
+
+def test_a_weight_goes_elsewhere_as_a_whole() -> None:
+    module = linear()
+    for moved in (module.weight.cpu(), module.weight.to("cpu"), module.weight.clone(), copy.deepcopy(module.weight)):
+        assert (moved.dtype, moved.tensor.dtype) == (torch.bfloat16, torch.int8)
+        assert torch.equal(moved.tensor, module.weight.tensor)
+    assert module.weight.to("meta").is_meta
+    file = io.BytesIO()
+    torch.save(module.weight, file)
+    file.seek(0)
+    back = torch.load(file, weights_only=False)
+    assert (back.dtype, back.module_name) == (torch.bfloat16, "model.layers.7.mlp.down")
+    assert torch.equal(back.tensor, module.weight.tensor)
+
+
+def test_a_weight_can_be_replaced_by_codes_only() -> None:
+    module, twin = linear(), linear()
+    twin.weight.data = module.weight.tensor + 1
+    assert torch.equal(twin.state_dict()["weight"], module.state_dict()["weight"] + 1)
+    assert twin.weight.untyped_storage().data_ptr() == twin.weight.tensor.data_ptr()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_brings_codes_and_they_stay_no_numbers(assign: bool) -> None:
+    module, twin = linear(), linear()
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state["weight"] += 1
+    twin.load_state_dict(state, assign=assign)
+    assert torch.equal(twin.state_dict()["weight"], state["weight"])
+    assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
+    with pytest.raises(QuantizedWeightError, match=NAME):
+        twin.weight.sum()
+    x = torch.randn(3, 80, dtype=torch.bfloat16)
+    assert not torch.equal(twin(x), module(x))
+
+
+GRAPHS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "attribute": lambda module, x: module(x.to(module.weight.dtype)),
+    "parameters": lambda module, x: module(x.to(next(module.parameters()).dtype)),
+    "device": lambda module, x: module(x.to(module.weight.device).bfloat16()),
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_graph_sees_the_dtype_of_computing(graph: str) -> None:
+    module, x = linear(), torch.randn(3, 80)
     with torch.no_grad():
-        got = torch.compile(forward, backend="eager", fullgraph=True)(x)
+        got = torch.compile(lambda x: GRAPHS[graph](module, x), backend="eager", fullgraph=True)(x)
         assert got.dtype == torch.bfloat16
         assert torch.equal(got, module(x.bfloat16()))
+
+
+@pytest.mark.parametrize("use", ["linear", "operator", "norm", "index"])
+def test_a_graph_does_not_use_a_weight_as_numbers(use: str) -> None:
+    module = linear("fp8_per_channel")
+    compiled = torch.compile(lambda x: USES[use](module.weight, x), backend="eager")
+    with torch.no_grad(), pytest.raises(QuantizedWeightError, match=NAME):
+        compiled(torch.zeros(4, 80, dtype=torch.bfloat16))
 
 
 def test_a_gradient_goes_around_the_graph() -> None:
@@ -172,19 +292,13 @@ def test_a_gradient_goes_around_the_graph() -> None:
         gradient(torch.compile(module.__call__, backend="eager", fullgraph=True))
 
 
-def test_other_attributes_are_as_everywhere() -> None:
-    module = read_by_dtype()
-    assert module.weight_scale.dtype == torch.float32
-    assert module.bias.dtype == torch.bfloat16
-    with pytest.raises(AttributeError, match="weights"):
-        _ = module.weights
-
-
-def test_the_face_follows_a_dtype_conversion() -> None:
-    module = read_by_dtype().to(torch.float32)
-    assert module.weight.dtype == torch.float32
-    assert module._parameters["weight"].dtype == torch.int8  # type: ignore[union-attr]
+def test_the_dtype_follows_a_dtype_conversion() -> None:
+    module = linear().to(torch.float32)
+    assert module.weight.dtype == module.weight_scale.dtype == torch.float32
+    assert module.state_dict()["weight"].dtype == torch.int8
     assert module.to("cpu").weight.dtype == torch.float32
+    with pytest.raises(QuantizedWeightError, match=NAME):
+        module.to("meta").weight.sum()
 
 
 # Whole models
@@ -196,13 +310,13 @@ def test_a_copy_computes_the_same_and_is_independent(loaded: tuple[str, PreTrain
     want = logits(model, inputs)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin, inputs), want)
-    pointers = {p.data_ptr() for p in model.parameters()}
-    assert not pointers & {p.data_ptr() for p in twin.parameters()}
+    pointers = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert not pointers & {p.untyped_storage().data_ptr() for p in twin.parameters()}
     for module in twin.modules():
         if hasattr(module, "scheme"):
             for name_, parameter in module._parameters.items():
                 if parameter is not None and name_.endswith("_scale"):
-                    parameter.data.zero_()
+                    parameter.tensor.zero_()
     assert torch.equal(logits(model, inputs), want)
     assert not torch.equal(logits(twin, inputs), want)
 
@@ -212,7 +326,7 @@ def test_a_copys_experts_dequantize_the_copy(loaded: tuple[str, PreTrainedModel]
     twin = copy.deepcopy(model)
     for name, module in twin.named_modules():
         if hasattr(module, "scheme") and not isinstance(module, QuantizedLinear):
-            module.down_proj_scale.data.zero_()
+            module.down_proj_scale.tensor.zero_()
             assert not module.dequantize("down_proj").any()
             assert model.get_submodule(name).dequantize("down_proj").any()
 
@@ -259,9 +373,8 @@ def test_a_model_in_another_dtype_keeps_its_codes(loaded: tuple[str, PreTrainedM
         if hasattr(module, "scheme"):
             original = model.get_submodule(path)
             for key in module.scheme.layouts(module):
-                assert same_bytes(module._parameters[key], original._parameters[key]), path
-                scale = f"{key}_scale"
-                assert same_bytes(module._parameters[scale], original._parameters[scale]), path
+                for each in (key, f"{key}_scale"):
+                    assert same_bytes(module.state_dict()[each], original.state_dict()[each]), path
     kept = {p.dtype for n, p in twin.named_parameters() if "norm" in n}
     assert kept == {torch.float32}
     got, want = logits(twin, BY_NAME[name].inputs()), logits(model, BY_NAME[name].inputs()).float()
@@ -285,8 +398,8 @@ def test_a_state_dict_goes_into_another_model_of_the_same_kind(checkpoint: Check
     inputs = BY_NAME["qwen3_moe"].inputs()
     want = logits(first, inputs)
     state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
-    for parameter in first.parameters():
-        parameter.data.zero_()
+    for tensor in first.state_dict().values():
+        tensor.zero_()
     first.load_state_dict(state)
     second.load_state_dict(state)
     assert torch.equal(logits(first, inputs), want)

@@ -12,11 +12,12 @@ from architectures import ALL, quantizable_modules
 from quantload.checkpoint.index import read_index
 from quantload.checkpoint.resolve import resolve
 from quantload.errors import UnmatchedPatternError
-from quantload.model.quantized import QuantizedLinear, QuantizedLinearReadByDtype
+from quantload.model.quantized import QuantizedLinear
 from quantload.model.routes import CheckpointMap
 from quantload.model.skeleton import Assignment, assign_schemes, find_model
 from quantload.model.stored_sources import StoredSources
 from quantload.options import LoadOptions, QuantizationPolicy
+from quantload.schemes.opaque import OpaqueParameter
 from quantload.schemes.policy import Policy
 from quantload.schemes.registry import SchemeFactory
 from quantload.schemes.stored.weights import StoredCheckpoint
@@ -70,12 +71,26 @@ def test_nothing_is_touched_with_none(checkpoint: Checkpoint) -> None:
     }  # fmt: skip
 
 
-def test_a_layer_that_is_read_by_dtype_gets_a_face(checkpoint: Checkpoint) -> None:
+def test_weights_know_their_names_and_the_dtype_they_would_have_had(checkpoint: Checkpoint) -> None:
+    plain, dtype = skeleton(checkpoint("t5"))
     model, assignments = assigned(checkpoint("t5"))
-    faces = {name for name, a in assignments.items() if isinstance(a.module, QuantizedLinearReadByDtype)}
-    assert faces == {name for name in assignments if name.endswith(".wo")}
-    assert faces
-    assert model.get_submodule(min(faces)).weight.dtype == torch.bfloat16
+    assert {name for name, a in assignments.items() if a.scheme is not None} >= {
+        name for name in assignments if name.endswith(".wo")
+    }
+    held = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, OpaqueParameter):
+            assert f"{parameter.module_name}.{parameter.key}" == name
+            assert parameter.dtype == held[f"{parameter.module_name}.weight"].dtype == dtype
+
+
+def test_a_layer_kept_in_float32_computes_in_float32_when_it_is_quantized(checkpoint: Checkpoint) -> None:
+    """As T5's `wo` does in a float16 model: what casts activations to its dtype must do so."""
+    plain, _ = skeleton(checkpoint("t5"))
+    plain.to(torch.float16)
+    made = assign_schemes(plain, rules(), torch.float16, strict=True, sources=NOTHING_STORED)
+    dtypes = {a.name.rpartition(".")[2]: a.module.weight.dtype for a in made if a.scheme is not None}
+    assert {name: dtype for name, dtype in dtypes.items() if dtype != torch.float16} == {"wo": torch.float32}
 
 
 def test_tied_weights_are_kept(checkpoint: Checkpoint) -> None:
@@ -179,7 +194,6 @@ def test_what_reads_a_weight_instead_of_calling_the_layer(block: type[nn.Module]
     assert {name for name, a in found.items() if a.scheme is not None} == {
         "called", "asked", "cast", "checked", "started",
     }  # fmt: skip
-    assert {name for name, a in found.items() if isinstance(a.module, QuantizedLinearReadByDtype)} == {"cast"}
 
 
 def test_a_module_under_two_names_is_decided_once() -> None:

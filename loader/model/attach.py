@@ -125,7 +125,7 @@ def attach_weight_loaders(
         if assignment.scheme is not None:
             _attach_quantized(loaders, assignment, storage, input_scales, on_finished)
     quantized = {name for parameter in loaders.sinks for name in loaders.stored_names(parameter)}
-    modules: Mapping[str, Any] = dict(model.named_modules())
+    modules: Mapping[str, Any] = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in quantized and isinstance(tensor, Tensor):
             path, _, attribute = name.rpartition(".")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from torch import nn
+
 
 def tied_to_what_is_there(ties: Mapping[str, str], there: Collection[str]) -> dict[str, str]:
     """The same ties, each parameter by the one whose values it gets, so that one in `there` is the last in every group.
@@ -27,6 +29,21 @@ def tied_to_what_is_there(ties: Mapping[str, str], there: Collection[str]) -> di
             if other in filled:
                 filled.add(target)
     return settled
+
+
+def shared_from_the_start(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that a model has under another name before: of a module in two places, or given to two.
+
+    The code of a model may share so without saying it, where `tie_weights` has nothing to do; a checkpoint has one name.
+    """
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(path, recurse=False):
+            known = first.setdefault(id(parameter), name)
+            if known != name:
+                shared[name] = known
+    return shared
 
 
 def _group(ties: Mapping[str, str], name: str) -> list[str]:

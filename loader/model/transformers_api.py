@@ -35,7 +35,7 @@ from ..checkpoint.resolve import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ..checkpoint.small_files import MODEL_FILES, check_values, read_small_file
 from ..errors import CheckpointError, QuantloadError, UnsupportedCheckpointError
 from .name_families import Member, families, rename_family
-from .ties import tied_to_what_is_there
+from .ties import shared_from_the_start, tied_to_what_is_there
 
 _default_dtype = threading.Lock()
 """Held while transformers builds on torch's default dtype, which it sets for the whole process: one load at a time."""
@@ -148,12 +148,20 @@ def meta_model(cls: type[PreTrainedModel], config: Any, root: Path, dtype: torch
         except QuantloadError:
             raise
         except Exception as error:  # what a model class makes of impossible sizes is its own affair
+            if isinstance(getattr(cls, "_tied_weights_keys", None), (list, tuple)):
+                raise UnsupportedCheckpointError(
+                    f"{cls.__name__} was written for transformers 4: `_tied_weights_keys` is {cls._tied_weights_keys!r}, "
+                    f"and transformers {transformers.__version__} needs a mapping from each of them to the parameter that "
+                    f"it is tied to: change the code of the model so"
+                ) from error
             raise CheckpointError(
                 f"{root / CONFIG_NAME}: transformers {transformers.__version__} cannot build a {cls.__name__} of it: "
                 f"{_said(error)}; the weights have not been looked at: compare the file with the original of this "
                 f"checkpoint"
             ) from error
         patch_output_recorders(model)
+    if model.is_custom_code():  # those of transformers itself say what they share
+        model.all_tied_weights_keys = {**shared_from_the_start(model), **getattr(model, "all_tied_weights_keys", {})}
     return model
 
 

@@ -34,7 +34,7 @@ def tied_to_what_is_there(ties: Mapping[str, str], there: Collection[str]) -> di
 def shared_from_the_start(model: nn.Module) -> dict[str, str]:
     """Names of parameters that a model has under another name before: of a module in two places, or given to two.
 
-    The code of a model may share so without saying it, where `tie_weights` has nothing to do; a checkpoint has one name.
+    The code of a model may share so without saying it; a checkpoint has one of the names.
     """
     first: dict[int, str] = {}
     shared: dict[str, str] = {}

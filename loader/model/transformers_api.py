@@ -148,11 +148,12 @@ def meta_model(cls: type[PreTrainedModel], config: Any, root: Path, dtype: torch
         except QuantloadError:
             raise
         except Exception as error:  # what a model class makes of impossible sizes is its own affair
-            if isinstance(getattr(cls, "_tied_weights_keys", None), (list, tuple)):
+            listed = isinstance(getattr(cls, "_tied_weights_keys", None), (list, tuple))
+            if listed and isinstance(error, AttributeError) and "keys" in str(error):
                 raise UnsupportedCheckpointError(
-                    f"{cls.__name__} was written for transformers 4: `_tied_weights_keys` is {cls._tied_weights_keys!r}, "
-                    f"and transformers {transformers.__version__} needs a mapping from each of them to the parameter that "
-                    f"it is tied to: change the code of the model so"
+                    f"{cls.__name__} was written for transformers 4: its `_tied_weights_keys` are "
+                    f"{cls._tied_weights_keys!r}, and transformers {transformers.__version__} takes a mapping only, "
+                    f"from each of them to the parameter that it is tied to: change the code of the model so"
                 ) from error
             raise CheckpointError(
                 f"{root / CONFIG_NAME}: transformers {transformers.__version__} cannot build a {cls.__name__} of it: "

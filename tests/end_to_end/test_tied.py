@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 import transformers
 from architectures import BY_NAME, Architecture, logits, reference
 from quantload import LoadOptions, convert_checkpoint, load_quantized, plan_quantized
-from quantload.errors import CheckpointError, MissingWeightsError
+from quantload.errors import CheckpointError, MissingWeightsError, UnsupportedCheckpointError
 from safetensors.torch import save_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -119,7 +120,7 @@ def shared(model: PreTrainedModel) -> set[frozenset[str]]:
     found: dict[int, set[str]] = defaultdict(set)
     for key, tensor in model.state_dict(keep_vars=True).items():
         if tensor.numel():
-            found[tensor.data_ptr()].add(key)
+            found[id(tensor)].add(key)
     return {frozenset(names) for names in found.values() if len(names) > 1}
 
 
@@ -229,3 +230,80 @@ def test_the_head_alone_is_not_enough_where_the_config_does_not_tie(folder: Chec
     (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     with pytest.raises(MissingWeightsError, match=r"model\.embed_tokens\.weight"):
         load_quantized(path)
+
+
+CODE = """
+from transformers import LlamaForCausalLM
+
+class OwnForCausalLM(LlamaForCausalLM):
+    {keys}
+
+    def __init__(self, config):
+        super().__init__(config)
+        {share}
+        self.post_init()
+"""
+MODULE = "self.again = self.model.layers[0].mlp.down_proj"
+PARAMETER = "self.lm_head.weight = self.model.embed_tokens.weight"
+Remote = Callable[..., Path]
+
+
+@pytest.fixture
+def remote(folder: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
+    """Llama's checkpoint with some names changed, for a class of its own that shares what `share` says."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the folder of modules is put there
+
+    def written(share: str, renamed: Mapping[str, str], keys: str = "", **config: Any) -> Path:
+        tensors = {renamed.get(name, name): t for name, t in raw_checkpoint.read(folder("llama")).items()}
+        tensors.pop("", None)
+        path = raw_checkpoint.write(tmp_path / "own", folder("llama"), [tensors])
+        (path / "modeling_own.py").write_text(CODE.format(keys=keys, share=share))
+        auto_map = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+        said = {"architectures": ["OwnForCausalLM"], "auto_map": auto_map, **config}
+        (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **said}))
+        return path
+
+    return written
+
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("share", "renamed"),
+    [
+        (MODULE, {}),
+        (MODULE, {DOWN: "again.weight"}),
+        (PARAMETER, {"lm_head.weight": ""}),
+        (PARAMETER, {"model.embed_tokens.weight": ""}),
+    ],
+    ids=["a module", "a module under its other name", "a parameter", "a parameter under its other name"],
+)
+def test_what_the_code_of_a_model_shares_by_itself(share: str, renamed: dict[str, str], remote: Remote) -> None:
+    path = remote(share, renamed)
+    stored = raw_checkpoint.read(path)
+    for scheme in ("none", "fp8_per_channel"):
+        model = load_quantized(path, scheme, trust_remote_code=True, options=LoadOptions(strict=True))
+        if share == MODULE:
+            assert model.again is model.model.layers[0].mlp.down_proj
+            there = stored["again.weight" if renamed else DOWN]
+            assert torch.equal(model.again.weight, there)
+        else:
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+            (there,) = (t for name, t in stored.items() if name in ("lm_head.weight", "model.embed_tokens.weight"))
+            assert torch.equal(model.lm_head.weight, there)
+        output = logits(model, BY_NAME["llama"].inputs())
+        assert torch.isfinite(output).all()
+    if share == MODULE and not renamed:
+        want = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=True)
+        same_state(load_quantized(path, "none", trust_remote_code=True), want)
+
+
+def test_a_class_written_for_transformers_4_says_so(remote: Remote) -> None:
+    """It names what is tied in a list, which transformers itself takes no more."""
+    path = remote("pass", {}, keys='_tied_weights_keys = ["lm_head.weight"]', tie_word_embeddings=True)
+    with pytest.raises(AttributeError, match="keys"):
+        transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    with pytest.raises(UnsupportedCheckpointError, match=r"OwnForCausalLM was written for transformers 4: .*lm_head"):
+        load_quantized(path, trust_remote_code=True)

@@ -157,7 +157,7 @@ class RunOptions:
         typer.Option(
             "--strict",
             help="Make an error of what is a warning without: a pattern that matches no module, tensors that the model "
-            "does not know, tied weights that differ.",
+            "does not know, tied weights that differ, NaN in weights that are kept as stored.",
         ),
     ] = False
     kernel: Annotated[

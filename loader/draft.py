@@ -15,6 +15,7 @@ from .checkpoint.small_tensors import SmallTensors
 from .collector import collector_paused
 from .cpu_kernels import import_cpu_kernels
 from .memory.budget import check_budget
+from .memory.report import NonFiniteReport
 from .model import transformers_api
 from .model.attach import OnFinished, WeightLoaders, attach_weight_loaders
 from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint, targets
@@ -45,6 +46,11 @@ class Draft:
     loaders: WeightLoaders
     routes: Routes
     plan: LoadPlan
+
+    def non_finite(self) -> list[NonFiniteReport]:
+        """The weights in which something that is not finite was found so far."""
+        found = self.loaders.non_finite.found()
+        return [NonFiniteReport(each.name, each.nan, each.infinite, each.overflowed, each.index) for each in found]
 
 
 def draft_load(
@@ -80,7 +86,7 @@ def draft_load(
         dtype_of = transformers_api.DtypePlan(model, dtype)
         assignments = assign_schemes(model, rules, dtype, options.strict, sources)
         schemes.warn_of_missing_scales()
-        loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer)
+        loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer, options.strict, dtype)
         routes = build_routes(mapped, loaders.landing)
         loaders.scale_together({name for conversion in routes.whole for name in targets(mapped, conversion)})
         planned = plan(model, index, mapped, sources, routes, loaders, assignments, options, schemes)

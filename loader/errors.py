@@ -7,7 +7,7 @@ QuantloadError
 │   ├── CorruptHeaderError          a safetensors header breaks a rule of the format
 │   ├── MissingShardError           the index names a file that is not there
 │   ├── UnsafePathError             the index names a path outside the checkpoint folder
-│   ├── NonFiniteWeightError        a weight is NaN or infinite
+│   ├── NonFiniteWeightError        a weight is NaN or infinite; one that is kept as stored, in strict mode
 │   └── DamagedEntryError           an entry of the cache is not what was written; a load goes on without it
 ├── RouteError                      checkpoint tensors and model parameters do not match
 │   ├── MissingWeightsError         parameters, or regions of them, that nothing filled
@@ -59,9 +59,13 @@ class UnsafePathError(CheckpointError):
 
 
 class NonFiniteWeightError(CheckpointError):
-    """A weight to be quantized is NaN or infinite; `position` is its (row, column) in the piece that held it."""
+    """A weight is NaN or infinite; `position` is its (row, column) in the piece that held it, `advice` what to do."""
 
     position: tuple[int, int] | None = None
+    advice: str = (
+        "weights to be quantized must be finite: repair the checkpoint, or leave this layer as stored with an ignore "
+        "pattern"
+    )
 
 
 class DamagedEntryError(CheckpointError):

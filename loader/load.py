@@ -64,7 +64,13 @@ def load_quantized(
         draft, totals = cache.attempt(load)
     model = cast(QuantizedModel, draft.model)
     model.load_report = recorder.report(
-        checkpoint.model_id, draft.rules.name, totals, tensor_bytes(model), tensor_bytes, cache.result
+        checkpoint.model_id,
+        draft.rules.name,
+        totals,
+        tensor_bytes(model),
+        tensor_bytes,
+        cache.result,
+        draft.non_finite(),
     )
     model.load_plan = draft.plan.memory
     return model

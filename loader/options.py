@@ -88,12 +88,14 @@ class LoadOptions:
     the rest behind the reader, `keep` drops nothing, `drop` everything."""
 
     stats: bool = True
-    """Measure in the kernels what quantizing loses (SQNR, largest error, saturation); loads without it are faster."""
+    """Measure in the kernels what quantizing loses (SQNR, largest error, saturation); loads without it are faster, and
+    do not see where a weight becomes infinite in a model that computes in float16."""
 
     strict: bool = False
     """Whether what is a warning otherwise is an error: a pattern of the policy that matches no module
     (`UnmatchedPatternError`), checkpoint tensors that no parameter takes (`UnexpectedWeightsError`), a tensor that lies
-    in two shards, tied parameters that are stored with different values (`CheckpointError`)."""
+    in two shards, tied parameters that are stored with different values (`CheckpointError`), NaN or infinities in a
+    weight that is kept as stored (`NonFiniteWeightError`; one that is quantized must have none at all)."""
 
     activations: Activations = "auto"
     """What the inputs of quantized layers are rounded to. `auto`: what the chosen kernel does; `none`: never rounded;

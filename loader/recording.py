@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from .errors import CheckpointError, PolicyError
 from .memory import logs
 from .memory.ledger import Ledger
 from .memory.probes import probe_for
-from .memory.report import CacheResult, KeptReport, LayerReport, LoadReport
+from .memory.report import CacheResult, KeptReport, LayerReport, LoadReport, NonFiniteReport
 from .model.attach import Process
 from .model.leftovers import some
 from .model.skeleton import Assignment
@@ -119,10 +119,11 @@ class Recorder:
         final_bytes: int,
         kept_bytes: Callable[[nn.Module], int],
         cache: CacheResult | None = None,
+        non_finite: Iterable[NonFiniteReport] = (),
     ) -> LoadReport:
         """The report of a finished load, also written to the log; the plan is let go.
 
-        `kept_bytes` are the bytes of a module that was left as stored.
+        `kept_bytes` are the bytes of a module that was left as stored, `non_finite` what was found in weights.
         """
         plan, assignments = self._plan, self._assignments.values()
         assert plan is not None
@@ -150,6 +151,7 @@ class Recorder:
             initialized=[*plan.leftovers.initialized],
             overlaid=[*plan.leftovers.overlaid],
             untied=self._untied,
+            non_finite=[*non_finite],
         )
         self._log(report)
         self._let_go()
@@ -172,6 +174,7 @@ class Recorder:
             logs.log_quantized(scheme, len(names), logs.layer_types(names))
         for fmt, names in kept.items():
             logs.log_prequantized(fmt, len(names), logs.layer_types(names))
+        logs.log_non_finite(report.non_finite)
         kind = self.ledger.probe.kind
         logs.log_peak(kind, report.peak_bytes, report.final_bytes, report.staging_peak_bytes)
         logs.log_loaded(report.bytes_read, report.seconds)

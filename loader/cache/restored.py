@@ -64,16 +64,19 @@ class _Restored:
 
     def pieces(self, entries: Iterable[TensorEntry], chunk_bytes: int) -> Iterator[Piece]:
         for number, entry in enumerate(entries):
-            for start in range(0, entry.nbytes, chunk_bytes):
-                count = min(chunk_bytes, entry.nbytes - start)
+            step = chunk_bytes // entry.dtype.itemsize * entry.dtype.itemsize
+            for start in range(0, entry.nbytes, step):
+                count = min(step, entry.nbytes - start)
                 self._left += 1
                 target = functools.partial(self._target, number, start, start + count)
-                yield Piece(entry.shard, ((entry.offset + start, count),), self._arrived, target=target)
+                arrived = functools.partial(self._arrived, number, entry.dtype, start)
+                yield Piece(entry.shard, ((entry.offset + start, count),), arrived, target=target)
 
     def _target(self, number: int, start: int, stop: int) -> Tensor:
         return self._loader.tensors()[number].view(-1).view(torch.uint8)[start:stop]
 
-    def _arrived(self, _: Workspace) -> None:
+    def _arrived(self, number: int, dtype: torch.dtype, start: int, workspace: Workspace) -> None:
+        self._loader.look_at(number, start // dtype.itemsize, workspace.buffer.view(dtype))
         with self._lock:
             self._left -= 1
             last = self._left == 0

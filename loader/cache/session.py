@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checkpoint.index import Shard, read_index
 from ..checkpoint.resolve import Checkpoint
 from ..checkpoint.source import FileSource, Source
-from ..errors import CheckpointError, DamagedEntryError, PolicyError, RouteError
+from ..errors import CheckpointError, DamagedEntryError, NonFiniteWeightError, PolicyError, RouteError
 from ..memory.amounts import format_bytes
 from ..memory.report import CacheResult
 from ..model.attach import OnFinished, Process
@@ -238,5 +238,7 @@ def _damage() -> Iterator[None]:
     """Whatever is wrong with the files read inside, it is the entry that is damaged."""
     try:
         yield
+    except NonFiniteWeightError:
+        raise  # it is what was written, and what the checkpoint has
     except (CheckpointError, RouteError) as error:
         raise DamagedEntryError(str(error)) from error

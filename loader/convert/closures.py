@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..checkpoint.headers import TensorEntry
 from ..checkpoint.working_memory import CPU
 from ..checkpoint.writer import ShardWriter
 from ..errors import NonFiniteWeightError
@@ -62,7 +63,13 @@ class WritingLoader(Sink, ABC):
 class CopyingLoader(WritingLoader):
     """Takes the bytes of a checkpoint tensor that is kept, as one row, and writes them as they are."""
 
-    def __init__(self, name: str, nbytes: int, shard: ShardWriter, finish: Callable[[], None]) -> None:
+    def __init__(
+        self, entry: TensorEntry, shard: ShardWriter, finish: Callable[[], None], look: Callable[[Tensor, int], None]
+    ) -> None:
+        """`look(values [1, n], flat index of the first)` sees the values of a floating type."""
+        name, nbytes = entry.name, entry.nbytes
+        self._dtype, self._look = entry.dtype, look
+        self.align = 1, entry.dtype.itemsize
         self._tracker = RegionTracker(name, None, 1, nbytes)
         self._shard, self._finish = shard, finish
 
@@ -74,6 +81,10 @@ class CopyingLoader(WritingLoader):
         """`loaded_weight` uint8 [1, bytes]."""
         name = self._tracker.name
         self._tracker.claim(region)
+        if self._dtype.is_floating_point:
+            size = self._dtype.itemsize
+            aligned = loaded_weight if loaded_weight.storage_offset() % size == 0 else loaded_weight.clone()
+            self._look(aligned.view(self._dtype), region.columns[0] // size)
         self._shard.write(self._shard.plan.offsets[name] + region.columns[0], loaded_weight, region.numel)
         if self._tracker.commit(region.numel):
             self.finish()

@@ -40,11 +40,11 @@ from ..schemes.exported.registry import get_export_format
 from ..schemes.exported.weights import ExportFormat
 from ..schemes.names import ExportName, SchemeName
 from .shards import OpenShards, PlannedTensor
-from .tensors import kept_modules, plan_tensors, quantized_modules
+from .tensors import kept_modules, plan_tensors, quantized_modules, to_buffers
 from .together import units
 
 MAX_SHARD_BYTES = 4 * 10**9
-_KEY_VERSION = 3
+_KEY_VERSION = 4
 
 
 def convert_checkpoint(
@@ -108,7 +108,8 @@ def convert_checkpoint(
             identities=checkpoint.identities,
         )
         with OutputFolder(Path(out), key) as folder, source:
-            with OpenShards(tensors, shards, folder, recorder.on_layer) as open_shards:
+            found, masks = draft.loaders.non_finite, to_buffers(draft.routes, draft.loaders)
+            with OpenShards(tensors, shards, folder, recorder.on_layer, found, masks) as open_shards:
                 plan = _plan(draft, open_shards, sum(len(shard.offsets) for shard in shards), options)
                 recorder.expect(plan, draft.assignments)
                 check_budget(plan.memory, options.max_memory)
@@ -126,7 +127,12 @@ def convert_checkpoint(
             checkpoint.identities.check_unchanged()
             folder.publish()
     report = recorder.report(
-        checkpoint.model_id, draft.rules.name, totals, sum(shard.size for shard in shards), _meta_bytes
+        checkpoint.model_id,
+        draft.rules.name,
+        totals,
+        sum(shard.size for shard in shards),
+        _meta_bytes,
+        non_finite=draft.non_finite(),
     )
     report.predicted_final_bytes = report.final_bytes
     return report

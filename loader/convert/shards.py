@@ -6,9 +6,10 @@ import functools
 import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
+from dataclasses import astuple
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..errors import MissingWeightsError
 from ..geometry.spans import Span
 from ..kernels.statistics import merge, new_statistics
 from ..model.routes import CheckpointTensor
+from ..online.non_finite import NonFinite, NonFiniteValues
 from ..online.observing import ScaleGroup
 from ..schemes.stored.weights import StoredWeight
 from .closures import Buffers, CopyingLoader, ExportingLoader, WritingLoader
@@ -29,7 +31,7 @@ from .together import scale_groups
 
 PlannedTensor = QuantizedTensor | KeptTensor
 _NAMES_SHOWN = 8
-_STATISTICS = "statistics"
+_STATISTICS, _NON_FINITE = "statistics", "non_finite"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -37,7 +39,8 @@ class OpenShards:
     """Gives each tensor of the shards that are not finished yet its closure; use it as a context manager.
 
     A shard is recorded in `folder` with the statistics of its tensors, which those who take it up later report as if
-    they had quantized it. `on_layer(module name, statistics)` runs once a module, in the thread that wrote its last
+    they had quantized it, and with what was found in tensors that are kept: `non_finite` is told of that. `masks` are
+    those that go to buffers. `on_layer(module name, statistics)` runs once a module, in the thread that wrote its last
     piece.
     """
 
@@ -48,7 +51,10 @@ class OpenShards:
         shards: Sequence[ShardPlan],
         folder: OutputFolder,
         on_layer: Callable[[str, Tensor], None],
+        non_finite: NonFiniteValues | None = None,
+        masks: Container[str] = (),
     ) -> None:
+        self._non_finite, self._masks = non_finite or NonFiniteValues(), masks
         self.entries: list[TensorEntry] = []
         self.stored: list[StoredWeight] = []
         self.spans: dict[str, list[Span]] = {}
@@ -97,7 +103,7 @@ class OpenShards:
         tensors = list(tensors)
         notes = self._folder.finished(plan)
         if notes is not None:
-            self._complete.append(functools.partial(self._take_up, notes[_STATISTICS]))
+            self._complete.append(functools.partial(self._take_up, notes[_STATISTICS], notes[_NON_FINITE]))
             return
         writer = self._writers[plan.path] = ShardWriter(self._folder.files, plan, len(tensors), self._record)
         grouped: set[str] = set()
@@ -121,8 +127,16 @@ class OpenShards:
 
     def _copy(self, tensor: KeptTensor, writer: ShardWriter) -> None:
         # Its bytes, whatever they stand for: no kernel looks at them, and torch need not know the dtype.
-        entry = tensor.entry._replace(dtype=torch.uint8, shape=(tensor.entry.nbytes,))
-        loader = CopyingLoader(entry.name, entry.nbytes, writer, writer.done)
+        values = tensor.entry
+
+        def look(part: Tensor, first: int) -> None:
+            masks, pitch = values.name in self._masks, part.shape[1]
+            self._non_finite.look(
+                values.name, values.shape, part, values.dtype, first=first, pitch=pitch, masks=masks, piece=False
+            )
+
+        entry = values._replace(dtype=torch.uint8, shape=(values.nbytes,))
+        loader = CopyingLoader(values, writer, writer.done, look)
         self._attach(entry, loader, tensor.spans)
 
     def _quantize(self, tensors: Sequence[QuantizedTensor], writer: ShardWriter) -> ExportingLoader:
@@ -156,12 +170,16 @@ class OpenShards:
         if spans[0].parameter not in self.sinks:
             self.sinks[spans[0].parameter] = loader
 
-    def _take_up(self, statistics: Iterable[tuple[str, int, list[float]]]) -> None:
+    def _take_up(self, statistics: Iterable[tuple[str, int, list[float]]], non_finite: Iterable[Sequence[Any]]) -> None:
+        for found in non_finite:
+            self._non_finite.take_up(NonFinite(*found))
         for module, tensors, values in statistics:
             self._modules.add(module, tensors, torch.tensor(values, dtype=torch.float64))
 
     def _record(self, plan: ShardPlan, extents: list[Extent]) -> None:
-        self._folder.record(plan, extents, {_STATISTICS: self._statistics.pop(plan.path, [])})
+        found = [astuple(each) for each in self._non_finite.found() if each.name in plan.offsets]
+        notes = {_STATISTICS: self._statistics.pop(plan.path, []), _NON_FINITE: found}
+        self._folder.record(plan, extents, notes)
 
 
 class _ModuleStatistics:

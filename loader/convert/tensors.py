@@ -21,6 +21,7 @@ from ..model.attach import WeightLoaders
 from ..model.leftovers import some
 from ..model.routes import CheckpointTensor, Routes
 from ..model.skeleton import Assignment
+from ..online.weight_loader import DirectWeightLoader
 from ..schemes.base import LinearScheme, MoEScheme
 from ..schemes.exported.registry import exported_weight, why_not_columns
 from ..schemes.exported.weights import ExportedWeight, ExportFormat
@@ -263,6 +264,12 @@ def kept_modules(model: nn.Module, planned: Sequence[QuantizedTensor | KeptTenso
             names[path] = None
     names.update(dict.fromkeys(map(_without_number, unrouted)))
     return list(names)
+
+
+def to_buffers(routes: Routes, loaders: WeightLoaders) -> set[str]:
+    """Checkpoint tensors that are buffers of the model, such as masks."""
+    buffers = {name for name, sink in loaders.sinks.items() if isinstance(sink, DirectWeightLoader) and sink.is_buffer}
+    return {name for name, spans in routes.spans.items() if all(span.parameter in buffers for span in spans)}
 
 
 def quantized_modules(planned: Iterable[QuantizedTensor | KeptTensor]) -> Iterator[tuple[str, QuantizedTensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ _LINES = {
 _ANY_LINE = re.compile("|".join(f"(?P<{name}>{line.pattern})" for name, line in _LINES.items()))
 _RANK = re.compile(r"\[[^\]\n]*?\b((?:(?:DP|PP|TP|EP|CP)\d+)(?: (?:DP|PP|TP|EP|CP)\d+)*)\]")
 _LONGEST_PREFIX = 300
+WEIGHTS_SHOWN = 8
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
 
@@ -109,6 +110,19 @@ def log_peak(kind: str, peak: int, final: int, staging: int) -> None:
         _gib(final),
         _gib(staging),
     )
+
+
+def log_non_finite(weights: Sequence[object]) -> None:
+    """Warn about weights that were loaded with NaN or infinities in them; they say themselves which and how many."""
+    if weights:
+        more = f" and {len(weights) - WEIGHTS_SHOWN} more" if len(weights) > WEIGHTS_SHOWN else ""
+        named = "; ".join(map(str, weights[:WEIGHTS_SHOWN]))
+        logger.warning(
+            "Weights that are not finite: %s%s; what the model computes with them will not be either. --strict "
+            "(strict=True) refuses such a checkpoint",
+            named,
+            more,
+        )
 
 
 def log_loaded(size: int, seconds: float) -> None:

@@ -176,6 +176,11 @@ class LoadMetrics:
             for result, value in counts.items():
                 family.add_metric([result], value)
             yield family
+        values = _labelled("non_finite_values", "Values of the loaded weights that are NaN or infinite.", "kind")
+        found = () if self._report is None else self._report.non_finite
+        for kind in ("nan", "infinite", "overflowed") if self._report is not None else ():
+            values.add_metric([kind], sum(getattr(each, kind) for each in found))
+        yield values
 
 
 class _LoadCollector(Collector):

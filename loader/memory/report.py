@@ -101,6 +101,26 @@ class KeptReport:
 
 
 @dataclass(frozen=True)
+class NonFiniteReport:
+    """A weight with values that are not finite, and how many: NaN, infinite, or so only in the dtype of the model.
+
+    `first` is the index of the first of them. Weights that are quantized have none but the last kind: what their codes
+    stand for lies beyond the float16 that the model computes in.
+    """
+
+    name: str
+    nan: int
+    infinite: int
+    overflowed: int
+    first: list[int]
+
+    def __str__(self) -> str:
+        kinds = (("NaN", self.nan), ("infinite", self.infinite), ("infinite in the model's dtype", self.overflowed))
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds if count)
+        return f"{self.name} ({counts}; the first at {self.first})"
+
+
+@dataclass(frozen=True)
 class TimelinePoint:
     """One moment of a load: seconds since its start, bytes read so far, memory above the baseline (bytes)."""
 
@@ -118,7 +138,8 @@ class LoadReport:
     `unexpected` are checkpoint tensors that the model class does not know, with their bytes, `ignored_tensors` those
     that it passes over by itself: none of them was read. `initialized` are parameters that it lets be missing,
     `overlaid` tensors that lie in several shards, of which the one that the index names was read, `untied` parameters
-    that the model ties to others and the checkpoint has with values of their own, which they keep.
+    that the model ties to others and the checkpoint has with values of their own, which they keep. `non_finite` are
+    weights with NaN or infinities in them that were loaded all the same.
     """
 
     model: str
@@ -144,6 +165,7 @@ class LoadReport:
     initialized: list[str] = field(default_factory=list)
     overlaid: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
+    non_finite: list[NonFiniteReport] = field(default_factory=list)
 
     @property
     def bytes_per_second(self) -> float:
@@ -164,7 +186,8 @@ class LoadReport:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The report `to_dict` gave; an unknown or missing field raises `QuantloadError`."""
         values = dict(_checked(cls, values))
-        for name, item in (("layers", LayerReport), ("kept", KeptReport), ("timeline", TimelinePoint)):
+        items = {"layers": LayerReport, "kept": KeptReport, "timeline": TimelinePoint, "non_finite": NonFiniteReport}
+        for name, item in items.items():
             entries = values.get(name, [])
             if not isinstance(entries, Sequence) or isinstance(entries, str):
                 raise QuantloadError(f"not a load report: {name} is {type(entries).__name__}, a list is expected")

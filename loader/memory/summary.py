@@ -14,7 +14,7 @@ from rich.text import Text
 
 from .amounts import GIB, format_bytes
 from .planner import MemoryPlan
-from .report import KeptReport, LayerReport, LoadReport
+from .report import KeptReport, LayerReport, LoadReport, NonFiniteReport
 
 WORST_LAYERS = 5
 NAMES_PER_REASON = 3
@@ -69,13 +69,14 @@ def print_plan(summary: Mapping[str, Any], plan: MemoryPlan, console: Console) -
 
 
 def _left(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Lines about tensors that are not loaded, about parameters that have none, and about those that are not tied."""
+    """Lines about tensors that are not loaded, about parameters that have none, are not tied, or not finite."""
     nbytes, ignored = format_bytes(summary["unexpected_bytes"]), summary["ignored_tensors"]
     named = {
         f"unexpected, not loaded ({nbytes})": summary["unexpected"],
         "in several shards, the index names one": summary["overlaid"],
         "initialized, not in the checkpoint": summary["initialized"],
         "not tied, as their values differ": summary.get("untied", ()),
+        "not finite": [str(NonFiniteReport(**each)) for each in summary.get("non_finite", ())],
     }
     if ignored:
         yield f"passed over by the model class: {ignored} tensors"

@@ -15,6 +15,7 @@ from ..errors import MissingWeightsError
 from ..geometry.spans import Landing
 from ..online.as_stored import InputScaleLoader, StoredParameter, StoredProgress
 from ..online.moe import MoeOnlineWeightLoader
+from ..online.non_finite import NonFiniteValues, look_at_codes, may_overflow
 from ..online.observing import ScaleGroup
 from ..online.parameter import QuantizedParameter, alive, materialize
 from ..online.quantizing import LayerProgress, linear_quantizer
@@ -41,7 +42,9 @@ to where its kernel wants them: that must be called, from any thread, once nobod
 class WeightLoaders:
     """The closures of one model: where each parameter is written, and what has not arrived."""
 
-    def __init__(self) -> None:
+    def __init__(self, strict: bool = False) -> None:
+        self.non_finite = NonFiniteValues(strict)
+        """What is found in weights that keep their values."""
         self.sinks: dict[str, ParameterLoader] = {}
         self.as_is: dict[str, Mapping[Role, ParameterLoader]] = {}
         """Of parameters that stay as the checkpoint stores them: the closure of each of its tensors, by its role."""
@@ -115,23 +118,46 @@ def attach_weight_loaders(
     dtype_of: DtypeOf,
     storage: FinalStorage,
     on_finished: OnFinished,
+    strict: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> WeightLoaders:
     """Closures for every parameter and persistent buffer; quantizing ones for modules with a scheme.
 
-    `on_finished` runs once a layer, in the thread that brought its last piece.
+    `on_finished` runs once a layer, in the thread that brought its last piece. `strict`: NaN and infinities in weights
+    that keep their values are an error. `dtype` is the one that the model computes in.
     """
-    loaders, input_scales = WeightLoaders(), InputScales()
+    loaders, input_scales = WeightLoaders(strict), InputScales()
     for assignment in assignments:
         if assignment.scheme is not None:
-            _attach_quantized(loaders, assignment, storage, input_scales, on_finished)
+            finished = _looking(loaders.non_finite, assignment, dtype, on_finished)
+            _attach_quantized(loaders, assignment, storage, input_scales, finished)
     quantized = {name for parameter in loaders.sinks for name in loaders.stored_names(parameter)}
     modules: Mapping[str, Any] = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in quantized and isinstance(tensor, Tensor):
             path, _, attribute = name.rpartition(".")
-            loader = DirectWeightLoader(modules[path], attribute, name, dtype_of(name, tensor.dtype), storage)
+            own = dtype_of(name, tensor.dtype)
+            loader = DirectWeightLoader(modules[path], attribute, name, own, storage, loaders.non_finite)
             loaders.add(name, tensor, loader, Landing(None, loader.rows, loader.columns), [name])
     return loaders
+
+
+def _looking(found: NonFiniteValues, assignment: Assignment, dtype: torch.dtype, on_finished: OnFinished) -> OnFinished:
+    """`on_finished`, behind a look at layers with a weight so large that a code may be infinite in float16."""
+    if dtype != torch.float16:
+        return on_finished
+    scheme, layer = assignment.scheme, weakref.ref(assignment.module)
+    assert scheme is not None
+
+    def finished(name: str, statistics: Tensor | None, process: Process) -> None:
+        if statistics is not None and may_overflow(statistics):
+            module: Any = alive(layer)
+            for key, layout in scheme.layouts(module).items():
+                tensors = tuple(module._parameters[each].data for each in layout.format.names(key))
+                look_at_codes(found, f"{name}.{key}", layout, tensors, scheme.kernels.dequantize, dtype)
+        on_finished(name, statistics, process)
+
+    return finished
 
 
 def _attach_quantized(

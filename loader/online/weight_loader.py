@@ -21,6 +21,7 @@ from ..geometry.layout import ShardId
 from ..geometry.regions import Interval, Region, RegionTracker
 from ..schemes.base import TensorStats
 from .engine_calls import NOT_GIVEN, shard_of
+from .non_finite import NonFiniteValues
 from .parameter import QuantizedParameter, alive, materialize
 from .quantizing import RegionQuantizer
 from .sink import InPlace, Sink
@@ -137,6 +138,9 @@ class RestorableLoader(ParameterLoader):
     def tensors(self) -> tuple[Tensor, ...]:
         """The final tensors, to be read into."""
 
+    def look_at(self, number: int, start: int, values: Tensor) -> None:
+        """What was just read into a final tensor, its elements from flat index `start` on: codes need no look."""
+
     @abstractmethod
     def restored(self, statistics: Tensor | None) -> None:
         """What `tensors` gave out was filled with what it held after an earlier load, which measured `statistics`."""
@@ -150,10 +154,21 @@ class DirectWeightLoader(RestorableLoader):
 
     values_dtype: torch.dtype
 
-    def __init__(self, module: nn.Module, name: str, full_name: str, dtype: torch.dtype, storage: FinalStorage) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        full_name: str,
+        dtype: torch.dtype,
+        storage: FinalStorage,
+        non_finite: NonFiniteValues | None = None,
+    ) -> None:
+        """`non_finite` is told of NaN and infinities; they are loaded all the same, unless it is strict."""
         # A closure hangs on its parameter and so on its module: a strong reference back would keep both alive.
         self._module, self._attribute, self.values_dtype, self._storage = weakref.ref(module), name, dtype, storage
         self._shape = _held(module, name).shape
+        self._non_finite = NonFiniteValues() if non_finite is None else non_finite
+        self.is_buffer = module._parameters.get(name) is None
         self.columns = int(self._shape[-1]) if len(self._shape) else 1
         self.rows = self._shape.numel() // self.columns if self.columns else 0
         self.tracker = RegionTracker(full_name, None, self.rows, self.columns)
@@ -179,6 +194,7 @@ class DirectWeightLoader(RestorableLoader):
         _check_shape(self.name, loaded_weight, _extent(region))
         view = self._view(region)
         self.tracker.claim(region)
+        self._look(loaded_weight, region.rows[0] * self.columns + region.columns[0])
         view.copy_(loaded_weight)
         self.tracker.commit(region.numel)
 
@@ -209,7 +225,17 @@ class DirectWeightLoader(RestorableLoader):
     def reset(self) -> None:
         self.tracker.reset()
 
+    def look_at(self, number: int, start: int, values: Tensor) -> None:
+        self._look(values.unsqueeze(0), start)
+
+    def _look(self, values: Tensor, first: int) -> None:
+        """Look for NaN and infinities in `values` [rows, columns], whose first element has that flat index."""
+        self._non_finite.look(
+            self.name, self._shape, values, self.values_dtype, first=first, pitch=self.columns, masks=self.is_buffer
+        )
+
     def _arrived(self, region: Region) -> None:
+        self._look(self._view(region), region.rows[0] * self.columns + region.columns[0])
         self.tracker.commit(region.numel)
 
     def _target(self, region: Region) -> Tensor:

@@ -10,7 +10,7 @@ from ..geometry.spans import Span
 from ..online.sink import InPlace, Sink
 from .cuts import Cut, cut_tensor
 from .plain_bundles import LocalScales, bundles, may_be_bundled
-from .plain_delivery import Delivery
+from .plain_delivery import Arrival, Delivery
 from .planner import Planned, plan
 from .two_passes import Landed, Matrix
 
@@ -60,7 +60,7 @@ class PlainSource:
     def _piece(self, entry: TensorEntry, cut: Cut, after: Barrier | None) -> Piece:
         place = self._in_place(entry, cut)
         if place is not None:
-            return Piece(entry.shard, _bytes(entry, cut), lambda _: place.arrived(), place.target)
+            return Piece(entry.shard, _bytes(entry, cut), Arrival(entry, cut.parts[0], place), place.target)
         return Piece(
             entry.shard, _bytes(entry, cut), Delivery(entry, cut.parts, self._sinks, observe=False), after=after
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.workspace import Workspace
 from ..errors import NonFiniteWeightError
-from ..online.sink import Sink
+from ..online.sink import InPlace, Sink
 from .cuts import CutRegion
 
 
@@ -39,6 +39,21 @@ class Delivery:
                 raise located(error, self._entry, part) from None
 
 
+class Arrival:
+    """Ends a read of one part straight into its final storage."""
+
+    __slots__ = ("_entry", "_part", "_place")
+
+    def __init__(self, entry: TensorEntry, part: CutRegion, place: InPlace) -> None:
+        self._entry, self._part, self._place = entry, part, place
+
+    def __call__(self, _: Workspace) -> None:
+        try:
+            self._place.arrived()
+        except NonFiniteWeightError as error:
+            raise located(error, self._entry, self._part) from None
+
+
 def matrix(elements: Tensor, part: CutRegion, workspace: Workspace) -> Tensor:
     """The part as [rows, columns] with contiguous rows, copied only if it stands otherwise in the buffer."""
     rows, columns = part.region.rows, part.region.columns
@@ -63,6 +78,5 @@ def located(error: NonFiniteWeightError, entry: TensorEntry, part: CutRegion) ->
     flat = part.span.offset + (low_row + row) * part.span.row_stride + (low_column + column) * part.span.column_stride
     index = [int(i) for i in torch.unravel_index(torch.tensor(flat), entry.shape)]
     return NonFiniteWeightError(
-        f"checkpoint tensor {entry.name} is not finite at index {index} (goes to {part.span.parameter}); weights to be "
-        f"quantized must be finite: repair the checkpoint, or leave this layer as stored with an ignore pattern"
+        f"checkpoint tensor {entry.name} is not finite at index {index} (goes to {part.span.parameter}); {error.advice}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,8 +69,9 @@ def deliver(pieces: list[Piece], content: bytes) -> None:
     for piece in pieces:
         ((offset, count),) = piece.extents
         assert piece.target is not None
-        piece.target().copy_(torch.frombuffer(bytearray(content[offset : offset + count]), dtype=torch.uint8))
-        piece.deliver(None)  # type: ignore[arg-type]
+        target = piece.target()
+        target.copy_(torch.frombuffer(bytearray(content[offset : offset + count]), dtype=torch.uint8))
+        piece.deliver(SimpleNamespace(buffer=target))  # type: ignore[arg-type]
 
 
 def test_final_tensors_are_what_the_model_will_hold() -> None:

@@ -12,12 +12,13 @@ from .weights import StoredWeight
 def check_finite(name: str, scales: Tensor, largest: float = torch.inf) -> None:
     """Raise `NonFiniteWeightError` for a scale that is NaN or infinite; an E8M0 byte of 255 is NaN.
 
-    So is a float scale above `largest`, with which codes would be infinite in the dtype of the weight.
+    So is a scale above `largest`, with which codes would be infinite in the dtype of the weight.
     """
     if not scales.numel():
         return
     if scales.dtype == torch.uint8:
-        found = torch.nan if int(scales.max()) == 255 else 0.0
+        byte = int(scales.max())
+        found = torch.nan if byte == 255 else 2.0 ** (byte - 127)
     else:
         found = float(scales.float().abs().max())  # there is no maximum of FP8
     if not found < torch.inf:

@@ -80,7 +80,8 @@ class _Function(torch.autograd.Function):
         (grad,), tensors, kernel, (n_rows, k) = grads, ctx.saved_tensors, ctx.kernel, ctx.shape
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _times_weight(kernel, grad, tensors, n_rows, k)
+            with torch.autocast(grad.device.type, enabled=False):  # as it was in the forward
+                grad_x = _times_weight(kernel, grad, tensors, n_rows, k)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None, *(None for _ in tensors)

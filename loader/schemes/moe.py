@@ -106,7 +106,8 @@ class QuantizedMoEScheme(MoEScheme):
             fused = self.kernels.arrangements["experts"].fused_moe
             assert fused is not None
             weights = (self.weight(layer, layout, name) for name, layout in self.layouts(layer).items())
-            return fused(hidden_states, *weights, top_k_index, top_k_weights)
+            cast = operators.as_autocast_wants(hidden_states)
+            return fused(cast, *weights, top_k_index, top_k_weights).to(hidden_states.dtype)
         tokens, top_k = top_k_index.shape
         expert_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
         borders = torch.arange(int(module.num_experts) + 1, dtype=expert_ids.dtype, device=expert_ids.device)

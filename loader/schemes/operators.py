@@ -38,7 +38,29 @@ def call(name: str, function: Callable[..., Tensor], chosen: Chosen, x: Tensor, 
     `name` is `linear` or `experts`, with the function of that name in a kernel set (`quantload.kernels.registry` has
     their arguments), or `rounded` with an `Activation`; `chosen` describes the one or the other. Where a gradient is
     wanted, the graph breaks, and the function is called between its parts.
+
+    Where autocast is on, `x` becomes the dtype that autocast wants, and so does the result, as with `F.linear`; inside,
+    kernels compute in the dtypes they choose themselves.
     """
+    if not _is_in_autocast(x):
+        return _call(name, function, chosen, x, *rest)
+    x = as_autocast_wants(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _call(name, function, chosen, x, *rest)
+
+
+def as_autocast_wants(x: Tensor) -> Tensor:
+    """`x` in the dtype that autocast gives to operands of a matmul, where it is on; it leaves float64 alone."""
+    if not _is_in_autocast(x) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _is_in_autocast(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _call(name: str, function: Callable[..., Tensor], chosen: Chosen, x: Tensor, *rest: Any) -> Tensor:
     if not torch.compiler.is_compiling():
         return function(x, *rest)
     if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *rest) if isinstance(each, Tensor)):
@@ -62,15 +84,18 @@ def _activation(chosen: Chosen) -> Activation:
 
 
 def _linear(x: Tensor, tensors: Sequence[Tensor], *rest: Any) -> Tensor:
-    return _kernels(rest[-1]).linear(x, tuple(tensors), *rest[:-1]).contiguous()
+    with torch.autocast(x.device.type, enabled=False):  # a graph may be run where it is on
+        return _kernels(rest[-1]).linear(x, tuple(tensors), *rest[:-1]).contiguous()
 
 
 def _experts(x: Tensor, tensors: Sequence[Tensor], *rest: Any) -> Tensor:
-    return _kernels(rest[-1]).experts(x, tuple(tensors), *rest[:-1]).contiguous()
+    with torch.autocast(x.device.type, enabled=False):
+        return _kernels(rest[-1]).experts(x, tuple(tensors), *rest[:-1]).contiguous()
 
 
 def _rounded(x: Tensor, scale: Tensor | None, chosen: Chosen) -> Tensor:
-    return _activation(chosen)(x, scale).contiguous() if x.numel() else torch.empty_like(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _activation(chosen)(x, scale).contiguous() if x.numel() else torch.empty_like(x)
 
 
 def _product(x: Tensor, *rest: Any) -> Tensor:

@@ -46,6 +46,16 @@ def test_a_model_is_one_graph(name: str, scheme: str, activations: Any, backend:
     check(checkpoint(name), name, scheme, backend, LoadOptions(activations=activations))
 
 
+def test_autocast_is_a_part_of_the_graph(checkpoint: Checkpoint) -> None:
+    model = load_quantized(checkpoint("llama_float16"), "quark_mxfp4")
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        given = BY_NAME["llama_float16"].inputs()
+        got, want = logits(compiled, given), logits(model, given)
+    assert got.dtype == want.dtype == torch.bfloat16
+    assert torch.equal(got, want)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", [entry.name for entry in ENTRIES if entry.linear is not None])
 def test_every_scheme_is_one_graph(scheme: str, checkpoint: Checkpoint) -> None:

@@ -50,7 +50,8 @@ class World:
         self.layer.register_parameter("w13_scale", meta_parameter(layout.shapes[1], fmt.scale_dtype))
         storage = UsedMemory(torch.device("cpu"))
         self.parameter = QuantizedParameter(self.layer, "w13", "experts.w13", layout, storage)
-        self.stored = StoredParameter(self.parameter, has_zero_points, zero_point, largest_scale=100.0)
+        largest = 2.0**125 if fmt.scale_dtype == torch.uint8 else 100.0
+        self.stored = StoredParameter(self.parameter, has_zero_points, zero_point, largest)
         self.finished = 0
         self.progress = StoredProgress([self.stored], self.finish)
         self.loaders = self.stored.loaders

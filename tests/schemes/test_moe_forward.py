@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,6 +130,30 @@ def test_equals_transformers_on_the_dequantized_weights(kind: str, scheme: str) 
     want = grouped_mm_experts_forward(twin, x, ids, weights.to(x.dtype))
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
     assert error(got, want) < 0.012  # both round to BF16 three times
+
+
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_autocast_gives_what_it_gives_transformers_experts(scheme: str, to: torch.dtype) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        module, twin = quantized(Experts(dtype, kind=KINDS["with biases"]), scheme)
+        ids, weights = routing(9)
+        results = []
+        for function in (lambda *given: module.scheme.apply(module, *given), functools.partial(batched, twin)):  # noqa: B023
+            x = tokens(9, dtype).requires_grad_()
+            with torch.autocast("cpu", dtype=to):
+                out = function(x, ids, weights)
+            out.float().square().sum().backward()
+            results.append((out.detach(), x.grad))
+        (got, got_grad), (want, want_grad) = results
+        assert got.dtype == want.dtype == got_grad.dtype == dtype
+        assert error(got, want) < 0.02
+        assert error(got_grad, want_grad) < 0.04
+
+
+def batched(twin: Experts, *given: Tensor) -> Tensor:
+    result: Tensor = batched_mm_experts_forward(twin, *given)
+    return result
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,7 @@ from ..model.skeleton import find_model
 from ..options import LoadOptions, QuantizationPolicy
 from ..schemes.names import SchemeName
 from .serve import Progress, serve
+from .served_kinds import why_not_served
 
 SHUTDOWN_SECONDS = 5.0
 
@@ -43,10 +44,10 @@ def serve_model(
     if api_key is not None and not api_key.strip():
         raise PolicyError("the API key is empty; give one, or leave --api-key and QUANTLOAD_API_KEY out")
     checkpoint = resolve(model_id, revision)
-    if not find_model(checkpoint, trust_remote_code).cls.can_generate():
-        raise UnsupportedCheckpointError(
-            f"{checkpoint.model_id!r} is no model that generates text; it can be loaded, not served"
-        )
+    recipe = find_model(checkpoint, trust_remote_code)
+    why = why_not_served(recipe.cls, recipe.config, continuous_batching)
+    if why is not None:
+        raise UnsupportedCheckpointError(f"{checkpoint.model_id!r}, a {recipe.cls.__name__}, {why}")
     checkpoint.note_small_files()  # the load that follows sees that the tokenizer is still of the same model
     metrics = LoadMetrics()
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from .api_errors import ApiError, bad_request
 from .generation_request import SAMPLING, GenerationRequest
+from .served_kinds import is_encoder_decoder
 from .stop_strings import StopMatcher, first_stop
 
 
@@ -57,15 +58,24 @@ def apply_request(config: GenerationConfig, request: GenerationRequest) -> None:
         config.sequence_bias = {(token,): bias for token, bias in request.logit_bias.items()}
 
 
-def fit_context(config: GenerationConfig, request: GenerationRequest, prompt_tokens: int, context: int | None) -> None:
+def fit_context(
+    config: GenerationConfig,
+    request: GenerationRequest,
+    prompt_tokens: int,
+    context: int | None,
+    apart: bool = False,
+) -> None:
     """Set how many tokens may be generated; `context` is the model's limit in tokens (None: no limit).
 
+    `apart`: the prompt goes to an encoder, and the answer has a context of its own, with a token that begins it.
     Raises `ApiError` (400) if the prompt is empty, or if it and `max_tokens` together do not fit.
     """
     if prompt_tokens == 0:
         raise bad_request("the prompt is empty: it has no tokens")
     wanted = request.max_tokens
-    room = None if context is None else context - prompt_tokens
+    if apart and context is not None:
+        _fit_apart(prompt_tokens, wanted, context)
+    room = None if context is None else context - (1 if apart else prompt_tokens)
     if room is not None and (wanted or 1) > room:
         asked = "at least 1 is" if wanted is None else f"{wanted} are"
         raise bad_request(
@@ -76,6 +86,16 @@ def fit_context(config: GenerationConfig, request: GenerationRequest, prompt_tok
     limit = wanted or request.default_max_tokens or config.max_new_tokens or 1024
     config.max_new_tokens = limit if room is None else min(limit, room)
     config.max_length = None
+
+
+def _fit_apart(prompt_tokens: int, wanted: int | None, context: int) -> None:
+    """Raise `ApiError` (400) where the prompt does not fit into the encoder, or the answer into the decoder."""
+    for what, tokens, most in (("the prompt has", prompt_tokens, context), ("max_tokens is", wanted or 0, context - 1)):
+        if tokens > most:
+            raise bad_request(
+                f"{what} {tokens}, and this model takes {most} at most, apart from each other; make it less",
+                code="context_length_exceeded",
+            )
 
 
 def check_shared_sampling(request: GenerationRequest, default: GenerationConfig) -> None:
@@ -141,7 +161,8 @@ class GuardedManager:
 
     def _prepare(self, processor: Any, inputs: Mapping[str, Any], config: GenerationConfig) -> Any:
         ids = inputs["input_ids"]
-        fit_context(config, self.request, len(ids) if isinstance(ids, list) else ids.shape[-1], self.context)
+        count = len(ids) if isinstance(ids, list) else ids.shape[-1]
+        fit_context(config, self.request, count, self.context, is_encoder_decoder(self.model.config))
         if self.batched:
             return self.model
         apply_request(config, self.request)
@@ -209,28 +230,42 @@ class _WatchedModel:
             raise RequestCancelled
         if request.seed is not None:
             torch.manual_seed(request.seed)
-        prompt_tokens = kwargs["input_ids"].shape[-1]
         processors = LogitsProcessorList()
         if request.frequency_penalty or request.presence_penalty:
-            processors.append(CountPenalty(prompt_tokens, request.frequency_penalty, request.presence_penalty))
-        watch = _Watch(self._tokenizer, prompt_tokens, self._config, request)
-        return self._model.generate(
+            processors.append(CountPenalty(request.frequency_penalty, request.presence_penalty))
+        watch = _Watch(self._tokenizer, self._config, request)
+        sequences = self._model.generate(
             **kwargs, logits_processor=processors, stopping_criteria=StoppingCriteriaList([watch])
         )
+        return behind_the_prompt(sequences, kwargs["input_ids"], watch.answer_begins)
+
+
+def behind_the_prompt(sequences: Any, prompt: Tensor, answer_begins: int | None) -> Tensor:
+    """What was generated behind the ids of the prompt [1, n], where the handlers expect it.
+
+    `sequences` [1, m] are what `generate` returned. A model with an encoder, or with a language model of its own that
+    was given embeddings, does not begin them with the prompt but with `answer_begins` ids of its own. Raises
+    `TypeError` where they are no ids.
+    """
+    if not isinstance(sequences, Tensor) or sequences.dim() != 2 or sequences.is_floating_point():
+        raise TypeError(f"{type(sequences).__name__} came out of `generate`, where token ids [1, n] are expected")
+    count = prompt.shape[-1]
+    if answer_begins in (None, count) and torch.equal(sequences[:, :count], prompt.to(sequences)):
+        return sequences
+    return torch.cat((prompt.to(sequences), sequences[:, answer_begins or 0 :]), dim=-1)
 
 
 class _Watch(StoppingCriteria):  # type: ignore[misc]
     """Ends a generation at a stop string; raises `RequestCancelled` when it is not wanted any more.
 
     Where the text ended by itself on the very last token allowed, it takes the limit off the handler's copy of the
-    configuration, because the handler reads "length" out of the number of tokens alone.
+    configuration, because the handler reads "length" out of the number of tokens alone. `answer_begins` is the number
+    of ids before the first one that was generated, known with that.
     """
 
-    def __init__(
-        self, tokenizer: Any, prompt_tokens: int, config: GenerationConfig, request: GenerationRequest
-    ) -> None:
+    def __init__(self, tokenizer: Any, config: GenerationConfig, request: GenerationRequest) -> None:
         self.tokenizer = tokenizer
-        self.prompt_tokens = prompt_tokens
+        self.answer_begins: int | None = None
         self.config = config
         self.request = request
         eos = config.eos_token_id
@@ -241,10 +276,12 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self.request.cancelled.is_set():
             raise RequestCancelled
+        if self.answer_begins is None:
+            self.answer_begins = input_ids.shape[-1] - 1
         ended = int(input_ids[0, -1]) in self.eos
         done = False
         if self.request.stop:
-            recent = input_ids[0, max(self.prompt_tokens, input_ids.shape[-1] - self.tail) :]
+            recent = input_ids[0, max(self.answer_begins, input_ids.shape[-1] - self.tail) :]
             text = self.tokenizer.decode(recent, skip_special_tokens=True)
             done = first_stop(text, self.request.stop) is not None
             ended |= done
@@ -256,16 +293,18 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
 class CountPenalty(LogitsProcessor):  # type: ignore[misc]
     """OpenAI's frequency and presence penalties: `logit -= frequency * count + presence * (count > 0)`.
 
-    `count` is how often a token was generated so far; the prompt does not count. The formula is that of OpenAI's
-    API reference.
+    `count` is how often a token was generated so far; what is there at the first call, the prompt, does not count. The
+    formula is that of OpenAI's API reference.
     """
 
-    def __init__(self, prompt_tokens: int, frequency: float, presence: float) -> None:
-        self.prompt_tokens = prompt_tokens
+    def __init__(self, frequency: float, presence: float) -> None:
+        self.prompt_tokens: int | None = None
         self.frequency = frequency
         self.presence = presence
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.prompt_tokens is None:
+            self.prompt_tokens = input_ids.shape[-1]
         generated = input_ids[:, self.prompt_tokens :]
         counts = torch.zeros_like(scores).scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
         return scores - self.frequency * counts - self.presence * (counts > 0).to(scores.dtype)

@@ -74,7 +74,9 @@ def test_what_does_not_fit_is_refused(fields: dict[str, Any], prompt: int) -> No
 def test_penalties_are_openais_formula() -> None:
     prompt, generated = [0, 0], [1, 1, 2]
     ids = torch.tensor([prompt + generated])
-    out = CountPenalty(len(prompt), frequency=0.5, presence=0.25)(ids, torch.zeros(1, 4))
+    penalty = CountPenalty(frequency=0.5, presence=0.25)
+    assert not penalty(torch.tensor([prompt]), torch.zeros(1, 4)).any()
+    out = penalty(ids, torch.zeros(1, 4))
     assert out.tolist() == [[0.0, -1.25, -0.75, 0.0]]
 
 

@@ -86,17 +86,18 @@ def test_the_fields_of_a_report() -> None:
         "model", "quantization", "device", "seconds", "bytes_read", "checkpoint_bytes", "final_bytes", "peak_bytes",
         "staging_peak_bytes", "baseline_bytes", "predicted_final_bytes", "predicted_peak_bytes",
         "fallback_conversions", "layers", "kept", "timeline", "cache", "unexpected", "unexpected_bytes",
-        "ignored_tensors", "initialized", "overlaid", "untied",
+        "ignored_tensors", "initialized", "overlaid", "untied", "non_finite",
     ]  # fmt: skip
 
 
 def test_the_fields_of_its_parts() -> None:
-    from quantload.memory.report import KeptReport, LayerReport, TimelinePoint
+    from quantload.memory.report import KeptReport, LayerReport, NonFiniteReport, TimelinePoint
 
     assert fields(LayerReport) == [
         "name", "kind", "scheme", "kernel", "bytes_in", "bytes_out", "numel", "sqnr_db", "max_abs_error", "amax",
         "saturated_fraction", "zero_fraction", "format",
     ]  # fmt: skip
+    assert fields(NonFiniteReport) == ["name", "nan", "infinite", "overflowed", "first"]
     assert fields(KeptReport) == ["name", "reason", "bytes"]
     assert fields(TimelinePoint) == ["seconds", "bytes_read", "memory"]
 

@@ -153,7 +153,7 @@ def _looking(found: NonFiniteValues, assignment: Assignment, dtype: torch.dtype,
         if statistics is not None and may_overflow(statistics):
             module: Any = alive(layer)
             for key, layout in scheme.layouts(module).items():
-                tensors = tuple(module._parameters[each].data for each in layout.format.names(key))
+                tensors = tuple(tensor.detach() for tensor in scheme.weight(module, layout, key))
                 look_at_codes(found, f"{name}.{key}", layout, tensors, scheme.kernels.dequantize, dtype)
         on_finished(name, statistics, process)
 

@@ -29,6 +29,7 @@ NAMES = [
     "loads_total",
     "reloads_total",
     "cache_loads_total",
+    "non_finite_values",
 ]
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]

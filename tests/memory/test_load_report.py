@@ -42,6 +42,7 @@ REPORT_FIELDS = [
     "initialized",
     "overlaid",
     "untied",
+    "non_finite",
 ]
 LAYER_FIELDS = [
     "name",

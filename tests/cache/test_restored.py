@@ -71,7 +71,7 @@ def deliver(pieces: list[Piece], content: bytes) -> None:
         assert piece.target is not None
         target = piece.target()
         target.copy_(torch.frombuffer(bytearray(content[offset : offset + count]), dtype=torch.uint8))
-        piece.deliver(SimpleNamespace(buffer=target))  # type: ignore[arg-type]
+        piece.deliver(SimpleNamespace(buffer=target))
 
 
 def test_final_tensors_are_what_the_model_will_hold() -> None:

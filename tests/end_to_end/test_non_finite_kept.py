@@ -72,12 +72,12 @@ def test_a_strict_load_refuses_them(scheme: str, spoilt: Path) -> None:
 
 
 def test_the_cache_brings_them_back_and_a_strict_load_refuses_them_there(spoilt: Path, tmp_path: Path) -> None:
-    options = {"cache": tmp_path / "cache"}
+    cache = tmp_path / "cache"
     for result in ("written", "hit"):
-        report = load_quantized(spoilt, options=LoadOptions(**options)).load_report
+        report = load_quantized(spoilt, options=LoadOptions(cache=cache)).load_report
         assert (report.cache, report.non_finite) == (result, EXPECTED)
     with pytest.raises(NonFiniteWeightError):
-        load_quantized(spoilt, options=LoadOptions(**options, strict=True))
+        load_quantized(spoilt, options=LoadOptions(cache=cache, strict=True))
 
 
 def test_a_conversion_copies_them_and_says_so(spoilt: Path, tmp_path: Path) -> None:

@@ -24,8 +24,10 @@ def some_of_each_kind(dtype: torch.dtype) -> Tensor:
     if size <= 2:
         half = 1 << (8 * size - 1)
         return torch.arange(-half, half).to(INTEGERS[size]).view(dtype)
-    ends = [torch.finfo(each).max * factor for each in WIDE[:3] for factor in (1.0, 1 + torch.finfo(each).eps / 4)]
-    ends = torch.tensor([0.0, 1.0, math.inf, math.nan, torch.finfo(dtype).max, *ends], dtype=torch.float64).to(dtype)
+    near_ends = [torch.finfo(each).max * factor for each in WIDE[:3] for factor in (1.0, 1 + torch.finfo(each).eps / 4)]
+    ends = torch.tensor([0.0, 1.0, math.inf, math.nan, torch.finfo(dtype).max, *near_ends], dtype=torch.float64).to(
+        dtype
+    )
     bits = ends.view(INTEGERS[size])
     near = torch.cat([(bits + step).view(dtype) for step in range(-2, 3)])
     return torch.cat((near, -near))

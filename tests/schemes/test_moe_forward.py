@@ -144,6 +144,7 @@ def test_autocast_gives_what_it_gives_transformers_experts(scheme: str, to: torc
             with torch.autocast("cpu", dtype=to):
                 out = function(x, ids, weights)
             out.float().square().sum().backward()
+            assert x.grad is not None
             results.append((out.detach(), x.grad))
         (got, got_grad), (want, want_grad) = results
         assert got.dtype == want.dtype == got_grad.dtype == dtype

@@ -151,7 +151,7 @@ def _config(name: str) -> Any:
     return type("Config", (), {**values, "is_encoder_decoder": False, "sub_configs": {}})()
 
 
-class RemoteModel(transformers.LlamaForCausalLM):
+class RemoteModel(transformers.LlamaForCausalLM):  # type: ignore[misc]
     """A class that transformers does not know."""
 
 

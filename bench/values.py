@@ -46,15 +46,16 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     counts, wrong = extremes()
     folder = make("dense", chosen.scale, chosen.work)
+    costs = [cost(folder, scheme, chosen.runs) for scheme in ("none", "quark_mxfp4")]
     result = {
         "machine": describe_machine(),
         "settings": {"scale": chosen.scale, "runs": chosen.runs},
         "extremes": {"cases": dict(counts), "wrong": wrong},
-        "cost": [cost(folder, scheme, chosen.runs) for scheme in ("none", "quark_mxfp4")],
+        "cost": costs,
     }
     path = write_result("values", result, chosen.out, "" if chosen.scale == 1 else "part")
     print(f"{path}: {sum(counts.values())} cases, {len(wrong)} wrong")
-    for row in result["cost"]:
+    for row in costs:
         print(f"{row['scheme']}: {row['seconds']}, ratio {row['ratio']:.3f}")
     return int(bool(wrong))
 

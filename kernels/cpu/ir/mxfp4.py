@@ -37,6 +37,8 @@ from .vector import (
 MIN_FAST_BYTE = 3
 FAST_AMAX = SUMMABLE[0] << 7, SUMMABLE[1] << 7
 """BF16 bits between which a run's amax must lie for its squares to be summed in float32."""
+LARGEST_AMAX = (E2M1.emax + E2M1.last_byte("bf16") << 7) + (E2M1.threshold >> 16) - 1
+"""BF16 bits of the largest amax of a block with the last scale byte."""
 
 
 class Blocks:
@@ -54,9 +56,7 @@ class Blocks:
         amax = b.zext(magnitude.reduce("umax"), I32)
         b.store(umax(b, b.load(self.largest), amax), self.largest)
         byte = even_byte(b, amax, 7)
-        # A byte above the last one is left to the other path, too, as no code of this one saturates beyond 6.9 scale.
-        fits = b.icmp_unsigned("<=", b.sub(byte, I32(MIN_FAST_BYTE)), I32(E2M1.last_byte("bf16") - MIN_FAST_BYTE))
-        slow = b.and_(b.not_(fits), b.icmp_unsigned("!=", amax, I32(0)))
+        slow = b.and_(b.icmp_unsigned("<", byte, I32(MIN_FAST_BYTE)), b.icmp_unsigned("!=", amax, I32(0)))
         b.store(b.or_(b.load(self.odd), b.zext(slow, I32)), self.odd)
         store_scalar(b, b.trunc(byte, I8), b.add(self.scales, i))
         return bits, magnitude, byte
@@ -64,7 +64,9 @@ class Blocks:
     def result(self, with_statistics: bool) -> tuple[ir.Value, ir.Value]:
         """Largest amax bits, and whether the run must take the other path."""
         b, largest = self.b, self.b.load(self.largest)
-        unfit = b.icmp_unsigned("!=", b.load(self.odd), I32(0))
+        # Of a larger amax the byte would be above the last one, and here no code saturates beyond 7 times the scale.
+        beyond = b.icmp_unsigned(">", largest, I32(LARGEST_AMAX))
+        unfit = b.or_(b.icmp_unsigned("!=", b.load(self.odd), I32(0)), beyond)
         if with_statistics:
             low, high = FAST_AMAX
             outside = b.icmp_unsigned(">", b.sub(largest, I32(low)), I32(high - low))

@@ -29,9 +29,19 @@ Every message says what was given, what was expected and what to do about it.
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 4000
+"""Characters of a message; what a checkpoint says may be longer than what anybody wants to read of it."""
+_BEGINNING, _END = 2800, 1000
+
 
 class QuantloadError(Exception):
-    """Base of every error quantload raises on purpose."""
+    """Base of every error quantload raises on purpose; the middle of a very long message is left out."""
+
+    def __init__(self, message: str = "", *more: object) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            left_out = len(message) - _BEGINNING - _END
+            message = f"{message[:_BEGINNING]} [... {left_out:,} characters ...] {message[-_END:]}"
+        super().__init__(message, *more)
 
 
 class CheckpointError(QuantloadError):

@@ -74,7 +74,7 @@ def serve_model(
 
     serve(
         load,
-        lambda: _load_processor(checkpoint, trust_remote_code),
+        lambda: load_processor(checkpoint, trust_remote_code),
         model_name=served_model_name,
         host=host,
         port=port,
@@ -85,7 +85,7 @@ def serve_model(
     )
 
 
-def _load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+def load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     check_small_files(checkpoint.root, PROCESSOR_FILES)
     try:
         return AutoProcessor.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)

@@ -6,8 +6,9 @@ none did before are mutated further. Faults are: an error that is no `QuantloadE
 field or is longer than a screen, more than 10 s, a child that dies, memory beyond the plan, and values that another
 reader does not find.
 
-    python bench/fuzz.py                                  # 110,000 inputs; about half an hour on two cores
+    python bench/fuzz.py --jobs 2                         # 110,000 inputs; about half an hour on two cores
     python bench/fuzz.py --scale 0.01 --readers header    # a quick look
+    python bench/fuzz.py --readers faulty                 # are faults found? every one of these is one
     python bench/fuzz.py --replay FILE                    # one input that a run has kept
 """
 
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,12 @@ LONGEST_MESSAGE = 4100
 KEPT = 400
 FINDINGS = Path(__file__).resolve().parent / "work" / "fuzz"
 COUNTS = {
-    "header": (40_000, 20_000), "index": (24_000, 12_000), "config": (12_000, 3_000), "quantization_config": (24_000, 8_000),
-    "generation_config": (4_000, 2_000), "tokenizer": (2_000, 1_000), "checkpoint": (2_400, 600),
-    "architecture": (1_600, 800),
+    "checkpoint": (1_600, 400), "architecture": (1_000, 500), "config": (6_000, 3_000), "header": (48_000, 16_000),
+    "index": (26_000, 13_000), "quantization_config": (26_000, 13_000), "generation_config": (2_000, 2_000),
+    "tokenizer": (1_000, 1_000),
 }  # fmt: skip
 """Inputs of each reader, and how many of them in a child process."""
+FAULTY = {"faulty": (30, 30)}
 
 
 def make_reader(name: str, folder: Path) -> Any:
@@ -54,6 +57,10 @@ def make_reader(name: str, folder: Path) -> Any:
         from fuzz_checkpoints import ArchitectureReader, CheckpointReader
 
         return (CheckpointReader if name == "checkpoint" else ArchitectureReader)(folder)
+    if name == "faulty":
+        from fuzz_faulty import FaultyReader
+
+        return FaultyReader(folder)
     from fuzz_readers import READERS
 
     return READERS[name](folder)
@@ -186,14 +193,15 @@ def run_batch(name: str, seed: int, start: int, count: int) -> Iterator[dict[str
         if last == 1 << 60:
             raise SystemExit(f"no input of {name} was read: {errors[-2000:]}")
         yield {"kind": kind, "number": last, "where": "", "said": f"exit {child.returncode}: {errors[-1500:]}"}
-        yield {"counts": {kind: 1, "read or refused": last - start}, "lines": 0}
+        counts = Counter(line["kind"] for line in lines)
+        yield {"counts": {**counts, kind: 1, "read or refused": last - start - len(lines)}, "lines": 0}
         count -= last + 1 - start
         start = last + 1
 
 
 def measure(name: str, seed: int, scale: float) -> dict[str, Any]:
     """All inputs of one reader."""
-    total, batch = COUNTS[name]
+    total, batch = (COUNTS | FAULTY)[name]
     total = max(1, round(total * scale))
     begin, counts, faults, lines = time.perf_counter(), Counter[str](), [], 0
     for start in range(0, total, batch):
@@ -224,9 +232,10 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Fuzz what is asked for, print the table and keep the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readers", nargs="+", default=list(COUNTS), choices=list(COUNTS))
+    parser.add_argument("--readers", nargs="+", default=list(COUNTS), choices=list(COUNTS | FAULTY))
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of inputs")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="child processes at a time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--replay", type=Path, help="an input that was kept; its name says its reader")
     parser.add_argument("--batch", nargs=5, help=argparse.SUPPRESS)
@@ -243,7 +252,8 @@ def main() -> None:
         return
     machine = describe_machine()
     print(headline(machine))
-    results = [measure(name, options.seed, options.scale) for name in options.readers]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda name: measure(name, options.seed, options.scale), options.readers))
     print(table(results))
     reduced = "" if options.scale == 1 and options.readers == list(COUNTS) else "part"
     write_result("fuzz", {"machine": machine, "seed": options.seed, "results": results}, options.results, reduced)

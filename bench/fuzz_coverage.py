@@ -8,7 +8,7 @@ from typing import Any, Self
 
 
 class NewLines:
-    """Lines of code in files whose name contains `part`, each counted once; a code whose lines are known costs nothing."""
+    """Lines of code in files whose name contains `part`, each counted once; code whose lines are known costs little."""
 
     def __init__(self, part: str) -> None:
         self._part = part

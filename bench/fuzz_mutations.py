@@ -11,7 +11,8 @@ from typing import Any
 Path = tuple[str | int, ...]
 VALUES: Sequence[Any] = (
     None, True, False, -1, 0, 1, 2, 7, 31, 128, 2**31, 2**63, 2**64, 10**9, 10**30, -(10**9), 0.5, 1e308, -0.0,
-    float("nan"), float("inf"), "", "x", "\x00", "\ud800", "é" * 50, "a" * 5000, "re:(", "re:(a+)+$", "re:.*" * 30, "*" * 40,
+    float("nan"), float("inf"), "", "x", "\x00", "\ud800", "é" * 50, "a" * 5000, "re:(", "re:(a+)+$",
+    "re:.*" * 30, "*" * 40,
     "../../etc/passwd", "/dev/zero", "torch.float8_e4m3fn", "float32", "bfloat16", "int8", "group", "channel", "tensor",
     [], [[]], [1], [None], ["a", 1], [-1, 0], [128, 128], [1] * 100, {}, {"": 1}, {"a": {"b": {}}}, {"0": []},
 )  # fmt: skip
@@ -22,8 +23,8 @@ TOKENS: Sequence[bytes] = (
     b'"../x.safetensors"', b"18446744073709551616", b"9223372036854775807", b"4294967296",
 )  # fmt: skip
 NUMBERS: Sequence[Callable[[int], int]] = (
-    lambda n: n + 1, lambda n: n - 1, lambda n: n * 2, lambda n: n // 2, lambda n: -n, lambda n: n * 8, lambda n: n + 32,
-    lambda n: n * 10**9,
+    lambda n: n + 1, lambda n: n - 1, lambda n: n * 2, lambda n: n // 2, lambda n: -n, lambda n: n * 8,
+    lambda n: n + 32, lambda n: n * 10**9,
 )  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def mutate_bytes(rng: random.Random, data: bytes, others: Sequence[bytes], withi
 
 
 def mutate_json(rng: random.Random, data: bytes, others: Sequence[bytes], names: Sequence[str]) -> tuple[bytes, str]:
-    """A changed JSON file, half of the time by values where it is JSON, and the place of the change where there is one."""
+    """A changed JSON file, mostly by values where it is JSON, and the place of the change where there is one."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):

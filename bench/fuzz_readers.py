@@ -123,13 +123,9 @@ class IndexReader:
 
     def corpus(self) -> list[bytes]:
         names = [list(read_index(resolve(folder)).tensors) for folder in sorted(GOLDEN.glob("*_*"))]
-        return [
-            (DEMO / INDEX).read_bytes(),
-            *(
-                json.dumps({"metadata": {"total_size": 1}, "weight_map": {name: f"{len(name) % 3}.safetensors" for name in each}}).encode()
-                for each in names
-            ),
-        ]  # fmt: skip
+        maps = [{name: f"{len(name) % 3}.safetensors" for name in each} for each in names]
+        made = [json.dumps({"metadata": {"total_size": 1}, "weight_map": each}).encode() for each in maps]
+        return [(DEMO / INDEX).read_bytes(), *made]
 
     def mutate(self, rng: random.Random, data: bytes, others: Sequence[bytes]) -> tuple[bytes, str]:
         return mutate_json(rng, data, others, ("weight_map", "metadata", "total_size", "../x", "a" * 5000))
@@ -286,16 +282,18 @@ class TokenizerReader:
 
 
 CONFIG_NAMES = (
-    "model_type", "architectures", "num_hidden_layers", "hidden_size", "vocab_size", "num_labels", "id2label", "layer_types",
-    "rope_parameters", "rope_scaling", "rope_theta", "dtype", "torch_dtype", "text_config", "vision_config", "auto_map",
-    "attn_implementation", "transformers_weights", "quantization_config", "tie_word_embeddings", "num_attention_heads",
-    "head_dim", "num_experts", "sliding_window", "pad_token_id", "eos_token_id", "is_encoder_decoder", "pruned_heads",
-    "max_position_embeddings", "intermediate_size", "hidden_act", "sub_configs", "base_model_tp_plan", "_name_or_path",
+    "model_type", "architectures", "num_hidden_layers", "hidden_size", "vocab_size", "num_labels", "id2label",
+    "layer_types", "rope_parameters", "rope_scaling", "rope_theta", "dtype", "torch_dtype", "text_config", "auto_map",
+    "vision_config", "attn_implementation", "transformers_weights", "quantization_config", "tie_word_embeddings",
+    "num_attention_heads", "head_dim", "num_experts", "sliding_window", "pad_token_id", "eos_token_id", "hidden_act",
+    "is_encoder_decoder", "pruned_heads", "max_position_embeddings", "intermediate_size", "sub_configs", "_name_or_path",
+    "base_model_tp_plan",
 )  # fmt: skip
 GENERATION_NAMES = (
     "max_length", "max_new_tokens", "num_beams", "temperature", "eos_token_id", "pad_token_id", "cache_implementation",
-    "cache_config", "compile_config", "watermarking_config", "stop_strings", "sequence_bias", "bad_words_ids", "custom_generate",
-    "assistant_early_exit", "transformers_version", "_from_model_config", "return_dict_in_generate", "prompt_lookup_num_tokens",
+    "cache_config", "compile_config", "watermarking_config", "stop_strings", "sequence_bias", "bad_words_ids",
+    "custom_generate", "assistant_early_exit", "transformers_version", "_from_model_config", "return_dict_in_generate",
+    "prompt_lookup_num_tokens",
 )  # fmt: skip
 
 READERS: dict[str, type[Any]] = {

@@ -14,7 +14,7 @@ from .checkpoint.index import CheckpointIndex
 from .checkpoint.pieces import Piece
 from .checkpoint.working_memory import slots_per_worker
 from .errors import PolicyError, UnsupportedCheckpointError
-from .memory.overhead import PIECES, TENSORS
+from .memory.overhead import CONFIG_VALUES, PIECES, READ_AT_ONCE, TENSORS
 from .memory.planner import SLACK_BYTES, MemoryPlan, ParameterSize, plan_memory
 from .model import transformers_api
 from .model.attach import WeightLoaders
@@ -120,7 +120,11 @@ def _memory(
         sum(buffer.nbytes for buffer in _unrouted(model, loaders, mapped)),
         staging,
         transient_bytes=held,
-        overhead_bytes=SLACK_BYTES + TENSORS.beyond(len(index.tensors)) + PIECES.beyond(pieces),
+        overhead_bytes=SLACK_BYTES
+        + TENSORS.beyond(len(index.tensors))
+        + PIECES.beyond(pieces)
+        + CONFIG_VALUES.beyond(index.config_values)
+        + READ_AT_ONCE.beyond(index.read_at_once),
         checkpoint_bytes=index.total_bytes,
     )
 

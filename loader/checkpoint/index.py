@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import CheckpointError, MissingShardError, UnsupportedCheckpointError
 from .headers import TensorEntry, read_header
-from .resolve import Checkpoint
+from .resolve import CONFIG_NAME, Checkpoint
+from .small_files import count_values
 from .source import FileSource, Source, read_bytes
 from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name, parse_weight_map
 
@@ -28,7 +29,8 @@ class CheckpointIndex:
     """All tensors of a checkpoint by name, in the order of shards and of their headers.
 
     `total_bytes` is the sum of the tensors' bytes; `metadata` is that of the first shard's header. `overlaid` are
-    tensors that lie in more than one shard: those of the shard that the index names are here.
+    tensors that lie in more than one shard: those of the shard that the index names are here. `read_at_once` are the
+    bytes of the largest header or index, which were in memory whole; `config_values` the values in `config.json`.
     """
 
     shards: tuple[Shard, ...]
@@ -36,6 +38,8 @@ class CheckpointIndex:
     total_bytes: int
     metadata: dict[str, str]
     overlaid: tuple[str, ...] = ()
+    read_at_once: int = 0
+    config_values: int = 0
 
 
 def read_index(checkpoint: Checkpoint, source: Source | None = None) -> CheckpointIndex:
@@ -53,8 +57,10 @@ def read_index(checkpoint: Checkpoint, source: Source | None = None) -> Checkpoi
         with FileSource(checkpoint.root, page_cache="keep", identities=checkpoint.identities) as files:
             found = _find_shards(checkpoint, files)
             checkpoint.identities.note(found[1])  # all of them before the first: they are of one moment
-            return _read_index(files, *found)
-    return _read_index(source, *_find_shards(checkpoint, source))
+            index = _read_index(files, *found)
+    else:
+        index = _read_index(source, *_find_shards(checkpoint, source))
+    return replace(index, config_values=count_values(checkpoint.root / CONFIG_NAME))
 
 
 def shard_names(checkpoint: Checkpoint, source: Source) -> list[str]:
@@ -67,6 +73,7 @@ def _read_index(source: Source, index_name: str, names: list[str], listed: dict[
     tensors: dict[str, TensorEntry] = {}
     overlaid: dict[str, list[int]] = {}
     metadata: dict[str, str] = {}
+    read_at_once = source.size(index_name) if listed else 0
     for number, name in enumerate(names):
         try:
             header = read_header(source, name, number)
@@ -79,6 +86,7 @@ def _read_index(source: Source, index_name: str, names: list[str], listed: dict[
         shards.append(Shard(name, header.size))
         tensors.update(header.tensors)
         metadata = metadata or header.metadata
+        read_at_once = max(read_at_once, header.data_start)
     _check_overlaid(overlaid, tensors, names, listed)
     missing = [tensor for tensor in listed if tensor not in tensors]
     if missing:
@@ -86,7 +94,7 @@ def _read_index(source: Source, index_name: str, names: list[str], listed: dict[
             f"{index_name} lists {_some(missing)}, in none of its {len(names)} shards; "
             "copy or download the checkpoint again, or save it again"
         )
-    return CheckpointIndex(tuple(shards), tensors, _nbytes(tensors), metadata, tuple(overlaid))
+    return CheckpointIndex(tuple(shards), tensors, _nbytes(tensors), metadata, tuple(overlaid), read_at_once)
 
 
 def _nbytes(tensors: dict[str, TensorEntry]) -> int:

@@ -15,8 +15,10 @@ from .quantization_config import FILES as QUANTIZATION_FILES
 MIB = 1 << 20
 MAX_CONFIG_BYTES = 16 * MIB
 MAX_CODE_BYTES = 16 * MIB
-MAX_VALUES = 1 << 20
-"""Values of a JSON file, each of which takes up to a hundred bytes once it is read."""
+MAX_VALUES = 1 << 19
+"""Values of a JSON file, names included."""
+MAX_MODEL_VALUES = 1 << 17
+"""Values of a config without its `quantization_config`; transformers takes up to a kilobyte for each."""
 MAX_DEPTH = 64
 MAX_INTEGER = 1 << 127
 
@@ -101,14 +103,27 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds a {type(found).__name__}, expected a JSON object")
     _check_nested(path, found, MAX_DEPTH)
+    values = sum(_count(value) for name, value in found.items() if name != "quantization_config")
+    if values > MAX_MODEL_VALUES:
+        raise CheckpointError(f"{path}: has {values:,} values, more than the {MAX_MODEL_VALUES:,} of a model's config")
     return found
 
 
 def check_values(path: Path, content: bytes, most: int = MAX_VALUES) -> None:
     """Raise `CheckpointError` for JSON that may have more than `most` values."""
-    values = sum(map(content.count, (b",", b"[", b"{", b":")))
+    values = _separators(content)
     if values > most:
         raise CheckpointError(f"{path}: has up to {values:,} values, more than the {most:,} that such a file may have")
+
+
+def count_values(path: Path, limit: int = MAX_CONFIG_BYTES) -> int:
+    """How many values a JSON file has at most, names included; none without the file."""
+    content = read_small_file(path, limit)
+    return 0 if content is None else _separators(content)
+
+
+def _separators(content: bytes) -> int:
+    return sum(map(content.count, (b",", b"[", b"{", b":")))
 
 
 def _check(path: Path, status: os.stat_result, limit: int) -> None:
@@ -125,6 +140,12 @@ def _too_large(path: Path, size: int, limit: int) -> CheckpointError:
 def _kind(mode: int) -> str:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, (dict, list)):
+        return 1
+    return 1 + sum(map(_count, value.values() if isinstance(value, dict) else value))
 
 
 def _check_nested(path: Path, value: Any, depth: int) -> None:

@@ -21,6 +21,10 @@ TENSORS = Objects(32768, 1024)
 """Tensors of a checkpoint, with their routes; 0.7 to 0.8 KiB each."""
 PIECES = Objects(16384, 1280)
 """Planned pieces, with the closures around them; of huge checkpoints, and of tiny chunks."""
+CONFIG_VALUES = Objects(32768, 1024)
+"""Values in config.json: what transformers makes of each; 0.85 KiB for fields of their own."""
+READ_AT_ONCE = Objects(1 << 24, 3)
+"""Bytes of the largest header or index, which are read whole; up to 2.9 bytes each where they are one long text."""
 WRITTEN_PIECES = Objects(16384, 1792)
 """Planned pieces of a conversion, with the extents of what is written for them; 1.5 to 1.6 KiB each."""
 WRITTEN_TENSORS = Objects(16384, 1536)

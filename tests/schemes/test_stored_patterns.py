@@ -36,6 +36,35 @@ def test_a_name_means_what_is_below_it_and_what_ends_with_it(pattern: str, name:
     assert Prefixes([pattern], "here").first(name) == (pattern if means else None)
 
 
+MANY = [
+    "re:a",
+    "re:(a)",
+    r"re:(.)\1",
+    "re:(?i)A.B$",
+    "re:(?P<x>b)",
+    "*.c",
+    "m?del*",
+    "re:x|y",
+    "[xy].*",
+    "re:(?<=q)a|ab$",
+    "re:.*",
+]
+
+
+@given(st.lists(st.sampled_from(MANY[:-1]), max_size=9), st.sampled_from([*NAMES, "aa", "A.b", "x.c", "abc"]))
+def test_many_patterns_that_are_asked_together_mean_what_each_means(patterns: list[str], name: str) -> None:
+    wanted = next((each for each in patterns if Patterns([each], "here", globs=True).first(name)), None)
+    assert Patterns(patterns, "here", globs=True).first(name) == wanted
+
+
+def test_hundreds_of_patterns_take_microseconds_a_module() -> None:
+    patterns = Patterns([f"model.layers.{number}.self_attn*" for number in range(300)], "here", globs=True)
+    begin = time.thread_time()
+    assert not any(patterns.first(f"model.layers.{number}.mlp.experts.7.up_proj") for number in range(1000))
+    assert time.thread_time() - begin < 0.1
+    assert patterns.first("model.layers.299.self_attn.q_proj") == "model.layers.299.self_attn*"
+
+
 SLOW = "(?:a|aa)+" * 3 + "!"
 
 

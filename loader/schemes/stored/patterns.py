@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from ...errors import CheckpointError
-from ..expressions import Expression, MatchingTime, UnboundedPatternError
+from ..expressions import Expression, MatchingTime, UnboundedPatternError, joined
 
 T = TypeVar("T")
 Said = tuple[str, Expression]
@@ -44,12 +44,16 @@ class Patterns:
                         self._expressions.append((said, compile_pattern(pattern, where, said)))
                     else:
                         self._names.setdefault(pattern, said)
+            # Tens of thousands of modules are asked about, and most lists mean hardly one of them.
+            self._any = [("its patterns", each) for each in joined(each for _, each in self._expressions)]
 
     def first(self, name: str) -> str | None:
         """What the config says that names a module: its own name before any pattern, and of those the first."""
         if name in self._names or not self._expressions:
             return self._names.get(name)
         with _bounded(self._where):
+            if len(self._any) < len(self._expressions) and _first(self._any, name, self._time) is None:
+                return None
             found = _first(self._expressions, name, self._time)
         return None if found is None else found[0]
 

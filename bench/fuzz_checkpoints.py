@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.append(str(ROOT / "tests/end_to_end"))
-from stored_values import stored_values
+from stored_values import stored_values  # type: ignore[import-not-found,unused-ignore]
 
 GENERATION = "generation_config.json"
 _DTYPES = (
@@ -120,7 +120,7 @@ class ArchitectureReader:
 
     def __init__(self, folder: Path) -> None:
         sys.path.append(str(ROOT / "tests"))
-        import architectures
+        import architectures  # type: ignore[import-not-found,unused-ignore]
 
         self._folders = {name: architectures.save(architectures.BY_NAME[name], folder / name) for name in ARCHITECTURES}
 

@@ -31,7 +31,7 @@ class FaultyReader:
 
     def read(self, data: bytes) -> None:
         act: dict[str, Callable[[], object]] = {
-            "raw error": lambda: {}["missing"],
+            "raw error": lambda: {"some": 1}["missing"],
             "wrong": _wrong,
             "message": lambda: _refuse("something is not right"),
             "memory": lambda: b"x" * (300 << 20),

@@ -19,6 +19,7 @@ MAX_VALUES = 1 << 19
 """Values of a JSON file, names included."""
 MAX_MODEL_VALUES = 1 << 17
 """Values of a config without its `quantization_config`; transformers takes up to a kilobyte for each."""
+_QUANTIZATION = ("quantization_config", "compression_config")
 MAX_DEPTH = 64
 MAX_INTEGER = 1 << 127
 
@@ -103,7 +104,7 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds a {type(found).__name__}, expected a JSON object")
     _check_nested(path, found, MAX_DEPTH)
-    values = sum(_count(value) for name, value in found.items() if name != "quantization_config")
+    values = _count(found)
     if values > MAX_MODEL_VALUES:
         raise CheckpointError(f"{path}: has {values:,} values, more than the {MAX_MODEL_VALUES:,} of a model's config")
     return found
@@ -145,7 +146,9 @@ def _kind(mode: int) -> str:
 def _count(value: Any) -> int:
     if not isinstance(value, (dict, list)):
         return 1
-    return 1 + sum(map(_count, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, dict):
+        return 1 + sum(_count(inner) for name, inner in value.items() if name not in _QUANTIZATION)
+    return 1 + sum(map(_count, value))
 
 
 def _check_nested(path: Path, value: Any, depth: int) -> None:

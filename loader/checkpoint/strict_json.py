@@ -110,10 +110,10 @@ class JsonScanner:
         return found, position
 
     def skip(self, position: int) -> int:
-        """The position after the JSON value at `position`, whatever it is, up to 1 MiB of it."""
+        """The position after the JSON value at `position`, whatever it is, up to 1 MiB of it in UTF-8."""
         text = bytes(self.data[position : position + _MAX_SKIPPED]).decode("utf-8", "surrogateescape")
         try:
             _, length = json.JSONDecoder().raw_decode(text)
+            return position + len(text[:length].encode())  # strict: what was no UTF-8 is none now
         except (ValueError, RecursionError):
-            raise self.fail(position, "a JSON value of at most 1 MiB") from None
-        return position + len(text[:length].encode("utf-8", "surrogateescape"))
+            raise self.fail(position, "a JSON value of at most 1 MiB in UTF-8") from None

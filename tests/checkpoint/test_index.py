@@ -151,6 +151,14 @@ def test_broken_index(tmp_path: Path, content: str, says: str) -> None:
         read_index(resolve(tmp_path))
 
 
+@pytest.mark.parametrize("junk", [b'"\xac"', b'[1, "a\xca"]', b'{"\xff": 1}'])
+def test_bytes_that_are_no_text_are_not_skipped(tmp_path: Path, junk: bytes) -> None:
+    content = b'{"metadata": ' + junk + b', "weight_map": {"a": "x.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="in UTF-8 at byte 13"):
+        read_index(resolve(tmp_path))
+
+
 def test_metadata_of_any_kind_is_skipped(tmp_path: Path) -> None:
     (tmp_path / ONE).write_bytes(shard_bytes({"a": b"1"}))
     text = '{"metadata": {"é": [1, {"}": null}]}, "weight_map": {"a": "' + ONE + '"}, "x": 1e5}'

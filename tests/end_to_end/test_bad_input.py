@@ -211,6 +211,17 @@ def test_folder_that_does_not_exist(tmp_path: Path) -> None:
         load_quantized(tmp_path / "nowhere")
 
 
+def test_a_flipped_bit_of_a_plain_weight_is_the_weight_that_is_loaded(llama: Path) -> None:
+    """A shard has no checksums: what lies there counts, here and in transformers (docs/reliability.md)."""
+    shard, name = llama / raw_checkpoint.SINGLE, "model.norm.weight"
+    header, data = raw_checkpoint.split_header(shard)
+    spoilt = bytearray(data)
+    spoilt[header[name]["data_offsets"][0]] ^= 1 << 5
+    raw_checkpoint.join_header(shard, header, bytes(spoilt))
+    expected = raw_checkpoint.read(llama)[name]
+    assert torch.equal(load_quantized(llama, "none").state_dict()[name], expected)
+
+
 # -- configuration --------------------------------------------------------------------------------------------------
 
 

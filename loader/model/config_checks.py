@@ -19,8 +19,8 @@ from ..errors import CheckpointError, UnsupportedCheckpointError
 
 COUNTS_ANYWAY = 1 << 17
 """A count up to here is believed: lists and labels of so many take some tens of megabytes."""
-MODULES_ANYWAY = 1 << 14
-"""Modules and parameters of a model of any size, some ten megabytes of objects."""
+MODULES_ANYWAY = 1 << 13
+"""Modules and parameters of a model of any size, some tens of megabytes of objects."""
 MODULES_PER_TENSOR = 16
 _NUMBERS = frozenset({"num", "n", "number"})
 _COUNTED = frozenset(

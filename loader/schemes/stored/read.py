@@ -81,8 +81,8 @@ def read_stored(
     method = settings.get("quant_method")
     if not isinstance(method, str) or method not in READERS:
         raise UnsupportedCheckpointError(
-            f"config.json: quantization_config.quant_method is {method!r}; read are {', '.join(map(repr, sorted(READERS)))}; "
-            f"load the original checkpoint, which quantload quantizes while it loads"
+            f"config.json: quantization_config.quant_method is {method!r}; read are "
+            f"{', '.join(map(repr, sorted(READERS)))}; load the original checkpoint, which quantload quantizes while it loads"
         )
     return READERS[method].collect(settings, tensors, read, _dtype(config))
 

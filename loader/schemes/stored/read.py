@@ -82,7 +82,8 @@ def read_stored(
     if not isinstance(method, str) or method not in READERS:
         raise UnsupportedCheckpointError(
             f"config.json: quantization_config.quant_method is {method!r}; read are "
-            f"{', '.join(map(repr, sorted(READERS)))}; load the original checkpoint, which quantload quantizes while it loads"
+            f"{', '.join(map(repr, sorted(READERS)))}; load the original checkpoint, which "
+            f"quantload quantizes while it loads"
         )
     return READERS[method].collect(settings, tensors, read, _dtype(config))
 

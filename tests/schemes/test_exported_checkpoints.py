@@ -202,7 +202,7 @@ def test_gpt_oss_in_its_own_layout(options: LoadOptions, checkpoint: Callable[[s
     assert_same(load_quantized(tmp_path / "out").state_dict(), online.state_dict())
     blocks = load_file(tmp_path / "out/model.safetensors")["model.layers.0.mlp.experts.down_proj_blocks"]
     experts = online.get_submodule("model.layers.0.mlp.experts")
-    assert torch.equal(blocks.flatten(2), experts.down_proj)
+    assert torch.equal(blocks.flatten(2), experts.state_dict()["down_proj"])
     assert blocks.shape[-1] == 16
 
 

@@ -39,8 +39,9 @@ from ..recording import Recorder
 from ..schemes.exported.registry import get_export_format
 from ..schemes.exported.weights import ExportFormat
 from ..schemes.names import ExportName, SchemeName
+from .names import name_modules
 from .shards import OpenShards, PlannedTensor
-from .tensors import kept_modules, plan_tensors, quantized_modules, to_buffers
+from .tensors import plan_tensors, to_buffers
 from .together import units
 
 MAX_SHARD_BYTES = 4 * 10**9
@@ -174,9 +175,8 @@ def _config(
     config = checkpoint.config()
     config.pop("transformers_weights", None)  # the shards have the usual names
     config.pop("quantization_config", None)
-    formats = {name: tensor.layout.format for name, tensor in quantized_modules(tensors)}
-    kept = kept_modules(draft.model, tensors, draft.routes)
-    config["quantization_config"] = export.quantization_config(formats, kept)
+    named = name_modules(draft.model, tensors, draft.routes)
+    config["quantization_config"] = export.quantization_config(named.formats, named.kept, named.heads)
     return config
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-
-from torch import nn
 
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.writer import TensorSpec
@@ -25,14 +22,12 @@ from ..online.weight_loader import DirectWeightLoader
 from ..schemes.base import LinearScheme, MoEScheme
 from ..schemes.exported.registry import exported_weight, why_not_columns
 from ..schemes.exported.weights import ExportedWeight, ExportFormat
-from ..schemes.policy import name_reason
 from ..schemes.stored.weights import StoredWeight
 from .refusals import impossible, nothing_quantized
 
 logger = logging.getLogger("quantload")
 _NAME = "weight"
 _SUFFIX = f".{_NAME}"
-_EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -237,51 +232,7 @@ def _rows_of(span: Span, columns: int) -> Region:
     return Region(None, (first, first + count), (0, columns))
 
 
-def kept_modules(model: nn.Module, planned: Sequence[QuantizedTensor | KeptTensor], routes: Routes) -> list[str]:
-    """The modules a tool must not take for quantized, by their names in the checkpoint, in the order of the model.
-
-    Linear layers that are kept, and whatever else has a matrix called `weight` without being an embedding: routers are
-    linear layers to some tools. The experts of one module are one name with a `*`.
-    """
-    of_parameter: dict[str, list[str]] = {}
-    unrouted: list[str] = []
-    for tensor in planned:
-        if isinstance(tensor, KeptTensor) and len(tensor.entry.shape) == 2 and tensor.entry.name.endswith(_SUFFIX):
-            name = tensor.entry.name.removesuffix(_SUFFIX)
-            spans = routes.spans.get(tensor.entry.name, [])
-            unrouted += [name] if not spans and name_reason(name) != "embedding" else []
-            for parameter in {span.parameter: None for span in spans}:
-                of_parameter.setdefault(parameter, []).append(name)
-    quantized = {f"{each.assignment.name}" for each in planned if isinstance(each, QuantizedTensor)}
-    names: dict[str, None] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) or path in quantized:
-            continue
-        own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
-        stored = [name for parameter in own for name in of_parameter.get(parameter, ())]
-        names.update(dict.fromkeys(map(_without_number, stored)))
-        if isinstance(module, nn.Linear) and not stored:
-            names[path] = None
-    names.update(dict.fromkeys(map(_without_number, unrouted)))
-    return list(names)
-
-
 def to_buffers(routes: Routes, loaders: WeightLoaders) -> set[str]:
     """Checkpoint tensors that are buffers of the model, such as masks."""
     buffers = {name for name, sink in loaders.sinks.items() if isinstance(sink, DirectWeightLoader) and sink.is_buffer}
     return {name for name, spans in routes.spans.items() if all(span.parameter in buffers for span in spans)}
-
-
-def quantized_modules(planned: Iterable[QuantizedTensor | KeptTensor]) -> Iterator[tuple[str, QuantizedTensor]]:
-    """The modules that are quantized, by their names in the checkpoint; the experts of one module once, with a `*`."""
-    seen: set[str] = set()
-    for tensor in planned:
-        if isinstance(tensor, QuantizedTensor):
-            name = _without_number(tensor.module)
-            if name not in seen:
-                seen.add(name)
-                yield name, tensor
-
-
-def _without_number(name: str) -> str:
-    return _EXPERT_NUMBER.sub("*", name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -16,6 +16,7 @@ from .weights import ExportedConstant, ExportedTensor, ExportedWeight, ExportFor
 
 VERSION = "0.20.0"
 _INT4_IN_INT32 = 8
+_OF_AN_EXPERT = "gate_proj", "up_proj", "down_proj"
 
 
 def _arguments(bits: int, kind: str, strategy: str, *, dynamic: bool = False, **more: Any) -> dict[str, Any]:
@@ -103,21 +104,26 @@ WEIGHTS: Mapping[str, ExportedWeight] = {
 }  # fmt: skip
 
 
-def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of compressed-tensors: one group for each format, the first for all other linears."""
+def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str], heads: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors: one group for each format, the first for all other linears.
+
+    Heads are named even where there is one group: vLLM's are no linear layers.
+    """
     formats = list(dict.fromkeys(fmt.name for fmt in modules.values()))
     groups: dict[str, Any] = {}
     for number, name in enumerate(formats):
         group = dict(WEIGHTS[name].config)
         if len(formats) > 1:
-            group["targets"] = [_target(module) for module, fmt in modules.items() if fmt.name == name]
+            group["targets"] = _targets(module for module, fmt in modules.items() if fmt.name == name)
+        else:
+            group["targets"] = [*group["targets"], *heads]
         groups[f"group_{number}"] = group
     written = {group["format"] for group in groups.values()}
     return {
         "config_groups": groups,
         "format": written.pop() if len(written) == 1 else "mixed-precision",
         "global_compression_ratio": None,
-        "ignore": [_target(module) for module in kept],
+        "ignore": _targets(kept),
         "kv_cache_scheme": None,
         "moe_sparsity_config": None,
         "quant_method": "compressed-tensors",
@@ -127,11 +133,21 @@ def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str]) ->
     }
 
 
-def _target(module: str) -> str:
-    """A module's name, or a regular expression where a `*` stands for the number of an expert."""
+def _targets(modules: Iterable[str]) -> list[str]:
+    return [target for module in modules for target in _target(module)]
+
+
+def _target(module: str) -> list[str]:
+    """A module's name, or a regular expression where a `*` stands for the number of an expert, or for all below it.
+
+    The first expert is named as well: vLLM translates names into its own, not expressions, and asks for that one alone.
+    """
     if "*" not in module:
-        return module
-    return "re:" + re.escape(module).replace(r"\*", "[0-9]+") + "$"
+        return [module]
+    if module.endswith(".*"):
+        below = module.removesuffix("*")
+        return ["re:" + re.escape(below), *(f"{below}0.{name}" for name in _OF_AN_EXPERT)]
+    return ["re:" + re.escape(module).replace(r"\*", "[0-9]+") + "$", module.replace("*", "0")]
 
 
 COMPRESSED_TENSORS = ExportFormat("compressed-tensors", WEIGHTS, quantization_config)

@@ -7,7 +7,7 @@ names that transformers does not know here. Linear layers cannot be quantized in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...kernels.formats import MXFP4, WeightFormat
@@ -27,7 +27,7 @@ WEIGHTS: Mapping[str, ExportedWeight] = {
 }
 
 
-def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str]) -> dict[str, Any]:
+def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str], heads: Sequence[str]) -> dict[str, Any]:
     """The method, and the linear layers that are no part of it."""
     return {"modules_to_not_convert": kept, "quant_method": "mxfp4"}
 

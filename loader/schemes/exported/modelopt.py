@@ -6,7 +6,7 @@ could tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...kernels.formats import NVFP4, WeightFormat
@@ -28,7 +28,7 @@ WEIGHTS: Mapping[str, ExportedWeight] = {
 }
 
 
-def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str]) -> dict[str, Any]:
+def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str], heads: Sequence[str]) -> dict[str, Any]:
     """ModelOpt's `quantization_config`: one group for all linear layers, kept ones ignored."""
     return {
         "config_groups": {"group_0": dict(WEIGHTS[NVFP4.name].config)},

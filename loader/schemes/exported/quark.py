@@ -12,7 +12,7 @@ that a checkpoint reads back to the very bytes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ WEIGHTS: Mapping[str, ExportedWeight] = {
 }
 
 
-def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str]) -> dict[str, Any]:
+def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str], heads: Sequence[str]) -> dict[str, Any]:
     """Quark's `quantization_config`: the most frequent format for all, others by module, kept modules excluded."""
     most = Counter(modules.values()).most_common(1)[0][0]
     others = {_pattern(name): WEIGHTS[fmt.name].config for name, fmt in modules.items() if fmt is not most}

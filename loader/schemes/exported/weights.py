@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -138,12 +138,13 @@ class ExportFormat:
     """A checkpoint format that quantized weights can be written in.
 
     `weights` says how, by the name of the weight format. `quantization_config` makes the entry of config.json from the
-    weight format of every quantized module and the modules that are kept, all by their names in the checkpoint.
+    weight format of every quantized module, the modules that are kept, and the output heads among the first, all by
+    their names in the checkpoint and in the model.
     """
 
     name: str
     weights: Mapping[str, ExportedWeight]
-    quantization_config: Callable[[Mapping[str, WeightFormat], list[str]], dict[str, Any]]
+    quantization_config: Callable[[Mapping[str, WeightFormat], list[str], Sequence[str]], dict[str, Any]]
 
     def holds(self, weight_format: WeightFormat, *, experts: bool) -> bool:
         """Whether weights of a format can be written: those of experts, or those of linear layers."""

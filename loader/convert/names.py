@@ -48,14 +48,14 @@ def name_modules(model: nn.Module, planned: Sequence[QuantizedTensor | KeptTenso
     """
     quantized = [tensor for tensor in planned if isinstance(tensor, QuantizedTensor)]
     found: dict[str, WeightFormat | None] = dict.fromkeys(_kept(model, planned, routes))
-    head, heads = output_head(model), set[str]()
+    head, heads = output_head(model), dict[str, None]()
     for tensor in quantized:
         fmt = tensor.layout.format
         for name in _names(tensor.module, _modules(routes, tensor.entry.name)):
             if found.setdefault(name, fmt) is not fmt:
                 raise _ambiguous(name, found[name], fmt)
             if tensor.assignment.module is head:
-                heads.add(name)
+                heads[name] = None
     named = NamedModules(heads=[*heads])
     for name, fmt_or_none in _experts_together(found).items():
         if fmt_or_none is None:

@@ -210,7 +210,7 @@ def test_what_is_written_is_read_back(
     layout = WeightLayout(fmt, None, (("", rows),), columns, (multiple, multiple))
     with tempfile.TemporaryDirectory() as folder:
         convert({"a.weight": weight}, planned, Path(folder), written, workers)
-        config = EXPORT_FORMATS[tool].quantization_config({"a": fmt}, [])
+        config = EXPORT_FORMATS[tool].quantization_config({"a": fmt}, [], [])
         padded = read_back(Path(folder) / "out", config, layout, spans, read, workers)
     (part,) = layout.shard_indices()
     tensors, wanted = tuple(each[index] for each, index in zip(padded, part.index, strict=True)), whole(weight, scheme)
@@ -243,7 +243,7 @@ def test_blocks_of_rows_that_come_apart_are_refused(tmp_path: Path) -> None:
         Span("a.weight", Region(None, (128 * half, 128 * (half + 1)), (0, columns)), half * columns, 2 * columns, 1)
         for half in range(2)
     ]
-    config = EXPORT_FORMATS["compressed-tensors"].quantization_config({"a": fmt}, [])
+    config = EXPORT_FORMATS["compressed-tensors"].quantization_config({"a": fmt}, [], [])
     with pytest.raises(CheckpointError, match=r"a\.weight_scale: blocks of 128 rows lie across the border"):
         read_back(tmp_path / "out", config, halves, spans, 1 << 20, 1)
 

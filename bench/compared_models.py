@@ -47,7 +47,7 @@ def _adopt(loaded: nn.Module, twin: nn.Module) -> set[str]:
         own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         theirs = dict(other.named_parameters(recurse=False)) | dict(other.named_buffers(recurse=False))
         for key, parameter in theirs.items():
-            if key not in own or own[key].dtype != parameter.dtype or own[key].shape != parameter.shape:
+            if key not in own or hasattr(own[key], "compute_dtype"):  # codes show the dtype that the layer computes in
                 parameter.data.copy_(module.dequantize(key).to(parameter.dtype))
                 names.add(f"{name}.{key}")
         names |= {f"{name}.{key}" for key in own if key not in theirs}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,20 +172,20 @@ def test_kept_experts_in_one_tensor_are_named_for_tools_that_take_them_one_by_on
     assert reader_rules.vllm_quark(written(draft, "quark")[1], experts, {}) is None
 
 
-def planned(of: dict[str, tuple[str, str | None]]) -> tuple[list[Any], Routes]:
+def planned(of: Mapping[str, tuple[str, str | None]]) -> tuple[list[Any], Routes]:
     """Matrices of a checkpoint: where in the model each goes, and the format it gets, if any."""
     routes = Routes({name: [Span(to, Region(None, (0, 2), (0, 2)), 0, 2, 1)] for name, (to, _) in of.items()})
     tensors: list[Any] = []
     for name, (_, fmt) in of.items():
-        entry = TensorEntry(name, torch.bfloat16, (2, 2), "a", 0, 8)
+        entry = TensorEntry(name, torch.bfloat16, (2, 2), 0, 0, 8)
         if fmt is None:
             tensors.append(KeptTensor(entry))
         else:
             layout = WeightLayout(FORMATS[fmt], None, (("", 2),), 2)
             stem = name.removesuffix("weight")
-            tensors.append(
-                QuantizedTensor(entry, stem, Assignment("", "linear", nn.Module(), None, ""), None, layout, None, ())
-            )  # type: ignore[arg-type]
+            unused: Any = None
+            assignment = Assignment("", "linear", nn.Module(), None, "")
+            tensors.append(QuantizedTensor(entry, stem, assignment, unused, layout, unused, ()))
     return tensors, routes
 
 

@@ -411,12 +411,13 @@ def test_a_linear_layer_that_is_reloaded_has_zeros_in_its_padding(
     monkeypatch.setattr(registry, "kernel_set", lambda *_: through_aiter())
     model = load_quantized(checkpoint("llama_odd"), "quark_mxfp4", device="cpu")
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
-    before = layer.weight.clone(), layer.weight_scale.clone()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     weight = layer.dequantize()
     layer.weight.weight_loader.reset()
     layer.weight.weight_loader(layer.weight, weight)
-    assert torch.equal(layer.weight, before[0])
-    assert torch.equal(layer.weight_scale, before[1])
+    after = layer.state_dict()
+    assert torch.equal(after["weight"], before["weight"])
+    assert torch.equal(after["weight_scale"], before["weight_scale"])
 
 
 def layer_weights(module: Any) -> list[str]:

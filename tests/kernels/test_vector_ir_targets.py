@@ -68,7 +68,7 @@ EMITTED: dict[str, tuple[Any, list[Any], list[Any], int]] = {
         for decoder in ("uint4_f32_f32", "uint8_bf16_f32")
     },
     "extremes": (integer_ir.group_extremes, [ADDRESS] * 5, [32, "bf16"], 0),
-    "scales_of_extremes": (integer_ir.scales_of_extremes, [ADDRESS] * 3, [15, False, "f16"], 0),
+    "scales_of_extremes": (integer_ir.scales_of_extremes, [ADDRESS] * 3, [15, False, "bf16", "f16"], 0),
     "split_words": (integer_ir.split_words, [ADDRESS] * 3, ["f16"], 0),
     "quantize_int4": (integer_ir.quantize_groups, [ADDRESS] * 7, [32, 4, 0, "bf16", True], 1),
     "dequantize_int4": (integer_decode_ir.dequantize_group, [ADDRESS] * 4, [4, "bf16", "bf16"], 0),

@@ -30,10 +30,11 @@ def test_a_load_with_the_least_error(scheme: str) -> None:
     assert all(layer.kernel.endswith("numba, mse scales") for layer in least.load_report.layers)
     weight = load_quantized(DEMO_MODEL, "none").get_parameter(f"{name}.weight").detach()
     kernels = kernel_set(least.get_submodule(name).scheme.kernels.format.name, "cpu", {"quantize": "torch"}, "mse")
-    codes, scales = (torch.empty_like(least.get_parameter(f"{name}.{each}")) for each in ("weight", "weight_scale"))
-    kernels.quantize(weight, (codes, scales))
-    assert torch.equal(codes, least.get_parameter(f"{name}.weight"))
-    assert torch.equal(scales, least.get_parameter(f"{name}.weight_scale"))
+    state = least.state_dict()
+    made = tuple(torch.empty_like(state[f"{name}.{each}"]) for each in ("weight", "weight_scale"))
+    kernels.quantize(weight, made)
+    assert torch.equal(made[0], state[f"{name}.weight"])
+    assert torch.equal(made[1], state[f"{name}.weight_scale"])
 
 
 @pytest.mark.parametrize("policy", [{"linear": "fp8_per_channel"}, {"linear": "mxfp8", "experts": "int8_per_channel"}])

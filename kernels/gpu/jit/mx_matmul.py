@@ -18,9 +18,11 @@ def round_to_mx(x, CODE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """
     EMAX: tl.constexpr = 2 if CODE == "e2m1" else 8
     THRESHOLD: tl.constexpr = 0x600000 if CODE == "e2m1" else 0x600001
+    TOP: tl.constexpr = 142 if x.dtype == tl.float16 else 254
     blocks = x.to(tl.float32).reshape(ROWS, COLS // 32, 32)
     amax_bits = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
-    byte = tl.maximum((amax_bits >> 23) - EMAX + ((amax_bits & 0x7FFFFF) >= THRESHOLD).to(tl.int32), 0)
+    byte = (amax_bits >> 23) - EMAX + ((amax_bits & 0x7FFFFF) >= THRESHOLD).to(tl.int32)
+    byte = tl.minimum(tl.maximum(byte, 0), TOP - EMAX)
     ratio = blocks * ((254 - byte) << 23).to(tl.float32, bitcast=True)[:, :, None]
     if CODE == "e2m1":
         low, high = tl.split(_signed(encode_float(tl.abs(ratio), 1, 1, 6.0), ratio, 3).reshape(ROWS, COLS // 2, 2))

@@ -6,7 +6,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ from .errors import (
     UnsupportedCheckpointError,
 )
 from .schemes.names import ExportName
+from .shortage import is_shortage, refused
 
 EXIT_USAGE, EXIT_CHECKPOINT, EXIT_BUDGET, EXIT_OTHER = 2, 3, 4, 1
 _NO_TERMINAL_WIDTH = 10_000
@@ -109,7 +111,8 @@ def plan(
     else:
         from .memory.summary import print_plan
 
-        print_plan(summary, draft.plan.memory, _tables())
+        with _to_stdout():
+            print_plan(summary, draft.plan.memory, _tables())
 
 
 @app.command()
@@ -202,7 +205,8 @@ def schemes(
     if as_json:
         _print_json({"device": device, "schemes": list_schemes(device), "read_only": list_read_only()})
     else:
-        print_schemes(device, _tables())
+        with _to_stdout():
+            print_schemes(device, _tables())
 
 
 @app.command()
@@ -234,10 +238,30 @@ def main() -> None:
     except BrokenPipeError:
         _drop_stdout()
         sys.exit(EXIT_OTHER)
-    except OSError as error:  # standard output on a full disk, for one
-        _drop_stdout()
-        _print_error(f"{error.filename or 'standard output'}: {error.strerror or error}")
-        sys.exit(EXIT_OTHER)
+    except (OSError, MemoryError) as error:
+        sys.exit(_fail(error))
+
+
+def _fail(error: OSError | MemoryError) -> int:
+    """Say what the system refused, and the exit code for it."""
+    if is_shortage(error):
+        _print_error(str(refused("the program itself", error)))
+        return EXIT_BUDGET
+    assert isinstance(error, OSError)
+    _drop_stdout()
+    _print_error(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    return EXIT_OTHER
+
+
+@contextmanager
+def _to_stdout() -> Iterator[None]:
+    """What standard output refuses inside, on a full disk for one, is said of it."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = error.filename or "standard output"
+        raise
 
 
 def _print_error(message: str) -> None:
@@ -295,7 +319,8 @@ def _show(report: Any, as_json: bool) -> None:
     if as_json:
         _print_json(report.to_dict())
     else:
-        render(report, _tables())
+        with _to_stdout():
+            render(report, _tables())
 
 
 def _tables() -> Console:
@@ -304,7 +329,8 @@ def _tables() -> Console:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, allow_nan=False), flush=True)
+    with _to_stdout():
+        print(json.dumps(value, allow_nan=False), flush=True)
 
 
 if __name__ == "__main__":

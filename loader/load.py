@@ -11,7 +11,9 @@ from .cache.session import NoCache, open_cache
 from .checkpoint.reader import PieceReader, ReadTotals
 from .checkpoint.resolve import Checkpoint, resolve
 from .draft import Draft, draft_load
-from .memory.budget import check_budget
+from .memory.budget import check_budget, memory_running_out
+from .memory.limits import check_limits, process_limits
+from .memory.planner import MemoryPlan
 from .model import transformers_api
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy
@@ -46,8 +48,10 @@ def load_quantized(
     """
     options = options or LoadOptions()
     place = choose_device(device)
+    planned: list[MemoryPlan] = []
     with (
         torch.inference_mode(False),
+        memory_running_out(planned),
         showing(progress, "loading") as told,
         Recorder(place, options.stats, told) as recorder,
     ):
@@ -59,7 +63,8 @@ def load_quantized(
                 draft = draft_load(
                     checkpoint, quantization, policy, options, storage, cache.on_layer, trust_remote_code
                 )
-                return draft, _stream(draft, cache, recorder, options, storage.device)
+                planned.append(draft.plan.memory)
+                return draft, _stream(draft, cache, recorder, options, storage)
 
         draft, totals = cache.attempt(load)
     model = cast(QuantizedModel, draft.model)
@@ -76,9 +81,15 @@ def load_quantized(
     return model
 
 
-def _stream(draft: Draft, cache: NoCache, recorder: Recorder, options: LoadOptions, device: torch.device) -> ReadTotals:
+def _stream(
+    draft: Draft, cache: NoCache, recorder: Recorder, options: LoadOptions, storage: FinalStorage
+) -> ReadTotals:
     """Fill the model of a draft."""
+    device = storage.device
     check_budget(draft.plan.memory, options.max_memory)
+    if device.type == "cpu":
+        check_limits(draft.plan.memory, process_limits())
+    storage.expect(draft.plan.final_sizes)
     with cache.reading(draft) as reading:
         recorder.expect(reading.plan, draft.assignments)
         reader = PieceReader(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -39,7 +40,8 @@ class LoadPlan:
     """The pieces of a load in the order they are read, and its predicted memory.
 
     `chunk_bytes` is the size of a staging buffer: the largest piece, at most the option's unless a scale block is
-    larger. `bytes_in` are the checkpoint bytes of each linear and experts module, `leftovers` what is not loaded.
+    larger. `bytes_in` are the checkpoint bytes of each linear and experts module, `leftovers` what is not loaded,
+    `final_sizes` says how many final tensors of each size in bytes the pieces fill.
     """
 
     pieces: list[Piece]
@@ -50,6 +52,7 @@ class LoadPlan:
     bytes_in: dict[str, int]
     whole_conversions: int
     leftovers: Leftovers
+    final_sizes: Mapping[int, int] = field(default_factory=dict)
 
 
 def plan_load(
@@ -80,7 +83,8 @@ def plan_load(
     held = whole + (workers + 1) * stored.held_bytes + max(plain.maxima_bytes, stored.maxima_bytes)
     memory = _memory(model, index, mapped, sources, loaders, assignments, staging, held, len(pieces))
     total = sum(piece.nbytes for piece in pieces)
-    return LoadPlan(pieces, chunk, workers, memory, total, bytes_in, len(routes.whole), mapped.leftovers)
+    sizes = Counter(size for name in loaded_parameters(mapped, loaders) for size in loaders.sinks[name].sizes)
+    return LoadPlan(pieces, chunk, workers, memory, total, bytes_in, len(routes.whole), mapped.leftovers, sizes)
 
 
 def plan_without_pieces(
@@ -242,7 +246,7 @@ def _sizes(
         unquantized = mapped.shapes.tensors[name]
         bytes_in = sum(weight.nbytes for weight in sources.of(name)) or unquantized.nbytes
         scheme = assignment.scheme if assignment is not None and sink.values_dtype is None else None
-        yield ParameterSize(name, kind, "none" if scheme is None else scheme.name, bytes_in, sink.nbytes)
+        yield ParameterSize(name, kind, "none" if scheme is None else scheme.name, bytes_in, sum(sink.sizes))
 
 
 def loaded_parameters(mapped: CheckpointMap, loaders: WeightLoaders) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -502,9 +503,35 @@ def test_stdout_on_a_full_disk(tmp_path: Path) -> None:
     with FULL_DISK.open("w") as full:
         done = run("report", str(saved), "--json", stdout=full)
     assert done.returncode == 1
-    assert "No space left" in done.stderr
+    assert "standard output: No space left" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.EIO, "Input/output error"), 1, "error: Input/output error"),
+        (OSError(errno.EACCES, "Permission denied", "/some/where"), 1, "error: /some/where: Permission denied"),
+        (
+            OSError(errno.ENOMEM, "Cannot allocate memory"),
+            4,
+            "no memory for the program itself: Cannot allocate memory",
+        ),
+        (MemoryError(), 4, "no memory for the program itself: out of memory"),
+    ],
+)
+def test_only_what_standard_output_refuses_is_said_of_standard_output(
+    quantload: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, said: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("quantload.load.load_quantized", fail)
+    found, out, err = quantload("load")
+    assert (found, out) == (code, "")
+    assert said in err
+    assert "standard output" not in err
 
 
 # Startup

@@ -24,11 +24,12 @@ class Floor:
 
 
 KERNELS = "kernels kernels.reference"
-GROUND = "errors options collector memory.amounts schemes.names progress"
+GROUND = "errors options collector shortage memory.amounts schemes.names progress"
 FLOORS: dict[str, Floor] = {
     "errors": Floor("", "everybody raises them"),
     "progress": Floor("", "who is told how far a load is"),
     "collector": Floor("", "a context manager around Python's own collector"),
+    "shortage": Floor("errors", "what the system refuses, to whoever asks it for memory or a thread"),
     "kernels": Floor(
         "", "what all kernels share; an engine may take kernels/ without the loader, and so without errors"
     ),
@@ -48,14 +49,17 @@ FLOORS: dict[str, Floor] = {
         "checks what a caller asks for, kernels and schemes by name included",
     ),
     "geometry": Floor("errors kernels.formats", "where a piece lies: no files, no modules"),
-    "checkpoint": Floor("errors options", "files of any model: nothing about quantization"),
-    "memory": Floor("errors memory.amounts kernels.statistics", "measures and plans a load without knowing its steps"),
+    "checkpoint": Floor("errors options shortage", "files of any model: nothing about quantization"),
+    "memory": Floor(
+        "errors shortage memory.amounts kernels.statistics", "measures and plans a load without knowing its steps"
+    ),
     "schemes": Floor(
-        f"errors options schemes.names geometry checkpoint {KERNELS} kernels.registry",
+        f"errors options shortage schemes.names geometry checkpoint {KERNELS} kernels.registry",
         "what a format means for a module",
     ),
     "online": Floor(
-        "errors geometry kernels.formats kernels.statistics schemes", "an engine can use the closures as they are"
+        "errors shortage geometry kernels.formats kernels.statistics schemes",
+        "an engine can use the closures as they are",
     ),
     "model": Floor(
         "errors geometry kernels.formats checkpoint schemes online", "the transformers side: whose parameter is where"

@@ -131,6 +131,9 @@ class Recipe(Generic[Made]):
         except DAMAGED as error:
             folder = FunctionCache(self.function).cache_path
             logger.warning("numba's disk cache is damaged (%s); delete the folder %s", error, folder)
+        except OSError as error:  # the disk is full, or a file may not be so large
+            folder = FunctionCache(self.function).cache_path
+            logger.warning("a compiled kernel cannot be kept in %s: %s", folder, error.strerror or error)
         made = self.decorator(**options)(self.function)
         return made
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.writer import ShardPlan, write_all
+from ..shortage import start
 from .checksums import SEGMENT_BYTES, Checksums
 
 CHUNK_BYTES = 16 * SEGMENT_BYTES
@@ -81,7 +82,11 @@ class TensorWriter:
             raise
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        try:
+            start(self._thread, "the thread that writes the cache")
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(

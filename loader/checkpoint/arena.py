@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-
-_HUGE = 2 << 20
+from ..shortage import HUGE_PAGE, advise, give_back, map_anonymous
 
 
 @dataclass(slots=True)
@@ -41,13 +40,12 @@ class Arena:
         count = staging_bytes // self.slot_bytes
         if count < 1:
             raise PolicyError(f"staging_bytes is {staging_bytes}; one buffer takes {self.slot_bytes}")
-        huge = self.slot_bytes % _HUGE == 0
-        self._granule = _HUGE if huge else mmap.PAGESIZE
-        # Private: a shared mapping would be shared memory to the kernel, which has other page and limit rules.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._map: mmap.mmap | None = mmap.mmap(-1, count * self.slot_bytes + (_HUGE if huge else 0), flags=flags)
-        if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-            self._advise_huge(self._map)
+        huge = self.slot_bytes % HUGE_PAGE == 0
+        nbytes = count * self.slot_bytes + (HUGE_PAGE if huge else 0)
+        what = f"the staging arena, {count} buffers of {self.slot_bytes} bytes"
+        self._map: mmap.mmap | None = map_anonymous(nbytes, what, huge=False)
+        huge = huge and hasattr(mmap, "MADV_HUGEPAGE") and advise(self._map, mmap.MADV_HUGEPAGE)
+        self._granule = HUGE_PAGE if huge else mmap.PAGESIZE
         self._memory: memoryview | None = memoryview(self._map)
         base = torch.frombuffer(self._map, dtype=torch.uint8)
         start = -base.data_ptr() % self._granule
@@ -57,13 +55,6 @@ class Arena:
         self._slots = [Slot(base[at : at + self.slot_bytes], self._memory[at : at + self.slot_bytes]) for at in slots]
         self._free = self._slots[::-1]
         self._lock = threading.Lock()
-
-    def _advise_huge(self, mapping: mmap.mmap) -> None:
-        try:
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            # A kernel built without huge pages: the arena works with small ones.
-            self._granule = mmap.PAGESIZE
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +85,7 @@ class Arena:
             return
         # Not unmapped by force: torch would read from where nothing is. The mapping goes with the last view of it,
         # which a traceback may hold; its pages go now.
-        self._map.madvise(mmap.MADV_DONTNEED)
+        give_back(self._map)
         for slot in self._slots:
             slot.memory.release()
             slot.tensor = torch.empty(0, dtype=torch.uint8)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..errors import LoadCancelledError
+from ..shortage import start
 
 _TICK = 0.1
 _torch_threads = threading.Lock()
@@ -55,8 +56,8 @@ class Crew:
         ]
         try:
             with _one_torch_thread():
-                for thread in self._threads:
-                    thread.start()
+                for number, thread in enumerate(self._threads, 1):
+                    start(thread, f"thread {number} of the {self._count} that read and quantize")
                 for _ in self._threads:
                     self._ready.acquire()
             while not self._finished.wait(_TICK):

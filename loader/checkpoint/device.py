@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from ..errors import MemoryBudgetError
+from ..shortage import Shortage
 from .arena import Arena, Slot, rounded_slot
 
 SLOTS = 2
@@ -178,11 +178,11 @@ class DeviceWorkspace:
 def pin(memory: Tensor) -> None:
     """Lock pages in memory and tell the driver, so that copies from them run beside everything else.
 
-    Raises `MemoryBudgetError` where the system does not allow so much locked memory.
+    Raises `Shortage` where the system does not allow so much locked memory.
     """
     error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(error):
-        raise MemoryBudgetError(
+        raise Shortage(
             f"{memory.numel()} bytes of staging could not be pinned for the GPU (driver error {int(error)}); "
             f"allow more locked memory (ulimit -l), or give a smaller staging or chunk"
         )

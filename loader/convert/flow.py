@@ -26,8 +26,9 @@ from ..collector import collector_paused
 from ..draft import Draft, draft_load
 from ..errors import PolicyError
 from ..memory.amounts import parse_bytes
-from ..memory.budget import check_budget
+from ..memory.budget import check_budget, memory_running_out
 from ..memory.overhead import WRITTEN_PIECES, WRITTEN_TENSORS
+from ..memory.planner import MemoryPlan
 from ..memory.report import LoadReport
 from ..online.storage import FinalStorage
 from ..options import LoadOptions, QuantizationPolicy
@@ -77,8 +78,10 @@ def convert_checkpoint(
     max_shard_bytes = parse_bytes(max_shard_bytes)
     if max_shard_bytes < 1:
         raise PolicyError(f"max_shard_bytes is {max_shard_bytes}; give a positive number of bytes")
+    planned: list[MemoryPlan] = []
     with (
         torch.inference_mode(False),
+        memory_running_out(planned),
         showing(progress, "converting") as told,
         Recorder(CPU, options.stats, told) as recorder,
     ):
@@ -113,6 +116,7 @@ def convert_checkpoint(
             with OpenShards(tensors, shards, folder, recorder.on_layer, found, masks) as open_shards:
                 plan = _plan(draft, open_shards, sum(len(shard.offsets) for shard in shards), options)
                 recorder.expect(plan, draft.assignments)
+                planned.append(plan.memory)
                 check_budget(plan.memory, options.max_memory)
                 reader = PieceReader(
                     source,

@@ -88,9 +88,14 @@ class WeightLayout:
         return math.prod(self.maxima_shape) * self.format.maxima.dtype.itemsize
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each tensor, padding included."""
+        return _sizes(self)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, padding included."""
-        return _nbytes(self)
+        return sum(_sizes(self))
 
     @property
     def align(self) -> tuple[int, int]:
@@ -203,9 +208,9 @@ def _shapes(layout: WeightLayout) -> tuple[tuple[int, ...], ...]:
 
 
 @lru_cache(maxsize=1024)
-def _nbytes(layout: WeightLayout) -> int:
+def _sizes(layout: WeightLayout) -> tuple[int, ...]:
     pairs = zip(layout.shapes, layout.format.tensors, strict=True)
-    return sum(math.prod(shape) * tensor.dtype.itemsize for shape, tensor in pairs)
+    return tuple(math.prod(shape) * tensor.dtype.itemsize for shape, tensor in pairs)
 
 
 @lru_cache(maxsize=4096)

@@ -1,12 +1,16 @@
-"""The check of a plan against the limit a user set."""
+"""The check of a plan against the limit a user set, and what a load says that ran out of memory all the same."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from ..errors import MemoryBudgetError
+from ..shortage import Shortage, is_shortage, refused, spare_address_space
 from .amounts import MIB, format_bytes
+from .limits import process_limits
 
 if TYPE_CHECKING:
     from .planner import MemoryPlan
@@ -31,6 +35,34 @@ def check_budget(plan: MemoryPlan, limit: int | None) -> None:
         f" + overhead {format_bytes(plan.slack_bytes)}), the limit is"
         f" {format_bytes(limit)} ({limit} bytes), {format_bytes(plan.peak_bytes - limit)} short: {advice}"
     )
+
+
+@contextlib.contextmanager
+def memory_running_out(plans: Sequence[MemoryPlan]) -> Iterator[None]:
+    """Whatever finds no memory inside is a `MemoryBudgetError` that names it, what was predicted, and the limits.
+
+    `plans` holds the plan of the load once there is one.
+    """
+    spare_address_space()
+    try:
+        yield
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        found = error if isinstance(error, Shortage) else refused("what a load needs beside its tensors", error)
+        raise MemoryBudgetError(f"{found}; {_expected(plans)}") from error
+
+
+def _expected(plans: Sequence[MemoryPlan]) -> str:
+    """What a load was predicted to take, and within which limits."""
+    predicted = "the load had not been planned yet"
+    for plan in plans[-1:]:
+        predicted = (
+            f"the predicted peak of the load is {format_bytes(plan.peak_bytes)} (model {format_bytes(plan.final_bytes)}"
+            f" + staging {format_bytes(plan.staging_bytes)} + overhead {format_bytes(plan.slack_bytes)})"
+        )
+    limits = "; ".join(map(str, process_limits())) or "no limit of this process is known: the machine has no more"
+    return f"{predicted}; {limits}"
 
 
 def _advice(plan: MemoryPlan, limit: int) -> list[str]:

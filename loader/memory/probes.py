@@ -13,6 +13,8 @@ from typing import Literal, Protocol, Self
 
 import torch
 
+from ..shortage import start
+
 Kind = Literal["CPU", "GPU"]
 SAMPLE_SECONDS = 0.004
 
@@ -82,8 +84,13 @@ class AnonymousRssProbe:
     def start(self) -> None:
         """Start the sampling thread; does nothing where it runs already."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="quantload-memory", daemon=True)
-            self._thread.start()
+            thread = self._thread = threading.Thread(target=self._run, name="quantload-memory", daemon=True)
+            try:
+                start(thread, "the thread that watches memory")
+            except BaseException:
+                self._thread = None
+                self._counter.close()
+                raise
 
     def stop(self) -> None:
         """Stop the sampling thread and wait for its end, at most a period; does nothing where it does not run."""

@@ -104,10 +104,10 @@ class StoredTensorLoader(ParameterLoader):
         return self.tracker.name
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales, and of a static input scale."""
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of the codes, the scales, and a static input scale."""
         has_input_scale = self.progress.loader(self.parameter, "input_scale") is not None
-        return self.parameter.layout.nbytes + has_input_scale * torch.float32.itemsize
+        return self.parameter.layout.sizes + (torch.float32.itemsize,) * has_input_scale
 
     def load_shard(self, loaded_weight: Tensor, shard_id: ShardId, expert_id: int | None) -> None:
         load_whole_shard(self, self.parameter, loaded_weight, shard_id, expert_id)

@@ -73,8 +73,8 @@ class ParameterLoader(Sink, ABC):
 
     @property
     @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of the final tensors."""
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each of the final tensors."""
 
     @abstractmethod
     def load_shard(self, loaded_weight: Tensor, shard_id: ShardId, expert_id: int | None) -> None:
@@ -181,8 +181,8 @@ class DirectWeightLoader(RestorableLoader):
         return self.tracker.name
 
     @property
-    def nbytes(self) -> int:
-        return self.rows * self.columns * self.values_dtype.itemsize
+    def sizes(self) -> tuple[int, ...]:
+        return (self.rows * self.columns * self.values_dtype.itemsize,)
 
     def load_shard(self, loaded_weight: Tensor, shard_id: ShardId, expert_id: int | None) -> None:
         """There is one shard: the whole tensor."""
@@ -288,9 +288,9 @@ class OnlineWeightLoader(RestorableLoader):
         return self.parameter.layout.tensors
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.parameter.layout.nbytes
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of the codes, then of the scales."""
+        return self.parameter.layout.sizes
 
     @property
     def maxima_bytes(self) -> int:  # type: ignore[override]  # asked of few closures, worked out for those

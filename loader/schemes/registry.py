@@ -18,6 +18,7 @@ from ..kernels import formats
 from ..kernels import registry as kernel_registry
 from ..kernels.formats import FORMATS, WeightFormat
 from ..options import LoadOptions, ScaleMode
+from ..shortage import COMPILER_STACK_BYTES, starting
 from .activations import Activation, choose_activations
 from .base import LinearScheme, MoEScheme, Quantizer
 from .linear import QuantizedLinearScheme
@@ -188,7 +189,8 @@ class SchemeFactory:
         those of `dtype` is compiled then, so that all is there before the first weight.
         """
         with ThreadPoolExecutor(1, "quantload-compile") as pool:
-            compiled = pool.submit(self._compile, {dtype}, ())
+            with starting("the thread that gets kernels ready", COMPILER_STACK_BYTES):
+                compiled = pool.submit(self._compile, {dtype}, ())
             yield
             compiled.result()
         self._compile(self._source_dtypes - {dtype}, self._read)

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from quantload.checkpoint.crew import Crew, Stopped
-from quantload.errors import LoadCancelledError
+from quantload.errors import LoadCancelledError, MemoryBudgetError
 
 
 def alive() -> list[str]:
@@ -87,7 +87,7 @@ def test_threads_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
+    with pytest.raises(MemoryBudgetError, match="thread 2 of the 3 that read and quantize could not be started"):
         Crew(3, None).work(wait_for_stop)
     assert alive() == []
 

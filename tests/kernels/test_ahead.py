@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
@@ -226,6 +227,23 @@ def test_a_damaged_cache_is_named(
     ahead.prepare([needed])
     assert compiled_here == ["add"]
     assert "numba's disk cache is damaged" in caplog.text
+
+
+def test_a_cache_that_takes_nothing_more_is_said_and_the_kernel_compiled_all_the_same(
+    needed: Needed[KernelFunction],
+    compiled_here: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(ahead, "_run_child", full)
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
+    ahead.prepare([needed])
+    assert compiled_here == ["add", "add"]  # a second time, without the cache
+    assert "a compiled kernel cannot be kept in" in caplog.text
+    assert "File too large" in caplog.text
 
 
 def test_processes_that_write_at_once_do_not_swap_their_functions(

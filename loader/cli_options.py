@@ -293,6 +293,24 @@ class SourceOptions:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
+@dataclass(frozen=True)
+class DigestOptions:
+    """What proves that two loads ended in the same."""
+
+    digest: Annotated[
+        bool,
+        typer.Option(
+            "--digest",
+            help="Compute a digest of the names, dtypes, shapes and bytes of the final tensors, for the report. It is "
+            "the same whatever the order, the kernels and the machine.",
+        ),
+    ] = False
+
+    def values(self) -> dict[str, Any]:
+        """Fields of `LoadOptions`."""
+        return {"digest": self.digest}
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
     """What every command takes that reads a checkpoint."""
@@ -350,10 +368,11 @@ class ModelOptions(PlanOptions):
 
     stream: StreamOptions
     caching: CacheOptions
+    proof: DigestOptions
 
     def groups(self) -> tuple[LoadOptionsGroup, ...]:
         """The groups that make the `LoadOptions`."""
-        return (*super().groups(), self.stream, self.caching)
+        return (*super().groups(), self.stream, self.caching, self.proof)
 
 
 def _bytes(sizes: Mapping[str, str | None]) -> dict[str, int]:

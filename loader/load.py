@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +11,7 @@ import torch
 from .cache.session import NoCache, open_cache
 from .checkpoint.reader import PieceReader, ReadTotals
 from .checkpoint.resolve import Checkpoint, resolve
+from .digest import model_digest
 from .draft import Draft, draft_load
 from .memory.budget import check_budget, memory_running_out
 from .memory.limits import check_limits, process_limits
@@ -23,6 +25,8 @@ from .quantized_model import QuantizedModel
 from .recording import Recorder, tensor_bytes
 from .schemes.names import SchemeName
 from .schemes.registry import choose_device
+
+logger = logging.getLogger("quantload")
 
 
 def load_quantized(
@@ -78,6 +82,11 @@ def load_quantized(
         draft.non_finite(),
     )
     model.load_plan = draft.plan.memory
+    if options.digest:
+        with memory_running_out(planned):
+            found, seconds = model_digest(model, options.worker_count())
+        model.load_report.digest, model.load_report.digest_seconds = found, seconds
+        logger.info("Digest of the final tensors: %s, in %.1f s", found, seconds)
     return model
 
 

@@ -91,6 +91,10 @@ class LoadOptions:
     """Measure in the kernels what quantizing loses (SQNR, largest error, saturation); loads without it are faster, and
     do not see where a weight becomes infinite in a model that computes in float16."""
 
+    digest: bool = False
+    """Compute a digest of the final tensors (`load_report.digest`), equal for every load that ends in the same names,
+    dtypes, shapes and bytes, whatever the order, the kernels and the machine. It reads all of the model once more."""
+
     strict: bool = False
     """Whether what is a warning otherwise is an error: a pattern of the policy that matches no module
     (`UnmatchedPatternError`), checkpoint tensors that no parameter takes (`UnexpectedWeightsError`), a tensor that lies
@@ -146,7 +150,7 @@ class LoadOptions:
             may_be_none = name not in ("chunk_bytes", "retries")
             if not (isinstance(value, int) and not isinstance(value, bool)) and not (value is None and may_be_none):
                 raise PolicyError(f"{name} is {value!r}; give a whole number")
-        for name in ("stats", "strict"):
+        for name in ("stats", "digest", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"{name} is {getattr(self, name)!r}; give True or False")
         if self.cache is not None and (not isinstance(self.cache, (str, Path)) or not str(self.cache)):

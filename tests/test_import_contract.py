@@ -77,8 +77,9 @@ FLOORS: dict[str, Floor] = {
     ),
     "cache": Floor(f"{GROUND} checkpoint memory schemes online model plan draft", "a load calls it at three places"),
     "quantized_model": Floor("memory", "a type"),
+    "digest": Floor("checkpoint schemes", "what a model holds in the end, whoever loaded it"),
     "load": Floor(
-        f"{GROUND} checkpoint memory schemes online model plan draft recording cache quantized_model",
+        f"{GROUND} checkpoint memory schemes online model plan draft recording cache quantized_model digest",
         "the flow of a load",
     ),
     "server": Floor("errors options checkpoint memory schemes.names model load", "a user of load like any other"),

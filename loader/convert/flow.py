@@ -76,6 +76,8 @@ def convert_checkpoint(
     options = options or LoadOptions()
     export = get_export_format(format)
     max_shard_bytes = parse_bytes(max_shard_bytes)
+    if options.digest:
+        raise PolicyError("digest is for a loaded model; a conversion has none, its files are their own proof")
     if max_shard_bytes < 1:
         raise PolicyError(f"max_shard_bytes is {max_shard_bytes}; give a positive number of bytes")
     planned: list[MemoryPlan] = []

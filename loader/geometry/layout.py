@@ -151,6 +151,14 @@ class WeightLayout:
             yield ShardIndex(slice(first, first + rows), tuple(index))
             first += rows
 
+    def without_padding(self, tensors: Tensors) -> Tensors:
+        """What `tensors`, of the shapes here, hold of the weight; copies where it lies in several parts of them."""
+        if not self.is_padded:
+            return tensors
+        parts = list(self.shard_indices())
+        cut = ([tensor[(..., *part.index[number])] for part in parts] for number, tensor in enumerate(tensors))
+        return tuple(each[0] if len(each) == 1 else torch.cat(each, dim=-2) for each in cut)
+
     def clear_padding(self, tensors: Tensors) -> None:
         """Write zeros to what `tensors`, of the shapes here, hold beside the weight."""
         parts = list(self.shard_indices()) if self.is_padded else []

@@ -139,7 +139,8 @@ class LoadReport:
     that it passes over by itself: none of them was read. `initialized` are parameters that it lets be missing,
     `overlaid` tensors that lie in several shards, of which the one that the index names was read, `untied` parameters
     that the model ties to others and the checkpoint has with values of their own, which they keep. `non_finite` are
-    weights with NaN or infinities in them that were loaded all the same.
+    weights with NaN or infinities in them that were loaded all the same. `digest` is that of the final tensors, which
+    took `digest_seconds` after the load; None where it was not asked for.
     """
 
     model: str
@@ -166,6 +167,8 @@ class LoadReport:
     overlaid: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     non_finite: list[NonFiniteReport] = field(default_factory=list)
+    digest: str | None = None
+    digest_seconds: float | None = None
 
     @property
     def bytes_per_second(self) -> float:

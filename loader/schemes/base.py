@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry.layout import WeightLayout
+from ..kernels.arrangement import Arrangement
 from ..kernels.formats import Tensors
 from ..kernels.registry import KernelSet, kernel_set
 from ..kernels.statistics import new_statistics
@@ -128,6 +129,16 @@ class _Scheme(ABC):
         """The codes and scales of a parameter as the layer holds them, in ordinary tensors."""
         held = layer._parameters
         return tuple([plain(held[name + suffix]) for suffix in layout.format.suffixes])  # type: ignore[arg-type]
+
+    def arrangement(self, layer: nn.Module) -> Arrangement | None:
+        """Where the layer's codes and scales are, if a kernel wants them elsewhere than in the canonical layout."""
+        return None
+
+    def canonical(self, layer: nn.Module, name: str) -> Tensors:
+        """The codes and scales of a parameter in the canonical layout, padding included; copies if they were not."""
+        tensors = self.weight(layer, self.layouts(layer)[name], name)
+        arrangement = self.arrangement(layer)
+        return tensors if arrangement is None else arrangement.canonical(tensors)
 
     @staticmethod
     def register_tensors(layer: nn.Module, layout: WeightLayout, name: str) -> None:

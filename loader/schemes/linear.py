@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry.layout import WeightLayout
+from ..kernels.arrangement import Arrangement
 from . import operators
 from .base import LinearScheme
 
@@ -17,12 +18,16 @@ class QuantizedLinearScheme(LinearScheme):
 
     def create_weights(self, layer: nn.Module, *, in_features: int, out_features: int) -> None:
         """Register `weight` (codes [N, K/codes per byte]), its scales and, where static, `input_scale`, on meta."""
-        arrangement = self.kernels.arrangements.get("linear")
+        arrangement = self.arrangement(layer)
         multiples = (1, 1) if arrangement is None else arrangement.multiples
         layout = WeightLayout(self.kernels.format, None, (("", out_features),), in_features, multiples)
         layer.weight_layout = layout  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         self.register_tensors(layer, layout, "weight")
         self.add_input_scale(layer, "weight")
+
+    def arrangement(self, layer: nn.Module) -> Arrangement | None:
+        """What the kernel of `linear` wants."""
+        return self.kernels.arrangements.get("linear")
 
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
         """The layout of `weight`."""
@@ -30,7 +35,7 @@ class QuantizedLinearScheme(LinearScheme):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring the weight to where the kernel of `linear` wants it, in place."""
-        arrangement = self.kernels.arrangements.get("linear")
+        arrangement = self.arrangement(layer)
         if arrangement is not None:
             layout = self.layouts(layer)["weight"]
             tensors = self.weight(layer, layout, "weight")
@@ -49,11 +54,7 @@ class QuantizedLinearScheme(LinearScheme):
 
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:
         """float32 [N, K]."""
-        layout = self.layouts(layer)[name]
-        tensors = self.weight(layer, layout, name)
-        arrangement = self.kernels.arrangements.get("linear")
-        if arrangement is not None:
-            tensors = arrangement.canonical(tensors)
+        layout, tensors = self.layouts(layer)[name], self.canonical(layer, name)
         (part,) = layout.shard_indices()
         out = torch.empty(layout.rows, layout.columns, dtype=torch.float32, device=tensors[0].device)
         self.kernels.dequantize(tuple(each[index] for each, index in zip(tensors, part.index, strict=True)), out)

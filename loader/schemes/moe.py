@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry.layout import WeightLayout
+from ..kernels.arrangement import Arrangement
 from ..kernels.formats import Tensors
 from . import operators
 from .base import MoEScheme, TensorStats, meta_parameter
@@ -72,13 +73,17 @@ class QuantizedMoEScheme(MoEScheme):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Bring the weights to where a kernel for the whole layer wants them, in place, if there is one for it."""
-        if not layer.experts_are_fused:
+        arrangement = self.arrangement(layer)
+        if arrangement is None:
             return
-        arrangement = self.kernels.arrangements["experts"]
         for name, layout in self.layouts(layer).items():
             tensors = self.weight(layer, layout, name)
             layout.clear_padding(tensors)
             arrangement.arrange(tensors)
+
+    def arrangement(self, layer: nn.Module) -> Arrangement | None:
+        """What a kernel for the whole layer wants, if there is one for it."""
+        return self.kernels.arrangements["experts"] if layer.experts_are_fused else None
 
     def _can_be_fused(self, layer: Any) -> bool:
         """Whether the layer is a plain SwiGLU over all its experts."""
@@ -141,11 +146,8 @@ class QuantizedMoEScheme(MoEScheme):
 
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:
         """float32 [E, N, K], or [E, K, N] where the unquantized module keeps its experts transposed."""
-        layout = self.layouts(layer)[name]
-        tensors = self.weight(layer, layout, name)
+        layout, tensors = self.layouts(layer)[name], self.canonical(layer, name)
         assert layout.experts is not None
-        if layer.experts_are_fused:
-            tensors = self.kernels.arrangements["experts"].canonical(tensors)
         out = torch.empty(layout.experts, layout.rows, layout.columns, dtype=torch.float32, device=tensors[0].device)
         for shard, own in self._shards(layout, tensors):
             for expert in range(layout.experts):

@@ -9,6 +9,7 @@ import typer
 from quantload import cli
 from quantload.cli_options import (
     CacheOptions,
+    DigestOptions,
     ForwardOptions,
     LogOptions,
     ModelOptions,
@@ -71,14 +72,16 @@ def test_what_commands_have_in_common() -> None:
     reading = {"page_cache", "stats"}
     cache = {"cache", "cache_size", "cache_verify"}
     assert names("load") - {"as_json", "report"} == names("serve") - of_serve
-    assert names("load") - names("plan") == reading | cache | {"report"}
-    assert names("load") - names("convert") == {"device", "activations"} | cache
+    assert names("load") - names("plan") == reading | cache | {"report", "digest"}
+    assert names("load") - names("convert") == {"device", "activations", "digest"} | cache
     assert names("convert") - names("load") == {"out", "checkpoint_format", "max_shard_size"}
 
 
-def chosen(policy: PolicyOptions, run: RunOptions) -> dict[str, Any]:
-    groups = {"forward": ForwardOptions(), "stream": StreamOptions(), "caching": CacheOptions(), "logs": LogOptions()}
-    return ModelOptions(chosen=policy, run=run, source=SourceOptions(), **groups).arguments()  # type: ignore[arg-type]
+def chosen(policy: PolicyOptions, run: RunOptions, digest: bool = False) -> dict[str, Any]:
+    return ModelOptions(
+        chosen=policy, run=run, source=SourceOptions(), logs=LogOptions(), forward=ForwardOptions(),
+        stream=StreamOptions(), caching=CacheOptions(), proof=DigestOptions(digest=digest),
+    ).arguments()  # fmt: skip
 
 
 def test_what_is_not_said_has_the_defaults_of_python() -> None:
@@ -90,10 +93,11 @@ def test_what_is_said_becomes_a_policy_and_options() -> None:
     arguments = chosen(
         PolicyOptions(experts="none", ignore=["a"], override=["b=mxfp8"], no_default_ignore=True, scale_mode="mse"),
         RunOptions(max_memory="1GiB", chunk="1MiB", workers=3, strict=True, kernel=["linear=torch"]),
+        digest=True,
     )
     assert arguments["policy"] == QuantizationPolicy("auto", "none", ("a",), (("b", "mxfp8"),), False, "mse")
     assert arguments["options"] == LoadOptions(
-        max_memory=1 << 30, chunk_bytes=1 << 20, workers=3, strict=True, kernels={"linear": "torch"}
+        max_memory=1 << 30, chunk_bytes=1 << 20, workers=3, strict=True, kernels={"linear": "torch"}, digest=True
     )
 
 

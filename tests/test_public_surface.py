@@ -86,7 +86,8 @@ def test_the_fields_of_a_report() -> None:
         "model", "quantization", "device", "seconds", "bytes_read", "checkpoint_bytes", "final_bytes", "peak_bytes",
         "staging_peak_bytes", "baseline_bytes", "predicted_final_bytes", "predicted_peak_bytes",
         "fallback_conversions", "layers", "kept", "timeline", "cache", "unexpected", "unexpected_bytes",
-        "ignored_tensors", "initialized", "overlaid", "untied", "non_finite",
+        "ignored_tensors", "initialized", "overlaid", "untied", "non_finite", "digest",
+        "digest_seconds",
     ]  # fmt: skip
 
 

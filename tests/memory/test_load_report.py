@@ -43,6 +43,8 @@ REPORT_FIELDS = [
     "overlaid",
     "untied",
     "non_finite",
+    "digest",
+    "digest_seconds",
 ]
 LAYER_FIELDS = [
     "name",

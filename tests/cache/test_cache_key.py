@@ -183,7 +183,7 @@ def test_strictness_does_not_change_the_key(folder: Path) -> None:
 def test_every_option_is_known_not_to_change_a_byte_or_to_be_in_the_key() -> None:
     """Who adds an option decides which of the two it is, here and in the lists above."""
     assert set(LoadOptions.__dataclass_fields__) - {"cache", "cache_bytes", "cache_verify"} == {
-        "chunk_bytes", "staging_bytes", "max_memory", "workers", "page_cache", "stats", "strict", "retries",
+        "chunk_bytes", "staging_bytes", "max_memory", "workers", "page_cache", "stats", "strict", "retries", "digest",
         "activations", "kernels",
     }  # fmt: skip
     assert set(QuantizationPolicy.__dataclass_fields__) == {

@@ -8,6 +8,7 @@ from typing import Any
 
 import bigger_than_memory
 import cache
+import faults
 import gpu_tables
 import kernels_cpu
 import load_tables
@@ -26,7 +27,7 @@ BENCH = Path(__file__).resolve().parent
 DOCS = BENCH.parent / "docs"
 DOCUMENTS = (
     *(BENCH.parent / "README.md", BENCH / "README.md", BENCH / "NOTES.md"),
-    *(DOCS / "platforms.md", DOCS / "quantized-checkpoints.md", DOCS / "schemes.md"),
+    *(DOCS / "platforms.md", DOCS / "quantized-checkpoints.md", DOCS / "reliability.md", DOCS / "schemes.md"),
 )
 MISSING = "No full-size result yet."
 Result = dict[str, Any]
@@ -85,6 +86,7 @@ def render_all(folder: Path = RESULTS) -> dict[str, str]:
             _newest(results_of("bigger_than_memory", folder)), bigger_than_memory.render, bigger_than_memory.goals_of
         ),
         "cache": _section(_newest(results_of("cache", folder)), cache.render, cache.goals_of),
+        "faults": _section(_newest(results_of("faults", folder)), faults.render, _no_goals),
         "stored": _section(_newest(results_of("stored", folder)), stored.render_all, stored.goals_of),
         "peers": load_tables.peers(loads) or MISSING,
         "quality": _section(_newest(qualities, "variants"), quality_tables.render_variants, _no_goals),

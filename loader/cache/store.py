@@ -59,10 +59,17 @@ class Unfinished:
         self.lock.release()
 
     def discard(self) -> None:
-        """Leave nothing of it; does nothing once it is published, when the folder may be another writer's."""
-        if self.lock.is_on(self.folder / LOCK):
-            _put_away(self.folder)
-        self.lock.release()
+        """Leave nothing of it; does nothing once it is published, when the folder may be another writer's.
+
+        What the disk does not let go of, the next writer clears away: whoever discards has another error to tell, or
+        none that matters to the model.
+        """
+        try:
+            with contextlib.suppress(OSError):
+                if self.lock.is_on(self.folder / LOCK):
+                    _put_away(self.folder)
+        finally:
+            self.lock.release()
 
 
 class Store:
@@ -85,6 +92,8 @@ class Store:
         try:
             check_folder(folder)
             lock = FileLock.shared(folder / LOCK)
+        except FileNotFoundError:  # it was removed meanwhile
+            return None
         except PermissionError as error:
             raise DamagedEntryError(str(error)) from error
         if lock is None:
@@ -106,8 +115,10 @@ class Store:
         check_folder(self.root, links=True)
         folder = self.root / f"{WRITING}{key}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        check_folder(folder)
-        lock = FileLock.exclusive(folder / LOCK, create=True)
+        lock = None
+        with contextlib.suppress(FileNotFoundError):  # who makes room takes it for one that a killed process left
+            check_folder(folder)
+            lock = FileLock.exclusive(folder / LOCK, create=True)
         if lock is None:
             raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing the entry", str(folder))
         unfinished = Unfinished(self, folder, key, lock)

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from ..errors import ChangedFileError
+from ..errors import ChangedFileError, CheckpointError
+from .retry import may_retry
 
 
 class FileIdentity(NamedTuple):
@@ -70,22 +71,30 @@ class FileIdentities:
             )
 
     def _now(self, name: str) -> FileIdentity | None:
-        try:
-            status = os.stat(self._root / name)
-            if not stat.S_ISREG(status.st_mode):  # which is for whoever reads it to refuse
-                return FileIdentity.of(status)
-            # Opened, because a network file system asks its server then, and may answer `stat` from memory.
-            fd = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise ChangedFileError(
-                f"{name}: cannot be opened to see whether it changed: {error.strerror}; check {self._root}"
-            ) from error
-        try:
-            return FileIdentity.of(os.fstat(fd))
-        finally:
-            os.close(fd)
+        failures = 0
+        while True:
+            try:
+                return _identity_of(self._root / name)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except OSError as error:
+                failures += 1
+                if not may_retry(error, failures):
+                    raise CheckpointError(
+                        f"{name}: cannot be opened to see whether it changed: {error.strerror}; check {self._root}"
+                    ) from error
+
+
+def _identity_of(path: Path) -> FileIdentity:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # which is for whoever reads it to refuse
+        return FileIdentity.of(status)
+    # Opened, because a network file system asks its server then, and may answer `stat` from memory.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return FileIdentity.of(os.fstat(fd))
+    finally:
+        os.close(fd)
 
 
 def _difference(known: FileIdentity | None, found: FileIdentity | None) -> str:

@@ -63,7 +63,8 @@ class OutputFolder:
     ) -> None:
         try:
             if not self._published:
-                self._tidy()
+                with contextlib.suppress(OSError):  # the next run clears it away; what went wrong before is what counts
+                    self._tidy()
         finally:
             os.close(self._journal)  # until then nobody else begins here
 

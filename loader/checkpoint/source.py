@@ -7,7 +7,6 @@ import errno
 import os
 import stat
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -17,10 +16,9 @@ from ..options import PageCache
 from .identity import FileIdentities
 from .pagecache import CacheWindows
 from .paths import locate
+from .retry import RETRIES, may_retry
 
-_TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR)
 _OUT_OF_FDS = (errno.EMFILE, errno.ENFILE)
-_FIRST_DELAY = 0.01
 
 
 class Source(Protocol):
@@ -107,7 +105,7 @@ class FileSource:
         root: Path | str,
         *,
         page_cache: PageCache = "auto",
-        retries: int = 4,
+        retries: int = RETRIES,
         max_open: int = 64,
         calls: FileCalls | None = None,
         identities: FileIdentities | None = None,
@@ -211,7 +209,7 @@ class FileSource:
                 ) from None
             except OSError as error:
                 failures += 1
-                if not self._may_retry(error, failures):
+                if not may_retry(error, failures, self._retries):
                     raise CheckpointError(
                         f"{file.path}: cannot be opened{_after(failures)}: {error.strerror} ({file.location})"
                     ) from error
@@ -253,7 +251,7 @@ class FileSource:
             self._calls.close(fd)
 
     def _pause_before_retry(self, file: _File, offset: int, error: OSError, failures: int) -> None:
-        if not self._may_retry(error, failures):
+        if not may_retry(error, failures, self._retries):
             raise CheckpointError(
                 f"{file.path}: cannot be read at byte {offset:,}{_after(failures)}: {error.strerror}; check the disk "
                 f"or the network mount of {file.location}"
@@ -261,13 +259,6 @@ class FileSource:
         if error.errno == errno.ESTALE:
             with contextlib.suppress(OSError):  # the next read says that the handle is stale, and counts
                 self._open_anew(file)
-
-    def _may_retry(self, error: OSError, failures: int) -> bool:
-        """Whether an error may pass, after a pause."""
-        if error.errno not in _TRANSIENT or failures > self._retries:
-            return False
-        time.sleep(_FIRST_DELAY * 2 ** (failures - 1))
-        return True
 
     def _open_anew(self, file: _File) -> None:
         """Go on with a fresh handle of the same file: a server that was restarted does not know the old one."""

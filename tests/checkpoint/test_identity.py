@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from quantload.checkpoint.identity import FileIdentities
 from quantload.checkpoint.source import FileSource
-from quantload.errors import ChangedFileError
+from quantload.errors import ChangedFileError, CheckpointError
 
 CONTENT = bytes(range(200))
 
@@ -139,5 +142,30 @@ def test_a_file_that_cannot_be_opened_any_more(file: Path) -> None:
     identities.note(["shard"])
     file.unlink()
     file.symlink_to("shard")
-    with pytest.raises(ChangedFileError, match="shard: cannot be opened to see whether it changed: Too many levels"):
+    with pytest.raises(CheckpointError, match="shard: cannot be opened to see whether it changed: Too many levels"):
         identities.check_unchanged()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("call", ["stat", "open", "fstat"])
+def test_looking_again_outlives_errors_that_pass(
+    file: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identities = FileIdentities(file.parent)
+    identities.note(["shard"])
+    real, left, pauses = getattr(os, call), [4], list[float]()
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        identities.check_unchanged()
+        left[0] = 5
+        with pytest.raises(CheckpointError, match="cannot be opened to see whether it changed"):
+            identities.check_unchanged()
+    assert pauses == [0.01, 0.02, 0.04, 0.08] * 2

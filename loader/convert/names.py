@@ -18,7 +18,7 @@ from ..errors import PolicyError
 from ..kernels.formats import WeightFormat
 from ..model.experts import is_fused_experts
 from ..model.routes import Routes
-from ..model.transformers_api import output_head
+from ..model.transformers_api import output_heads
 from ..schemes.policy import name_reason
 from .tensors import KeptTensor, QuantizedTensor
 
@@ -48,13 +48,13 @@ def name_modules(model: nn.Module, planned: Sequence[QuantizedTensor | KeptTenso
     """
     quantized = [tensor for tensor in planned if isinstance(tensor, QuantizedTensor)]
     found: dict[str, WeightFormat | None] = dict.fromkeys(_kept(model, planned, routes))
-    head, heads = output_head(model), dict[str, None]()
+    of_the_model, heads = output_heads(model), dict[str, None]()
     for tensor in quantized:
         fmt = tensor.layout.format
         for name in _names(tensor.module, _modules(routes, tensor.entry.name)):
             if found.setdefault(name, fmt) is not fmt:
                 raise _ambiguous(name, found[name], fmt)
-            if tensor.assignment.module is head:
+            if id(tensor.assignment.module) in of_the_model:
                 heads[name] = None
     named = NamedModules(heads=[*heads])
     for name, fmt_or_none in _experts_together(found).items():

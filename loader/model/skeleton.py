@@ -17,10 +17,12 @@ from ..checkpoint.resolve import CONFIG_NAME, Checkpoint
 from ..checkpoint.small_files import MODEL_FILES, check_small_files
 from ..errors import CheckpointError
 from ..schemes.base import LinearScheme, MoEScheme
-from ..schemes.policy import Choice, Policy, name_reason
+from ..schemes.policy import Choice, Policy
 from . import config_checks, modeling_code, transformers_api
 from .experts import convert_experts, is_fused_experts, unsupported_reason
+from .linears import Products
 from .quantized import GivenMethod, QuantizedLinear, refuse_to_save, say_what_codes_stand_for
+from .roles import roles
 from .stored_sources import ModuleWeights, StoredSources
 from .weight_reads import weight_readers
 
@@ -141,7 +143,7 @@ class _Assigner:
     def __init__(self, model: PreTrainedModel, policy: Policy, dtype: torch.dtype, sources: StoredSources) -> None:
         self._model, self._policy, self._sources = model, policy, sources
         self._dtype_of = transformers_api.DtypePlan(model, dtype)
-        self._head = transformers_api.output_head(model)
+        self._roles, self._products = roles(model), Products()
         self._tied = transformers_api.tied_parameters(model)
         self._readers = weight_readers(model)
 
@@ -162,7 +164,7 @@ class _Assigner:
         child = name.rpartition(".")[2]
         impossible = self._impossible(name, module, parent, child)
         stored = None if impossible is not None else self._sources.linear(f"{name}.weight")
-        choice = self._policy.linear(name, "output head" if module is self._head else name_reason(name), stored)
+        choice = self._policy.linear(name, self._roles.get(name), stored)
         if impossible is not None or choice.scheme is None:
             return Assignment(name, "linear", module, None, impossible or choice.reason)
         assert isinstance(choice.scheme, LinearScheme)
@@ -189,8 +191,9 @@ class _Assigner:
     def _impossible(self, name: str, module: nn.Module, parent: nn.Module, child: str) -> str | None:
         if f"{name}.weight" in self._tied:
             return "its weight is tied to another parameter"
-        if type(module) not in (nn.Linear, Conv1D):
-            return f"{type(module).__name__} is a linear layer with code of its own"
+        objection = self._products.objection(module)
+        if objection is not None:
+            return objection
         reader = self._readers.get(id(module))
         if reader is not None and not (reader is type(parent) and modeling_code.asks_if_quantized(parent)):
             return f"the forward of {reader.__name__} reads its weight instead of calling it"

@@ -402,11 +402,26 @@ def tell_quantized(module: Any) -> None:
     module.config._is_quantized = True
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that turns hidden states into logits, where the model says which."""
-    get = getattr(model, "get_output_embeddings", None)
+def output_heads(model: nn.Module) -> set[int]:
+    """The ids of the modules that turn hidden states into logits, where a model, or one within it, says which.
+
+    A model may have one for each codebook, in a list.
+    """
+    return {id(head) for part in model.modules() for found in _output_embeddings(part) for head in found.modules()}
+
+
+def _output_embeddings(model: nn.Module) -> list[nn.Module]:
+    if not hasattr(type(model), "get_output_embeddings"):
+        return []
     try:
-        head = get() if get is not None else None
+        found: Any = model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
-        return None
-    return head if isinstance(head, nn.Module) else None
+        return []
+    several = found.values() if isinstance(found, Mapping) else found if isinstance(found, (list, tuple)) else (found,)
+    return [head for head in several if isinstance(head, nn.Module)]
+
+
+def rebuilt(model: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """Another model of the class of `model` on meta, of another config; `CheckpointError` if its class refuses it."""
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return meta_model(type(model), config, Path(str(config.name_or_path)), dtype)

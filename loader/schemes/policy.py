@@ -19,7 +19,8 @@ from .stored.weights import StoredActivations
 
 logger = logging.getLogger("quantload")
 
-ROUTER_NAMES = frozenset({"gate", "shared_expert_gate", "gating", "router_proj"})
+ROUTER, EMBEDDING, HEAD = "router or gate", "embedding", "output head"
+ROUTER_NAMES = frozenset({"gate", "shared_expert_gate", "gating"})
 HEAD_NAMES = frozenset({"lm_head", "classifier", "score", "qa_outputs"})
 EMBEDDING_NAMES = frozenset({"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings"})
 
@@ -168,10 +169,13 @@ def choose_policy(
 
 
 def name_reason(name: str) -> str | None:
-    """Why a linear of this name is kept by default: routers, gates, embeddings, output heads."""
+    """What the name says of a linear layer that is kept by default: routers, gates, embeddings, output heads.
+
+    A layer is of a router where one of the words in its path is: `router_gate`, `gate.router_mlp.fc1`.
+    """
     parts = name.split(".")
-    if "router" in parts or parts[-1] in ROUTER_NAMES:
-        return "router or gate"
+    if parts[-1] in ROUTER_NAMES or ("router" in name and any("router" in part.split("_") for part in parts)):
+        return ROUTER
     if parts[-1] in EMBEDDING_NAMES:
-        return "embedding"
-    return "output head" if parts[-1] in HEAD_NAMES else None
+        return EMBEDDING
+    return HEAD if parts[-1] in HEAD_NAMES else None

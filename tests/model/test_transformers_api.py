@@ -148,9 +148,9 @@ def test_tied_parameters_and_the_output_head(checkpoint: Checkpoint) -> None:
     assert transformers_api.tied_parameters(tied) == {"lm_head.weight", "model.embed_tokens.weight"}
     plain, _ = on_meta(checkpoint("llama"))
     assert transformers_api.tied_parameters(plain) == set()
-    assert transformers_api.output_head(plain) is plain.lm_head
-    assert transformers_api.output_head(plain.model) is None
-    assert transformers_api.output_head(torch.nn.Linear(1, 1)) is None
+    assert transformers_api.output_heads(plain) == {id(plain.lm_head)}
+    assert transformers_api.output_heads(plain.model) == set()
+    assert transformers_api.output_heads(torch.nn.Linear(1, 1)) == set()
 
 
 def test_an_unknown_model_type(tmp_path: Path) -> None:

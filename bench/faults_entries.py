@@ -169,6 +169,8 @@ def _published(store: Store, key: str, serial: int) -> tuple[str, list[str]]:
         checksums = Checksums((0, len(content)))
         checksums.note(0, memoryview(content))
         unfinished.publish({"note.json": json.dumps(serial).encode()}, {"model": checksums})
+    except BlockingIOError:
+        return "another one is read", []
     except OSError as error:
         return "not published", [f"publish: {error}"]
     finally:

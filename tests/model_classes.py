@@ -58,7 +58,7 @@ def model_classes() -> dict[str, type[PreTrainedModel]]:
         if name.endswith("PreTrainedModel"):
             continue
         try:
-            cls = getattr(transformers, name)
+            cls: Any = getattr(transformers, name)
         except (ImportError, RuntimeError):  # needs a package that is not installed
             continue
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is not None:

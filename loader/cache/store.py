@@ -43,7 +43,10 @@ class Unfinished:
     lock: FileLock
 
     def publish(self, small: Mapping[str, bytes], checksums: Mapping[str, Checksums]) -> None:
-        """Add the small files, and make it an entry: the files `checksums` are of must be on disk already."""
+        """Add the small files, and make it an entry: the files `checksums` are of must be on disk already.
+
+        Raises `BlockingIOError` where an entry of the key is being read, its files opened by their names: it stays.
+        """
         known = dict(checksums)
         for name, data in small.items():
             write_file(self.folder / name, data)
@@ -53,7 +56,8 @@ class Unfinished:
         sync_folder(self.folder)
         with self.store.alone():
             final = self.store.root / self.key
-            _put_away(final)
+            if not _put_away_unread(final):
+                raise BlockingIOError(errno.EWOULDBLOCK, "an entry of the same load is being read", str(final))
             self.folder.rename(final)
             sync_folder(self.store.root)
         self.lock.release()
@@ -114,7 +118,8 @@ class Store:
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_folder(self.root, links=True)
         folder = self.root / f"{WRITING}{key}"
-        folder.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # of a killed process, or of one that is at it
+            folder.mkdir(mode=0o700)
         lock = None
         with contextlib.suppress(FileNotFoundError):  # who makes room takes it for one that a killed process left
             check_folder(folder)
@@ -192,6 +197,19 @@ def _remove(folder: Path) -> None:
     if lock is not None:
         with lock:
             _put_away(folder)
+
+
+def _put_away_unread(folder: Path) -> bool:
+    """Put away what is in the place of a new entry; false where somebody is reading it."""
+    lock = None
+    if not folder.is_symlink() and (folder / LOCK).is_file():
+        with contextlib.suppress(PermissionError):  # nobody reads what is not this user's
+            lock = FileLock.exclusive(folder / LOCK)
+            if lock is None:
+                return False
+    with lock or contextlib.nullcontext():
+        _put_away(folder)
+    return True
 
 
 def _clear(folder: Path) -> None:

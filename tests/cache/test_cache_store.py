@@ -29,7 +29,10 @@ def publish(store: Store, key: str, content: bytes = b"tensors", nbytes: int = 1
     (unfinished.folder / "model").write_bytes(content)
     checksums = Checksums((0, len(content)))
     checksums.note(0, memoryview(content))
-    unfinished.publish({"note.json": b'{"b": 1}'}, {"model": checksums})
+    try:
+        unfinished.publish({"note.json": b'{"b": 1}'}, {"model": checksums})
+    finally:
+        unfinished.discard()
 
 
 def find(store: Store, key: str) -> Entry:
@@ -93,13 +96,16 @@ def test_one_writes_at_a_time(tmp_path: Path) -> None:
     other.discard()
 
 
-def test_a_new_entry_replaces_the_old_one_even_while_that_is_read(tmp_path: Path) -> None:
+def test_a_new_entry_replaces_the_old_one_but_while_that_is_read(tmp_path: Path) -> None:
     store = Store(tmp_path)
     publish(store, A, b"old")
     reader = find(store, A)
+    with pytest.raises(BlockingIOError, match="is being read"):
+        publish(store, A, b"newer")
+    assert reader.source(LoadOptions()).size("model") == 3
+    reader.release()
     publish(store, A, b"newer")
     assert find(store, A).source(LoadOptions()).size("model") == 5
-    reader.release()
 
 
 def test_who_has_published_leaves_the_next_writer_alone(tmp_path: Path) -> None:

@@ -111,14 +111,16 @@ class Calls(nn.Linear):
         return 3 * super().__call__(*args, **kwargs)
 
 
-class Turned(Conv1D):
+class Turned(Conv1D):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        product: Tensor = x @ self.weight + self.bias
+        return product
 
 
-class TurnedTwice(Conv1D):
+class TurnedTwice(Conv1D):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + 2 * self.bias
+        product: Tensor = x @ self.weight + 2 * self.bias
+        return product
 
 
 def hooked() -> nn.Module:
@@ -129,12 +131,13 @@ def hooked() -> nn.Module:
 
 def patched() -> nn.Module:
     layer = nn.Linear(32, 64)
-    layer.forward = lambda x: 2 * x  # type: ignore[method-assign]
+    layer.forward = lambda input: 2 * input  # type: ignore[method-assign]
     return layer
 
 
 def normed() -> nn.Module:
-    return nn.utils.parametrizations.weight_norm(nn.Linear(32, 64))
+    layer: nn.Module = nn.utils.parametrizations.weight_norm(nn.Linear(32, 64))
+    return layer
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -192,7 +195,8 @@ class Told(nn.Linear):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (self.factor[0] if isinstance(self.factor, list) else self.factor)
+        product: Tensor = super().forward(x) * (self.factor[0] if isinstance(self.factor, list) else self.factor)
+        return product
 
 
 def test_layers_with_other_attributes_are_tried_for_themselves() -> None:

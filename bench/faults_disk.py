@@ -53,10 +53,10 @@ def _trial(
         try:
             with broken(place, choose):
                 outcome, wrong = judged(lambda: run(way, subject.old, place), right)
-                wrong = wrong + expected.leftovers(place / "cache", place / "out")
         except PermissionError:
             row.outcomes["not permitted here"] += 1
             return row
+        wrong = wrong + expected.leftovers(place / "cache", place / "out")
         if way != "convert" and outcome == ERROR:
             wrong.append("a cache that cannot be written to ended the load")
         # A conversion whose folder has its name is finished, though the disk did not say that it keeps the name.

@@ -7,6 +7,7 @@ small widths, for models with weights.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -61,7 +62,7 @@ def model_classes() -> dict[str, type[PreTrainedModel]]:
             cls: Any = getattr(transformers, name)
         except (ImportError, RuntimeError):  # needs a package that is not installed
             continue
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is not None:
+        if inspect.isclass(cls) and issubclass(cls, PreTrainedModel) and cls.config_class is not None:
             found[name] = cls
     return found
 

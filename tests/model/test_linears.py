@@ -103,7 +103,8 @@ class Asks(nn.Linear):
     """Has what its parent may call."""
 
     def with_scale(self, x: Tensor) -> Tensor:
-        return 2 * self(x)
+        product: Tensor = 2 * self(x)
+        return product
 
 
 class Calls(nn.Linear):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,31 @@ def digest_of_model(model: Any) -> str:
     return digest.hexdigest()
 
 
+_LOOKING = [0]
+
+
+@contextlib.contextmanager
+def looking() -> Iterator[None]:
+    """Meanwhile it is this script that asks the disk, which answers it."""
+    _LOOKING[0] += 1
+    try:
+        yield
+    finally:
+        _LOOKING[0] -= 1
+
+
+def is_looking() -> bool:
+    """Whether a call on the disk is of this script's own."""
+    return _LOOKING[0] > 0
+
+
 def digest_of_folder(folder: Path) -> str:
     """Of every byte of every file, by name."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
+    with looking():
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode() + path.read_bytes())
+        return digest.hexdigest()
 
 
 def entries(cache: Path) -> list[Path]:

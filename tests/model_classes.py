@@ -54,7 +54,7 @@ NOT_INSTALLED = ("timm", "natten", "detectron2", "scipy", "PIL")
 
 def model_classes() -> dict[str, type[PreTrainedModel]]:
     """By name, all classes with a config class; a base that only its subclasses complete is none."""
-    found = {}
+    found: dict[str, type[PreTrainedModel]] = {}
     for name in sorted(dir(transformers)):
         if name.endswith("PreTrainedModel"):
             continue
@@ -62,8 +62,11 @@ def model_classes() -> dict[str, type[PreTrainedModel]]:
             cls: Any = getattr(transformers, name)
         except (ImportError, RuntimeError):  # needs a package that is not installed
             continue
-        if inspect.isclass(cls) and issubclass(cls, PreTrainedModel) and cls.config_class is not None:
-            found[name] = cls
+        if not inspect.isclass(cls) or not issubclass(cls, PreTrainedModel):
+            continue
+        model_class: Any = cls
+        if model_class.config_class is not None:
+            found[name] = model_class
     return found
 
 

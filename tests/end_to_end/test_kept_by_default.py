@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import Architecture, Inputs, inputs_for, quantizable_modules, reference, save
+from architectures import Architecture, Inputs, inputs_for, logits, quantizable_modules, reference, save
 from quantized_models import assert_logits_match, quantized_modules
 from quantload import QuantizationPolicy, load_quantized
 from transformers import PreTrainedConfig
@@ -117,6 +117,10 @@ def test_all_but_routers_and_heads_is_quantized_and_right(model: Architecture, t
     assert kept
     assert set(quantized_modules(loaded)) == names - kept
     assert kept == {each["name"] for each in loaded.load_report.to_dict()["kept"]} & names
+    if model.name == "doge_moe" and transformers.__version__ == "5.16.0":
+        with pytest.raises(TypeError, match="must be Tensor, not tuple"):  # its own experts return a pair there
+            logits(reference(path, model), model.inputs())
+        return
     assert_logits_match(loaded, path, replace(model, dtype=torch.float32))
 
 

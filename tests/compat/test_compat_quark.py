@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import renamed_reads
 import torch
 from quantload import LoadOptions, convert_checkpoint, load_quantized
 from quantload.options import Activations
@@ -45,3 +46,25 @@ def test_quark_reads_the_values_we_load(scheme: str, golden: Path, tmp_path: Pat
         assert torch.equal(got, want)
     else:  # Quark rounds FP8 and INT8 activations
         assert torch.linalg.norm(got - want) < 0.1 * torch.linalg.norm(want)
+
+
+# Quark finds no linear layers in the experts of a module, and transformers none of their scales.
+DENSE = [name for name in renamed_reads.NAMES if name != "mixtral"]
+
+
+@pytest.mark.parametrize("policy", renamed_reads.POLICIES)
+@pytest.mark.parametrize("scheme", ["quark_mxfp4", "fp8_per_channel"])
+@pytest.mark.parametrize("name", DENSE)
+def test_modules_that_have_other_names_in_the_files(name: str, scheme: str, policy: str, tmp_path: Path) -> None:
+    exact = scheme in MX and policy != "several formats"
+    renamed_reads.check(name, scheme, "quark", policy, tmp_path, read_back, exact=exact)
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme not in ("quark_mxfp4", "fp8_per_channel")])
+def test_every_scheme_in_modules_that_have_other_names(scheme: str, tmp_path: Path) -> None:
+    renamed_reads.check("llava", scheme, "quark", "towers kept", tmp_path, read_back, exact=scheme in MX)
+
+
+def read_back(module: Any) -> Tensor | None:
+    is_quantized = type(module).__name__ == "QParamsLinear"
+    return module.weight_quantizer(module.weight) if is_quantized else None

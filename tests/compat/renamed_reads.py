@@ -69,5 +69,5 @@ def _check_weights(theirs: nn.Module, ours: nn.Module, read_back: ReadBack) -> N
         elif name in quantized or isinstance(module, nn.Linear):
             values = read_back(read)
             assert (values is not None) == (name in quantized), name
-            got, want = (read.weight, module.weight) if values is None else (values, module.dequantize())
-            assert torch.equal(got.float(), want.to(got.dtype).float()), name
+            pair: Any = (read.weight, module.weight) if values is None else (values, module.dequantize())
+            assert torch.equal(pair[0].float(), pair[1].to(pair[0].dtype).float()), name

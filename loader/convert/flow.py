@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,10 +43,11 @@ from ..schemes.exported.weights import ExportFormat
 from ..schemes.names import ExportName, SchemeName
 from .names import name_modules
 from .shards import OpenShards, PlannedTensor
-from .tensors import plan_tensors, to_buffers
+from .tensors import QuantizedTensor, plan_tensors, to_buffers
 from .together import units
 
 MAX_SHARD_BYTES = 4 * 10**9
+logger = logging.getLogger("quantload")
 _KEY_VERSION = 4
 
 
@@ -105,6 +107,7 @@ def convert_checkpoint(
             specs = ([spec for tensor in unit for spec in tensor.specs()] for unit in units(tensors))
             shards = plan_shards(specs, max_shard_bytes)
             config = _config(checkpoint, draft, tensors, export)
+            _warn_of_experts(tensors, export)
             stored = checkpoint.config().get("quantization_config")
             key = _key(checkpoint, draft.index, shards, [config, stored, policy and asdict(policy), options.stats])
         source = FileSource(
@@ -184,6 +187,23 @@ def _config(
     named = name_modules(draft.model, tensors, draft.routes)
     config["quantization_config"] = export.quantization_config(named.formats, named.kept, named.heads)
     return config
+
+
+def _warn_of_experts(tensors: Sequence[PlannedTensor], export: ExportFormat) -> None:
+    """Say where a tool that reads the rest does not read quantized experts right."""
+    formats = {
+        tensor.layout.format.name
+        for tensor in tensors
+        if isinstance(tensor, QuantizedTensor) and tensor.assignment.kind == "experts"
+    }
+    unread = sorted(formats - export.experts_in_transformers)
+    if unread:
+        logger.warning(
+            "transformers does not read experts in %s as %s writes them, and takes some codes for numbers without a "
+            "word; vLLM and quantload read them (keep them for transformers with --experts none)",
+            ", ".join(unread),
+            export.name,
+        )
 
 
 def _key(

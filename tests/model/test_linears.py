@@ -226,6 +226,7 @@ MORE = {
     "AutoBitLinear": "ternary weights",
     "CompressedTensorsFP8Linear": "codes",
     "FP8Linear": "codes",
+    "FbgemmFp8Linear": "codes",
     "FP8GroupedLinear": "codes",
     "MetalLinear": "codes",
     "QuantizedLinear": "codes",

@@ -150,4 +150,6 @@ def _target(module: str) -> list[str]:
     return ["re:" + re.escape(module).replace(r"\*", "[0-9]+") + "$", module.replace("*", "0")]
 
 
-COMPRESSED_TENSORS = ExportFormat("compressed-tensors", WEIGHTS, quantization_config)
+COMPRESSED_TENSORS = ExportFormat(
+    "compressed-tensors", WEIGHTS, quantization_config, frozenset({"mxfp4", "mxfp6_e2m3", "fp8_channel"})
+)

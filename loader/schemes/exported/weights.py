@@ -139,12 +139,14 @@ class ExportFormat:
 
     `weights` says how, by the name of the weight format. `quantization_config` makes the entry of config.json from the
     weight format of every quantized module, the modules that are kept, and the output heads among the first, all by
-    their names in the checkpoint and in the model.
+    their names in the checkpoint and in the model. `experts_in_transformers` are formats of experts that transformers
+    was seen to read; of some others it takes the codes for numbers without a word.
     """
 
     name: str
     weights: Mapping[str, ExportedWeight]
     quantization_config: Callable[[Mapping[str, WeightFormat], list[str], Sequence[str]], dict[str, Any]]
+    experts_in_transformers: frozenset[str] = frozenset()
 
     def holds(self, weight_format: WeightFormat, *, experts: bool) -> bool:
         """Whether weights of a format can be written: those of experts, or those of linear layers."""

@@ -67,7 +67,7 @@ def test_one_pass_pieces_give_the_bytes_of_the_whole(
     for (r0, r1), (c0, c1) in work:
         assert kernels.quantize(source[r0:r1, c0:c1], part_of(fmt, pieces, r0, r1, c0, c1, cols), parts) == 0
     assert_equal_outputs(whole, pieces)
-    torch.testing.assert_close(parts, total, rtol=1e-5, atol=0)
+    assert_same_statistics(parts, total)
 
 
 @settings(max_examples=25, deadline=None)
@@ -104,7 +104,14 @@ def test_two_passes_give_the_bytes_of_one(
         if step == "observe":
             kernels.finish_scales(amax, pieces[1:])
     assert_equal_outputs(whole, pieces)
-    torch.testing.assert_close(parts, total, rtol=1e-5, atol=0)
+    assert_same_statistics(parts, total)
+
+
+def assert_same_statistics(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Noise may be a difference of float32 sums that are up to a thousand times as large: 0.001 dB."""
+    close = torch.full_like(want, 1e-5)
+    close[stats.NOISE] = 10.0**0.0001 - 1
+    assert ((got - want).abs() <= close * want.abs()).all(), (got, want)
 
 
 def guarded(tensor: torch.Tensor, margin: int, device: str) -> torch.Tensor:

@@ -138,15 +138,14 @@ def _compared(model: ModelClass, schemes: list[str], dtype: torch.dtype) -> Iter
         if twin is None:
             yield from (_row(model, scheme, name, NOT_BUILT, why) for scheme in schemes)
             return
-        original = {key: value.clone() for key, value in twin.state_dict().items()}
         for scheme in schemes:
-            twin.load_state_dict(original)
+            twin = model.cls.from_pretrained(folder, dtype="auto").eval()  # anew: a forward may have changed it
             try:
                 loaded = quantload.load_quantized(folder, scheme).eval()
             except Exception as error:
                 result, detail = "load refused", f"{type(error).__name__}: {error}"
             else:
-                result, detail = differs(loaded, twin, inputs)
+                result, detail = differs(loaded, twin, inputs, dtype)
             yield _row(model, scheme, name, result, detail)
 
 

@@ -219,6 +219,8 @@ def _check_values(entry: TensorEntry, parameter: str, loaders: WeightLoaders) ->
     kept_as = _kept_as(parameter, loaders)
     if entry.dtype in (*VALUES, kept_as) or not (kept_as is None or kept_as.is_floating_point):
         return
+    if parameter in loaders.whole_numbers:
+        return
     raise unexplained(entry, parameter)
 
 

@@ -50,6 +50,8 @@ class WeightLoaders:
         """Of parameters that stay as the checkpoint stores them: the closure of each of its tensors, by its role."""
         self.restorable: dict[str, RestorableLoader] = {}
         """All others."""
+        self.whole_numbers: set[str] = set()
+        """Buffers that the model makes of whole numbers, whatever dtype transformers gives them: counts, no codes."""
         self._one_maximum: dict[str, QuantizedParameter] = {}
         self.params: dict[str, Tensor] = {}
         self._landings: dict[str, Landing] = {}
@@ -137,6 +139,8 @@ def attach_weight_loaders(
         if name not in quantized and isinstance(tensor, Tensor):
             path, _, attribute = name.rpartition(".")
             own = dtype_of(name, tensor.dtype)
+            if not tensor.dtype.is_floating_point:
+                loaders.whole_numbers.add(name)
             loader = DirectWeightLoader(modules[path], attribute, name, own, storage, loaders.non_finite)
             loaders.add(name, tensor, loader, Landing(None, loader.rows, loader.columns), [name])
     return loaders

@@ -191,6 +191,8 @@ class _Assigner:
     def _impossible(self, name: str, module: nn.Module, parent: nn.Module, child: str) -> str | None:
         if f"{name}.weight" in self._tied:
             return "its weight is tied to another parameter"
+        if not module.weight.numel():  # type: ignore[operator]
+            return "it has no elements"
         objection = self._products.objection(module)
         if objection is not None:
             return objection

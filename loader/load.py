@@ -13,6 +13,7 @@ from .checkpoint.reader import PieceReader, ReadTotals
 from .checkpoint.resolve import Checkpoint, resolve
 from .digest import model_digest
 from .draft import Draft, draft_load
+from .interrupts import interrupt_first
 from .memory.budget import check_budget, memory_running_out
 from .memory.limits import check_limits, process_limits
 from .memory.planner import MemoryPlan
@@ -55,6 +56,7 @@ def load_quantized(
     planned: list[MemoryPlan] = []
     with (
         torch.inference_mode(False),
+        interrupt_first(),
         memory_running_out(planned),
         showing(progress, "loading") as told,
         Recorder(place, options.stats, told) as recorder,

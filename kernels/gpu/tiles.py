@@ -39,7 +39,8 @@ def mx_tiles(target: GpuTarget, tokens: int, k: int, quantized: bool, itemsize: 
         return decoded_tiles(target, tokens, k, itemsize)
     if quantized:
         rows = 128 if target.capability else 64
-        tiles = Tiles(_fitting(tokens, 32), rows, 256, 4, stages) if few else Tiles(128, 128, 128, 8, stages)
+        columns = 128 if target.capability and itemsize == 4 and tokens > 16 else 256  # more would spill there
+        tiles = Tiles(_fitting(tokens, 32), rows, columns, 4, stages) if few else Tiles(128, 128, 128, 8, stages)
         return tiles if tokens > 64 or few else replace(tiles, tokens=64, warps=4)
     if few:
         return _dividing(Tiles(_fitting(tokens, 32), 64, 256, 4, stages), k, 64)

@@ -26,6 +26,7 @@ from ..checkpoint.writer import ShardPlan, plan_shards, weight_index
 from ..collector import collector_paused
 from ..draft import Draft, draft_load
 from ..errors import PolicyError
+from ..interrupts import interrupt_first
 from ..memory.amounts import parse_bytes
 from ..memory.budget import check_budget, memory_running_out
 from ..memory.overhead import WRITTEN_PIECES, WRITTEN_TENSORS
@@ -85,6 +86,7 @@ def convert_checkpoint(
     planned: list[MemoryPlan] = []
     with (
         torch.inference_mode(False),
+        interrupt_first(),
         memory_running_out(planned),
         showing(progress, "converting") as told,
         Recorder(CPU, options.stats, told) as recorder,

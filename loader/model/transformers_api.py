@@ -34,6 +34,7 @@ from transformers.monkey_patching import patch_output_recorders
 from ..checkpoint.resolve import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ..checkpoint.small_files import MODEL_FILES, check_values, read_small_file
 from ..errors import CheckpointError, QuantloadError, UnsupportedCheckpointError
+from ..interrupts import interrupt_held
 from .name_families import Member, families, rename_family
 from .ties import shared_from_the_start, tied_to_what_is_there
 
@@ -140,7 +141,7 @@ def settle_dtype(config: Any, stored: Iterable[torch.dtype]) -> torch.dtype:
 
 def meta_model(cls: type[PreTrainedModel], config: Any, root: Path, dtype: torch.dtype) -> PreTrainedModel:
     """An instance of `cls` on the meta device, as `from_pretrained` builds it with the config of the folder `root`."""
-    with _default_dtype, contextlib.ExitStack() as stack:
+    with _default_dtype, interrupt_held(), contextlib.ExitStack() as stack:
         for context in cls.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         try:
@@ -361,7 +362,7 @@ def finish(
     config = LoadStateDictConfig(
         pretrained_model_name_or_path=getattr(model.config, "name_or_path", None), device_map={"": device}
     )
-    with _default_dtype:
+    with _default_dtype, interrupt_held():
         type(model)._finalize_model_loading(model, config, info)
     model._weight_conversions = weight_conversions
     model.eval()

@@ -12,7 +12,7 @@ import torch
 from quantload import load_quantized
 from quantload.cli import DEMO_MODEL
 from quantload.interrupts import interrupt_first, interrupt_held
-from quantload.model import transformers_api
+from transformers import PreTrainedModel
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,7 @@ def test_an_error_during_the_handling_of_an_earlier_interrupt_is_an_error() -> N
 @pytest.mark.parametrize("where", ["get_init_context", "_finalize_model_loading"])
 def test_an_interrupted_load_leaves_torch_as_it_was(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the very middle of what changes modes and the default dtype."""
-    cls = transformers_api.PreTrainedModel
+    cls = PreTrainedModel
     original = getattr(cls, where).__func__ if where == "get_init_context" else getattr(cls, where)
 
     def interrupted(*given: object) -> object:

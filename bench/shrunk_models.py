@@ -192,7 +192,8 @@ def candidate_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         "hidden_states": [noise(2, 12, _first(config, "hidden_size", default=64))],
         "inputs_embeds": [noise(2, 12, _first(config, "hidden_size", "d_model", default=64))],
     }  # fmt: skip
-    main = [name for name in (model.main_input_name, *kinds) if name in accepted and name in kinds]
+    own = model.main_input_name if isinstance(model.main_input_name, list) else [model.main_input_name]
+    main = [name for name in (*own, *kinds) if name in accepted and name in kinds]
     for name in dict.fromkeys(main):
         for value in kinds[name]:
             yield {name: value, **shared}

@@ -119,6 +119,9 @@ class QuantizedLinear(nn.Module):
         """`x` [..., K] to [..., N], in the dtype of `x`."""
         return self.scheme.apply(self, x, self._parameters["bias"])
 
+    def reset_parameters(self) -> None:
+        """Keep everything: some classes ask this of a part in `_init_weights`, where only what is missing is made."""
+
     def dequantize(self, name: str = "weight") -> Tensor:
         """The float32 values the codes stand for: [N, K], or [K, N] where the module it stands for has that."""
         weight = self.scheme.dequantize(self, name)

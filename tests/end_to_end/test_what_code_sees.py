@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     Siglip2Config,
     Swinv2Config,
+    Wav2Vec2Config,
 )
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -112,6 +113,24 @@ def test_dtypes_buffers_and_answers_are_those_of_the_model_it_stands_for(
         assert torch.equal(buffers[name], buffer), name
     want = logits(overwrite(plain, quantized), architecture.inputs())
     assert relative_error(logits(quantized, architecture.inputs()), want) < 0.02
+
+
+def _wav2vec2() -> Wav2Vec2Config:
+    return Wav2Vec2Config(
+        **SMALL, vocab_size=32, conv_dim=[32], conv_kernel=[4], conv_stride=[4], num_conv_pos_embedding_groups=2,
+        num_conv_pos_embeddings=4, codevector_dim=32, proj_codevector_dim=32, num_codevectors_per_group=8,
+    )  # fmt: skip
+
+
+def test_a_class_that_asks_a_loaded_part_to_initialize_itself_keeps_its_weights(tmp_path: Path) -> None:
+    """`_init_weights` of wav2vec2 calls `project_hid.reset_parameters()`."""
+    model = Architecture("wav2vec2", "Wav2Vec2ForPreTraining", _wav2vec2, dict)
+    quantized = load_quantized(save(model, tmp_path), "int8_per_channel")
+    plain = reference(tmp_path, model)
+    assert quantized.load_plan.parameters_quantized
+    for name in ("project_hid", "project_q"):
+        assert relative_error(quantized.get_submodule(name).dequantize(), plain.get_parameter(f"{name}.weight")) < 0.01
+        assert torch.equal(quantized.get_parameter(f"{name}.bias"), plain.get_parameter(f"{name}.bias"))
 
 
 def test_a_table_that_is_computed_after_loading_has_its_values(tmp_path: Path) -> None:

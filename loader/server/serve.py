@@ -16,6 +16,7 @@ from uvicorn.config import LOGGING_CONFIG
 
 from .app import create_app
 from .binding import bind_socket, is_loopback, url_of
+from .connections import LimitedConfig
 from .state import MetricsSource, ServerState
 
 logger = logging.getLogger("quantload")
@@ -57,11 +58,10 @@ def serve(
     if api_key is None and not is_loopback(bound):
         logger.warning("%s can be reached from other machines and has no API key: anybody there can use it", url)
     state = ServerState(model_name, metrics=metrics, continuous_batching=continuous_batching)
-    config = uvicorn.Config(
+    config = LimitedConfig(
         create_app(state, api_key),
         log_level=log_level,
         log_config=_log_to_stderr(),
-        lifespan="on",
         timeout_graceful_shutdown=round(shutdown_grace + CANCEL_SECONDS),
     )
     server = _Server(config, state, shutdown_grace)

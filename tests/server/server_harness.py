@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 from quantload.server import ServerState, create_app
 from quantload.server.binding import bind_socket
+from quantload.server.connections import ConnectionLimits, LimitedConfig
 
 
 @dataclass
@@ -62,8 +63,15 @@ class Client:
 @contextmanager
 def running(state: ServerState, api_key: str | None = None) -> Iterator[Client]:
     """The application of `state` on a free loopback port, in a thread, until the block ends."""
+    with running_app(create_app(state, api_key)) as client:
+        yield client
+
+
+@contextmanager
+def running_app(app: Any, limits: ConnectionLimits | None = None) -> Iterator[Client]:
+    """An application on a free loopback port, in a thread, until the block ends."""
     with bind_socket("127.0.0.1", 0) as bound:
-        server = uvicorn.Server(uvicorn.Config(create_app(state, api_key), log_level="warning", lifespan="on"))
+        server = uvicorn.Server(LimitedConfig(app, limits, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         wait_for(lambda: server.started)

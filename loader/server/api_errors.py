@@ -12,6 +12,9 @@ from starlette.responses import JSONResponse, Response
 
 logger = logging.getLogger("quantload")
 
+MAX_MESSAGE = 2000
+MAX_PARAM = 200
+
 
 class ApiError(Exception):
     """An answer other than 200: HTTP status, what to tell the client, and the parameter and code OpenAI would name."""
@@ -35,11 +38,19 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON object of the answer."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message, param = _quotable(self.message, MAX_MESSAGE), self.param and _quotable(self.param, MAX_PARAM)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The whole answer."""
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+def _quotable(text: str, limit: int) -> str:
+    """`text` as an answer can hold it: what quotes a request may be as long as the request, or not encode."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

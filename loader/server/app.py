@@ -21,6 +21,7 @@ from .api_errors import ApiError, bad_request, on_api_error, on_crash, on_http_e
 from .auth import BearerAuth
 from .generation import GenerationFailed, as_api_error
 from .generation_request import GenerationRequest, parse_chat, parse_completion
+from .json_values import parse_json
 from .state import ServerState
 from .transformers_serving import ServedModel
 
@@ -157,12 +158,4 @@ async def _read_json(request: Request) -> object:
                 raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
     except ClientDisconnect as error:
         raise bad_request("the client left before its request was complete") from error
-    try:
-        parsed: object = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise bad_request(f"the body is not JSON: {error}") from error
-    return parsed
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
+    return parse_json(body)

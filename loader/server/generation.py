@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from .api_errors import ApiError, bad_request
 from .generation_request import SAMPLING, GenerationRequest
+from .prompts import check_biased_tokens, check_prompt_ids
 from .served_kinds import is_encoder_decoder
 from .stop_strings import StopMatcher, first_stop
 
@@ -71,16 +72,17 @@ def fit_context(
     Raises `ApiError` (400) if the prompt is empty, or if it and `max_tokens` together do not fit.
     """
     if prompt_tokens == 0:
-        raise bad_request("the prompt is empty: it has no tokens")
+        raise bad_request("the prompt is empty: it has no tokens", request.prompt_field)
     wanted = request.max_tokens
     if apart and context is not None:
-        _fit_apart(prompt_tokens, wanted, context)
+        _fit_apart(request, prompt_tokens, wanted, context)
     room = None if context is None else context - (1 if apart else prompt_tokens)
     if room is not None and (wanted or 1) > room:
         asked = "at least 1 is" if wanted is None else f"{wanted} are"
         raise bad_request(
             f"this model's context is {context} tokens: the prompt has {prompt_tokens} and {asked} to be generated; "
             "shorten the prompt or lower max_tokens",
+            request.prompt_field,
             code="context_length_exceeded",
         )
     limit = wanted or request.default_max_tokens or config.max_new_tokens or 1024
@@ -88,12 +90,14 @@ def fit_context(
     config.max_length = None
 
 
-def _fit_apart(prompt_tokens: int, wanted: int | None, context: int) -> None:
+def _fit_apart(request: GenerationRequest, prompt_tokens: int, wanted: int | None, context: int) -> None:
     """Raise `ApiError` (400) where the prompt does not fit into the encoder, or the answer into the decoder."""
-    for what, tokens, most in (("the prompt has", prompt_tokens, context), ("max_tokens is", wanted or 0, context - 1)):
+    prompt = ("the prompt has", prompt_tokens, context, request.prompt_field)
+    for what, tokens, most, field in (prompt, ("max_tokens is", wanted or 0, context - 1, "max_tokens")):
         if tokens > most:
             raise bad_request(
                 f"{what} {tokens}, and this model takes {most} at most, apart from each other; make it less",
+                field,
                 code="context_length_exceeded",
             )
 
@@ -163,6 +167,8 @@ class GuardedManager:
         ids = inputs["input_ids"]
         count = len(ids) if isinstance(ids, list) else ids.shape[-1]
         fit_context(config, self.request, count, self.context, is_encoder_decoder(self.model.config))
+        check_prompt_ids(inputs, self.model.config, self.request.prompt_field)
+        check_biased_tokens(self.request.logit_bias, self.model.config)
         if self.batched:
             return self.model
         apply_request(config, self.request)

@@ -14,6 +14,10 @@ from typing import Any
 from .api_errors import ApiError, bad_request
 from .messages import check_messages, check_template_kwargs, check_tools
 
+# Logits are divided by both: beyond these a float32 overflows, and no token has a probability.
+MIN_TEMPERATURE = 1e-5
+MIN_REPETITION_PENALTY = 0.01
+
 COMPLETION_MAX_TOKENS = 16  # what OpenAI's completions API says for a request without max_tokens
 
 # Fields that say something about the request, not about the answer: taken and not used.
@@ -81,6 +85,11 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     cancelled: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def prompt_field(self) -> str:
+        """What the client calls the text that it sent."""
+        return "messages" if "messages" in self.body else "prompt"
+
 
 def parse_completion(body: object, model_name: str) -> GenerationRequest:
     """A request to `/v1/completions`. Raises `ApiError` (400, or 404 for another model)."""
@@ -144,11 +153,11 @@ def _request(fields: dict[str, Any], handler_body: dict[str, Any], default_max_t
         stream=bool(stream),
         max_tokens=next((limit for limit in token_limits if limit is not None), None),
         default_max_tokens=default_max_tokens,
-        temperature=_number(fields, "temperature", 0.0, 2.0),
+        temperature=_temperature(fields),
         top_p=_number(fields, "top_p", 0.0, 1.0, open_low=True),
         top_k=_integer(fields, "top_k", 0),
         min_p=_number(fields, "min_p", 0.0, 1.0),
-        repetition_penalty=_number(fields, "repetition_penalty", 0.0, 10.0, open_low=True),
+        repetition_penalty=_number(fields, "repetition_penalty", MIN_REPETITION_PENALTY, 10.0),
         frequency_penalty=_number(fields, "frequency_penalty", -2.0, 2.0) or 0.0,
         presence_penalty=_number(fields, "presence_penalty", -2.0, 2.0) or 0.0,
         seed=_integer(fields, "seed", -(2**63), 2**63 - 1),
@@ -165,6 +174,13 @@ def _number(fields: Mapping[str, Any], name: str, low: float, high: float, open_
     if not fits or (open_low and value == low):
         raise bad_request(f"`{name}` must be a number {'above' if open_low else 'from'} {low:g} to {high:g}", name)
     return float(value)
+
+
+def _temperature(fields: Mapping[str, Any]) -> float | None:
+    temperature = _number(fields, "temperature", 0.0, 2.0)
+    if temperature is not None and 0.0 < temperature < MIN_TEMPERATURE:
+        raise bad_request(f"`temperature` must be 0, which is greedy, or from {MIN_TEMPERATURE:g} to 2", "temperature")
+    return temperature
 
 
 def _integer(fields: Mapping[str, Any], name: str, low: int, high: int = 2**31 - 1) -> int | None:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import inspect
-import json
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from jinja2 import Template
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .api_errors import bad_request
+from .json_values import parse_json
 
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 MEDIA_PARTS = frozenset({"image_url", "video_url", "audio_url", "input_audio"})
 
-# What the server itself passes to the template; a request that set them could replace the template.
-RESERVED_TEMPLATE_KWARGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
-    "load_audio_from_video",
-    "num_frames",
-}
+# What every function between the server and the template takes by name: a request that set one could replace the
+# template, or give an argument twice.
+RESERVED_TEMPLATE_KWARGS = frozenset({"messages", "num_frames"}).union(
+    *(
+        inspect.signature(function).parameters
+        for function in (
+            PreTrainedTokenizerBase.apply_chat_template,
+            ProcessorMixin.apply_chat_template,
+            render_jinja_template,
+            Template.render,
+        )
+    )
+)
 
 
 def check_messages(messages: object) -> list[dict[str, Any]]:
@@ -60,6 +70,7 @@ def _check_content(content: object, where: str) -> None:
         raise bad_request(f"{where} must be a string or a list of parts", where)
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
+        kind = kind if isinstance(kind, str) else None
         if kind in TEXT_PARTS:
             if not isinstance(part.get("text"), str):
                 raise bad_request(f"{where}[{index}].text must be a string", where)
@@ -92,12 +103,10 @@ def _check_tool_calls(calls: object, where: str) -> None:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise bad_request(f"{where}[{index}].function must be an object with a string `name`", where)
         arguments = function.get("arguments")
-        try:
-            parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except ValueError as error:
-            raise bad_request(f"{where}[{index}].function.arguments is not JSON: {error}", where) from error
+        field = f"{where}[{index}].function.arguments"
+        parsed = parse_json(arguments, field) if isinstance(arguments, str) else arguments
         if not isinstance(parsed, dict):
-            raise bad_request(f"{where}[{index}].function.arguments must hold a JSON object", where)
+            raise bad_request(f"{field} must hold a JSON object", where)
 
 
 def has_media(messages: list[dict[str, Any]]) -> bool:

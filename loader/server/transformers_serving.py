@@ -33,6 +33,7 @@ from .api_errors import ApiError, bad_request
 from .generation import GuardedManager, RequestCancelled, context_length
 from .generation_request import GenerationRequest
 from .messages import has_media
+from .prompts import CheckedProcessor
 
 CB_BLOCK_TOKENS = 256  # transformers' default size of a block of its paged cache
 CPU_BATCH_CONTEXT = 4096
@@ -117,7 +118,7 @@ class _PinnedModel:
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         manager = self.model_manager
-        return manager.name, manager.model, manager.processor
+        return manager.name, manager.model, CheckedProcessor(manager.processor)
 
 
 class _ChatHandler(_PinnedModel, ChatCompletionHandler):  # type: ignore[misc]
@@ -189,8 +190,6 @@ class ServedModel:
             raise ApiError(503, str(error), code="worker_dead") from error
         except RequestCancelled as error:
             raise ApiError(503, str(error), code="request_cancelled") from error
-        except TemplateError as error:
-            raise bad_request(f"the chat template refused the messages: {error}", "messages") from error
         return response
 
     def worker_error(self) -> str | None:

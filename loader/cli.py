@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -10,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from .cli_groups import command_with_groups
-from .cli_logging import console, set_up_logging
+from .cli_logging import console, log_as_json, set_up_logging
 from .cli_options import ConvertOptions, Json, Model, ModelOptions, PlanOptions, Report
 from .errors import (
     CheckpointError,
@@ -31,6 +32,8 @@ from .shortage import is_shortage, refused
 
 EXIT_USAGE, EXIT_CHECKPOINT, EXIT_BUDGET, EXIT_OTHER = 2, 3, 4, 1
 _NO_TERMINAL_WIDTH = 10_000
+RequestLogMode = Literal["all", "no-probes", "off"]  # as in server/request_log.py, which needs the extra to be imported
+LayerMetrics = Literal["auto", "on", "off"]  # as in memory/metrics.py
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
 app = typer.Typer(
@@ -144,6 +147,13 @@ def serve(
             help="Generate for requests together, with transformers' paged scheduler; one after the other without.",
         ),
     ] = False,
+    request_log: Annotated[
+        RequestLogMode, typer.Option(help="Requests that are logged, a line each; probes are /health and /metrics.")
+    ] = "all",
+    layer_metrics: Annotated[
+        LayerMetrics,
+        typer.Option(help="Show gauges for each layer in /metrics; auto: for models of up to 512 quantized layers."),
+    ] = "auto",
     chosen: ModelOptions,
 ) -> None:
     """Load a model and serve it over an OpenAI-compatible API, with /metrics, /health and /load_report."""
@@ -154,10 +164,11 @@ def serve(
         from .server.command import serve_model
     except ImportError as error:
         raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
+    chosen.logs.set_up_server()
     serve_model(
         _model(model, arguments), host=host, port=port, api_key=api_key,
         served_model_name=served_model_name or _display_name(model), continuous_batching=continuous_batching,
-        **arguments,
+        request_log=request_log, layer_metrics=layer_metrics, **arguments,
     )  # fmt: skip
 
 
@@ -265,6 +276,9 @@ def _to_stdout() -> Iterator[None]:
 
 
 def _print_error(message: str) -> None:
+    if log_as_json():
+        logging.getLogger("quantload").error(message)
+        return
     console.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
 
 

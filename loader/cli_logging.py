@@ -4,29 +4,48 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
-from typing import Literal
+from typing import Literal, TextIO
 
 from rich.console import Console
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+OTHERS = ("uvicorn", "transformers", "huggingface_hub", "asyncio", "py.warnings")
 
 console = Console(stderr=True)
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, and `exception` if there is one."""
+    """One JSON object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, and `exception` if there is one.
+
+    What a record has as `fields`, a mapping, comes behind them.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
-            "time": f"{stamp}.{int(record.msecs):03}Z", "level": record.levelname.lower(), "logger": record.name,
-            "message": record.getMessage(),
+            "time": _stamp(record), "level": record.levelname.lower(), "logger": record.name,
+            "message": record.getMessage(), **getattr(record, "fields", {}),
         }  # fmt: skip
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+class _StampedFormatter(logging.Formatter):
+    """`2026-11-29T08:30:00.123Z INFO quantload: message`, in UTC."""
+
+    def __init__(self) -> None:
+        super().__init__("%(stamp)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.stamp = _stamp(record)
+        return super().formatMessage(record)
+
+
+def _stamp(record: logging.LogRecord) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03}Z"
 
 
 class _ConsoleHandler(logging.Handler):
@@ -36,12 +55,42 @@ class _ConsoleHandler(logging.Handler):
         console.print(self.format(record), highlight=False, markup=False, soft_wrap=True)
 
 
+class _ServerHandler(logging.StreamHandler[TextIO]):
+    """Prints log lines, and nothing else there is to print."""
+
+
 def set_up_logging(level: LogLevel = "info", form: LogFormat = "text") -> None:
     """Print the package's log lines from `level` up on standard error; a second call replaces the first."""
-    logger = logging.getLogger("quantload")
-    logger.setLevel(level.upper())
-    handler = next((each for each in logger.handlers if isinstance(each, _ConsoleHandler)), None)
-    if handler is None:
-        handler = _ConsoleHandler()
-        logger.addHandler(handler)
+    handler = _ConsoleHandler()
     handler.setFormatter(_JsonFormatter() if form == "json" else None)
+    _hand_to("quantload", handler, level)
+
+
+def set_up_server_logging(level: LogLevel = "info", form: LogFormat = "text") -> None:
+    """As `set_up_logging`, for a process that only logs: with times and levels, and others' lines in the same form.
+
+    Others are uvicorn, transformers, the hub's client, asyncio and Python's own warnings, all from WARNING up. Call it
+    after they were imported: some set up their loggers then.
+    """
+    handler = _ServerHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if form == "json" else _StampedFormatter())
+    _hand_to("quantload", handler, level)
+    least: LogLevel = "error" if level == "error" else "warning"
+    for name in OTHERS:
+        _hand_to(name, handler, least)
+    logging.captureWarnings(True)
+
+
+def log_as_json() -> bool:
+    """Whether what the program says last, such as the error that ends it, goes to the log as JSON too."""
+    return any(isinstance(each.formatter, _JsonFormatter) for each in logging.getLogger("quantload").handlers)
+
+
+def _hand_to(name: str, handler: logging.Handler, level: LogLevel) -> None:
+    """Make `handler` the one that prints a logger's lines, in place of an earlier one of these or the library's own."""
+    logger = logging.getLogger(name)
+    logger.setLevel(level.upper())
+    for each in [*logger.handlers]:
+        if name in OTHERS or isinstance(each, (_ConsoleHandler, _ServerHandler)):
+            logger.removeHandler(each)
+    logger.addHandler(handler)

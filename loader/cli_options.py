@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 
-from .cli_logging import LogFormat, LogLevel, set_up_logging
+from .cli_logging import LogFormat, LogLevel, set_up_logging, set_up_server_logging
 from .errors import PolicyError
 from .options import Activations, CacheVerify, PageCache, ScaleMode
 from .schemes.names import SCHEME_NAMES, known_name
@@ -266,8 +266,14 @@ class LogOptions:
         """Log so from now on. Raises `PolicyError` for both of --verbose and --quiet."""
         if self.verbose and self.quiet:
             raise PolicyError("--verbose and --quiet are both given; choose one")
-        level: LogLevel = "debug" if self.verbose else "error" if self.quiet else self.log_level
-        set_up_logging(level, self.log_format)
+        set_up_logging(self._level(), self.log_format)
+
+    def set_up_server(self) -> None:
+        """Log as a server from now on: nothing but log lines, all in one form."""
+        set_up_server_logging(self._level(), self.log_format)
+
+    def _level(self) -> LogLevel:
+        return "debug" if self.verbose else "error" if self.quiet else self.log_level
 
     def progress(self) -> bool | None:
         """What `progress` of a load is: a bar for people, none where log lines are for a program."""

@@ -22,19 +22,23 @@ logger = logging.getLogger("quantload")
 
 Result = Literal["success", "failure", "cancelled"]
 RESULTS: tuple[Result, ...] = get_args(Result)
+LayerMetrics = Literal["auto", "on", "off"]
+AUTO_LAYERS = 512
 MAX_LAYERS = 4096
 
 
 class LoadMetrics:
     """Counts loads and reloads, and shows the last load, on a registry of its own. Thread-safe.
 
-    The labels of a layer are its name and scheme; a model with more than `max_layers` layers shows the ones with the
-    lowest SQNR, so that a scrape stays bounded, and says so in the log. Names have the prefix `quantload_`.
+    The labels of a layer are its name and scheme. `layers` says whether each has its own gauges: `auto` for models of
+    up to 512 quantized layers; `on` for all, but no more than `max_layers`, those with the lowest SQNR, so that a
+    scrape stays bounded. The log says what is left out. Names have the prefix `quantload_`.
     """
 
-    def __init__(self, max_layers: int = MAX_LAYERS) -> None:
+    def __init__(self, layers: LayerMetrics = "auto", max_layers: int = MAX_LAYERS) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self._lock = threading.Lock()
+        self._layer_gauges: LayerMetrics = layers
         self._max_layers = max_layers
         self._started: float | None = None
         self._bytes_read = 0
@@ -110,6 +114,14 @@ class LoadMetrics:
         self._started, self._bytes_read, self._progress = None, 0, progress
 
     def _shown(self, report: LoadReport) -> list[LayerReport]:
+        if self._layer_gauges == "off":
+            return []
+        if self._layer_gauges == "auto" and len(report.layers) > AUTO_LAYERS:
+            logger.info(
+                "Metrics show no gauges for each of the %d layers; the load report has them (--layer-metrics on)",
+                len(report.layers),
+            )
+            return []
         if len(report.layers) <= self._max_layers:
             return list(report.layers)
         logger.warning(

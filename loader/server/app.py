@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from .api_errors import ApiError, bad_request, on_api_error, on_crash, on_http_exception
@@ -22,6 +23,7 @@ from .auth import BearerAuth
 from .generation import GenerationFailed, as_api_error
 from .generation_request import GenerationRequest, parse_chat, parse_completion
 from .json_values import parse_json
+from .request_log import USAGE, RequestLog, RequestLogMode
 from .state import ServerState
 from .transformers_serving import ServedModel
 
@@ -32,11 +34,12 @@ Parse = Callable[[object, str], GenerationRequest]
 Answer = Callable[[ServedModel, GenerationRequest, str], Awaitable[Response]]
 
 
-def create_app(state: ServerState, api_key: str | None = None) -> Starlette:
+def create_app(state: ServerState, api_key: str | None = None, request_log: RequestLogMode = "all") -> Starlette:
     """The ASGI application over a `ServerState`; it can answer before the model is there.
 
     Routes: POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /load_report, GET /metrics and
     GET /health; with an `api_key` all but the last want it as a bearer token. Shutting down ends the generations.
+    `request_log` says which requests have a line in the log: `all`, those that are no probes, or none (`off`).
     """
 
     @asynccontextmanager
@@ -45,16 +48,20 @@ def create_app(state: ServerState, api_key: str | None = None) -> Starlette:
         await asyncio.to_thread(state.stop)
 
     endpoints = _Endpoints(state)
+    routes: list[BaseRoute] = [
+        Route("/v1/completions", endpoints.completions, methods=["POST"]),
+        Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
+        Route("/v1/models", endpoints.models),
+        Route("/load_report", endpoints.load_report),
+        Route("/metrics", endpoints.metrics),
+        Route("/health", endpoints.health),
+    ]
+    middleware = [Middleware(RequestLog, metrics=state.metrics, routes=routes, mode=request_log)]  # outside of all
+    if api_key is not None:
+        middleware.append(Middleware(BearerAuth, api_key=api_key))
     app = Starlette(
-        routes=[
-            Route("/v1/completions", endpoints.completions, methods=["POST"]),
-            Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
-            Route("/v1/models", endpoints.models),
-            Route("/load_report", endpoints.load_report),
-            Route("/metrics", endpoints.metrics),
-            Route("/health", endpoints.health),
-        ],
-        middleware=[Middleware(BearerAuth, api_key=api_key)] if api_key is not None else [],
+        routes=routes,
+        middleware=middleware,
         exception_handlers={ApiError: on_api_error, HTTPException: on_http_exception, Exception: on_crash},
         lifespan=lifespan,
     )
@@ -88,8 +95,6 @@ class _Endpoints:
 
     async def metrics(self, request: Request) -> Response:
         metrics, accept = self.state.metrics, request.headers.get("accept", "")
-        if metrics is None:
-            raise HTTPException(404)
         text = await asyncio.to_thread(metrics.render, accept)
         return Response(text, headers={"Content-Type": metrics.content_type(accept)})
 
@@ -101,6 +106,7 @@ class _Endpoints:
     async def _generate(self, request: Request, parse: Parse, answer: Answer, prefix: str) -> Response:
         served = self.state.served()
         parsed = parse(await _read_json(request), self.state.model_name)
+        parsed = replace(parsed, usage=request.scope[USAGE])
         work = answer(served, parsed, f"{prefix}-{uuid.uuid4().hex}")
         return _CancelWhenSent(await _unless_gone(request, work, parsed), parsed)
 

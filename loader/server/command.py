@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoProcessor
 
 from ..checkpoint.resolve import Checkpoint, resolve
 from ..checkpoint.small_files import PROCESSOR_FILES, check_small_files
 from ..errors import CheckpointError, LoadCancelledError, PolicyError, UnsupportedCheckpointError
 from ..load import load_quantized
-from ..memory.metrics import LoadMetrics
-from ..memory.summary import render
+from ..memory.metrics import LayerMetrics, LoadMetrics
 from ..model.skeleton import find_model
 from ..options import LoadOptions, QuantizationPolicy
 from ..schemes.names import SchemeName
+from .request_log import RequestLogMode
 from .serve import Progress, serve
 from .served_kinds import why_not_served
 
@@ -39,6 +38,8 @@ def serve_model(
     api_key: str | None,
     served_model_name: str,
     continuous_batching: bool,
+    request_log: RequestLogMode = "all",
+    layer_metrics: LayerMetrics = "auto",
 ) -> None:
     """Load `model_id` in the background and serve it until SIGTERM or SIGINT."""
     if api_key is not None and not api_key.strip():
@@ -49,7 +50,7 @@ def serve_model(
     if why is not None:
         raise UnsupportedCheckpointError(f"{checkpoint.model_id!r}, a {recipe.cls.__name__}, {why}")
     checkpoint.note_small_files()  # the load that follows sees that the tokenizer is still of the same model
-    metrics = LoadMetrics()
+    metrics = LoadMetrics(layer_metrics)
 
     def load(progress: Progress, cancel: threading.Event) -> Any:
         def on_progress(done: int, total: int) -> None:
@@ -68,7 +69,6 @@ def serve_model(
             raise
         metrics.on_plan(model.load_plan)
         metrics.on_report(model.load_report)
-        render(model.load_report, Console(stderr=True))
         _first_tokens(model)
         return model
 
@@ -80,6 +80,7 @@ def serve_model(
         port=port,
         api_key=api_key,
         continuous_batching=continuous_batching,
+        request_log=request_log,
         metrics=metrics,
         shutdown_grace=SHUTDOWN_SECONDS,
     )

@@ -153,6 +153,8 @@ class GuardedManager:
         """Queue a generation whose text comes piece by piece."""
         watched = self._prepare(processor, inputs, config)
         queue, streamer = self.inner.generate_streaming(watched, processor, inputs, config, **rest)
+        if self.batched:
+            _count_batched(streamer, self.request)
         return CheckedQueue(queue, StopMatcher(self.request.stop), self.stream_error), streamer
 
     async def generate_non_streaming(
@@ -161,6 +163,8 @@ class GuardedManager:
         """Queue a generation and wait for the whole of it: text, tokens of the prompt, generated ids."""
         watched = self._prepare(processor, inputs, config)
         text, prompt_tokens, ids = await self.inner.generate_non_streaming(watched, processor, inputs, config, **rest)
+        if self.batched:
+            self.request.usage.generate(len(ids))
         return text[: first_stop(text, self.request.stop)], prompt_tokens, ids
 
     def _prepare(self, processor: Any, inputs: Mapping[str, Any], config: GenerationConfig) -> Any:
@@ -169,10 +173,23 @@ class GuardedManager:
         fit_context(config, self.request, count, self.context, is_encoder_decoder(self.model.config))
         check_prompt_ids(inputs, self.model.config, self.request.prompt_field)
         check_biased_tokens(self.request.logit_bias, self.model.config)
+        self.request.usage.queue(count)
         if self.batched:
             return self.model
         apply_request(config, self.request)
         return _WatchedModel(self.model, getattr(processor, "tokenizer", processor), config, self.request)
+
+
+def _count_batched(streamer: Any, request: GenerationRequest) -> None:
+    """Count what a streamer of a continuous batch is given: nothing else of the batch knows the request."""
+    put = streamer.put
+
+    def counting(output: Any) -> None:
+        before = streamer.total_tokens
+        put(output)
+        request.usage.generate(streamer.total_tokens - before)
+
+    streamer.put = counting
 
 
 class CheckedQueue:
@@ -234,6 +251,7 @@ class _WatchedModel:
         request = self._request
         if request.cancelled.is_set():
             raise RequestCancelled
+        request.usage.begin()
         if request.seed is not None:
             torch.manual_seed(request.seed)
         processors = LogitsProcessorList()
@@ -282,6 +300,7 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self.request.cancelled.is_set():
             raise RequestCancelled
+        self.request.usage.generate(input_ids.shape[0])
         if self.answer_begins is None:
             self.answer_begins = input_ids.shape[-1] - 1
         ended = int(input_ids[0, -1]) in self.eos

@@ -13,6 +13,7 @@ from typing import Any
 
 from .api_errors import ApiError, bad_request
 from .messages import check_messages, check_template_kwargs, check_tools
+from .usage import Usage
 
 # Logits are divided by both: beyond these a float32 overflows, and no token has a probability.
 MIN_TEMPERATURE = 1e-5
@@ -66,7 +67,8 @@ class GenerationRequest:
     """One checked request: None everywhere means the client did not say.
 
     `body` is what transformers' handler gets. `max_tokens` counts new tokens; `default_max_tokens` is used, cut to
-    what the context has left, when the client gave none. `cancelled` is set when nobody waits for the answer.
+    what the context has left, when the client gave none. `cancelled` is set when nobody waits for the answer; `usage`
+    is where its generation counts.
     """
 
     body: dict[str, Any]
@@ -84,6 +86,7 @@ class GenerationRequest:
     logit_bias: dict[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     cancelled: threading.Event = field(default_factory=threading.Event)
+    usage: Usage = field(default_factory=Usage)
 
     @property
     def prompt_field(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import signal
 import threading
@@ -12,12 +11,13 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.config import LOGGING_CONFIG
 
 from .app import create_app
 from .binding import bind_socket, is_loopback, url_of
 from .connections import LimitedConfig
-from .state import MetricsSource, ServerState
+from .request_log import RequestLogMode
+from .serving_metrics import MetricsSource
+from .state import ServerState
 
 logger = logging.getLogger("quantload")
 
@@ -37,7 +37,8 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     continuous_batching: bool = False,
-    log_level: str = "info",
+    log_level: str = "warning",
+    request_log: RequestLogMode = "all",
     metrics: MetricsSource | None = None,
     shutdown_grace: float = 10.0,
     exit_on_load_error: bool = True,
@@ -49,6 +50,10 @@ def serve(
     The port is taken before either: port 0 takes a free one, and the log names it. While the model loads, `/health`
     answers 503 with the progress. Requests under way at the end get `shutdown_grace` seconds.
 
+    All log lines go through Python's loggers, which are the caller's to set up: `quantload`, `quantload.requests`
+    with a line a request (`request_log` says for which), and uvicorn's from `log_level` on. The last line before the
+    first request has the URL. `/metrics` shows `metrics` besides the server's own.
+
     Raises `BindError` if the port cannot be taken, and what `load` raised if it failed; with
     `exit_on_load_error=False` the server then stays up instead, `/health` answering 500 with the error, until it is
     told to stop.
@@ -59,14 +64,18 @@ def serve(
         logger.warning("%s can be reached from other machines and has no API key: anybody there can use it", url)
     state = ServerState(model_name, metrics=metrics, continuous_batching=continuous_batching)
     config = LimitedConfig(
-        create_app(state, api_key),
+        create_app(state, api_key, request_log),
         log_level=log_level,
-        log_config=_log_to_stderr(),
+        log_config=None,
+        access_log=False,
         timeout_graceful_shutdown=round(shutdown_grace + CANCEL_SECONDS),
     )
     server = _Server(config, state, shutdown_grace)
     loading = threading.Thread(
-        target=_load, args=(state, server, load, load_processor, exit_on_load_error), name="quantload-load", daemon=True
+        target=_load,
+        args=(state, server, load, load_processor, exit_on_load_error, url),
+        name="quantload-load",
+        daemon=True,
     )
     with bound, _quiet_signals(server):
         logger.info("Listening on %s, loading %s", url, model_name)
@@ -99,7 +108,12 @@ class _Server(uvicorn.Server):
 
 
 def _load(
-    state: ServerState, server: _Server, load: Load, load_processor: Callable[[], Any], exit_on_error: bool
+    state: ServerState,
+    server: _Server,
+    load: Load,
+    load_processor: Callable[[], Any],
+    exit_on_error: bool,
+    url: str,
 ) -> None:
     try:
         processor = load_processor()
@@ -113,7 +127,7 @@ def _load(
         if exit_on_error:
             server.should_exit = True
         return
-    logger.info("Serving %s", state.model_name)
+    logger.info("Serving %s at %s", state.model_name, url)
 
 
 @contextmanager
@@ -136,10 +150,3 @@ def _quiet_signals(server: _Server) -> Iterator[None]:
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
-
-
-def _log_to_stderr() -> dict[str, Any]:
-    """uvicorn's logging with the access log on stderr too: stdout belongs to the commands' results."""
-    config = copy.deepcopy(LOGGING_CONFIG)
-    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
-    return config

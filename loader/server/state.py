@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from .api_errors import ApiError
+from .serving_metrics import MetricsSource, ServingMetrics
 from .transformers_serving import ServedModel
 
 Status = Literal["loading", "ready", "failed"]
 
 
-class MetricsSource(Protocol):
-    """What `/metrics` shows, in the format an Accept header asks for."""
-
-    def render(self, accept: str = "") -> bytes:
-        """The Prometheus text, UTF-8."""
-
-    def content_type(self, accept: str = "") -> str:
-        """Its Content-Type."""
-
-
 class ServerState:
     """Shared by the thread that loads and the event loop that answers.
 
-    `model_name` is the only name requests may give. `metrics` is what `/metrics` shows (None: 404 there).
+    `model_name` is the only name requests may give. `metrics` is what `/metrics` shows besides the server's own.
     `cancel` is set when the server is told to stop: the load watches it. `created` is in Unix seconds.
     """
 
@@ -33,7 +24,7 @@ class ServerState:
         self, model_name: str, *, metrics: MetricsSource | None = None, continuous_batching: bool = False
     ) -> None:
         self.model_name = model_name
-        self.metrics = metrics
+        self.metrics = ServingMetrics(model_name, metrics)
         self.continuous_batching = continuous_batching
         self.cancel = threading.Event()
         self.created = int(time.time())

@@ -161,13 +161,28 @@ def test_layers_without_statistics_have_sizes_only() -> None:
 
 
 def test_too_many_layers_show_the_worst_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
-    metrics = LoadMetrics(max_layers=3)
+    metrics = LoadMetrics("on", max_layers=3)
     with caplog.at_level(logging.WARNING, logger="quantload"):
         metrics.on_report(report(*(layer(f"l{i}", 30.0 - i) for i in range(10)), layer("none", None)))
     assert "3 layers with the lowest SQNR of 11" in caplog.text
     found = samples(metrics)
     assert {dict(labels)["layer"] for name, labels in found if name == "quantload_layer_bytes"} == {"l7", "l8", "l9"}
     assert value(found, "layers", scheme="quark_mxfp4") == 11
+
+
+@pytest.mark.parametrize(
+    ("mode", "count", "shown"), [("auto", 512, 512), ("auto", 513, 0), ("on", 513, 513), ("off", 1, 0)]
+)
+def test_each_layer_has_gauges_where_there_are_few_or_they_are_asked_for(
+    mode: Any, count: int, shown: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = LoadMetrics(mode)
+    with caplog.at_level(logging.INFO, logger="quantload"):
+        metrics.on_report(report(*(layer(f"l{i}", 30.0) for i in range(count))))
+    found = samples(metrics)
+    assert sum(name == "quantload_layer_bytes" for name, _ in found) == shown
+    assert value(found, "layers", scheme="quark_mxfp4") == count
+    assert ("--layer-metrics on" in caplog.text) == ((mode, shown) == ("auto", 0))
 
 
 def test_openmetrics_where_it_is_asked_for() -> None:

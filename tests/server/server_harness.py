@@ -15,6 +15,7 @@ import uvicorn
 from quantload.server import ServerState, create_app
 from quantload.server.binding import bind_socket
 from quantload.server.connections import ConnectionLimits, LimitedConfig
+from quantload.server.request_log import RequestLogMode
 
 
 @dataclass
@@ -61,9 +62,9 @@ class Client:
 
 
 @contextmanager
-def running(state: ServerState, api_key: str | None = None) -> Iterator[Client]:
+def running(state: ServerState, api_key: str | None = None, request_log: RequestLogMode = "all") -> Iterator[Client]:
     """The application of `state` on a free loopback port, in a thread, until the block ends."""
-    with running_app(create_app(state, api_key)) as client:
+    with running_app(create_app(state, api_key, request_log)) as client:
         yield client
 
 

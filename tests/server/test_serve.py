@@ -54,14 +54,17 @@ def test_from_start_to_sigterm(tmp_path: Path, model: Any, tokenizer: Any) -> No
             [sys.executable, "-c", PROGRAM, tmp_path, tmp_path / "go"], stdout=subprocess.PIPE, stderr=stderr
         )
     try:
-        wait_for(lambda: "startup complete" in log.read_text(), 120)
-        found = re.search(r"Listening on http://127\.0\.0\.1:(\d+), loading tiny", log.read_text())
+        wait_for(lambda: "Listening" in log.read_text(), 120)
+        found = re.search(r"Listening on (http://127\.0\.0\.1:(\d+)), loading tiny", log.read_text())
         assert found
-        client = Client(int(found[1]))
+        client = Client(int(found[2]))
         wait_for(lambda: client.get("/health").json.get("progress") == 0.25)
         assert client.get("/health").status == 503
         (tmp_path / "go").touch()
         wait_for(lambda: client.get("/health").status == 200)
+        assert [line for line in log.read_text().splitlines() if "requests" not in line][-1].endswith(
+            f"Serving tiny at {found[1]}"
+        )
         answer = client.post("/v1/completions", {"prompt": "the", "max_tokens": 3}).json
         assert answer["usage"]["completion_tokens"] == 3
 

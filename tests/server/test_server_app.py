@@ -42,7 +42,6 @@ def test_the_routes_are_exactly_these() -> None:
         ("GET", "/docs"),
         ("GET", "/openapi.json"),
         ("GET", "/v1/completions/"),
-        ("GET", "/metrics"),  # this state was given no metrics
     ],
 )
 def test_nothing_else_is_there(client: Client, method: str, path: str) -> None:

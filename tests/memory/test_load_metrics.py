@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import threading
+from typing import Any
 
 import pytest
 from prometheus_client import parser

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from quantload import cli
 from quantload.memory import metrics as load_metrics
-from quantload.server import ServerState, request_log, serving_metrics
+from quantload.server import ServerState, request_log
 from quantload.server.serving_metrics import ServingMetrics
 from server_harness import Client, running, wait_for
 
@@ -91,7 +91,7 @@ def test_the_process_the_model_and_the_version_are_named(fresh: Client) -> None:
 
 
 def test_a_system_without_proc_has_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_metrics.os.path, "exists", lambda path: False)
+    monkeypatch.setattr("os.path.exists", lambda path: False)
     text = ServingMetrics("tiny").render().decode()
     monkeypatch.undo()
     names = {line.split()[0] for line in ServingMetrics("tiny").render().decode().splitlines() if "process_" in line}

@@ -21,7 +21,7 @@ from faults_subject import outcome_of as judged
 WAYS = ("load with a cache", "convert")
 CALLS = (
     *("pwrite", "write", "fsync", "fdatasync", "posix_fallocate", "truncate", "ftruncate"),
-    *("open", "rename", "mkdir", "unlink", "rmdir", "listdir", "stat"),
+    *("open", "rename", "replace", "mkdir", "unlink", "rmdir", "listdir", "stat"),
 )
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 MOST_BYTES = 900_000

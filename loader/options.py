@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar, get_args, overload
 
 from .errors import PolicyError
+from .kernels.system_calls import SHARES_LOCKS, cores
 from .memory.amounts import parse_bytes
 from .schemes.names import known_name
 
@@ -155,6 +155,11 @@ class LoadOptions:
                 raise PolicyError(f"{name} is {getattr(self, name)!r}; give True or False")
         if self.cache is not None and (not isinstance(self.cache, (str, Path)) or not str(self.cache)):
             raise PolicyError(f"cache is {self.cache!r}; give the path of a folder")
+        if self.cache is not None and not SHARES_LOCKS:
+            raise PolicyError(
+                "cache: this system has no locks that several processes hold together (flock), which keep an entry in "
+                "its place while it is read; load without a cache"
+            )
         if not isinstance(self.kernels, Mapping):
             raise PolicyError(f"kernels is {self.kernels!r}; give a mapping of operation to kernel name")
         for operation, kernel in self.kernels.items():
@@ -168,7 +173,7 @@ class LoadOptions:
 
     def worker_count(self) -> int:
         """Number of reading and quantizing threads."""
-        return self.workers or len(os.sched_getaffinity(0))
+        return self.workers or cores()
 
 
 def _check_kernel(operation: object, kernel: object) -> None:

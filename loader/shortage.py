@@ -10,11 +10,11 @@ import ctypes
 import errno
 import mmap
 import re
-import resource
 import threading
 from collections.abc import Iterator
 
 from .errors import MemoryBudgetError
+from .kernels.system_calls import resource_limit
 
 HUGE_PAGE = 2 << 20
 _CANNOT_ADVISE = (errno.EINVAL, errno.ENOSYS, errno.EPERM)
@@ -39,8 +39,11 @@ class Shortage(MemoryBudgetError):
 def map_anonymous(nbytes: int, what: str, huge: bool = True) -> mmap.mmap:
     """A private anonymous mapping, in huge pages where the system has them; `Shortage` names `what` it was."""
     try:
-        # Private: a shared mapping would be shared memory to the kernel, which has other page and limit rules.
-        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MAP_PRIVATE"):
+            # Private: a shared mapping would be shared memory to the kernel, which has other page and limit rules.
+            mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:  # Windows has its page file behind it
+            mapping = mmap.mmap(-1, nbytes)
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
@@ -52,6 +55,8 @@ def map_anonymous(nbytes: int, what: str, huge: bool = True) -> mmap.mmap:
 
 def advise(mapping: mmap.mmap, advice: int) -> bool:
     """Ask the kernel for something it may refuse without harm; whether it did not."""
+    if not hasattr(mapping, "madvise"):
+        return False
     try:
         mapping.madvise(advice)
     except OSError as error:
@@ -64,9 +69,10 @@ def advise(mapping: mmap.mmap, advice: int) -> bool:
 def give_back(mapping: mmap.mmap) -> None:
     """Let the pages of a mapping go although something may still refer to it: from now on they read as zeros.
 
-    Pages that the program has locked in memory (mlockall) stay until the mapping goes.
+    Pages that the program has locked in memory (mlockall) stay until the mapping goes, and on Windows all do.
     """
-    advise(mapping, mmap.MADV_DONTNEED)
+    if hasattr(mmap, "MADV_DONTNEED"):
+        advise(mapping, mmap.MADV_DONTNEED)
 
 
 def start(thread: threading.Thread, what: str) -> None:
@@ -104,12 +110,12 @@ def starting(what: str, stack_bytes: int = STACK_BYTES) -> Iterator[None]:
 
 def _needs_stack(nbytes: int) -> bool:
     """Whether threads must be given a stack of so many bytes, rather than the default."""
-    default, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    return 0 <= default < nbytes or _is_limited(resource.RLIMIT_AS) or _is_limited(resource.RLIMIT_DATA)
+    default = resource_limit("RLIMIT_STACK")
+    return (default is not None and default < nbytes) or _is_limited("RLIMIT_AS") or _is_limited("RLIMIT_DATA")
 
 
-def _is_limited(number: int) -> bool:
-    return resource.getrlimit(number)[0] != resource.RLIM_INFINITY
+def _is_limited(name: str) -> bool:
+    return resource_limit(name) is not None
 
 
 def spare_address_space() -> None:
@@ -118,7 +124,7 @@ def spare_address_space() -> None:
     It lasts as long as the process: threads share what they allocate from, as with MALLOC_ARENA_MAX=1. C libraries
     other than glibc reserve nothing.
     """
-    if _is_limited(resource.RLIMIT_AS):
+    if _is_limited("RLIMIT_AS"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_ARENA_MAX, 1)

@@ -18,7 +18,8 @@ class Disk:
         self.lacking: list[str] = []
         for name in ("fsync", "fdatasync"):
             patch.setattr(os, name, self._forcing(getattr(os, name)))
-        patch.setattr(os, "rename", self._renaming(os.rename))
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, self._renaming(getattr(os, name)))
 
     def holds(self, path: Path) -> bool:
         """Whether a file or folder was forced to the disk since it was changed."""

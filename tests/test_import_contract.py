@@ -29,14 +29,19 @@ FLOORS: dict[str, Floor] = {
     "errors": Floor("", "everybody raises them"),
     "progress": Floor("", "who is told how far a load is"),
     "collector": Floor("", "a context manager around Python's own collector"),
-    "shortage": Floor("errors", "what the system refuses, to whoever asks it for memory or a thread"),
+    "kernels.system_calls": Floor("", "what systems differ in, for kernels/ and the loader alike"),
+    "shortage": Floor(
+        "errors kernels.system_calls", "what the system refuses, to whoever asks it for memory or a thread"
+    ),
     "kernels": Floor(
         "", "what all kernels share; an engine may take kernels/ without the loader, and so without errors"
     ),
     "kernels.reference": Floor("kernels", "the meaning of the operations, whatever runs them"),
     "kernels.cpu.processor": Floor("", "asks LLVM what the processor can do"),
     "kernels.cpu.ir": Floor("kernels kernels.cpu.processor", "writes code, compiles and runs none"),
-    "kernels.cpu": Floor(f"{KERNELS} kernels.cpu.ir kernels.cpu.processor", "works where there is no GPU or Triton"),
+    "kernels.cpu": Floor(
+        f"{KERNELS} kernels.system_calls kernels.cpu.ir kernels.cpu.processor", "works where there is no GPU or Triton"
+    ),
     "kernels.gpu.jit": Floor("", "Triton's own language: its compiler follows calls into nothing else"),
     "kernels.gpu": Floor(f"{KERNELS} kernels.gpu.jit", "works where there is no numba"),
     "kernels.implementations": Floor(f"{KERNELS} kernels.cpu kernels.gpu", "the list of all of them"),
@@ -45,13 +50,16 @@ FLOORS: dict[str, Floor] = {
     "memory.amounts": Floor("errors", "what people write for sizes"),
     "schemes.names": Floor("errors", "checks names before torch is imported"),
     "options": Floor(
-        "errors kernels.registry memory.amounts schemes.names",
+        "errors kernels.system_calls kernels.registry memory.amounts schemes.names",
         "checks what a caller asks for, kernels and schemes by name included",
     ),
     "geometry": Floor("errors kernels.formats", "where a piece lies: no files, no modules"),
-    "checkpoint": Floor("errors options shortage", "files of any model: nothing about quantization"),
+    "checkpoint": Floor(
+        "errors options shortage kernels.system_calls", "files of any model: nothing about quantization"
+    ),
     "memory": Floor(
-        "errors shortage memory.amounts kernels.statistics", "measures and plans a load without knowing its steps"
+        "errors shortage memory.amounts kernels.statistics kernels.system_calls",
+        "measures and plans a load without knowing its steps",
     ),
     "schemes": Floor(
         f"errors options shortage schemes.names geometry checkpoint {KERNELS} kernels.registry",
@@ -75,7 +83,10 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} {KERNELS} geometry checkpoint memory schemes online model pieces plan draft recording",
         "a flow of its own beside load: neither knows the other",
     ),
-    "cache": Floor(f"{GROUND} checkpoint memory schemes online model plan draft", "a load calls it at three places"),
+    "cache": Floor(
+        f"{GROUND} kernels.system_calls checkpoint memory schemes online model plan draft",
+        "a load calls it at three places",
+    ),
     "quantized_model": Floor("memory", "a type"),
     "digest": Floor("checkpoint schemes", "what a model holds in the end, whoever loaded it"),
     "load": Floor(

@@ -27,6 +27,8 @@ from typing import Any, Self
 import numba
 from numba.core.caching import FunctionCache, UserProvidedCacheLocator
 
+from ..system_calls import others_may_write, user_owns
+
 FOLDERS_KEPT = 8
 """Versions of quantload's kernels, of Python and of numba together: about as many as environments somebody works in."""
 _HERE = str(Path(__file__).parent) + os.sep
@@ -58,16 +60,17 @@ def own_folder(root: Path, key: str) -> Path:
     of this user's are followed.
     """
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if root.stat().st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+    facts = root.stat()
+    if others_may_write(facts) and facts.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
         raise PermissionError(f"everybody may replace what is in {root}")
     folder = root
     for part in ("quantload", "kernels", key):
         folder = folder / part
         folder.mkdir(mode=0o700, exist_ok=True)
         facts = folder.lstat()
-        if stat.S_ISLNK(facts.st_mode) and facts.st_uid == os.geteuid():
+        if stat.S_ISLNK(facts.st_mode) and user_owns(facts):
             facts = folder.stat()
-        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+        if not stat.S_ISDIR(facts.st_mode) or not user_owns(facts) or others_may_write(facts):
             raise PermissionError(f"{folder} belongs to another user, or others may write to it")
     tempfile.TemporaryFile(dir=folder).close()
     _used(folder)

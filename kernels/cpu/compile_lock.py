@@ -7,11 +7,12 @@ files cannot be locked, as on some network file systems, everybody compiles.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
 from typing import Self
+
+from ..system_calls import SHARES_LOCKS, lock, open_plain, unlock
 
 logger = logging.getLogger("quantload")
 WAIT_SECONDS = 60.0
@@ -54,11 +55,11 @@ class CompileLock:
         """Whether this process holds it now, or has nothing to wait for; False where another holds it."""
         try:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = open_plain(self._path, os.O_RDWR | os.O_CREAT, 0o600, follow=False)
         except OSError:
             return True  # numba says what is wrong with the folder
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(fd)
         except OSError as error:
             os.close(fd)
             return not isinstance(error, BlockingIOError)
@@ -74,11 +75,17 @@ class CompileLock:
     def release(self) -> None:
         """Let go of it, where it is held."""
         if self._fd >= 0:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
-            fcntl.flock(self._fd, fcntl.LOCK_UN)  # a process forked meanwhile has it open, too
+            if SHARES_LOCKS:
+                self._remove()
+            unlock(self._fd)
             os.close(self._fd)
             self._fd = -1
+            if not SHARES_LOCKS:  # open files cannot be removed either
+                self._remove()
+
+    def _remove(self) -> None:
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # on Windows while others have it open
+            os.unlink(self._path)
 
     def __enter__(self) -> Self:
         return self

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from ..checkpoint.source import FileSource, read_bytes
 from ..errors import DamagedEntryError
+from ..kernels.system_calls import open_plain
 from ..options import LoadOptions
 from .checksums import Checksums, VerifiedSource
 from .locks import FileLock
@@ -77,7 +78,7 @@ def write_description(folder: Path, key: str, checksums: Mapping[str, Checksums]
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file and force it to disk."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+    with open(open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

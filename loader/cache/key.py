@@ -17,6 +17,7 @@ from ..checkpoint.paths import locate
 from ..checkpoint.resolve import Checkpoint
 from ..checkpoint.small_files import MAX_CODE_BYTES, read_small_file
 from ..checkpoint.source import FileSource
+from ..kernels import system_calls
 from ..model.skeleton import Assignment
 from ..options import CacheVerify, QuantizationPolicy
 from ..schemes.registry import get_entry
@@ -91,9 +92,9 @@ def _digest(file: BinaryIO, size: int) -> str:
         left -= len(part)
     samples = range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES // _SAMPLE_BYTES * _SAMPLE_BYTES))
     for offset in samples:  # asked for all at once: a disk or a network answers them side by side
-        os.posix_fadvise(file.fileno(), offset, _SAMPLE_BYTES, os.POSIX_FADV_WILLNEED)
+        system_calls.advise(file.fileno(), offset, _SAMPLE_BYTES, system_calls.WILLNEED)
     for offset in samples:
-        digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, offset))
+        digest.update(system_calls.pread(file.fileno(), _SAMPLE_BYTES, offset))
     return digest.hexdigest()
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 from pathlib import Path
 from typing import Self
 
+from ..kernels import system_calls
 from .ownership import check_file
 
 
@@ -22,17 +22,17 @@ class FileLock:
     @classmethod
     def shared(cls, path: Path, *, wait: bool = False) -> Self | None:
         """A lock that others may share, or None where one holds it alone or the file is not there (any more)."""
-        return cls._take(path, os.O_RDONLY, fcntl.LOCK_SH, wait)
+        return cls._take(path, os.O_RDONLY, wait, shared=True)
 
     @classmethod
     def exclusive(cls, path: Path, *, create: bool = False, wait: bool = False) -> Self | None:
         """A lock that nobody shares, or None where somebody holds one or the file is not there (any more)."""
-        return cls._take(path, os.O_RDWR | (os.O_CREAT if create else 0), fcntl.LOCK_EX, wait)
+        return cls._take(path, os.O_RDWR | (os.O_CREAT if create else 0), wait, shared=False)
 
     @classmethod
-    def _take(cls, path: Path, flags: int, kind: int, wait: bool) -> Self | None:
+    def _take(cls, path: Path, flags: int, wait: bool, *, shared: bool) -> Self | None:
         try:
-            fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            fd = system_calls.open_plain(path, flags, 0o600, follow=False)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -41,7 +41,7 @@ class FileLock:
             raise PermissionError(f"{path} is a link; remove it") from None
         try:
             check_file(path, os.fstat(fd))
-            fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
+            system_calls.lock(fd, shared=shared, wait=wait)
             if _same_file(fd, path):
                 return cls(path, fd)
         except BlockingIOError:
@@ -59,7 +59,7 @@ class FileLock:
     def note(self, number: int) -> None:
         """Have the file say a number."""
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, str(number).encode(), 0)
+        system_calls.pwrite(self._fd, str(number).encode(), 0)
 
     def touch(self) -> None:
         """Make now the time of the last change of the file, where that can be written."""

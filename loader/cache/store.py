@@ -21,8 +21,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.output import sync_folder
 from ..errors import DamagedEntryError
+from ..kernels.system_calls import sync_folder
 from ..memory.amounts import format_bytes
 from .checksums import Checksums
 from .entry import ENTRY, LOCK, Entry, write_description, write_file

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.writer import ShardPlan, write_all
+from ..kernels import system_calls
 from ..shortage import start
 from .checksums import SEGMENT_BYTES, Checksums
 
@@ -121,7 +122,7 @@ class TensorWriter:
         return {file.plan.path: file.checksums for file in self._files}
 
     def _open(self, folder: Path, plan: ShardPlan) -> None:
-        fd = os.open(folder / plan.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = system_calls.open_plain(folder / plan.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         file = _File(plan, fd, _checksums(plan))
         self._files.append(file)
         self._file_of.update(dict.fromkeys(plan.offsets, file))
@@ -173,8 +174,8 @@ class TensorWriter:
 
     @staticmethod
     def _flush(file: _File) -> None:
-        os.fdatasync(file.fd)
-        os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        system_calls.sync_data(file.fd)
+        system_calls.advise(file.fd, 0, 0, system_calls.DONTNEED)
         file.dirty = 0
 
     def _raise_after(self) -> None:

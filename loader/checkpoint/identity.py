@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from ..errors import ChangedFileError, CheckpointError
+from ..kernels.system_calls import open_plain
 from .retry import may_retry
 
 
@@ -90,7 +91,7 @@ def _identity_of(path: Path) -> FileIdentity:
     if not stat.S_ISREG(status.st_mode):  # which is for whoever reads it to refuse
         return FileIdentity.of(status)
     # Opened, because a network file system asks its server then, and may answer `stat` from memory.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    fd = open_plain(path, os.O_RDONLY)
     try:
         return FileIdentity.of(os.fstat(fd))
     finally:

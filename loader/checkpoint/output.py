@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import OutputError
+from ..kernels.system_calls import SHARES_LOCKS, lock, open_plain, sync_folder, user_owns
 from .writer import UNFINISHED_SUFFIX, Extent, ShardPlan, create_file, verified
 
 UNFINISHED = ".unfinished"
@@ -62,11 +62,13 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if not SHARES_LOCKS:  # nor can a file be removed there that is open
+                self._close_journal()
             if not self._published:
                 with contextlib.suppress(OSError):  # the next run clears it away; what went wrong before is what counts
                     self._tidy()
         finally:
-            os.close(self._journal)  # until then nobody else begins here
+            self._close_journal()  # until then nobody else begins here
 
     def finished(self, plan: ShardPlan) -> dict[str, Any] | None:
         """The notes of a shard that an earlier run finished, if it is still what it was; `None`: it must be written."""
@@ -119,7 +121,7 @@ class OutputFolder:
             self._lock()
             self._read_journal()
         except BaseException:
-            os.close(self._journal)
+            self._close_journal()
             raise
 
     def _make_own(self, folder: Path) -> None:
@@ -128,21 +130,21 @@ class OutputFolder:
             folder.mkdir()
         except FileExistsError:
             status = folder.lstat()
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            if not stat.S_ISDIR(status.st_mode) or not user_owns(status):
                 raise self._not_ours(folder, "folder") from None
 
     def _open_journal(self) -> int:
-        path, flags = self._work / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        path, flags = self._work / _JOURNAL, os.O_RDWR | os.O_APPEND
         with contextlib.suppress(FileExistsError):
-            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            return open_plain(path, flags | os.O_CREAT | os.O_EXCL, follow=False)
         try:
-            fd = os.open(path, flags)
+            fd = open_plain(path, flags, follow=False)
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
             raise self._not_ours(path, "file") from None
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink > 1:
+        if not stat.S_ISREG(status.st_mode) or not user_owns(status) or status.st_nlink > 1:
             os.close(fd)
             raise self._not_ours(path, "file")
         return fd
@@ -156,7 +158,7 @@ class OutputFolder:
     def _lock(self) -> None:
         """Take the journal, which another run may hold, or may have published and removed since it was opened."""
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._journal)
             ours = os.path.samestat(os.fstat(self._journal), os.stat(self._work / _JOURNAL))
         except (BlockingIOError, FileNotFoundError):
             ours = False
@@ -182,9 +184,16 @@ class OutputFolder:
 
     def _leave(self) -> None:
         """Remove the folder the work was done in, unless another run has begun there since the journal is gone."""
+        if not SHARES_LOCKS:
+            self._close_journal()
         os.unlink(self._work / _JOURNAL)
         with contextlib.suppress(OSError):
             os.rmdir(self._work)
+
+    def _close_journal(self) -> None:
+        if self._journal >= 0:
+            journal, self._journal = self._journal, -1
+            os.close(journal)
 
     def _read_journal(self) -> None:
         with open(self._journal, "rb", closefd=False) as journal:
@@ -235,12 +244,3 @@ def _intact(journal: bytes) -> Iterator[dict[str, Any]]:
         said = line[9:]
         if line == _with_checksum(said):
             yield json.loads(said)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

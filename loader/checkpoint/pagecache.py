@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import Protocol
 
+from ..kernels.system_calls import DONTNEED, NORMAL, RANDOM, SEQUENTIAL, WILLNEED
 from ..options import PageCache
 
 _MIN_WINDOW = 4 << 20
@@ -57,7 +58,7 @@ class CacheWindows:
             return
         byte = memoryview(bytearray(1))
         # Without this a probe that misses starts a readahead of 128 KiB instead of one page.
-        calls.advise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        calls.advise(fd, 0, 0, RANDOM)
         try:
             for number in range(len(self._cold)):
                 start = number * self._window
@@ -73,7 +74,7 @@ class CacheWindows:
                 raise
             self._cold = [False] * len(self._cold)
         finally:
-            calls.advise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL if self._ask_ahead else os.POSIX_FADV_NORMAL)
+            calls.advise(fd, 0, 0, SEQUENTIAL if self._ask_ahead else NORMAL)
 
     def cold_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """The (offset, length) parts of a byte range that lie in cold windows, neighbours joined."""
@@ -97,26 +98,26 @@ class CacheWindows:
         for begin, count in self.cold_ranges(offset, length):
             self.used = True
             for start in range(begin, begin + count, _READAHEAD):
-                calls.advise(fd, start, min(_READAHEAD, begin + count - start), os.POSIX_FADV_WILLNEED)
+                calls.advise(fd, start, min(_READAHEAD, begin + count - start), WILLNEED)
 
     def release(self, fd: int, offset: int, length: int, calls: ProbeCalls) -> None:
         """Drops the pages of the cold parts of a byte range; a page shared with the next range stays until `sweep`."""
         for begin, count in self.cold_ranges(offset, length):
             self.used = True
             first = begin // _PAGE * _PAGE
-            calls.advise(fd, first, begin + count - first, os.POSIX_FADV_DONTNEED)
+            calls.advise(fd, first, begin + count - first, DONTNEED)
 
     def sweep(self, fd: int, calls: ProbeCalls) -> None:
         """Drops every page of the cold windows, if any of them was read."""
         if self.used:
             for begin, count in self.cold_ranges(0, self._size):
-                calls.advise(fd, begin, count, os.POSIX_FADV_DONTNEED)
+                calls.advise(fd, begin, count, DONTNEED)
         self.used = False
 
 
 def kernel_readahead(device: int | None) -> int:
     """Bytes the kernel reads ahead on a device (`st_dev`); 0 where it does not say."""
-    if device is None:
+    if device is None or not hasattr(os, "major"):
         return 0
     number = f"{os.major(device)}:{os.minor(device)}"
     for folder in (f"/sys/class/bdi/{number}", f"/sys/dev/block/{number}/queue", f"/sys/dev/block/{number}/../queue"):

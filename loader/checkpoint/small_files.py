@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..kernels.system_calls import open_plain
 from .quantization_config import FILES as QUANTIZATION_FILES
 
 MIB = 1 << 20
@@ -52,7 +53,7 @@ def read_small_file(path: Path, limit: int) -> bytes | None:
         if not check_small_file(path, limit):
             return None
         # Non-blocking, should it be something else by now.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        with open(open_plain(path, os.O_RDONLY), "rb") as file:
             _check(path, os.fstat(file.fileno()), limit)
             content = file.read(limit + 1)
     except FileNotFoundError:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from ..errors import CheckpointError, MissingShardError, TruncatedShardError
+from ..kernels import system_calls
 from ..options import PageCache
 from .identity import FileIdentities
 from .pagecache import CacheWindows
@@ -59,7 +60,7 @@ class FileCalls:
 
     def open(self, path: str) -> int:
         # Non-blocking, so that a FIFO in the folder cannot hang the load; regular files ignore it.
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return system_calls.open_plain(path, os.O_RDONLY)
 
     def replace(self, fd: int, fresh: int) -> None:
         """Makes `fd` a handle of the file `fresh` is open on, while other threads may be reading from it."""
@@ -72,10 +73,10 @@ class FileCalls:
         return os.fstat(fd)
 
     def preadv(self, fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        return os.preadv(fd, buffers, offset, flags)
+        return system_calls.preadv(fd, buffers, offset, flags)
 
     def advise(self, fd: int, offset: int, length: int, advice: int) -> None:
-        os.posix_fadvise(fd, offset, length, advice)
+        system_calls.advise(fd, offset, length, advice)
 
 
 @dataclass(slots=True)

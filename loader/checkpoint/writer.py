@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
+from ..kernels import system_calls
 from .headers import DTYPES
 from .weight_map import SINGLE_NAME
 
@@ -171,7 +172,7 @@ class ShardWriter:
             if self._fd < 0:
                 try:
                     self._fd = create_file(self._unfinished)
-                    os.posix_fallocate(self._fd, 0, self.plan.size)
+                    system_calls.reserve(self._fd, self.plan.size)
                     write_all(self._fd, memoryview(self.plan.header), 0)
                 except OSError as error:
                     raise self._failed(error) from error
@@ -189,7 +190,7 @@ class ShardWriter:
         self._flush(self._open())
         try:
             self.close()
-            os.rename(self._unfinished, self._path)
+            os.replace(self._unfinished, self._path)
         except OSError as error:
             raise self._failed(error) from error
         extents, self._extents = self._extents, []
@@ -197,7 +198,7 @@ class ShardWriter:
 
     def _flush(self, fd: int) -> None:
         try:
-            os.fdatasync(fd)
+            system_calls.sync_data(fd)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -214,7 +215,7 @@ def verified(path: Path, plan: ShardPlan, extents: Iterable[Extent]) -> bool:
     if len(plan.header) + sum(extent.rows * extent.width for extent in extents) != plan.size:
         return False
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        with open(system_calls.open_plain(path, os.O_RDONLY, follow=False), "rb") as file:
             if os.fstat(file.fileno()).st_size != plan.size or file.read(len(plan.header)) != plan.header:
                 return False
             return all(_crc_of(file.fileno(), extent) == extent.crc for extent in extents)
@@ -226,7 +227,7 @@ def _crc_of(fd: int, extent: Extent) -> int:
     rows, width = (1, extent.rows * extent.width) if extent.width == extent.pitch else (extent.rows, extent.width)
     crc = 0
     for row in range(rows):
-        crc = zlib.crc32(os.pread(fd, width, extent.offset + row * extent.pitch), crc)
+        crc = zlib.crc32(system_calls.pread(fd, width, extent.offset + row * extent.pitch), crc)
     return crc
 
 
@@ -234,11 +235,11 @@ def create_file(path: Path) -> int:
     """A descriptor to write to a new file with, in place of whatever an earlier run left there; no link is followed."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return system_calls.open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
     """Write all of `data` to a file from byte `offset` on."""
     while data:
-        count = os.pwrite(fd, data, offset)
+        count = system_calls.pwrite(fd, data, offset)
         data, offset = data[count:], offset + count

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import MemoryBudgetError
+from ..kernels.system_calls import resource_limit
 from .amounts import format_bytes
 from .planner import MemoryPlan
 
@@ -60,12 +60,12 @@ def check_limits(plan: MemoryPlan, limits: list[ProcessLimit]) -> None:
 
 
 def _resource_limits(proc: Path) -> Iterator[ProcessLimit]:
-    for name, number, field in (
-        ("the address space of the process (RLIMIT_AS, ulimit -v)", resource.RLIMIT_AS, "VmSize"),
-        ("the data of the process (RLIMIT_DATA, ulimit -d)", resource.RLIMIT_DATA, "VmData"),
+    for name, resource, field in (
+        ("the address space of the process (RLIMIT_AS, ulimit -v)", "RLIMIT_AS", "VmSize"),
+        ("the data of the process (RLIMIT_DATA, ulimit -d)", "RLIMIT_DATA", "VmData"),
     ):
-        allowed, _ = resource.getrlimit(number)
-        if allowed == resource.RLIM_INFINITY:
+        allowed = resource_limit(resource)
+        if allowed is None:
             continue
         used = _field(proc / "self/status", field)
         if used is not None:

@@ -93,7 +93,10 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} checkpoint memory schemes online model plan draft recording cache quantized_model digest",
         "the flow of a load",
     ),
-    "server": Floor("errors options checkpoint memory schemes.names model load", "a user of load like any other"),
+    "server": Floor(
+        "errors options kernels.system_calls checkpoint memory schemes.names model load",
+        "a user of load like any other",
+    ),
     "cli_logging": Floor("", "log lines and the console they go to"),
     "cli_options": Floor(
         "errors options schemes.names memory.amounts cli_logging", "imported before anything heavy is"

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from another_system import ABSENT, MISSING
 from quantload import LoadOptions, load_quantized
 from quantload.cli import DEMO_MODEL
 
+GUARDED = {
+    "os.RWF_NOWAIT", "os.major", "os.minor", "os.pread",
+    *(f"mmap.{name}" for name in ("MADV_HUGEPAGE", "MADV_DONTNEED", "MAP_PRIVATE", "MAP_ANONYMOUS")),
+}  # fmt: skip
+"""What a module asks for itself whether it is there, or asks for on Linux only."""
 HERE = Path(__file__).parent
+
+
+MODULES = [*(HERE.parent / "kernels").rglob("*.py"), *(HERE.parent / "loader").rglob("*.py")]
+
+
+@pytest.mark.parametrize("system", MISSING)
+def test_only_one_module_names_what_another_system_lacks(system: str) -> None:
+    missing = {f"{module}.{name}" for module, names in MISSING[system].items() for name in names} - GUARDED
+    pattern = re.compile(r"^import (\w+)$|^from (\w+) import|\b(\w+\.\w+)\b", re.MULTILINE)
+    found = [
+        f"{path.name}: {name}"
+        for path in MODULES
+        if path.name != "system_calls.py" and "jit" not in path.parts
+        for name in {name for match in pattern.finditer(path.read_text()) for name in match.groups() if name}
+        if name in missing or name in ABSENT[system]
+    ]
+    assert found == []
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from math import inf
@@ -20,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
+from ..kernels.system_calls import resource_limit
 from .api_errors import ApiError
 
 PROBES = frozenset({"/health", "/metrics"})
@@ -60,8 +60,8 @@ class ConnectionLimits:
 def connection_limits() -> ConnectionLimits:
     """Limits with a number of connections that leaves a quarter of this process's descriptors to everything else."""
     limits = ConnectionLimits()
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if descriptors == resource.RLIM_INFINITY:
+    descriptors = resource_limit("RLIMIT_NOFILE")
+    if descriptors is None:
         return limits
     room = descriptors * 3 // 4 - limits.reserve
     return replace(limits, connections=max(limits.reserve, min(MOST_CONNECTIONS, room)))

@@ -87,19 +87,29 @@ def plan(
     *,
     model: Model = None,
     chosen: PlanOptions,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Length of the sequence that the attention cache is counted for.",
+            show_default="the context of the model",
+            min=1,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a load would do and how much memory it would take, from the headers alone."""
     chosen.logs.set_up()
     arguments = chosen.arguments()
     from .draft import plan_quantized
+    from .fitting import beside_peak, judge_draft
 
     draft = plan_quantized(_model(model, arguments), **arguments)
     modules = [
         {"name": a.name, "kind": a.kind, "scheme": a.scheme.name if a.scheme is not None else None, "reason": a.reason}
         for a in draft.assignments
     ]
-    left = draft.plan.leftovers
+    left, options = draft.plan.leftovers, arguments["options"]
+    verdict = judge_draft(draft, options)
     summary = draft.plan.memory.to_dict() | {
         "fallback_conversions": draft.plan.whole_conversions,
         "modules": modules,
@@ -108,6 +118,8 @@ def plan(
         "ignored_tensors": len(left.ignored),
         "initialized": [*left.initialized],
         "overlaid": [*left.overlaid],
+        "verdict": verdict.to_dict(),
+        "beside_the_peak": beside_peak(draft, tokens).to_dict(),
     }
     if as_json:
         _print_json(summary)
@@ -116,6 +128,8 @@ def plan(
 
         with _to_stdout():
             print_plan(summary, draft.plan.memory, _tables())
+    if verdict.state == "does not fit" and not options.force:
+        raise typer.Exit(EXIT_BUDGET)
 
 
 @app.command()

@@ -133,6 +133,12 @@ class RunOptions:
             show_default="no limit",
         ),
     ] = None
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Go on where the machine has too little memory, instead of ending with exit code 4."
+        ),
+    ] = False
     staging: Annotated[
         str | None,
         typer.Option(
@@ -173,7 +179,13 @@ class RunOptions:
         """Fields of `LoadOptions`."""
         kernels = dict(_pair(text, "--kernel", "OPERATION=NAME") for text in self.kernel or ())
         sizes = {"max_memory": self.max_memory, "staging_bytes": self.staging, "chunk_bytes": self.chunk}
-        return {"workers": self.workers, "strict": self.strict, "kernels": kernels, **_bytes(sizes)}
+        return {
+            "workers": self.workers,
+            "strict": self.strict,
+            "force": self.force,
+            "kernels": kernels,
+            **_bytes(sizes),
+        }
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from .checkpoint.reader import PieceReader, ReadTotals
 from .checkpoint.resolve import Checkpoint, resolve
 from .digest import model_digest
 from .draft import Draft, draft_load
+from .fitting import check_fits
 from .interrupts import interrupt_first
 from .memory.budget import check_budget, memory_running_out
-from .memory.limits import check_limits, process_limits
 from .memory.planner import MemoryPlan
 from .model import transformers_api
 from .online.storage import FinalStorage
@@ -98,8 +98,7 @@ def _stream(
     """Fill the model of a draft."""
     device = storage.device
     check_budget(draft.plan.memory, options.max_memory)
-    if device.type == "cpu":
-        check_limits(draft.plan.memory, process_limits())
+    check_fits(draft, options)
     storage.expect(draft.plan.final_sizes)
     with cache.reading(draft) as reading:
         recorder.expect(reading.plan, draft.assignments)

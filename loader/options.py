@@ -80,6 +80,9 @@ class LoadOptions:
     """Limit in bytes for the predicted peak of a load: model, staging arena and allowance. A load that would take more
     ends with `MemoryBudgetError` before a weight is read. None: no limit."""
 
+    force: bool = False
+    """Load although the memory that is available is too little for the model. `max_memory` still counts."""
+
     workers: int | None = None
     """Threads that read and quantize. None: one for each core the process may use."""
 
@@ -150,7 +153,7 @@ class LoadOptions:
             may_be_none = name not in ("chunk_bytes", "retries")
             if not (isinstance(value, int) and not isinstance(value, bool)) and not (value is None and may_be_none):
                 raise PolicyError(f"{name} is {value!r}; give a whole number")
-        for name in ("stats", "digest", "strict"):
+        for name in ("stats", "digest", "strict", "force"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"{name} is {getattr(self, name)!r}; give True or False")
         if self.cache is not None and (not isinstance(self.cache, (str, Path)) or not str(self.cache)):

@@ -78,6 +78,10 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} cpu_kernels checkpoint memory schemes online model plan",
         "is shared by load, convert and cache",
     ),
+    "scheme_peaks": Floor(
+        f"{GROUND} geometry memory schemes model draft", "what a draft would take with other schemes"
+    ),
+    "fitting": Floor(f"{GROUND} memory model draft scheme_peaks", "what a draft finds on this machine"),
     "recording": Floor(f"{GROUND} checkpoint memory schemes model plan", "says what a load did"),
     "convert": Floor(
         f"{GROUND} {KERNELS} geometry checkpoint memory schemes online model pieces plan draft recording",
@@ -90,7 +94,7 @@ FLOORS: dict[str, Floor] = {
     "quantized_model": Floor("memory", "a type"),
     "digest": Floor("checkpoint schemes", "what a model holds in the end, whoever loaded it"),
     "load": Floor(
-        f"{GROUND} checkpoint memory schemes online model plan draft recording cache quantized_model digest",
+        f"{GROUND} checkpoint memory schemes online model plan draft fitting recording cache quantized_model digest",
         "the flow of a load",
     ),
     "server": Floor(
@@ -103,7 +107,7 @@ FLOORS: dict[str, Floor] = {
     ),
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli": Floor(
-        f"{GROUND} memory schemes draft load convert server cli_logging cli_options cli_groups",
+        f"{GROUND} memory schemes draft fitting load convert server cli_logging cli_options cli_groups",
         "a user of the package",
     ),
     "__main__": Floor("cli", "python -m quantload"),

@@ -29,9 +29,11 @@ from ..errors import PolicyError
 from ..interrupts import interrupt_first
 from ..memory.amounts import parse_bytes
 from ..memory.budget import check_budget, memory_running_out
+from ..memory.limits import memory_limits
 from ..memory.overhead import WRITTEN_PIECES, WRITTEN_TENSORS
 from ..memory.planner import MemoryPlan
 from ..memory.report import LoadReport
+from ..memory.verdict import judge
 from ..online.storage import FinalStorage
 from ..options import LoadOptions, QuantizationPolicy
 from ..pieces.plain import plan_pieces
@@ -125,6 +127,7 @@ def convert_checkpoint(
                 recorder.expect(plan, draft.assignments)
                 planned.append(plan.memory)
                 check_budget(plan.memory, options.max_memory)
+                judge(plan.memory, memory_limits()).check("the conversion", options.force)
                 reader = PieceReader(
                     source,
                     draft.index.shards,

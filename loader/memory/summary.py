@@ -66,8 +66,19 @@ def print_plan(summary: Mapping[str, Any], plan: MemoryPlan, console: Console) -
     for (kind, scheme, reason), count in counted.items():
         decisions.add_row(str(count), kind, scheme, reason)
     console.print(decisions)
-    for line in _left(summary):
+    for line in (*_left(summary), _beside(summary["beside_the_peak"]), summary["verdict"]["message"]):
         console.print(line, highlight=False, markup=False)
+
+
+def _beside(sizes: Mapping[str, Any]) -> str:
+    """What comes on top of the peak."""
+    parts = [f"this process {format_bytes(sizes['process_bytes'])}"]
+    if sizes["attention_cache_bytes"] is not None:
+        parts.append(
+            f"attention cache of one sequence of {sizes['attention_cache_tokens']:,} tokens "
+            f"{format_bytes(sizes['attention_cache_bytes'])}"
+        )
+    return f"on top of the peak: {'; '.join(parts)}"
 
 
 def _left(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -41,6 +41,10 @@ class Assignment:
     reason: str
     stored: ModuleWeights | None = None
     """What the checkpoint has in this format already: it is copied, not quantized."""
+    is_possible: bool = True
+    """Whether a scheme could be given to it at all."""
+    role: str | None = None
+    """Why it is kept by default, if it is."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,9 @@ class _Assigner:
         stored = None if impossible is not None else self._sources.module(weights)
         choice = self._policy.experts(name, None, stored)
         if impossible is not None or choice.scheme is None:
-            return Assignment(name, "experts", module, None, impossible or choice.reason)
+            return Assignment(
+                name, "experts", module, None, impossible or choice.reason, is_possible=impossible is None
+            )
         assert isinstance(choice.scheme, MoEScheme)
         dtype = self._dtype_of(weights[0], module.get_parameter(weights[0].rpartition(".")[2]).dtype)
         convert_experts(module, choice.scheme)
@@ -164,15 +170,17 @@ class _Assigner:
         child = name.rpartition(".")[2]
         impossible = self._impossible(name, module, parent, child)
         stored = None if impossible is not None else self._sources.linear(f"{name}.weight")
-        choice = self._policy.linear(name, self._roles.get(name), stored)
+        role = self._roles.get(name)
+        choice = self._policy.linear(name, role, stored)
         if impossible is not None or choice.scheme is None:
-            return Assignment(name, "linear", module, None, impossible or choice.reason)
+            reason = impossible or choice.reason
+            return Assignment(name, "linear", module, None, reason, is_possible=impossible is None, role=role)
         assert isinstance(choice.scheme, LinearScheme)
         quantized = self._quantized(name, module, choice.scheme)
         setattr(parent, child, quantized)
         if id(module) in self._readers:
             transformers_api.tell_quantized(parent)
-        return Assignment(name, "linear", quantized, choice.scheme, "", self._kept(stored, choice))
+        return Assignment(name, "linear", quantized, choice.scheme, "", self._kept(stored, choice), role=role)
 
     def _kept(self, stored: ModuleWeights | None, choice: Choice) -> ModuleWeights | None:
         """What is copied into a module as it is stored, in the format its kernels take."""

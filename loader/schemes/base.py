@@ -134,6 +134,10 @@ class _Scheme(ABC):
         """Where the layer's codes and scales are, if a kernel wants them elsewhere than in the canonical layout."""
         return None
 
+    def multiples(self, layer: nn.Module) -> tuple[int, int]:
+        """What rows of a shard, and columns, are rounded up to in the tensors, where a kernel wants it."""
+        return 1, 1
+
     def canonical(self, layer: nn.Module, name: str) -> Tensors:
         """The codes and scales of a parameter in the canonical layout, padding included; copies if they were not."""
         tensors = self.weight(layer, self.layouts(layer)[name], name)

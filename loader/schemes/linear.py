@@ -18,9 +18,7 @@ class QuantizedLinearScheme(LinearScheme):
 
     def create_weights(self, layer: nn.Module, *, in_features: int, out_features: int) -> None:
         """Register `weight` (codes [N, K/codes per byte]), its scales and, where static, `input_scale`, on meta."""
-        arrangement = self.arrangement(layer)
-        multiples = (1, 1) if arrangement is None else arrangement.multiples
-        layout = WeightLayout(self.kernels.format, None, (("", out_features),), in_features, multiples)
+        layout = WeightLayout(self.kernels.format, None, (("", out_features),), in_features, self.multiples(layer))
         layer.weight_layout = layout  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         self.register_tensors(layer, layout, "weight")
         self.add_input_scale(layer, "weight")
@@ -28,6 +26,11 @@ class QuantizedLinearScheme(LinearScheme):
     def arrangement(self, layer: nn.Module) -> Arrangement | None:
         """What the kernel of `linear` wants."""
         return self.kernels.arrangements.get("linear")
+
+    def multiples(self, layer: nn.Module) -> tuple[int, int]:
+        """Those that the kernel of `linear` wants."""
+        arrangement = self.arrangement(layer)
+        return (1, 1) if arrangement is None else arrangement.multiples
 
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
         """The layout of `weight`."""

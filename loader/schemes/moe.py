@@ -26,10 +26,8 @@ class QuantizedMoEScheme(MoEScheme):
         `<name>_input_scale`, one for all experts.
         """
         num_experts: int = sizes.pop("num_experts")
-        arrangement = self.kernels.arrangements.get("experts")
-        fused = arrangement is not None and self._can_be_fused(layer)
-        multiples = arrangement.multiples if arrangement is not None and fused else (1, 1)
-        layer.experts_are_fused = fused  # type: ignore[assignment]  # torch types every attribute as tensor or module
+        multiples = self.multiples(layer)
+        layer.experts_are_fused = self._fuses(layer)  # type: ignore[assignment]  # torch types every attribute as tensor or module
         layer.weight_layouts = {
             name: WeightLayout(self.kernels.format, num_experts, shards, columns, multiples)
             for name, (shards, columns) in sizes.items()
@@ -38,6 +36,10 @@ class QuantizedMoEScheme(MoEScheme):
             layer.register_parameter(name, meta_parameter(layout.shapes[0], self.get_quantized_dtype()))
             self.add_input_scale(layer, name)
         self.create_scale_tensors(layer, num_experts)
+
+    def multiples(self, layer: nn.Module) -> tuple[int, int]:
+        """Those that a kernel for the whole layer wants, if there is one for it."""
+        return self.kernels.arrangements["experts"].multiples if self._fuses(layer) else (1, 1)
 
     def layouts(self, layer: nn.Module) -> dict[str, WeightLayout]:
         """The layout of each experts weight."""
@@ -84,6 +86,10 @@ class QuantizedMoEScheme(MoEScheme):
     def arrangement(self, layer: nn.Module) -> Arrangement | None:
         """What a kernel for the whole layer wants, if there is one for it."""
         return self.kernels.arrangements["experts"] if layer.experts_are_fused else None
+
+    def _fuses(self, layer: nn.Module) -> bool:
+        """Whether there is a kernel for the whole layer."""
+        return "experts" in self.kernels.arrangements and self._can_be_fused(layer)
 
     def _can_be_fused(self, layer: Any) -> bool:
         """Whether the layer is a plain SwiGLU over all its experts."""

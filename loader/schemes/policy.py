@@ -63,7 +63,7 @@ class Policy:
     def __init__(self, policy: QuantizationPolicy, factory: SchemeFactory, is_quantized: bool = False) -> None:
         self.policy = policy
         self._factory = factory
-        self._is_quantized = is_quantized
+        self.is_quantized = is_quantized
         self.name = self._called(policy.linear)
         if policy.experts is not None and self._called(policy.experts) != self.name:
             self.name = f"{self.name}+{self._called(policy.experts)}"
@@ -96,6 +96,13 @@ class Policy:
             return Choice(self._factory.prequantized_experts(name, stored.format.name, stored.activations), keeps=True)
         return Choice(scheme, reason or self._as_stored(scheme_name, "experts"))
 
+    def with_scheme(self, name: str, factory: SchemeFactory) -> Policy:
+        """The same rules with another scheme for linear layers and experts, as `factory` makes it.
+
+        Raises what a load with that scheme would.
+        """
+        return Policy(replace(self.policy, linear=name, experts=None), factory, self.is_quantized)
+
     def check_patterns(self, strict: bool) -> None:
         """Warn about patterns that matched no module; in strict mode raise `UnmatchedPatternError`."""
         if not self._unused:
@@ -110,10 +117,10 @@ class Policy:
 
     def _called(self, scheme_name: str) -> str:
         name = get_entry(scheme_name).name
-        return PREQUANTIZED if self._is_quantized and name == AS_STORED else name
+        return PREQUANTIZED if self.is_quantized and name == AS_STORED else name
 
     def _as_stored(self, scheme_name: str | None, kind: str) -> str:
-        if self._is_quantized and scheme_name == AS_STORED:
+        if self.is_quantized and scheme_name == AS_STORED:
             return "not quantized in the checkpoint"
         return f"{scheme_name} leaves {kind} as stored"
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 from quantload.errors import MemoryBudgetError
 from quantload.memory.budget import memory_running_out
-from quantload.memory.limits import ProcessLimit, check_limits, process_limits
+from quantload.memory.limits import MACHINE, device_limit, memory_limits, process_limits
 from quantload.memory.planner import MemoryPlan, ParameterSize, plan_memory
 from quantload.shortage import Shortage
 
@@ -37,7 +39,7 @@ def test_version_2_counts_what_cannot_be_reclaimed_in_every_group_up_to_the_root
     written(root, {"outer/memory.max": "4000", "outer/memory.current": "3500", "outer/memory.stat": stat})
     written(root, {"outer/inner/memory.max": "max", "outer/inner/memory.current": "3000"})
     (limit,) = process_limits(proc)
-    assert (limit.allowed, limit.used, limit.is_virtual) == (4000 + MIB, 2000, False)
+    assert (limit.allowed, limit.used, limit.swap, limit.is_virtual) == (4000, 2000, MIB, False)
     assert str(root / "outer/memory.max") in limit.name
 
 
@@ -50,7 +52,93 @@ def test_version_1_in_a_container_whose_own_group_is_what_is_mounted(tmp_path: P
         root, {"memory.limit_in_bytes": "5000", "memory.usage_in_bytes": "100", "memory.stat": "total_active_file 60"}
     )
     (limit,) = process_limits(proc)
-    assert (limit.allowed, limit.used, limit.left) == (5000 + MIB, 40, 4960 + MIB)
+    assert (limit.allowed, limit.used, limit.available, limit.left) == (5000, 40, 4960, 4960 + MIB)
+
+
+@pytest.mark.parametrize(
+    ("files", "swap"),
+    [
+        ({"memory.swap.max": "0"}, 0),
+        ({"memory.swap.max": "max"}, MIB),
+        ({"memory.swap.max": "900", "memory.swap.current": "400"}, 500),
+        ({"memory.swap.max": f"{4 * MIB}", "memory.swap.current": "0"}, MIB),
+    ],
+)
+def test_a_group_swaps_no_more_than_it_may_and_than_the_machine_has(
+    tmp_path: Path, files: dict[str, str], swap: int
+) -> None:
+    root = tmp_path / "sys"
+    proc = groups(tmp_path, "0::/", f"30 20 0:26 / {root} rw - cgroup2 cgroup2 rw")
+    written(root, {"memory.max": "4000", "memory.current": "3500", **files})
+    (limit,) = process_limits(proc)
+    assert limit.swap == swap
+
+
+def test_memory_and_swap_together_are_one_limit_in_version_1(tmp_path: Path) -> None:
+    root = tmp_path / "sys"
+    proc = groups(tmp_path, "4:memory:/", f"30 20 0:26 / {root} rw - cgroup cgroup rw,memory")
+    written(root, {"memory.limit_in_bytes": "5000", "memory.usage_in_bytes": "100"})
+    written(root, {"memory.memsw.limit_in_bytes": "5600", "memory.memsw.usage_in_bytes": "100"})
+    (limit,) = process_limits(proc)
+    assert (limit.swap, limit.left) == (600, 5500)
+
+
+def test_a_group_is_throttled_before_it_is_full(tmp_path: Path) -> None:
+    root = tmp_path / "sys"
+    proc = groups(tmp_path, "0::/", f"30 20 0:26 / {root} rw - cgroup2 cgroup2 rw")
+    written(root, {"memory.max": "max", "memory.high": "2000", "memory.current": "500"})
+    (limit,) = process_limits(proc)
+    assert (limit.allowed, limit.name) == (2000, f"the memory cgroup ({root}/memory.high)")
+
+
+MEMINFO = "MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 600 kB\nSwapFree: 50 kB"
+
+
+def test_the_machine_has_what_the_kernel_says_is_available_page_cache_and_zfs_cache_included(tmp_path: Path) -> None:
+    proc = written(tmp_path, {"meminfo": MEMINFO})
+    (limit,) = memory_limits(proc)
+    assert (limit.name, limit.allowed, limit.available, limit.left) == (MACHINE, 1000 << 10, 600 << 10, 650 << 10)
+    written(tmp_path, {"spl/kstat/zfs/arcstats": f"name type data\nsize 4 {300 << 10}\nc_min 4 {100 << 10}"})
+    (limit,) = memory_limits(proc)
+    assert limit.available == 800 << 10
+
+
+def test_in_a_container_that_sees_the_memory_of_its_host_the_group_decides(tmp_path: Path) -> None:
+    root = tmp_path / "sys"
+    proc = groups(tmp_path, "0::/", f"30 20 0:26 / {root} rw - cgroup2 cgroup2 rw")
+    written(tmp_path / "proc", {"meminfo": MEMINFO})
+    written(root, {"memory.max": str(200 << 10), "memory.current": str(50 << 10), "memory.swap.max": "0"})
+    first, second = memory_limits(proc)
+    assert (first.available, first.is_machine, second.is_machine) == (150 << 10, False, True)
+
+
+def test_mappings_are_limited_where_the_kernel_keeps_account_of_them(tmp_path: Path) -> None:
+    text = f"{MEMINFO}\nCommitLimit: 700 kB\nCommitted_AS: 400 kB"
+    proc = written(tmp_path, {"meminfo": text, "sys/vm/overcommit_memory": "2"})
+    first, _ = memory_limits(proc)
+    assert (first.is_virtual, first.available) == (True, 300 << 10)
+    written(tmp_path, {"sys/vm/overcommit_memory": "0"})
+    assert len(memory_limits(proc)) == 1
+
+
+@pytest.mark.parametrize(("platform", "left"), [("darwin", 1000), ("win32", 400)])
+def test_other_systems_say_what_they_have_through_psutil(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str, left: int
+) -> None:
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1000, available=300))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=100))
+    (limit,) = memory_limits(tmp_path)
+    assert (limit.available, limit.left) == (300, left)
+
+
+def test_what_the_allocator_of_a_gpu_holds_and_nobody_uses_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_limit(torch.device("cpu")) is None
+    for name, value in (("mem_get_info", (400, 1000)), ("memory_reserved", 200), ("memory_allocated", 50)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    limit = device_limit(torch.device("cuda:0"))
+    assert limit is not None
+    assert (limit.name, limit.available, limit.left) == ("the memory of cuda:0", 550, 550)
 
 
 @pytest.mark.parametrize("text", ["9223372036854771712", "max", ""])
@@ -77,21 +165,6 @@ def test_limits_of_the_process_are_what_setrlimit_set(tmp_path: Path, monkeypatc
 def plan() -> MemoryPlan:
     """A model of 100 MiB, an arena of 20 and the allowance of 64."""
     return plan_memory([ParameterSize("a", "linear", "none", 100 * MIB, 100 * MIB)], 0, 20 * MIB)
-
-
-@pytest.mark.parametrize(
-    ("left", "is_virtual", "fits"),
-    [(120, True, True), (119, True, False), (119, False, True), (100, False, True), (99, False, False)],
-)
-def test_a_load_is_refused_that_cannot_succeed_and_no_other(
-    plan: MemoryPlan, left: int, is_virtual: bool, fits: bool
-) -> None:
-    limit = ProcessLimit("the limit", 500 * MIB, (500 - left) * MIB, is_virtual)
-    if fits:
-        check_limits(plan, [limit])
-        return
-    with pytest.raises(MemoryBudgetError, match=rf"the limit allows 500\.000 MiB, of which {left}\.000 MiB are left"):
-        check_limits(plan, [dataclasses.replace(limit, used=0), limit])
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ from .errors import (
 from .schemes.names import ExportName
 from .shortage import is_shortage, refused
 
+logger = logging.getLogger("quantload")
+
 EXIT_USAGE, EXIT_CHECKPOINT, EXIT_BUDGET, EXIT_OTHER = 2, 3, 4, 1
 _NO_TERMINAL_WIDTH = 10_000
 RequestLogMode = Literal["all", "no-probes", "off"]  # as in server/request_log.py, which needs the extra to be imported
@@ -146,9 +148,21 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="QUANTLOAD_API_KEY",
-            help="Bearer token that every request but /health must carry.",
+            help="Bearer token that every request but /health must carry. Other users see it in the process list: give "
+            "it as QUANTLOAD_API_KEY, or in a file.",
             show_default="no key is asked for",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File with the API key and nothing else.", show_default="no file"),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Host name that requests may be for, also *.NAME, or * for any. Repeatable.",
+            show_default="any; on a local address the names of this machine alone",
         ),
     ] = None,
     served_model_name: Annotated[
@@ -173,6 +187,8 @@ def serve(
     """Load a model and serve it over an OpenAI-compatible API, with /metrics, /health and /load_report."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the server takes over as soon as it listens
     chosen.logs.set_up()
+    if any(argument.partition("=")[0] == "--api-key" for argument in sys.argv):
+        logger.warning("Other users see --api-key in the process list; use QUANTLOAD_API_KEY or --api-key-file instead")
     arguments = chosen.arguments()
     try:
         from .server.command import serve_model
@@ -180,9 +196,9 @@ def serve(
         raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
     chosen.logs.set_up_server()
     serve_model(
-        _model(model, arguments), host=host, port=port, api_key=api_key,
-        served_model_name=served_model_name or _display_name(model), continuous_batching=continuous_batching,
-        request_log=request_log, layer_metrics=layer_metrics, **arguments,
+        _model(model, arguments), host=host, port=port, api_key=api_key, api_key_file=api_key_file,
+        allowed_hosts=allowed_host or (), served_model_name=served_model_name or _display_name(model),
+        continuous_batching=continuous_batching, request_log=request_log, layer_metrics=layer_metrics, **arguments,
     )  # fmt: skip
 
 

@@ -347,6 +347,8 @@ def test_the_shell_completes_names_of_schemes() -> None:
         ("load", "--staging", "1KiB"),
         ("plan", "--kernel", "multiply=torch"),
         ("serve", "--api-key", ""),
+        ("serve", "--api-key-file", "missing"),
+        ("serve", "--allowed-host", "http://a.example"),
         ("serve", "--port", "99999"),
     ],
 )
@@ -358,6 +360,22 @@ def test_arguments_that_make_no_sense_are_usage_errors(quantload: Command, argum
 
 def test_an_arena_larger_than_the_pieces_need_is_not_taken(quantload: Command) -> None:
     assert quantload.json("plan", "--staging", "1TiB")["staging_bytes"] <= 64 << 20
+
+
+def test_a_key_that_others_see_is_warned_of(
+    quantload: Command, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, _, err = quantload("serve", checkpoint("bert"), "--api-key", "sk-Zx81")
+    assert "process list" in err
+    assert "sk-Zx81" not in err
+    (tmp_path / "key").write_text("sk-Zx81\n")
+    _, _, of_file = quantload("serve", checkpoint("bert"), "--api-key-file", tmp_path / "key")
+    monkeypatch.setenv("QUANTLOAD_API_KEY", "sk-Zx81 ")
+    _, _, of_environment = quantload("serve", checkpoint("bert"))
+    assert "white space" in of_environment
+    assert "process list" not in of_file + of_environment
+    monkeypatch.setenv("QUANTLOAD_API_KEY", "")
+    assert quantload("serve", checkpoint("bert"))[0] == 2
 
 
 def test_serving_needs_a_model_that_generates_and_a_tokenizer(quantload: Command, checkpoint: Checkpoint) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,9 +19,10 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from .api_errors import ApiError, bad_request, on_api_error, on_crash, on_http_exception
-from .auth import BearerAuth
+from .auth import BearerAuth, checked_key
 from .generation import GenerationFailed, as_api_error
 from .generation_request import GenerationRequest, parse_chat, parse_completion
+from .hosts import HostCheck, checked_hosts
 from .json_values import parse_json
 from .request_log import USAGE, RequestLog, RequestLogMode
 from .state import ServerState
@@ -34,12 +35,19 @@ Parse = Callable[[object, str], GenerationRequest]
 Answer = Callable[[ServedModel, GenerationRequest, str], Awaitable[Response]]
 
 
-def create_app(state: ServerState, api_key: str | None = None, request_log: RequestLogMode = "all") -> Starlette:
+def create_app(
+    state: ServerState,
+    api_key: str | None = None,
+    request_log: RequestLogMode = "all",
+    allowed_hosts: Collection[str] | None = None,
+) -> Starlette:
     """The ASGI application over a `ServerState`; it can answer before the model is there.
 
     Routes: POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /load_report, GET /metrics and
-    GET /health; with an `api_key` all but the last want it as a bearer token. Shutting down ends the generations.
-    `request_log` says which requests have a line in the log: `all`, those that are no probes, or none (`off`).
+    GET /health; with an `api_key` all but the last want it as a bearer token. `request_log` says which requests have a
+    line in the log: `all`, those that are no probes, or none (`off`). With `allowed_hosts`, names without port,
+    requests for another name are refused; those of this machine itself are always allowed. Shutting down ends the
+    generations. Raises `PolicyError` for a key that no client can send, or a name that is none.
     """
 
     @asynccontextmanager
@@ -57,8 +65,10 @@ def create_app(state: ServerState, api_key: str | None = None, request_log: Requ
         Route("/health", endpoints.health),
     ]
     middleware = [Middleware(RequestLog, metrics=state.metrics, routes=routes, mode=request_log)]  # outside of all
+    if allowed_hosts is not None:
+        middleware.append(Middleware(HostCheck, allowed=checked_hosts(allowed_hosts)))
     if api_key is not None:
-        middleware.append(Middleware(BearerAuth, api_key=api_key))
+        middleware.append(Middleware(BearerAuth, api_key=checked_key(api_key)))
     app = Starlette(
         routes=routes,
         middleware=middleware,

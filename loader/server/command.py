@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from transformers import AutoProcessor
 
 from ..checkpoint.resolve import Checkpoint, resolve
 from ..checkpoint.small_files import PROCESSOR_FILES, check_small_files
-from ..errors import CheckpointError, LoadCancelledError, PolicyError, UnsupportedCheckpointError
+from ..errors import CheckpointError, LoadCancelledError, UnsupportedCheckpointError
 from ..load import load_quantized
 from ..memory.metrics import LayerMetrics, LoadMetrics
 from ..model.skeleton import find_model
 from ..options import LoadOptions, QuantizationPolicy
 from ..schemes.names import SchemeName
+from .auth import chosen_key
+from .hosts import checked_hosts
 from .request_log import RequestLogMode
 from .serve import Progress, serve
 from .served_kinds import why_not_served
@@ -40,10 +43,12 @@ def serve_model(
     continuous_batching: bool,
     request_log: RequestLogMode = "all",
     layer_metrics: LayerMetrics = "auto",
+    api_key_file: Path | None = None,
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Load `model_id` in the background and serve it until SIGTERM or SIGINT."""
-    if api_key is not None and not api_key.strip():
-        raise PolicyError("the API key is empty; give one, or leave --api-key and QUANTLOAD_API_KEY out")
+    api_key = chosen_key(api_key, api_key_file)
+    checked_hosts(allowed_hosts)
     checkpoint = resolve(model_id, revision)
     recipe = find_model(checkpoint, trust_remote_code)
     why = why_not_served(recipe.cls, recipe.config, continuous_batching)
@@ -79,6 +84,7 @@ def serve_model(
         host=host,
         port=port,
         api_key=api_key,
+        allowed_hosts=allowed_hosts,
         continuous_batching=continuous_batching,
         request_log=request_log,
         metrics=metrics,

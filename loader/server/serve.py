@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -36,6 +36,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
+    allowed_hosts: Sequence[str] = (),
     continuous_batching: bool = False,
     log_level: str = "warning",
     request_log: RequestLogMode = "all",
@@ -48,7 +49,8 @@ def serve(
     `load(progress, cancel)` returns the model: it calls `progress(bytes_done, bytes_total)` and ends early, with any
     exception, once the event `cancel` is set. `load_processor()` returns the tokenizer or processor and runs first.
     The port is taken before either: port 0 takes a free one, and the log names it. While the model loads, `/health`
-    answers 503 with the progress. Requests under way at the end get `shutdown_grace` seconds.
+    answers 503 with the progress. On a loopback address, and with `allowed_hosts`, requests that name another host are
+    refused, as `create_app` says. Requests under way at the end get `shutdown_grace` seconds.
 
     All log lines go through Python's loggers, which are the caller's to set up: `quantload`, `quantload.requests`
     with a line a request (`request_log` says for which), and uvicorn's from `log_level` on. The last line before the
@@ -64,7 +66,9 @@ def serve(
         logger.warning("%s can be reached from other machines and has no API key: anybody there can use it", url)
     state = ServerState(model_name, metrics=metrics, continuous_batching=continuous_batching)
     config = LimitedConfig(
-        create_app(state, api_key, request_log),
+        create_app(
+            state, api_key, request_log, [host, *allowed_hosts] if allowed_hosts or is_loopback(bound) else None
+        ),
         log_level=log_level,
         log_config=None,
         access_log=False,

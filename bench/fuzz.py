@@ -45,7 +45,7 @@ FINDINGS = Path(__file__).resolve().parent / "work" / "fuzz"
 COUNTS = {
     "checkpoint": (1_600, 400), "architecture": (1_000, 500), "config": (6_000, 3_000), "header": (48_000, 16_000),
     "index": (26_000, 13_000), "quantization_config": (26_000, 13_000), "generation_config": (2_000, 2_000),
-    "tokenizer": (1_000, 1_000),
+    "tokenizer": (3_000, 500),
 }  # fmt: skip
 """Inputs of each reader, and how many of them in a child process."""
 FAULTY = {"faulty": (30, 30)}
@@ -61,6 +61,10 @@ def make_reader(name: str, folder: Path) -> Any:
         from fuzz_faulty import FaultyReader
 
         return FaultyReader(folder)
+    if name == "tokenizer":
+        from fuzz_tokenizers import TokenizerReader
+
+        return TokenizerReader(folder)
     from fuzz_readers import READERS
 
     return READERS[name](folder)

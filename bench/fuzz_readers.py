@@ -249,48 +249,6 @@ class GenerationConfigReader:
         adopt_generation_config(model, self._folder)
 
 
-class TokenizerReader:
-    """Tokenizer files, as `serve` reads them."""
-
-    names = ("tokenizer.json",)
-    _files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def corpus(self) -> list[bytes]:
-        texts = {name: (DEMO / name).read_text() for name in self._files}
-        texts["tokenizer.json"] = self._small(texts["tokenizer.json"])
-        return [json.dumps([name, texts]).encode() for name in self._files]
-
-    def _small(self, text: str) -> str:
-        value = json.loads(text)
-        model = value["model"]
-        model["vocab"] = dict(list(model["vocab"].items())[:300])
-        model["merges"] = [merge for merge in model["merges"] if "".join(merge) in model["vocab"]][:20]
-        return json.dumps(value)
-
-    def mutate(self, rng: random.Random, data: bytes, others: Sequence[bytes]) -> tuple[bytes, str]:
-        name, texts = json.loads(data)
-        name = rng.choice(self._files)
-        changed, where = mutate_json(
-            rng,
-            texts[name].encode("utf-8", "surrogatepass"),
-            (),
-            ("type", "vocab", "merges", "content", "id", "pattern", "Regex", "auto_map"),
-        )
-        texts[name] = changed.decode("utf-8", "replace")
-        return json.dumps([name, texts]).encode(), f"{name}: {where}"
-
-    def read(self, data: bytes) -> None:
-        for name, text in json.loads(data)[1].items():
-            (self._folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
-        from quantload.server.command import load_processor
-
-        shutil.copy(DEMO / CONFIG, self._folder)
-        load_processor(resolve(self._folder), False)
-
-
 CONFIG_NAMES = (
     "model_type", "architectures", "num_hidden_layers", "hidden_size", "vocab_size", "num_labels", "id2label",
     "layer_types", "rope_parameters", "rope_scaling", "rope_theta", "dtype", "torch_dtype", "text_config",
@@ -312,5 +270,4 @@ READERS: dict[str, type[Any]] = {
     "config": ConfigReader,
     "quantization_config": QuantizationConfigReader,
     "generation_config": GenerationConfigReader,
-    "tokenizer": TokenizerReader,
 }

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
 
-from ..checkpoint.resolve import Checkpoint, resolve
-from ..checkpoint.small_files import PROCESSOR_FILES, check_small_files
-from ..errors import CheckpointError, LoadCancelledError, UnsupportedCheckpointError
+from ..checkpoint.resolve import resolve
+from ..errors import LoadCancelledError, UnsupportedCheckpointError
 from ..load import load_quantized
 from ..memory.metrics import LayerMetrics, LoadMetrics
 from ..model.skeleton import find_model
@@ -20,6 +18,7 @@ from ..options import LoadOptions, QuantizationPolicy
 from ..schemes.names import SchemeName
 from .auth import chosen_key
 from .hosts import checked_hosts
+from .processors import check_processor, load_processor
 from .request_log import RequestLogMode
 from .serve import Progress, serve
 from .served_kinds import why_not_served
@@ -55,6 +54,7 @@ def serve_model(
     if why is not None:
         raise UnsupportedCheckpointError(f"{checkpoint.model_id!r}, a {recipe.cls.__name__}, {why}")
     checkpoint.note_small_files()  # the load that follows sees that the tokenizer is still of the same model
+    check_processor(checkpoint, trust_remote_code)
     metrics = LoadMetrics(layer_metrics)
 
     def load(progress: Progress, cancel: threading.Event) -> Any:
@@ -90,17 +90,6 @@ def serve_model(
         metrics=metrics,
         shutdown_grace=SHUTDOWN_SECONDS,
     )
-
-
-def load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    check_small_files(checkpoint.root, PROCESSOR_FILES)
-    try:
-        return AutoProcessor.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)
-    except Exception as error:  # processor classes fail in ways of their own
-        raise CheckpointError(
-            f"{checkpoint.model_id!r} has no tokenizer or processor that can be loaded ({error}); "
-            f"put its tokenizer.json and tokenizer_config.json into the folder"
-        ) from error
 
 
 def _first_tokens(model: Any) -> None:

@@ -15,7 +15,6 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import SimpleNamespace
 from typing import Any
 
-from jinja2 import TemplateError
 from starlette.responses import Response
 from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -28,6 +27,7 @@ from transformers.cli.serving.utils import (
     _StreamError,
     get_response_template,
 )
+from transformers.utils.chat_parsing import ResponseParser
 
 from .api_errors import ApiError, bad_request
 from .generation import GuardedManager, RequestCancelled, context_length
@@ -86,12 +86,20 @@ def _answers_are_parsed_rightly(model: Any, processor: Any) -> bool:
         return True
     anchors = template.get("start_anchor") or []
     try:
-        prompt = processor.apply_chat_template(
+        prompt = CheckedProcessor(processor).apply_chat_template(
             [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
         )
-    except TemplateError:  # a template with more demands than one greeting: nothing to be learned from it
+    except ApiError:  # a template with more demands than one greeting: nothing to be learned from it
         return True
     return any(anchor in prompt for anchor in ([anchors] if isinstance(anchors, str) else anchors))
+
+
+def try_response_template(processor: Any) -> None:
+    """Parse an answer by what a tokenizer says of answers, if it does; raises whatever is wrong with that."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    template = getattr(tokenizer, "response_template", None)
+    if template is not None:
+        ResponseParser(template, prefix="Hi").feed("Hi")
 
 
 class _UnparsedModel:

@@ -29,6 +29,7 @@ def served(folder: Path, monkeypatch: pytest.MonkeyPatch, between: Any) -> Any:
 
     monkeypatch.setattr(command, "serve", serve)
     monkeypatch.setattr(command, "_first_tokens", lambda model: None)
+    monkeypatch.setattr(command, "check_processor", lambda *_: None)
     command.serve_model(
         folder, "none", device="cpu", policy=QuantizationPolicy(linear="none"), options=LoadOptions(stats=False),
         revision=None, trust_remote_code=False, host="127.0.0.1", port=0, api_key=None, served_model_name="demo",

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import CheckpointError, CorruptHeaderError, TruncatedShardError, UnsupportedCheckpointError
+from .other_kinds import kind_of_head
 from .source import Source, read_bytes
 from .strict_json import SPACE, STRING, UINT, JsonScanner
 
@@ -94,8 +95,12 @@ def read_header(source: Source, path: str, shard: int = 0) -> ShardHeader:
     size = source.size(path)
     if size < 8:
         raise TruncatedShardError(f"{path}: {size} bytes, a safetensors file has at least 8; copy or download it again")
-    length = int.from_bytes(read_bytes(source, path, 0, 8), "little")
+    head = read_bytes(source, path, 0, 8)
+    length = int.from_bytes(head, "little")
     if length > MAX_HEADER_BYTES:
+        other = kind_of_head(bytes(head))
+        if other is not None:
+            raise CorruptHeaderError(f"{path}: is {other}")
         raise CorruptHeaderError(
             f"{path}: its header claims {length:,} bytes, the format allows {MAX_HEADER_BYTES:,}; "
             "this is no safetensors file, or a damaged one"

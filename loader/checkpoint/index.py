@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..errors import CheckpointError, MissingShardError, UnsupportedCheckpointError
+from ..errors import CheckpointError, MissingShardError, TruncatedShardError
 from .headers import TensorEntry, read_header
+from .other_kinds import folder_error, some, unfinished
 from .resolve import CONFIG_NAME, Checkpoint
 from .small_files import count_values
 from .source import FileSource, Source, read_bytes
 from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name, parse_weight_map
-
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_OTHER_FORMATS = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX"}
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +50,21 @@ def read_index(checkpoint: Checkpoint, source: Source | None = None) -> Checkpoi
     for missing, truncated, corrupt and unsafe shards, `UnsupportedCheckpointError` when there are only files of other
     formats.
     """
-    if source is None:
-        with FileSource(checkpoint.root, page_cache="keep", identities=checkpoint.identities) as files:
-            found = _find_shards(checkpoint, files)
-            checkpoint.identities.note(found[1])  # all of them before the first: they are of one moment
-            index = _read_index(files, *found)
-    else:
-        index = _read_index(source, *_find_shards(checkpoint, source))
+    index = _read_files(checkpoint) if source is None else _read_index(source, *_find_shards(checkpoint, source))
     return replace(index, config_values=count_values(checkpoint.root / CONFIG_NAME))
+
+
+def _read_files(checkpoint: Checkpoint) -> CheckpointIndex:
+    with FileSource(checkpoint.root, page_cache="keep", identities=checkpoint.identities) as files:
+        found = _find_shards(checkpoint, files)
+        checkpoint.identities.note(found[1])  # all of them before the first: they are of one moment
+        try:
+            return _read_index(files, *found)
+        except (MissingShardError, TruncatedShardError) as error:
+            left = unfinished(checkpoint.root)
+            if not left:
+                raise
+            raise type(error)(f"{error}; a download is not finished ({some(left)}): run it again") from error
 
 
 def shard_names(checkpoint: Checkpoint, source: Source) -> list[str]:
@@ -78,7 +82,9 @@ def _read_index(source: Source, index_name: str, names: list[str], listed: dict[
         try:
             header = read_header(source, name, number)
         except MissingShardError as error:
-            raise MissingShardError(f"{index_name} names the shard {error}") from None
+            absent = sum(not _exists(source, other) for other in names[number:])
+            more = f" ({absent} of {len(names)} shards are missing)" if absent > 1 else ""
+            raise MissingShardError(f"{index_name} names the shard {error}{more}") from None
         for tensor in [tensor for tensor in header.tensors if tensor in tensors] if tensors else ():
             overlaid.setdefault(tensor, [tensors[tensor].shard]).append(number)
             if listed.get(tensor) != name:
@@ -91,7 +97,7 @@ def _read_index(source: Source, index_name: str, names: list[str], listed: dict[
     missing = [tensor for tensor in listed if tensor not in tensors]
     if missing:
         raise CheckpointError(
-            f"{index_name} lists {_some(missing)}, in none of its {len(names)} shards; "
+            f"{index_name} lists {some(missing)}, in none of its {len(names)} shards; "
             "copy or download the checkpoint again, or save it again"
         )
     return CheckpointIndex(tuple(shards), tensors, _nbytes(tensors), metadata, tuple(overlaid), read_at_once)
@@ -109,7 +115,7 @@ def _check_overlaid(
     if undecided:
         first, again = (names[number] for number in overlaid[undecided[0]][:2])
         raise CheckpointError(
-            f"{_some(undecided)} in {first} and again in {again}; only one of them can be right: name it in the index, "
+            f"{some(undecided)} in {first} and again in {again}; only one of them can be right: name it in the index, "
             f"remove the stale file from there, or save the checkpoint again"
         )
 
@@ -123,7 +129,7 @@ def _find_shards(checkpoint: Checkpoint, source: Source) -> tuple[str, list[str]
         return SINGLE_NAME, [SINGLE_NAME], {}
     index_name = explicit or INDEX_NAME
     if not _exists(source, index_name):
-        raise _nothing_to_load(checkpoint)
+        raise folder_error(checkpoint.root, has_config=True)
     size = source.size(index_name)
     if size > MAX_INDEX_BYTES:
         raise CheckpointError(f"{index_name}: {size:,} bytes, an index has at most {MAX_INDEX_BYTES:,}; save it again")
@@ -138,36 +144,3 @@ def _exists(source: Source, name: str) -> bool:
     except MissingShardError:
         return False
     return True
-
-
-def _nothing_to_load(checkpoint: Checkpoint) -> CheckpointError | UnsupportedCheckpointError:
-    present = sorted(path.name for path in checkpoint.root.iterdir() if path.is_file())
-    expected = f"neither {SINGLE_NAME} nor {INDEX_NAME}"
-    pickles = [name for name in present if name.endswith(_PICKLE_SUFFIXES)]
-    tensors = [name for name in present if name.endswith(".safetensors")]
-    others = [name for name in present if name.endswith(tuple(_OTHER_FORMATS))]
-    if "adapter_config.json" in present:
-        return UnsupportedCheckpointError(
-            f"{checkpoint.root} holds an adapter, not a model; merge it into its base model and save that"
-        )
-    if tensors:
-        return CheckpointError(
-            f"{checkpoint.root} has {expected}, but {_some(tensors)}; rename a single file to {SINGLE_NAME}, "
-            f"set transformers_weights in config.json to its name, or restore the missing {INDEX_NAME}"
-        )
-    if pickles:
-        return UnsupportedCheckpointError(
-            f"{checkpoint.root} only has pickle files ({_some(pickles)}), which can run code when opened; convert them "
-            "once with transformers: from_pretrained(...).save_pretrained(folder), which writes safetensors"
-        )
-    if others:
-        kind = _OTHER_FORMATS[others[0][others[0].rindex(".") :]]
-        return UnsupportedCheckpointError(f"{checkpoint.root} has {kind} weights ({_some(others)}), not safetensors")
-    return CheckpointError(
-        f"{checkpoint.root} has {expected}, nor other weights; give the folder the model was saved to"
-    )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(name[:200] for name in names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN:,} more"

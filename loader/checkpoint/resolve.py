@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -17,8 +16,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..errors import CheckpointError, UnsupportedCheckpointError
+from ..errors import CheckpointError, QuantloadError
 from .identity import FileIdentities
+from .other_kinds import file_error, folder_error, names_error, reference_error
+from .paths import local_path
 from .quantization_config import FILES as QUANTIZATION_FILES
 from .quantization_config import with_quantization_config
 from .small_files import read_json_object, read_small_file
@@ -30,7 +31,6 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 logger = logging.getLogger("quantload")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Checkpoint:
         """
         config = read_json_object(self.root / CONFIG_NAME)
         if config is None:
-            raise CheckpointError(f"{self.root}: has no config.json; give the folder or hub id of a transformers model")
+            raise folder_error(self.root, has_config=False)
         return with_quantization_config(self.root, config, read_json_object)
 
 
@@ -80,26 +80,24 @@ def resolve(model_id: str | Path | Checkpoint, revision: str | None = None) -> C
     One that was resolved before is itself: what it was then counts, whatever its name stands for now.
 
     Only safetensors weights and small text files are downloaded. Raises `CheckpointError` when there is no such
-    folder or repository, `UnsupportedCheckpointError` for URLs.
+    folder or repository, `UnsupportedCheckpointError` for URLs and files of other kinds.
     """
     if isinstance(model_id, Checkpoint):
         return model_id
     given = str(model_id)
-    if _URL.match(given):
-        raise UnsupportedCheckpointError(
-            f"{given!r} is a URL; only folders and hub ids are opened directly: copy its config and tokenizer to a "
-            "folder and pass a quantload.checkpoint.Source that reads the weights"
-        )
+    problem = reference_error(given, revision)
+    if problem is not None:
+        raise problem
     if not given:
         raise CheckpointError("the model is empty (''); give a folder or a hub id such as 'Qwen/Qwen3-0.6B'")
-    folder = Path(given).expanduser()
+    folder = local_path(given, "the model", CheckpointError)
     if folder.is_dir():
         if revision is not None:
             logger.warning("%s is a folder, which has no revisions: %r is not looked at", folder, revision)
         # Without links, so that one that is turned to another version meanwhile does not mix the two.
         return Checkpoint(folder.resolve(), given)
     if folder.exists():
-        raise CheckpointError(f"{given!r} is a file; give the folder it lies in, with its config.json")
+        raise file_error(folder)
     if isinstance(model_id, Path) or _looks_local(given):
         raise CheckpointError(
             f"{given!r} is no folder here; check the path, or give a hub id such as 'Qwen/Qwen3-0.6B'"
@@ -115,10 +113,14 @@ def _download(repo: str, revision: str | None) -> Path:
     """Fetches the small files, then exactly the shards they call for, of the same commit."""
     try:
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SMALL_FILES)))
+        if not (root / CONFIG_NAME).exists():
+            raise _no_model(repo, root, has_config=False)
         shards = _shards_to_fetch(root)
-        if all((root / shard).exists() for shard in shards):
-            return root
-        return Path(snapshot_download(repo, revision=root.name, allow_patterns=shards))
+        if not all((root / shard).exists() for shard in shards):
+            root = Path(snapshot_download(repo, revision=root.name, allow_patterns=shards))
+        if not any((root / shard).exists() for shard in shards):
+            raise _no_model(repo, root, has_config=True)
+        return root
     except HFValidationError:
         raise CheckpointError(f"{repo!r} is neither a folder here nor a valid hub id (owner/name)") from None
     except GatedRepoError as error:
@@ -137,10 +139,22 @@ def _download(repo: str, revision: str | None) -> Path:
             f"{repo!r} is no folder here, not in the hub cache, and the hub cannot be reached; "
             f"connect once and run 'hf download {repo}', unset HF_HUB_OFFLINE, or give a folder"
         ) from error
-    except CheckpointError:
+    except QuantloadError:
         raise
     except Exception as error:  # its releases raise the errors of different network libraries
         raise CheckpointError(f"{repo!r} could not be downloaded: {error}; try again or give a folder") from error
+
+
+def _no_model(repo: str, root: Path, *, has_config: bool) -> QuantloadError:
+    """The error for a repository without a model, by the names of all its files where the hub says them."""
+    try:
+        names = HfApi().list_repo_files(repo, revision=root.name)
+    except Exception:  # offline, of whatever library: what is there is all there is to go by
+        names = [path.name for path in root.iterdir()]
+    lacking = "weights in safetensors" if has_config else "config.json"
+    return names_error(
+        repr(repo), [name for name in names if "/" not in name], has_config=has_config
+    ) or CheckpointError(f"{repo!r} has no {lacking}; give the hub id of a transformers model")
 
 
 def _shards_to_fetch(root: Path) -> list[str]:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from quantload.checkpoint import resolve
-from quantload.errors import CheckpointError, UnsupportedCheckpointError
+from quantload.errors import CheckpointError, QuantloadError, UnsupportedCheckpointError
 from shard_files import shard_bytes
 
 RESPONSE: Any = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid/model"))
@@ -106,6 +106,27 @@ def test_only_the_needed_shards_are_downloaded(hub: Hub) -> None:
     assert [revision for revision, _ in hub.asked] == ["v1", "0123abc"]
     resolve("owner/name", revision="v1")
     assert len(hub.asked) == 3, "what is there is not asked for again"
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_repository_without_a_model_is_told_what_its_files_are(
+    online: bool, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(api: object, repo: str, *, revision: str) -> list[str]:
+        if not online:
+            raise httpx.ConnectError("no route")
+        return [*hub.files, "folder/other.onnx"]
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
+    hub.files = {"model-q4.gguf": b"GGUF", "README.md": b""}
+    with pytest.raises(QuantloadError, match="GGUF" if online else r"'owner/name' has no config\.json"):
+        resolve("owner/name")
+    hub.files["config.json"] = b"{}"
+    with pytest.raises(QuantloadError, match="GGUF" if online else "no weights in safetensors"):
+        resolve("owner/name")
+    hub.files["adapter_config.json"] = b"{}"
+    with pytest.raises(QuantloadError, match="'owner/name' holds an adapter"):
+        resolve("owner/name")
 
 
 def test_single_file_is_downloaded_when_there_is_no_index(hub: Hub) -> None:

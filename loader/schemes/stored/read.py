@@ -64,6 +64,17 @@ READERS: Mapping[str, Reader] = MappingProxyType(
 )
 """What reads a checkpoint, by its `quant_method`."""
 
+_NOT_READ = {
+    "bitsandbytes": "NF4, FP4 or LLM.int8 of bitsandbytes",
+    "bitnet": "BitNet's ternary weights",
+    "eetq": "EETQ's INT8",
+    "fbgemm_fp8": "Meta's FP8 for FBGEMM",
+    "hqq": "half-quadratic quantization",
+    "auto-round": "Intel's AutoRound; its exports for GPTQ and AWQ are read",
+    "quanto": "optimum-quanto's",
+    "torchao": "torchao's",
+}
+"""Other tools by the names they have in `quant_method`."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -76,16 +87,30 @@ def read_stored(
     is not read here, and `CheckpointError` for a config or a tensor that is unknown, inconsistent or missing.
     """
     settings = Settings(config, "").section("quantization_config")
+    said = settings or Settings({}, "")
+    if "quantization" in config and said.get("quant_method") is None:
+        raise UnsupportedCheckpointError(
+            "config.json: has a field quantization, as MLX writes it beside weights that MLX quantized, which are not "
+            "read; load the original checkpoint, which quantload quantizes while it loads"
+        )
     if settings is None:
         return StoredCheckpoint("none", {}, tensors)
     method = settings.get("quant_method")
     if not isinstance(method, str) or method not in READERS:
         raise UnsupportedCheckpointError(
-            f"config.json: quantization_config.quant_method is {method!r}; read are "
+            f"config.json: quantization_config.quant_method is {_named(method, settings)}; read are "
             f"{', '.join(map(repr, sorted(READERS)))}; load the original checkpoint, which "
             f"quantload quantizes while it loads"
         )
     return READERS[method].collect(settings, tensors, read, _dtype(config))
+
+
+def _named(method: Any, settings: Settings) -> str:
+    """The method, and whose it is where the name alone does not say."""
+    if method is None and (settings.get("load_in_4bit") is not None or settings.get("load_in_8bit") is not None):
+        return "missing, beside fields of bitsandbytes"
+    tool = _NOT_READ.get(method) if isinstance(method, str) else None
+    return f"{method!r} ({tool})" if tool else repr(method)
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:

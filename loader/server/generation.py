@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from .api_errors import ApiError, bad_request
 from .generation_request import SAMPLING, GenerationRequest
-from .prompts import check_biased_tokens, check_prompt_ids
+from .logprobs import LogprobNotes
+from .prompts import check_known_tokens, check_prompt_ids
 from .served_kinds import is_encoder_decoder
 from .stop_strings import StopMatcher, first_stop
+
+NO_TOKEN = 2**31 - 1
 
 
 class GenerationFailed(Exception):
@@ -57,6 +61,20 @@ def apply_request(config: GenerationConfig, request: GenerationRequest) -> None:
         config.repetition_penalty = request.repetition_penalty
     if request.logit_bias:
         config.sequence_bias = {(token,): bias for token, bias in request.logit_bias.items()}
+    if request.min_tokens:
+        config.min_new_tokens = request.min_tokens
+
+
+def apply_end_tokens(config: GenerationConfig, request: GenerationRequest) -> None:
+    """Say which tokens end the answer: the model's own unless they are to be ignored, and those of the request.
+
+    Where none is left, an id that no vocabulary has says so: `generate` puts the model's own in the place of None.
+    """
+    own = config.eos_token_id
+    ends = [] if request.ignore_eos or own is None else [own] if isinstance(own, int) else list(own)
+    ends.extend(token for token in request.stop_token_ids if token not in ends)
+    if request.ignore_eos or request.stop_token_ids:
+        config.eos_token_id = ends or [NO_TOKEN]
 
 
 def fit_context(
@@ -88,6 +106,11 @@ def fit_context(
     limit = wanted or request.default_max_tokens or config.max_new_tokens or 1024
     config.max_new_tokens = limit if room is None else min(limit, room)
     config.max_length = None
+    if request.min_tokens > config.max_new_tokens:
+        raise bad_request(
+            f"`min_tokens` is {request.min_tokens}, and {config.max_new_tokens} are to be generated at most",
+            "min_tokens",
+        )
 
 
 def _fit_apart(request: GenerationRequest, prompt_tokens: int, wanted: int | None, context: int) -> None:
@@ -172,11 +195,17 @@ class GuardedManager:
         count = len(ids) if isinstance(ids, list) else ids.shape[-1]
         fit_context(config, self.request, count, self.context, is_encoder_decoder(self.model.config))
         check_prompt_ids(inputs, self.model.config, self.request.prompt_field)
-        check_biased_tokens(self.request.logit_bias, self.model.config)
+        check_known_tokens(self.request.logit_bias, self.model.config, "logit_bias")
+        check_known_tokens(self.request.stop_token_ids, self.model.config, "stop_token_ids")
         self.request.usage.queue(count)
+        apply_end_tokens(config, self.request)
         if self.batched:
             return self.model
         apply_request(config, self.request)
+        if self.request.logprobs is not None and (config.num_beams or 1) > 1:
+            raise bad_request(
+                "`logprobs` are not to be had from this model: its generation config searches with beams", "logprobs"
+            )
         return _WatchedModel(self.model, getattr(processor, "tokenizer", processor), config, self.request)
 
 
@@ -257,10 +286,12 @@ class _WatchedModel:
         processors = LogitsProcessorList()
         if request.frequency_penalty or request.presence_penalty:
             processors.append(CountPenalty(request.frequency_penalty, request.presence_penalty))
-        watch = _Watch(self._tokenizer, self._config, request)
-        sequences = self._model.generate(
-            **kwargs, logits_processor=processors, stopping_criteria=StoppingCriteriaList([watch])
-        )
+        notes = None if request.logprobs is None else LogprobNotes(request.logprobs, request.chosen)
+        watch = _Watch(self._tokenizer, self._config, request, notes)
+        with nullcontext() if notes is None else notes.watching(self._model):
+            sequences = self._model.generate(
+                **kwargs, logits_processor=processors, stopping_criteria=StoppingCriteriaList([watch])
+            )
         return behind_the_prompt(sequences, kwargs["input_ids"], watch.answer_begins)
 
 
@@ -287,8 +318,11 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
     of ids before the first one that was generated, known with that.
     """
 
-    def __init__(self, tokenizer: Any, config: GenerationConfig, request: GenerationRequest) -> None:
+    def __init__(
+        self, tokenizer: Any, config: GenerationConfig, request: GenerationRequest, notes: LogprobNotes | None
+    ) -> None:
         self.tokenizer = tokenizer
+        self.notes = notes
         self.answer_begins: int | None = None
         self.config = config
         self.request = request
@@ -303,6 +337,8 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
         self.request.usage.generate(input_ids.shape[0])
         if self.answer_begins is None:
             self.answer_begins = input_ids.shape[-1] - 1
+        if self.notes is not None:
+            self.notes.note(int(input_ids[0, -1]))
         ended = int(input_ids[0, -1]) in self.eos
         done = False
         if self.request.stop:

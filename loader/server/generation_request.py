@@ -8,10 +8,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .answer_fields import (
+    Prompt,
+    read_chat_logprobs,
+    read_completion_logprobs,
+    read_count,
+    read_flag,
+    read_include_usage,
+    read_prompts,
+    read_stop_tokens,
+)
 from .api_errors import ApiError, bad_request
+from .logprobs import Chosen
 from .messages import check_messages, check_template_kwargs, check_tools
 from .usage import Usage
 
@@ -22,17 +33,12 @@ MIN_REPETITION_PENALTY = 0.01
 COMPLETION_MAX_TOKENS = 16  # what OpenAI's completions API says for a request without max_tokens
 
 # Fields that say something about the request, not about the answer: taken and not used.
-INERT = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options"}
-)
+INERT = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 
 # Fields that would change the answer, with the values that ask for nothing.
 ONLY_DEFAULT: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
     "tool_choice": ("auto",),
@@ -59,7 +65,12 @@ SAMPLING = (
     "seed",
     "logit_bias",
     "stop",
+    "min_tokens",
+    "logprobs",
 )
+
+ANSWERS = ("n", "stream_options", "ignore_eos", "stop_token_ids")
+"""Fields about the number, the end and the form of the answers, which a continuous batch knows how to take too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +79,9 @@ class GenerationRequest:
 
     `body` is what transformers' handler gets. `max_tokens` counts new tokens; `default_max_tokens` is used, cut to
     what the context has left, when the client gave none. `cancelled` is set when nobody waits for the answer; `usage`
-    is where its generation counts.
+    is where its generation counts. A request has `n` answers to each of its `prompts` (a chat has one prompt, the
+    messages in `body`); `parts` has one for each answer, which is what is generated: `prompt_ids` is its prompt if that
+    came as ids, `logprobs` how many likely tokens are noted in `chosen` for each that was.
     """
 
     body: dict[str, Any]
@@ -85,6 +98,15 @@ class GenerationRequest:
     seed: int | None = None
     logit_bias: dict[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    n: int = 1
+    include_usage: bool = False
+    prompts: tuple[Prompt, ...] = ()
+    prompt_ids: tuple[int, ...] | None = None
+    chosen: list[Chosen] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
     usage: Usage = field(default_factory=Usage)
 
@@ -93,22 +115,35 @@ class GenerationRequest:
         """What the client calls the text that it sent."""
         return "messages" if "messages" in self.body else "prompt"
 
+    def parts(self) -> list[GenerationRequest]:
+        """One request for each answer, all answers to a prompt in a row; their seeds count up from the client's."""
+        bodies: list[tuple[dict[str, Any], tuple[int, ...] | None]] = [(self.body, None)]
+        if self.prompts:
+            texts = [prompt if isinstance(prompt, str) else None for prompt in self.prompts]
+            ids = [None if isinstance(prompt, str) else prompt for prompt in self.prompts]
+            bodies = [({**self.body, "prompt": text or ""}, one) for text, one in zip(texts, ids, strict=True)]
+        seeds = [None if self.seed is None else self.seed + index for index in range(self.n)]
+        return [
+            replace(self, body=body, prompt_ids=ids, seed=seed, chosen=[]) for body, ids in bodies for seed in seeds
+        ]
+
 
 def parse_completion(body: object, model_name: str) -> GenerationRequest:
     """A request to `/v1/completions`. Raises `ApiError` (400, or 404 for another model)."""
     fields = _checked_object(body, model_name, {"prompt"})
-    prompt = fields.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    if not isinstance(prompt, str):
-        raise bad_request("`prompt` must be one string; several prompts and token ids are not supported", "prompt")
-    handler_body = {"model": model_name, "prompt": prompt}
-    return _request(fields, handler_body, default_max_tokens=COMPLETION_MAX_TOKENS)
+    prompts = read_prompts(fields.get("prompt"))
+    return _request(
+        fields,
+        {"model": model_name},
+        default_max_tokens=COMPLETION_MAX_TOKENS,
+        logprobs=read_completion_logprobs(fields),
+        prompts=prompts,
+    )
 
 
 def parse_chat(body: object, model_name: str) -> GenerationRequest:
     """A request to `/v1/chat/completions`. Raises `ApiError` (400, or 404 for another model)."""
-    own = {"messages", "tools", "chat_template_kwargs", "max_completion_tokens"}
+    own = {"messages", "tools", "chat_template_kwargs", "max_completion_tokens", "top_logprobs"}
     fields = _checked_object(body, model_name, own)
     handler_body: dict[str, Any] = {"model": model_name, "messages": check_messages(fields.get("messages"))}
     if fields.get("tool_choice") == "none":
@@ -117,13 +152,13 @@ def parse_chat(body: object, model_name: str) -> GenerationRequest:
         handler_body["tools"] = check_tools(fields["tools"])
     if fields.get("chat_template_kwargs") is not None:
         handler_body["chat_template_kwargs"] = check_template_kwargs(fields["chat_template_kwargs"])
-    return _request(fields, handler_body, default_max_tokens=None)
+    return _request(fields, handler_body, default_max_tokens=None, logprobs=read_chat_logprobs(fields))
 
 
 def _checked_object(body: object, model_name: str, own: Collection[str]) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise bad_request(f"the body must be a JSON object, not {_json_type(body)}")
-    known = {"model", "stream", "max_tokens", *own, *SAMPLING, *INERT, *ONLY_DEFAULT}
+    known = {"model", "stream", "max_tokens", *own, *SAMPLING, *ANSWERS, *INERT, *ONLY_DEFAULT}
     for name in body:
         if name not in known:
             raise bad_request(f"unknown field {name!r}", name, "unknown_parameter")
@@ -138,7 +173,14 @@ def _checked_object(body: object, model_name: str, own: Collection[str]) -> dict
     return body
 
 
-def _request(fields: dict[str, Any], handler_body: dict[str, Any], default_max_tokens: int | None) -> GenerationRequest:
+def _request(
+    fields: dict[str, Any],
+    handler_body: dict[str, Any],
+    *,
+    default_max_tokens: int | None,
+    logprobs: int | None,
+    prompts: tuple[Prompt, ...] = (),
+) -> GenerationRequest:
     for name, harmless in ONLY_DEFAULT.items():
         value = fields.get(name)
         # `is`-like for booleans: 0 == False and 1 == True would let `logprobs: 0` and `echo: 0` through.
@@ -166,6 +208,13 @@ def _request(fields: dict[str, Any], handler_body: dict[str, Any], default_max_t
         seed=_integer(fields, "seed", -(2**63), 2**63 - 1),
         logit_bias=_logit_bias(fields.get("logit_bias")),
         stop=_stop(fields.get("stop")),
+        min_tokens=_integer(fields, "min_tokens", 0) or 0,
+        ignore_eos=read_flag(fields, "ignore_eos"),
+        stop_token_ids=read_stop_tokens(fields),
+        logprobs=logprobs,
+        n=read_count(fields, len(prompts) or 1),
+        include_usage=read_include_usage(fields, bool(stream)),
+        prompts=prompts,
     )
 
 

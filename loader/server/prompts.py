@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,11 +110,10 @@ def check_prompt_ids(inputs: Mapping[str, Any], config: Any, field: str) -> None
                 )
 
 
-def check_biased_tokens(logit_bias: Mapping[int, float], config: Any) -> None:
-    """Raise `ApiError` (400) for a bias on a token that the model of `config` does not have."""
+def check_known_tokens(tokens: Collection[int], config: Any, field: str) -> None:
+    """Raise `ApiError` (400) where a field of the request has a token id that the model of `config` does not have."""
     size = vocabulary_size(config)
-    if size is not None and max(logit_bias, default=0) >= size:
+    if size is not None and max(tokens, default=0) >= size:
         raise bad_request(
-            f"`logit_bias` has the token {max(logit_bias)}, and this model knows those from 0 to {size - 1}",
-            "logit_bias",
+            f"`{field}` has the token {max(tokens)}, and this model knows those from 0 to {size - 1}", field
         )

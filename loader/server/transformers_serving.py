@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from starlette.responses import Response
-from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, ContinuousBatchingConfig, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -29,9 +31,11 @@ from transformers.cli.serving.utils import (
 )
 from transformers.utils.chat_parsing import ResponseParser
 
+from .answers import answer
 from .api_errors import ApiError, bad_request
 from .generation import GuardedManager, RequestCancelled, context_length
 from .generation_request import GenerationRequest
+from .logprobs import TokenTexts
 from .messages import has_media
 from .prompts import CheckedProcessor
 
@@ -123,10 +127,33 @@ class _PinnedModel:
     """Makes a handler use the one model, under its own name."""
 
     model_manager: LoadedModelManager
+    generation_state: _RequestState
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
-        manager = self.model_manager
-        return manager.name, manager.model, CheckedProcessor(manager.processor)
+        manager, ids = self.model_manager, self.generation_state.prompt_ids
+        return (
+            manager.name,
+            manager.model,
+            CheckedProcessor(manager.processor) if ids is None else _GivenIds(manager.processor, ids),
+        )
+
+
+class _GivenIds:
+    """A tokenizer that gives the ids that came as the prompt, whatever text it is to encode."""
+
+    def __init__(self, processor: Any, ids: Sequence[int]) -> None:
+        self.tokenizer = self
+        self._real = getattr(processor, "tokenizer", processor)
+        self._ids = list(ids)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def __call__(self, _text: str, return_tensors: str | None = None) -> BatchEncoding:
+        fields = {"input_ids": self._ids, "attention_mask": [1] * len(self._ids)}
+        if return_tensors is None:
+            return BatchEncoding(fields)
+        return BatchEncoding({name: [ids] for name, ids in fields.items()}, tensor_type=return_tensors)
 
 
 class _ChatHandler(_PinnedModel, ChatCompletionHandler):  # type: ignore[misc]
@@ -147,6 +174,11 @@ class _RequestState:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._shared, name)
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...] | None:
+        """The prompt, if it came as ids."""
+        return self._request.prompt_ids
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> GuardedManager:
         return GuardedManager(
@@ -176,16 +208,20 @@ class ServedModel:
         self._requests: weakref.WeakSet[GenerationRequest] = weakref.WeakSet()
         self._stopping = threading.Event()
         self._settle(processor)
+        self.texts = TokenTexts(getattr(processor, "tokenizer", processor))
 
     async def chat(self, request: GenerationRequest, request_id: str) -> Response:
         """Answer a chat request. Raises `ApiError`."""
         if self.manager.modality is Modality.LLM and has_media(request.body["messages"]):
             raise bad_request("this model reads text only; leave out images, video and audio", "messages")
-        return await self._handle(_ChatHandler, request, request_id)
+        return await self._answer(_ChatHandler, request, request_id)
 
     async def complete(self, request: GenerationRequest, request_id: str) -> Response:
         """Answer a completion request. Raises `ApiError`."""
-        return await self._handle(_CompletionHandler, request, request_id)
+        return await self._answer(_CompletionHandler, request, request_id)
+
+    async def _answer(self, kind: type[Any], request: GenerationRequest, request_id: str) -> Response:
+        return await answer(partial(self._handle, kind), request, request_id, self.texts)
 
     async def _handle(self, kind: type[Any], request: GenerationRequest, request_id: str) -> Response:
         self._requests.add(request)

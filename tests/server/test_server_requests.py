@@ -19,8 +19,23 @@ def refused(parse: Any, body: object) -> ApiError:
     ("field", "value"),
     [
         ("prompt", 5),
-        ("prompt", ["a", "b"]),
-        ("prompt", [1, 2]),
+        ("prompt", []),
+        ("prompt", [[]]),
+        ("prompt", ["a", 1]),
+        ("prompt", [1, -2]),
+        ("prompt", [True]),
+        ("prompt", ["a"] * 129),
+        ("n", 0),
+        ("n", 129),
+        ("n", True),
+        ("logprobs", 21),
+        ("logprobs", True),
+        ("min_tokens", -1),
+        ("ignore_eos", 1),
+        ("stop_token_ids", 3),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [0] * 129),
+        ("stream_options", {"include_usage": True}),  # without a stream
         ("prompt", None),
         ("stream", "yes"),
         ("stream", 1),
@@ -58,11 +73,8 @@ def test_a_wrong_value_is_refused_by_name(field: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("n", True),
         ("best_of", 3),
         ("echo", True),
-        ("logprobs", 0),
         ("suffix", "end"),
         ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
@@ -76,10 +88,10 @@ def test_what_would_change_the_answer_and_is_not_there_is_refused(field: str, va
 
 @pytest.mark.parametrize(
     "extra",
-    [{"n": 1}, {"echo": False}, {"logprobs": None}, {"user": "me"}, {"stream_options": {"include_usage": True}}],
+    [{"n": 1}, {"echo": False}, {"logprobs": None}, {"user": "me"}, {"stream_options": None}, {"ignore_eos": False}],
 )
 def test_what_asks_for_nothing_is_taken(extra: dict[str, Any]) -> None:
-    request = parse_completion({"prompt": "x", **extra}, "tiny")
+    (request,) = parse_completion({"prompt": "x", **extra}, "tiny").parts()
     assert request.body == {"model": "tiny", "prompt": "x", "stream": False}
 
 

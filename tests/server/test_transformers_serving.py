@@ -52,12 +52,14 @@ def complete(client: Client, prompt: str, **fields: Any) -> dict[str, Any]:
 
 
 def streamed(client: Client, path: str, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The text of a stream, and its last event before [DONE]."""
-    events = client.post(path, {**body, "stream": True}).events
-    assert events.pop() == "[DONE]"
+    """The text of a stream, and its last event with a choice, with the usage of the one behind it."""
+    fields = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    *events, usage, done = client.post(path, fields).events
+    assert done == "[DONE]"
+    assert usage["choices"] == []
     choices = [event["choices"][0] for event in events]
     text = "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
-    return text, events[-1]
+    return text, events[-1] | {"usage": usage["usage"]}
 
 
 def test_a_completion_is_what_generate_gives(client: Client, model: Any, tokenizer: Any) -> None:
@@ -147,7 +149,7 @@ def test_penalties_and_bias_change_the_choice(client: Client, tokenizer: Any) ->
 def test_an_end_of_text_on_the_last_token_is_a_stop(client: Client, tokenizer: Any) -> None:
     eos = {str(tokenizer.eos_token_id): 100}
     answer = complete(client, "the", max_tokens=1, logit_bias=eos)
-    assert answer["choices"][0] == {"finish_reason": "stop", "index": 0, "text": ""}
+    assert answer["choices"][0] == {"finish_reason": "stop", "index": 0, "text": "", "logprobs": None}
     _, last = streamed(client, "/v1/completions", {"prompt": "the", "max_tokens": 1, "logit_bias": eos})
     assert last["choices"][0]["finish_reason"] == "stop"
 

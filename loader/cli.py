@@ -28,7 +28,7 @@ from .errors import (
     UnsupportedCheckpointError,
 )
 from .schemes.names import ExportName
-from .shortage import is_shortage, refused
+from .shortage import importing, is_shortage, refused, shortage_behind
 
 logger = logging.getLogger("quantload")
 
@@ -36,6 +36,9 @@ EXIT_USAGE, EXIT_CHECKPOINT, EXIT_BUDGET, EXIT_OTHER = 2, 3, 4, 1
 _NO_TERMINAL_WIDTH = 10_000
 RequestLogMode = Literal["all", "no-probes", "off"]  # as in server/request_log.py, which needs the extra to be imported
 LayerMetrics = Literal["auto", "on", "off"]  # as in memory/metrics.py
+LIBRARIES = "the libraries that are imported first: torch, transformers, numba"
+ROOM_FOR_LIBRARIES = 640 << 20
+"""Bytes of address space that they need in any build; some of them end the process where they find less."""
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
 app = typer.Typer(
@@ -77,7 +80,8 @@ def load(
     chosen.logs.set_up()
     arguments = chosen.arguments()
     _check_writable(report)
-    from .load import load_quantized
+    with _libraries():
+        from .load import load_quantized
 
     loaded = load_quantized(_model(model, arguments), progress=chosen.logs.progress(), **arguments)
     _tell(loaded.load_report, report, as_json)
@@ -102,8 +106,9 @@ def plan(
     """Say what a load would do and how much memory it would take, from the headers alone."""
     chosen.logs.set_up()
     arguments = chosen.arguments()
-    from .draft import plan_quantized
-    from .fitting import beside_peak, judge_draft
+    with _libraries():
+        from .draft import plan_quantized
+        from .fitting import beside_peak, judge_draft
 
     draft = plan_quantized(_model(model, arguments), **arguments)
     modules = [
@@ -191,7 +196,8 @@ def serve(
         logger.warning("Other users see --api-key in the process list; use QUANTLOAD_API_KEY or --api-key-file instead")
     arguments = chosen.arguments()
     try:
-        from .server.command import serve_model
+        with _libraries():
+            from .server.command import serve_model
     except ImportError as error:
         raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
     chosen.logs.set_up_server()
@@ -224,7 +230,8 @@ def convert(
     chosen.logs.set_up()
     arguments = chosen.arguments()
     _check_writable(report)
-    from .convert.flow import convert_checkpoint
+    with _libraries():
+        from .convert.flow import convert_checkpoint
 
     made = convert_checkpoint(
         model, out, format=checkpoint_format, max_shard_bytes=max_shard_size, progress=chosen.logs.progress(),
@@ -279,11 +286,13 @@ def main() -> None:
     except BrokenPipeError:
         _drop_stdout()
         sys.exit(EXIT_OTHER)
-    except (OSError, MemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_shortage(error):
+            raise
         sys.exit(_fail(error))
 
 
-def _fail(error: OSError | MemoryError) -> int:
+def _fail(error: Exception) -> int:
     """Say what the system refused, and the exit code for it."""
     if is_shortage(error):
         _print_error(str(refused("the program itself", error)))
@@ -295,13 +304,25 @@ def _fail(error: OSError | MemoryError) -> int:
 
 
 @contextmanager
+def _libraries() -> Iterator[None]:
+    """Import what a command is made of inside. Raises `MemoryBudgetError` where there is no memory for it."""
+    from .memory.limits import check_room
+
+    if "torch" not in sys.modules:
+        check_room(ROOM_FOR_LIBRARIES, LIBRARIES)
+    with importing(LIBRARIES):
+        yield
+
+
+@contextmanager
 def _to_stdout() -> Iterator[None]:
     """What standard output refuses inside, on a full disk for one, is said of it."""
     try:
         yield
         sys.stdout.flush()
     except OSError as error:
-        error.filename = error.filename or "standard output"
+        if not is_shortage(error):
+            error.filename = error.filename or "standard output"
         raise
 
 
@@ -309,7 +330,12 @@ def _print_error(message: str) -> None:
     if log_as_json():
         logging.getLogger("quantload").error(message)
         return
-    console.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    try:
+        console.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    except Exception as error:  # what prints in colours is imported for it, where there is memory
+        if not is_shortage(error):
+            raise
+        os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
 
 
 def _drop_stdout() -> None:
@@ -318,10 +344,10 @@ def _drop_stdout() -> None:
 
 
 def _exit_code(error: QuantloadError) -> int:
+    if isinstance(error, MemoryBudgetError) or shortage_behind(error) is not None:
+        return EXIT_BUDGET
     if isinstance(error, (CheckpointError, RouteError, UnsupportedCheckpointError)):
         return EXIT_CHECKPOINT
-    if isinstance(error, MemoryBudgetError):
-        return EXIT_BUDGET
     return EXIT_USAGE if isinstance(error, PolicyError) else EXIT_OTHER
 
 

@@ -14,7 +14,8 @@ from .checkpoint.resolve import Checkpoint, resolve
 from .checkpoint.small_tensors import SmallTensors
 from .collector import collector_paused
 from .cpu_kernels import import_cpu_kernels
-from .memory.budget import check_budget
+from .memory.budget import check_budget, memory_running_out
+from .memory.limits import check_room
 from .memory.report import NonFiniteReport
 from .model import transformers_api
 from .model.attach import OnFinished, WeightLoaders, attach_weight_loaders
@@ -30,6 +31,9 @@ from .schemes.registry import SchemeFactory, choose_device
 from .schemes.stored.read import read_stored
 
 import_cpu_kernels()
+
+ROOM_FOR_KERNELS = 32 << 20
+"""Bytes that must be left to map: LLVM, which brings compiled kernels into memory, ends the process without them."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def draft_load(
     if trust_remote_code:
         checkpoint.note_code()
     chosen = choose_policy(quantization, policy, checkpoint.is_quantized)
+    if storage.device.type == "cpu":
+        check_room(ROOM_FOR_KERNELS, "compiled kernels, before anything is read")
     schemes = SchemeFactory(storage.device, options, chosen.scale_mode)
     rules = Policy(chosen, schemes, checkpoint.is_quantized)
     with collector_paused():
@@ -108,8 +114,9 @@ def plan_quantized(
     `.plan.memory` is the prediction. Raises what `load_quantized` would raise up to there, the budget included.
     """
     options = options or LoadOptions()
-    storage = FinalStorage(choose_device(device))
-    checkpoint = resolve(model_id, revision)
-    draft = draft_load(checkpoint, quantization, policy, options, storage, lambda *_: None, trust_remote_code)
+    with memory_running_out([]):
+        storage = FinalStorage(choose_device(device))
+        checkpoint = resolve(model_id, revision)
+        draft = draft_load(checkpoint, quantization, policy, options, storage, lambda *_: None, trust_remote_code)
     check_budget(draft.plan.memory, options.max_memory)
     return draft

@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Iterator
 
-from .errors import MemoryBudgetError
+from .errors import MemoryBudgetError, QuantloadError
 from .kernels.system_calls import resource_limit
 
 HUGE_PAGE = 2 << 20
@@ -30,6 +30,16 @@ COMPILER_STACK_BYTES = 8 << 20
 _M_ARENA_MAX = -8
 _stack_size = threading.Lock()
 """Held while the size that Python gives to new threads, which is that of the whole process, is another one."""
+
+
+_LIBRARY = re.compile(r"failed to map segment|[Cc]annot allocate memory|cannot create shared object descriptor")
+"""What the linker says of a library that it has no memory for, in an ImportError or an OSError without a number."""
+_NO_THREAD = "can't start new thread"
+"""What Python says of a thread that could not be started, and no more."""
+_DEVICE = re.compile(r"CUDA error: out of memory|hipErrorOutOfMemory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED")
+"""What libraries of GPUs say, in errors of several kinds."""
+NO_MEMORY = "there was no memory for"
+"""How the message of every `Shortage` of memory begins."""
 
 
 class Shortage(MemoryBudgetError):
@@ -98,7 +108,7 @@ def starting(what: str, stack_bytes: int = STACK_BYTES) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if str(error) != "can't start new thread":  # Python says no more than that
+            if str(error) != _NO_THREAD:
                 raise
             raise Shortage(
                 f"{what} could not be started: there is no memory for the stack of a thread, or the limit of threads "
@@ -136,23 +146,61 @@ def named(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_shortage(error):
+        found = shortage_behind(error)
+        if found is None:
             raise
-        raise refused(what, error) from error
+        raise refused(what, found) from error
+
+
+@contextlib.contextmanager
+def importing(what: str) -> Iterator[None]:
+    """Libraries that there is no memory for raise `Shortage` with `what` they were for.
+
+    They wrap the error that says so in others of their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        seen: BaseException | None = error
+        while seen is not None and not is_shortage(seen):
+            seen = seen.__cause__ or seen.__context__
+        if seen is None:
+            raise
+        raise refused(what, seen) from error
+
+
+def shortage_behind(error: BaseException) -> BaseException | None:
+    """The error that says that memory ran out: this one, or the one that it was raised from; None where none does.
+
+    So an error about a file that could not be read for want of memory is one of memory, not of the file.
+    """
+    seen: BaseException | None = error
+    while seen is not None and not is_shortage(seen):
+        seen = seen.__cause__
+    return seen
 
 
 def refused(what: str, error: BaseException) -> Shortage:
-    """The error for something that there was no memory for."""
+    """The error for something that there was no memory for; one that names something already keeps that name."""
+    if isinstance(error, Shortage):
+        return error
+    if isinstance(error, QuantloadError):
+        return Shortage(str(error))
     said = " ".join(str(error).split()) or "out of memory"
     found = _TENSOR.search(said)
     said = f"a tensor of {found[1]} bytes" if found else said.removeprefix(f"[Errno {errno.ENOMEM}] ")
-    return Shortage(f"there was no memory for {what}: {said}")
+    return Shortage(f"{NO_MEMORY} {what}: {said}")
 
 
 def is_shortage(error: BaseException) -> bool:
     """Whether an error says that memory ran out, whoever raised it: Python, numpy and numba, torch, the kernel."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
     if isinstance(error, (MemoryError, Shortage)) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         return True
-    return type(error) is RuntimeError and _TENSOR.search(str(error)) is not None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    said = str(error)
+    if isinstance(error, (ImportError, OSError)):
+        return _LIBRARY.search(said) is not None
+    if isinstance(error, RuntimeError) and _DEVICE.search(said):
+        return True
+    return type(error) is RuntimeError and (said == _NO_THREAD or _TENSOR.search(said) is not None)

@@ -29,6 +29,15 @@ from quantload.memory import logs
 from quantload.memory.report import LoadReport
 from quantload.schemes.support_tables import support_tables
 
+
+class CheckpointErrorForMemory(CheckpointError):
+    """One that stands for a file that could not be read for want of memory."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.__cause__ = MemoryError()
+
+
 Checkpoint = Callable[[str], Path]
 FULL_DISK = Path("/dev/full")
 
@@ -537,6 +546,12 @@ def test_stdout_on_a_full_disk(tmp_path: Path) -> None:
             "no memory for the program itself: Cannot allocate memory",
         ),
         (MemoryError(), 4, "no memory for the program itself: out of memory"),
+        (RuntimeError("can't start new thread"), 4, "no memory for the program itself: can't start new thread"),
+        (
+            CheckpointErrorForMemory("it has no tokenizer that can be loaded"),
+            4,
+            "error: it has no tokenizer that can be loaded",
+        ),
     ],
 )
 def test_only_what_standard_output_refuses_is_said_of_standard_output(
@@ -550,6 +565,50 @@ def test_only_what_standard_output_refuses_is_said_of_standard_output(
     assert (found, out) == (code, "")
     assert said in err
     assert "standard output" not in err
+
+
+@pytest.mark.parametrize("place", ["print_plan", "_tables"])
+def test_printing_that_finds_no_memory_is_no_fault_of_standard_output(
+    quantload: Command, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    module = "quantload.memory.summary" if place == "print_plan" else "quantload.cli"
+    monkeypatch.setattr(f"{module}.{place}", fail)
+    code, _, err = quantload("plan")
+    assert (code, "no memory for the program itself: Cannot allocate memory" in err) == (4, True)
+    assert "standard output" not in err
+
+
+def test_an_error_is_said_where_there_is_no_memory_for_colours(
+    quantload: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cli.console, "print", fail)
+    monkeypatch.setattr("quantload.load.load_quantized", fail)
+    code, _, err = quantload("load")
+    assert (code, err) == (4, "error: there was no memory for the program itself: out of memory\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space as Linux has them")
+@pytest.mark.parametrize("mebibytes", [150, 500, 700, 800, 1000, 1080, 1130])
+def test_a_command_without_address_space_for_its_libraries_or_its_load_is_out_of_budget(mebibytes: int) -> None:
+    import resource
+
+    size = mebibytes << 20
+    done = subprocess.run(
+        [sys.executable, "-m", "quantload", "load", "--quiet"], capture_output=True, text=True, timeout=200,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size)),
+    )  # fmt: skip
+    assert done.returncode in (0, 4), done.stderr
+    assert done.returncode or mebibytes > 1000
+    assert "Traceback" not in done.stderr
+    assert "standard output" not in done.stderr
+    assert done.returncode == 0 or "error: there was no memory for" in done.stderr or "does not fit" in done.stderr
 
 
 # Startup

@@ -70,7 +70,8 @@ FLOORS: dict[str, Floor] = {
         "an engine can use the closures as they are",
     ),
     "model": Floor(
-        "errors geometry kernels.formats checkpoint schemes online", "the transformers side: whose parameter is where"
+        "errors shortage geometry kernels.formats checkpoint schemes online",
+        "the transformers side: whose parameter is where",
     ),
     "pieces": Floor(f"errors geometry {KERNELS} checkpoint schemes online model", "what is read at once, and for whom"),
     "plan": Floor(f"{GROUND} checkpoint memory schemes online model pieces", "says what a load will do"),
@@ -98,7 +99,7 @@ FLOORS: dict[str, Floor] = {
         "the flow of a load",
     ),
     "server": Floor(
-        "errors options kernels.system_calls checkpoint memory schemes.names model load",
+        "errors shortage options kernels.system_calls checkpoint memory schemes.names model load",
         "a user of load like any other",
     ),
     "cli_logging": Floor("", "log lines and the console they go to"),

@@ -11,8 +11,21 @@ from typing import Any
 
 import pytest
 from quantload import shortage
-from quantload.errors import MemoryBudgetError
-from quantload.shortage import COMPILER_STACK_BYTES, STACK_BYTES, advise, map_anonymous, start, starting
+from quantload.errors import CheckpointError, MemoryBudgetError
+from quantload.shortage import (
+    COMPILER_STACK_BYTES,
+    STACK_BYTES,
+    Shortage,
+    advise,
+    importing,
+    is_shortage,
+    map_anonymous,
+    named,
+    refused,
+    shortage_behind,
+    start,
+    starting,
+)
 
 UNLIMITED = resource.RLIM_INFINITY
 
@@ -108,3 +121,49 @@ def test_advice_may_be_refused_without_harm(answer: int, is_passed: bool) -> Non
     else:
         with pytest.raises(OSError, match="no"):
             advise(mapping, mmap.MADV_DONTNEED)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), True),
+        (ImportError("libx.so: cannot open shared object file: No such file or directory"), False),
+        (ModuleNotFoundError("No module named 'numba'"), False),
+        (OSError("libllvmlite.so: failed to map segment from shared object"), True),
+        (RuntimeError("can't start new thread"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("size mismatch"), False),
+        (Shortage("there was no memory for it"), True),
+    ],
+    ids=repr,
+)
+def test_a_shortage_is_known_by_who_says_so(error: Exception, is_one: bool) -> None:
+    assert is_shortage(error) is is_one
+    wrapped = CheckpointError("config.json cannot be read")
+    wrapped.__cause__ = error
+    assert (shortage_behind(wrapped) is error) is is_one
+    if is_one:
+        assert str(refused("a load", wrapped)) == "config.json cannot be read"
+        with pytest.raises(Shortage, match="there was no memory for"), named("the tokenizer"):
+            raise wrapped
+
+
+def test_libraries_wrap_what_they_had_no_memory_for() -> None:
+    def fail(last: Exception) -> None:
+        try:
+            try:
+                raise OSError("libllvmlite.so: failed to map segment from shared object")
+            except OSError:
+                raise OSError("Could not find/load shared object file 'libllvmlite.so'")  # noqa: B904
+        except OSError as error:
+            raise last from error
+
+    what = r"there was no memory for the libraries: libllvmlite\.so: failed to map segment"
+    with pytest.raises(MemoryBudgetError, match=what), importing("the libraries"):
+        fail(ImportError("numba cannot be imported"))
+    with pytest.raises(ImportError, match="no such name"), importing("the libraries"):
+        raise ImportError("no such name")

@@ -18,6 +18,7 @@ from ..checkpoint.source import FileSource, read_bytes
 from ..errors import DamagedEntryError
 from ..kernels.system_calls import open_plain
 from ..options import LoadOptions
+from ..shortage import is_shortage
 from .checksums import Checksums, VerifiedSource
 from .locks import FileLock
 
@@ -96,6 +97,8 @@ def _read_checksums(folder: Path) -> dict[str, Checksums]:
         if body["key"] != folder.name:
             raise ValueError("it is the entry of another key")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if is_shortage(error):
+            raise
         raise DamagedEntryError(f"{ENTRY} and {CHECKSUMS} are not what was written: {error}") from error
     checksums, at = {}, 0
     for name, size in body["files"].items():

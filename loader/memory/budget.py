@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from ..errors import MemoryBudgetError
-from ..shortage import Shortage, is_shortage, refused, spare_address_space
+from ..shortage import refused, shortage_behind, spare_address_space
 from .amounts import MIB, format_bytes
 from .limits import process_limits
 
@@ -47,9 +47,9 @@ def memory_running_out(plans: Sequence[MemoryPlan]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_shortage(error):
+        if shortage_behind(error) is None:
             raise
-        found = error if isinstance(error, Shortage) else refused("what a load needs beside its tensors", error)
+        found = refused("what a load needs beside its tensors", error)
         raise MemoryBudgetError(f"{found}; {_expected(plans)}") from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..kernels.system_calls import resource_limit
+from ..shortage import NO_MEMORY, Shortage
 from .amounts import format_bytes
 
 if TYPE_CHECKING:
@@ -63,6 +64,13 @@ def memory_limits(proc: Path = PROC) -> list[MemoryLimit]:
     """The limits of this process, and those of the machine."""
     found = [*process_limits(proc), *_commit_limit(proc), _machine(proc)]
     return sorted(found, key=lambda limit: limit.left)
+
+
+def check_room(nbytes: int, what: str) -> None:
+    """Raise `Shortage` where so many bytes cannot be mapped any more, for what is not told so but ended."""
+    for limit in process_limits():
+        if limit.is_virtual and limit.left < nbytes:
+            raise Shortage(f"{NO_MEMORY} {what}: it needs {format_bytes(nbytes)}")
 
 
 def device_limit(device: torch.device) -> MemoryLimit | None:

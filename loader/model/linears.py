@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..shortage import is_shortage
+
 PLAIN = (nn.Linear, Conv1D)
 IN, OUT = 24, 40
 """The sizes of what is tried: neither divides the other, so that a layer that groups its inputs gives another shape."""
@@ -86,8 +88,10 @@ def _is_product(module: nn.Module, own: dict[str, Any]) -> bool:
                     x = scale * torch.randn(shape, generator=generator)
                     if not _equal(stand_in(x), F.linear(x, weight, bias)):
                         return False
-        except Exception:  # it is code of somebody else, and whatever it raises says that it is not known for a product
-            return False
+        except Exception as error:
+            if is_shortage(error):
+                raise
+            return False  # it is code of somebody else, and whatever it raises says that it is not known for a product
     return True
 
 

@@ -10,6 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..shortage import refused, shortage_behind
+
 logger = logging.getLogger("quantload")
 
 MAX_MESSAGE = 2000
@@ -74,6 +76,13 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     return ApiError(error.status_code, message, headers=headers).response()
 
 
+def out_of_memory(message: str) -> ApiError:
+    """A 503 for what there was no memory for: shorter requests, or the same one later, may be answered."""
+    return ApiError(503, message, code="out_of_memory", headers={"Retry-After": "1"})
+
+
 async def on_crash(_request: Request, error: Exception) -> Response:
     """Answer for a bug: the traceback goes to the log (by the server), never to the client."""
+    if shortage_behind(error) is not None:
+        return out_of_memory(str(refused("this request", error))).response()
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log has the details").response()

@@ -16,6 +16,7 @@ from ..memory.metrics import LayerMetrics, LoadMetrics
 from ..model.skeleton import find_model
 from ..options import LoadOptions, QuantizationPolicy
 from ..schemes.names import SchemeName
+from ..shortage import named
 from .auth import chosen_key
 from .hosts import checked_hosts
 from .processors import check_processor, load_processor
@@ -77,9 +78,13 @@ def serve_model(
         _first_tokens(model)
         return model
 
+    def processor() -> Any:
+        with named("the tokenizer or processor"):
+            return load_processor(checkpoint, trust_remote_code)
+
     serve(
         load,
-        lambda: load_processor(checkpoint, trust_remote_code),
+        processor,
         model_name=served_model_name,
         host=host,
         port=port,
@@ -96,4 +101,5 @@ def _first_tokens(model: Any) -> None:
     """Generate a little before the server says it is ready: the first forward compiles its kernels."""
     if model.main_input_name == "input_ids":
         prompt = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False)
+        with named("the first tokens"):
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False)

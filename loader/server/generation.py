@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from .api_errors import ApiError, bad_request
+from ..shortage import NO_MEMORY, Shortage, named
+from .api_errors import ApiError, bad_request, out_of_memory
 from .generation_request import SAMPLING, GenerationRequest
 from .logprobs import LogprobNotes
 from .prompts import check_known_tokens, check_prompt_ids
@@ -288,7 +289,8 @@ class _WatchedModel:
             processors.append(CountPenalty(request.frequency_penalty, request.presence_penalty))
         notes = None if request.logprobs is None else LogprobNotes(request.logprobs, request.chosen)
         watch = _Watch(self._tokenizer, self._config, request, notes)
-        with nullcontext() if notes is None else notes.watching(self._model):
+        what = named(f"an answer of up to {self._config.max_new_tokens} tokens to this request")
+        with what, nullcontext() if notes is None else notes.watching(self._model):
             sequences = self._model.generate(
                 **kwargs, logits_processor=processors, stopping_criteria=StoppingCriteriaList([watch])
             )
@@ -379,4 +381,6 @@ def context_length(config: Any) -> int | None:
 
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told about a generation that failed on its way."""
+    if isinstance(error, Shortage) or str(error).startswith(NO_MEMORY):  # of one that streams, its text is all there is
+        return out_of_memory(str(error))
     return ApiError(500, f"generation failed: {error}", code="generation_failed")

@@ -13,22 +13,23 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from .api_errors import ApiError, bad_request, on_api_error, on_crash, on_http_exception
+from .api_errors import ApiError, on_api_error, on_crash, on_http_exception
 from .auth import BearerAuth, checked_key
+from .bodies import Bodies
 from .generation import GenerationFailed, as_api_error
 from .generation_request import GenerationRequest, parse_chat, parse_completion
 from .hosts import HostCheck, checked_hosts
 from .json_values import parse_json
 from .request_log import USAGE, RequestLog, RequestLogMode
+from .size_limits import ALL_BODIES
 from .state import ServerState
 from .transformers_serving import ServedModel
 
-MAX_BODY_BYTES = 64 << 20
 DISCONNECT_POLL_SECONDS = 0.25
 
 Parse = Callable[[object, str], GenerationRequest]
@@ -82,6 +83,7 @@ def create_app(
 class _Endpoints:
     def __init__(self, state: ServerState) -> None:
         self.state = state
+        self.bodies = Bodies(ALL_BODIES)
 
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, parse_completion, ServedModel.complete, "cmpl")
@@ -115,8 +117,9 @@ class _Endpoints:
 
     async def _generate(self, request: Request, parse: Parse, answer: Answer, prefix: str) -> Response:
         served = self.state.served()
-        parsed = parse(await _read_json(request), self.state.model_name)
-        parsed = replace(parsed, usage=request.scope[USAGE])
+        async with self.bodies.body(request, served.limits.body_bytes) as body:
+            parsed = await served.workers.run(lambda: parse(parse_json(body), self.state.model_name), len(body))
+            parsed = replace(parsed, usage=request.scope[USAGE], nbytes=len(body))
         work = answer(served, parsed, f"{prefix}-{uuid.uuid4().hex}")
         return _CancelWhenSent(await _unless_gone(request, work, parsed), parsed)
 
@@ -162,16 +165,3 @@ async def _unless_gone(request: Request, work: Awaitable[Response], parsed: Gene
     except BaseException:
         parsed.cancelled.set()
         raise
-
-
-async def _read_json(request: Request) -> object:
-    """The body of a request as JSON. Raises `ApiError`: 400 for what is no JSON, 413 above `MAX_BODY_BYTES`."""
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-    except ClientDisconnect as error:
-        raise bad_request("the client left before its request was complete") from error
-    return parse_json(body)

@@ -21,6 +21,7 @@ from ..shortage import NO_MEMORY, Shortage, named
 from .api_errors import ApiError, bad_request, out_of_memory
 from .generation_request import SAMPLING, GenerationRequest
 from .logprobs import LogprobNotes
+from .off_loop import OnLoop, on_loop
 from .prompts import check_known_tokens, check_prompt_ids
 from .served_kinds import is_encoder_decoder
 from .stop_strings import StopMatcher, first_stop
@@ -146,7 +147,8 @@ class GuardedManager:
     """Stands in front of one of transformers' generation managers, for one request.
 
     `model` is what generates, whatever stands for it on the way here; `context` is its limit in tokens. Prompts that
-    do not fit are refused before they are queued.
+    do not fit are refused before they are queued. Its methods are called from a thread of `Workers`; what needs the
+    event loop is done there.
     """
 
     def __init__(
@@ -158,7 +160,9 @@ class GuardedManager:
         context: int | None,
         batched: bool,
         stream_error: type[Any],
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
+        self.loop = loop
         self.inner = inner
         self.model = model
         self.request = request
@@ -169,14 +173,16 @@ class GuardedManager:
     def init_cb(self, _model: Any, config: GenerationConfig) -> None:
         """Start the continuous batch (once); all its requests share the model's own sampling."""
         check_shared_sampling(self.request, self.model.generation_config)
-        self.inner.init_cb(self.model, config)
+        on_loop(self.loop, lambda: self.inner.init_cb(self.model, config))
 
     def generate_streaming(
         self, _model: Any, processor: Any, inputs: Mapping[str, Any], config: GenerationConfig, **rest: Any
     ) -> tuple[CheckedQueue, Any]:
         """Queue a generation whose text comes piece by piece."""
         watched = self._prepare(processor, inputs, config)
-        queue, streamer = self.inner.generate_streaming(watched, processor, inputs, config, **rest)
+        queue, streamer = on_loop(
+            self.loop, lambda: self.inner.generate_streaming(watched, processor, inputs, config, **rest)
+        )
         if self.batched:
             _count_batched(streamer, self.request)
         return CheckedQueue(queue, StopMatcher(self.request.stop), self.stream_error), streamer
@@ -186,7 +192,8 @@ class GuardedManager:
     ) -> tuple[str, int, Any]:
         """Queue a generation and wait for the whole of it: text, tokens of the prompt, generated ids."""
         watched = self._prepare(processor, inputs, config)
-        text, prompt_tokens, ids = await self.inner.generate_non_streaming(watched, processor, inputs, config, **rest)
+        generating = self.inner.generate_non_streaming(watched, processor, inputs, config, **rest)
+        text, prompt_tokens, ids = await OnLoop(self.loop, generating)
         if self.batched:
             self.request.usage.generate(len(ids))
         return text[: first_stop(text, self.request.stop)], prompt_tokens, ids

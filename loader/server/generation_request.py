@@ -77,11 +77,12 @@ ANSWERS = ("n", "stream_options", "ignore_eos", "stop_token_ids")
 class GenerationRequest:
     """One checked request: None everywhere means the client did not say.
 
-    `body` is what transformers' handler gets. `max_tokens` counts new tokens; `default_max_tokens` is used, cut to
-    what the context has left, when the client gave none. `cancelled` is set when nobody waits for the answer; `usage`
-    is where its generation counts. A request has `n` answers to each of its `prompts` (a chat has one prompt, the
-    messages in `body`); `parts` has one for each answer, which is what is generated: `prompt_ids` is its prompt if that
-    came as ids, `logprobs` how many likely tokens are noted in `chosen` for each that was.
+    `body` is what transformers' handler gets, `nbytes` how long its JSON was. `max_tokens` counts new tokens;
+    `default_max_tokens` is used, cut to what the context has left, when the client gave none. `cancelled` is set when
+    nobody waits for the answer; `usage` is where its generation counts. A request has `n` answers to each of its
+    `prompts` (a chat has one prompt, the messages in `body`); `parts` has one for each answer, which is what is
+    generated: `prompt_ids` is its prompt if that came as ids, `logprobs` how many likely tokens are noted in `chosen`
+    for each that was.
     """
 
     body: dict[str, Any]
@@ -107,6 +108,7 @@ class GenerationRequest:
     prompts: tuple[Prompt, ...] = ()
     prompt_ids: tuple[int, ...] | None = None
     chosen: list[Chosen] = field(default_factory=list)
+    nbytes: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
     usage: Usage = field(default_factory=Usage)
 

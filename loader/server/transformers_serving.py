@@ -8,6 +8,7 @@ Used from `transformers.cli.serving`, from 5.16 on: `ChatCompletionHandler` and 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import weakref
@@ -37,7 +38,9 @@ from .generation import GuardedManager, RequestCancelled, context_length
 from .generation_request import GenerationRequest
 from .logprobs import TokenTexts
 from .messages import has_media
+from .off_loop import Workers
 from .prompts import CheckedProcessor
+from .size_limits import size_limits
 
 CB_BLOCK_TOKENS = 256  # transformers' default size of a block of its paged cache
 CPU_BATCH_CONTEXT = 4096
@@ -168,6 +171,7 @@ class _RequestState:
     """`GenerationState` as one request sees it: its managers are guarded by that request."""
 
     def __init__(self, served: ServedModel, request: GenerationRequest) -> None:
+        self._loop = asyncio.get_running_loop()
         self._shared = served.state
         self._served = served
         self._request = request
@@ -188,6 +192,7 @@ class _RequestState:
             context=self._served.context,
             batched=use_cb,
             stream_error=_StreamError,
+            loop=self._loop,
         )
 
 
@@ -209,6 +214,11 @@ class ServedModel:
         self._stopping = threading.Event()
         self._settle(processor)
         self.texts = TokenTexts(getattr(processor, "tokenizer", processor))
+        for batched in {False, continuous_batching}:  # now: threads of several requests could each make one
+            self.state.get_manager(name, use_cb=batched)
+        self.tokenizer = CheckedProcessor(getattr(processor, "tokenizer", processor))
+        self.limits = size_limits(self.context, self.tokenizer, self.manager.modality is not Modality.LLM)
+        self.workers = Workers()
 
     async def chat(self, request: GenerationRequest, request_id: str) -> Response:
         """Answer a chat request. Raises `ApiError`."""
@@ -228,13 +238,20 @@ class ServedModel:
         if self._stopping.is_set():
             raise ApiError(503, "the server is stopping", code="server_stopping")
         handler = kind(self.manager, _RequestState(self, request))
+
+        async def response() -> Response:
+            if request.cancelled.is_set():
+                raise RequestCancelled
+            self.limits.check(request.body, self.tokenizer, request.prompt_ids)
+            made: Response = await handler.handle_request(dict(request.body), request_id)
+            return made
+
         try:
-            response: Response = await handler.handle_request(dict(request.body), request_id)
+            return await self.workers.run_coroutine(response(), request.nbytes)
         except CBWorkerDeadError as error:
             raise ApiError(503, str(error), code="worker_dead") from error
         except RequestCancelled as error:
             raise ApiError(503, str(error), code="request_cancelled") from error
-        return response
 
     def worker_error(self) -> str | None:
         """Why the continuous batch cannot answer any more, or None while it can."""
@@ -243,6 +260,7 @@ class ServedModel:
     def stop(self, timeout: float = 5.0) -> None:
         """End every generation and wait until the thread that runs them is idle, `timeout` seconds at most."""
         self._stopping.set()
+        self.workers.stop()
         for request in list(self._requests):
             request.cancelled.set()
         self.state.shutdown()

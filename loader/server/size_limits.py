@@ -48,7 +48,8 @@ class SizeLimits:
     def check(self, body: dict[str, Any], tokenizer: Any, ids: Sequence[int] | None = None) -> None:
         """Raise `ApiError` (400) for a checked request whose prompt cannot fit into the context.
 
-        `ids` are those of the prompt, where it came as ids. Long texts are tokenized piece by piece until it is known, so that what does not fit takes little memory.
+        `ids` are those of the prompt, where it came as ids. Long texts are tokenized piece by piece until it is known,
+        so that what does not fit takes little memory.
         """
         field = "messages" if "messages" in body else "prompt"
         if ids is not None and len(ids) > self.context:

@@ -82,7 +82,7 @@ def most(held: list[Held]) -> Held:
 async def measure(server: Server, options: argparse.Namespace) -> tuple[list[Row], list[Held]]:
     """All rows but those of the end, and what the process held during the load."""
     quick = options.seconds < 60
-    asked, samples = questions()[:: 5 if quick else 1], Samples(server)
+    asked, samples = questions()[:: 7 if quick else 1], Samples(server)
     async with new_client(server.url) as client:
         rows = [await strangers(server.url)]
         alone = await answers_alone(client, asked)
@@ -90,8 +90,8 @@ async def measure(server: Server, options: argparse.Namespace) -> tuple[list[Row
             rows += await load(client, asked, alone, options.clients, options.seconds, options.seed)
         rows.append(samples.row())
         rows.append(await idle(client))
-        rows += await leaving(client, server.port, 2 if quick else 20)
-        rows.append(await not_reading(client, server.port, 2 if quick else 16))
+        rows += await leaving(client, server.port, 1 if quick else 20)
+        rows.append(await not_reading(client, server.port, 1 if quick else 8))
         rows += await unfinished(client, server.port, 4 if quick else 50, wait=not quick)
         rows.append(await crowd(client, server.port, 1_100))
         rows += await wrong(client, 1 if quick else 3)

@@ -46,8 +46,9 @@ def wrong_requests() -> Iterator[Wrong]:
             yield Wrong("what is no JSON object", path, text)
         for name in ("nonsense", "__class__", "max_token", "\ud800", "x" * 10_000):
             yield Wrong("unknown fields", path, {**said, name: 1})
-        for tokens in (-1, 0, 1.5, "7", 2**63, 10**30, True, []):
-            yield Wrong("max_tokens that are none", path, {**said, "max_tokens": tokens})
+        limits: list[Any] = [-1, 0, 1.5, "7", 2**63, 10**30, True, []]
+        for limit in limits:
+            yield Wrong("max_tokens that are none", path, {**said, "max_tokens": limit})
         numbers = {"temperature": -1, "top_p": 2, "top_k": -5, "min_p": "x", "seed": 2**70, "presence_penalty": 9}
         for name, value in numbers.items():
             yield Wrong("numbers beyond their range", path, {**said, name: value})

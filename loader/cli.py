@@ -180,6 +180,12 @@ def serve(
             help="Generate for requests together, with transformers' paged scheduler; one after the other without.",
         ),
     ] = False,
+    max_queue: Annotated[
+        int,
+        typer.Option(
+            metavar="NUMBER", help="Requests that may wait for their turn; others are told to come back later.", min=0
+        ),
+    ] = 256,
     request_log: Annotated[
         RequestLogMode, typer.Option(help="Requests that are logged, a line each; probes are /health and /metrics.")
     ] = "all",
@@ -204,7 +210,8 @@ def serve(
     serve_model(
         _model(model, arguments), host=host, port=port, api_key=api_key, api_key_file=api_key_file,
         allowed_hosts=allowed_host or (), served_model_name=served_model_name or _display_name(model),
-        continuous_batching=continuous_batching, request_log=request_log, layer_metrics=layer_metrics, **arguments,
+        continuous_batching=continuous_batching, max_queue=max_queue, request_log=request_log,
+        layer_metrics=layer_metrics, **arguments,
     )  # fmt: skip
 
 

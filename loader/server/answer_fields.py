@@ -96,6 +96,13 @@ def read_stop_tokens(fields: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def read_ids(value: object, name: str) -> list[int]:
+    """A list of token ids. Raises `ApiError` (400)."""
+    if not isinstance(value, list) or not _are_ids(value):
+        raise bad_request(f"`{name}` must be a list of token ids", name)
+    return value
+
+
 def read_flag(fields: Mapping[str, Any], name: str, where: str = "") -> bool:
     """A field that is true or false, false if it is missing. Raises `ApiError` (400)."""
     value = fields.get(name)

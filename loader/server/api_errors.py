@@ -17,6 +17,8 @@ logger = logging.getLogger("quantload")
 MAX_MESSAGE = 2000
 MAX_PARAM = 200
 
+_TYPES = {429: "rate_limit_error"}
+
 
 class ApiError(Exception):
     """An answer other than 200: HTTP status, what to tell the client, and the parameter and code OpenAI would name."""
@@ -39,7 +41,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON object of the answer."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
         message, param = _quotable(self.message, MAX_MESSAGE), self.param and _quotable(self.param, MAX_PARAM)
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 

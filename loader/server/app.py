@@ -18,16 +18,20 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from .. import __version__
+from .admission import Place
 from .api_errors import ApiError, on_api_error, on_crash, on_http_exception
 from .auth import BearerAuth, checked_key
 from .bodies import Bodies
 from .generation import GenerationFailed, as_api_error
-from .generation_request import GenerationRequest, parse_chat, parse_completion
+from .generation_request import GenerationRequest, checked_fields, parse_chat, parse_completion
 from .hosts import HostCheck, checked_hosts
 from .json_values import parse_json
 from .request_log import USAGE, RequestLog, RequestLogMode
 from .size_limits import ALL_BODIES
 from .state import ServerState
+from .token_routes import detokenize, tokenize
+from .transformers_chat import ready_event
 from .transformers_serving import ServedModel
 
 DISCONNECT_POLL_SECONDS = 0.25
@@ -44,8 +48,7 @@ def create_app(
 ) -> Starlette:
     """The ASGI application over a `ServerState`; it can answer before the model is there.
 
-    Routes: POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /load_report, GET /metrics and
-    GET /health; with an `api_key` all but the last want it as a bearer token. `request_log` says which requests have a
+    With an `api_key` all routes but GET /health want it as a bearer token. `request_log` says which requests have a
     line in the log: `all`, those that are no probes, or none (`off`). With `allowed_hosts`, names without port,
     requests for another name are refused; those of this machine itself are always allowed. Shutting down ends the
     generations. Raises `PolicyError` for a key that no client can send, or a name that is none.
@@ -61,6 +64,11 @@ def create_app(
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
         Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
         Route("/v1/models", endpoints.models),
+        Route("/v1/models/{model:path}", endpoints.model),
+        Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+        Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        Route("/load_model", endpoints.load_model, methods=["POST"]),
+        Route("/version", endpoints.version),
         Route("/load_report", endpoints.load_report),
         Route("/metrics", endpoints.metrics),
         Route("/health", endpoints.health),
@@ -92,14 +100,34 @@ class _Endpoints:
         return await self._generate(request, parse_chat, ServedModel.chat, "chatcmpl")
 
     async def models(self, _request: Request) -> Response:
-        self.state.served()
-        entry = {
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        entry = self._model()
+        checked_fields({"model": request.path_params["model"]}, self.state.model_name, {"model"})
+        return JSONResponse(entry)
+
+    def _model(self) -> dict[str, Any]:
+        return {
             "id": self.state.model_name,
             "object": "model",
             "created": self.state.created,
             "owned_by": "quantload",
+            "max_model_len": self.state.served().context,
         }
-        return JSONResponse({"object": "list", "data": [entry]})
+
+    async def tokenize(self, request: Request) -> Response:
+        return JSONResponse(await self._told(request, tokenize))
+
+    async def detokenize(self, request: Request) -> Response:
+        return JSONResponse(await self._told(request, detokenize))
+
+    async def load_model(self, request: Request) -> Response:
+        await self._told(request, lambda served, body: checked_fields(body, served.name, {"model"}))
+        return Response(ready_event(self.state.model_name), media_type="text/event-stream")
+
+    async def version(self, _request: Request) -> Response:
+        return JSONResponse({"version": __version__})
 
     async def load_report(self, _request: Request) -> Response:
         self.state.served()
@@ -120,16 +148,28 @@ class _Endpoints:
         async with self.bodies.body(request, served.limits.body_bytes) as body:
             parsed = await served.workers.run(lambda: parse(parse_json(body), self.state.model_name), len(body))
             parsed = replace(parsed, usage=request.scope[USAGE], nbytes=len(body))
-        work = answer(served, parsed, f"{prefix}-{uuid.uuid4().hex}")
-        return _CancelWhenSent(await _unless_gone(request, work, parsed), parsed)
+        place = self.state.admission.enter()
+        try:
+            work = answer(served, parsed, f"{prefix}-{uuid.uuid4().hex}")
+            return _CancelWhenSent(await _unless_gone(request, work, parsed), parsed, place)
+        except BaseException:
+            place.leave()
+            raise
+
+    async def _told(self, request: Request, work: Callable[[ServedModel, object], dict[str, Any]]) -> dict[str, Any]:
+        """What `work` makes of the body of a request that generates nothing."""
+        served = self.state.served()
+        async with self.bodies.body(request, served.limits.body_bytes) as body:
+            return await served.workers.run(lambda: work(served, parse_json(body)), len(body))
 
 
 class _CancelWhenSent(Response):
     """A response after which, however it ended, the generation behind it has no reader."""
 
-    def __init__(self, inner: Response, parsed: GenerationRequest) -> None:
+    def __init__(self, inner: Response, parsed: GenerationRequest, place: Place) -> None:
         self.inner = inner
         self.parsed = parsed
+        self.place = place
         self.background = None
         if isinstance(inner, StreamingResponse):
             inner.body_iterator = _finish_stream(inner.body_iterator)
@@ -140,6 +180,7 @@ class _CancelWhenSent(Response):
             await self.inner(scope, receive, send)
         finally:
             self.parsed.cancelled.set()
+            self.place.leave()
 
 
 async def _finish_stream(events: Any) -> AsyncIterator[str | bytes | memoryview]:

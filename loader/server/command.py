@@ -17,6 +17,7 @@ from ..model.skeleton import find_model
 from ..options import LoadOptions, QuantizationPolicy
 from ..schemes.names import SchemeName
 from ..shortage import named
+from .admission import MAX_QUEUE
 from .auth import chosen_key
 from .hosts import checked_hosts
 from .processors import check_processor, load_processor
@@ -41,6 +42,7 @@ def serve_model(
     api_key: str | None,
     served_model_name: str,
     continuous_batching: bool,
+    max_queue: int = MAX_QUEUE,
     request_log: RequestLogMode = "all",
     layer_metrics: LayerMetrics = "auto",
     api_key_file: Path | None = None,
@@ -91,6 +93,7 @@ def serve_model(
         api_key=api_key,
         allowed_hosts=allowed_hosts,
         continuous_batching=continuous_batching,
+        max_queue=max_queue,
         request_log=request_log,
         metrics=metrics,
         shutdown_grace=SHUTDOWN_SECONDS,

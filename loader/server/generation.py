@@ -51,7 +51,7 @@ def apply_request(config: GenerationConfig, request: GenerationRequest) -> None:
     if request.temperature == 0:
         config.do_sample = False
         config.temperature = config.top_p = config.top_k = config.min_p = None
-    elif request.temperature is not None or given:
+    elif request.temperature is not None or given or request.do_sample:
         config.do_sample = True
         if request.temperature is not None:
             config.temperature = request.temperature
@@ -130,10 +130,10 @@ def _fit_apart(request: GenerationRequest, prompt_tokens: int, wanted: int | Non
 def check_shared_sampling(request: GenerationRequest, default: GenerationConfig) -> None:
     """Refuse (`ApiError`, 400) sampling other than the model's own: a continuous batch has one for all its requests."""
     unsaid = GenerationRequest(body={}, stream=False)
-    own_temperature = (default.temperature or 1.0) if default.do_sample else 0.0
-    for name in SAMPLING:
+    own = {"temperature": (default.temperature or 1.0) if default.do_sample else 0.0, "do_sample": default.do_sample}
+    for name in (*SAMPLING, "do_sample"):
         value = getattr(request, name)
-        if value == getattr(unsaid, name) or (name == "temperature" and value == own_temperature):
+        if value in (getattr(unsaid, name), own.get(name)):
             continue
         raise bad_request(
             f"`{name}` cannot be chosen per request: the server batches continuously, with the sampling of the "

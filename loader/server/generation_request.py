@@ -24,6 +24,7 @@ from .answer_fields import (
 from .api_errors import ApiError, bad_request
 from .logprobs import Chosen
 from .messages import check_messages, check_template_kwargs, check_tools
+from .transformers_chat import request_fields
 from .usage import Usage
 
 # Logits are divided by both: beyond these a float32 overflows, and no token has a probability.
@@ -51,7 +52,6 @@ ONLY_DEFAULT: Mapping[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
-    "generation_config": (),
 }
 
 SAMPLING = (
@@ -72,6 +72,10 @@ SAMPLING = (
 ANSWERS = ("n", "stream_options", "ignore_eos", "stop_token_ids")
 """Fields about the number, the end and the form of the answers, which a continuous batch knows how to take too."""
 
+_SHARED = frozenset({"model", "stream", "max_tokens", "generation_config", *SAMPLING, *ANSWERS, *INERT, *ONLY_DEFAULT})
+COMPLETION_FIELDS = _SHARED | {"prompt"}
+CHAT_FIELDS = _SHARED | {"messages", "tools", "chat_template_kwargs", "max_completion_tokens", "top_logprobs"}
+
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
@@ -82,7 +86,7 @@ class GenerationRequest:
     nobody waits for the answer; `usage` is where its generation counts. A request has `n` answers to each of its
     `prompts` (a chat has one prompt, the messages in `body`); `parts` has one for each answer, which is what is
     generated: `prompt_ids` is its prompt if that came as ids, `logprobs` how many likely tokens are noted in `chosen`
-    for each that was.
+    for each that was. `do_sample` samples at the model's own temperature.
     """
 
     body: dict[str, Any]
@@ -99,6 +103,7 @@ class GenerationRequest:
     seed: int | None = None
     logit_bias: dict[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    do_sample: bool = False
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
@@ -132,7 +137,7 @@ class GenerationRequest:
 
 def parse_completion(body: object, model_name: str) -> GenerationRequest:
     """A request to `/v1/completions`. Raises `ApiError` (400, or 404 for another model)."""
-    fields = _checked_object(body, model_name, {"prompt"})
+    fields = _with_generation_config(checked_fields(body, model_name, COMPLETION_FIELDS))
     prompts = read_prompts(fields.get("prompt"))
     return _request(
         fields,
@@ -145,8 +150,7 @@ def parse_completion(body: object, model_name: str) -> GenerationRequest:
 
 def parse_chat(body: object, model_name: str) -> GenerationRequest:
     """A request to `/v1/chat/completions`. Raises `ApiError` (400, or 404 for another model)."""
-    own = {"messages", "tools", "chat_template_kwargs", "max_completion_tokens", "top_logprobs"}
-    fields = _checked_object(body, model_name, own)
+    fields = _with_generation_config(checked_fields(body, model_name, CHAT_FIELDS))
     handler_body: dict[str, Any] = {"model": model_name, "messages": check_messages(fields.get("messages"))}
     if fields.get("tool_choice") == "none":
         fields = {name: value for name, value in fields.items() if name not in ("tools", "tool_choice")}
@@ -157,10 +161,18 @@ def parse_chat(body: object, model_name: str) -> GenerationRequest:
     return _request(fields, handler_body, default_max_tokens=None, logprobs=read_chat_logprobs(fields))
 
 
-def _checked_object(body: object, model_name: str, own: Collection[str]) -> dict[str, Any]:
+def _with_generation_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with those that a `generation_config` stands for; what is said in both is what the field says."""
+    config = fields.get("generation_config")
+    if config is None:
+        return fields
+    return request_fields(config) | {name: value for name, value in fields.items() if value is not None}
+
+
+def checked_fields(body: object, model_name: str, known: Collection[str]) -> dict[str, Any]:
+    """The object that a body is, if it has no fields but those `known`. Raises `ApiError` (400; 404: another model)."""
     if not isinstance(body, dict):
         raise bad_request(f"the body must be a JSON object, not {_json_type(body)}")
-    known = {"model", "stream", "max_tokens", *own, *SAMPLING, *ANSWERS, *INERT, *ONLY_DEFAULT}
     for name in body:
         if name not in known:
             raise bad_request(f"unknown field {name!r}", name, "unknown_parameter")
@@ -210,6 +222,7 @@ def _request(
         seed=_integer(fields, "seed", -(2**63), 2**63 - 1),
         logit_bias=_logit_bias(fields.get("logit_bias")),
         stop=_stop(fields.get("stop")),
+        do_sample=fields.get("do_sample", False),
         min_tokens=_integer(fields, "min_tokens", 0) or 0,
         ignore_eos=read_flag(fields, "ignore_eos"),
         stop_token_ids=read_stop_tokens(fields),

@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 
+from .admission import MAX_QUEUE
 from .app import create_app
 from .binding import bind_socket, is_loopback, url_of
 from .connections import LimitedConfig
@@ -38,6 +39,7 @@ def serve(
     api_key: str | None = None,
     allowed_hosts: Sequence[str] = (),
     continuous_batching: bool = False,
+    max_queue: int = MAX_QUEUE,
     log_level: str = "warning",
     request_log: RequestLogMode = "all",
     metrics: MetricsSource | None = None,
@@ -50,7 +52,8 @@ def serve(
     exception, once the event `cancel` is set. `load_processor()` returns the tokenizer or processor and runs first.
     The port is taken before either: port 0 takes a free one, and the log names it. While the model loads, `/health`
     answers 503 with the progress. On a loopback address, and with `allowed_hosts`, requests that name another host are
-    refused, as `create_app` says. Requests under way at the end get `shutdown_grace` seconds.
+    refused, as `create_app` says. While one request is answered and `max_queue` wait, others are told to come back
+    later. Requests under way at the end get `shutdown_grace` seconds.
 
     All log lines go through Python's loggers, which are the caller's to set up: `quantload`, `quantload.requests`
     with a line a request (`request_log` says for which), and uvicorn's from `log_level` on. The last line before the
@@ -64,7 +67,7 @@ def serve(
     url = url_of(bound)
     if api_key is None and not is_loopback(bound):
         logger.warning("%s can be reached from other machines and has no API key: anybody there can use it", url)
-    state = ServerState(model_name, metrics=metrics, continuous_batching=continuous_batching)
+    state = ServerState(model_name, metrics=metrics, continuous_batching=continuous_batching, max_queue=max_queue)
     config = LimitedConfig(
         create_app(
             state, api_key, request_log, [host, *allowed_hosts] if allowed_hosts or is_loopback(bound) else None

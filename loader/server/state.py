@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Any, Literal
 
+from .admission import MAX_QUEUE, Admission
 from .api_errors import ApiError
 from .serving_metrics import MetricsSource, ServingMetrics
 from .transformers_serving import ServedModel
@@ -21,11 +22,17 @@ class ServerState:
     """
 
     def __init__(
-        self, model_name: str, *, metrics: MetricsSource | None = None, continuous_batching: bool = False
+        self,
+        model_name: str,
+        *,
+        metrics: MetricsSource | None = None,
+        continuous_batching: bool = False,
+        max_queue: int = MAX_QUEUE,
     ) -> None:
         self.model_name = model_name
         self.metrics = ServingMetrics(model_name, metrics)
         self.continuous_batching = continuous_batching
+        self.admission = Admission(max_queue)
         self.cancel = threading.Event()
         self.created = int(time.time())
         self.error: BaseException | None = None

@@ -230,6 +230,27 @@ class ServedModel:
         """Answer a completion request. Raises `ApiError`."""
         return await self._answer(_CompletionHandler, request, request_id)
 
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """The token ids of a text, as a completion has them. Raises `ApiError` (400)."""
+        self.limits.check({"prompt": text}, self.tokenizer)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
+        return ids
+
+    def encode_chat(
+        self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool, variables: dict[str, Any]
+    ) -> list[int]:
+        """The token ids of a conversation of text, as the model gets them. Raises `ApiError` (400)."""
+        if has_media(messages):
+            raise bad_request("only text has token ids; leave out images, video and audio", "messages")
+        self.limits.check({"messages": messages, "tools": tools, "chat_template_kwargs": variables}, self.tokenizer)
+        conversation = _ChatHandler.get_processor_inputs_from_messages(messages, self.manager.modality)
+        encoded = CheckedProcessor(self.manager.processor).apply_chat_template(
+            conversation, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True,
+            **variables,
+        )  # fmt: skip
+        ids = encoded["input_ids"]
+        return list(ids[0] if ids and isinstance(ids[0], list) else ids)
+
     async def _answer(self, kind: type[Any], request: GenerationRequest, request_id: str) -> Response:
         return await answer(partial(self._handle, kind), request, request_id, self.texts)
 

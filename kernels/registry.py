@@ -210,6 +210,15 @@ def needed_to_load(
     return choose.needed_to_load(format_name, source_dtype, statistics, activation_dtype, scale_mode)
 
 
+def needed_to_serve(kernels: KernelSet, device: torch.device | str, activation_dtype: torch.dtype) -> list[Needed[Any]]:
+    """The compiled functions that products of a kernel set with any number of tokens will call."""
+    if torch.device(device).type != "cpu" or "numba" not in (kernels.names.get("linear"), kernels.names.get("experts")):
+        return []
+    from .cpu import choose
+
+    return choose.needed_to_serve(kernels.format.name, activation_dtype)
+
+
 def needed_to_read(format_name: str, device: torch.device | str) -> list[Needed[Any]]:
     """The compiled functions that dequantize a format to float32."""
     if not _is_compiled("dequantize", format_name, device):

@@ -41,3 +41,8 @@ def needed_to_load(
         found.append(cpu_dequantize.needed(fmt.read_as, activation_dtype))
         found.extend(cpu_linear.needed_for(fmt.read_as, activation_dtype))
     return found
+
+
+def needed_to_serve(format_name: str, activation_dtype: torch.dtype) -> list[Needed[Any]]:
+    """What products of weights in a format with any number of tokens will call."""
+    return [*cpu_linear.needed_for_any(FORMATS[format_name].read_as, activation_dtype)]

@@ -78,6 +78,16 @@ def needed_for(fmt: WeightFormat, dtype: torch.dtype) -> list[Needed[CFunction]]
     return [needed(fmt, dtype, 1), *([panel_task.needed()] if most_in_panels(fmt, dtype) else [])]
 
 
+def needed_for_any(fmt: WeightFormat, dtype: torch.dtype) -> list[Needed[CFunction]]:
+    """What any number of tokens of a type will call."""
+    slots = {_slots(tokens) for tokens in range(1, linear_build.most_tokens() + 1)}
+    found = [needed(fmt, dtype, tokens) for tokens in sorted(slots)]
+    if not DECODERS[_decoder(fmt, dtype)].serves(fmt.block_cols):
+        found = []
+    found += [panel_task.needed()] if most_in_panels(fmt, dtype) else []
+    return [*found, linear_build.dequantize_task.needed(), needed_to_dequantize(fmt, dtype)]
+
+
 def _few_tokens(
     fmt: WeightFormat,
     x: torch.Tensor,

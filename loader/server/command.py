@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoint.resolve import resolve
 from ..errors import LoadCancelledError, UnsupportedCheckpointError
 from ..load import load_quantized
@@ -77,7 +75,6 @@ def serve_model(
             raise
         metrics.on_plan(model.load_plan)
         metrics.on_report(model.load_report)
-        _first_tokens(model)
         return model
 
     def processor() -> Any:
@@ -98,11 +95,3 @@ def serve_model(
         metrics=metrics,
         shutdown_grace=SHUTDOWN_SECONDS,
     )
-
-
-def _first_tokens(model: Any) -> None:
-    """Generate a little before the server says it is ready: the first forward compiles its kernels."""
-    if model.main_input_name == "input_ids":
-        prompt = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        with named("the first tokens"):
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False)

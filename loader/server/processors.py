@@ -46,7 +46,7 @@ def load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)
     except BaseException as error:  # processor classes fail in ways of their own, and their libraries panic
-        if not _is_theirs(error):
+        if not _is_theirs(error) or isinstance(error, MemoryError):
             raise
         raise CheckpointError(
             f"{checkpoint.model_id!r} has no tokenizer or processor that can be loaded"
@@ -111,6 +111,8 @@ def _in_child(root: Path, model_id: str, trust_remote_code: bool, seconds: float
         try_processor(Checkpoint(root, model_id), trust_remote_code, sender.send)
     except CheckpointError as error:
         sender.send((str(error),))
+    except MemoryError:
+        sender.send((f"{root}: its tokenizer or processor takes more memory than any that is tried may have",))
     else:
         sender.send((None,))
 

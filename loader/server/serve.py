@@ -19,6 +19,7 @@ from .connections import LimitedConfig
 from .request_log import RequestLogMode
 from .serving_metrics import MetricsSource
 from .state import ServerState
+from .warm_up import warm_up
 
 logger = logging.getLogger("quantload")
 
@@ -50,10 +51,11 @@ def serve(
 
     `load(progress, cancel)` returns the model: it calls `progress(bytes_done, bytes_total)` and ends early, with any
     exception, once the event `cancel` is set. `load_processor()` returns the tokenizer or processor and runs first.
-    The port is taken before either: port 0 takes a free one, and the log names it. While the model loads, `/health`
-    answers 503 with the progress. On a loopback address, and with `allowed_hosts`, requests that name another host are
-    refused, as `create_app` says. While one request is answered and `max_queue` wait, others are told to come back
-    later. Requests under way at the end get `shutdown_grace` seconds.
+    The port is taken before either: port 0 takes a free one, and the log names it. While the model loads, and until it
+    has answered a few requests of the server's own (`warm_up`), `/health` answers 503 with the progress. On a loopback
+    address, and with `allowed_hosts`, requests that name another host are refused, as `create_app` says. While one
+    request is answered and `max_queue` wait, others are told to come back later. Requests under way at the end get
+    `shutdown_grace` seconds.
 
     All log lines go through Python's loggers, which are the caller's to set up: `quantload`, `quantload.requests`
     with a line a request (`request_log` says for which), and uvicorn's from `log_level` on. The last line before the
@@ -124,7 +126,8 @@ def _load(
 ) -> None:
     try:
         processor = load_processor()
-        state.finish(load(state.progress, state.cancel), processor)
+        state.phase = "loading the weights"
+        state.finish(load(state.progress, state.cancel), processor, warm_up)
     except BaseException as error:  # whatever it is, the main thread must hear of it
         if state.cancel.is_set():
             logger.info("Loading %s was cancelled", state.model_name)

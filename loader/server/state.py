@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 from .admission import MAX_QUEUE, Admission
@@ -12,13 +13,15 @@ from .serving_metrics import MetricsSource, ServingMetrics
 from .transformers_serving import ServedModel
 
 Status = Literal["loading", "ready", "failed"]
+WarmUp = Callable[[ServedModel, threading.Event], None]
 
 
 class ServerState:
     """Shared by the thread that loads and the event loop that answers.
 
     `model_name` is the only name requests may give. `metrics` is what `/metrics` shows besides the server's own.
-    `cancel` is set when the server is told to stop: the load watches it. `created` is in Unix seconds.
+    `cancel` is set when the server is told to stop: the load watches it. `phase` is what the load is doing.
+    `created` is in Unix seconds.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class ServerState:
         self.created = int(time.time())
         self.error: BaseException | None = None
         self.report: dict[str, Any] | None = None
+        self.phase = "reading the tokenizer"
         self._started = time.monotonic()
         self._bytes_done = 0
         self._bytes_total = 0
@@ -53,11 +57,18 @@ class ServerState:
         """Note how much of the checkpoint was read (bytes); callable from any thread, any number of times."""
         self._bytes_done, self._bytes_total = bytes_done, bytes_total
 
-    def finish(self, model: Any, processor: Any) -> None:
-        """Begin to serve `model`, with its tokenizer or processor; its `load_report` becomes `/load_report`."""
+    def finish(self, model: Any, processor: Any, warm_up: WarmUp | None = None) -> None:
+        """Begin to serve `model`, with its tokenizer or processor; its `load_report` becomes `/load_report`.
+
+        It is not ready before `warm_up(served, cancel)` has returned.
+        """
         report = getattr(model, "load_report", None)
         self.report = report.to_dict() if report is not None else {}
-        self._served = ServedModel(model, processor, self.model_name, self.continuous_batching)
+        served = ServedModel(model, processor, self.model_name, self.continuous_batching)
+        if warm_up is not None:
+            self.phase = "warming up"
+            warm_up(served, self.cancel)
+        self._served = served
 
     def fail(self, error: BaseException) -> None:
         """Remember why there will be no model."""
@@ -71,7 +82,8 @@ class ServerState:
             raise ApiError(500, f"the model could not be loaded: {self.error}", code="model_load_failed")
         raise ApiError(
             503,
-            f"the model is still loading ({self.fraction():.0%}); try again later, /health tells how far it is",
+            f"the model is still loading ({self.phase}, {self.fraction():.0%} read); try again later, "
+            "/health tells how far it is",
             code="model_loading",
             headers=self.retry_after(),
         )
@@ -98,6 +110,7 @@ class ServerState:
             return 500, {"status": "failed", "model": self.model_name, "error": error}
         return 503, {
             "status": "loading",
+            "phase": self.phase,
             "model": self.model_name,
             "progress": round(self.fraction(), 4),
             "bytes_done": self._bytes_done,

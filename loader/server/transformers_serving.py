@@ -220,6 +220,11 @@ class ServedModel:
         self.limits = size_limits(self.context, self.tokenizer, self.manager.modality is not Modality.LLM)
         self.workers = Workers()
 
+    @property
+    def batches(self) -> bool:
+        """Whether requests are generated for together."""
+        return bool(self.state.use_continuous_batching(self.model, self.manager.modality))
+
     async def chat(self, request: GenerationRequest, request_id: str) -> Response:
         """Answer a chat request. Raises `ApiError`."""
         if self.manager.modality is Modality.LLM and has_media(request.body["messages"]):

@@ -28,7 +28,6 @@ def served(folder: Path, monkeypatch: pytest.MonkeyPatch, between: Any) -> Any:
         made.append(load(lambda done, total: None, threading.Event()))
 
     monkeypatch.setattr(command, "serve", serve)
-    monkeypatch.setattr(command, "_first_tokens", lambda model: None)
     monkeypatch.setattr(command, "check_processor", lambda *_: None)
     command.serve_model(
         folder, "none", device="cpu", policy=QuantizationPolicy(linear="none"), options=LoadOptions(stats=False),

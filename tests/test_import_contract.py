@@ -99,7 +99,7 @@ FLOORS: dict[str, Floor] = {
         "the flow of a load",
     ),
     "server": Floor(
-        "errors shortage options kernels.system_calls checkpoint memory schemes.names model load",
+        "errors shortage options kernels.system_calls checkpoint memory schemes.names schemes.ahead model load",
         "a user of load like any other",
     ),
     "cli_logging": Floor("", "log lines and the console they go to"),

@@ -14,21 +14,18 @@ from typing import Any
 import torch
 
 from ..errors import LoadCancelledError
-from ..kernels import registry as kernel_registry
-from ..schemes.base import LinearScheme, MoEScheme
+from ..schemes.ahead import prepare_products
 from ..shortage import named
 from .api_errors import ApiError
 from .generation_request import GenerationRequest, parse_chat, parse_completion
 from .prompts import PLACEHOLDERS, chat_templates, vocabulary_size
 from .transformers_serving import ServedModel
 
-_SCHEMES = (LinearScheme, MoEScheme)
 logger = logging.getLogger("quantload")
 
 PROMPT_TOKENS = {"cpu": (1, 24), "other": (1, 3, 16, 17, 32, 33, 48, 65, 80, 160)}
 """Lengths of prompts. Triton compiles a matmul anew for each of its tile sizes (16, 32, 64 and 128 tokens), for one
-token, and for a multiple of 16; on a CPU all kernels are compiled by `prepare`, and one pass takes as long as it has
-tokens."""
+token, and for a multiple of 16. For a CPU `prepare_products` compiles, and a pass takes as long as it has tokens."""
 BATCHES = (1, 2, 4)
 """Requests at a time, where they are generated for together."""
 TEXT = "The quick brown fox jumps over the lazy dog. "
@@ -40,26 +37,13 @@ def warm_up(served: ServedModel, cancel: threading.Event) -> None:
     Raises `LoadCancelledError` soon after `cancel` was set, and what a model raises that cannot generate.
     """
     begin = time.perf_counter()
-    prepare_kernels(served.model)
+    prepare_products(served.model, served.model.device, served.model.dtype)
     for work in _passes(served):
         if cancel.is_set():
             raise LoadCancelledError("the server was told to stop before it was ready")
         with named("the first tokens"):
             work()
     logger.info("Warmed up in %.1f s", time.perf_counter() - begin)
-
-
-def prepare_kernels(model: Any) -> None:
-    """Compile the CPU kernels of a quantized model for every number of tokens, as `ahead.prepare` does."""
-    schemes = [each.scheme for each in model.modules() if isinstance(getattr(each, "scheme", None), _SCHEMES)]
-    sets = {scheme.quantizer.chosen: scheme.kernels for scheme in schemes}
-    kernel_registry.prepare(
-        [
-            function
-            for kernels in sets.values()
-            for function in kernel_registry.needed_to_serve(kernels, model.device, model.dtype)
-        ]
-    )
 
 
 def _passes(served: ServedModel) -> Iterator[Callable[[], Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import shutil
@@ -127,7 +128,11 @@ def test_a_template_without_an_end_is_given_up(folder: Path) -> None:
 
 
 def test_a_process_that_dies_is_no_end_of_this_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processors, "_try_tokenizer", lambda _: os.abort())
+    def abort(_: Any) -> None:
+        faulthandler.disable()
+        os.abort()
+
+    monkeypatch.setattr(processors, "_try_tokenizer", abort)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json.* ended the process by SIGABRT"):
         check_processor(resolve(folder), False, method="fork")
 

@@ -16,6 +16,7 @@ import matmul_cpu
 import pipeline_results
 import profile_load
 import quality_tables
+import serve_load
 import stored
 from goals import Goal
 from markdown import fill, goal_table, source_line
@@ -87,6 +88,7 @@ def render_all(folder: Path = RESULTS) -> dict[str, str]:
         ),
         "cache": _section(_newest(results_of("cache", folder)), cache.render, cache.goals_of),
         "faults": _section(_newest(results_of("faults", folder)), faults.render, _no_goals),
+        "serve_load": _section(_newest(results_of("serve_load", folder)), serve_load.render, _no_goals),
         "stored": _section(_newest(results_of("stored", folder)), stored.render_all, stored.goals_of),
         "peers": load_tables.peers(loads) or MISSING,
         "quality": _section(_newest(qualities, "variants"), quality_tables.render_variants, _no_goals),

@@ -205,7 +205,7 @@ class GuardedManager:
         check_prompt_ids(inputs, self.model.config, self.request.prompt_field)
         check_known_tokens(self.request.logit_bias, self.model.config, "logit_bias")
         check_known_tokens(self.request.stop_token_ids, self.model.config, "stop_token_ids")
-        self.request.usage.queue(count)
+        self.request.usage.queue(0 if self.request.again else count)
         apply_end_tokens(config, self.request)
         if self.batched:
             return self.model

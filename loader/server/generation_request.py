@@ -85,8 +85,9 @@ class GenerationRequest:
     `default_max_tokens` is used, cut to what the context has left, when the client gave none. `cancelled` is set when
     nobody waits for the answer; `usage` is where its generation counts. A request has `n` answers to each of its
     `prompts` (a chat has one prompt, the messages in `body`); `parts` has one for each answer, which is what is
-    generated: `prompt_ids` is its prompt if that came as ids, `logprobs` how many likely tokens are noted in `chosen`
-    for each that was. `do_sample` samples at the model's own temperature.
+    generated: `prompt_ids` is its prompt if that came as ids, `again` whether an earlier part has the same prompt,
+    `logprobs` how many likely tokens are noted in `chosen` for each that was. `do_sample` samples at the model's own
+    temperature.
     """
 
     body: dict[str, Any]
@@ -112,6 +113,7 @@ class GenerationRequest:
     include_usage: bool = False
     prompts: tuple[Prompt, ...] = ()
     prompt_ids: tuple[int, ...] | None = None
+    again: bool = False
     chosen: list[Chosen] = field(default_factory=list)
     nbytes: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -131,7 +133,9 @@ class GenerationRequest:
             bodies = [({**self.body, "prompt": text or ""}, one) for text, one in zip(texts, ids, strict=True)]
         seeds = [None if self.seed is None else self.seed + index for index in range(self.n)]
         return [
-            replace(self, body=body, prompt_ids=ids, seed=seed, chosen=[]) for body, ids in bodies for seed in seeds
+            replace(self, body=body, prompt_ids=ids, seed=seed, chosen=[], again=index > 0)
+            for body, ids in bodies
+            for index, seed in enumerate(seeds)
         ]
 
 

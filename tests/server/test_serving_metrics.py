@@ -55,6 +55,15 @@ def test_requests_and_tokens_are_counted(fresh: Client) -> None:
     assert value(found, "requests_running") == value(found, "requests_waiting") == 0
 
 
+def test_tokens_are_those_that_the_client_is_told_of(fresh: Client) -> None:
+    """Of several prompts and several answers to each, prompts count once."""
+    body = {"prompt": ["the fox", "the lazy dog"], "n": 2, "max_tokens": 3, "temperature": 1}
+    usage = fresh.post("/v1/completions", body).json["usage"]
+    wait_for(lambda: value(samples(fresh), "completion_tokens_total") == 12)
+    assert usage["completion_tokens"] == 12
+    assert value(samples(fresh), "prompt_tokens_total") == usage["prompt_tokens"]
+
+
 def test_running_and_waiting_requests_are_seen(fresh: Client, model: Any) -> None:
     handle = model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     try:

@@ -58,6 +58,7 @@ RUNS = {
     "quality": Run("quality.py", quick=("--only", "sqnr")),
     "profile_load": Run("profile_load.py", quick=("--scale", "0.1", "--loads", "4"), work="--work"),
     "stored": Run("stored.py", quick=("--scale", "0.02", "--rounds", "1"), work="--dir"),
+    "serve_load": Run("serve_load.py", quick=("--seconds", "5", "--clients", "16")),
     "cache": Run("cache.py", quick=("--scale", "0.02", "--rounds", "1"), work="--dir"),
     "bigger_than_memory": Run("bigger_than_memory.py", quick=("--layers", "1"), work="--dir"),
 }

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from serve_process import KEY
 
-STUCK_SECONDS = 120.0
+STUCK_SECONDS = 300.0
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 PROMPTS = (
     "def read_lines(path):\n", "class Stack:\n    def __init__(self", "import os\n", "for i in range(",

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -125,6 +126,7 @@ def plan(
         "ignored_tensors": len(left.ignored),
         "initialized": [*left.initialized],
         "overlaid": [*left.overlaid],
+        "unapplied": [{"message": str(each), **asdict(each)} for each in draft.unapplied],
         "verdict": verdict.to_dict(),
         "beside_the_peak": beside_peak(draft, tokens).to_dict(),
     }

@@ -162,8 +162,9 @@ class RunOptions:
         bool,
         typer.Option(
             "--strict",
-            help="Make an error of what is a warning without: a pattern that matches no module, tensors that the model "
-            "does not know, tied weights that differ, NaN in weights that are kept as stored.",
+            help="Make an error of what is a warning without: a pattern that matches no module, a scheme or option "
+            "that changes nothing, tensors that the model does not know, tied weights that differ, NaN in weights that "
+            "are kept as stored.",
         ),
     ] = False
     kernel: Annotated[

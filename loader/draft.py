@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .model.attach import OnFinished, WeightLoaders, attach_weight_loaders
 from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint, targets
 from .model.skeleton import Assignment, assign_schemes, find_model
 from .model.stored_sources import StoredSources, turn_conv1d
+from .model.unapplied import Unapplied, find_unapplied, tell_unapplied
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy
 from .plan import LoadPlan, plan_load
@@ -50,6 +51,8 @@ class Draft:
     loaders: WeightLoaders
     routes: Routes
     plan: LoadPlan
+    unapplied: Sequence[Unapplied] = ()
+    """What was asked for and changes nothing."""
 
     def non_finite(self) -> list[NonFiniteReport]:
         """The weights in which something that is not finite was found so far."""
@@ -91,12 +94,14 @@ def draft_load(
         sources = StoredSources(stored, mapped)
         dtype_of = transformers_api.DtypePlan(model, dtype)
         assignments = assign_schemes(model, rules, dtype, options.strict, sources)
+        unapplied = find_unapplied(model, rules, assignments, options, computes=plan is plan_load)
+        tell_unapplied(unapplied, options.strict)
         schemes.warn_of_missing_scales()
         loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer, options.strict, dtype)
         routes = build_routes(mapped, loaders.landing)
         loaders.scale_together({name for conversion in routes.whole for name in targets(mapped, conversion)})
         planned = plan(model, index, mapped, sources, routes, loaders, assignments, options, schemes)
-    return Draft(index, model, schemes, rules, mapped, sources, assignments, loaders, routes, planned)
+    return Draft(index, model, schemes, rules, mapped, sources, assignments, loaders, routes, planned, unapplied)
 
 
 def plan_quantized(

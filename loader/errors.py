@@ -16,7 +16,8 @@ QuantloadError
 │   └── RepeatedRegionError         a region arrived twice without a reload being announced
 ├── PolicyError                     what to quantize, and how
 │   ├── UnknownSchemeError          a scheme name that is not registered; the message lists those that are
-│   └── UnmatchedPatternError       an ignore or override pattern that matches nothing, in strict mode
+│   ├── UnmatchedPatternError       an ignore or override pattern that matches nothing, in strict mode
+│   └── UnappliedOptionError        a scheme, pattern or option that changes nothing, in strict mode
 ├── MemoryBudgetError               the plan needs more memory than allowed: need, limit, what to change
 ├── NoKernelError                   no kernel can serve; the message gives every candidate with its reason
 ├── QuantizedWeightError            code takes the codes of a quantized weight for numbers; names the layer to keep
@@ -112,6 +113,10 @@ class UnknownSchemeError(PolicyError):
 
 class UnmatchedPatternError(PolicyError):
     """An ignore or override pattern matched no module, in strict mode."""
+
+
+class UnappliedOptionError(PolicyError):
+    """A scheme, a pattern or an option of a load changes nothing, in strict mode; the message says why."""
 
 
 class MemoryBudgetError(QuantloadError):

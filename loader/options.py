@@ -100,9 +100,10 @@ class LoadOptions:
 
     strict: bool = False
     """Whether what is a warning otherwise is an error: a pattern of the policy that matches no module
-    (`UnmatchedPatternError`), checkpoint tensors that no parameter takes (`UnexpectedWeightsError`), a tensor that lies
-    in two shards, tied parameters that are stored with different values (`CheckpointError`), NaN or infinities in a
-    weight that is kept as stored (`NonFiniteWeightError`; one that is quantized must have none at all)."""
+    (`UnmatchedPatternError`), a scheme, pattern or option that changes nothing (`UnappliedOptionError`), checkpoint
+    tensors that no parameter takes (`UnexpectedWeightsError`), a tensor that lies in two shards, tied parameters that
+    are stored with different values (`CheckpointError`), NaN or infinities in a weight that is kept as stored
+    (`NonFiniteWeightError`; one that is quantized must have none at all)."""
 
     activations: Activations = "auto"
     """What the inputs of quantized layers are rounded to. `auto`: what the chosen kernel does; `none`: never rounded;

@@ -118,7 +118,7 @@ TREE = {
     "CheckpointError": ["TruncatedShardError", "ChangedFileError", "CorruptHeaderError", "MissingShardError",
                         "UnsafePathError", "NonFiniteWeightError"],
     "RouteError": ["MissingWeightsError", "UnexpectedWeightsError", "ShapeMismatchError"],
-    "PolicyError": ["UnknownSchemeError", "UnmatchedPatternError"],
+    "PolicyError": ["UnknownSchemeError", "UnmatchedPatternError", "UnappliedOptionError"],
     "QuantloadError": ["CheckpointError", "RouteError", "PolicyError", "MemoryBudgetError", "NoKernelError",
                        "UnsupportedCheckpointError", "OutputError"],
 }  # fmt: skip

@@ -66,7 +66,8 @@ def print_plan(summary: Mapping[str, Any], plan: MemoryPlan, console: Console) -
     for (kind, scheme, reason), count in counted.items():
         decisions.add_row(str(count), kind, scheme, reason)
     console.print(decisions)
-    for line in (*_left(summary), _beside(summary["beside_the_peak"]), summary["verdict"]["message"]):
+    unapplied = (f"warning: {each['message']}" for each in summary["unapplied"])
+    for line in (*_left(summary), *unapplied, _beside(summary["beside_the_peak"]), summary["verdict"]["message"]):
         console.print(line, highlight=False, markup=False)
 
 

@@ -587,7 +587,7 @@ def test_an_error_is_said_where_there_is_no_memory_for_colours(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(cli.console, "print", fail)
+    monkeypatch.setattr("quantload.cli.console.print", fail)
     monkeypatch.setattr("quantload.load.load_quantized", fail)
     code, _, err = quantload("load")
     assert (code, err) == (4, "error: there was no memory for the program itself: out of memory\n")

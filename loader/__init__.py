@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .convert.flow import convert_checkpoint
     from .draft import plan_quantized
+    from .engines.transformers import QuantloadConfig
     from .errors import QuantloadError
     from .load import load_quantized
     from .memory.report import LoadReport
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantizedModel", "QuantloadError", "convert_checkpoint",
-    "load_quantized", "plan_quantized",
+    "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantizedModel", "QuantloadConfig", "QuantloadError",
+    "convert_checkpoint", "load_quantized", "plan_quantized",
 ]  # fmt: skip
 
 # Resolved on first use: the pytest plugin and the log parser live in this package and must not import torch.
@@ -29,6 +30,7 @@ _HOMES = {
     "QuantizedModel": ".quantized_model",
     "QuantloadError": ".errors",
     "convert_checkpoint": ".convert.flow",
+    "QuantloadConfig": ".engines.transformers",
     "load_quantized": ".load",
     "plan_quantized": ".draft",
 }

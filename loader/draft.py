@@ -19,8 +19,9 @@ from .memory.limits import check_room
 from .memory.report import NonFiniteReport
 from .model import transformers_api
 from .model.attach import OnFinished, WeightLoaders, attach_weight_loaders
+from .model.building import Building, FromConfig
 from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint, targets
-from .model.skeleton import Assignment, assign_schemes, find_model
+from .model.skeleton import Assignment, assign_schemes
 from .model.stored_sources import StoredSources, turn_conv1d
 from .model.unapplied import Unapplied, find_unapplied, tell_unapplied
 from .online.storage import FinalStorage
@@ -31,6 +32,7 @@ from .schemes.policy import Policy, choose_policy
 from .schemes.registry import SchemeFactory, choose_device
 from .schemes.stored.read import read_stored
 
+FROM_CONFIG = FromConfig()
 import_cpu_kernels()
 
 ROOM_FOR_KERNELS = 32 << 20
@@ -69,8 +71,12 @@ def draft_load(
     on_layer: OnFinished,
     trust_remote_code: bool,
     plan: Callable[..., LoadPlan] = plan_load,
+    building: Building = FROM_CONFIG,
 ) -> Draft:
-    """Everything before the first weight: schemes and kernels, index, skeleton, routes, and what `plan` makes of it."""
+    """Everything before the first weight: schemes and kernels, index, skeleton, routes, and what `plan` makes of it.
+
+    `building` makes the skeleton.
+    """
     checkpoint.note_configs()
     if trust_remote_code:
         checkpoint.note_code()
@@ -81,7 +87,7 @@ def draft_load(
     rules = Policy(chosen, schemes, checkpoint.is_quantized)
     with collector_paused():
         index = read_index(checkpoint)
-    recipe = find_model(checkpoint, trust_remote_code, index.tensors)
+    recipe = building.find(checkpoint, trust_remote_code, index.tensors)
     source_dtype = torch.float32 if checkpoint.is_quantized else recipe.dtype  # codes become float32 on their way
     with schemes.compiling(source_dtype), collector_paused():
         with SmallTensors(checkpoint, index) as read:

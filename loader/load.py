@@ -12,12 +12,12 @@ from .cache.session import NoCache, open_cache
 from .checkpoint.reader import PieceReader, ReadTotals
 from .checkpoint.resolve import Checkpoint, resolve
 from .digest import model_digest
-from .draft import Draft, draft_load
+from .draft import FROM_CONFIG, Draft, draft_load
 from .fitting import check_fits
 from .interrupts import interrupt_first
 from .memory.budget import check_budget, memory_running_out
 from .memory.planner import MemoryPlan
-from .model import transformers_api
+from .model.building import Building
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy
 from .plan import loaded_parameters
@@ -51,6 +51,32 @@ def load_quantized(
     bar is shown in a terminal or a notebook, with True everywhere, with False nowhere. The model has `.load_report` and
     `.load_plan`. Raises a `QuantloadError`; afterwards threads, files and memory are as before.
     """
+    return load_into(
+        FROM_CONFIG,
+        model_id,
+        quantization,
+        device=device,
+        policy=policy,
+        options=options,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+
+
+def load_into(
+    building: Building,
+    model_id: str | Path | Checkpoint,
+    quantization: SchemeName | str,
+    *,
+    device: str | torch.device,
+    policy: QuantizationPolicy | None,
+    options: LoadOptions | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    progress: Progress | bool | None,
+) -> QuantizedModel:
+    """`load_quantized` with the model that `building` makes: an engine may have one already."""
     options = options or LoadOptions()
     place = choose_device(device)
     planned: list[MemoryPlan] = []
@@ -67,10 +93,17 @@ def load_quantized(
         def load() -> tuple[Draft, ReadTotals]:
             with FinalStorage(place) as storage:
                 draft = draft_load(
-                    checkpoint, quantization, policy, options, storage, cache.on_layer, trust_remote_code
+                    checkpoint,
+                    quantization,
+                    policy,
+                    options,
+                    storage,
+                    cache.on_layer,
+                    trust_remote_code,
+                    building=building,
                 )
                 planned.append(draft.plan.memory)
-                return draft, _stream(draft, cache, recorder, options, storage)
+                return draft, _stream(draft, building, cache, recorder, options, storage)
 
         draft, totals = cache.attempt(load)
     model = cast(QuantizedModel, draft.model)
@@ -93,7 +126,7 @@ def load_quantized(
 
 
 def _stream(
-    draft: Draft, cache: NoCache, recorder: Recorder, options: LoadOptions, storage: FinalStorage
+    draft: Draft, building: Building, cache: NoCache, recorder: Recorder, options: LoadOptions, storage: FinalStorage
 ) -> ReadTotals:
     """Fill the model of a draft."""
     device = storage.device
@@ -113,6 +146,6 @@ def _stream(
         )
         totals = reader.run(reading.plan.pieces)
         draft.loaders.check_complete(loaded_parameters(draft.mapped, draft.loaders))
-    untied = transformers_api.finish(draft.model, draft.mapped.missing, draft.mapped.weight_conversions, device)
+    untied = building.finish(draft.model, draft.mapped, device)
     recorder.on_untied(untied, options.strict)
     return totals

@@ -115,7 +115,7 @@ def _download(repo: str, revision: str | None) -> Path:
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SMALL_FILES)))
         if not (root / CONFIG_NAME).exists():
             raise _no_model(repo, root, has_config=False)
-        shards = _shards_to_fetch(root)
+        shards = shard_names(root)
         if not all((root / shard).exists() for shard in shards):
             root = Path(snapshot_download(repo, revision=root.name, allow_patterns=shards))
         if not any((root / shard).exists() for shard in shards):
@@ -157,7 +157,8 @@ def _no_model(repo: str, root: Path, *, has_config: bool) -> QuantloadError:
     ) or CheckpointError(f"{repo!r} has no {lacking}; give the hub id of a transformers model")
 
 
-def _shards_to_fetch(root: Path) -> list[str]:
+def shard_names(root: Path) -> list[str]:
+    """The files with the weights of the checkpoint in a folder, by its config or its index; they need not be there."""
     name = explicit_name(Checkpoint(root, str(root)).config()) or INDEX_NAME
     if not name.endswith(".json"):
         return [name]

@@ -21,7 +21,7 @@ from ..schemes.policy import Choice, Policy
 from . import config_checks, modeling_code, transformers_api
 from .experts import convert_experts, is_fused_experts, unsupported_reason
 from .linears import Products
-from .quantized import GivenMethod, QuantizedLinear, refuse_to_save, say_what_codes_stand_for
+from .quantized import QuantizedLinear, say_what_codes_stand_for
 from .roles import roles
 from .stored_sources import ModuleWeights, StoredSources
 from .weight_reads import weight_readers
@@ -128,8 +128,6 @@ def assign_schemes(
         for name, module, parent in list(_candidates(model))
     ]
     policy.check_patterns(strict)
-    if any(assignment.scheme is not None for assignment in assignments):
-        model.save_pretrained = GivenMethod(refuse_to_save, model)
     return assignments
 
 

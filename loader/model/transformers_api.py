@@ -9,12 +9,14 @@ import contextlib
 import copy
 import inspect
 import re
+import tempfile
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import transformers
 from torch import nn
@@ -40,6 +42,9 @@ from .ties import shared_from_the_start, tied_to_what_is_there
 
 _default_dtype = threading.Lock()
 """Held while transformers builds on torch's default dtype, which it sets for the whole process: one load at a time."""
+
+_TIE_WEIGHTS = PreTrainedModel.tie_weights
+"""transformers puts another in its place while it builds a model that it is going to load."""
 
 MAX_GENERATION_VALUES = 1 << 17
 AUTO_CLASSES = (
@@ -347,6 +352,62 @@ def complaints(model: PreTrainedModel, missing: Iterable[str], unexpected: Itera
     return set(info.missing_keys) - tied_names(model), set(info.unexpected_keys)
 
 
+def mark_loaded(model: PreTrainedModel) -> None:
+    """Let transformers initialize nothing of what has its values."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor._is_hf_initialized = True
+
+
+@contextlib.contextmanager
+def outside_of_building() -> Iterator[None]:
+    """For what runs while `from_pretrained` builds on meta, in the model's dtype: torch as it is elsewhere."""
+    dtype, tie_weights = torch.get_default_dtype(), PreTrainedModel.tie_weights
+    torch.set_default_dtype(torch.float32)
+    PreTrainedModel.tie_weights = _TIE_WEIGHTS
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        PreTrainedModel.tie_weights = tie_weights
+        torch.set_default_dtype(dtype)
+
+
+def load_nothing_more(model: PreTrainedModel, checkpoint_files: list[str], unexpected: Collection[str]) -> None:
+    """Let `from_pretrained`, which prepares `model` for these files, take it for loaded, up to `finish`.
+
+    It gets a file without a tensor to load, and once that is done, the names it would have found out itself.
+    """
+    empty = tempfile.NamedTemporaryFile(suffix=".safetensors")  # noqa: SIM115  # closed when it has been read
+    safetensors.torch.save_file({}, empty.name, metadata={"format": "pt"})
+    checkpoint_files[:] = [empty.name]
+
+    def after_loading(info: LoadStateDictInfo) -> None:
+        del model.mark_tied_weights_as_initialized  # the method of the class is there again
+        empty.close()
+        info.missing_keys, info.unexpected_keys = set(), set(unexpected)
+        model.mark_tied_weights_as_initialized(info)
+
+    def keep_buffers(*_: Any) -> None:
+        """Those that no checkpoint has would be made anew, and not computed: their modules are initialized."""
+        del model._move_missing_keys_from_meta_to_device
+
+    model.mark_tied_weights_as_initialized = after_loading
+    model._move_missing_keys_from_meta_to_device = keep_buffers
+
+
+def save_under_own_names(model: PreTrainedModel) -> None:
+    """Let `save_pretrained` write every tensor under its name in the model: there is no way back for codes."""
+    model._weight_conversions = []
+
+
+def build_again(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make a model in place what it was before it had weights."""
+    other = meta_model(type(model), model.config, Path(str(model.config.name_or_path)), dtype)
+    model.__dict__.clear()
+    model.__dict__.update(other.__dict__)
+
+
 def finish(
     model: PreTrainedModel, missing: Iterable[str], weight_conversions: list[Any], device: torch.device
 ) -> dict[str, str]:
@@ -355,9 +416,7 @@ def finish(
     Returns the pairs that the model ties and the checkpoint has with different values: they are left apart.
     """
     ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            tensor._is_hf_initialized = True
+    mark_loaded(model)
     info = loading_info(missing, ())
     config = LoadStateDictConfig(
         pretrained_model_name_or_path=getattr(model.config, "name_or_path", None), device_map={"": device}

@@ -13,10 +13,10 @@ from ..kernels.registry import OPERATIONS, PLATFORMS, SCALE_MODES, Kernel, platf
 from .activations import pairs
 from .exported.registry import EXPORT_FORMATS
 from .registry import ENTRIES, SchemeEntry
+from .stored.quantload import METHOD as OWN_METHOD
 from .stored.read import READERS
 
 KINDS = ("linear", "experts")
-OWN_METHOD = "quantload"
 """The `quant_method` of what quantload keeps for itself, which has every format."""
 METHODS = tuple({reader.tool: name for name, reader in [*READERS.items()][::-1] if name != OWN_METHOD}.values())[::-1]
 """The other `quant_method`s, the first of each tool."""

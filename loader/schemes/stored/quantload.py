@@ -16,6 +16,7 @@ from .modules import Read
 from .settings import Settings
 from .weights import StoredCheckpoint, StoredTensor, StoredWeight, scale_roles
 
+METHOD = "quantload"
 FORMAT_VERSION = 1
 
 
@@ -40,7 +41,7 @@ def read_quantload(
         )
     taken = {entry.name for weight in weights.values() for entry in weight.entries()}
     plain = {name: entry for name, entry in tensors.items() if name not in taken}
-    return StoredCheckpoint("quantload", weights, plain)
+    return StoredCheckpoint(METHOD, weights, plain)
 
 
 def _shape(settings: Settings, shapes: Mapping[str, Any], name: str) -> tuple[int | None, int, int]:

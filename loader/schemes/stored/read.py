@@ -22,7 +22,7 @@ from .gpt_oss import FORMATS_OF_BLOCKS, read_gpt_oss
 from .gptq import Gptq
 from .modelopt import ModelOpt
 from .modules import Read
-from .quantload import read_quantload
+from .quantload import METHOD, read_quantload
 from .quark import Quark
 from .settings import Settings
 from .weights import StoredCheckpoint
@@ -59,7 +59,7 @@ READERS: Mapping[str, Reader] = MappingProxyType(
         **dict.fromkeys(
             ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"), _of("NVIDIA ModelOpt", ModelOpt)
         ),
-        "quantload": Reader("quantload", read_quantload, frozenset(FORMATS.values())),
+        METHOD: Reader("quantload", read_quantload, frozenset(FORMATS.values())),
     }
 )
 """What reads a checkpoint, by its `quant_method`."""

@@ -24,10 +24,11 @@ class Floor:
 
 
 KERNELS = "kernels kernels.reference"
-GROUND = "errors options collector shortage memory.amounts schemes.names progress"
+GROUND = "errors options collector interrupts shortage memory.amounts schemes.names progress"
 FLOORS: dict[str, Floor] = {
     "errors": Floor("", "everybody raises them"),
     "progress": Floor("", "who is told how far a load is"),
+    "interrupts": Floor("", "a context manager around signals"),
     "collector": Floor("", "a context manager around Python's own collector"),
     "kernels.system_calls": Floor("", "what systems differ in, for kernels/ and the loader alike"),
     "shortage": Floor(
@@ -70,7 +71,7 @@ FLOORS: dict[str, Floor] = {
         "an engine can use the closures as they are",
     ),
     "model": Floor(
-        "errors shortage geometry kernels.formats checkpoint schemes online",
+        "errors interrupts shortage geometry kernels.formats checkpoint schemes online",
         "the transformers side: whose parameter is where",
     ),
     "pieces": Floor(f"errors geometry {KERNELS} checkpoint schemes online model", "what is read at once, and for whom"),
@@ -98,6 +99,10 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} checkpoint memory schemes online model plan draft fitting recording cache quantized_model digest",
         "the flow of a load",
     ),
+    "engines": Floor(
+        "errors options progress schemes.names schemes checkpoint model load",
+        "doors to a load for those who have an engine",
+    ),
     "server": Floor(
         "errors shortage options kernels.system_calls checkpoint memory schemes.names schemes.ahead model load",
         "a user of load like any other",
@@ -113,7 +118,7 @@ FLOORS: dict[str, Floor] = {
     ),
     "__main__": Floor("cli", "python -m quantload"),
     "": Floor(
-        "errors options memory draft load convert quantized_model",
+        "errors options memory draft load convert engines quantized_model",
         "the public names, each imported when it is first used",
     ),
 }

@@ -17,8 +17,8 @@ DEMO_MODEL = Path(quantload.__file__).parent / "demo_model"
 
 def test_what_the_package_offers() -> None:
     assert sorted(quantload.__all__) == [
-        "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantizedModel", "QuantloadError", "convert_checkpoint",
-        "load_quantized", "plan_quantized",
+        "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantizedModel", "QuantloadConfig", "QuantloadError",
+        "convert_checkpoint", "load_quantized", "plan_quantized",
     ]  # fmt: skip
     assert dir(quantload) == sorted(quantload.__all__)
     for name in quantload.__all__:

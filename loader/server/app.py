@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,7 +19,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from .. import __version__
 from .admission import Place
 from .api_errors import ApiError, on_api_error, on_crash, on_http_exception
 from .auth import BearerAuth, checked_key
@@ -127,7 +127,7 @@ class _Endpoints:
         return Response(ready_event(self.state.model_name), media_type="text/event-stream")
 
     async def version(self, _request: Request) -> Response:
-        return JSONResponse({"version": __version__})
+        return JSONResponse({"version": metadata.version("quantload")})
 
     async def load_report(self, _request: Request) -> Response:
         self.state.served()

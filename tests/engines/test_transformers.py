@@ -28,8 +28,9 @@ IDS = torch.tensor([[5, 9, 23, 54, 8, 40]])
 
 
 def through_the_door(folder: Path, scheme: str = "quark_mxfp4", **given: Any) -> Any:
-    config = QuantloadConfig(scheme, progress=False, **given.pop("config", {}))
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **given)
+    config = QuantloadConfig(scheme, progress=False, **given.get("config", {}))
+    others = {name: value for name, value in given.items() if name != "config"}
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **others)
 
 
 def assert_same(got: torch.nn.Module, want: torch.nn.Module) -> None:
@@ -180,13 +181,13 @@ def test_a_pipeline_takes_it() -> None:
 
 def test_a_damaged_entry_of_the_cache_is_read_around(tmp_path: Path) -> None:
     """The load begins anew, with the model that transformers holds."""
-    given = {"config": {"options": LoadOptions(cache=tmp_path)}}
-    first = through_the_door(DEMO_MODEL, **copy.deepcopy(given))
+    given: dict[str, Any] = {"config": {"options": LoadOptions(cache=tmp_path)}}
+    first = through_the_door(DEMO_MODEL, **given)
     entry = next(tmp_path.glob("*/*.safetensors"))
     damaged = bytearray(entry.read_bytes())
     damaged[-9] ^= 4
     entry.write_bytes(damaged)
-    second = through_the_door(DEMO_MODEL, **copy.deepcopy(given))
+    second = through_the_door(DEMO_MODEL, **given)
     assert second.load_report.cache == "rebuilt"
     assert_same(second, first)
     third = through_the_door(DEMO_MODEL, **given)

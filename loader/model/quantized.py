@@ -90,7 +90,8 @@ def refuse_to_save(model: nn.Module, *_: Any, **__: Any) -> None:
     """Stands for `save_pretrained`, whose folder nothing could read: no config would say what the codes mean."""
     raise UnsupportedCheckpointError(
         f"this {type(model).__name__} is quantized, and its codes are no checkpoint; write one from the original with "
-        f"quantload.convert_checkpoint or `quantload convert`, or store the codes with "
+        f"quantload.convert_checkpoint or `quantload convert`, load it with transformers' from_pretrained and a "
+        f"quantload.QuantloadConfig, whose models can be saved, or store the codes with "
         f"torch.save(model.state_dict(), path)"
     )
 

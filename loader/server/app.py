@@ -27,6 +27,7 @@ from .generation import GenerationFailed, as_api_error
 from .generation_request import GenerationRequest, checked_fields, parse_chat, parse_completion
 from .hosts import HostCheck, checked_hosts
 from .json_values import parse_json
+from .openapi import description
 from .request_log import USAGE, RequestLog, RequestLogMode
 from .size_limits import ALL_BODIES
 from .state import ServerState
@@ -69,6 +70,7 @@ def create_app(
         Route("/detokenize", endpoints.detokenize, methods=["POST"]),
         Route("/load_model", endpoints.load_model, methods=["POST"]),
         Route("/version", endpoints.version),
+        Route("/openapi.json", endpoints.openapi),
         Route("/load_report", endpoints.load_report),
         Route("/metrics", endpoints.metrics),
         Route("/health", endpoints.health),
@@ -125,6 +127,9 @@ class _Endpoints:
     async def load_model(self, request: Request) -> Response:
         await self._told(request, lambda served, body: checked_fields(body, served.name, {"model"}))
         return Response(ready_event(self.state.model_name), media_type="text/event-stream")
+
+    async def openapi(self, _request: Request) -> Response:
+        return JSONResponse(description(__version__))
 
     async def version(self, _request: Request) -> Response:
         return JSONResponse({"version": metadata.version("quantload")})

@@ -158,8 +158,9 @@ def parse_chat(body: object, model_name: str) -> GenerationRequest:
     handler_body: dict[str, Any] = {"model": model_name, "messages": check_messages(fields.get("messages"))}
     if fields.get("tool_choice") == "none":
         fields = {name: value for name, value in fields.items() if name not in ("tools", "tool_choice")}
-    if fields.get("tools"):
-        handler_body["tools"] = check_tools(fields["tools"])
+    tools = None if fields.get("tools") is None else check_tools(fields["tools"])
+    if tools:
+        handler_body["tools"] = tools
     if fields.get("chat_template_kwargs") is not None:
         handler_body["chat_template_kwargs"] = check_template_kwargs(fields["chat_template_kwargs"])
     return _request(fields, handler_body, default_max_tokens=None, logprobs=read_chat_logprobs(fields))

@@ -45,11 +45,12 @@ def _of_text(served: ServedModel, fields: dict[str, Any]) -> list[int]:
 def _of_chat(served: ServedModel, fields: dict[str, Any]) -> list[int]:
     if read_flag(fields, "add_special_tokens"):
         raise bad_request("`add_special_tokens` is for `prompt`: a template has its own", "add_special_tokens")
+    variables = fields.get("chat_template_kwargs")
     return served.encode_chat(
         check_messages(fields["messages"]),
-        tools=check_tools(fields["tools"]) if fields.get("tools") else None,
+        tools=None if fields.get("tools") is None else check_tools(fields["tools"]) or None,
         add_generation_prompt=read_flag(fields, "add_generation_prompt") or fields.get("add_generation_prompt") is None,
-        variables=check_template_kwargs(fields.get("chat_template_kwargs") or {}),
+        variables={} if variables is None else check_template_kwargs(variables),
     )
 
 

@@ -142,7 +142,12 @@ _SAMPLING |= {
 }
 _TOOLS = _or_null({"type": "array", "items": {"type": "object"}}, "As the chat template wants them")
 _VARIABLES = _or_null({"type": "object"}, "Variables for the chat template")
-_MESSAGES = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}}
+_MESSAGES = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"$ref": "#/components/schemas/Message"},
+    "examples": [[{"role": "user", "content": "class Stack:"}]],
+}
 
 _COMPLETION: dict[str, Schema] = {
     "prompt": {
@@ -153,6 +158,7 @@ _COMPLETION: dict[str, Schema] = {
             {"type": "array", "minItems": 1, "maxItems": MAX_CHOICES, "items": {**TOKENS, "minItems": 1}},
         ],
         "description": "A text, several, the ids of a text's tokens, or several such lists",
+        "examples": ["def read_lines(path):", ["class Stack:", "import "], [1, 2, 3]],
     },
     "logprobs": _integer(0, MAX_TOP_LOGPROBS, "Likely tokens to tell for each that was generated"),
 }

@@ -1,0 +1,107 @@
+"""Schemathesis against the server by its own OpenAPI description: wrong and right requests, none of them a 5xx.
+
+    python -m venv .schemathesis && .schemathesis/bin/pip install schemathesis
+    python bench/serve_openapi.py --schemathesis .schemathesis/bin/schemathesis    # five minutes
+
+Schemathesis has an environment of its own: its versions of the libraries that quantload's tests use are no concern of
+theirs. `quantload serve` runs the demo model in a process of its own, with a key. Wrong are: a status of 500 or more, a
+status or a body that the description does not have, a request accepted that the description forbids, one without the
+key answered. Right requests that are refused (a text of no tokens, ids beyond the vocabulary: bounds that no schema
+says) are counted apart. The script ends with 1 where something was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine, headline
+from result_files import RESULTS, write_result
+from serve_process import KEY, serving
+
+SECONDS = 300
+REFUSED_THOUGH_VALID = "positive_data_acceptance"
+
+
+def command(program: Path, url: str, seconds: int, report: Path) -> list[str]:
+    """Schemathesis for so many seconds; its report goes to `report`, one event a line."""
+    return [
+        str(program), "run", f"{url}/openapi.json", "--header", f"Authorization: Bearer {KEY}",
+        "--checks", "all", "--max-time", str(seconds), "--request-timeout", "60", "--continue-on-failure",
+        "--report", "ndjson", "--report-ndjson-path", str(report), "--no-color",
+    ]  # fmt: skip
+
+
+def counted(report: Path) -> dict[str, Any]:
+    """What a report holds: requests by operation and status, checks by name, those that failed with an example."""
+    statuses: dict[str, Counter[str]] = {}
+    checks: Counter[str] = Counter()
+    failures: dict[str, dict[str, Any]] = {}
+    version = ""
+    for line in report.read_text().splitlines():
+        event = json.loads(line)
+        version = event.get("Initialize", {}).get("schemathesis_version", version)
+        recorder = event.get("ScenarioFinished", {}).get("recorder", {})
+        operation = recorder.get("label", "")
+        for case, interaction in recorder.get("interactions", {}).items():
+            response = interaction.get("response")
+            status = "none" if response is None else str(response["status_code"])
+            statuses.setdefault(operation, Counter())[status] += 1
+            for check in recorder.get("checks", {}).get(case, []):
+                checks[check["name"]] += 1
+                if check["status"] != "success":
+                    body = recorder["cases"][case]["value"].get("body")
+                    example = {"status": status, "body": json.dumps(body)[:500], "times": 0}
+                    failures.setdefault(f"{check['name']}: {operation}", example)["times"] += 1
+    return {
+        "schemathesis": version,
+        "requests": sum(counts.total() for counts in statuses.values()),
+        "statuses": {operation: dict(sorted(counts.items())) for operation, counts in sorted(statuses.items())},
+        "checks": dict(sorted(checks.items())),
+        "failures": failures,
+    }
+
+
+def wrong(result: dict[str, Any]) -> list[str]:
+    """What must not have been: server errors, requests without an answer, failed checks, nothing tried at all."""
+    found = [f"{name}: {one}" for name, one in result["failures"].items() if not name.startswith(REFUSED_THOUGH_VALID)]
+    for operation, counts in result["statuses"].items():
+        found += [f"{operation}: {status}" for status in counts if status == "none" or status >= "500"]
+    return found if result["requests"] else ["no request was made"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemathesis", type=Path, required=True, help="its program")
+    parser.add_argument("--seconds", type=int, default=SECONDS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    machine = describe_machine()
+    print(headline(machine))
+    with tempfile.TemporaryDirectory() as folder, serving("--request-log", "off") as server:
+        report = Path(folder) / "report.ndjson"
+        program = command(options.schemathesis, server.url, options.seconds, report)
+        run = subprocess.run(program, capture_output=True, text=True, cwd=folder)
+        if not report.exists():
+            print(run.stdout, run.stderr, file=sys.stderr)
+            return 1
+        result = counted(report)
+        code, seconds = server.stop()
+    result["wrong"] = wrong(result) + ([] if code == 0 else [f"the server ended with {code} after {seconds:.1f} s"])
+    reduced = "" if options.seconds >= SECONDS else "quick"
+    path = write_result(
+        "serve_openapi", {"machine": machine, "seconds": options.seconds, **result}, options.out, reduced
+    )
+    print(json.dumps({name: result[name] for name in ("requests", "statuses", "failures", "wrong")}, indent=1))
+    print(path)
+    return 1 if result["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

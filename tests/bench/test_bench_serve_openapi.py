@@ -1,0 +1,53 @@
+"""`bench/serve_openapi.py` sees what is wrong in a report of Schemathesis; five minutes of it are run by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serve_openapi
+
+
+def scenario(status: int | None, *failed: str) -> dict[str, Any]:
+    response = None if status is None else {"status_code": status}
+    checks = [{"name": name, "status": "failure"} for name in failed]
+    return {
+        "ScenarioFinished": {
+            "recorder": {
+                "label": "POST /x",
+                "cases": {"a": {"value": {"body": {"n": 1}}}},
+                "checks": {"a": [{"name": "not_a_server_error", "status": "success"}, *checks]},
+                "interactions": {"a": {"response": response}},
+            }
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "failed", "wrong"),
+    [
+        (200, [], 0),
+        (400, [], 0),
+        (400, ["positive_data_acceptance"], 0),
+        (200, ["negative_data_rejection"], 1),
+        (500, [], 1),
+        (503, ["not_a_server_error"], 2),
+        (None, [], 1),
+    ],
+)
+def test_what_a_report_has_is_judged(tmp_path: Path, status: int | None, failed: list[str], wrong: int) -> None:
+    report = tmp_path / "report.ndjson"
+    lines = [{"Initialize": {"schemathesis_version": "4"}}, scenario(status, *failed)]
+    report.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = serve_openapi.counted(report)
+    assert (result["schemathesis"], result["requests"]) == ("4", 1)
+    assert result["checks"]["not_a_server_error"] >= 1
+    assert len(serve_openapi.wrong(result)) == wrong
+
+
+def test_no_request_at_all_is_wrong(tmp_path: Path) -> None:
+    report = tmp_path / "report.ndjson"
+    report.write_text("")
+    assert serve_openapi.wrong(serve_openapi.counted(report)) == ["no request was made"]

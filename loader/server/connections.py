@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from math import inf
@@ -24,13 +25,16 @@ from .api_errors import ApiError
 
 PROBES = frozenset({"/health", "/metrics"})
 MOST_CONNECTIONS = 1000
+WAITING_CONNECTIONS = 2048
+"""Those that the system holds until they are accepted."""
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
     """How many connections there may be, and how long each may keep the server waiting, in seconds.
 
-    `reserve` more than `connections` are taken, for `/health` and `/metrics` alone. The head of a request has
+    `accepted_at_once` are accepted before any of them is counted; it keeps the descriptors left for that from running
+    out. `reserve` more than `connections` are taken, for `/health` and `/metrics` alone. The head of a request has
     `head_seconds`, its body `body_seconds` and one second more for every `body_bytes_per_second` bytes that came; a
     body that nobody reads any more, because its request was refused, `unread_seconds`. A connection between two
     requests is kept for `idle_seconds`, one whose client takes no byte of its answer for `stalled_seconds`. When the
@@ -38,6 +42,7 @@ class ConnectionLimits:
     """
 
     connections: int = MOST_CONNECTIONS
+    accepted_at_once: int = 32
     reserve: int = 16
     head_seconds: float = 10.0
     body_seconds: float = 30.0
@@ -64,18 +69,33 @@ def connection_limits() -> ConnectionLimits:
     if descriptors is None:
         return limits
     room = descriptors * 3 // 4 - limits.reserve
-    return replace(limits, connections=max(limits.reserve, min(MOST_CONNECTIONS, room)))
+    return replace(
+        limits,
+        connections=max(limits.reserve, min(MOST_CONNECTIONS, room)),
+        accepted_at_once=max(1, min(limits.accepted_at_once, descriptors // 32)),
+    )
 
 
 class LimitedConfig(uvicorn.Config):
     """uvicorn's configuration for `app`, over connections with `limits`; the rest is uvicorn's own."""
 
     def __init__(self, app: ASGIApp, limits: ConnectionLimits | None = None, **rest: Any) -> None:
-        super().__init__(
-            app, http=LimitedProtocol, ws="none", lifespan="on", server_header=False,
-            timeout_keep_alive=10**6, **rest,  # the protocol closes idle connections itself
-        )  # fmt: skip
         self.limits = limits or connection_limits()
+        super().__init__(
+            app, http=LimitedProtocol, ws="none", loop="asyncio", lifespan="on", server_header=False,
+            backlog=self.limits.accepted_at_once, timeout_keep_alive=10**6,  # the protocol closes idle ones itself
+            **rest,
+        )  # fmt: skip
+
+
+class LimitedServer(uvicorn.Server):
+    """uvicorn over a `LimitedConfig`, with sockets that are given to it."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. asyncio accepts as many connections at once as the system is to hold; here they are two numbers."""
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(WAITING_CONNECTIONS)
 
 
 class Phase(Enum):

@@ -1,17 +1,23 @@
-"""What the JSON of any request must keep to, whatever its fields are called: depth, numbers, and text that encodes."""
+"""What the JSON of any request must keep to, whatever its fields are called: size, depth, numbers, encoding."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from .api_errors import bad_request
 
+MAX_CONTAINERS = 100_000
+"""Objects and lists: three bytes of JSON are twenty times as many in memory, and Python's collector looks at each."""
 MAX_DEPTH = 64
 """Objects and lists in each other: templates, copies and encoders of nested values recurse."""
 MAX_INTEGER = 1 << 64
 """Python's integers have no end; tensors, random seeds and text in a template do."""
+_STRING = r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)'  # one that does not end goes to the end, so that all are found in one pass
+_STRINGS = re.compile(_STRING, re.DOTALL)
+_STRINGS_OF_BYTES = re.compile(_STRING.encode(), re.DOTALL)
 NAMED_DEPTH = 5
 """Keys of a place that an error names, as in `messages[2].content[0].text`."""
 
@@ -23,6 +29,8 @@ def parse_json(text: str | bytes | bytearray, field: str | None = None) -> objec
     name the place in the body.
     """
     what = f"`{field}`" if field else "the body"
+    if _has_too_many_containers(text):
+        raise bad_request(f"{what} has more than {MAX_CONTAINERS} objects and lists", field)
     try:
         parsed: object = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -33,6 +41,27 @@ def parse_json(text: str | bytes | bytearray, field: str | None = None) -> objec
         place = field or _named(wrong.keys)
         raise bad_request(f"`{place}` {wrong}" if place else f"the body {wrong}", place or None) from wrong
     return parsed
+
+
+def _has_too_many_containers(text: str | bytes | bytearray) -> bool:
+    """Whether a JSON text opens more than `MAX_CONTAINERS` objects and lists, found without making any of them."""
+    if isinstance(text, str):
+        return _opened(text, _STRINGS, "{", "[")
+    return _opened(text, _STRINGS_OF_BYTES, b"{", b"[")
+
+
+def _opened(text: Any, strings: re.Pattern[Any], *brackets: Any) -> bool:
+    if sum(map(text.count, brackets)) <= MAX_CONTAINERS:
+        return False
+    count: int = 0
+    end = 0
+    for string in strings.finditer(text):  # brackets in strings do not count
+        count += sum(text.count(bracket, end, string.start()) for bracket in brackets)
+        end = string.end()
+        if count > MAX_CONTAINERS:
+            return True
+    count += sum(text.count(bracket, end) for bracket in brackets)
+    return count > MAX_CONTAINERS
 
 
 class _OutOfBounds(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import threading
@@ -15,10 +16,11 @@ import uvicorn
 from .admission import MAX_QUEUE
 from .app import create_app
 from .binding import bind_socket, is_loopback, url_of
-from .connections import LimitedConfig
+from .connections import LimitedConfig, LimitedServer
 from .request_log import RequestLogMode
 from .serving_metrics import MetricsSource
 from .state import ServerState
+from .transformers_serving import ServedModel
 from .warm_up import warm_up
 
 logger = logging.getLogger("quantload")
@@ -90,6 +92,7 @@ def serve(
         logger.info("Listening on %s, loading %s", url, model_name)
         loading.start()
         server.run(sockets=[bound])
+    gc.unfreeze()
     server.deadline.cancel()
     state.cancel.set()
     loading.join(LOAD_STOP_SECONDS)
@@ -99,7 +102,7 @@ def serve(
         raise state.error
 
 
-class _Server(uvicorn.Server):
+class _Server(LimitedServer):
     """uvicorn, telling the load of a signal at once, and the generations after the grace period."""
 
     def __init__(self, config: uvicorn.Config, state: ServerState, grace: float) -> None:
@@ -127,7 +130,7 @@ def _load(
     try:
         processor = load_processor()
         state.phase = "loading the weights"
-        state.finish(load(state.progress, state.cancel), processor, warm_up)
+        state.finish(load(state.progress, state.cancel), processor, _get_ready)
     except BaseException as error:  # whatever it is, the main thread must hear of it
         if state.cancel.is_set():
             logger.info("Loading %s was cancelled", state.model_name)
@@ -138,6 +141,16 @@ def _load(
             server.should_exit = True
         return
     logger.info("Serving %s at %s", state.model_name, url)
+
+
+def _get_ready(served: ServedModel, cancel: threading.Event) -> None:
+    """Warm up; and let the collector not walk a model and its libraries again for what requests leave.
+
+    That would take half a second each time, in which nobody is answered.
+    """
+    warm_up(served, cancel)
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
 from quantload.server import ServerState, create_app
 from quantload.server.binding import bind_socket
-from quantload.server.connections import ConnectionLimits, LimitedConfig
+from quantload.server.connections import ConnectionLimits, LimitedConfig, LimitedServer
 from quantload.server.request_log import RequestLogMode
 
 
@@ -72,7 +71,7 @@ def running(state: ServerState, api_key: str | None = None, request_log: Request
 def running_app(app: Any, limits: ConnectionLimits | None = None) -> Iterator[Client]:
     """An application on a free loopback port, in a thread, until the block ends."""
     with bind_socket("127.0.0.1", 0) as bound:
-        server = uvicorn.Server(LimitedConfig(app, limits, log_level="warning"))
+        server = LimitedServer(LimitedConfig(app, limits, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         wait_for(lambda: server.started)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import psutil
 import pytest
 from quantload.server.binding import bind_socket
 from quantload.server.connections import MOST_CONNECTIONS, ConnectionLimits, connection_limits
@@ -172,13 +173,14 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(brief: Client) -> 
     assert len(answer) < 64 << 20
 
 
-def test_a_client_that_takes_its_answer_slowly_gets_all_of_it(brief: Client) -> None:
-    with opened(brief) as connection:
+def test_a_client_that_takes_its_answer_slowly_gets_all_of_it(asked: Asked) -> None:
+    limits = ConnectionLimits(stalled_seconds=0.8, check_seconds=0.05)
+    with running_app(asked.app(), limits) as client, opened(client) as connection:
         connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         size = 0
         while part := connection.recv(8 << 20):
             size += len(part)
-            time.sleep(0.02)
+            time.sleep(0.06)
     assert size > 64 << 20
 
 
@@ -207,6 +209,25 @@ def test_those_that_are_being_answered_are_kept_and_the_probes_get_in(asked: Ask
                 one.recv(1)
         waiting[0].close()
         wait_for(lambda: client.get("/echo").status == 200, 5)
+
+
+def test_a_burst_takes_no_more_descriptors_than_are_left(asked: Asked, caplog: pytest.LogCaptureFixture) -> None:
+    """Connections are counted only after they were accepted, which takes a descriptor."""
+    limits = ConnectionLimits(connections=8, reserve=2, accepted_at_once=4)
+    most, before = 0, descriptors()
+    with running_app(asked.app(), limits) as client, ExitStack() as held:
+        for _ in range(100):
+            held.enter_context(opened(client, HEAD))
+        for _ in range(100):
+            most = max(most, descriptors() - before - 100)
+            time.sleep(0.001)
+        assert client.get("/health").status == 200
+    assert most <= 8 + 2 + 4 * 4 + 10  # the loop and its socket
+    assert "out of system resource" not in caplog.text
+
+
+def descriptors() -> int:
+    return psutil.Process().num_fds()
 
 
 @pytest.mark.parametrize(

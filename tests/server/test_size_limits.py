@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import socket
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from quantload.server import ServerState, app
 from quantload.server.api_errors import ApiError
-from quantload.server.json_values import parse_json
+from quantload.server.json_values import MAX_CONTAINERS, parse_json
 from quantload.server.off_loop import LARGE_BYTES, OnLoop, Workers, on_loop
 from quantload.server.size_limits import (
     LEAST_BODY,
@@ -119,6 +120,37 @@ def test_what_fits_is_let_through(body: dict[str, Any]) -> None:
     assert tokenizer.letters == 100_000
 
 
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("[" + "{}," * MAX_CONTAINERS + "0]", True),
+        ("[" + "{}," * (MAX_CONTAINERS - 1) + "0]", False),
+        (json.dumps("{[" * MAX_CONTAINERS), False),
+        (json.dumps(['\\"{[' * MAX_CONTAINERS, [{}]]), False),
+        ('["{", ' + "[],{}," * (MAX_CONTAINERS // 2) + "0]", True),
+    ],
+)
+@pytest.mark.parametrize("kind", [str, str.encode])
+def test_json_has_no_more_containers_than_the_collector_can_bear(text: str, refused: bool, kind: Any) -> None:
+    if not refused:
+        assert parse_json(kind(text)) == json.loads(text)
+        return
+    with pytest.raises(ApiError, match="objects and lists"):
+        parse_json(kind(text))
+
+
+@pytest.mark.parametrize(
+    "text", ['"' + '\\"' * 500_000, '"' + "\\" * 999_999, "[" * 200_000 + '"a' * 300_000, '"' * 999_999]
+)
+def test_a_string_without_an_end_takes_no_longer_than_another(text: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(ApiError):
+        parse_json("{" * (MAX_CONTAINERS + 1) + text)
+    with pytest.raises(ApiError):
+        parse_json(text + "{" * (MAX_CONTAINERS + 1))
+    assert time.monotonic() - start < 5
+
+
 def test_media_are_no_text() -> None:
     value = [{"type": "image_url", "image_url": {"url": "data:"}}, {"text": "x", "a": {"b": ["y"]}}]
     assert sorted(texts_of(value)) == ["image_url", "x", "y"]
@@ -155,9 +187,10 @@ def test_a_prompt_that_is_too_long_is_a_400(
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(served: tuple[Client, ServerState]) -> None:
     with socket.create_connection(("127.0.0.1", served[0].port), timeout=10) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99000000\r\n\r\n")
-        answer = connection.recv(1 << 16)
-    assert answer.startswith(b"HTTP/1.1 413")
-    assert b'"invalid_request_error"' in answer
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == 413
+        assert json.loads(response.read())["error"]["type"] == "invalid_request_error"
 
 
 def test_a_body_of_unsaid_length_is_read_no_further_than_its_limit(served: tuple[Client, ServerState]) -> None:

@@ -177,6 +177,17 @@ def test_every_scheme_is_bounded(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "one_big_tensor"])
+def test_a_load_through_transformers_is_bounded_alike(
+    name: str, checkpoint: Checkpoint, request: pytest.FixtureRequest
+) -> None:
+    options = {"staging_bytes": STAGING, "workers": 2, "through_transformers": True}
+    measured = measure(request.getfixturevalue(name), "quark_mxfp4", options, checkpoint("llama"))
+    assert_bounded(measured, STAGING)
+    assert_well_measured(measured)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("staging", [1, 8, 64])
 def test_the_arena_is_what_the_user_sets(staging: int, one_big_tensor: Path, checkpoint: Checkpoint) -> None:
     options = {"staging_bytes": staging * MIB, "chunk_bytes": min(8, staging) * MIB // 4, "workers": 2}

@@ -129,7 +129,7 @@ class _Endpoints:
         return Response(ready_event(self.state.model_name), media_type="text/event-stream")
 
     async def openapi(self, _request: Request) -> Response:
-        return JSONResponse(description(__version__))
+        return JSONResponse(description(metadata.version("quantload")))
 
     async def version(self, _request: Request) -> Response:
         return JSONResponse({"version": metadata.version("quantload")})

@@ -1,8 +1,8 @@
 """One load in a process of its own; the parent watches its memory from outside.
 
 Arguments: the checkpoint, the scheme, `LoadOptions` as JSON, which may hold a `policy` and `through_transformers`, and
-optionally a tiny checkpoint to warm up on. Prints `ready`, waits for a line, loads, prints the report as JSON and waits for another line.
-Logs go to standard error.
+optionally a tiny checkpoint to warm up on. Prints `ready`, waits for a line, loads, prints the report as JSON and waits
+for another line. Logs go to standard error.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import CheckpointError, QuantloadError, TruncatedShardError, UnsupportedCheckpointError
+from ..kernels.system_calls import open_plain
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".partial", ".download")
@@ -104,8 +105,13 @@ def _with_revision(hub_id: str, revision: str) -> str:
 
 def file_error(path: Path) -> QuantloadError:
     """The error for a file that was given instead of a folder."""
-    with open(path, "rb") as file:
-        head = file.read(8)
+    if not path.is_file():
+        return CheckpointError(f"{str(path)!r} is neither a folder nor a file; give the folder of a model")
+    try:
+        with open(open_plain(path, os.O_RDONLY), "rb") as file:
+            head = file.read(8)
+    except OSError as problem:
+        return CheckpointError(f"{str(path)!r} is a file that cannot be read: {problem.strerror}")
     kind = next((kind for kind in _KINDS if path.name.lower().endswith(kind.ends)), None)
     if head.startswith(b"GGUF"):
         kind = _KINDS[0]

@@ -28,6 +28,7 @@ from .errors import (
     RouteError,
     UnsupportedCheckpointError,
 )
+from .local_paths import local_path
 from .schemes.names import ExportName
 from .shortage import importing, is_shortage, refused, shortage_behind
 
@@ -80,7 +81,7 @@ def load(
     """Load a model, and say what was quantized, what it lost and how much memory it took."""
     chosen.logs.set_up()
     arguments = chosen.arguments()
-    _check_writable(report)
+    report = _writable(report)
     with _libraries():
         from .load import load_quantized
 
@@ -238,7 +239,7 @@ def convert(
     """Write a quantized checkpoint, streaming; run again after an interruption, it goes on where it was."""
     chosen.logs.set_up()
     arguments = chosen.arguments()
-    _check_writable(report)
+    report = _writable(report)
     with _libraries():
         from .convert.flow import convert_checkpoint
 
@@ -275,7 +276,7 @@ def report(
     from .memory.report import LoadReport
 
     try:
-        saved = LoadReport.load(path)
+        saved = LoadReport.load(local_path(path, "PATH", PolicyError))
     except OSError as error:
         raise PolicyError(f"{path} cannot be read: {error.strerror}") from error
     _show(saved, as_json)
@@ -374,12 +375,16 @@ def _display_name(model: str | None) -> str:
     return "quantload-demo" if model is None else model
 
 
-def _check_writable(path: Path | None) -> None:
-    """Raise before a load whose report could not be written after it."""
+def _writable(path: Path | None) -> Path | None:
+    """The file for a report; raises before a load whose report could not be written after it."""
     if path is None:
-        return
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise QuantloadError(f"{path} cannot be written: give --report a file in a folder that you may write to")
+        return None
+    path = local_path(path, "--report", PolicyError)
+    if path.is_symlink() and not path.exists():
+        path = Path(os.path.realpath(path))  # of a link to itself nothing but itself
+    if path.is_symlink() or path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PolicyError(f"{path} cannot be written: give --report a file in a folder that you may write to")
+    return path
 
 
 def _tell(report: Any, path: Path | None, as_json: bool) -> None:

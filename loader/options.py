@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, Self, TypeVar, get_args, overload
 
 from .errors import PolicyError
 from .kernels.system_calls import SHARES_LOCKS, cores
+from .local_paths import local_path
 from .memory.amounts import parse_bytes
 from .schemes.names import known_name
 
@@ -159,6 +160,8 @@ class LoadOptions:
                 raise PolicyError(f"{name} is {getattr(self, name)!r}; give True or False")
         if self.cache is not None and (not isinstance(self.cache, (str, Path)) or not str(self.cache)):
             raise PolicyError(f"cache is {self.cache!r}; give the path of a folder")
+        if self.cache is not None:
+            local_path(self.cache, "cache", PolicyError)
         if self.cache is not None and not SHARES_LOCKS:
             raise PolicyError(
                 "cache: this system has no locks that several processes hold together (flock), which keep an entry in "

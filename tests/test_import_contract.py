@@ -24,11 +24,12 @@ class Floor:
 
 
 KERNELS = "kernels kernels.reference"
-GROUND = "errors options collector interrupts shortage memory.amounts schemes.names progress"
+GROUND = "errors options local_paths collector interrupts shortage memory.amounts schemes.names progress"
 FLOORS: dict[str, Floor] = {
     "errors": Floor("", "everybody raises them"),
     "progress": Floor("", "who is told how far a load is"),
     "interrupts": Floor("", "a context manager around signals"),
+    "local_paths": Floor("errors", "what people write for files and folders"),
     "collector": Floor("", "a context manager around Python's own collector"),
     "kernels.system_calls": Floor("", "what systems differ in, for kernels/ and the loader alike"),
     "shortage": Floor(
@@ -51,12 +52,12 @@ FLOORS: dict[str, Floor] = {
     "memory.amounts": Floor("errors", "what people write for sizes"),
     "schemes.names": Floor("errors", "checks names before torch is imported"),
     "options": Floor(
-        "errors kernels.system_calls kernels.registry memory.amounts schemes.names",
+        "errors local_paths kernels.system_calls kernels.registry memory.amounts schemes.names",
         "checks what a caller asks for, kernels and schemes by name included",
     ),
     "geometry": Floor("errors kernels.formats", "where a piece lies: no files, no modules"),
     "checkpoint": Floor(
-        "errors options shortage kernels.system_calls", "files of any model: nothing about quantization"
+        "errors options local_paths shortage kernels.system_calls", "files of any model: nothing about quantization"
     ),
     "memory": Floor(
         "errors shortage memory.amounts kernels.statistics kernels.system_calls",

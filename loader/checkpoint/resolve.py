@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import CheckpointError, QuantloadError
+from ..local_paths import local_path
 from .identity import FileIdentities
 from .other_kinds import file_error, folder_error, names_error, reference_error
-from .paths import local_path
 from .quantization_config import FILES as QUANTIZATION_FILES
 from .quantization_config import with_quantization_config
 from .small_files import read_json_object, read_small_file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..collector import collector_paused
 from ..draft import Draft, draft_load
 from ..errors import PolicyError
 from ..interrupts import interrupt_first
+from ..local_paths import local_path
 from ..memory.amounts import parse_bytes
 from ..memory.budget import check_budget, memory_running_out
 from ..memory.limits import memory_limits
@@ -85,6 +87,7 @@ def convert_checkpoint(
         raise PolicyError("digest is for a loaded model; a conversion has none, its files are their own proof")
     if max_shard_bytes < 1:
         raise PolicyError(f"max_shard_bytes is {max_shard_bytes}; give a positive number of bytes")
+    folder_out = _folder_to_write(out)
     planned: list[MemoryPlan] = []
     with (
         torch.inference_mode(False),
@@ -120,7 +123,7 @@ def convert_checkpoint(
             retries=options.retries,
             identities=checkpoint.identities,
         )
-        with OutputFolder(Path(out), key) as folder, source:
+        with OutputFolder(folder_out, key) as folder, source:
             found, masks = draft.loaders.non_finite, to_buffers(draft.routes, draft.loaders)
             with OpenShards(tensors, shards, folder, recorder.on_layer, found, masks) as open_shards:
                 plan = _plan(draft, open_shards, sum(len(shard.offsets) for shard in shards), options)
@@ -180,6 +183,15 @@ def _plan(draft: Draft, open_shards: OpenShards, written: int, options: LoadOpti
     )
     total = sum(piece.nbytes for piece in pieces)
     return LoadPlan(pieces, chunk, workers, memory, total, draft.plan.bytes_in, 0, draft.plan.leftovers)
+
+
+def _folder_to_write(out: str | Path) -> Path:
+    """The folder, with another name beside it that it has until it is finished; `PolicyError` where none can be."""
+    folder = local_path(out, "the folder to write", PolicyError)
+    if not Path(os.path.abspath(folder)).name:
+        raise PolicyError(f"the folder to write is {str(out)!r}, the root of a file system; give one that does not exist")
+    local_path(folder.with_name(folder.name + UNFINISHED), "the folder to write, unfinished,", PolicyError)
+    return folder
 
 
 def _config(

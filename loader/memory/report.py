@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from ..errors import QuantloadError
+from ..errors import PolicyError
 
 if TYPE_CHECKING:
     import torch
@@ -187,13 +187,13 @@ class LoadReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The report `to_dict` gave; an unknown or missing field raises `QuantloadError`."""
+        """The report `to_dict` gave; an unknown or missing field raises `PolicyError`."""
         values = dict(_checked(cls, values))
         items = {"layers": LayerReport, "kept": KeptReport, "timeline": TimelinePoint, "non_finite": NonFiniteReport}
         for name, item in items.items():
             entries = values.get(name, [])
             if not isinstance(entries, Sequence) or isinstance(entries, str):
-                raise QuantloadError(f"not a load report: {name} is {type(entries).__name__}, a list is expected")
+                raise PolicyError(f"not a load report: {name} is {type(entries).__name__}, a list is expected")
             values[name] = [item(**_checked(item, entry)) for entry in entries]
         return cls(**values)
 
@@ -203,11 +203,15 @@ class LoadReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a report that `save` wrote; raises `QuantloadError` where `path` holds something else."""
+        """Read a report that `save` wrote; raises `PolicyError` where `path` holds something else."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise QuantloadError(
+            with open(path, "rb") as file:
+                content = file.read(MOST_BYTES + 1)
+            if len(content) > MOST_BYTES:
+                raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+            values = json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise PolicyError(
                 f"{os.fspath(path)} is not a load report: {error}; give a file `save` wrote"
             ) from error
         return cls.from_dict(values)
@@ -225,7 +229,7 @@ def _without_nonfinite(value: Any) -> Any:
 
 def _checked(cls: type[Any], values: Any) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
-        raise QuantloadError(
+        raise PolicyError(
             f"not a load report: {type(values).__name__} where the fields of {cls.__name__} are expected"
         )
     known = {f.name for f in fields(cls)}
@@ -233,7 +237,7 @@ def _checked(cls: type[Any], values: Any) -> Mapping[str, Any]:
     required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     unknown, missing = sorted(set(values) - known), sorted(required - set(values))
     if unknown or missing:
-        raise QuantloadError(
+        raise PolicyError(
             f"not a load report: {cls.__name__} has unknown fields {unknown}"
             f" and lacks {missing}; it has {sorted(known)}"
         )

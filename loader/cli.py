@@ -380,9 +380,9 @@ def _writable(path: Path | None) -> Path | None:
     if path is None:
         return None
     path = local_path(path, "--report", PolicyError)
-    if path.is_symlink() and not path.exists():
-        path = Path(os.path.realpath(path))  # of a link to itself nothing but itself
-    if path.is_symlink() or path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    path = Path(os.path.realpath(path))  # a link is left where it leads nowhere
+    place = path if path.exists() else path.parent
+    if path.is_symlink() or path.is_dir() or not path.parent.is_dir() or not os.access(place, os.W_OK):
         raise PolicyError(f"{path} cannot be written: give --report a file in a folder that you may write to")
     return path
 

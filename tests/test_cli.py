@@ -452,7 +452,7 @@ def test_anything_else_is_1(quantload: Command, tmp_path: Path) -> None:
     for content in ("[]", "{}", "not json"):
         other.write_text(content)
         code, out, err = quantload("report", other)
-        assert (code, out) == (1, "")
+        assert (code, out) == (2, "")
         assert "not a load report" in err
     code, _, err = quantload("load", "--kernel", "linear=aiter")
     assert code == 1
@@ -507,7 +507,7 @@ def test_a_report_that_cannot_be_written_is_an_error_before_the_load(
     monkeypatch.setattr("quantload.load.load_quantized", loaded)
     for path in (tmp_path / "no" / "such" / "folder.json", tmp_path):
         code, out, err = quantload("load", "--report", path)
-        assert (code, out) == (1, "")
+        assert (code, out) == (2, "")
         assert str(path) in err
 
 

@@ -98,6 +98,8 @@ def resolve(model_id: str | Path | Checkpoint, revision: str | None = None) -> C
         return Checkpoint(folder.resolve(), given)
     if folder.exists():
         raise file_error(folder)
+    if folder.is_symlink():
+        raise CheckpointError(f"{given!r} is a link that leads nowhere; give the folder itself")
     if isinstance(model_id, Path) or _looks_local(given):
         raise CheckpointError(
             f"{given!r} is no folder here; check the path, or give a hub id such as 'Qwen/Qwen3-0.6B'"

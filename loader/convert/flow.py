@@ -189,7 +189,7 @@ def _folder_to_write(out: str | Path) -> Path:
     """The folder, with another name beside it that it has until it is finished; `PolicyError` where none can be."""
     folder = local_path(out, "the folder to write", PolicyError)
     if not Path(os.path.abspath(folder)).name:
-        raise PolicyError(f"the folder to write is {str(out)!r}, the root of a file system; give one that does not exist")
+        raise PolicyError(f"the folder to write is {str(out)!r}, the root of a file system; give one that is not there")
     local_path(folder.with_name(folder.name + UNFINISHED), "the folder to write, unfinished,", PolicyError)
     return folder
 

@@ -21,6 +21,11 @@ CacheResult = Literal["hit", "written", "rebuilt", "unwritten"]
 so too, as the entry there was damaged. `unwritten`: read from the checkpoint; the log says why no entry was made."""
 
 
+MOST_BYTES = 256 << 20
+"""Largest file that is read as a report; one of 50,000 layers has 20 MB."""
+_PLAIN: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str}
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One quantized module: sizes in bytes, error of its weights.
@@ -191,10 +196,7 @@ class LoadReport:
         values = dict(_checked(cls, values))
         items = {"layers": LayerReport, "kept": KeptReport, "timeline": TimelinePoint, "non_finite": NonFiniteReport}
         for name, item in items.items():
-            entries = values.get(name, [])
-            if not isinstance(entries, Sequence) or isinstance(entries, str):
-                raise PolicyError(f"not a load report: {name} is {type(entries).__name__}, a list is expected")
-            values[name] = [item(**_checked(item, entry)) for entry in entries]
+            values[name] = [item(**_checked(item, entry)) for entry in values.get(name, [])]
         return cls(**values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -211,9 +213,7 @@ class LoadReport:
                 raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
             values = json.loads(content.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise PolicyError(
-                f"{os.fspath(path)} is not a load report: {error}; give a file `save` wrote"
-            ) from error
+            raise PolicyError(f"{os.fspath(path)} is not a load report: {error}; give a file `save` wrote") from error
         return cls.from_dict(values)
 
 
@@ -229,9 +229,7 @@ def _without_nonfinite(value: Any) -> Any:
 
 def _checked(cls: type[Any], values: Any) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
-        raise PolicyError(
-            f"not a load report: {type(values).__name__} where the fields of {cls.__name__} are expected"
-        )
+        raise PolicyError(f"not a load report: {type(values).__name__} where the fields of {cls.__name__} are expected")
     known = {f.name for f in fields(cls)}
     # Fields with a default may be absent, as in a report written by an older release.
     required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
@@ -241,4 +239,19 @@ def _checked(cls: type[Any], values: Any) -> Mapping[str, Any]:
             f"not a load report: {cls.__name__} has unknown fields {unknown}"
             f" and lacks {missing}; it has {sorted(known)}"
         )
+    for each in fields(cls):
+        if each.name in values and not _fits(values[each.name], str(each.type)):
+            given = str(values[each.name])[:100]
+            raise PolicyError(f"not a load report: {each.name} of {cls.__name__} is {given!r}, expected {each.type}")
     return values
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value from JSON is of the type that a field of a report says; objects in lists are looked at apart."""
+    kind = annotation.removesuffix(" | None")
+    if value is None or isinstance(value, bool):
+        return value is None and kind != annotation
+    if kind.startswith("list["):
+        inner = kind[len("list[") : -1]
+        return isinstance(value, list) and (inner not in _PLAIN or all(_fits(item, inner) for item in value))
+    return isinstance(value, _PLAIN.get(kind, str))

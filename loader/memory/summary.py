@@ -37,7 +37,7 @@ def render(report: LoadReport, console: Console | None = None) -> None:
     conversions = f", fallback conversions: {report.fallback_conversions}" if report.fallback_conversions else ""
     cache = f", cache: {report.cache}" if report.cache is not None else ""
     if report.digest is not None:
-        console.print(f"digest {report.digest}, in {report.digest_seconds:.1f} s", highlight=False)
+        console.print(f"digest {report.digest}, in {report.digest_seconds or 0.0:.1f} s", highlight=False)
     console.print(
         f"read {format_bytes(report.bytes_read)} in {report.seconds:.1f} s"
         f" ({report.bytes_per_second / GIB:.2f} GiB/s){conversions}{cache}",

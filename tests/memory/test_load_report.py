@@ -157,7 +157,7 @@ def test_json_is_strict_and_reads_back(sqnr: float | None, amax: float | None, m
     [
         ({"speed": 3}, r"unknown fields \['speed'\]"),
         ({"layers": [{"name": "a"}]}, "lacks .*'bytes_in'"),
-        ({"layers": {"name": "a"}}, "layers is dict, a list is expected"),
+        ({"layers": {"name": "a"}}, "layers of LoadReport is .*, expected list"),
         ({"kept": ["a"]}, "str where the fields of KeptReport"),
     ],
 )

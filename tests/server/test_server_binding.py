@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 
 import pytest
+from quantload.errors import PolicyError
 from quantload.server.binding import BindError, bind_socket, is_loopback, url_of
 
 
@@ -19,7 +20,13 @@ def test_a_taken_port_is_an_error_that_names_it() -> None:
             bind_socket("127.0.0.1", port)
 
 
-@pytest.mark.parametrize(("host", "port"), [("no such host", 1), ("203.0.113.1", 0), ("127.0.0.1", 70000)])
+@pytest.mark.parametrize("host", ["no such host", "h" * 300, "a\0b", "\ud800", "a..b"])
+def test_what_is_no_host_is_a_usage_error(host: str) -> None:
+    with pytest.raises(PolicyError, match="give an address of this machine"):
+        bind_socket(host, 1)
+
+
+@pytest.mark.parametrize(("host", "port"), [("203.0.113.1", 0), ("127.0.0.1", 70000)])
 def test_an_impossible_address_is_an_error(host: str, port: int) -> None:
     with pytest.raises(BindError, match="choose another"):
         bind_socket(host, port)

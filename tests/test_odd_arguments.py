@@ -182,7 +182,8 @@ def report() -> dict[str, Any]:
 def test_a_report_with_a_field_of_another_kind_is_refused(report: dict[str, Any], run: Any, place: Path) -> None:
     path = place / "report.json"
     kept: Any = report["kept"]
-    changed = [report | {name: value} for name in report for value in ("\0x", -1.5, [[]], {"a": 1}, None, True)]
+    odd: tuple[Any, ...] = ("\0x", -1.5, [[]], {"a": 1}, None, True)
+    changed = [report | {name: value} for name in report for value in odd]
     changed += [
         report | {"kept": [kept[0] | {"bytes": "x"}]},
         report | {"layers": [report["layers"][0] | {"numel": None}]},

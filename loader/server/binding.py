@@ -15,7 +15,7 @@ class BindError(QuantloadError):
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A listening TCP socket on `host`:`port` (port 0: any free one). Raises `BindError`, and `PolicyError` for no host."""
+    """A listening TCP socket on `host`:`port` (port 0: any free one). Raises `BindError`; `PolicyError` for no host."""
     if not 0 <= port <= 65535:
         raise BindError(f"there is no port {port}; choose another, from 1 to 65535, or 0 for any free one")
     family, address = _address(host, port)

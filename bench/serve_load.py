@@ -26,11 +26,12 @@ from markdown import markdown
 from result_files import RESULTS, write_result
 from serve_clients import Row, answers_alone, load, new_client, questions
 from serve_process import KEY, Held, Server, serving
-from serve_trouble import LONG, crowd, gauge, leaving, not_reading, post, send, unfinished
+from serve_trouble import LONG, abort, crowd, full_queue, gauge, head, leaving, not_reading, post, send, unfinished
 from serve_wrong import strangers, wrong
 
 MIB = 1 << 20
 SECONDS, CLIENTS = 180.0, 64
+QUEUE = 64
 GROWTH = {"rss_bytes": 24 * MIB, "descriptors": 4, "threads": 0}
 """How much more of each the process may hold at the end of the load than after its first quarter."""
 STOP_SECONDS = 12.0
@@ -80,7 +81,7 @@ def most(held: list[Held]) -> Held:
 
 
 async def measure(server: Server, options: argparse.Namespace) -> tuple[list[Row], list[Held]]:
-    """All rows but those of the end, and what the process held during the load."""
+    """All rows but that of the log, and what the process held during the load."""
     quick = options.seconds < 60
     asked, samples = questions()[:: 7 if quick else 1], Samples(server)
     async with new_client(server.url) as client:
@@ -91,11 +92,13 @@ async def measure(server: Server, options: argparse.Namespace) -> tuple[list[Row
         rows.append(samples.row())
         rows.append(await idle(client))
         rows += await leaving(client, server.port, 1 if quick else 20)
+        rows += await full_queue(client, server.port, QUEUE)
         rows.append(await not_reading(client, server.port, 1 if quick else 8))
         rows += await unfinished(client, server.port, 4 if quick else 50, wait=not quick)
         rows.append(await crowd(client, server.port, 1_100))
         rows += await wrong(client, 1 if quick else 3)
         rows.append(await idle(client))
+    rows.append(await stopped(server))
     return rows, samples.held
 
 
@@ -111,27 +114,35 @@ async def idle(client: httpx.AsyncClient) -> Row:
         await asyncio.sleep(0.1)
 
 
-async def busy_end(server: Server) -> None:
-    """Leave a stream, a half body and a half head behind for the server to stop with."""
-    await post(server.port, {**LONG, "stream": True})
-    await send(server.port, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
-    data = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 99\r\n\r\n{{"
-    await send(server.port, data.encode())
-    await asyncio.sleep(0.2)
+async def stopped(server: Server) -> Row:
+    """Row of SIGTERM while a stream, a request that waits, a half body and a half head are under way."""
+    held = [
+        await post(server.port, {**LONG, "stream": True}),
+        await post(server.port, LONG),
+        await send(server.port, head("/v1/completions", 99) + b"{"),
+        await send(server.port, head("/v1/completions")),
+    ]
+    await held[0][0].readuntil(b"data: ")
+    code, took = await asyncio.to_thread(server.stop)
+    row = Row("end", "SIGTERM with requests under way")
+    row.add(f"exit code {code}", took, f"exit code {code} after {took:.1f} s" if code or took > STOP_SECONDS else None)
+    for _, writer in held:
+        abort(writer)
+    return row
 
 
-def ended(server: Server) -> list[Row]:
-    """Rows of SIGTERM and of the log that is left."""
-    code, took = server.stop()
-    stop, log = Row("end", "SIGTERM with requests under way"), Row("end", "lines of the log")
-    stop.add(f"exit code {code}", took, f"exit code {code} after {took:.1f} s" if code or took > STOP_SECONDS else None)
+def log_row(server: Server) -> Row:
+    """Row of the lines of the log."""
+    log = Row("end", "lines of the log")
     for line in server.noise:
         log.add("no JSON", 0.0, line[:200])
     for entry in server.log:
         text = str(entry)
+        if entry["level"] == "warning":
+            print(f"warned: {entry['message']}", flush=True)
         wrong = KEY in text or "exception" in entry or entry["level"] == "error"
         log.add(entry["level"], 0.0, text[:300] if wrong else None)
-    return [stop, log]
+    return log
 
 
 def render(result: dict[str, Any]) -> str:
@@ -154,9 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     machine, start = describe_machine(), time.monotonic()
     print(headline(machine), flush=True)
-    with serving() as server:
-        rows, held = asyncio.run(_all(server, options))
-        rows += ended(server)
+    with serving("--max-queue", str(QUEUE)) as server:
+        rows, held = asyncio.run(measure(server, options))
+        rows.append(log_row(server))
     settings = {"seconds": options.seconds, "clients": options.clients, "seed": options.seed}
     settings["whole_seconds"] = round(time.monotonic() - start)
     result = {
@@ -170,12 +181,6 @@ def main(arguments: list[str] | None = None) -> int:
     reduced = "" if options.seconds >= SECONDS and options.clients >= CLIENTS else "part"
     print(f"\nwritten: {write_result('serve_load', result, options.results, reduced)}")
     return int(any(row.wrong for row in rows))
-
-
-async def _all(server: Server, options: argparse.Namespace) -> tuple[list[Row], list[Held]]:
-    found = await measure(server, options)
-    await busy_end(server)
-    return found
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from serve_clients import HEADERS, STUCK_SECONDS, Row
 from serve_process import KEY
 
 LONG = {"prompt": "def f(", "max_tokens": 900, "temperature": 0, "logit_bias": {"0": -100}}
+HELLO = [{"role": "user", "content": "x"}]
 SLOT_SECONDS = 1.5  # in which a slot is free again: a look at the connection each 0.25 s, and a token
 HEALTH_SECONDS = 5.0
 CLOSE_SECONDS = 90.0
@@ -118,6 +119,28 @@ async def leaving(client: httpx.AsyncClient, port: int, tries: int) -> list[Row]
         took = time.monotonic() - start
         row.add("none was run", took, f"after {took:.2f} s" if took > 2 * SLOT_SECONDS else None)
     return [*rows, row]
+
+
+async def full_queue(client: httpx.AsyncClient, port: int, places: int) -> list[Row]:
+    """Rows of requests that find a queue of `places` full: refused at once, and taken again when there is room."""
+    refused, again = Row("a full queue", f"a request more than {places} that wait"), Row("a full queue", "room again")
+    held = [await post(port, {**LONG, "stream": True}) for _ in range(places + 1)]
+    await _waiting(client, places)
+    for path, said in (("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": HELLO})) * 8:
+        start = time.monotonic()
+        reply = await client.post(path, json={**said, "max_tokens": 1})
+        right = reply.status_code == 429 and int(reply.headers.get("retry-after", 0)) >= 1
+        right = right and reply.json()["error"]["code"] is not None
+        refused.add(str(reply.status_code), time.monotonic() - start, None if right else reply.text[:200])
+    for _, writer in held:
+        abort(writer)
+    start = time.monotonic()
+    while time.monotonic() < start + 10 * SLOT_SECONDS:
+        reply = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+        if reply.status_code == 200:
+            break
+    again.add(str(reply.status_code), time.monotonic() - start, None if reply.status_code == 200 else reply.text[:200])
+    return [refused, again]
 
 
 async def not_reading(client: httpx.AsyncClient, port: int, clients: int) -> Row:

@@ -136,7 +136,7 @@ async def strangers(url: str) -> Row:
     """Row of every route without the right key."""
     row = Row("wrong requests", "without the key")
     async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        for path in (COMPLETIONS, CHAT, "/v1/models", "/load_report", "/metrics", "/nowhere", "/health/", "//health"):
+        for path in (COMPLETIONS, CHAT, "/v1/models", "/load_report", "/metrics", "/version", "/nowhere", "/health/"):
             for key in keys():
                 start = time.monotonic()
                 headers = {} if key is None else {"Authorization": key}

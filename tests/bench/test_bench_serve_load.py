@@ -87,7 +87,8 @@ def test_a_short_run(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("serve_load-20*-part.json")
     result = json.loads(path.read_text())
     assert {row["group"] for row in result["rows"]} == {
-        "load", "clients that leave", "clients that do not read", "unfinished requests", "wrong requests", "end",
+        "load", "a full queue", "clients that leave", "clients that do not read", "unfinished requests",
+        "wrong requests", "end",
     }  # fmt: skip
     assert sum(row["wrong"] for row in result["rows"]) == 0
     assert "| SIGTERM with requests under way |" in serve_load.render(result)

@@ -22,6 +22,7 @@ from . import config_checks, modeling_code, transformers_api
 from .experts import convert_experts, is_fused_experts, unsupported_reason
 from .linears import Products
 from .quantized import QuantizedLinear, say_what_codes_stand_for
+from .remote_code import warn_of_code
 from .roles import roles
 from .stored_sources import ModuleWeights, StoredSources
 from .weight_reads import weight_readers
@@ -88,7 +89,9 @@ def find_model(
     said = checkpoint.config()
     _check_dtype(checkpoint)
     config_checks.check_counts(said, checkpoint.root, tensors)
-    if not trust_remote_code:
+    if trust_remote_code:
+        warn_of_code(checkpoint.root, checkpoint.model_id)
+    else:
         config_checks.check_code(said, checkpoint.root)
     config = transformers_api.load_config(checkpoint.root, trust_remote_code)
     cls = transformers_api.model_class(config, checkpoint.root, trust_remote_code)

@@ -3,7 +3,7 @@
     python .ci/audit.py REQUIREMENTS
 
 `REQUIREMENTS` has a line NAME==VERSION for each package. Exit code 1 if any has a vulnerability that `ACCEPTED` does
-not name. Where the index has no such data, as mirrors have none, that is said and the exit code is 0: nothing was found.
+not name. Where the index has no such data, as mirrors have none, that is said, and the exit code is 0.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .api_errors import ApiError
 from .generation_request import GenerationRequest
+from .grammar import tool_calls
 from .logprobs import TokenLog, TokenTexts, chat_logprobs, completion_logprobs
 
 Run = Callable[[GenerationRequest, str], Awaitable[Response]]
@@ -65,19 +67,40 @@ class Choice:
         self.usage: dict[str, int] | None = None
         self._log = TokenLog(part.chosen, texts) if part.logprobs is not None else None
         self._texts = texts
+        self._calls = part.constraint is not None and part.constraint.tools
+        self._text = ""
         self._cut = bool(part.stop)  # tokens of a stop string are generated, and not sent
         self._length = 0
 
     def whole(self, choice: dict[str, Any]) -> dict[str, Any]:
         """The choice of an answer that is not streamed."""
         text = choice["message"].get("content") if self.chat else choice["text"]
-        return {**choice, "index": self.index, "logprobs": self._logprobs(text or "")}
+        logprobs = self._logprobs(text or "")
+        calls = tool_calls(text or "") if self._calls else None
+        if calls is not None:
+            message = {"role": "assistant", "content": None, "tool_calls": [_as_call(call) for call in calls]}
+            choice = {**choice, "message": message, "finish_reason": "tool_calls"}
+        return {**choice, "index": self.index, "logprobs": logprobs}
 
     def delta(self, choice: dict[str, Any]) -> dict[str, Any]:
         """The choice of one event of a stream; call it in their order."""
         text = choice["delta"].get("content") if self.chat else choice["text"]
         logprobs = self._logprobs(text or "")
+        if self._calls:
+            choice = self._with_calls(choice, text or "")
         return {"finish_reason": None, **choice, "index": self.index, "logprobs": logprobs}
+
+    def _with_calls(self, choice: dict[str, Any], text: str) -> dict[str, Any]:
+        """An event of an answer that is calls: they come with the last, and what was cut off as the text that it is."""
+        self._text += text
+        delta = {name: value for name, value in choice["delta"].items() if name != "content"}
+        if choice.get("finish_reason") is None:
+            return {**choice, "delta": delta}
+        calls = tool_calls(self._text)
+        if calls is None:
+            return {**choice, "delta": {**delta, "content": self._text}}
+        delta["tool_calls"] = [{"index": index, **_as_call(call)} for index, call in enumerate(calls)]
+        return {**choice, "delta": delta, "finish_reason": "tool_calls"}
 
     def _logprobs(self, text: str) -> dict[str, Any] | None:
         if self._log is None:
@@ -85,6 +108,10 @@ class Choice:
         self._length += len(text)
         tokens = self._log.take(self._length if self._cut else None)
         return (chat_logprobs if self.chat else completion_logprobs)(tokens, self._texts)
+
+
+def _as_call(function: dict[str, Any]) -> dict[str, Any]:
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
 def sum_usage(usages: list[dict[str, int]], n: int) -> dict[str, int]:

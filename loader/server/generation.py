@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ..shortage import NO_MEMORY, Shortage, named
 from .api_errors import ApiError, bad_request, out_of_memory
 from .generation_request import SAMPLING, GenerationRequest
+from .grammar import GrammarProcessor, Grammars
 from .logprobs import LogprobNotes
 from .off_loop import OnLoop, on_loop
 from .prompts import check_known_tokens, check_prompt_ids
@@ -160,6 +161,7 @@ class GuardedManager:
         context: int | None,
         batched: bool,
         stream_error: type[Any],
+        grammars: Grammars,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.loop = loop
@@ -169,10 +171,17 @@ class GuardedManager:
         self.context = context
         self.batched = batched
         self.stream_error = stream_error
+        self.grammars = grammars
 
     def init_cb(self, _model: Any, config: GenerationConfig) -> None:
         """Start the continuous batch (once); all its requests share the model's own sampling."""
         check_shared_sampling(self.request, self.model.generation_config)
+        constraint = self.request.constraint
+        if constraint is not None:
+            raise bad_request(
+                f"`{constraint.field}` needs a server without continuous batching", constraint.field,
+                "unsupported_parameter",
+            )  # fmt: skip
         on_loop(self.loop, lambda: self.inner.init_cb(self.model, config))
 
     def generate_streaming(
@@ -214,7 +223,9 @@ class GuardedManager:
             raise bad_request(
                 "`logprobs` are not to be had from this model: its generation config searches with beams", "logprobs"
             )
-        return _WatchedModel(self.model, getattr(processor, "tokenizer", processor), config, self.request)
+        constraint = self.request.constraint
+        grammar = None if constraint is None else self.grammars.processor(constraint, config)
+        return _WatchedModel(self.model, getattr(processor, "tokenizer", processor), config, self.request, grammar)
 
 
 def _count_batched(streamer: Any, request: GenerationRequest) -> None:
@@ -274,7 +285,15 @@ class CheckedQueue:
 class _WatchedModel:
     """The model as one request sees it: everything passes through but `generate`."""
 
-    def __init__(self, model: Any, tokenizer: Any, config: GenerationConfig, request: GenerationRequest) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: GenerationConfig,
+        request: GenerationRequest,
+        grammar: GrammarProcessor | None,
+    ) -> None:
+        self._grammar = grammar
         self._model = model
         self._tokenizer = tokenizer
         self._config = config
@@ -295,7 +314,9 @@ class _WatchedModel:
         if request.frequency_penalty or request.presence_penalty:
             processors.append(CountPenalty(request.frequency_penalty, request.presence_penalty))
         notes = None if request.logprobs is None else LogprobNotes(request.logprobs, request.chosen)
-        watch = _Watch(self._tokenizer, self._config, request, notes)
+        if self._grammar is not None:
+            processors.append(self._grammar)
+        watch = _Watch(self._tokenizer, self._config, request, notes, self._grammar)
         what = named(f"an answer of up to {self._config.max_new_tokens} tokens to this request")
         with what, nullcontext() if notes is None else notes.watching(self._model):
             sequences = self._model.generate(
@@ -328,9 +349,15 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
     """
 
     def __init__(
-        self, tokenizer: Any, config: GenerationConfig, request: GenerationRequest, notes: LogprobNotes | None
+        self,
+        tokenizer: Any,
+        config: GenerationConfig,
+        request: GenerationRequest,
+        notes: LogprobNotes | None,
+        grammar: GrammarProcessor | None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.grammar = grammar
         self.notes = notes
         self.answer_begins: int | None = None
         self.config = config
@@ -350,7 +377,11 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
             self.notes.note(int(input_ids[0, -1]))
         ended = int(input_ids[0, -1]) in self.eos
         done = False
-        if self.request.stop:
+        if self.grammar is not None:
+            self.grammar.note(int(input_ids[0, -1]))
+            done = self.grammar.ended
+            ended |= done
+        if self.request.stop and not done:
             recent = input_ids[0, max(self.answer_begins, input_ids.shape[-1] - self.tail) :]
             text = self.tokenizer.decode(recent, skip_special_tokens=True)
             done = first_stop(text, self.request.stop) is not None

@@ -22,6 +22,7 @@ from .answer_fields import (
     read_stop_tokens,
 )
 from .api_errors import ApiError, bad_request
+from .grammar import Constraint, read_constraint
 from .logprobs import Chosen
 from .messages import check_messages, check_template_kwargs, check_tools
 from .transformers_chat import request_fields
@@ -41,9 +42,6 @@ ONLY_DEFAULT: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("auto",),
-    "parallel_tool_calls": (True,),
     "functions": (),
     "function_call": (),
     "modalities": (["text"],),
@@ -69,12 +67,13 @@ SAMPLING = (
     "logprobs",
 )
 
-ANSWERS = ("n", "stream_options", "ignore_eos", "stop_token_ids")
+ANSWERS = ("n", "response_format", "stream_options", "ignore_eos", "stop_token_ids")
 """Fields about the number, the end and the form of the answers, which a continuous batch knows how to take too."""
 
 _SHARED = frozenset({"model", "stream", "max_tokens", "generation_config", *SAMPLING, *ANSWERS, *INERT, *ONLY_DEFAULT})
 COMPLETION_FIELDS = _SHARED | {"prompt"}
-CHAT_FIELDS = _SHARED | {"messages", "tools", "chat_template_kwargs", "max_completion_tokens", "top_logprobs"}
+_CHAT = ("messages", "tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "max_completion_tokens")
+CHAT_FIELDS = _SHARED | {*_CHAT, "top_logprobs"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +108,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    constraint: Constraint | None = None
     n: int = 1
     include_usage: bool = False
     prompts: tuple[Prompt, ...] = ()
@@ -148,6 +148,7 @@ def parse_completion(body: object, model_name: str) -> GenerationRequest:
         {"model": model_name},
         default_max_tokens=COMPLETION_MAX_TOKENS,
         logprobs=read_completion_logprobs(fields),
+        constraint=read_constraint(fields),
         prompts=prompts,
     )
 
@@ -157,13 +158,19 @@ def parse_chat(body: object, model_name: str) -> GenerationRequest:
     fields = _with_generation_config(checked_fields(body, model_name, CHAT_FIELDS))
     handler_body: dict[str, Any] = {"model": model_name, "messages": check_messages(fields.get("messages"))}
     if fields.get("tool_choice") == "none":
-        fields = {name: value for name, value in fields.items() if name not in ("tools", "tool_choice")}
+        fields = {name: value for name, value in fields.items() if name != "tools"}
     tools = None if fields.get("tools") is None else check_tools(fields["tools"])
     if tools:
         handler_body["tools"] = tools
     if fields.get("chat_template_kwargs") is not None:
         handler_body["chat_template_kwargs"] = check_template_kwargs(fields["chat_template_kwargs"])
-    return _request(fields, handler_body, default_max_tokens=None, logprobs=read_chat_logprobs(fields))
+    return _request(
+        fields,
+        handler_body,
+        default_max_tokens=None,
+        logprobs=read_chat_logprobs(fields),
+        constraint=read_constraint(fields, tools),
+    )
 
 
 def _with_generation_config(fields: dict[str, Any]) -> dict[str, Any]:
@@ -198,14 +205,13 @@ def _request(
     *,
     default_max_tokens: int | None,
     logprobs: int | None,
+    constraint: Constraint | None,
     prompts: tuple[Prompt, ...] = (),
 ) -> GenerationRequest:
     for name, harmless in ONLY_DEFAULT.items():
         value = fields.get(name)
         # `is`-like for booleans: 0 == False and 1 == True would let `logprobs: 0` and `echo: 0` through.
         if value is not None and not any(type(value) is type(one) and value == one for one in harmless):
-            if name == "tool_choice" and value == "none":
-                continue
             raise bad_request(f"{name}={value!r} is not supported by this server", name, "unsupported_parameter")
     stream = fields.get("stream")
     if not (stream is None or isinstance(stream, bool)):
@@ -232,6 +238,7 @@ def _request(
         ignore_eos=read_flag(fields, "ignore_eos"),
         stop_token_ids=read_stop_tokens(fields),
         logprobs=logprobs,
+        constraint=constraint,
         n=read_count(fields, len(prompts) or 1),
         include_usage=read_include_usage(fields, bool(stream)),
         prompts=prompts,

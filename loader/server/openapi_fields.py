@@ -130,6 +130,26 @@ _SAMPLING: dict[str, Schema] = {
     "min_tokens": _integer(0, MOST, "Tokens before which no end of text and none of `stop_token_ids` comes"),
     "ignore_eos": _or_null(_FLAG, "Whether the end of text is a token like any other"),
     "stop_token_ids": _or_null({**TOKENS, "maxItems": MAX_STOP_TOKENS}, "Tokens that end the answer, which has them"),
+    "response_format": _or_null(
+        {
+            "anyOf": [
+                {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["text", "json_object"]}}},
+                {
+                    "type": "object",
+                    "required": ["type", "json_schema"],
+                    "properties": {
+                        "type": {"const": "json_schema"},
+                        "json_schema": {
+                            "type": "object",
+                            "required": ["schema"],
+                            "properties": {"schema": {"type": "object"}},
+                        },
+                    },
+                },
+            ]
+        },
+        "JSON, or JSON of a schema; needs the extra `grammar`",
+    ),
     "n": _integer(1, MAX_CHOICES, f"Answers to each prompt; {MAX_CHOICES} for all prompts together at most"),
     "generation_config": _or_null(
         {"type": "string"}, "JSON of a transformers GenerationConfig, as its clients send it"
@@ -165,6 +185,21 @@ _COMPLETION: dict[str, Schema] = {
 _CHAT: dict[str, Schema] = {
     "messages": _MESSAGES,
     "tools": _TOOLS,
+    "tool_choice": {
+        "anyOf": [
+            {"enum": ["none", "auto", "required", None]},
+            {
+                "type": "object",
+                "required": ["type", "function"],
+                "properties": {
+                    "type": {"const": "function"},
+                    "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+                },
+            },
+        ],
+        "description": "Whether the answer is a call of `tools`; all but none and auto need the extra `grammar`",
+    },
+    "parallel_tool_calls": _or_null(_FLAG, "Whether there may be several; false is for required alone"),
     "chat_template_kwargs": _VARIABLES,
     "max_completion_tokens": _integer(1, MOST, "The newer name of `max_tokens`"),
     "logprobs": _or_null(_FLAG, "Whether to tell how likely the tokens of the answer were"),

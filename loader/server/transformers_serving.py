@@ -36,10 +36,11 @@ from .answers import answer
 from .api_errors import ApiError, bad_request
 from .generation import GuardedManager, RequestCancelled, context_length
 from .generation_request import GenerationRequest
+from .grammar import Grammars
 from .logprobs import TokenTexts
 from .messages import has_media
 from .off_loop import Workers
-from .prompts import CheckedProcessor
+from .prompts import CheckedProcessor, vocabulary_size
 from .size_limits import size_limits
 
 CB_BLOCK_TOKENS = 256  # transformers' default size of a block of its paged cache
@@ -134,11 +135,12 @@ class _PinnedModel:
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         manager, ids = self.model_manager, self.generation_state.prompt_ids
-        return (
-            manager.name,
-            manager.model,
-            CheckedProcessor(manager.processor) if ids is None else _GivenIds(manager.processor, ids),
-        )
+        processor: Any = CheckedProcessor(manager.processor) if ids is None else _GivenIds(manager.processor, ids)
+        if not self.generation_state.constrained:
+            return manager.name, manager.model, processor
+        # A grammar begins with the answer: what follows the prompt is no reasoning, and has no marks to be parsed by.
+        getattr(processor, "tokenizer", processor).response_template = None
+        return manager.name, _UnparsedModel(manager.model), processor
 
 
 class _GivenIds:
@@ -184,6 +186,11 @@ class _RequestState:
         """The prompt, if it came as ids."""
         return self._request.prompt_ids
 
+    @property
+    def constrained(self) -> bool:
+        """Whether the answer keeps to a grammar."""
+        return self._request.constraint is not None
+
     def get_manager(self, model_id: str, use_cb: bool = False) -> GuardedManager:
         return GuardedManager(
             self._shared.get_manager(model_id, use_cb=use_cb),
@@ -193,6 +200,7 @@ class _RequestState:
             batched=use_cb,
             stream_error=_StreamError,
             loop=self._loop,
+            grammars=self._served.grammars,
         )
 
 
@@ -217,6 +225,7 @@ class ServedModel:
         for batched in {False, continuous_batching}:  # now: threads of several requests could each make one
             self.state.get_manager(name, use_cb=batched)
         self.tokenizer = CheckedProcessor(getattr(processor, "tokenizer", processor))
+        self.grammars = Grammars(getattr(processor, "tokenizer", processor), vocabulary_size(model.config))
         self.limits = size_limits(self.context, self.tokenizer, self.manager.modality is not Modality.LLM)
         self.workers = Workers()
 

@@ -38,6 +38,8 @@ EXAMPLES: dict[str, list[Any]] = {
     "chat_template_kwargs": [{}, {"enable_thinking": False}],
     "generation_config": ["{}", '{"do_sample": true}'],
     "model": ["tiny"],
+    "response_format": [{"type": "text"}],
+    "tool_choice": ["none", "auto"],
 }
 
 

@@ -76,8 +76,6 @@ def test_a_wrong_value_is_refused_by_name(field: str, value: object) -> None:
         ("best_of", 3),
         ("echo", True),
         ("suffix", "end"),
-        ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
     ],
 )
 def test_what_would_change_the_answer_and_is_not_there_is_refused(field: str, value: object) -> None:

@@ -6,7 +6,8 @@
 Schemathesis has an environment of its own: its versions of the libraries that quantload's tests use are no concern of
 theirs. `quantload serve` runs the demo model in a process of its own, with a key. Wrong are: a status of 500 or more, a
 status or a body that the description does not have, a request accepted that the description forbids, one without the
-key answered. Right requests that are refused (a text of no tokens, ids beyond the vocabulary: bounds that no schema
+key answered; one without an answer, unless it asks for so many tokens that it may take longer than the client waits.
+Right requests that are refused (a text of no tokens, ids beyond the vocabulary: bounds that no schema
 says) are counted apart. The script ends with 1 where something was wrong.
 """
 
@@ -26,6 +27,12 @@ from result_files import RESULTS, write_result
 from serve_process import KEY, serving
 
 SECONDS = 300
+PATIENCE = 60
+"""Seconds that it waits for an answer."""
+SLOW_TOKENS = 4000
+"""From here on a request may take longer: some 70 tokens a second, beside other jobs, one after the other."""
+CONTEXT = 1024
+"""That of the demo model: what is generated without a limit."""
 REFUSED_THOUGH_VALID = "positive_data_acceptance"
 
 
@@ -33,9 +40,17 @@ def command(program: Path, url: str, seconds: int, report: Path) -> list[str]:
     """Schemathesis for so many seconds; its report goes to `report`, one event a line."""
     return [
         str(program), "run", f"{url}/openapi.json", "--header", f"Authorization: Bearer {KEY}",
-        "--checks", "all", "--max-time", str(seconds), "--request-timeout", "60", "--continue-on-failure",
+        "--checks", "all", "--max-time", str(seconds), "--request-timeout", str(PATIENCE), "--continue-on-failure",
         "--report", "ndjson", "--report-ndjson-path", str(report), "--no-color",
     ]  # fmt: skip
+
+
+def tokens_asked(body: dict[str, Any]) -> int:
+    """How many tokens a request may make the server generate."""
+    prompt = body.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+    limit = body.get("max_completion_tokens") or body.get("max_tokens") or CONTEXT
+    return int((body.get("n") or 1) * prompts * min(limit, CONTEXT))
 
 
 def counted(report: Path) -> dict[str, Any]:
@@ -43,6 +58,7 @@ def counted(report: Path) -> dict[str, Any]:
     statuses: dict[str, Counter[str]] = {}
     checks: Counter[str] = Counter()
     failures: dict[str, dict[str, Any]] = {}
+    unanswered: list[dict[str, Any]] = []
     version = ""
     for line in report.read_text().splitlines():
         event = json.loads(line)
@@ -53,6 +69,10 @@ def counted(report: Path) -> dict[str, Any]:
             response = interaction.get("response")
             status = "none" if response is None else str(response["status_code"])
             statuses.setdefault(operation, Counter())[status] += 1
+            if response is None:
+                body = recorder["cases"][case]["value"].get("body")
+                tokens = tokens_asked(body) if isinstance(body, dict) else 0
+                unanswered.append({"operation": operation, "tokens": tokens, "body": json.dumps(body)[:500]})
             for check in recorder.get("checks", {}).get(case, []):
                 checks[check["name"]] += 1
                 if check["status"] != "success":
@@ -65,6 +85,7 @@ def counted(report: Path) -> dict[str, Any]:
         "statuses": {operation: dict(sorted(counts.items())) for operation, counts in sorted(statuses.items())},
         "checks": dict(sorted(checks.items())),
         "failures": failures,
+        "unanswered": unanswered,
     }
 
 
@@ -72,7 +93,8 @@ def wrong(result: dict[str, Any]) -> list[str]:
     """What must not have been: server errors, requests without an answer, failed checks, nothing tried at all."""
     found = [f"{name}: {one}" for name, one in result["failures"].items() if not name.startswith(REFUSED_THOUGH_VALID)]
     for operation, counts in result["statuses"].items():
-        found += [f"{operation}: {status}" for status in counts if status == "none" or status >= "500"]
+        found += [f"{operation}: {status}" for status in counts if status != "none" and status >= "500"]
+    found += [f"no answer: {one}" for one in result["unanswered"] if one["tokens"] < SLOW_TOKENS]
     return found if result["requests"] else ["no request was made"]
 
 
@@ -98,7 +120,11 @@ def main() -> int:
     path = write_result(
         "serve_openapi", {"machine": machine, "seconds": options.seconds, **result}, options.out, reduced
     )
-    print(json.dumps({name: result[name] for name in ("requests", "statuses", "failures", "wrong")}, indent=1))
+    print(
+        json.dumps(
+            {name: result[name] for name in ("requests", "statuses", "failures", "unanswered", "wrong")}, indent=1
+        )
+    )
     print(path)
     return 1 if result["wrong"] else 0
 

@@ -17,7 +17,7 @@ def scenario(status: int | None, *failed: str) -> dict[str, Any]:
         "ScenarioFinished": {
             "recorder": {
                 "label": "POST /x",
-                "cases": {"a": {"value": {"body": {"n": 1}}}},
+                "cases": {"a": {"value": {"body": {"prompt": "x", "max_tokens": 1}}}},
                 "checks": {"a": [{"name": "not_a_server_error", "status": "success"}, *checks]},
                 "interactions": {"a": {"response": response}},
             }
@@ -34,7 +34,7 @@ def scenario(status: int | None, *failed: str) -> dict[str, Any]:
         (200, ["negative_data_rejection"], 1),
         (500, [], 1),
         (503, ["not_a_server_error"], 2),
-        (None, [], 1),
+        (None, [], 1),  # of one token
     ],
 )
 def test_what_a_report_has_is_judged(tmp_path: Path, status: int | None, failed: list[str], wrong: int) -> None:
@@ -45,6 +45,20 @@ def test_what_a_report_has_is_judged(tmp_path: Path, status: int | None, failed:
     assert (result["schemathesis"], result["requests"]) == ("4", 1)
     assert result["checks"]["not_a_server_error"] >= 1
     assert len(serve_openapi.wrong(result)) == wrong
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"prompt": "x"}, 1024),
+        ({"prompt": [1, 2], "max_tokens": 5}, 5),
+        ({"prompt": ["x", "y"], "n": 3, "max_tokens": 5}, 30),
+        ({"messages": [], "n": None, "max_completion_tokens": 7, "max_tokens": 9}, 7),
+        ({"messages": [], "max_tokens": 1 << 30, "n": 4}, 4096),
+    ],
+)
+def test_how_much_a_request_asks_for(body: dict[str, Any], tokens: int) -> None:
+    assert serve_openapi.tokens_asked(body) == tokens
 
 
 def test_no_request_at_all_is_wrong(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..shortage import NO_MEMORY, Shortage, named
+from .answer_parsing import ForgivingParser
 from .api_errors import ApiError, bad_request, out_of_memory
 from .generation_request import SAMPLING, GenerationRequest
 from .grammar import GrammarProcessor, Grammars
@@ -189,6 +190,15 @@ class GuardedManager:
     ) -> tuple[CheckedQueue, Any]:
         """Queue a generation whose text comes piece by piece."""
         watched = self._prepare(processor, inputs, config)
+        if not self.batched and (config.num_beams or 1) > 1:
+            raise bad_request(
+                "this model's generation config searches with beams, which have no text before the end: leave out "
+                "`stream`",
+                "stream",
+                "unsupported_parameter",
+            )
+        if rest.get("response_parser") is not None:
+            rest["response_parser"] = ForgivingParser(rest["response_parser"])
         queue, streamer = on_loop(
             self.loop, lambda: self.inner.generate_streaming(watched, processor, inputs, config, **rest)
         )

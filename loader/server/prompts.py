@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import _get_template_variables
 
+from .answer_parsing import parsed_or_text
 from .api_errors import ApiError, bad_request
 
 # Configs name the ids that stand in a prompt where features of an image, video or sound go.
@@ -22,7 +23,7 @@ TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_to
 class CheckedProcessor:
     """A tokenizer or processor as handlers of requests see it: `ApiError` (400) for text that it cannot make ids of.
 
-    It was tried before the model was loaded (`processor_trial`), so what fails now is about the request. Everything
+    It was tried before the model was loaded (`processors`), so what fails now is about the request. Everything
     but making prompts is passed through.
     """
 
@@ -37,6 +38,13 @@ class CheckedProcessor:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _answered("the tokenizer", "prompt"):
             return self.real(*args, **kwargs)
+
+    def parse_response(self, response: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The message in an answer's ids; its text where there is none to be found."""
+        return parsed_or_text(
+            lambda: self.real.parse_response(response, *args, **kwargs),
+            lambda: str(self.real.decode(response, skip_special_tokens=True)),
+        )
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
         """The prompt of a conversation; with variables the template does not read left out."""

@@ -59,7 +59,10 @@ def detokenize(served: ServedModel, body: object) -> dict[str, Any]:
     fields = checked_fields(body, served.name, DETOKENIZE_FIELDS)
     ids = read_ids(fields.get("tokens"), "tokens")
     tokenizer = served.texts.tokenizer
-    known = tokenizer.convert_ids_to_tokens(ids)
-    if None in known:
-        raise bad_request(f"no token has the id {ids[known.index(None)]}", "tokens")
-    return {"prompt": tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)}
+    try:
+        known = tokenizer.convert_ids_to_tokens(ids)
+        if None in known:
+            raise bad_request(f"no token has the id {ids[known.index(None)]}", "tokens")
+        return {"prompt": tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)}
+    except (ValueError, LookupError, OverflowError) as error:  # tokenizers in Python say it in their own ways
+        raise bad_request(f"there are ids of no token: {error}", "tokens") from error

@@ -162,7 +162,15 @@ class _GivenIds:
 
 
 class _ChatHandler(_PinnedModel, ChatCompletionHandler):  # type: ignore[misc]
-    pass
+    def _streaming(self, *args: Any, **kwargs: Any) -> Response:
+        """As transformers', which parses the prompt first: what a client wrote there may look like half an answer."""
+        try:
+            response: Response = super()._streaming(*args, **kwargs)
+        except (ValueError, KeyError, TypeError) as error:
+            raise bad_request(
+                f"the messages end in what looks like an answer and is none: {error}", "messages"
+            ) from error
+        return response
 
 
 class _CompletionHandler(_PinnedModel, CompletionHandler):  # type: ignore[misc]
@@ -277,6 +285,12 @@ class ServedModel:
         async def response() -> Response:
             if request.cancelled.is_set():
                 raise RequestCancelled
+            if request.stream and getattr(self.tokenizer, "_tokenizer", None) is None:
+                raise bad_request(
+                    "this model's tokenizer is written in Python, and tells no text before the end: leave out `stream`",
+                    "stream",
+                    "unsupported_parameter",
+                )
             self.limits.check(request.body, self.tokenizer, request.prompt_ids)
             made: Response = await handler.handle_request(dict(request.body), request_id)
             return made

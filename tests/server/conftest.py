@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from quantload.server import ServerState
 from server_harness import Client, running
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))  # last, so that its module names hide nothing
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps. 0123456789 äöü € 🦊 \n" * 4
 CHAT_TEMPLATE = (

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from quantload.server import ServerState, create_app
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-
 import serve_fuzz
+from quantload.server import ServerState, create_app
 
 
 @pytest.mark.parametrize(

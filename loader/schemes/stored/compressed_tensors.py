@@ -87,6 +87,8 @@ class CompressedTensors:
             written = group.choice("format", _FORMATS)
         layout = _of_its_shape(_layout(weights, written))
         inputs = group.section("input_activations")
+        if inputs is not None:
+            inputs.known(_ARGUMENTS)
         if inputs is None or written == _NVFP4:  # which is only read to be quantized anew
             return Layer(layout)
         return Layer(layout, _activations(inputs))
@@ -98,6 +100,8 @@ def _refuse(settings: Settings) -> None:
     if sparsity is not None and sparsity.get("format", "dense") != "dense":
         raise sparsity.error("format", sparsity.get("format"), ("dense",))
     transforms = settings.section("transform_config")
+    if transforms is not None:
+        transforms.known({"config_groups"})
     if transforms is not None and transforms.get("config_groups"):
         raise transforms.error("config_groups", transforms.get("config_groups"), (None, {}))
     if settings.get("moe_sparsity_config"):
@@ -185,7 +189,6 @@ def _of_its_shape(layout: Layout) -> Layout:
 
 
 def _activations(inputs: Settings) -> Activations:
-    inputs.known(_ARGUMENTS)
     inputs.choice("symmetric", (True,), True)
     strategy = _strategy(inputs)
     if inputs.choice("type", ("float", "int"), "int") == "int":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .fields import GPTQ_MODULE
 from .integers import GROUPS, OF_4_BITS, OF_8_BITS, gptq
 from .layers import Kept, Layer
 from .patterns import Patterns
@@ -43,6 +44,8 @@ class Gptq:
     def _overrides(self, settings: Settings) -> Iterator[tuple[str, Layer | None]]:
         defaults = {name: settings.get(name) for name in ("bits", "group_size", "desc_act")}
         for pattern, other in settings.sections("dynamic"):
+            if other is not None:
+                other.known(GPTQ_MODULE)
             yield pattern, None if other is None or pattern.startswith(_KEPT) else self._read(other, defaults)
 
     def _read(self, settings: Settings, defaults: dict[str, Any]) -> Layer:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, MXFP8, NVFP4
+from .fields import CONFIG, MODELOPT_LAYER
 from .layers import Activations, Kept, Layer
 from .layouts import fp8_block, fp8_channel, fp8_tensor, mx, nvfp4
 from .patterns import Patterns
@@ -33,7 +34,10 @@ class ModelOpt:
     formats = frozenset((FP8_TENSOR, FP8_CHANNEL, FP8_BLOCK, MXFP8, NVFP4))
 
     def __init__(self, settings: Settings) -> None:
-        settings = settings.section("quantization") or settings
+        inner = settings.section("quantization")
+        if inner is not None:
+            inner.known(CONFIG["modelopt"])
+        settings = inner or settings
         field = "ignore" if settings.get("ignore") else "exclude_modules"
         self._where = f"{settings.path}.{field}"
         self._ignored = Patterns(settings.strings(field), self._where, globs=True, meaning=_tree)
@@ -43,7 +47,9 @@ class ModelOpt:
             raise settings.error("quant_algo", settings.get("quant_algo"), (*_ALGORITHMS, _MIXED))
         self._fallback = None if name == _MIXED else self._of(settings)
         self._named = {
-            module: self._of(layer) for module, layer in settings.sections("quantized_layers") if layer is not None
+            module: self._named_layer(layer)
+            for module, layer in settings.sections("quantized_layers")
+            if layer is not None
         }
 
     def layer(self, module: str) -> Layer | Kept:
@@ -52,6 +58,10 @@ class ModelOpt:
         if pattern is not None:
             return Kept(f"{self._where} has {pattern!r}")
         return self._named.get(module) or self._fallback or Kept(f"{self._path}.quantized_layers does not name it")
+
+    def _named_layer(self, settings: Settings) -> Layer:
+        settings.known(MODELOPT_LAYER)
+        return self._of(settings)
 
     def _of(self, settings: Settings) -> Layer:
         algorithm = str(settings.get("quant_algo")).upper()

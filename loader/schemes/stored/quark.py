@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...kernels.formats import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8
+from .fields import QUARK_EXPORT, QUARK_LAYER, QUARK_TENSOR
 from .integers import INT4_FP8, int4_fp8
 from .layers import Activations, Kept, Layer
 from .layouts import Layout, fp8_block, fp8_channel, fp8_tensor, int8_channel, int8_tensor, mx
@@ -44,6 +45,7 @@ class Quark:
         self._path = settings.path
         export = settings.section("export")
         if export is not None:
+            export.known(QUARK_EXPORT)
             export.choice("weight_format", ("real_quantized",), "real_quantized")
         self._pack_method = "reorder" if export is None else export.choice("pack_method", PACK_METHODS, "reorder")
         self._exclude = Patterns(settings.strings("exclude"), f"{settings.path}.exclude", globs=True)
@@ -68,9 +70,12 @@ class Quark:
         if settings is None or settings.get("weight") is None:
             path = self._path if settings is None else settings.path
             return Kept(f"{path} quantizes no weight")
+        settings.known(QUARK_LAYER)
         if (bias := settings.get("bias")) is not None:
             raise settings.error("bias", bias, (None,))
         inputs = settings.objects("input_tensors")
+        for spec in (*inputs, *settings.objects("weight")):
+            spec.known(QUARK_TENSOR)
         if len(inputs) > 1:
             raise settings.error("input_tensors", settings.get("input_tensors"), expected="one object")
         return Layer(self._layout(settings), _activations(inputs[0]) if inputs else None)

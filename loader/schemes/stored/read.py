@@ -17,6 +17,7 @@ from ...kernels.formats import FORMATS, WeightFormat
 from .awq import Awq
 from .collect import collect
 from .compressed_tensors import CompressedTensors
+from .fields import CONFIG as FIELDS
 from .fp8 import Fp8
 from .gpt_oss import FORMATS_OF_BLOCKS, read_gpt_oss
 from .gptq import Gptq
@@ -102,6 +103,7 @@ def read_stored(
             f"{', '.join(map(repr, sorted(READERS)))}; load the original checkpoint, which "
             f"quantload quantizes while it loads"
         )
+    settings.known(FIELDS[method])
     return READERS[method].collect(settings, tensors, read, _dtype(config))
 
 

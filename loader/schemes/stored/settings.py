@@ -60,12 +60,12 @@ class Settings:
         return [self._inner(item, name) for item in (value if isinstance(value, list) else [value])]
 
     def known(self, names: Collection[str]) -> None:
-        """Raises for a field that is not one of `names` and not null: what it says would be missed."""
+        """Raises for a field that is not one of `names`, and not null, [] or {}: what it says would be missed."""
         for name, value in self._values.items():
-            if name not in names and value is not None:
+            if name not in names and value not in (None, [], {}):
                 raise CheckpointError(
-                    f"config.json: {self._at(name)} is {value!r}, a field that is not known; known are "
-                    f"{', '.join(sorted(names))}"
+                    f"config.json: {self._at(name)} is {value!r}, a field that is not known; if it says nothing about "
+                    f"the numbers, remove it; known are {', '.join(sorted(names))}"
                 )
 
     def error(

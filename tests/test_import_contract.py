@@ -72,7 +72,7 @@ FLOORS: dict[str, Floor] = {
         "an engine can use the closures as they are",
     ),
     "model": Floor(
-        "errors interrupts shortage geometry kernels.formats checkpoint schemes online",
+        "errors interrupts options shortage geometry kernels.formats checkpoint schemes online",
         "the transformers side: whose parameter is where",
     ),
     "pieces": Floor(f"errors geometry {KERNELS} checkpoint schemes online model", "what is read at once, and for whom"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 from quantload.errors import MemoryBudgetError
-from quantload.server import command, generation_request
+from quantload.server import generation_request
+from quantload.server.transformers_serving import ServedModel
+from quantload.server.warm_up import warm_up
 from server_harness import Client
 
 ALLOCATOR = (
@@ -49,13 +52,13 @@ def test_a_body_that_finds_no_memory_is_a_503(client: Client, monkeypatch: pytes
     assert client.post("/v1/completions", {"prompt": "the", "max_tokens": 1}).status == 200
 
 
-def test_first_tokens_that_find_no_memory_end_the_load(model: Any) -> None:
+def test_first_tokens_that_find_no_memory_end_the_load(model: Any, tokenizer: Any) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError(ALLOCATOR)
 
     handle = model.register_forward_pre_hook(fail)
     try:
         with pytest.raises(MemoryBudgetError, match="no memory for the first tokens: a tensor of 4096 bytes"):
-            command._first_tokens(model)
+            warm_up(ServedModel(model, tokenizer, "demo", False), threading.Event())
     finally:
         handle.remove()

@@ -9,8 +9,8 @@ from typing import Any
 
 from .api_errors import bad_request
 
-MAX_CONTAINERS = 100_000
-"""Objects and lists: three bytes of JSON are twenty times as many in memory, and Python's collector looks at each."""
+MAX_PARTS = 200_000
+"""Objects, lists and fields: each takes far longer than text of its size, and nothing else runs while it is parsed."""
 MAX_DEPTH = 64
 """Objects and lists in each other: templates, copies and encoders of nested values recurse."""
 MAX_INTEGER = 1 << 64
@@ -29,8 +29,8 @@ def parse_json(text: str | bytes | bytearray, field: str | None = None) -> objec
     name the place in the body.
     """
     what = f"`{field}`" if field else "the body"
-    if _has_too_many_containers(text):
-        raise bad_request(f"{what} has more than {MAX_CONTAINERS} objects and lists", field)
+    if _has_too_many_parts(text):
+        raise bad_request(f"{what} has more than {MAX_PARTS} objects, lists and fields", field)
     try:
         parsed: object = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -43,25 +43,25 @@ def parse_json(text: str | bytes | bytearray, field: str | None = None) -> objec
     return parsed
 
 
-def _has_too_many_containers(text: str | bytes | bytearray) -> bool:
-    """Whether a JSON text opens more than `MAX_CONTAINERS` objects and lists, found without making any of them."""
+def _has_too_many_parts(text: str | bytes | bytearray) -> bool:
+    """Whether a JSON text has more than `MAX_PARTS` objects, lists and fields, found without making any of them."""
     if isinstance(text, str):
-        return _opened(text, _STRINGS, "{", "[")
-    return _opened(text, _STRINGS_OF_BYTES, b"{", b"[")
+        return _exceeds(text, _STRINGS, *"{[:")
+    return _exceeds(text, _STRINGS_OF_BYTES, b"{", b"[", b":")
 
 
-def _opened(text: Any, strings: re.Pattern[Any], *brackets: Any) -> bool:
-    if sum(map(text.count, brackets)) <= MAX_CONTAINERS:
+def _exceeds(text: Any, strings: re.Pattern[Any], *signs: Any) -> bool:
+    if sum(map(text.count, signs)) <= MAX_PARTS:
         return False
     count: int = 0
     end = 0
-    for string in strings.finditer(text):  # brackets in strings do not count
-        count += sum(text.count(bracket, end, string.start()) for bracket in brackets)
+    for string in strings.finditer(text):  # those in strings do not count
+        count += sum(text.count(sign, end, string.start()) for sign in signs)
         end = string.end()
-        if count > MAX_CONTAINERS:
+        if count > MAX_PARTS:
             return True
-    count += sum(text.count(bracket, end) for bracket in brackets)
-    return count > MAX_CONTAINERS
+    count += sum(text.count(sign, end) for sign in signs)
+    return count > MAX_PARTS
 
 
 class _OutOfBounds(Exception):

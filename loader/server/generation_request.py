@@ -35,7 +35,12 @@ MIN_REPETITION_PENALTY = 0.01
 COMPLETION_MAX_TOKENS = 16  # what OpenAI's completions API says for a request without max_tokens
 
 # Fields that say something about the request, not about the answer: taken and not used.
-INERT = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+INERT = frozenset(
+    {
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+        "prompt_cache_retention",
+    }
+)  # fmt: skip
 
 # Fields that would change the answer, with the values that ask for nothing.
 ONLY_DEFAULT: Mapping[str, tuple[Any, ...]] = {

@@ -79,6 +79,10 @@ def set_up_server_logging(level: LogLevel = "info", form: LogFormat = "text") ->
     for name in OTHERS:
         _hand_to(name, handler, least)
     logging.captureWarnings(True)
+    if form == "json":
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def log_as_json() -> bool:

@@ -80,7 +80,7 @@ def set_up_server_logging(level: LogLevel = "info", form: LogFormat = "text") ->
         _hand_to(name, handler, least)
     logging.captureWarnings(True)
     if form == "json":
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from quantload.cli_logging import OTHERS, log_as_json, set_up_logging, set_up_server_logging
 
 
@@ -18,6 +19,7 @@ def loggers_as_before() -> Iterator[None]:
     before = [([*logger.handlers], logger.level, logger.propagate) for logger in loggers]
     yield
     logging.captureWarnings(False)
+    enable_progress_bars()
     for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
@@ -42,6 +44,7 @@ def test_every_json_line_is_one_object(capsys: pytest.CaptureFixture[str]) -> No
     set_up_logging()
     set_up_server_logging(form="json")
     assert log_as_json()
+    assert are_progress_bars_disabled()
     lines = [json.loads(line) for line in written(capsys)]
     assert [(line["logger"], line["level"], line["message"]) for line in lines[:7]] == [
         ("quantload", "info", "quiet"),

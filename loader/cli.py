@@ -232,6 +232,9 @@ def convert(
         ),
     ] = "quark",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 4GB.")] = "4GB",
+    no_model_card: Annotated[
+        bool, typer.Option("--no-model-card", help="Copy no license files, and write no model card (README.md).")
+    ] = False,
     chosen: ConvertOptions,
     as_json: Json = False,
     report: Report = None,
@@ -245,7 +248,7 @@ def convert(
 
     made = convert_checkpoint(
         model, out, format=checkpoint_format, max_shard_bytes=max_shard_size, progress=chosen.logs.progress(),
-        **arguments,
+        model_card=not no_model_card, **arguments,
     )  # fmt: skip
     _tell(made, report, as_json)
 

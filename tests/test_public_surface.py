@@ -74,6 +74,7 @@ def test_convert_checkpoint() -> None:
         ("revision", True, None),
         ("trust_remote_code", True, False),
         ("progress", True, None),
+        ("model_card", True, True),
     ]
 
 
@@ -87,7 +88,7 @@ def test_the_fields_of_a_report() -> None:
         "staging_peak_bytes", "baseline_bytes", "predicted_final_bytes", "predicted_peak_bytes",
         "fallback_conversions", "layers", "kept", "timeline", "cache", "unexpected", "unexpected_bytes",
         "ignored_tensors", "initialized", "overlaid", "untied", "non_finite", "digest",
-        "digest_seconds",
+        "digest_seconds", "output", "output_bytes", "read_by", "documents",
     ]  # fmt: skip
 
 

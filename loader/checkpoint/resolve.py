@@ -28,6 +28,15 @@ from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name,
 # Everything transformers reads beside the weights. Never pickles.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes", "*.tokenizer", "*.py")
 """What lies beside the weights, by name: configs, code, and the vocabularies of all tokenizers of transformers."""
+DOCUMENTS = (
+    "README.md",
+    *(
+        f"{name}*"
+        for word in ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+        for name in (word, word.title(), word.lower())
+    ),
+)
+"""What is for people: the model card, and the terms that the weights come under."""
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 logger = logging.getLogger("quantload")
@@ -114,7 +123,7 @@ def _looks_local(given: str) -> bool:
 def _download(repo: str, revision: str | None) -> Path:
     """Fetches the small files, then exactly the shards they call for, of the same commit."""
     try:
-        root = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SMALL_FILES)))
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=[*SMALL_FILES, *DOCUMENTS]))
         if not (root / CONFIG_NAME).exists():
             raise _no_model(repo, root, has_config=False)
         shards = shard_names(root)

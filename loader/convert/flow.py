@@ -46,6 +46,15 @@ from ..recording import Recorder
 from ..schemes.exported.registry import get_export_format
 from ..schemes.exported.weights import ExportFormat
 from ..schemes.names import ExportName, SchemeName
+from .model_card import (
+    CARD,
+    Conversion,
+    base_model,
+    command_line,
+    described,
+    documents,
+)
+from .model_card import model_card as make_card
 from .names import name_modules
 from .shards import OpenShards, PlannedTensor
 from .tensors import QuantizedTensor, plan_tensors, to_buffers
@@ -68,6 +77,7 @@ def convert_checkpoint(
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | bool | None = None,
+    model_card: bool = True,
 ) -> LoadReport:
     """Stream a checkpoint, quantized or not, to a quantized checkpoint in the folder `out`, which must not exist.
 
@@ -76,7 +86,8 @@ def convert_checkpoint(
     or text such as "4GB".
     Everything else is as in `load_quantized`, and so are the codes and scales. Memory is bounded by the arena, not by
     the model. While it runs the files lie in `out` + `.unfinished`; a run that was interrupted is taken up there, shard
-    by shard. The report is that of a load, its `final_bytes` the bytes written. Raises a `QuantloadError`:
+    by shard. With `model_card` license files are copied, and the model card with what was done; where there is none,
+    one is written. The report is that of a load, its `final_bytes` the bytes written. Raises a `QuantloadError`:
     `PolicyError` for a scheme or module the format cannot hold and where nothing would be quantized, `OutputError`
     where nothing can be written.
     """
@@ -98,6 +109,7 @@ def convert_checkpoint(
     ):
         checkpoint = resolve(model_id, revision)
         small = _small_files(checkpoint)
+        papers = documents(checkpoint, small) if model_card else []
         storage = FinalStorage(CPU)
         with collector_paused():
             draft = draft_load(
@@ -141,7 +153,13 @@ def convert_checkpoint(
                 open_shards.begin()
                 totals = reader.run(plan.pieces)
                 open_shards.check_complete()
-            _write_surroundings(folder, source, small, shards, config)
+            _write_surroundings(folder, source, [*small, *(each for each in papers if each != CARD)], shards, config)
+            read_by = _read_by(tensors, export)
+            if model_card:
+                command = command_line(checkpoint, Path(out).name, quantization, export.name, policy)
+                said = Conversion(command, draft.rules.name, export.name, described(draft.assignments), read_by)
+                original = b"".join(_content(source, CARD)).decode(errors="replace") if CARD in papers else None
+                folder.write(CARD, [make_card(original, *base_model(checkpoint), said).encode()])
             checkpoint.identities.check_unchanged()
             folder.publish()
     report = recorder.report(
@@ -153,7 +171,20 @@ def convert_checkpoint(
         non_finite=draft.non_finite(),
     )
     report.predicted_final_bytes = report.final_bytes
+    report.output, report.read_by = str(out), read_by
+    report.output_bytes = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+    report.documents = sorted({CARD, *papers}) if model_card else []
     return report
+
+
+def _read_by(tensors: Sequence[PlannedTensor], export: ExportFormat) -> list[str]:
+    """The tools that read what is written."""
+    quantized = [tensor for tensor in tensors if isinstance(tensor, QuantizedTensor)]
+    formats = {
+        kind: {tensor.layout.format.name for tensor in quantized if tensor.assignment.kind == kind}
+        for kind in ("linear", "experts")
+    }
+    return export.read_by(formats["linear"], formats["experts"])
 
 
 @collector_paused()

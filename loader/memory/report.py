@@ -145,7 +145,9 @@ class LoadReport:
     `overlaid` tensors that lie in several shards, of which the one that the index names was read, `untied` parameters
     that the model ties to others and the checkpoint has with values of their own, which they keep. `non_finite` are
     weights with NaN or infinities in them that were loaded all the same. `digest` is that of the final tensors, which
-    took `digest_seconds` after the load; None where it was not asked for.
+    took `digest_seconds` after the load; None where it was not asked for. Of a conversion, `output` is the folder it
+    wrote, `output_bytes` are those of all files in it, `read_by` are the tools that were seen to read such a
+    checkpoint, and `documents` are the model card and the license files in it.
     """
 
     model: str
@@ -174,6 +176,10 @@ class LoadReport:
     non_finite: list[NonFiniteReport] = field(default_factory=list)
     digest: str | None = None
     digest_seconds: float | None = None
+    output: str | None = None
+    output_bytes: int | None = None
+    read_by: list[str] = field(default_factory=list)
+    documents: list[str] = field(default_factory=list)
 
     @property
     def bytes_per_second(self) -> float:

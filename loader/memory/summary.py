@@ -43,6 +43,23 @@ def render(report: LoadReport, console: Console | None = None) -> None:
         f" ({report.bytes_per_second / GIB:.2f} GiB/s){conversions}{cache}",
         highlight=False,
     )
+    for line in _written(report):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _written(report: LoadReport) -> Iterator[str]:
+    """Where the result of a conversion is, how large, and what reads it."""
+    if report.output is None or report.output_bytes is None:
+        return
+    smaller = report.checkpoint_bytes / max(report.final_bytes, 1)
+    factor = f"{smaller:.2f} times smaller" if smaller >= 1 else f"{1 / smaller:.2f} times larger"
+    yield (
+        f"wrote {report.output}: {format_bytes(report.output_bytes)}; the weights are {factor} than the "
+        f"{format_bytes(report.checkpoint_bytes)} of the source"
+    )
+    yield f"read by: {', '.join(report.read_by)}"
+    if report.documents:
+        yield f"for people: {', '.join(report.documents)}"
 
 
 def print_plan(summary: Mapping[str, Any], plan: MemoryPlan, console: Console) -> None:

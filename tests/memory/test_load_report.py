@@ -45,6 +45,10 @@ REPORT_FIELDS = [
     "non_finite",
     "digest",
     "digest_seconds",
+    "output",
+    "output_bytes",
+    "read_by",
+    "documents",
 ]
 LAYER_FIELDS = [
     "name",

@@ -150,6 +150,14 @@ def _target(module: str) -> list[str]:
     return ["re:" + re.escape(module).replace(r"\*", "[0-9]+") + "$", module.replace("*", "0")]
 
 
+# Asymmetric INT4 does not open in transformers with compressed-tensors 0.20, and MXFP6 not in vLLM 0.32.
 COMPRESSED_TENSORS = ExportFormat(
-    "compressed-tensors", WEIGHTS, quantization_config, frozenset({"mxfp4", "mxfp6_e2m3", "fp8_channel"})
+    "compressed-tensors",
+    WEIGHTS,
+    quantization_config,
+    frozenset({"mxfp4", "mxfp6_e2m3", "fp8_channel"}),
+    {
+        "transformers with compressed-tensors": frozenset(WEIGHTS) - {"int4_group128_f16"},
+        "vLLM": frozenset(WEIGHTS) - {"mxfp6_e2m3"},
+    },
 )

@@ -32,4 +32,4 @@ def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str], he
     return {"modules_to_not_convert": kept, "quant_method": "mxfp4"}
 
 
-GPT_OSS = ExportFormat("mxfp4", WEIGHTS, quantization_config, frozenset(WEIGHTS))
+GPT_OSS = ExportFormat("mxfp4", WEIGHTS, quantization_config, frozenset(WEIGHTS), {"transformers": frozenset(WEIGHTS)})

@@ -97,4 +97,5 @@ def _pattern(module: str) -> str:
     return f"{experts}*" if separator else module
 
 
-QUARK = ExportFormat("quark", WEIGHTS, quantization_config)
+_ALL = frozenset(WEIGHTS)
+QUARK = ExportFormat("quark", WEIGHTS, quantization_config, readers={"transformers with AMD Quark": _ALL, "vLLM": _ALL})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -140,13 +140,24 @@ class ExportFormat:
     `weights` says how, by the name of the weight format. `quantization_config` makes the entry of config.json from the
     weight format of every quantized module, the modules that are kept, and the output heads among the first, all by
     their names in the checkpoint and in the model. `experts_in_transformers` are formats of experts that transformers
-    was seen to read; of some others it takes the codes for numbers without a word.
+    was seen to read; of some others it takes the codes for numbers without a word. `readers` are the tools that were
+    seen to read it, with the formats of weights; of experts transformers reads no others than those.
     """
 
     name: str
     weights: Mapping[str, ExportedWeight]
     quantization_config: Callable[[Mapping[str, WeightFormat], list[str], Sequence[str]], dict[str, Any]]
     experts_in_transformers: frozenset[str] = frozenset()
+    readers: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def read_by(self, linear: Iterable[str], experts: Iterable[str]) -> list[str]:
+        """The tools that read a checkpoint with weights in these formats."""
+        found = []
+        for tool, known in self.readers.items():
+            of_experts = self.experts_in_transformers if tool.startswith("transformers") else known
+            if known.issuperset(linear) and of_experts.issuperset(experts):
+                found.append(tool)
+        return [*found, "quantload"]
 
     def holds(self, weight_format: WeightFormat, *, experts: bool) -> bool:
         """Whether weights of a format can be written: those of experts, or those of linear layers."""

@@ -156,7 +156,7 @@ def convert_checkpoint(
             _write_surroundings(folder, source, [*small, *(each for each in papers if each != CARD)], shards, config)
             read_by = _read_by(tensors, export)
             if model_card:
-                command = command_line(checkpoint, Path(out).name, quantization, export.name, policy)
+                command = command_line(checkpoint, quantization, export.name, policy)
                 said = Conversion(command, draft.rules.name, export.name, described(draft.assignments), read_by)
                 original = b"".join(_content(source, CARD)).decode(errors="replace") if CARD in papers else None
                 folder.write(CARD, [make_card(original, *base_model(checkpoint), said).encode()])

@@ -74,10 +74,19 @@ def base_model(checkpoint: Checkpoint) -> tuple[str, bool]:
 
 
 def command_line(
-    checkpoint: Checkpoint, out: str, quantization: str, checkpoint_format: str, policy: QuantizationPolicy | None
+    checkpoint: Checkpoint, quantization: str, checkpoint_format: str, policy: QuantizationPolicy | None
 ) -> str:
-    """The command that converts so, policies as options; folders by their names: where they lie is nobody's concern."""
-    words = ["quantload", "convert", base_model(checkpoint)[0], out, "-q", quantization, "--format", checkpoint_format]
+    """The command that converts so, policies as options; the folder by its name: where it lies is nobody's concern."""
+    words = [
+        "quantload",
+        "convert",
+        base_model(checkpoint)[0],
+        "OUT",
+        "-q",
+        quantization,
+        "--format",
+        checkpoint_format,
+    ]
     policy = policy or QuantizationPolicy()
     if quantization == "auto" and policy.linear != "auto":
         words[5] = policy.linear
@@ -101,7 +110,7 @@ def described(assignments: Iterable[Assignment]) -> str:
         f"{count} {_KINDS[kind]} in {scheme}" for (kind, scheme), count in counted.items() if scheme is not None
     ]
     kept = sum(count for (_, scheme), count in counted.items() if scheme is None)
-    return f"{' and '.join(quantized)}; {kept} modules are as they were."
+    return f"{' and '.join(quantized)}; modules that are as they were: {kept}."
 
 
 def model_card(source: str | None, base: str, is_hub_id: bool, said: Conversion) -> str:

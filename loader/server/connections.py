@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -84,7 +85,8 @@ class LimitedConfig(uvicorn.Config):
         super().__init__(
             app, http=LimitedProtocol, ws="none", loop="asyncio", lifespan="on", server_header=False,
             backlog=self.limits.accepted_at_once, timeout_keep_alive=10**6,  # the protocol closes idle ones itself
-            **rest,
+            # Else whoever is on this machine could choose what the log says of where a request came from.
+            proxy_headers="FORWARDED_ALLOW_IPS" in os.environ, **rest,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,7 +32,11 @@ NO_TOKEN = 2**31 - 1
 
 
 class GenerationFailed(Exception):
-    """`generate` raised while its text was being streamed; the message is that of the error."""
+    """`generate` raised while its text was being streamed; the message is that of the error, `refusal` a client's."""
+
+    def __init__(self, message: str, refusal: ApiError | None = None) -> None:
+        super().__init__(message)
+        self.refusal = refusal
 
 
 class RequestCancelled(Exception):
@@ -204,7 +208,8 @@ class GuardedManager:
         )
         if self.batched:
             _count_batched(streamer, self.request)
-        return CheckedQueue(queue, StopMatcher(self.request.stop), self.stream_error), streamer
+        refusal = None if self.batched else lambda: watched.refusal
+        return CheckedQueue(queue, StopMatcher(self.request.stop), self.stream_error, refusal), streamer
 
     async def generate_non_streaming(
         self, _model: Any, processor: Any, inputs: Mapping[str, Any], config: GenerationConfig, **rest: Any
@@ -256,7 +261,14 @@ class CheckedQueue:
     The handlers would write an error into the stream as if it were valid JSON.
     """
 
-    def __init__(self, inner: asyncio.Queue[Any], matcher: StopMatcher, stream_error: type[Any]) -> None:
+    def __init__(
+        self,
+        inner: asyncio.Queue[Any],
+        matcher: StopMatcher,
+        stream_error: type[Any],
+        refusal: Callable[[], ApiError | None] | None = None,
+    ) -> None:
+        self._refusal = refusal or (lambda: None)
         self._inner = inner
         self._matcher = matcher
         self._stream_error = stream_error
@@ -289,7 +301,8 @@ class CheckedQueue:
             return
         held = self._matcher.flush()
         self._ready.extend([held] if held else [])
-        self._ready.append(GenerationFailed(item.msg) if isinstance(item, self._stream_error) else item)
+        failed = isinstance(item, self._stream_error)
+        self._ready.append(GenerationFailed(item.msg, self._refusal()) if failed else item)
 
 
 class _WatchedModel:
@@ -308,6 +321,7 @@ class _WatchedModel:
         self._tokenizer = tokenizer
         self._config = config
         self._request = request
+        self.refusal: ApiError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -329,9 +343,13 @@ class _WatchedModel:
         watch = _Watch(self._tokenizer, self._config, request, notes, self._grammar)
         what = named(f"an answer of up to {self._config.max_new_tokens} tokens to this request")
         with what, nullcontext() if notes is None else notes.watching(self._model):
-            sequences = self._model.generate(
-                **kwargs, logits_processor=processors, stopping_criteria=StoppingCriteriaList([watch])
-            )
+            try:
+                sequences = self._model.generate(
+                    **kwargs, logits_processor=processors, stopping_criteria=StoppingCriteriaList([watch])
+                )
+            except ApiError as error:
+                self.refusal = error
+                raise
         return behind_the_prompt(sequences, kwargs["input_ids"], watch.answer_begins)
 
 
@@ -429,6 +447,8 @@ def context_length(config: Any) -> int | None:
 
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told about a generation that failed on its way."""
+    if isinstance(error, GenerationFailed) and error.refusal is not None:
+        return error.refusal
     if isinstance(error, Shortage) or str(error).startswith(NO_MEMORY):  # of one that streams, its text is all there is
         return out_of_memory(str(error))
     return ApiError(500, f"generation failed: {error}", code="generation_failed")

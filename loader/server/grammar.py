@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from .answer_fields import read_flag
-from .api_errors import bad_request
+from .api_errors import ApiError, bad_request
 
 # As `json.dumps` writes it: with white space wherever JSON allows it, some models write nothing else.
 SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -158,7 +158,7 @@ class Grammars:
             raise bad_request(
                 f"`{constraint.field}` has a schema that cannot be followed: {matcher.get_error()}", constraint.field
             )
-        return GrammarProcessor(matcher, self._ends(config))
+        return GrammarProcessor(matcher, self._ends(config), constraint.field)
 
     def _ends(self, config: GenerationConfig) -> list[int]:
         ends = config.eos_token_id
@@ -168,12 +168,14 @@ class Grammars:
 class GrammarProcessor(LogitsProcessor):  # type: ignore[misc]
     """Leaves one answer the tokens that its grammar allows next: all others get a logit of minus infinity.
 
-    Where the grammar may end, so may the answer, with any of the model's `ends`.
+    Where the grammar may end, so may the answer, with any of the model's `ends`. Raises `ApiError` (400, `field`) where
+    the grammar leads to nothing, as that of a schema which wants itself inside of it.
     """
 
-    def __init__(self, matcher: Any, ends: list[int]) -> None:
+    def __init__(self, matcher: Any, ends: list[int], field: str) -> None:
         self.matcher = matcher
         self.ends = ends
+        self.field = field
         self._seen: int | None = None
 
     @property
@@ -182,9 +184,9 @@ class GrammarProcessor(LogitsProcessor):  # type: ignore[misc]
         return bool(self.matcher.is_stopped())
 
     def note(self, token: int) -> None:
-        """`token` was generated. Raises `RuntimeError` for one that the grammar forbids."""
+        """`token` was generated. Raises `ApiError` where the grammar cannot go on behind it."""
         if token not in self.ends and not self.matcher.consume_token(token):
-            raise RuntimeError(f"the grammar cannot go on: {self.matcher.get_error()}")
+            raise self._dead_end(str(self.matcher.get_error()).partition("\n")[0])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         size = scores.shape[-1]
@@ -194,8 +196,11 @@ class GrammarProcessor(LogitsProcessor):  # type: ignore[misc]
         allowed[[end for end in self.ends if end < size]] = self.matcher.is_accepting()
         masked = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
         if bool((masked == -torch.inf).all()):
-            raise RuntimeError("no token of the model keeps to the grammar")
+            raise self._dead_end("no token of the model keeps to it")
         return masked
+
+    def _dead_end(self, why: str) -> ApiError:
+        return bad_request(f"`{self.field}` has a schema that no answer can keep to: {why}", self.field)
 
 
 def tool_calls(text: str) -> list[dict[str, Any]] | None:

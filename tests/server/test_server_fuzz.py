@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import serve_fuzz
+import serve_grammar
 from quantload.server import ServerState, create_app
 
 
@@ -31,7 +32,7 @@ def test_no_request_is_answered_with_a_5xx(model: Any, tokenizer: Any, batched: 
 
 
 def test_requests_are_a_function_of_the_seed() -> None:
-    first, again = serve_fuzz.Grammar(1), serve_fuzz.Grammar(1)
+    first, again = serve_grammar.Grammar(1), serve_grammar.Grammar(1)
     assert [first.request() for _ in range(200)] == [again.request() for _ in range(200)]
 
 
@@ -40,7 +41,7 @@ def test_requests_are_a_function_of_the_seed() -> None:
     [
         (500, b"{}", "status 500"),
         (0, b"", "status 0"),
-        (200, b'data: {"error": {}}\n\ndata: [DONE]\n\n', "in a stream"),
+        (200, b'data: {"error": {"type": "server_error"}}\n\ndata: [DONE]\n\n', "in a stream"),
         (400, b"Bad Request", "not OpenAI's shape"),
         (422, b'{"detail": "x"}', "not OpenAI's shape"),
         (400, b'{"error": {"message": "m", "type": "server_error", "param": null, "code": null}}', "not OpenAI's"),
@@ -52,7 +53,7 @@ def test_what_is_wrong_with_an_answer_is_found(status: int, body: bytes, what: s
             await send({"type": "http.response.start", "status": status, "headers": []})
             await send({"type": "http.response.body", "body": body})
 
-    request = serve_fuzz.Request("POST", "/v1/completions")
+    request = serve_grammar.Request("POST", "/v1/completions")
     assert what in str(serve_fuzz.fault(request, asyncio.run(serve_fuzz.ask(app, request))))
 
 
@@ -64,13 +65,13 @@ def test_an_exception_and_no_answer_are_faults() -> None:
         while True:
             await receive()
 
-    request = serve_fuzz.Request("GET", "/health")
+    request = serve_grammar.Request("GET", "/health")
     assert "KeyError" in str(serve_fuzz.fault(request, asyncio.run(serve_fuzz.ask(raising, request))))
     assert "no answer" in str(serve_fuzz.fault(request, asyncio.run(serve_fuzz.ask(waiting, request, 0.05))))
 
 
 def test_a_right_answer_is_none() -> None:
-    request = serve_fuzz.Request("POST", "/v1/completions")
+    request = serve_grammar.Request("POST", "/v1/completions")
     error = {"error": {"message": "m", "type": "invalid_request_error", "param": None, "code": None}}
     assert serve_fuzz.fault(request, serve_fuzz.Answer(400, json.dumps(error).encode())) is None
     assert serve_fuzz.fault(request, serve_fuzz.Answer(200, b"data: {}\n\ndata: [DONE]\n\n")) is None

@@ -176,3 +176,24 @@ def test_without_the_extra_a_400_names_it(monkeypatch: pytest.MonkeyPatch) -> No
         parse_completion({"prompt": "x", "response_format": {"type": "json_object"}}, "tiny")
     assert (caught.value.status, caught.value.code) == (400, "unsupported_parameter")
     assert parse_completion({"prompt": "x", "response_format": {"type": "text"}}, "tiny").constraint is None
+
+
+CIRCLE = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {**CIRCLE, "$ref": "#/$defs/a"},
+        {**CIRCLE, "type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 1},
+        {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    ],
+)
+def test_a_schema_that_nothing_keeps_to_is_refused_by_name(client: Client, schema: dict[str, Any]) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"messages": HELLO, "max_tokens": 20, "response_format": wanted}
+    reply = client.post("/v1/chat/completions", body)
+    assert (reply.status, reply.json["error"]["param"]) == (400, "response_format"), reply.text
+    *_, last, done = client.post("/v1/chat/completions", {**body, "stream": True}).events
+    assert last["error"]["type"] == "invalid_request_error"
+    assert (last["error"]["param"], done) == ("response_format", "[DONE]")

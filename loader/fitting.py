@@ -30,7 +30,7 @@ def check_fits(draft: Draft, options: LoadOptions) -> None:
     """Raise `MemoryBudgetError` where a load cannot fit, unless `options.force`; log the verdict."""
     verdict = judge_draft(draft, options)
     verdict.check("the load", options.force)
-    logger.log(logging.INFO if verdict.state == "fits" else logging.WARNING, "Memory: the load %s", verdict)
+    logger.log(logging.INFO if verdict.state == "fits" else logging.WARNING, "Memory: %s", verdict)
 
 
 @dataclass(frozen=True)

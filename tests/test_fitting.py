@@ -42,7 +42,7 @@ def test_a_load_that_cannot_fit_reads_no_weight_and_is_done_by_force(
         load_quantized(path, "mxfp8", progress=lambda done, _: read.append(done))
     assert not any(read)
     assert load_quantized(path, "mxfp8", options=LoadOptions(force=True)).load_report.layers
-    assert "the load does not fit" in caplog.text
+    assert "Memory: does not fit: needs" in caplog.text
     assert smallest.final_bytes < plan.final_bytes
 
 
@@ -55,7 +55,7 @@ def test_a_load_goes_on_with_a_verdict_in_its_log_where_it_may_fit(
     available(plan_quantized(path).plan.memory.peak_bytes - short)
     with caplog.at_level(logging.INFO, "quantload"):
         load_quantized(path)
-    found = [(each.levelno, each.message) for each in caplog.records if each.message.startswith("Memory: the load ")]
+    found = [(each.levelno, each.message) for each in caplog.records if each.message.startswith("Memory: ")]
     assert [(each[0], said in each[1]) for each in found] == [(level, True)]
 
 

@@ -142,6 +142,11 @@ class WeightFormat:
         """What follows on the name of a weight in those of its tensors."""
         return tuple(tensor.suffix for tensor in self.tensors)
 
+    @cached_property
+    def dtypes(self) -> list[torch.dtype]:
+        """The dtype of each of them."""
+        return [tensor.dtype for tensor in self.tensors]
+
     def shapes(self, rows: int, cols: int) -> tuple[tuple[int, int], ...]:
         """Shape of each tensor of a matrix whose true size is [rows, cols]."""
         return _shapes(self, rows, cols)

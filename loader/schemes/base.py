@@ -17,7 +17,7 @@ from ..kernels.registry import KernelSet, kernel_set
 from ..kernels.statistics import new_statistics
 from . import operators
 from .activations import Activation
-from .opaque import plain
+from .opaque import plain, replaced
 
 
 class NonFiniteError(ValueError):
@@ -126,9 +126,15 @@ class _Scheme(ABC):
 
     @staticmethod
     def weight(layer: nn.Module, layout: WeightLayout, name: str) -> Tensors:
-        """The codes and scales of a parameter as the layer holds them, in ordinary tensors."""
-        held = layer._parameters
-        return tuple([plain(held[name + suffix]) for suffix in layout.format.suffixes])  # type: ignore[arg-type]
+        """The codes and scales of a parameter as the layer holds them, in ordinary tensors.
+
+        Raises `QuantizedWeightError` where somebody put other numbers in their place, such as codes cast to floats.
+        """
+        held, fmt = layer._parameters, layout.format
+        tensors = [plain(held[name + suffix]) for suffix in fmt.suffixes]  # type: ignore[arg-type]
+        if [tensor.dtype for tensor in tensors] != fmt.dtypes:
+            raise replaced(name, fmt.name, [tensor.dtype for tensor in tensors], fmt.dtypes)
+        return tuple(tensors)
 
     def arrangement(self, layer: nn.Module) -> Arrangement | None:
         """Where the layer's codes and scales are, if a kernel wants them elsewhere than in the canonical layout."""

@@ -123,6 +123,21 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.tensor if type(tensor) is OpaqueParameter else tensor
 
 
+def replaced(
+    name: str, format_name: str, found: Sequence[torch.dtype], wanted: Sequence[torch.dtype]
+) -> QuantizedWeightError:
+    """The error for a layer whose codes or scales were exchanged for numbers of another dtype."""
+    return QuantizedWeightError(
+        f"{name!r} of a layer in {format_name} holds {_listed(found)} where codes and scales are {_listed(wanted)}: other "
+        f"numbers were put there, as when accelerate offloads a module or a state dict is cast; load the model anew, "
+        f"and move it with .to() only"
+    )
+
+
+def _listed(dtypes: Sequence[torch.dtype]) -> str:
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 def refusal(args: Sequence[Any], kwargs: Mapping[str, Any], func: Any) -> QuantizedWeightError:
     """The error for code that hands an opaque parameter to `func`, by the module it belongs to."""
     parameter = next((each for each in _flat((*args, *kwargs.values())) if type(each) is OpaqueParameter), None)

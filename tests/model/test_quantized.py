@@ -15,6 +15,7 @@ import pytest
 import torch
 from architectures import BY_NAME, logits
 from quantload import load_quantized
+from quantload.cli import DEMO_MODEL
 from quantload.errors import QuantizedWeightError, RouteError, UnsupportedCheckpointError
 from quantload.model.quantized import QuantizedLinear, say_what_codes_stand_for
 from quantload.options import LoadOptions
@@ -433,3 +434,22 @@ def test_a_layer_whose_data_is_elsewhere_is_not_read(checkpoint: Checkpoint) -> 
     model = load_quantized(checkpoint("llama"), "quark_mxfp4").to("meta")
     with pytest.raises(ValueError, match="on meta"):
         model(torch.zeros(1, 4, dtype=torch.long, device="meta"))
+
+
+@pytest.mark.parametrize("scheme", ["quark_mxfp4", "fp8_per_channel", "int8_per_channel", "int4_per_group", "nvfp4"])
+def test_numbers_in_the_place_of_codes_are_refused(scheme: str) -> None:
+    """As accelerate's offloading leaves them: cast to the dtype that code sees."""
+    model = load_quantized(DEMO_MODEL, scheme, progress=False)
+    ids = torch.tensor([[5, 9, 23]])
+    model(ids)
+    attention = model.model.layers[0].self_attn.q_proj
+    experts = model.model.layers[0].mlp.experts
+    for module, name in ((attention, "weight"), (attention, "weight_scale"), (experts, "down_proj")):
+        held = module._parameters[name]
+        numbers = held.tensor.to(torch.bfloat16 if held.tensor.dtype == torch.float32 else torch.float32)
+        for parameter in (type(held)(numbers), torch.nn.Parameter(numbers, requires_grad=False)):
+            module._parameters[name] = parameter
+            with pytest.raises(QuantizedWeightError, match="where codes and scales are"):
+                model(ids)
+        module._parameters[name] = held
+    model(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,11 @@ class Draft:
     plan: LoadPlan
     unapplied: Sequence[Unapplied] = ()
     """What was asked for and changes nothing."""
+
+    def __repr__(self) -> str:
+        chosen = Counter(each.scheme.name if each.scheme is not None else "as stored" for each in self.assignments)
+        modules = ", ".join(f"{count} {scheme}" for scheme, count in chosen.items())
+        return f"<Draft of {type(self.model).__name__}: modules {modules}; {self.plan.memory!r}>"
 
     def non_finite(self) -> list[NonFiniteReport]:
         """The weights in which something that is not finite was found so far."""

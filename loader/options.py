@@ -60,7 +60,13 @@ def _from_mapping(cls: type[Any], values: Mapping[str, Any]) -> Any:
     return cls(**values)
 
 
-@dataclass(frozen=True)
+def _said(options: Any) -> str:
+    """A call that makes equal options, of what is not the default."""
+    said = (f.name for f in fields(options) if getattr(options, f.name) != getattr(type(options)(), f.name))
+    return f"{type(options).__name__}({', '.join(f'{name}={getattr(options, name)!r}' for name in said)})"
+
+
+@dataclass(frozen=True, repr=False)
 class LoadOptions:
     """How a load runs; nothing here changes the bytes of the quantized weights.
 
@@ -172,6 +178,9 @@ class LoadOptions:
         for operation, kernel in self.kernels.items():
             _check_kernel(operation, kernel)
 
+    def __repr__(self) -> str:
+        return _said(self)
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Options from a mapping such as parsed JSON; an unknown key raises `PolicyError`."""
@@ -194,7 +203,7 @@ def _check_kernel(operation: object, kernel: object) -> None:
         raise PolicyError(f"kernels has {kernel!r} for {operation}; kernels for it are {', '.join(names)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizationPolicy:
     """Which module gets which scheme.
 
@@ -239,6 +248,9 @@ class QuantizationPolicy:
         object.__setattr__(self, "linear", known_name(self.linear))
         object.__setattr__(self, "experts", None if self.experts is None else known_name(self.experts))
         object.__setattr__(self, "overrides", tuple((pattern, known_name(scheme)) for pattern, scheme in pairs))
+
+    def __repr__(self) -> str:
+        return _said(self)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .amounts import MIB
+from .amounts import MIB, format_bytes
+from .html import small_table
 
 # What a load may take beyond the model and the staging arena; part of the promise made to users.
 SLACK_BYTES = 64 * MIB
@@ -56,6 +57,22 @@ class MemoryPlan:
     parameters_kept: int
     by_scheme: dict[str, SchemeTotal] = field(hash=False)
     quantizable_kept_bytes: int = 0
+
+    def sizes(self) -> tuple[tuple[str, int], ...]:
+        """What the peak is made of, in bytes, by the names people read."""
+        return (
+            ("checkpoint", self.checkpoint_bytes),
+            ("model", self.final_bytes),
+            ("staging arena", self.staging_bytes),
+            ("overhead allowance", self.slack_bytes),
+            ("peak", self.peak_bytes),
+        )
+
+    def __repr__(self) -> str:
+        return f"<MemoryPlan: {', '.join(f'{name} {format_bytes(size)}' for name, size in self.sizes())}>"
+
+    def _repr_html_(self) -> str:
+        return small_table("Predicted memory", ((name, format_bytes(size)) for name, size in self.sizes()))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain dicts and integers, for JSON."""

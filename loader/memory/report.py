@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ..errors import PolicyError
+from .amounts import format_bytes
+from .html import small_table
 
 if TYPE_CHECKING:
     import torch
@@ -190,6 +192,25 @@ class LoadReport:
     def increase_bytes(self) -> int:
         """Memory the load left behind: the last measured point of the timeline, or `final_bytes` without one."""
         return self.timeline[-1].memory if self.timeline else self.final_bytes
+
+    def __repr__(self) -> str:
+        return (
+            f"<LoadReport: {self.model} as {self.quantization} on {self.device}, {len(self.layers)} modules quantized, "
+            f"{len(self.kept)} kept, {format_bytes(self.final_bytes)}, peak {format_bytes(self.peak_bytes)}, "
+            f"{self.seconds:.1f} s>"
+        )
+
+    def _repr_html_(self) -> str:
+        schemes = sorted({layer.scheme for layer in self.layers})
+        rows = (
+            ("quantized", f"{len(self.layers)} modules ({', '.join(schemes)})" if schemes else "nothing"),
+            ("kept as stored", f"{len(self.kept)} modules"),
+            ("checkpoint", format_bytes(self.checkpoint_bytes)),
+            ("model", format_bytes(self.final_bytes)),
+            ("peak", f"{format_bytes(self.peak_bytes)}, {format_bytes(self.predicted_peak_bytes)} were predicted"),
+            ("time", f"{self.seconds:.1f} s"),
+        )
+        return small_table(f"{self.model} as {self.quantization} on {self.device}", rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able dicts, lists, strings and numbers; an infinite or NaN number becomes None."""

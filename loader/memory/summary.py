@@ -68,20 +68,14 @@ def print_plan(summary: Mapping[str, Any], plan: MemoryPlan, console: Console) -
     `summary` has `modules`, each with `kind`, `scheme` (None: kept as stored) and `reason`, and the names and numbers
     of a report about tensors that are not loaded.
     """
-    table = Table("", "bytes", title="Predicted memory", title_justify="left")
-    for label, size in (
-        ("checkpoint", plan.checkpoint_bytes),
-        ("model", plan.final_bytes),
-        ("staging arena", plan.staging_bytes),
-        ("overhead allowance", plan.slack_bytes),
-        ("peak", plan.peak_bytes),
-    ):
+    table = _table("Predicted memory", right=("bytes",))
+    for label, size in plan.sizes():
         table.add_row(label, format_bytes(size))
     console.print(table)
     counted = Counter((m["kind"], m["scheme"] or "as stored", m["reason"]) for m in summary["modules"])
-    decisions = Table("modules", "kind", "scheme", "reason")
+    decisions = _table("modules", "kind", "scheme", "reason", right=())
     for (kind, scheme, reason), count in counted.items():
-        decisions.add_row(str(count), kind, scheme, reason)
+        decisions.add_row(*map(Text, (str(count), kind, scheme, reason)))  # a pattern may look like markup
     console.print(decisions)
     unapplied = (f"warning: {each['message']}" for each in summary["unapplied"])
     for line in (*_left(summary), *unapplied, _beside(summary["beside_the_peak"]), summary["verdict"]["message"]):
@@ -190,11 +184,12 @@ def _memory(report: LoadReport) -> Table:
 
 
 def _table(*left: str, right: tuple[str, ...]) -> Table:
+    """Columns that become narrower where the terminal is: what does not fit into a line goes on in the next."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in left:
         table.add_column(title, overflow="fold")
     for title in right:
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", overflow="fold")
     return table
 
 

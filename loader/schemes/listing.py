@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,8 +17,6 @@ from .registry import ENTRIES, SchemeEntry, SchemeFactory, choose_device
 from .support import scheme_support, support_matrix
 from .support_tables import Table as SupportTable
 from .support_tables import support_tables
-
-_NAME_WIDTH = max(len(entry.name) for entry in ENTRIES)
 
 
 def list_schemes(device: str | torch.device) -> list[dict[str, Any]]:
@@ -82,16 +80,16 @@ def print_schemes(device: str | torch.device, to: Console) -> None:
         _print_table(table, to)
     serving = _grouped((row["kernels"], row["name"]) for row in rows if row["kernels"] != "-")
     for kernels, names in serving.items():
-        to.print(f"On {device}, here: {kernels} for {', '.join(names)}", highlight=False)
+        to.print(f"On {device}, here: {kernels} for {', '.join(names)}", highlight=False, markup=False)
     missing = _grouped((reason, kernel) for row in rows for kernel, reason in row["unavailable"].items())
     for reason, names in missing.items():
-        to.print(f"Not available on {device}: {', '.join(names)} ({reason})", highlight=False)
+        to.print(f"Not available on {device}: {', '.join(names)} ({reason})", highlight=False, markup=False)
 
 
 def _print_table(table: SupportTable, to: Console) -> None:
     header, widths = _fitting(table, to.width)
-    columns = (Column(title, min_width=width, overflow="fold") for title, width in zip(header, widths, strict=True))
-    printed = Table(*columns, title=table.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    columns = (Column(title, width=width, overflow="fold") for title, width in zip(header, widths, strict=True))
+    printed = Table(*columns, title=table.title, box=SIMPLE_HEAD, title_justify="left", padding=0, show_edge=False)
     for cells in table.rows:
         printed.add_row(*cells)
     to.print(printed)
@@ -100,18 +98,28 @@ def _print_table(table: SupportTable, to: Console) -> None:
     to.print()
 
 
-def _fitting(table: SupportTable, width: int) -> tuple[list[str], list[int | None]]:
-    """Titles and least widths of the columns: whole words where there is room for them, else what is folded."""
+def _fitting(table: SupportTable, width: int) -> tuple[list[str], list[int]]:
+    """Titles and widths of the columns: whole words where there is room for them, else what is folded.
+
+    rich makes the last columns narrower than nothing where least widths leave it no room, so they are exact ones.
+    """
     header = [title.replace(" (", "\n(") for title in table.header]
+    room = width - len(header) + 1  # one space between two columns
     for titles in (header, [title.replace("-", "-\n") for title in header]):
-        words = [_longest_word(column) for column in zip(titles, *table.rows, strict=True)]
-        if sum(words) + len(words) + 1 <= width:
-            return titles, [*words]
-    return titles, [_NAME_WIDTH, *[None] * (len(header) - 1)]
+        words = [_longest(column, str.split) for column in zip(titles, *table.rows, strict=True)]
+        if sum(words) <= room:
+            break
+    while sum(words) > room and max(words) > 1:
+        words[words.index(max(words))] -= 1
+    lines = [_longest(column, str.splitlines) for column in zip(titles, *table.rows, strict=True)]
+    while sum(words) < room and words != lines:
+        lacking = [line - word for line, word in zip(lines, words, strict=True)]
+        words[lacking.index(max(lacking))] += 1
+    return titles, words
 
 
-def _longest_word(cells: Iterable[str]) -> int:
-    return max(len(word) for cell in cells for word in cell.split() or [""])
+def _longest(cells: Iterable[str], parts: Callable[[str], list[str]]) -> int:
+    return max(len(part) for cell in cells for part in parts(cell) or [""])
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

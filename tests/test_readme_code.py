@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import quantload
 from quantload.cli import DEMO_MODEL
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(
@@ -25,15 +27,20 @@ def test_the_readme_shows_python() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_in_the_readme_runs(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, loaded = quantload.load_quantized, []
+    loaded = []
 
-    def load_demo(model: str, *arguments: Any, **options: Any) -> Any:
-        loaded.append(model)
-        return load(DEMO_MODEL, *arguments, **options)
+    def of_the_demo_model(load: Callable[..., Any]) -> Callable[..., Any]:
+        def load_demo(model: str, *arguments: Any, **options: Any) -> Any:
+            loaded.append(model)
+            return load(DEMO_MODEL, *arguments, **options)
 
-    monkeypatch.setattr(quantload, "load_quantized", load_demo, raising=False)
+        return load_demo
+
+    monkeypatch.setattr(quantload, "load_quantized", of_the_demo_model(quantload.load_quantized), raising=False)
+    from_pretrained = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", of_the_demo_model(from_pretrained))
     exec(compile(block, "README.md", "exec"), {})
-    assert len(loaded) == block.count("load_quantized(")
+    assert len(loaded) == block.count("load_quantized(") + block.count("from_pretrained(")
 
 
 @pytest.mark.slow

@@ -34,15 +34,8 @@ class Cells(HTMLParser):
 
 
 def test_objects_are_shown_in_one_line(model: Any) -> None:
-    draft = plan_quantized(cli.DEMO_MODEL)
-    for each in (
-        model.load_report,
-        model.load_plan,
-        draft,
-        resolve(cli.DEMO_MODEL),
-        LoadOptions(),
-        QuantizationPolicy(),
-    ):
+    draft, checkpoint = plan_quantized(cli.DEMO_MODEL), resolve(cli.DEMO_MODEL)
+    for each in (model.load_report, model.load_plan, draft, checkpoint, LoadOptions(), QuantizationPolicy()):
         shown = repr(each)
         assert type(each).__name__ in shown
         assert "\n" not in shown

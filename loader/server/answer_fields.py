@@ -16,8 +16,8 @@ Prompt = str | tuple[int, ...]
 """A text, or the ids of its tokens."""
 
 
-def read_prompts(value: object) -> tuple[Prompt, ...]:
-    """`prompt`: a text, a list of texts, the ids of a text's tokens, or a list of such. Raises `ApiError` (400)."""
+def read_prompts(value: object, name: str = "prompt") -> tuple[Prompt, ...]:
+    """A text, a list of texts, the ids of a text's tokens, or a list of such. Raises `ApiError` (400)."""
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
@@ -28,7 +28,7 @@ def read_prompts(value: object) -> tuple[Prompt, ...]:
         if all(isinstance(one, list) and one and _are_ids(one) for one in value):
             return tuple(tuple(one) for one in value)
     raise bad_request(
-        "`prompt` must be a string, a list of strings, a list of token ids, or a list of such lists", "prompt"
+        f"`{name}` must be a string, a list of strings, a list of token ids, or a list of such lists", name
     )
 
 

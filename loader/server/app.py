@@ -23,6 +23,7 @@ from .admission import Place
 from .api_errors import ApiError, on_api_error, on_crash, on_http_exception
 from .auth import BearerAuth, checked_key
 from .bodies import Bodies
+from .embeddings import parse_embedding
 from .generation import GenerationFailed, as_api_error
 from .generation_request import GenerationRequest, checked_fields, parse_chat, parse_completion
 from .hosts import HostCheck, checked_hosts
@@ -64,6 +65,7 @@ def create_app(
     routes: list[BaseRoute] = [
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
         Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
+        Route("/v1/embeddings", endpoints.embeddings, methods=["POST"]),
         Route("/v1/models", endpoints.models),
         Route("/v1/models/{model:path}", endpoints.model),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
@@ -100,6 +102,16 @@ class _Endpoints:
 
     async def chat_completions(self, request: Request) -> Response:
         return await self._generate(request, parse_chat, ServedModel.chat, "chatcmpl")
+
+    async def embeddings(self, request: Request) -> Response:
+        served = self.state.served()
+        async with self.bodies.body(request, served.limits.body_bytes) as body:
+            parsed = await served.workers.run(lambda: parse_embedding(parse_json(body), served.name), len(body))
+        place = self.state.admission.enter()
+        try:
+            return JSONResponse(await served.embed(parsed, len(body)))
+        finally:
+            place.leave()
 
     async def models(self, _request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.resolve import resolve
+from ..checkpoint.resolve import Checkpoint, resolve
 from ..errors import LoadCancelledError, UnsupportedCheckpointError
 from ..load import load_quantized
 from ..memory.metrics import LayerMetrics, LoadMetrics
@@ -17,11 +18,14 @@ from ..schemes.names import SchemeName
 from ..shortage import named
 from .admission import MAX_QUEUE
 from .auth import chosen_key
+from .embeddings import Pooling, stored_pooling
 from .hosts import checked_hosts
 from .processors import check_processor, load_processor
 from .request_log import RequestLogMode
 from .serve import Progress, serve
-from .served_kinds import why_not_served
+from .served_kinds import encodes_text, why_not_served
+
+logger = logging.getLogger("quantload")
 
 SHUTDOWN_SECONDS = 5.0
 
@@ -56,6 +60,10 @@ def serve_model(
         raise UnsupportedCheckpointError(f"{checkpoint.model_id!r}, a {recipe.cls.__name__}, {why}")
     checkpoint.note_small_files()  # the load that follows sees that the tokenizer is still of the same model
     check_processor(checkpoint, trust_remote_code)
+    pooling: Pooling = "mean"
+    if encodes_text(recipe.cls):
+        pooling = _pooling(checkpoint)
+        logger.info("Texts become the %s of their tokens' vectors, of length 1", pooling)
     metrics = LoadMetrics(layer_metrics)
 
     def load(progress: Progress, cancel: threading.Event) -> Any:
@@ -91,7 +99,15 @@ def serve_model(
         allowed_hosts=allowed_hosts,
         continuous_batching=continuous_batching,
         max_queue=max_queue,
+        pooling=pooling,
         request_log=request_log,
         metrics=metrics,
         shutdown_grace=SHUTDOWN_SECONDS,
     )
+
+
+def _pooling(checkpoint: Checkpoint) -> Pooling:
+    try:
+        return stored_pooling(checkpoint.root) or "mean"
+    except ValueError as error:
+        raise UnsupportedCheckpointError(f"{checkpoint.model_id!r} cannot be served: {error}") from error

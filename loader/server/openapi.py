@@ -40,6 +40,12 @@ ANSWERS: dict[str, Schema] = {
         "chat.completion",
         _told(index=_WHOLE, message=_told(role=_TEXT), finish_reason=_REASON, logprobs=_LOGPROBS),
     ),
+    "Embeddings": _told(
+        object={"const": "list"},
+        model=_TEXT,
+        usage=_told(prompt_tokens=_WHOLE, total_tokens=_WHOLE),
+        data={"type": "array", "items": _told(index=_WHOLE, embedding={"type": ["array", "string"]})},
+    ),
     "Model": _told(
         id=_TEXT, object={"const": "model"}, created=_WHOLE, owned_by=_TEXT, max_model_len={"type": ["integer", "null"]}
     ),
@@ -110,6 +116,7 @@ def description(version: str) -> dict[str, Any]:
     paths = {
         "/v1/completions": {"post": _route("Completions", "Completion", "CompletionRequest", errors="429")},
         "/v1/chat/completions": {"post": _route("Chat completions", "ChatCompletion", "ChatRequest", errors="429")},
+        "/v1/embeddings": {"post": _route("Embeddings", "Embeddings", "EmbeddingRequest", errors="429")},
         "/v1/models": {"get": _route("Models", "Models")},
         "/v1/models/{model}": {"get": one},
         "/tokenize": {"post": _route("Tokenize", "Tokens", "TokenizeRequest")},

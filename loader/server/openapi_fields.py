@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from .answer_fields import MAX_CHOICES, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
+from .embeddings import EMBEDDING_FIELDS
 from .generation_request import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
@@ -227,7 +228,16 @@ def _object(properties: dict[str, Schema], names: Collection[str], required: lis
     }
 
 
+_EMBEDDING: dict[str, Schema] = {
+    "model": _SAMPLING["model"],
+    "input": _COMPLETION["prompt"],
+    "encoding_format": {"enum": ["float", "base64", None], "description": "base64: of little-endian float32"},
+    "dimensions": {"enum": [None], "description": "A vector has all that the model gives"},
+    "user": _SAMPLING["user"],
+}
+
 REQUESTS: dict[str, Schema] = {
+    "EmbeddingRequest": _object(_EMBEDDING, EMBEDDING_FIELDS, ["input"]),
     "CompletionRequest": _object(_SAMPLING | _COMPLETION, COMPLETION_FIELDS, ["prompt"]),
     "ChatRequest": _object(_SAMPLING | _CHAT, CHAT_FIELDS, ["messages"]),
     "TokenizeRequest": _object(_TOKENIZE, TOKENIZE_FIELDS, []),

@@ -17,6 +17,7 @@ from .admission import MAX_QUEUE
 from .app import create_app
 from .binding import bind_socket, is_loopback, url_of
 from .connections import LimitedConfig, LimitedServer
+from .embeddings import Pooling
 from .request_log import RequestLogMode
 from .serving_metrics import MetricsSource
 from .state import ServerState
@@ -43,6 +44,7 @@ def serve(
     allowed_hosts: Sequence[str] = (),
     continuous_batching: bool = False,
     max_queue: int = MAX_QUEUE,
+    pooling: Pooling = "mean",
     log_level: str = "warning",
     request_log: RequestLogMode = "all",
     metrics: MetricsSource | None = None,
@@ -65,13 +67,15 @@ def serve(
 
     Raises `BindError` if the port cannot be taken, and what `load` raised if it failed; with
     `exit_on_load_error=False` the server then stays up instead, `/health` answering 500 with the error, until it is
-    told to stop.
+    told to stop. `pooling` is how a model that generates no text makes one vector of those of a text's tokens.
     """
     bound = bind_socket(host, port)
     url = url_of(bound)
     if api_key is None and not is_loopback(bound):
         logger.warning("%s can be reached from other machines and has no API key: anybody there can use it", url)
-    state = ServerState(model_name, metrics=metrics, continuous_batching=continuous_batching, max_queue=max_queue)
+    state = ServerState(
+        model_name, metrics=metrics, continuous_batching=continuous_batching, max_queue=max_queue, pooling=pooling
+    )
     config = LimitedConfig(
         create_app(
             state, api_key, request_log, [host, *allowed_hosts] if allowed_hosts or is_loopback(bound) else None

@@ -28,6 +28,8 @@ def why_not_served(cls: type[Any], config: Any, continuous_batching: bool = Fals
     served if it reads `input_ids`; one of transformers' own only if it generates as all do, and its model type has a
     class that is in a list of text.
     """
+    if encodes_text(cls):
+        return None
     if not cls.can_generate():
         return "does not generate at all: it can be loaded, not served"
     name = cls.__name__
@@ -47,6 +49,14 @@ def why_not_served(cls: type[Any], config: Any, continuous_batching: bool = Fals
     return None
 
 
+def encodes_text(cls: type[Any]) -> bool:
+    """Whether a model class is one of transformers' base classes that encode text, and generates none."""
+    if cls.can_generate() or cls.main_input_name != "input_ids" or cls.__name__ not in _classes_of_no_task():
+        return False
+    taken = inspect.signature(cls.forward).parameters
+    return {"input_ids", "attention_mask"} <= set(taken) and not any(name.startswith("decoder_") for name in taken)
+
+
 def is_encoder_decoder(config: Any) -> bool:
     """Whether `generate` begins its answer anew, without the prompt, which only the encoder sees."""
     return bool(getattr(config, "is_encoder_decoder", False))
@@ -54,6 +64,12 @@ def is_encoder_decoder(config: Any) -> bool:
 
 def _is_text(name: str) -> bool:
     return any(name in _classes(task) for task in _TEXT)
+
+
+def _classes_of_no_task() -> set[str]:
+    """The names of all base classes, which have no head."""
+    found = getattr(modeling_auto, "MODEL_MAPPING_NAMES", {}).values()
+    return {name for names in found for name in (names if isinstance(names, (tuple, list)) else (names,))}
 
 
 def _classes(task: str) -> set[str]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from .admission import MAX_QUEUE, Admission
 from .api_errors import ApiError
+from .embeddings import Pooling
 from .serving_metrics import MetricsSource, ServingMetrics
 from .transformers_serving import ServedModel
 
@@ -31,10 +32,12 @@ class ServerState:
         metrics: MetricsSource | None = None,
         continuous_batching: bool = False,
         max_queue: int = MAX_QUEUE,
+        pooling: Pooling = "mean",
     ) -> None:
         self.model_name = model_name
         self.metrics = ServingMetrics(model_name, metrics)
         self.continuous_batching = continuous_batching
+        self.pooling = pooling
         self.admission = Admission(max_queue)
         self.cancel = threading.Event()
         self.created = int(time.time())
@@ -64,7 +67,7 @@ class ServerState:
         """
         report = getattr(model, "load_report", None)
         self.report = report.to_dict() if report is not None else {}
-        served = ServedModel(model, processor, self.model_name, self.continuous_batching)
+        served = ServedModel(model, processor, self.model_name, self.continuous_batching, self.pooling)
         if warm_up is not None:
             self.phase = "warming up"
             warm_up(served, self.cancel)

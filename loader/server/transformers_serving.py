@@ -32,15 +32,18 @@ from transformers.cli.serving.utils import (
 )
 from transformers.utils.chat_parsing import ResponseParser
 
+from .answer_fields import Prompt
 from .answers import answer
 from .api_errors import ApiError, bad_request
+from .embeddings import EmbeddingRequest, Pooling, embed, first_position, told
 from .generation import GuardedManager, RequestCancelled, context_length
 from .generation_request import GenerationRequest
 from .grammar import Grammars
 from .logprobs import TokenTexts
 from .messages import has_media
 from .off_loop import Workers
-from .prompts import CheckedProcessor, vocabulary_size
+from .prompts import CheckedProcessor, check_known_tokens, vocabulary_size
+from .served_kinds import encodes_text
 from .size_limits import size_limits
 
 CB_BLOCK_TOKENS = 256  # transformers' default size of a block of its paged cache
@@ -219,11 +222,22 @@ class ServedModel:
     transformers' response: JSON, or an SSE stream that is still running.
     """
 
-    def __init__(self, model: Any, processor: Any, name: str, continuous_batching: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        continuous_batching: bool = False,
+        pooling: Pooling = "mean",
+    ) -> None:
         self.name = name
+        self.generates = not encodes_text(type(model))
+        self.pooling = pooling
         self.model = model
         self.manager = LoadedModelManager(model, processor, name)
         self.context = context_length(model.config)
+        if self.context is not None and not self.generates:
+            self.context -= first_position(model)
         batch = _cpu_batch(self.context) if model.device.type == "cpu" else None
         self.state = GenerationState(continuous_batching=continuous_batching, cb_config=batch)
         self._requests: weakref.WeakSet[GenerationRequest] = weakref.WeakSet()
@@ -244,13 +258,46 @@ class ServedModel:
 
     async def chat(self, request: GenerationRequest, request_id: str) -> Response:
         """Answer a chat request. Raises `ApiError`."""
+        self._check_generates(True)
         if self.manager.modality is Modality.LLM and has_media(request.body["messages"]):
             raise bad_request("this model reads text only; leave out images, video and audio", "messages")
         return await self._answer(_ChatHandler, request, request_id)
 
     async def complete(self, request: GenerationRequest, request_id: str) -> Response:
         """Answer a completion request. Raises `ApiError`."""
+        self._check_generates(True)
         return await self._answer(_CompletionHandler, request, request_id)
+
+    async def embed(self, request: EmbeddingRequest, nbytes: int) -> dict[str, Any]:
+        """Answer an embedding request whose JSON had so many bytes. Raises `ApiError`."""
+        self._check_generates(False)
+        texts = await self.workers.run(lambda: [self._input_ids(one) for one in request.inputs], nbytes)
+        manager = self.state.get_manager(self.name)
+        vectors = [await manager.async_submit(embed, self.model, ids, self.pooling) for ids in texts]
+        return told(vectors, sum(map(len, texts)), request, self.name)
+
+    def _check_generates(self, wanted: bool) -> None:
+        if self.generates is not wanted:
+            does = "generates text: it answers /v1/completions and /v1/chat/completions" if self.generates else (
+                "generates no text: it answers /v1/embeddings"
+            )  # fmt: skip
+            raise bad_request(f"this model {does}", "model", "unsupported_model")
+
+    def _input_ids(self, text: Prompt) -> list[int]:
+        try:
+            ids = self.encode(text) if isinstance(text, str) else list(text)
+        except ApiError as error:
+            raise ApiError(error.status, error.message, param="input", code=error.code) from error
+        check_known_tokens(ids, self.model.config, "input")
+        if not ids:
+            raise bad_request("a text of `input` is empty: it has no tokens", "input")
+        if self.context is not None and len(ids) > self.context:
+            raise bad_request(
+                f"this model's context is {self.context} tokens, and a text of `input` has {len(ids)}",
+                "input",
+                "context_length_exceeded",
+            )
+        return ids
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """The token ids of a text, as a completion has them. Raises `ApiError` (400)."""

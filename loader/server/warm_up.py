@@ -17,6 +17,7 @@ from ..errors import LoadCancelledError
 from ..schemes.ahead import prepare_products
 from ..shortage import named
 from .api_errors import ApiError
+from .embeddings import embed
 from .generation_request import GenerationRequest, parse_chat, parse_completion
 from .prompts import PLACEHOLDERS, chat_templates, vocabulary_size
 from .transformers_serving import ServedModel
@@ -47,7 +48,14 @@ def warm_up(served: ServedModel, cancel: threading.Event) -> None:
 
 
 def _passes(served: ServedModel) -> Iterator[Callable[[], Any]]:
-    if served.batches:
+    if not served.generates:
+        length = min(24, served.context or 24)
+        yield (
+            served.state.get_manager(served.name)
+            .submit(embed, served.model, _some_ids(served, length), served.pooling)
+            .result
+        )
+    elif served.batches:
         for count in BATCHES:
             yield partial(_answer, [partial(served.complete, _completion(served)) for _ in range(count)])
     elif served.model.main_input_name == "input_ids":
@@ -57,7 +65,7 @@ def _passes(served: ServedModel) -> Iterator[Callable[[], Any]]:
                 # On the thread that generates: its scratch memory and torch's threads belong to it.
                 yield served.state.get_manager(served.name).submit(_generate, served, length).result
         yield partial(_answer, [partial(served.complete, _completion(served))])
-    if chat_templates(served.manager.processor):
+    if served.generates and chat_templates(served.manager.processor):
         chat = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 2}
         yield partial(_answer, [partial(served.chat, parse_chat(chat, served.name))])
 

@@ -128,7 +128,8 @@ NOT_SERVED = {
     "VisionEncoderDecoderModel": "reads no text",
     "Pix2StructForConditionalGeneration": "reads no text",
     "RagTokenForGeneration": "is none of the classes",
-    "BertModel": "does not generate at all",
+    "BertForMaskedLM": "does not generate at all",
+    "ViTModel": "does not generate at all",
     "T5EncoderModel": "does not generate at all",
 }
 

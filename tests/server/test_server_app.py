@@ -11,6 +11,7 @@ from starlette.routing import Route
 OPEN_ROUTES = {
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/embeddings",
     "/v1/models",
     "/v1/models/{model:path}",
     "/tokenize",

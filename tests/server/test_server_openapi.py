@@ -9,6 +9,7 @@ import pytest
 import quantload
 from quantload.server import ServerState, create_app
 from quantload.server.api_errors import ApiError
+from quantload.server.embeddings import EMBEDDING_FIELDS
 from quantload.server.generation_request import CHAT_FIELDS, COMPLETION_FIELDS, parse_chat, parse_completion
 from quantload.server.openapi import description
 from quantload.server.token_routes import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
@@ -83,6 +84,7 @@ def test_the_fields_are_those_of_the_parser() -> None:
     for kind, names in {
         "CompletionRequest": COMPLETION_FIELDS,
         "ChatRequest": CHAT_FIELDS,
+        "EmbeddingRequest": EMBEDDING_FIELDS,
         "TokenizeRequest": TOKENIZE_FIELDS,
         "DetokenizeRequest": DETOKENIZE_FIELDS,
     }.items():

@@ -40,7 +40,8 @@ def command(program: Path, url: str, seconds: int, report: Path) -> list[str]:
     """Schemathesis for so many seconds; its report goes to `report`, one event a line."""
     return [
         str(program), "run", f"{url}/openapi.json", "--header", f"Authorization: Bearer {KEY}",
-        "--phases", "examples,coverage,fuzzing", "--checks", "all", "--max-time", str(seconds), "--request-timeout", str(PATIENCE), "--continue-on-failure",
+        "--phases", "examples,coverage,fuzzing",
+        "--checks", "all", "--max-time", str(seconds), "--request-timeout", str(PATIENCE), "--continue-on-failure",
         "--report", "ndjson", "--report-ndjson-path", str(report), "--no-color",
     ]  # fmt: skip
 

@@ -7,6 +7,7 @@ loop for ever, a file of a tokenizer may take all memory or end the process that
 from __future__ import annotations
 
 import json
+import mmap
 import multiprocessing
 import os
 import signal
@@ -125,7 +126,7 @@ def _limit(root: Path, seconds: float) -> None:
         return
     import resource
 
-    allowed = pages * os.sysconf("SC_PAGE_SIZE") + TRIAL_BYTES
+    allowed = pages * mmap.PAGESIZE + TRIAL_BYTES
     allowed += BYTES_OF_A_FILE * sum((root / name).stat().st_size for name in _files(root))
     for kind, limit in (
         (resource.RLIMIT_DATA, allowed),

@@ -36,6 +36,8 @@ from ..memory.overhead import WRITTEN_PIECES, WRITTEN_TENSORS
 from ..memory.planner import MemoryPlan
 from ..memory.report import LoadReport
 from ..memory.verdict import judge
+from ..model.leftovers import some
+from ..model.modeling_code import layers_cast_to
 from ..online.storage import FinalStorage
 from ..options import LoadOptions, QuantizationPolicy
 from ..pieces.plain import plan_pieces
@@ -127,6 +129,7 @@ def convert_checkpoint(
             shards = plan_shards(specs, max_shard_bytes)
             config = _config(checkpoint, draft, tensors, export)
             _warn_of_experts(tensors, export)
+            _warn_of_casts(draft, tensors, export)
             stored = checkpoint.config().get("quantization_config")
             key = _key(checkpoint, draft.index, shards, [config, stored, policy and asdict(policy), options.stats])
         source = FileSource(
@@ -251,6 +254,29 @@ def _warn_of_experts(tensors: Sequence[PlannedTensor], export: ExportFormat) -> 
             "word; vLLM and quantload read them (keep them for transformers with --experts none)",
             ", ".join(unread),
             export.name,
+        )
+
+
+def _warn_of_casts(draft: Draft, tensors: Sequence[PlannedTensor], export: ExportFormat) -> None:
+    """Say where modeling code of transformers would cast the input of a layer to what another tool keeps as weight."""
+    codes = {
+        tensor.assignment.name: tensor.layout.format.code_dtype
+        for tensor in tensors
+        if isinstance(tensor, QuantizedTensor) and tensor.assignment.kind == "linear"
+    }
+    cast = {
+        name for dtype in {*codes.values()} for name in layers_cast_to(draft.model, dtype) if codes.get(name) == dtype
+    }
+    if cast:
+        patterns = sorted({f"--ignore '*.{name.rpartition('.')[2]}'" for name in cast})
+        logger.warning(
+            "transformers casts the input of %d layers to the dtype of their weights, and %s has codes there: with the "
+            "tool that reads it their outputs are wrong without a word, or an error (%s); vLLM and quantload are not "
+            "concerned; keep the layers for transformers with %s",
+            len(cast),
+            export.name,
+            some(cast),
+            " ".join(patterns),
         )
 
 

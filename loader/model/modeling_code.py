@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ NOT_RUNNING = frozenset({"__init__", "_init_weights", "tie_weights", "_tie_weigh
 OF_EVERY_MODEL = re.compile(r"transformers\.(?!models\.)")
 """The modules of transformers that are about no model: generation, attention kernels, outputs."""
 WRITES_WEIGHT = re.compile(r"\.(\w+)\.weight\.(?:data\.)?\w+_\(")
+READS_DTYPE = re.compile(r"\bself\.([\w.]+)\.weight\.dtype\b")
 ASKS_CONFIG = re.compile(r"hasattr\(self\.config, \"(_is_quantized)\"\)")
 
 
@@ -28,6 +30,29 @@ def asks_if_quantized(parent: nn.Module) -> bool:
 def writes_weight(root: PreTrainedModel, child: str) -> bool:
     """Whether code of `root`, or of its base model, changes in place the weight of some layer called `child`."""
     return any(_found(WRITES_WEIGHT, model, child) for model in (root, root.base_model))
+
+
+def layers_cast_to(model: nn.Module, codes: torch.dtype) -> list[str]:
+    """Names of the layers whose dtype of weights some code casts their input to, where that may be one of `codes`.
+
+    In `load_quantized`'s models it is the dtype they compute in. Other tools have codes there, and modeling code knows
+    INT8 as such in some places (`self.wo` of T5).
+    """
+    found = {}
+    for name, module in model.named_modules():
+        for child in _dtypes_read(type(module), codes == torch.int8):
+            full = f"{name}.{child}".lstrip(".")
+            try:
+                found[full] = model.get_submodule(full)
+            except AttributeError:  # a parameter, or what only some models of the class have
+                continue
+    return sorted(found)
+
+
+@functools.cache
+def _dtypes_read(cls: type, is_int8: bool) -> frozenset[str]:
+    running = (source(function) for name, function in own_methods(cls) if name not in NOT_RUNNING)
+    return frozenset().union(*(READS_DTYPE.findall(text) for text in running if not (is_int8 and "torch.int8" in text)))
 
 
 def _found(pattern: re.Pattern[str], module: nn.Module, name: str) -> bool:

@@ -128,9 +128,9 @@ def replaced(
 ) -> QuantizedWeightError:
     """The error for a layer whose codes or scales were exchanged for numbers of another dtype."""
     return QuantizedWeightError(
-        f"{name!r} of a layer in {format_name} holds {_listed(found)} where codes and scales are {_listed(wanted)}: other "
-        f"numbers were put there, as when accelerate offloads a module or a state dict is cast; load the model anew, "
-        f"and move it with .to() only"
+        f"{name!r} of a layer in {format_name} holds {_listed(found)} where codes and scales are {_listed(wanted)}: "
+        f"other numbers were put there, as when accelerate offloads a module or a state dict is cast; load the model "
+        f"anew, and move it with .to() only"
     )
 
 

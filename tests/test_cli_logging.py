@@ -15,8 +15,9 @@ from quantload.cli_logging import OTHERS, log_as_json, set_up_logging, set_up_se
 
 @pytest.fixture(autouse=True)
 def loggers_as_before() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("quantload", *OTHERS)]
+    loggers = [logging.getLogger(name) for name in ("quantload", "uvicorn.error", *OTHERS)]
     before = [([*logger.handlers], logger.level, logger.propagate) for logger in loggers]
+    logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)  # where a server of another test has left one
     yield
     logging.captureWarnings(False)
     enable_progress_bars()

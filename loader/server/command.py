@@ -101,6 +101,7 @@ def serve_model(
         max_queue=max_queue,
         pooling=pooling,
         request_log=request_log,
+        log_level=None,
         metrics=metrics,
         shutdown_grace=SHUTDOWN_SECONDS,
     )

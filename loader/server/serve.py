@@ -45,7 +45,7 @@ def serve(
     continuous_batching: bool = False,
     max_queue: int = MAX_QUEUE,
     pooling: Pooling = "mean",
-    log_level: str = "warning",
+    log_level: str | None = "warning",
     request_log: RequestLogMode = "all",
     metrics: MetricsSource | None = None,
     shutdown_grace: float = 10.0,
@@ -62,8 +62,9 @@ def serve(
     `shutdown_grace` seconds.
 
     All log lines go through Python's loggers, which are the caller's to set up: `quantload`, `quantload.requests`
-    with a line a request (`request_log` says for which), and uvicorn's from `log_level` on. The last line before the
-    first request has the URL. `/metrics` shows `metrics` besides the server's own.
+    with a line a request (`request_log` says for which), and uvicorn's from `log_level` on (None: as
+    its loggers have it). The last line before the first request has the URL. `/metrics` shows `metrics` besides the
+    server's own.
 
     Raises `BindError` if the port cannot be taken, and what `load` raised if it failed; with
     `exit_on_load_error=False` the server then stays up instead, `/health` answering 500 with the error, until it is

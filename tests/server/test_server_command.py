@@ -22,7 +22,8 @@ def served(folder: Path, monkeypatch: pytest.MonkeyPatch, between: Any) -> Any:
     """The model that would be served, if `between` happens after its tokenizer was loaded."""
     made: list[Any] = []
 
-    def serve(load: Any, load_processor: Any, **_: Any) -> None:
+    def serve(load: Any, load_processor: Any, **rest: Any) -> None:
+        assert rest["log_level"] is None  # the command line has said what is logged
         made.append(load_processor())
         between()
         made.append(load(lambda done, total: None, threading.Event()))

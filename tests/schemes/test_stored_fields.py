@@ -32,6 +32,11 @@ MADE: dict[str, dict[str, Any]] = {
         "dynamic": {"-:.*gate.*": {}, "+:.*down.*": {"bits": 8, "group_size": 64, "sym": True}}, "pack_dtype": "int32",
         "checkpoint_format": "gptq", "meta": {"quantizer": ["gptqmodel:7.7.0"], "damp_percent": 0.05, "mse": 0.0},
     },
+    "gptq of AutoRound": {
+        "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "data_type": "int",
+        "iters": 200, "lr": 0.005, "nsamples": 128, "seqlen": 2048, "autoround_version": "0.4", "damp_percent": 0.01,
+        "enable_quanted_input": True, "low_gpu_mem_usage": True, "true_sequential": False, "provider": "auto-round",
+    },
     "fp8 of DeepSeek": {
         "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128],
     },

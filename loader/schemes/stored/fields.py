@@ -4,7 +4,8 @@ Harmless is what says nothing about the numbers that the tensors stand for: how 
 tool was, what the key-value cache, the softmax or the outputs of layers are rounded to (here they are not), and how
 another program should run the model. A field that is not here is an error, unless it is null, [] or {}: nobody knows
 what it says. The lists were read from AMD Quark 0.13, compressed-tensors 0.20, NVIDIA ModelOpt 0.47, transformers 5.24
-and vLLM 0.32; those of AWQ and GPTQ also have what AutoAWQ, AutoGPTQ and GPTQModel are known to write.
+and vLLM 0.32; those of AWQ and GPTQ also have what AutoAWQ, AutoGPTQ, GPTQModel and AutoRound are known to
+write.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ _GPTQ_FOUND = (
     *("dataset", "tokenizer", "model_seqlen", "block_name_to_quantize", "module_name_preceding_first_block"),
     *("batch_size", "pad_token_id", "max_input_length", "cache_block_outputs", "modules_in_block_to_quantize"),
     *("mse", "gptaq", "gptaq_alpha", "v2", "v2_alpha", "failsafe", "auto_forward_data_parallel", "mock_quantization"),
+)
+_AUTOROUND_FOUND = (
+    *("iters", "lr", "minmax_lr", "nsamples", "seqlen", "autoround_version", "enable_quanted_input", "train_bs"),
+    *("enable_minmax_tuning", "enable_norm_bias_tuning", "low_gpu_mem_usage", "low_cpu_mem_usage", "data_type", "amp"),
+    *("gradient_accumulate_steps", "provider", "scale_dtype", "quant_block_list", "to_quant_block_names"),
 )
 _GPTQ_RUN = (
     *("lm_head", "format", "method", "pack_dtype", "pack_impl", "meta", "model_name_or_path", "model_file_base_name"),
@@ -53,8 +59,18 @@ CONFIG: Mapping[str, frozenset[str]] = MappingProxyType(
             *("use_optimized_inference",),
         },
         "awq": _COMMON
-        | {"bits", "group_size", "zero_point", *_AWQ_RUN, *_GPTQ_FOUND, *_GPTQ_RUN, "desc_act", "checkpoint_format"},
-        "gptq": _COMMON | {*_GPTQ_READ, *_GPTQ_FOUND, *_GPTQ_RUN},
+        | {
+            "bits",
+            "group_size",
+            "zero_point",
+            *_AWQ_RUN,
+            *_GPTQ_FOUND,
+            *_AUTOROUND_FOUND,
+            *_GPTQ_RUN,
+            "desc_act",
+            "checkpoint_format",
+        },
+        "gptq": _COMMON | {*_GPTQ_READ, *_GPTQ_FOUND, *_AUTOROUND_FOUND, *_GPTQ_RUN},
         "mxfp4": _COMMON | {"modules_to_not_convert"},
         **dict.fromkeys(("fp8", "mxfp8"), _COMMON | {*_FP8, "expert_dtype"}),
         **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"), _COMMON | {*_MODELOPT}),

@@ -232,7 +232,7 @@ class CacheOptions:
     """Where the quantized form is left for later loads."""
 
     cache: Annotated[
-        Path | None,
+        str | None,  # an empty path would be the current folder
         typer.Option(
             metavar="DIR",
             help="Leave the quantized form in this folder; later loads of the same read it.",

@@ -156,6 +156,7 @@ def test_a_cache_that_cannot_be_is_a_usage_error(quantload: Command, checkpoint:
     (tmp_path / "file").touch()
     for arguments, complaint in (
         (("--cache", tmp_path / "file"), "is a file; give a folder"),
+        (("--cache", ""), "cache is ''; give the path of a folder"),
         (("--cache", tmp_path, "--cache-size", "many"), "'many' is not an amount"),
         (("--cache", tmp_path, "--cache-size", "0B"), "cache_bytes is 0"),
         (("--cache", tmp_path, "--cache-verify", "none"), "'samples',"),

@@ -46,7 +46,7 @@ def check_linear(
 ) -> None:
     """Raise ValueError unless x [T, k] can be multiplied by the quantized weight [n_rows, k]."""
     if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"{fmt.name}: expected floating x of shape [T, {k}], got {x.dtype} {list(x.shape)}")
+        raise ValueError(f"{fmt.name}: expected x in float32, float16 or bfloat16 of shape [T, {k}], got {x.dtype} {list(x.shape)}")
     for wanted, shape, tensor in zip(_known(fmt, tensors), fmt.shapes(n_rows, k), tensors, strict=True):
         if tensor.shape != shape:
             raise ValueError(
@@ -67,7 +67,7 @@ def check_experts(
 ) -> None:
     """Raise ValueError unless x [T, k], grouped by `offsets`, can meet the experts' weights [E, n_rows, k]."""
     if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"{fmt.name}: expected floating x of shape [T, {k}], got {x.dtype} {list(x.shape)}")
+        raise ValueError(f"{fmt.name}: expected x in float32, float16 or bfloat16 of shape [T, {k}], got {x.dtype} {list(x.shape)}")
     known, experts = _known(fmt, tensors), tensors[0].shape[0]
     for wanted, shape, tensor in zip(known, fmt.shapes(n_rows, k), tensors, strict=True):
         if tensor.shape != (experts, *shape):

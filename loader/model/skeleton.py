@@ -151,9 +151,10 @@ class _Assigner:
         self._roles, self._products = roles(model), Products()
         self._tied = transformers_api.tied_parameters(model)
         self._readers = weight_readers(model)
+        self._no_kernel = "the model computes in float64, and no kernel does" if dtype == torch.float64 else None
 
     def experts(self, name: str, module: Any) -> Assignment:
-        impossible = unsupported_reason(module)
+        impossible = unsupported_reason(module) or self._no_kernel
         weights = [f"{name}.{key}" for key, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
         stored = None if impossible is not None else self._sources.module(weights)
         choice = self._policy.experts(name, None, stored)
@@ -202,7 +203,7 @@ class _Assigner:
             return "its weight is tied to another parameter"
         if not module.weight.numel():  # type: ignore[operator]
             return "it has no elements"
-        objection = self._products.objection(module)
+        objection = self._no_kernel or self._products.objection(module)
         if objection is not None:
             return objection
         reader = self._readers.get(id(module))

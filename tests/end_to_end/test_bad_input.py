@@ -344,6 +344,14 @@ def test_a_dtype_that_a_model_is_built_in(fields: dict[str, Any], dtype: torch.d
     assert plan_quantized(llama, "none").model.dtype is dtype
 
 
+def test_a_model_that_computes_in_float64_is_left_as_stored_and_runs(llama: Path) -> None:
+    edit_json(llama / "config.json", lambda config: config.update(dtype="float64"))
+    model = load_quantized(llama, "quark_mxfp4", progress=False)
+    assert {kept.reason for kept in model.load_report.kept} >= {"the model computes in float64, and no kernel does"}
+    assert not model.load_report.layers
+    assert model(torch.tensor([[5, 9]])).logits.dtype == torch.float64
+
+
 def test_a_number_of_layers_that_is_none(llama: Path) -> None:
     edit_json(llama / "config.json", lambda config: config.update(num_hidden_layers=-1))
     with pytest.raises(e.UnexpectedWeightsError, match=r"is config\.json the one of this checkpoint"):

@@ -45,8 +45,7 @@ def check_linear(
     fmt: WeightFormat, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, n_rows: int, k: int
 ) -> None:
     """Raise ValueError unless x [T, k] can be multiplied by the quantized weight [n_rows, k]."""
-    if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"{fmt.name}: expected x in float32, float16 or bfloat16 of shape [T, {k}], got {x.dtype} {list(x.shape)}")
+    _check_activations(fmt, x, k)
     for wanted, shape, tensor in zip(_known(fmt, tensors), fmt.shapes(n_rows, k), tensors, strict=True):
         if tensor.shape != shape:
             raise ValueError(
@@ -54,6 +53,13 @@ def check_linear(
             )
     if bias is not None and bias.shape != (n_rows,):
         raise ValueError(f"{fmt.name}: bias must have shape [{n_rows}], got {list(bias.shape)}")
+
+
+def _check_activations(fmt: WeightFormat, x: torch.Tensor, k: int) -> None:
+    if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(
+            f"{fmt.name}: expected x in float32, float16 or bfloat16 of shape [T, {k}], got {x.dtype} {list(x.shape)}"
+        )
 
 
 def check_experts(
@@ -66,8 +72,7 @@ def check_experts(
     k: int,
 ) -> None:
     """Raise ValueError unless x [T, k], grouped by `offsets`, can meet the experts' weights [E, n_rows, k]."""
-    if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"{fmt.name}: expected x in float32, float16 or bfloat16 of shape [T, {k}], got {x.dtype} {list(x.shape)}")
+    _check_activations(fmt, x, k)
     known, experts = _known(fmt, tensors), tensors[0].shape[0]
     for wanted, shape, tensor in zip(known, fmt.shapes(n_rows, k), tensors, strict=True):
         if tensor.shape != (experts, *shape):

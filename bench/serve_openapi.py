@@ -18,6 +18,8 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,8 @@ from serve_process import KEY, serving
 SECONDS = 300
 PATIENCE = 180
 """Seconds that it waits for an answer."""
-SLOW_TOKENS = 4000
-"""From here on a request may take longer: some 22 tokens a second, beside other jobs, one after the other."""
+SLOWER = 3
+"""How many times as long as alone, before, a token may take meanwhile."""
 CONTEXT = 1024
 """That of the demo model: what is generated without a limit."""
 REFUSED_THOUGH_VALID = "positive_data_acceptance"
@@ -52,6 +54,16 @@ def tokens_asked(body: dict[str, Any]) -> int:
     prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or CONTEXT
     return int((body.get("n") or 1) * prompts * min(limit, CONTEXT))
+
+
+def seconds_per_token(url: str) -> float:
+    """How long a token takes with nothing else to do, the mean of an answer of 64."""
+    body = json.dumps({"prompt": "def ", "max_tokens": 64, "ignore_eos": True, "temperature": 0}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"Authorization": f"Bearer {KEY}"})
+    start = time.monotonic()
+    with urllib.request.urlopen(request, timeout=PATIENCE) as reply:
+        reply.read()
+    return (time.monotonic() - start) / 64
 
 
 def counted(report: Path) -> dict[str, Any]:
@@ -95,7 +107,8 @@ def wrong(result: dict[str, Any]) -> list[str]:
     found = [f"{name}: {one}" for name, one in result["failures"].items() if not name.startswith(REFUSED_THOUGH_VALID)]
     for operation, counts in result["statuses"].items():
         found += [f"{operation}: {status}" for status in counts if status != "none" and status >= "500"]
-    found += [f"no answer: {one}" for one in result["unanswered"] if one["tokens"] < SLOW_TOKENS]
+    most = PATIENCE / (SLOWER * result["seconds_per_token"])
+    found += [f"no answer: {one}" for one in result["unanswered"] if one["tokens"] < most]
     return found if result["requests"] else ["no request was made"]
 
 
@@ -109,12 +122,13 @@ def main() -> int:
     print(headline(machine))
     with tempfile.TemporaryDirectory() as folder, serving("--request-log", "off") as server:
         report = Path(folder) / "report.ndjson"
+        rate = seconds_per_token(server.url)
         program = command(options.schemathesis, server.url, options.seconds, report)
         run = subprocess.run(program, capture_output=True, text=True, cwd=folder)
         if not report.exists():
             print(run.stdout, run.stderr, file=sys.stderr)
             return 1
-        result = counted(report)
+        result = counted(report) | {"seconds_per_token": rate}
         code, seconds = server.stop()
     result["wrong"] = wrong(result) + ([] if code == 0 else [f"the server ended with {code} after {seconds:.1f} s"])
     reduced = "" if options.seconds >= SECONDS else "quick"

@@ -87,7 +87,8 @@ class Grammar:
         return self.rng.choice(choices)
 
     def text(self) -> str:
-        return self.pick(*TEXTS)
+        text: str = self.pick(*TEXTS)
+        return text
 
     def number(self) -> Any:
         return self.pick(*NUMBERS)

@@ -40,7 +40,8 @@ def layers_cast_to(model: nn.Module, codes: torch.dtype) -> list[str]:
     """
     found = {}
     for name, module in model.named_modules():
-        for child in _dtypes_read(type(module), codes == torch.int8):
+        cls: type = type(module)
+        for child in _dtypes_read(cls, codes == torch.int8):
             full = f"{name}.{child}".lstrip(".")
             try:
                 found[full] = model.get_submodule(full)

@@ -130,7 +130,9 @@ def test_a_tool_that_is_named_is_called(client: Client) -> None:
             model="tiny", messages=said, tools=tools, max_tokens=200, temperature=0,
             tool_choice={"type": "function", "function": {"name": "sleep"}},
         )  # fmt: skip
-    (call,) = answer.choices[0].message.tool_calls or ()
+    calls = answer.choices[0].message.tool_calls
+    assert calls is not None
+    (call,) = calls
     assert call.type == "function"
     assert (call.function.name, call.function.arguments) == ("sleep", "{}")
 

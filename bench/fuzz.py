@@ -6,7 +6,7 @@ none did before are mutated further. Faults are: an error that is no `QuantloadE
 field or is longer than a screen, more than 10 s, a child that dies, memory beyond the plan, and values that another
 reader does not find.
 
-    python bench/fuzz.py --jobs 2                         # 110,000 inputs; about half an hour on two cores
+    python bench/fuzz.py --jobs 2                         # 113,600 inputs; about half an hour on two cores
     python bench/fuzz.py --scale 0.01 --readers header    # a quick look
     python bench/fuzz.py --readers faulty                 # are faults found? every one of these is one
     python bench/fuzz.py --replay FILE                    # one input that a run has kept

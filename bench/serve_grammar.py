@@ -87,8 +87,7 @@ class Grammar:
         return self.rng.choice(choices)
 
     def text(self) -> str:
-        text: str = self.pick(*TEXTS)
-        return text
+        return self.rng.choice(TEXTS)
 
     def number(self) -> Any:
         return self.pick(*NUMBERS)

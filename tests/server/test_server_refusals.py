@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from quantload.server import ServerState
+from quantload.server.warm_up import warm_up
 from server_harness import Client, running
 from transformers import PreTrainedTokenizerFast
 
@@ -112,11 +113,14 @@ def test_extremes_that_are_allowed_are_answered(odd_client: Client, fields: dict
         assert '"error"' not in reply.text
 
 
-def test_a_model_without_a_chat_template_says_so(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_model_without_a_chat_template_says_so(
+    model: Any, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
     state = ServerState("plain")
-    state.finish(model, plain)
+    state.finish(model, plain, warm_up)
+    assert "plain has no chat template" in caplog.text
     with running(state) as client:
         reply = client.post(CHAT, {"messages": HELLO})
         assert (reply.status, reply.json["error"]["param"]) == (400, "messages")

@@ -17,7 +17,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,12 @@ def fault(request: Request, answer: Answer) -> str | None:
 
 
 async def fuzz(
-    app: Any, seed: int | str, count: int, at_once: int = AT_ONCE
+    app: Any, seed: int | str, count: int, at_once: int = AT_ONCE, grammar: Callable[[int | str], Grammar] = Grammar
 ) -> tuple[Counter[str], list[dict[str, Any]]]:
     """Ask `count` requests of a seed: how many had which status, and the faults."""
-    grammar, counts, faults = Grammar(seed), Counter[str](), list[dict[str, Any]]()
+    made, counts, faults = grammar(seed), Counter[str](), list[dict[str, Any]]()
     for start in range(0, count, at_once):
-        requests = [grammar.request() for _ in range(min(at_once, count - start))]
+        requests = [made.request() for _ in range(min(at_once, count - start))]
         answers = await asyncio.gather(*(ask(app, request) for request in requests))
         for number, (request, answer) in enumerate(zip(requests, answers, strict=True), start):
             counts[f"{answer.status}"] += 1

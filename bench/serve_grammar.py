@@ -56,7 +56,8 @@ class Request:
 class Grammar:
     """Requests as a function of the seed; half of the time right but for one field."""
 
-    def __init__(self, seed: int | str) -> None:
+    def __init__(self, seed: int | str, embeddings: int = 1) -> None:
+        self.embeddings = embeddings
         self.rng = random.Random(f"requests {seed}")
         self._fields: dict[str, Callable[[], Any]] = {
             **dict.fromkeys(
@@ -75,6 +76,9 @@ class Grammar:
             "tool_choice": lambda: self.pick("auto", "none", "required", "required", CHOICE, {"type": "function"}, 1),
             "tools": lambda: [self.tool() for _ in range(self.pick(0, 1, 3))],
             "chat_template_kwargs": lambda: {self.pick(*VARIABLES): self.value()},
+            "encoding_format": lambda: self.pick("float", "base64", self.text(), 1, []),
+            "dimensions": self.number,
+            "input": self.prompt,
             "model": lambda: self.pick(None, self.text(), 1),
             "stream": lambda: self.pick(True, False, True, False, "x", 1, None),
             **dict.fromkeys(("user", "metadata", "store", "service_tier", "echo", "suffix", "functions", "modalities",
@@ -168,6 +172,8 @@ class Grammar:
             return {"messages": [{"role": "user", "content": "hi"}], "max_tokens": TOKENS}
         if path == "/detokenize":
             return {"tokens": [1, 2, 3]}
+        if path == "/v1/embeddings":
+            return {"input": "the"}
         return {"prompt": "the", **({"max_tokens": TOKENS} if path == "/v1/completions" else {})}
 
     def body(self, path: str) -> Any:
@@ -187,7 +193,7 @@ class Grammar:
             body.pop("prompt", None)
         if isinstance(body, dict) and path == "/v1/completions" and self.rng.random() < 0.8:
             body.pop("messages", None)
-        return self._short(body) if path.startswith("/v1/") else body
+        return self._short(body) if "completions" in path else body
 
     @staticmethod
     def _short(body: Any) -> Any:
@@ -205,7 +211,8 @@ class Grammar:
         return body
 
     def request(self) -> Request:
-        path = self.pick(*["/v1/completions", "/v1/chat/completions"] * 5, "/tokenize", "/detokenize", "/load_model")
+        path = self.pick(*["/v1/completions", "/v1/chat/completions"] * 5, "/tokenize", "/detokenize", "/load_model",
+                         *["/v1/embeddings"] * self.embeddings)  # fmt: skip
         if self.rng.random() < 0.08:
             return self.other()
         body = self.body(path)

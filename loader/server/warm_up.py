@@ -37,7 +37,7 @@ def warm_up(served: ServedModel, cancel: threading.Event) -> None:
 
     Raises `LoadCancelledError` soon after `cancel` was set, and what a model raises that cannot generate.
     """
-    if not chat_templates(served.manager.processor):
+    if served.generates and not chat_templates(served.manager.processor):
         logger.warning("%s has no chat template: /v1/chat/completions is refused", served.name)
     begin = time.perf_counter()
     prepare_products(served.model, served.model.device, served.model.dtype)

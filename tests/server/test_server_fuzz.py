@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from typing import Any
 
 import pytest
 import serve_fuzz
-import serve_grammar
 from quantload.server import ServerState, create_app
+from serve_grammar import Grammar, Request
+from transformers import BertConfig, BertModel
 
 
 @pytest.mark.parametrize(
@@ -31,8 +33,21 @@ def test_no_request_is_answered_with_a_5xx(model: Any, tokenizer: Any, batched: 
     assert counts["named"] > 0.8 * counts["400"]
 
 
+@pytest.mark.slow
+def test_a_model_that_only_encodes_answers_with_no_5xx(tokenizer: Any) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes)).eval()
+    state = ServerState("demo")
+    state.finish(model, tokenizer)
+    fuzzed = serve_fuzz.fuzz(create_app(state, request_log="off"), "bert", 3000, grammar=partial(Grammar, embeddings=9))
+    counts, faults = asyncio.run(fuzzed)
+    state.stop()
+    assert faults == []
+    assert counts["200"] > 150
+
+
 def test_requests_are_a_function_of_the_seed() -> None:
-    first, again = serve_grammar.Grammar(1), serve_grammar.Grammar(1)
+    first, again = Grammar(1), Grammar(1)
     assert [first.request() for _ in range(200)] == [again.request() for _ in range(200)]
 
 
@@ -53,7 +68,7 @@ def test_what_is_wrong_with_an_answer_is_found(status: int, body: bytes, what: s
             await send({"type": "http.response.start", "status": status, "headers": []})
             await send({"type": "http.response.body", "body": body})
 
-    request = serve_grammar.Request("POST", "/v1/completions")
+    request = Request("POST", "/v1/completions")
     assert what in str(serve_fuzz.fault(request, asyncio.run(serve_fuzz.ask(app, request))))
 
 
@@ -65,13 +80,13 @@ def test_an_exception_and_no_answer_are_faults() -> None:
         while True:
             await receive()
 
-    request = serve_grammar.Request("GET", "/health")
+    request = Request("GET", "/health")
     assert "KeyError" in str(serve_fuzz.fault(request, asyncio.run(serve_fuzz.ask(raising, request))))
     assert "no answer" in str(serve_fuzz.fault(request, asyncio.run(serve_fuzz.ask(waiting, request, 0.05))))
 
 
 def test_a_right_answer_is_none() -> None:
-    request = serve_grammar.Request("POST", "/v1/completions")
+    request = Request("POST", "/v1/completions")
     error = {"error": {"message": "m", "type": "invalid_request_error", "param": None, "code": None}}
     assert serve_fuzz.fault(request, serve_fuzz.Answer(400, json.dumps(error).encode())) is None
     assert serve_fuzz.fault(request, serve_fuzz.Answer(200, b"data: {}\n\ndata: [DONE]\n\n")) is None

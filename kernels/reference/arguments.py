@@ -58,7 +58,7 @@ def check_linear(
 def _check_activations(fmt: WeightFormat, x: torch.Tensor, k: int) -> None:
     if x.dim() != 2 or x.shape[1] != k or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(
-            f"{fmt.name}: expected x in float32, float16 or bfloat16 of shape [T, {k}], got {x.dtype} {list(x.shape)}"
+            f"{fmt.name}: expected x of shape [T, {k}] in float32, float16 or bfloat16, got {x.dtype} {list(x.shape)}"
         )
 
 

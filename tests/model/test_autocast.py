@@ -84,7 +84,7 @@ def test_every_kernel_takes_it(kernel: str) -> None:
 def test_float64_is_left_alone_and_meta_is_no_place_for_it() -> None:
     module = linear("int8_per_channel", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        with pytest.raises(ValueError, match=r"expected x of shape .* in float32, float16 or bfloat16, got torch\.float64"):
+        with pytest.raises(ValueError, match=r"expected x of shape .* in float32, .* got torch\.float64"):
             module(inputs(torch.float64))
         with pytest.raises(RuntimeError, match="same dtype"):
             F.linear(inputs(torch.float64), torch.zeros(ROWS, COLUMNS))

@@ -31,6 +31,7 @@ def scenario(status: int | None, *failed: str) -> dict[str, Any]:
         (200, [], 0),
         (400, [], 0),
         (400, ["positive_data_acceptance"], 0),
+        (200, ["max_response_time"], 0),
         (200, ["negative_data_rejection"], 1),
         (500, [], 1),
         (503, ["not_a_server_error"], 2),

@@ -215,9 +215,17 @@ def open_cache(checkpoint: Checkpoint, options: LoadOptions, on_layer: OnFinishe
     if options.cache is None:
         return NoCache(checkpoint, options, on_layer)
     folder = Path(options.cache).expanduser()
-    if folder.exists() and not folder.is_dir():
+    if _is_file(folder):
         raise PolicyError(f"the cache {str(folder)!r} is a file; give a folder, which is made where there is none")
     return FolderCache(folder, checkpoint, options, on_layer, trust_remote_code)
+
+
+def _is_file(folder: Path) -> bool:
+    """Whether something is there that is no folder; what cannot be looked at is found out where it is used."""
+    try:
+        return folder.exists() and not folder.is_dir()
+    except OSError:
+        return False
 
 
 def _no_gain(draft: Draft) -> str | None:

@@ -8,7 +8,7 @@ from ..errors import CheckpointError, MissingShardError, TruncatedShardError
 from .headers import TensorEntry, read_header
 from .other_kinds import folder_error, some, unfinished
 from .resolve import CONFIG_NAME, Checkpoint
-from .small_files import count_values
+from .small_files import MAX_CONFIG_BYTES, check_small_file, count_values
 from .source import FileSource, Source, read_bytes
 from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name, parse_weight_map
 
@@ -122,7 +122,8 @@ def _check_overlaid(
 
 def _find_shards(checkpoint: Checkpoint, source: Source) -> tuple[str, list[str], dict[str, str]]:
     """The file that decides, the shards' names, and the listed tensors with their shard."""
-    explicit = explicit_name(checkpoint.config()) if (checkpoint.root / "config.json").exists() else None
+    has_config = check_small_file(checkpoint.root / CONFIG_NAME, MAX_CONFIG_BYTES)
+    explicit = explicit_name(checkpoint.config()) if has_config else None
     if explicit is not None and not explicit.endswith(".index.json"):
         return "config.json", [explicit], {}
     if explicit is None and _exists(source, SINGLE_NAME):

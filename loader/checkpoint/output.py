@@ -95,6 +95,11 @@ class OutputFolder:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def size(self) -> int:
+        """Bytes of all files so far."""
+        with self._explained():
+            return sum(path.stat().st_size for path in self.files.rglob("*") if path.is_file())
+
     def publish(self) -> None:
         """Everything is written: give it its name."""
         with self._explained():

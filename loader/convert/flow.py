@@ -164,6 +164,7 @@ def convert_checkpoint(
                 original = b"".join(_content(source, CARD)).decode(errors="replace") if CARD in papers else None
                 folder.write(CARD, [make_card(original, *base_model(checkpoint), said).encode()])
             checkpoint.identities.check_unchanged()
+            output_bytes = folder.size()
             folder.publish()
     report = recorder.report(
         checkpoint.model_id,
@@ -175,7 +176,7 @@ def convert_checkpoint(
     )
     report.predicted_final_bytes = report.final_bytes
     report.output, report.read_by = str(out), read_by
-    report.output_bytes = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+    report.output_bytes = output_bytes
     report.documents = sorted({CARD, *papers}) if model_card else []
     return report
 

@@ -68,6 +68,7 @@ def state() -> dict[str, int]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background without one
     warm_up, loads = sys.argv[1], json.loads(sys.argv[2])
     load_quantized(warm_up, "quark_mxfp4")
     results = []

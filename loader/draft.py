@@ -26,7 +26,7 @@ from .model.skeleton import Assignment, assign_schemes
 from .model.stored_sources import StoredSources, turn_conv1d
 from .model.unapplied import Unapplied, find_unapplied, tell_unapplied
 from .online.storage import FinalStorage
-from .options import LoadOptions, QuantizationPolicy
+from .options import LoadOptions, QuantizationPolicy, check_kinds
 from .plan import LoadPlan, plan_load
 from .schemes.names import SchemeName
 from .schemes.policy import Policy, choose_policy
@@ -130,6 +130,7 @@ def plan_quantized(
 
     `.plan.memory` is the prediction. Raises what `load_quantized` would raise up to there, the budget included.
     """
+    check_kinds(policy, options)
     options = options or LoadOptions()
     with memory_running_out([]):
         storage = FinalStorage(choose_device(device))

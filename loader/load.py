@@ -17,9 +17,10 @@ from .fitting import check_fits
 from .interrupts import interrupt_first
 from .memory.budget import check_budget, memory_running_out
 from .memory.planner import MemoryPlan
+from .model import transformers_api
 from .model.building import Building
 from .online.storage import FinalStorage
-from .options import LoadOptions, QuantizationPolicy
+from .options import LoadOptions, QuantizationPolicy, check_kinds
 from .plan import loaded_parameters
 from .progress import Progress, showing
 from .quantized_model import QuantizedModel
@@ -77,11 +78,13 @@ def load_into(
     progress: Progress | bool | None,
 ) -> QuantizedModel:
     """`load_quantized` with the model that `building` makes: an engine may have one already."""
+    check_kinds(policy, options)
     options = options or LoadOptions()
     place = choose_device(device)
     planned: list[MemoryPlan] = []
     with (
         torch.inference_mode(False),
+        transformers_api.on_cpu(),
         interrupt_first(),
         memory_running_out(planned),
         showing(progress, "loading") as told,

@@ -257,3 +257,13 @@ class QuantizationPolicy:
         """Policy from a mapping such as parsed JSON; an unknown key raises `PolicyError`."""
         policy: Self = _from_mapping(cls, values)
         return policy
+
+
+def check_kinds(policy: object, options: object) -> None:
+    """Raise `PolicyError` for a policy or options that are something else, such as a mapping of their fields."""
+    for name, given, wanted in (("policy", policy, QuantizationPolicy), ("options", options, LoadOptions)):
+        if given is not None and not isinstance(given, wanted):
+            raise PolicyError(
+                f"{name} is of type {type(given).__name__}; give a {wanted.__name__}, of a mapping with "
+                f"{wanted.__name__}.from_mapping(...)"
+            )

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from quantload import LoadOptions, QuantizationPolicy
+from quantload import LoadOptions, QuantizationPolicy, load_quantized, plan_quantized
+from quantload.cli import DEMO_MODEL
 from quantload.errors import PolicyError
 
 
@@ -135,3 +136,11 @@ def test_overrides_may_be_a_mapping() -> None:
 def test_a_scale_mode_that_there_is_not(mode: Any) -> None:
     with pytest.raises(PolicyError, match=r"scale_mode is .*; choose default or mse"):
         QuantizationPolicy(scale_mode=mode)
+
+
+@pytest.mark.parametrize("given", [{"policy": {"linear": "mxfp8"}}, {"options": {"strict": True}}])
+@pytest.mark.parametrize("function", [load_quantized, plan_quantized])
+def test_a_mapping_in_the_place_of_a_policy_or_options_is_an_error(given: dict[str, Any], function: Any) -> None:
+    (name,) = given
+    with pytest.raises(PolicyError, match=rf"^{name} is of type dict; give a \w+, of a mapping with \w+\.from_mapping"):
+        function(DEMO_MODEL, **given)

@@ -36,10 +36,11 @@ from ..memory.overhead import WRITTEN_PIECES, WRITTEN_TENSORS
 from ..memory.planner import MemoryPlan
 from ..memory.report import LoadReport
 from ..memory.verdict import judge
+from ..model import transformers_api
 from ..model.leftovers import some
 from ..model.modeling_code import layers_cast_to
 from ..online.storage import FinalStorage
-from ..options import LoadOptions, QuantizationPolicy
+from ..options import LoadOptions, QuantizationPolicy, check_kinds
 from ..pieces.plain import plan_pieces
 from ..pieces.stored import plan_stored
 from ..plan import MIN_CHUNK, LoadPlan, plan_staging, plan_without_pieces
@@ -93,6 +94,7 @@ def convert_checkpoint(
     `PolicyError` for a scheme or module the format cannot hold and where nothing would be quantized, `OutputError`
     where nothing can be written.
     """
+    check_kinds(policy, options)
     options = options or LoadOptions()
     export = get_export_format(format)
     max_shard_bytes = parse_bytes(max_shard_bytes)
@@ -104,6 +106,7 @@ def convert_checkpoint(
     planned: list[MemoryPlan] = []
     with (
         torch.inference_mode(False),
+        transformers_api.on_cpu(),
         interrupt_first(),
         memory_running_out(planned),
         showing(progress, "converting") as told,

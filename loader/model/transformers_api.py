@@ -359,6 +359,11 @@ def mark_loaded(model: PreTrainedModel) -> None:
             tensor._is_hf_initialized = True
 
 
+def on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """For code that makes tensors without saying where: on the CPU, whatever default device a user has set."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
 @contextlib.contextmanager
 def outside_of_building() -> Iterator[None]:
     """For what runs while `from_pretrained` builds on meta, in the model's dtype: torch as it is elsewhere."""

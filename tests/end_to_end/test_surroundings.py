@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import logits, named
-from quantload import load_quantized
+from quantload import LoadOptions, convert_checkpoint, load_quantized, plan_quantized
 
 Checkpoint = Callable[[str], Path]
 
@@ -47,6 +47,18 @@ def test_the_default_dtype_is_not_asked(checkpoint: Checkpoint, dtype: torch.dty
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(logits(model, inputs), want)
+
+
+def test_the_default_device_is_not_asked(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path, inputs = checkpoint("qwen3_moe"), named("qwen3_moe")[0].inputs()
+    want = logits(load_quantized(path, device="cpu"), inputs)
+    with torch.device("meta"):
+        model = load_quantized(path, device="cpu")
+        plan_quantized(path, device="cpu")
+        convert_checkpoint(path, tmp_path / "out", "quark_mxfp4")
+    assert torch.equal(logits(model, inputs), want)
+    again = load_quantized(tmp_path / "out", device="cpu", options=LoadOptions(activations="none"))
+    assert torch.equal(logits(again, inputs), want)
 
 
 def test_gradients_reach_the_embeddings_as_in_the_dequantized_model(checkpoint: Checkpoint) -> None:

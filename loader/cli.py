@@ -28,6 +28,7 @@ from .errors import (
     RouteError,
     UnsupportedCheckpointError,
 )
+from .interrupts import interrupt_first, interrupt_held
 from .local_paths import local_path
 from .schemes.names import ExportName
 from .shortage import importing, is_shortage, refused, shortage_behind
@@ -289,7 +290,8 @@ def main() -> None:
     """Run the command line; exit codes: 0, 2 usage, 3 bad checkpoint, 4 out of budget, 1 other."""
     set_up_logging()
     try:
-        app()
+        with interrupt_first():
+            app()
     except QuantloadError as error:
         _print_error(str(error))
         sys.exit(_exit_code(error))
@@ -318,12 +320,15 @@ def _fail(error: Exception) -> int:
 
 @contextmanager
 def _libraries() -> Iterator[None]:
-    """Import what a command is made of inside. Raises `MemoryBudgetError` where there is no memory for it."""
+    """Import what a command is made of inside. Raises `MemoryBudgetError` where there is no memory for it.
+
+    Ctrl-C waits for the end: torch imports numpy in C++, swallows an interrupt of that and goes on with half of it.
+    """
     from .memory.limits import check_room
 
     if "torch" not in sys.modules:
         check_room(ROOM_FOR_LIBRARIES, LIBRARIES)
-    with importing(LIBRARIES):
+    with interrupt_held(), importing(LIBRARIES):
         yield
 
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
+    from transformers import GenerationMixin
+
     from .memory.planner import MemoryPlan
     from .memory.report import LoadReport
 
-    class QuantizedModel(PreTrainedModel):  # type: ignore[misc]  # transformers' classes are not typed
+    class QuantizedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers' classes are not typed
         """The transformers model of a checkpoint and what its load says; at run time it is of the model's class."""
 
         load_report: LoadReport

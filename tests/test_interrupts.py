@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from quantload import load_quantized
-from quantload.cli import DEMO_MODEL
+from quantload.cli import DEMO_MODEL, _libraries
 from quantload.interrupts import interrupt_first, interrupt_held
 from transformers import PreTrainedModel
 
@@ -109,6 +109,20 @@ def test_what_a_clean_up_raises_does_not_hide_an_interrupt() -> None:
 def test_an_error_during_the_handling_of_an_earlier_interrupt_is_an_error() -> None:
     with pytest.raises(ValueError, match="another"):
         fails_while_another_is_handled()
+
+
+def import_and_interrupt(done: list[bool]) -> None:
+    with _libraries():
+        interrupt()
+        done.append(True)
+
+
+def test_an_interrupt_waits_for_the_libraries_of_a_command() -> None:
+    """In the middle of torch's import of numpy it was swallowed, and ended in a `RecursionError` of numpy's."""
+    done: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        import_and_interrupt(done)
+    assert done
 
 
 @pytest.mark.parametrize("where", ["get_init_context", "_finalize_model_loading"])

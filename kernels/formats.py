@@ -401,6 +401,9 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
 )
 """Every format by its name."""
 
+for _each in FORMATS.values():
+    _each.dtypes, _each.suffixes  # noqa: B018  # cached before `torch.compile` follows who asks for them
+
 FNUZ: Mapping[WeightFormat, WeightFormat] = MappingProxyType(
     {fmt.ocp: fmt for fmt in FORMATS.values() if fmt.ocp is not None}
 )

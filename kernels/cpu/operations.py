@@ -53,7 +53,9 @@ class NumbaKernels(ABC):
         if not rows or not cols:
             return 0
         blocks = self.format.maxima.block_rows or rows, self.format.maxima.block_cols or cols
-        return self._observe(KINDS[source.dtype]).get()(*address(source), *address(amax), rows, cols, *blocks)
+        found = self._observe(KINDS[source.dtype]).get()(*address(source), *address(amax), rows, cols, *blocks)
+        amax.clamp_(max=self.format.largest_amax(source.dtype))
+        return found
 
     def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
         self.reference.finish_scales(amax, scales)

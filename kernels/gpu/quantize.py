@@ -75,7 +75,7 @@ class TritonQuantize:
                 scales_known = True
                 amax = torch.zeros(self.format.amax_shape(*source.shape), dtype=torch.float32, device=source.device)
                 self.enqueue_observe(source, amax, nonfinite)
-                self.finish_scales(amax.clamp_(max=self.format.largest_amax(source.dtype)), tensors[1:])
+                self.finish_scales(amax, tensors[1:])
                 counted = torch.zeros_like(nonfinite)  # those of the first pass are not counted twice
             else:
                 counted = nonfinite
@@ -92,6 +92,7 @@ class TritonQuantize:
             return
         with on(source.device):
             self._launches.observe(source, amax, nonfinite)
+            amax.clamp_(max=self.format.largest_amax(source.dtype))
 
     def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
         check_finish(self.format, amax, scales)

@@ -102,6 +102,7 @@ class IntegerReference(Reference):
             for word, part in enumerate((values, -values)):
                 known = amax[start:stop, word::2]
                 known.copy_(torch.maximum(known, column_amax(part.clamp(min=0), fmt.block_cols)))
+        amax.clamp_(max=fmt.largest_amax(source.dtype))
         return nonfinite
 
     def expand(self, scales: Tensors, start: int, stop: int, cols: int) -> torch.Tensor:

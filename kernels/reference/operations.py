@@ -101,7 +101,7 @@ class Reference:
         amax = torch.zeros(shape, dtype=torch.float32, device=source.device)
         nonfinite = self.observe(source, amax)
         if not nonfinite:
-            self.finish_scales(amax.clamp_(max=self.codec.format.largest_amax(source.dtype)), scales)
+            self.finish_scales(amax, scales)
         return nonfinite
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor) -> int:
@@ -118,6 +118,7 @@ class Reference:
                     amax[r0:r1].copy_(torch.maximum(amax[r0:r1], column_amax(band, fmt.block_cols)))
                 else:
                     amax[row].copy_(torch.maximum(amax[row], column_amax(band, fmt.block_cols).amax(0)))
+        amax.clamp_(max=fmt.largest_amax(source.dtype))  # here, where it is known which dtype must hold the values
         return nonfinite
 
     def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:

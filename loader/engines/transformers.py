@@ -7,7 +7,7 @@ then, as `load_quantized` does, and leaves transformers a checkpoint without a t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..model import transformers_api
 from ..model.building import Recipe
 from ..model.leftovers import some
 from ..model.meaning import can_be_read, meaning
+from ..model.quantized import quantized_modules
 from ..model.routes import CheckpointMap
 from ..options import LoadOptions, QuantizationPolicy
 from ..progress import Progress
@@ -136,13 +137,13 @@ class QuantloadQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         transformers_api.save_under_own_names(model)
-        model.config.quantization_config.saved = meaning(_quantized(model))
+        model.config.quantization_config.saved = meaning(quantized_modules(model))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The state dict for `save_pretrained`; `UnsupportedCheckpointError` where the config could not say it all."""
         state = dict(model.state_dict())
-        for name, module in _quantized(model):
+        for name, module in quantized_modules(model):
             if module.scheme.activation is not None:
                 raise UnsupportedCheckpointError(
                     f"{name} rounds its activations to {module.scheme.activation.format}, which no saved config says; "
@@ -157,10 +158,6 @@ class QuantloadQuantizer(HfQuantizer):  # type: ignore[misc]
                 names = layout.format.names(f"{name}.{key}")
                 state |= zip(names, module.scheme.canonical(module, key), strict=True)
         return state, {}
-
-
-def _quantized(model: Any) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in model.named_modules() if hasattr(module, "scheme"))
 
 
 def _one_device(device_map: Any) -> torch.device:

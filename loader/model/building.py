@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.resolve import Checkpoint
 from . import transformers_api
-from .quantized import GivenMethod, refuse_to_save
+from .quantized import GivenMethod, quantized_modules, refuse_to_save
 from .routes import CheckpointMap
 from .skeleton import find_model
 
@@ -47,6 +47,6 @@ class FromConfig:
     def finish(self, model: Any, mapped: CheckpointMap, device: torch.device) -> Mapping[str, str]:
         """See `transformers_api.finish`."""
         untied = transformers_api.finish(model, mapped.missing, mapped.weight_conversions, device)
-        if any(hasattr(module, "scheme") for module in model.modules()):
+        if next(quantized_modules(model), None) is not None:
             model.save_pretrained = GivenMethod(refuse_to_save, model)
         return untied

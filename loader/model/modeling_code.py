@@ -38,15 +38,16 @@ def layers_cast_to(model: nn.Module, codes: torch.dtype) -> list[str]:
     In `load_quantized`'s models it is the dtype they compute in. Other tools have codes there, and modeling code knows
     INT8 as such in some places (`self.wo` of T5).
     """
-    found = {}
+    found = set()
     for name, module in model.named_modules():
         cls: type = type(module)
         for child in _dtypes_read(cls, codes == torch.int8):
             full = f"{name}.{child}".lstrip(".")
             try:
-                found[full] = model.get_submodule(full)
+                model.get_submodule(full)
             except AttributeError:  # a parameter, or what only some models of the class have
                 continue
+            found.add(full)
     return sorted(found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -66,6 +66,11 @@ def say_what_codes_stand_for(module: nn.Module, name: str, dtype: torch.dtype) -
     """Tell codes and scales of a module its name in the model, for messages, and the dtype it computes in."""
     for key, parameter in _opaque(module):
         parameter.stands_for(name, key, dtype)
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules of a model that have a scheme, with their names."""
+    return ((name, module) for name, module in model.named_modules() if hasattr(module, "scheme"))
 
 
 class GivenMethod:

@@ -366,13 +366,12 @@ def on_cpu() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def outside_of_building() -> Iterator[None]:
-    """For what runs while `from_pretrained` builds on meta, in the model's dtype: torch as it is elsewhere."""
+    """For a load while `from_pretrained` builds, in the model's dtype and without ties: both as they are elsewhere."""
     dtype, tie_weights = torch.get_default_dtype(), PreTrainedModel.tie_weights
     torch.set_default_dtype(torch.float32)
     PreTrainedModel.tie_weights = _TIE_WEIGHTS
     try:
-        with torch.device("cpu"):
-            yield
+        yield
     finally:
         PreTrainedModel.tie_weights = tie_weights
         torch.set_default_dtype(dtype)

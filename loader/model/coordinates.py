@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -54,20 +54,26 @@ class Coordinates(torch.Tensor):
     @classmethod
     def of(
         cls, source: int, shape: Sequence[int], dtype: torch.dtype, strides: tuple[int, ...] | None = None
-    ) -> Coordinates:
+    ) -> Self:
         """The identity map of source tensor number `source`, whose elements lie row by row, or `strides` apart."""
         shape = tuple(shape)
         box = Box(source, (0,) * len(shape), shape, 0, contiguous_strides(shape) if strides is None else strides)
         return cls.build(shape, dtype, [box] if math.prod(shape) else [])
 
     @classmethod
-    def build(cls, shape: Sequence[int], dtype: torch.dtype, boxes: list[Box]) -> Coordinates:
+    def build(cls, shape: Sequence[int], dtype: torch.dtype, boxes: list[Box]) -> Self:
+        """A map of these boxes; raises `NotExpressible` for too many."""
         if len(boxes) > MAX_BOXES:
             raise NotExpressible(f"the map falls into more than {MAX_BOXES} boxes")
-        meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        tensor: Coordinates = torch.Tensor._make_subclass(cls, meta)
+        with torch._C.DisableTorchFunctionSubclass():
+            meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
+            tensor: Self = torch.Tensor._make_subclass(cls, meta)
         tensor.boxes = boxes
         return tensor
+
+    def moved(self, shape: Sequence[int], boxes: list[Box]) -> Self:
+        """What a movement of this map's elements gives; a subclass hands on what it knows besides."""
+        return type(self).build(shape, self.dtype, boxes)
 
     @classmethod
     def __torch_function__(
@@ -76,21 +82,21 @@ class Coordinates(torch.Tensor):
         name = getattr(func, "__name__", repr(func))
         if name == "__get__":
             name = func.__self__.__name__  # type: ignore[attr-defined]  # the property's own name
-        handler = _HANDLERS.get(name)
+        handler = MOVEMENTS.get(name)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
-        if name in _TRANSPARENT:
+        if name in QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise NotExpressible(f"{name} is not a movement of elements")
 
 
-# What only asks about shape, type or place; the meta tensor below answers.
-_TRANSPARENT = frozenset(
+QUESTIONS = frozenset(
     {"shape", "dtype", "device", "ndim", "layout", "is_meta", "requires_grad", "itemsize", "nbytes", "names"}
     | {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex"}
     | {"is_contiguous", "__len__", "__hash__", "element_size", "storage_offset", "get_device"}
 )
+"""What only asks about shape, type or place; the meta tensor below answers."""
 
 
 def _shape(x: Coordinates) -> tuple[int, ...]:
@@ -98,7 +104,17 @@ def _shape(x: Coordinates) -> tuple[int, ...]:
 
 
 def _dim(x: Coordinates, dim: int, extra: int = 0) -> int:
-    return dim % (x.ndim + extra)
+    count = x.ndim + extra
+    if not -count <= dim < count:
+        raise IndexError(f"dimension {dim} is out of range for a tensor of {count} dimensions")
+    return dim % count
+
+
+def _index(x: Coordinates, dim: int, index: int) -> int:
+    size = x.shape[dim]
+    if not -size <= index < size:
+        raise IndexError(f"index {index} is out of range for dimension {dim} of size {size}")
+    return index % size
 
 
 def _same(x: Coordinates, *_: Any, **__: Any) -> Coordinates:
@@ -124,7 +140,7 @@ def _cat(tensors: Sequence[Coordinates], dim: int = 0, *, axis: int | None = Non
             boxes.append(Box(b.source, start, b.shape, b.offset, b.strides))
         at += other[dim]
     shape[dim] = at
-    return Coordinates.build(shape, tensors[0].dtype, boxes)
+    return tensors[0].moved(shape, boxes)
 
 
 def _unsqueeze(x: Coordinates, dim: int) -> Coordinates:
@@ -134,7 +150,7 @@ def _unsqueeze(x: Coordinates, dim: int) -> Coordinates:
         return (*values[:dim], value, *values[dim:])
 
     boxes = [Box(b.source, put(b.start, 0), put(b.shape, 1), b.offset, put(b.strides, 0)) for b in x.boxes]
-    return Coordinates.build(put(_shape(x), 1), x.dtype, boxes)
+    return x.moved(put(_shape(x), 1), boxes)
 
 
 def _stack(tensors: Sequence[Coordinates], dim: int = 0) -> Coordinates:
@@ -151,7 +167,7 @@ def _drop(x: Coordinates, dims: Iterable[int]) -> Coordinates:
         return tuple(value for dim, value in enumerate(values) if dim not in gone)
 
     boxes = [Box(b.source, keep(b.start), keep(b.shape), b.offset, keep(b.strides)) for b in x.boxes]
-    return Coordinates.build(keep(_shape(x)), x.dtype, boxes)
+    return x.moved(keep(_shape(x)), boxes)
 
 
 def _squeeze(x: Coordinates, dim: int | Sequence[int] | None = None) -> Coordinates:
@@ -166,7 +182,7 @@ def _permute(x: Coordinates, *dims: Any) -> Coordinates:
         return tuple(values[d] for d in order)
 
     boxes = [Box(b.source, move(b.start), move(b.shape), b.offset, move(b.strides)) for b in x.boxes]
-    return Coordinates.build(move(_shape(x)), x.dtype, boxes)
+    return x.moved(move(_shape(x)), boxes)
 
 
 def _transpose(x: Coordinates, dim0: int, dim1: int) -> Coordinates:
@@ -190,6 +206,10 @@ def _reversed(x: Coordinates) -> Coordinates:
 
 def _narrow(x: Coordinates, dim: int, start: int, length: int) -> Coordinates:
     dim = _dim(x, dim)
+    if start < 0:
+        start += x.shape[dim]
+    if not (0 <= start and 0 <= length and start + length <= x.shape[dim]):
+        raise IndexError(f"{length} elements from {start} on are out of range for dimension {dim} of {x.shape[dim]}")
     boxes = []
     for b in x.boxes:
         low, high = max(start, b.start[dim]), min(start + length, b.start[dim] + b.shape[dim])
@@ -197,7 +217,7 @@ def _narrow(x: Coordinates, dim: int, start: int, length: int) -> Coordinates:
             moved = (*b.start[:dim], low - start, *b.start[dim + 1 :])
             cut = (*b.shape[:dim], high - low, *b.shape[dim + 1 :])
             boxes.append(Box(b.source, moved, cut, b.offset + (low - b.start[dim]) * b.strides[dim], b.strides))
-    return Coordinates.build((*x.shape[:dim], length, *x.shape[dim + 1 :]), x.dtype, boxes)
+    return x.moved((*x.shape[:dim], length, *x.shape[dim + 1 :]), boxes)
 
 
 def _split(x: Coordinates, sizes: int | Sequence[int], dim: int = 0) -> tuple[Coordinates, ...]:
@@ -230,7 +250,7 @@ def _getitem(x: Coordinates, index: Any) -> Coordinates:
         if item is None:
             x = _unsqueeze(x, dim)
         elif isinstance(item, int):
-            x = _narrow(x, dim, item % x.shape[dim], 1)
+            x = _narrow(x, dim, _index(x, dim, item), 1)
             gone.append(dim)
         elif isinstance(item, slice) and item.step in (None, 1):
             start, stop, _ = item.indices(x.shape[dim])
@@ -256,7 +276,7 @@ def _step(x: Coordinates, dim: int, item: slice) -> Coordinates:
             put(b.strides, b.strides[dim] * step))
         for b in x.boxes
     ]  # fmt: skip
-    return Coordinates.build(put(_shape(x), length), x.dtype, boxes)
+    return x.moved(put(_shape(x), length), boxes)
 
 
 def _reshape(x: Coordinates, *shape: Any) -> Coordinates:
@@ -271,7 +291,23 @@ def _reshape(x: Coordinates, *shape: Any) -> Coordinates:
         old_sizes, new_sizes = [x.shape[d] for d in old], [wanted[d] for d in new]
         if old_sizes != new_sizes:
             boxes = [c for b in boxes for c in _regroup(b, old.start, old_sizes, new_sizes)]
-    return Coordinates.build(wanted, x.dtype, boxes)
+    return x.moved(wanted, boxes)
+
+
+def _as(x: Coordinates, other: torch.Tensor) -> Coordinates:
+    return _reshape(x, tuple(other.shape))
+
+
+def _select(x: Coordinates, dim: int, index: int) -> Coordinates:
+    dim = _dim(x, dim)
+    return _drop(_narrow(x, dim, _index(x, dim, index), 1), [dim])
+
+
+def _move(x: Coordinates, source: int | Sequence[int], destination: int | Sequence[int]) -> Coordinates:
+    sources, destinations = ([each] if isinstance(each, int) else each for each in (source, destination))
+    to = {_dim(x, new): _dim(x, old) for old, new in zip(sources, destinations, strict=True)}
+    others = iter([dim for dim in range(x.ndim) if dim not in to.values()])
+    return _permute(x, [to[dim] if dim in to else next(others) for dim in range(x.ndim)])
 
 
 def _flatten(x: Coordinates, start_dim: int = 0, end_dim: int = -1) -> Coordinates:
@@ -363,12 +399,14 @@ def _put(values: tuple[int, ...], at: int, count: int, new: Iterable[int]) -> tu
     return (*values[:at], *new, *values[at + count :])
 
 
-_HANDLERS: dict[str, Callable[..., Any]] = {
+MOVEMENTS: dict[str, Callable[..., Any]] = {
     "cat": _cat, "concat": _cat, "concatenate": _cat, "stack": _stack,
     "unsqueeze": _unsqueeze, "squeeze": _squeeze,
     "permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "t": _swap_first,
     "T": _reversed, "mT": _swap_last,
     "narrow": _narrow, "split": _split, "split_with_sizes": _split, "chunk": _chunk, "unbind": _unbind,
     "__getitem__": _getitem, "reshape": _reshape, "view": _reshape, "flatten": _flatten, "unflatten": _unflatten,
+    "view_as": _as, "reshape_as": _as, "select": _select, "movedim": _move, "moveaxis": _move,
     "contiguous": _same, "clone": _same, "detach": _same, "to": _to,
 }  # fmt: skip
+"""The operations that can be followed, by name."""

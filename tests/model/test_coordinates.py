@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantload.model.coordinates import Coordinates, NotExpressible
+from quantload.model.coordinates import Box, Coordinates, NotExpressible
 
 Operation = Callable[..., torch.Tensor]
 
@@ -47,6 +48,12 @@ OPERATIONS: list[tuple[Operation, list[tuple[int, ...]]]] = [
     (lambda a: a.view(2, 3, 2, 7).transpose(1, 2).reshape(12, 7), [(12, 7)]),
     (lambda a: a.view(3, 4).transpose(0, 1).reshape(12), [(12,)]),
     (lambda a: a[:, 1::2], [(4, 6)]),
+    (lambda a, b: a.view_as(b).transpose(0, 1), [(3, 4), (2, 6)]),
+    (lambda a: a.transpose(0, 1).reshape_as(torch.empty(2, 6)), [(3, 4)]),
+    (lambda a: a.select(-1, -2), [(2, 3, 4)]),
+    (lambda a: a.movedim((0, 1), (2, 0)), [(2, 3, 4)]),
+    (lambda a: torch.moveaxis(a, -1, 0), [(2, 3, 4)]),
+    (lambda a: a.narrow(0, -3, 2)[-1], [(4, 6)]),
     (lambda a: a[1], [(4, 6)]),
     (lambda a: a[..., None, 2:4], [(4, 6)]),
     (lambda a: a.flatten(1), [(2, 3, 4)]),
@@ -83,6 +90,33 @@ def test_too_many_boxes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantload.model.coordinates.MAX_BOXES", 8)
     with pytest.raises(NotExpressible, match="8 boxes"):
         Coordinates.of(0, (2, 16), torch.float32).T.reshape(32)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda a: a[4], lambda a: a[:, -7], lambda a: a.narrow(0, 2, 3), lambda a: a.select(1, 6), lambda a: a.unbind(2)],
+)
+def test_what_is_out_of_range_for_data_is_out_of_range(operation: Operation) -> None:
+    with pytest.raises((IndexError, RuntimeError)):
+        operation(torch.empty(4, 6))
+    with pytest.raises(IndexError):
+        operation(Coordinates.of(0, (4, 6), torch.float32))
+
+
+def test_a_subclass_stays_what_it_is_and_hands_on_what_it_knows() -> None:
+    class Named(Coordinates):
+        called: str
+
+        def moved(self, shape: Sequence[int], boxes: list[Box]) -> Self:
+            new = super().moved(shape, boxes)
+            new.called = self.called
+            return new
+
+    x = Named.of(0, (4, 6), torch.float32)
+    x.called = "w"
+    moved = torch.cat([x.T[2:], x.chunk(2)[0].reshape(4, 3)[:, :3].movedim(0, 1).contiguous().reshape(3, 4)])
+    assert type(moved) is Named
+    assert moved.called == "w"
 
 
 def test_it_can_be_printed() -> None:

@@ -196,10 +196,10 @@ class ExportingLoader(WritingLoader):
             self._quantizer.observe(loaded_weight, amax)
         except NonFiniteError:
             raise non_finite_error(self._name(region.expert), loaded_weight) from None
-        self._observation.add(region, [(block.maxima, amax)])
+        self._observation.add(region, [(block, amax)])
 
     def finish_scales(self, expert: int | None, maxima: Tensor) -> None:
-        """All of a matrix was observed, and of those that get their scales with it."""
+        """All of a matrix, which is one shard, was observed, and of those that get their scales with it."""
         pairs = zip(self.layout.shapes[1:], self.layout.format.scales, strict=True)
         scales = tuple(torch.empty(shape[-2:], dtype=scale.dtype) for shape, scale in pairs)
         self._quantizer.finish_scales(maxima, scales)
@@ -237,7 +237,7 @@ class ExportingLoader(WritingLoader):
         self._on_written(self._statistics.total())
 
 
-def _finish_scales(reference: weakref.ref[ExportingLoader], expert: int | None, maxima: Tensor) -> None:
+def _finish_scales(reference: weakref.ref[ExportingLoader], expert: int | None, _: int | None, maxima: Tensor) -> None:
     loader = reference()  # weak, as a closure that held it would hold itself
     if loader is None:
         raise ReferenceError("the conversion was given up while it was running")

@@ -22,10 +22,12 @@ ShardId = str | int | tuple[int, ...] | None
 class Block:
     """A part of a region inside one shard, with the slices that belong to it of each tensor, in the format's order.
 
-    `rows` are relative to the region, `maxima` is the slice of what `observe` raises. `fills` says of each scale tensor
-    whether the block covers whole scales of it, `whole` of all, so that its scales depend on nothing else.
+    `shard` is its number from the top, `rows` are relative to the region, `maxima` is the slice of what `observe`
+    raises. `fills` says of each scale tensor whether the block covers whole scales of it, `whole` of all, so that its
+    scales depend on nothing else.
     """
 
+    shard: int
     rows: Interval
     index: tuple[Index, ...]
     maxima: Index
@@ -35,10 +37,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """One shard of a matrix: its rows in the weight, and where it lies in each tensor, in the format's order."""
+    """One shard of a matrix: its rows in the weight, and where it lies in each tensor, in the format's order.
+
+    `maxima` is the slice of what `observe` raises.
+    """
 
     rows: slice
     index: tuple[Index, ...]
+    maxima: Index
 
 
 @dataclass(frozen=True)
@@ -141,14 +147,14 @@ class WeightLayout:
 
     def shard_indices(self) -> Iterator[ShardIndex]:
         """The shards, without their padding."""
-        first = 0
+        tensors = *self.format.tensors, self.format.maxima
+        starts, first = [self._starts_in(tensor) for tensor in tensors], 0
         for number, (_, rows) in enumerate(self.shards):
             whole = (0, rows), (0, self.columns)
-            index = [
-                _index(tensor, starts[number], *whole, self.columns)
-                for tensor, starts in zip(self.format.tensors, self._starts, strict=True)
-            ]
-            yield ShardIndex(slice(first, first + rows), tuple(index))
+            *index, maxima = (
+                _index(tensor, own[number], *whole, self.columns) for tensor, own in zip(tensors, starts, strict=True)
+            )
+            yield ShardIndex(slice(first, first + rows), tuple(index), maxima)
             first += rows
 
     def without_padding(self, tensors: Tensors) -> Tensors:
@@ -246,7 +252,7 @@ def _block(layout: WeightLayout, number: int, rows: Interval, columns: Interval,
         and _fills(first, last, cols, 0 if scale.beside else scale.block_cols)
         for scale in fmt.scales
     )
-    return Block(within, tuple(index), maxima, fills, all(fills))
+    return Block(number, within, tuple(index), maxima, fills, all(fills))
 
 
 def _index(tensor: FormatTensor, start: int, rows: Interval, columns: Interval, cols: int) -> Index:

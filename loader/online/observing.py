@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..geometry.layout import Index, WeightLayout
+from ..geometry.layout import Block, Index, WeightLayout
 from ..geometry.regions import Region
 
-Finish = Callable[[int | None, Tensor], None]
-"""Called with an expert and its maxima [layout.maxima_shape] once all of its matrix, and of those that get their scales
-with it, was observed; in the thread that saw the last piece."""
+Finish = Callable[[int | None, int | None, Tensor], None]
+"""Called with an expert, the number of a shard and its maxima, once all of that shard was observed, in the thread that
+saw the last piece. Where scales are shared (`scales_are_shared`) the shard is `None`: maxima [layout.maxima_shape] of
+all shards, once they, and the other parameters that get their scales with them, were observed."""
 
 
 class ScaleGroup:
@@ -51,7 +52,7 @@ class ScaleGroup:
             for each in maxima:
                 each.copy_(largest)
         for member, amax in zip(members, maxima, strict=True):
-            member.finish(expert, amax)
+            member.finish(expert, None, amax)
 
     def forget(self) -> None:
         """Nothing was observed: a reload begins."""
@@ -60,44 +61,82 @@ class ScaleGroup:
 
 
 class Observation:
-    """The maxima of one parameter's matrices, from the first piece that is observed to the last; from any thread."""
+    """The maxima of one parameter's matrices, from the first piece that is observed to the last; from any thread.
+
+    Shards whose scales are not shared are observed each for itself, so that they may arrive at different times.
+    """
 
     def __init__(self, layout: WeightLayout, device: torch.device, group: ScaleGroup | None, finish: Finish) -> None:
         self._layout, self._device, self.finish = layout, device, finish
-        self._maxima: dict[int | None, Tensor] = {}
+        self._shards = tuple(layout.shard_indices())
+        self._maxima: dict[tuple[int | None, int | None], Tensor] = {}
+        self._left: dict[tuple[int | None, int], int] = {}
         self._lock = threading.Lock()
-        self._group = group or ScaleGroup((layout,))
-        self._group.join(self)
+        self._group: ScaleGroup | None = None
+        if scales_are_shared(layout, group):
+            self._group = group or ScaleGroup((layout,))
+            self._group.join(self)
 
     def new_maxima(self, index: Index) -> Tensor:
         """Zeros for the maxima of a piece."""
         rows, columns = index
         return torch.zeros(rows.stop - rows.start, columns.stop - columns.start, device=self._device)
 
-    def add(self, region: Region, parts: Iterable[tuple[Index, Tensor]]) -> None:
-        """A region was observed: `parts` are its maxima, and where each of them belongs among those of the matrix."""
+    def add(self, region: Region, parts: Iterable[tuple[Block, Tensor]]) -> None:
+        """A region was observed: `parts` are its blocks, and the maxima of each."""
+        complete: list[int] = []
         with self._lock:
-            maxima = self._maxima.get(region.expert)
-            if maxima is None:
-                maxima = torch.zeros(self._layout.maxima_shape, dtype=torch.float32, device=self._device)
-                self._maxima[region.expert] = maxima
-            for index, amax in parts:
-                part = maxima[index]
+            for block, amax in parts:
+                part = self._part(region.expert, block)
                 torch.maximum(part, amax, out=part)
-        self._group.count(region.expert, region.numel)
+                if self._group is None and self._is_last(region, block):
+                    complete.append(block.shard)
+        if self._group is not None:
+            self._group.count(region.expert, region.numel)
+        for shard in complete:
+            self.finish(region.expert, shard, self.take(region.expert, shard))
 
-    def take(self, expert: int | None) -> Tensor:
-        """The maxima of an expert, which are not held any longer."""
+    def take(self, expert: int | None, shard: int | None = None) -> Tensor:
+        """The maxima of an expert, or of a shard of it, which are not held any longer."""
         with self._lock:
-            return self._maxima.pop(expert)
+            return self._maxima.pop((expert, shard))
 
     def forget(self) -> None:
         """Nothing was observed: a reload begins."""
         with self._lock:
             self._maxima.clear()
-        self._group.forget()
+            self._left.clear()
+        if self._group is not None:
+            self._group.forget()
+
+    def _part(self, expert: int | None, block: Block) -> Tensor:
+        """The maxima of a block, a view of those that are held."""
+        shard = None if self._group is not None else block.shard
+        held = self._maxima.get((expert, shard))
+        if held is None:
+            shape = self._layout.maxima_shape if shard is None else _extent(self._shards[shard].maxima)
+            held = self._maxima[expert, shard] = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        first = 0 if shard is None else self._shards[shard].maxima[0].start
+        rows, columns = block.maxima
+        return held[rows.start - first : rows.stop - first, columns]
+
+    def _is_last(self, region: Region, block: Block) -> bool:
+        """Whether that block was all that was left of its shard."""
+        key, columns = (region.expert, block.shard), region.columns
+        left = self._left.get(key, self._layout.shards[block.shard][1] * self._layout.columns)
+        left -= (block.rows[1] - block.rows[0]) * (columns[1] - columns[0])
+        self._left[key] = left
+        if left:
+            return False
+        del self._left[key]
+        return True
 
 
 def scales_are_shared(layout: WeightLayout, group: ScaleGroup | None) -> bool:
     """Whether scales depend on more than their own shard of their own matrix."""
     return group is not None or (layout.format.one_maximum and len(layout.shards) > 1)
+
+
+def _extent(index: Index) -> tuple[int, int]:
+    rows, columns = index
+    return rows.stop - rows.start, columns.stop - columns.start

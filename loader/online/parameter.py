@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ class QuantizedParameter:
         self._observation: Observation | None = None
         self.scale_group: ScaleGroup | None = None
         """What gets its scales together with this parameter, if anything does."""
-        self.scales_known: set[int | None] = set()
+        self.scales_known: set[tuple[int | None, int]] = set()
+        """The experts and shards that were observed."""
 
     def tensors(self) -> Tensors:
         """Codes and scales, materialized by the first caller."""
@@ -101,10 +103,15 @@ class QuantizedParameter:
                 self._observation = Observation(self.layout, self._storage.device, self.scale_group, finish)
         return self._observation
 
-    def scales(self, expert: int | None) -> Tensors:
-        """The scales of one matrix."""
+    def scales(self, expert: int | None, shard: int | None) -> Tensors:
+        """The scales of one matrix, or of one shard of it."""
         scales = self.tensors()[1:]
-        return scales if expert is None else tuple([each[expert] for each in scales])
+        if expert is not None:
+            scales = tuple([each[expert] for each in scales])
+        if shard is None:
+            return scales
+        index = next(itertools.islice(self.layout.shard_indices(), shard, None)).index[1:]
+        return tuple([each[own] for each, own in zip(scales, index, strict=True)])
 
     def reset(self) -> None:
         """Forget what arrived: a reload begins. Codes and scales stay where they are until they are overwritten."""

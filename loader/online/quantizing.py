@@ -151,19 +151,20 @@ class RegionQuantizer:
         experts: Sequence[int | None],
         first: Region,
     ) -> None:
-        blocks = list(parameter.layout.blocks(first))
-        local = all(block.whole for block in blocks) and not scales_are_shared(parameter.layout, parameter.scale_group)
+        blocks = parameter.layout.blocks(first)
+        shared = scales_are_shared(parameter.layout, parameter.scale_group)
+        observed = [block.shard for block in blocks if shared or not block.whole]
         for weight, expert in zip(weights, experts, strict=True):
             _check_shape(parameter.full_name, weight, first)
-            if not local and expert not in parameter.scales_known:
+            if any((expert, shard) not in parameter.scales_known for shard in observed):
                 raise ValueError(
                     f"{parameter.full_name}: {first} cuts through scale blocks of {parameter.layout.format.name}; "
                     f"hand over whole blocks, or observe every piece first"
                 )
         parameter.tracker.claim_each(experts, first.rows, first.columns)
         for weight, expert in zip(weights, experts, strict=True):
-            known = expert in parameter.scales_known
             for block in blocks:
+                known = (expert, block.shard) in parameter.scales_known
                 tensors = parameter.views(expert, block)
                 part = weight[slice(*block.rows)].to(tensors[0].device)
                 try:
@@ -193,21 +194,24 @@ class RegionQuantizer:
                 self._observe(weight[slice(*block.rows)].to(amax.device), amax)
             except NonFiniteError:
                 raise non_finite_error(parameter.full_name, weight) from None
-            parts.append((block.maxima, amax))
+            parts.append((block, amax))
         observation.add(region, parts)
 
-    def finish_scales(self, name: str, expert: int | None, maxima: Tensor) -> None:
-        """All of a matrix was observed, and of those that get their scales with it."""
+    def finish_scales(self, name: str, expert: int | None, shard: int | None, maxima: Tensor) -> None:
+        """All of a shard was observed, or, without a number of one, of a matrix and those scaled with it."""
         parameter = self.progress.parameters[name]
-        self._finish_scales(maxima, parameter.scales(expert))
-        parameter.scales_known.add(expert)
+        self._finish_scales(maxima, parameter.scales(expert, shard))
+        shards = range(len(parameter.layout.shards)) if shard is None else (shard,)
+        parameter.scales_known.update((expert, each) for each in shards)
 
 
-def _finish(reference: weakref.ref[RegionQuantizer], name: str, expert: int | None, maxima: Tensor) -> None:
+def _finish(
+    reference: weakref.ref[RegionQuantizer], name: str, expert: int | None, shard: int | None, maxima: Tensor
+) -> None:
     quantizer = reference()  # weak, as a parameter that held it would hold itself
     if quantizer is None:
         raise ReferenceError(f"the closure of {name} was deleted while it was being loaded")
-    quantizer.finish_scales(name, expert, maxima)
+    quantizer.finish_scales(name, expert, shard, maxima)
 
 
 def linear_quantizer(scheme: LinearScheme, progress: LayerProgress) -> RegionQuantizer:

@@ -30,7 +30,7 @@ class Observed:
 
     layout: WeightLayout
     seed: int
-    found: dict[int | None, Tensor] = field(default_factory=dict)
+    found: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -40,9 +40,9 @@ class Observed:
     def begin(self, group: ScaleGroup | None) -> None:
         self.observation = Observation(self.layout, CPU, group, self.finish)
 
-    def finish(self, expert: int | None, maxima: Tensor) -> None:
-        assert expert not in self.found
-        self.found[expert] = maxima
+    def finish(self, expert: int | None, shard: int | None, maxima: Tensor) -> None:
+        assert (expert, shard) not in self.found
+        self.found[expert, shard] = maxima
 
     def pieces(self, rows: int) -> list[Region]:
         experts = (None,) if self.layout.experts is None else range(self.layout.experts)
@@ -57,7 +57,7 @@ class Observed:
         for block in self.layout.blocks(region):
             amax = self.observation.new_maxima(block.maxima)
             amax.fill_(values[slice(*block.rows)].abs().max())
-            parts.append((block.maxima, amax))
+            parts.append((block, amax))
         self.observation.add(region, parts)
 
     def amax(self, expert: int | None) -> list[float]:
@@ -82,9 +82,11 @@ def test_a_parameter_alone_keeps_the_maximum_of_each_shard(
     order.shuffle(regions)
     for region in regions:
         only.observe(region)
-    assert set(only.found) == ({None} if experts is None else set(range(experts)))
-    for expert, maxima in only.found.items():
-        assert maxima.flatten().tolist() == only.amax(expert)
+    each = (None,) if experts is None else range(experts)
+    assert set(only.found) == set(itertools.product(each, (0, 1)))
+    for (expert, shard), maxima in only.found.items():
+        assert shard is not None
+        assert maxima.tolist() == [[only.amax(expert)[shard]]]
 
 
 @given(st.randoms(use_true_random=False), st.integers(1, 9), st.sampled_from([None, 3]))
@@ -100,10 +102,11 @@ def test_those_that_are_scaled_together_get_the_largest_of_all(
     for member, region in pieces:
         assert experts is not None or not member.found
         member.observe(region)
-    for expert in members[0].found:
+    for expert, shard in members[0].found:
+        assert shard is None
         largest = max(max(member.amax(expert)) for member in members)
         for member in members:
-            assert set(member.found[expert].flatten().tolist()) == {largest}
+            assert set(member.found[expert, None].flatten().tolist()) == {largest}
     assert all(set(member.found) == set(members[0].found) for member in members)
     assert len(members[0].found) == (experts or 1)
 
@@ -127,7 +130,7 @@ def test_many_threads_lose_nothing() -> None:
         thread.join()
     for member, expert in itertools.product(members, range(4)):
         largest = max(max(each.amax(expert)) for each in members)
-        assert set(member.found[expert].flatten().tolist()) == {largest}
+        assert set(member.found[expert, None].flatten().tolist()) == {largest}
 
 
 def test_what_was_observed_before_a_reload_counts_for_nothing() -> None:
@@ -140,7 +143,7 @@ def test_what_was_observed_before_a_reload_counts_for_nothing() -> None:
     for region in (first, *rest):
         assert not only.found
         only.observe(region)
-    assert only.found[None].item() == only.amax(None)[0]
+    assert only.found[None, 0].item() == only.amax(None)[0]
 
 
 def test_a_group_keeps_no_member_alive() -> None:

@@ -185,6 +185,23 @@ def test_two_passes_over_pieces_give_the_bytes_of_one(scheme: str) -> None:
     assert len(fused.finished) == 1
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("order", ["qkv", "vqk"])
+def test_shards_that_arrive_apart_are_observed_apart(scheme: str, order: str) -> None:
+    fused, columns = Fused(scheme), (0, COLUMNS)
+    weights = {"q": weight(Q, 1), "k": weight(K, 2), "v": weight(V, 3)}
+    for shard in order:
+        low, high = fused.layout.shard_rows(shard)
+        regions = [Region(None, (row, row + 4), columns) for row in range(low, high, 4)]
+        parts = weights[shard].split(4)
+        for part, region in zip(parts, regions, strict=True):
+            fused.loader.observe(part, region)
+        for part, region in zip(parts, regions, strict=True):
+            fused.loader.load_region(part, region)
+    assert len(fused.finished) == 1
+    fused.check(*weights.values())
+
+
 def test_observing_again_after_a_reload_starts_from_nothing() -> None:
     """Where the maxima will stand are the scales of the load before, which are larger here than all that comes."""
     fused = Fused("fp8_per_tensor", shards=False)

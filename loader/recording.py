@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,13 +19,36 @@ from .memory.ledger import Ledger
 from .memory.probes import probe_for
 from .memory.report import CacheResult, KeptReport, LayerReport, LoadReport, NonFiniteReport
 from .model.attach import Process
-from .model.leftovers import some
+from .model.leftovers import Leftovers, some
 from .model.skeleton import Assignment
 from .plan import LoadPlan
 from .progress import Progress
 from .schemes.registry import PREQUANTIZED
 
 logger = logging.getLogger("quantload")
+NOTHING_LEFT = Leftovers()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of a load before its first weight, whoever drives it; sizes in bytes.
+
+    `bytes_total` is what will be read, `final_bytes` and `peak_bytes` are predicted.
+    """
+
+    bytes_total: int
+    checkpoint_bytes: int
+    final_bytes: int
+    peak_bytes: int
+    whole_conversions: int = 0
+    leftovers: Leftovers = NOTHING_LEFT
+
+    @classmethod
+    def of(cls, plan: LoadPlan) -> Self:
+        """What a plan says."""
+        memory = plan.memory
+        sizes = memory.checkpoint_bytes, memory.final_bytes, memory.peak_bytes
+        return cls(plan.bytes_total, *sizes, plan.whole_conversions, plan.leftovers)
 
 
 class Recorder:
@@ -39,8 +63,9 @@ class Recorder:
         self._progress = progress
         self._layers: dict[str, LayerReport] = {}
         self._lock = threading.Lock()
-        self._plan: LoadPlan | None = None
-        self._assignments: dict[str, Assignment] = {}
+        self._expected: Expected | None = None
+        self._bytes_in: Callable[[str], int] = lambda _: 0
+        self._assignments: Mapping[str, Assignment] = {}
         self._untied: list[str] = []
         _check_usable(device)
         self.ledger = Ledger(probe_for(device))
@@ -59,14 +84,20 @@ class Recorder:
 
     def expect(self, plan: LoadPlan, assignments: list[Assignment]) -> None:
         """What is going to be loaded."""
-        self._plan = plan
-        self._assignments = {assignment.name: assignment for assignment in assignments}
+        named = {assignment.name: assignment for assignment in assignments}
+        self.expect_layers(Expected.of(plan), named, plan.bytes_in.__getitem__)
+
+    def expect_layers(
+        self, expected: Expected, assignments: Mapping[str, Assignment], bytes_in: Callable[[str], int]
+    ) -> None:
+        """What is going to be loaded where there is no plan; `bytes_in` is asked for a layer when it is complete."""
+        self._expected, self._assignments, self._bytes_in = expected, assignments, bytes_in
 
     def on_bytes(self, bytes_read: int) -> None:
         """So many bytes have been read."""
         self.ledger.record(bytes_read)
-        if self._progress is not None and self._plan is not None:
-            self._progress(bytes_read, self._plan.bytes_total)
+        if self._progress is not None and self._expected is not None:
+            self._progress(bytes_read, self._expected.bytes_total)
 
     def on_layer(self, name: str, statistics: Tensor | None, process: Process = lambda: None) -> None:
         """A layer is complete, up to what `process` does; called once a layer from any thread.
@@ -79,14 +110,13 @@ class Recorder:
         if assignment is None:
             return
         assert assignment.scheme is not None
-        assert self._plan is not None
         layouts = assignment.scheme.layouts(assignment.module).values()
         known: dict[str, Any] = {
             "name": assignment.name,
             "kind": assignment.kind,
             "scheme": assignment.scheme.name,
             "kernel": assignment.scheme.kernel_names,
-            "bytes_in": self._plan.bytes_in[assignment.name],
+            "bytes_in": self._bytes_in(assignment.name),
             "bytes_out": sum(layout.nbytes for layout in layouts),
             "numel": sum(layout.numel for layout in layouts),
             "format": assignment.scheme.kernels.format.name,
@@ -120,38 +150,43 @@ class Recorder:
         kept_bytes: Callable[[nn.Module], int],
         cache: CacheResult | None = None,
         non_finite: Iterable[NonFiniteReport] = (),
+        ranks: tuple[int, int] | None = None,
     ) -> LoadReport:
         """The report of a finished load, also written to the log; the plan is let go.
 
-        `kept_bytes` are the bytes of a module that was left as stored, `non_finite` what was found in weights.
+        `kept_bytes` are the bytes of a module that was left as stored, `non_finite` what was found in weights, `ranks`
+        the own rank and how many there are.
         """
-        plan, assignments = self._plan, self._assignments.values()
-        assert plan is not None
+        expected, assignments = self._expected, self._assignments.values()
+        assert expected is not None
+        rank, world_size = ranks or (None, None)
         report = LoadReport(
             model=name,
             quantization=quantization,
             device=str(self._device),
             seconds=self.ledger.seconds,
             bytes_read=totals.bytes_read,
-            checkpoint_bytes=plan.memory.checkpoint_bytes,
+            checkpoint_bytes=expected.checkpoint_bytes,
             final_bytes=final_bytes,
             peak_bytes=self.ledger.peak_bytes,
             staging_peak_bytes=totals.staging_peak_bytes,
             baseline_bytes=self.ledger.baseline_bytes,
-            predicted_final_bytes=plan.memory.final_bytes,
-            predicted_peak_bytes=plan.memory.peak_bytes,
-            fallback_conversions=plan.whole_conversions,
+            predicted_final_bytes=expected.final_bytes,
+            predicted_peak_bytes=expected.peak_bytes,
+            fallback_conversions=expected.whole_conversions,
             layers=[self._layers[a.name] for a in assignments if a.name in self._layers],
             kept=[KeptReport(a.name, a.reason, kept_bytes(a.module)) for a in assignments if a.scheme is None],
             timeline=self.ledger.timeline,
             cache=cache,
-            unexpected=[*plan.leftovers.unexpected],
-            unexpected_bytes=plan.leftovers.unexpected_bytes,
-            ignored_tensors=len(plan.leftovers.ignored),
-            initialized=[*plan.leftovers.initialized],
-            overlaid=[*plan.leftovers.overlaid],
+            unexpected=[*expected.leftovers.unexpected],
+            unexpected_bytes=expected.leftovers.unexpected_bytes,
+            ignored_tensors=len(expected.leftovers.ignored),
+            initialized=[*expected.leftovers.initialized],
+            overlaid=[*expected.leftovers.overlaid],
             untied=self._untied,
             non_finite=[*non_finite],
+            rank=rank,
+            world_size=world_size,
         )
         self._log(report)
         self._let_go()
@@ -159,7 +194,8 @@ class Recorder:
 
     def _let_go(self) -> None:
         """Forget the model: its closures call `on_layer`, and a cycle would keep both until the collector ran."""
-        self._plan, self._assignments = None, {}
+        self._expected, self._assignments = None, {}
+        self._bytes_in = lambda _: 0
 
     def _log(self, report: LoadReport) -> None:
         logs.log_increase(self.ledger.increase_bytes)

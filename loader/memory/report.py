@@ -149,7 +149,8 @@ class LoadReport:
     weights with NaN or infinities in them that were loaded all the same. `digest` is that of the final tensors, which
     took `digest_seconds` after the load; None where it was not asked for. Of a conversion, `output` is the folder it
     wrote, `output_bytes` are those of all files in it, `read_by` are the tools that were seen to read such a
-    checkpoint, and `documents` are the model card and the license files in it.
+    checkpoint, and `documents` are the model card and the license files in it. Where a model is spread over several
+    processes, each has a report of its part: that of `rank`, of `world_size`.
     """
 
     model: str
@@ -182,6 +183,8 @@ class LoadReport:
     output_bytes: int | None = None
     read_by: list[str] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
+    rank: int | None = None
+    world_size: int | None = None
 
     @property
     def bytes_per_second(self) -> float:

@@ -49,6 +49,8 @@ REPORT_FIELDS = [
     "output_bytes",
     "read_by",
     "documents",
+    "rank",
+    "world_size",
 ]
 LAYER_FIELDS = [
     "name",

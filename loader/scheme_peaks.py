@@ -87,7 +87,7 @@ def _layouts(assignment: Assignment, scheme: LinearScheme | MoEScheme) -> dict[s
     shell: Any = nn.Module()
     if isinstance(scheme, LinearScheme):
         rows, columns = module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape)
-        scheme.create_weights(shell, in_features=int(columns), out_features=int(rows))
+        scheme.create_weights(shell, shards=(("", int(rows)),), in_features=int(columns))
     else:
         shell = copy.copy(module)  # the module itself stays as it is
         shell._parameters = dict(module._parameters)

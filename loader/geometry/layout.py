@@ -14,6 +14,8 @@ from ..kernels.formats import FormatTensor, Tensors, WeightFormat
 from .regions import Interval, Region
 
 Index = tuple[slice, slice]
+Shards = tuple[tuple[str, int], ...]
+"""The (shard_id, rows) of a matrix, from top to bottom."""
 ShardId = str | int | tuple[int, ...] | None
 """A part of a merged parameter: its name (`q`, `w1`), its number from the top, or several numbers; `None`: all."""
 
@@ -59,7 +61,7 @@ class WeightLayout:
 
     format: WeightFormat
     experts: int | None
-    shards: tuple[tuple[str, int], ...]
+    shards: Shards
     columns: int
     multiples: tuple[int, int] = (1, 1)
 
@@ -156,6 +158,22 @@ class WeightLayout:
             )
             yield ShardIndex(slice(first, first + rows), tuple(index), maxima)
             first += rows
+
+    def calls(self, *, padding: bool) -> tuple[ShardIndex, ...]:
+        """The parts of a matrix that one call of a kernel can take, with or without what they are padded with.
+
+        All of it at once where there is one shard, or scales follow rows across the borders; else each shard.
+        """
+        kept = padding or not self.is_padded
+        if (len(self.shards) == 1 and kept) or (self.scales_follow_rows and not self.is_padded):
+            everything = slice(None), slice(None)
+            return (ShardIndex(slice(0, self.rows), (everything,) * len(self.format.tensors), everything),)
+        parts = tuple(self.shard_indices())
+        if not padding:
+            return parts
+        starts = [*self._starts, self._starts_in(self.format.maxima)]
+        padded = ([(slice(*own[n : n + 2]), slice(None)) for own in starts] for n in range(len(parts)))
+        return tuple(ShardIndex(part.rows, tuple(own[:-1]), own[-1]) for part, own in zip(parts, padded, strict=True))
 
     def without_padding(self, tensors: Tensors) -> Tensors:
         """What `tensors`, of the shapes here, hold of the weight; copies where it lies in several parts of them."""

@@ -52,9 +52,7 @@ class Coordinates(torch.Tensor):
         return f"Coordinates({list(self.shape)}, {self.dtype}, {len(self.boxes)} boxes)"
 
     @classmethod
-    def of(
-        cls, source: int, shape: Sequence[int], dtype: torch.dtype, strides: tuple[int, ...] | None = None
-    ) -> Self:
+    def of(cls, source: int, shape: Sequence[int], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Self:
         """The identity map of source tensor number `source`, whose elements lie row by row, or `strides` apart."""
         shape = tuple(shape)
         box = Box(source, (0,) * len(shape), shape, 0, contiguous_strides(shape) if strides is None else strides)

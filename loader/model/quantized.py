@@ -117,7 +117,7 @@ class QuantizedLinear(nn.Module):
         self.out_features = out_features
         self.transposed = transposed
         self.scheme = scheme
-        scheme.create_weights(self, in_features=in_features, out_features=out_features)
+        scheme.create_weights(self, shards=(("", out_features),), in_features=in_features)
         make_opaque(self)
         self.register_parameter("bias", bias)
 

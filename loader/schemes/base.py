@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..geometry.layout import WeightLayout
+from ..geometry.layout import Shards, WeightLayout
 from ..kernels.arrangement import Arrangement
 from ..kernels.formats import Tensors
 from ..kernels.registry import KernelSet, kernel_set
@@ -182,8 +182,11 @@ class LinearScheme(_Scheme):
         return "input_scale"
 
     @abstractmethod
-    def create_weights(self, layer: nn.Module, *, in_features: int, out_features: int) -> None:
-        """Register meta parameters `weight` and `weight_scale` on the layer."""
+    def create_weights(self, layer: nn.Module, *, shards: Shards, in_features: int) -> None:
+        """Register meta parameters `weight` and `weight_scale` on the layer.
+
+        `shards` are the (shard_id, rows) that lie in its weight from top to bottom: q, k and v, say, or a single one.
+        """
 
     @abstractmethod
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

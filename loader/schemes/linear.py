@@ -7,8 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..geometry.layout import WeightLayout
+from ..geometry.layout import Shards, WeightLayout
 from ..kernels.arrangement import Arrangement
+from ..kernels.formats import Tensors
 from . import operators
 from .base import LinearScheme
 
@@ -16,9 +17,12 @@ from .base import LinearScheme
 class QuantizedLinearScheme(LinearScheme):
     """A linear layer with codes in the format of its kernels, and activations as its `activation` says."""
 
-    def create_weights(self, layer: nn.Module, *, in_features: int, out_features: int) -> None:
-        """Register `weight` (codes [N, K/codes per byte]), its scales and, where static, `input_scale`, on meta."""
-        layout = WeightLayout(self.kernels.format, None, (("", out_features),), in_features, self.multiples(layer))
+    def create_weights(self, layer: nn.Module, *, shards: Shards, in_features: int) -> None:
+        """Register `weight` (codes [N, K/codes per byte]), its scales and, where static, `input_scale`, on meta.
+
+        `shards` are the (shard_id, rows) of the weight from top to bottom, each of which is quantized on its own.
+        """
+        layout = WeightLayout(self.kernels.format, None, shards, in_features, self.multiples(layer))
         layer.weight_layout = layout  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         self.register_tensors(layer, layout, "weight")
         self.add_input_scale(layer, "weight")
@@ -50,15 +54,28 @@ class QuantizedLinearScheme(LinearScheme):
         layout = cast("WeightLayout", layer.weight_layout)
         tensors = self.weight(layer, layout, "weight")
         flat = self.activations(layer, x.reshape(-1, layout.columns), "weight")
-        out = operators.call(
-            "linear", self.kernels.linear, self.quantizer.chosen, flat, tensors, bias, layout.rows, layout.columns
-        )
+        if len(layout.shards) == 1:
+            out = self._product(flat, tensors, bias, layout.rows, layout.columns)
+        else:
+            out = self._of_shards(flat, tensors, bias, layout)
         return out.view(*x.shape[:-1], layout.rows)
+
+    def _of_shards(self, x: Tensor, tensors: Tensors, bias: Tensor | None, layout: WeightLayout) -> Tensor:
+        parts = []
+        for part in layout.calls(padding=True):
+            own = tuple(each[index] for each, index in zip(tensors, part.index, strict=True))
+            own_bias = None if bias is None else bias[part.rows]
+            parts.append(self._product(x, own, own_bias, part.rows.stop - part.rows.start, layout.columns))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _product(self, x: Tensor, tensors: Tensors, bias: Tensor | None, rows: int, columns: int) -> Tensor:
+        return operators.call("linear", self.kernels.linear, self.quantizer.chosen, x, tensors, bias, rows, columns)
 
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:
         """float32 [N, K]."""
         layout, tensors = self.layouts(layer)[name], self.canonical(layer, name)
-        (part,) = layout.shard_indices()
         out = torch.empty(layout.rows, layout.columns, dtype=torch.float32, device=tensors[0].device)
-        self.kernels.dequantize(tuple(each[index] for each, index in zip(tensors, part.index, strict=True)), out)
+        for part in layout.calls(padding=False):
+            own = tuple(each[index] for each, index in zip(tensors, part.index, strict=True))
+            self.kernels.dequantize(own, out[part.rows])
         return out

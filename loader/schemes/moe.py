@@ -143,10 +143,9 @@ class QuantizedMoEScheme(MoEScheme):
         tensors = self.weight(layer, layout, name)
         bias = getattr(layer, f"{name}_bias") if layer.has_bias else None
         x, parts = self.activations(layer, x, name), []
-        for shard, own in self._shards(layout, tensors):
-            shard_bias = None if bias is None else bias[:, shard]
-            rows = shard.stop - shard.start
-            arguments = x, own, shard_bias, offsets, rows, layout.columns
+        for rows, own in _calls(layout, tensors):
+            own_bias = None if bias is None else bias[:, rows]
+            arguments = x, own, own_bias, offsets, rows.stop - rows.start, layout.columns
             parts.append(operators.call("experts", self.kernels.experts, self.quantizer.chosen, *arguments))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -155,16 +154,13 @@ class QuantizedMoEScheme(MoEScheme):
         layout, tensors = self.layouts(layer)[name], self.canonical(layer, name)
         assert layout.experts is not None
         out = torch.empty(layout.experts, layout.rows, layout.columns, dtype=torch.float32, device=tensors[0].device)
-        for shard, own in self._shards(layout, tensors):
+        for rows, own in _calls(layout, tensors):
             for expert in range(layout.experts):
-                self.kernels.dequantize(tuple(each[expert] for each in own), out[expert, shard])
+                self.kernels.dequantize(tuple(each[expert] for each in own), out[expert, rows])
         return out.transpose(1, 2) if getattr(layer, "is_transposed", False) else out
 
-    @staticmethod
-    def _shards(layout: WeightLayout, tensors: Tensors) -> Iterator[tuple[slice, Tensors]]:
-        """Rows, and codes and scales, of the parts of all experts that one kernel call can take."""
-        if layout.scales_follow_rows and not layout.is_padded:
-            yield slice(0, layout.rows), tensors
-            return
-        for part in layout.shard_indices():
-            yield part.rows, tuple(each[:, *index] for each, index in zip(tensors, part.index, strict=True))
+
+def _calls(layout: WeightLayout, tensors: Tensors) -> Iterator[tuple[slice, Tensors]]:
+    """Rows, and codes and scales, of the parts of all experts that one kernel call can take."""
+    for part in layout.calls(padding=False):
+        yield part.rows, tuple(each[:, *index] for each, index in zip(tensors, part.index, strict=True))

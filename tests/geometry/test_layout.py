@@ -118,7 +118,11 @@ def test_padding_of_shards_and_columns() -> None:
     assert gate.index == ((slice(0, 100), slice(0, 48)), (slice(0, 100), slice(0, 3)))
     assert up.rows == slice(100, 200)
     assert up.index == ((slice(256, 356), slice(0, 48)), (slice(256, 356), slice(0, 3)))
+    assert layout.calls(padding=False) == (gate, up)
+    padded = [[index[0] for index in part.index] for part in layout.calls(padding=True)]
+    assert padded == [[slice(0, 256)] * 2, [slice(256, 512)] * 2]
     blocks = list(layout.blocks(Region(1, (98, 102), (64, 90))))
+    assert [block.shard for block in blocks] == [0, 1]
     assert [block.index[0] for block in blocks] == [
         (slice(98, 100), slice(32, 48)),
         (slice(256, 258), slice(32, 48)),

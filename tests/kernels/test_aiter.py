@@ -6,7 +6,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -230,7 +230,7 @@ def inside(padded: Tensor, size: tuple[int, ...], fill: int = 99) -> Tensor:
 def test_linear(stand_in: StandIn, tokens: int, n_rows: int, k: int, dtype: torch.dtype) -> None:
     scheme = QuantizedLinearScheme("quark_mxfp4", Quantizer(through_aiter()))
     layer: Any = nn.Module()
-    scheme.create_weights(layer, in_features=k, out_features=n_rows)
+    scheme.create_weights(layer, shards=(("", n_rows),), in_features=k)
     rows, columns = aiter.padded(n_rows), aiter.padded(k)
     assert layer.weight.shape == (rows, columns // 2)
     assert layer.weight_scale.shape == (rows, columns // 32)
@@ -250,6 +250,25 @@ def test_linear(stand_in: StandIn, tokens: int, n_rows: int, k: int, dtype: torc
     assert (out.dtype, out.shape) == (dtype, (2, tokens, n_rows))
     torch.testing.assert_close(out.flatten(0, 1).float(), seen @ want_weight.T + bias, rtol=2e-2, atol=2e-2)
     assert stand_in.calls == ["gemm_a4w4"] * (tokens > 0)
+
+
+def test_a_linear_layer_of_several_shards(stand_in: StandIn) -> None:
+    """Each is padded by itself, so that what is arranged of all of them is arranged of each."""
+    scheme, layer = QuantizedLinearScheme("quark_mxfp4", Quantizer(through_aiter())), cast("Any", nn.Module())
+    scheme.create_weights(layer, shards=(("q", 100), ("k", 257)), in_features=90)
+    weights = [torch.randn(rows, 90) * 0.05 for rows in (100, 257)]
+    pairs = [quantize(weight) for weight in weights]
+    for number, (name, width) in enumerate((("weight", 128), ("weight_scale", 8))):
+        held = [
+            inside(pair[number], (aiter.padded(rows), width), 0) for pair, rows in zip(pairs, (100, 257), strict=True)
+        ]
+        layer.register_parameter(name, nn.Parameter(torch.cat(held), requires_grad=False))
+    want = torch.cat([values(*pair)[:, :90] for pair in pairs])
+    scheme.process_weights_after_loading(layer)
+    assert torch.equal(scheme.dequantize(layer, "weight"), want)
+    x, bias = torch.randn(3, 90), torch.randn(357)
+    seen = values(*quantize(x))[:, :90]
+    torch.testing.assert_close(scheme.apply(layer, x, bias), seen @ want.T + bias, rtol=2e-2, atol=2e-2)
 
 
 def test_a_weight_that_is_not_padded_is_named() -> None:

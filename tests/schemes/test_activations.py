@@ -297,7 +297,7 @@ def static_linear(scale: float) -> tuple[Any, Any]:
     scheme: Any = SchemeFactory(CPU, LoadOptions()).linear("quark_mxfp4")
     scheme = type(scheme)(scheme.name, scheme.quantizer, Activation(act.FP8_STATIC, CPU))
     layer = Layer()
-    scheme.create_weights(layer, in_features=32, out_features=32)
+    scheme.create_weights(layer, shards=(("", 32),), in_features=32)
     assert (layer.input_scale.shape, layer.input_scale.dtype) == ((1,), torch.float32)
     assert layer.input_scale.is_meta
     assert not layer.input_scale.requires_grad
@@ -319,7 +319,7 @@ def test_a_linear_layer_with_a_static_scale() -> None:
 def test_dynamic_activations_need_no_scale() -> None:
     scheme: Any = SchemeFactory(CPU, LoadOptions(activations="mxfp6_e2m3")).linear("quark_mxfp4")
     layer = Layer()
-    scheme.create_weights(layer, in_features=32, out_features=32)
+    scheme.create_weights(layer, shards=(("", 32),), in_features=32)
     assert [*layer._parameters] == ["weight", "weight_scale"]
     assert scheme.kernel_names == "numba, mxfp6_e2m3 activations emulated"
 

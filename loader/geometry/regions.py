@@ -53,6 +53,25 @@ class _Rectangle(NamedTuple):
             return _Rectangle(self.rows, (lowest, highest))
         return None
 
+    def without(self, hole: _Rectangle) -> list[_Rectangle]:
+        """What is left of it outside of another: at most four, that do not overlap."""
+        if not self.meets(hole):
+            return [self]
+        (top, bottom), (left, right) = self.rows, self.columns
+        high, low = max(top, hole.rows[0]), min(bottom, hole.rows[1])
+        parts = (
+            _Rectangle((top, high), self.columns),
+            _Rectangle((low, bottom), self.columns),
+            _Rectangle((high, low), (left, hole.columns[0])),
+            _Rectangle((high, low), (hole.columns[1], right)),
+        )
+        return [part for part in parts if part.numel > 0]
+
+    @property
+    def numel(self) -> int:
+        """Elements in it; 0 where its ends are crossed."""
+        return max(self.rows[1] - self.rows[0], 0) * max(self.columns[1] - self.columns[0], 0)
+
 
 class RegionTracker:
     """The set of regions of one parameter that have arrived; safe to use from several threads.
@@ -113,11 +132,33 @@ class RegionTracker:
         if not self.complete:
             yield from (f"{self.name} {region}" for region in self.missing())
 
-    def reset(self) -> None:
-        """Forget everything: a reload begins."""
+    def reset(self, region: Region | None = None) -> None:
+        """Forget what arrived, of one region or of all: it may, and must, arrive again.
+
+        No piece may be on its way meanwhile. What was claimed inside of `region` and never written, as in a load that
+        failed, is forgotten too. Raises `IndexError` for a region that lies outside.
+        """
+        if region is not None:
+            self._check_inside(region)
         with self._lock:
-            self._claimed.clear()
-            self._missing = (self._experts or 1) * self._rows * self._columns
+            if region is None:
+                self._claimed.clear()
+                self._missing = (self._experts or 1) * self._rows * self._columns
+                return
+            hole = _Rectangle(region.rows, region.columns)
+            for old in self._claimed.pop(region.expert, []):
+                for part in old.without(hole):
+                    self._claimed.setdefault(region.expert, []).append(part)
+            claimed = sum(part.numel for parts in self._claimed.values() for part in parts)
+            self._missing = (self._experts or 1) * self._rows * self._columns - claimed
+
+    def arrived(self, region: Region) -> bool:
+        """Whether all of a region has been claimed; of a load that failed, that is not to say written."""
+        with self._lock:
+            left = [_Rectangle(region.rows, region.columns)] if region.numel else []
+            for old in self._claimed.get(region.expert, []):
+                left = [part for each in left for part in each.without(old)]
+        return not left
 
     def _check_inside(self, region: Region) -> None:
         experts_ok = region.expert is None if self._experts is None else region.expert in range(self._experts)

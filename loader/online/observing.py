@@ -54,7 +54,15 @@ class ScaleGroup:
         for member, amax in zip(members, maxima, strict=True):
             member.finish(expert, None, amax)
 
-    def forget(self) -> None:
+    def forget(self, expert: int | None) -> None:
+        """Nothing was observed of the matrices of an expert."""
+        with self._lock:
+            self._left.pop(expert, None)
+            members = [member for reference in self._members if (member := reference()) is not None]
+        for member in members:
+            member.drop(expert)
+
+    def forget_all(self) -> None:
         """Nothing was observed: a reload begins."""
         with self._lock:
             self._left.clear()
@@ -101,13 +109,29 @@ class Observation:
         with self._lock:
             return self._maxima.pop((expert, shard))
 
-    def forget(self) -> None:
-        """Nothing was observed: a reload begins."""
+    def forget(self, region: Region | None = None) -> None:
+        """Nothing was observed: at all, or of the shards that a region is part of and what shares its scales with them.
+
+        A reload of them begins.
+        """
+        if region is None:
+            with self._lock:
+                self._maxima.clear()
+                self._left.clear()
+            if self._group is not None:
+                self._group.forget_all()
+        elif self._group is not None:
+            self._group.forget(region.expert)
+        else:
+            with self._lock:
+                for block in self._layout.blocks(region):
+                    self._maxima.pop((region.expert, block.shard), None)
+                    self._left.pop((region.expert, block.shard), None)
+
+    def drop(self, expert: int | None) -> None:
+        """Hold no maxima of the matrix of an expert, whose shards share their scales."""
         with self._lock:
-            self._maxima.clear()
-            self._left.clear()
-        if self._group is not None:
-            self._group.forget()
+            self._maxima.pop((expert, None), None)
 
     def _part(self, expert: int | None, block: Block) -> Tensor:
         """The maxima of a block, a view of those that are held."""

@@ -113,9 +113,18 @@ class QuantizedParameter:
         index = next(itertools.islice(self.layout.shard_indices(), shard, None)).index[1:]
         return tuple([each[own] for each, own in zip(scales, index, strict=True)])
 
-    def reset(self) -> None:
-        """Forget what arrived: a reload begins. Codes and scales stay where they are until they are overwritten."""
-        self.tracker.reset()
+    def reset(self, region: Region | None = None) -> None:
+        """Forget what arrived, of one region or of all: a reload begins.
+
+        Codes and scales stay where they are until they are overwritten. Scales that the region has a part in are not
+        known any longer: it must be whole scale blocks, or be observed with all that shares its scales.
+        """
+        self.tracker.reset(region)
         if self._observation is not None:
-            self._observation.forget()
-        self.scales_known.clear()
+            self._observation.forget(region)
+        if region is None:
+            self.scales_known.clear()
+        elif scales_are_shared(self.layout, self.scale_group):
+            self.scales_known = {known for known in self.scales_known if known[0] != region.expert}
+        else:
+            self.scales_known -= {(region.expert, block.shard) for block in self.layout.blocks(region)}

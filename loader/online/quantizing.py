@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -81,13 +81,18 @@ class LayerProgress:
         if last:
             self._finish(self._statistics.total())
 
-    def reset(self) -> None:
-        """A reload begins."""
+    def reset(self, parameters: Mapping[str, Region | None] | None = None) -> None:
+        """A reload begins: of all parameters, or of those given, each with the region of it that arrives again.
+
+        `None` for a region is all of the parameter. Statistics start from nothing, so those that `finish` gets are of
+        what arrives from now on. No piece may be on its way meanwhile.
+        """
+        again = dict.fromkeys(self.parameters) if parameters is None else parameters
+        for name, region in again.items():
+            self.parameters[name].reset(region)
         with self._lock:
-            self._incomplete = set(self.parameters)
+            self._incomplete |= {name for name in again if not self.parameters[name].tracker.complete}
             self._statistics = StatisticsSum()
-        for parameter in self.parameters.values():
-            parameter.reset()
 
 
 class Quantize(Protocol):

@@ -306,8 +306,9 @@ class OnlineWeightLoader(RestorableLoader):
     def missing(self) -> Iterator[str]:
         return self.parameter.tracker.described_gaps()
 
-    def reset(self) -> None:
-        self._quantizer.progress.reset()
+    def reset(self, region: Region | None = None) -> None:
+        """A reload of the layer begins; or, with `region`, of that part of this parameter alone."""
+        self._quantizer.progress.reset(None if region is None else {self._attribute: region})
 
 
 def load_whole_shard(

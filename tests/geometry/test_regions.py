@@ -162,6 +162,44 @@ def test_reset_announces_a_reload() -> None:
         assert list(tracker.missing()) == everything
 
 
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.data())
+def test_a_reset_of_a_region_asks_for_that_region_again(
+    case: tuple[int | None, int, int, list[Region]], data: st.DataObject
+) -> None:
+    experts, rows, columns, parts = case
+    tracker = RegionTracker("w", experts, rows, columns)
+    for part in parts:
+        tracker.claim(part)
+        tracker.commit(part.numel)
+    low, high = sorted((data.draw(st.integers(0, rows)), data.draw(st.integers(0, rows))))
+    left, right = sorted((data.draw(st.integers(0, columns)), data.draw(st.integers(0, columns))))
+    region = Region(data.draw(st.sampled_from(parts)).expert, (low, high), (left, right))
+    tracker.reset(region)
+    canvas = torch.zeros(experts or 1, rows, columns, dtype=torch.int32)
+    for gap in tracker.missing():
+        paint(canvas, gap)
+    expected = torch.zeros_like(canvas)
+    paint(expected, region)
+    assert torch.equal(canvas, expected)
+    assert tracker.complete == (region.numel == 0)
+    assert tracker.arrived(region) == (region.numel == 0)
+    tracker.claim(region)
+    tracker.commit(region.numel)
+    assert tracker.complete
+    assert tracker.arrived(region)
+
+
+def test_a_region_that_was_claimed_and_never_written_is_forgotten_with_the_rest() -> None:
+    tracker = RegionTracker("w", None, 4, 4)
+    for rows in ((0, 2), (2, 4)):
+        tracker.claim(Region(None, rows, (0, 4)))
+    tracker.commit(8)
+    tracker.reset(Region(None, (2, 4), (0, 4)))
+    tracker.claim(Region(None, (2, 4), (0, 4)))
+    assert tracker.commit(8)
+
+
 @pytest.mark.parametrize(
     ("experts", "region"),
     [
@@ -177,6 +215,8 @@ def test_reset_announces_a_reload() -> None:
 def test_a_region_outside_is_refused(experts: int | None, region: Region) -> None:
     with pytest.raises(IndexError, match=r"w: .* lies outside of"):
         RegionTracker("w", experts, 4, 4).claim(region)
+    with pytest.raises(IndexError, match=r"w: .* lies outside of"):
+        RegionTracker("w", experts, 4, 4).reset(region)
 
 
 def test_messages_name_the_parameter_and_the_region() -> None:

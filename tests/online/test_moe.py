@@ -249,6 +249,18 @@ def test_a_reload_goes_through_the_same_closures_into_the_same_memory(through: s
     experts.check(again)
 
 
+def test_a_reload_of_some_parameters_is_complete_without_the_others() -> None:
+    experts, first, second = Experts(), weights(1), weights(2)
+    for key, value in first.items():
+        experts.give(*key, value)
+    experts.loader.progress.reset({"w2_weight": Region(1, (0, HIDDEN), (0, INTERMEDIATE))})
+    with pytest.raises(RepeatedRegionError):
+        experts.give("w2", 0, second["w2", 0])
+    experts.give("w2", 1, second["w2", 1])
+    assert len(experts.callbacks.finished) == 2
+    experts.check({**first, ("w2", 1): second["w2", 1]})
+
+
 def test_one_scale_an_expert_takes_two_passes() -> None:
     experts, given_weights = Experts(TENSOR), weights()
     closure = experts.layer.w2_weight.weight_loader

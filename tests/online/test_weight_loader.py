@@ -155,6 +155,38 @@ def test_a_repeat_is_an_error_until_a_reload_is_announced() -> None:
     assert fused.finished[1][statistics.COUNT] == (Q + K + V) * COLUMNS
 
 
+@pytest.mark.parametrize("scheme", ["quark_mxfp4", "fp8_per_block"])
+def test_a_reload_of_one_region_leaves_the_rest_as_it_is(scheme: str) -> None:
+    fused, whole, other = Fused(scheme), weight(Q + K + V, 1), weight(K, 2)
+    fused.load(whole)
+    shard = Region(None, (Q, Q + K), (0, COLUMNS))
+    fused.loader.reset(shard)
+    with pytest.raises(RepeatedRegionError):
+        fused.load(whole[:Q], shard_id="q")
+    assert list(fused.loader.missing()) == [f"attn.qkv.weight {shard}"]
+    fused.load(other, shard_id="k")
+    q, _, v = whole.split([Q, K, V])
+    fused.check(q, other, v)
+    assert len(fused.finished) == 2
+    assert fused.finished[1][statistics.COUNT] == K * COLUMNS
+
+
+@pytest.mark.parametrize("scheme", ["fp8_per_tensor", "fp8_per_channel"])
+def test_a_reset_of_one_region_forgets_what_was_observed_of_its_matrix(scheme: str) -> None:
+    fused, whole = Fused(scheme, shards=False), weight(Q + K + V)
+    matrix = Region(None, (0, Q + K + V), (0, COLUMNS))
+    halves = [(whole[:, left : left + 32], Region(None, matrix.rows, (left, left + 32))) for left in (0, 32)]
+    fused.loader.observe(*halves[0])
+    fused.loader.reset(matrix)
+    for part, region in halves:
+        with pytest.raises(ValueError, match="observe every piece first"):
+            fused.load(part, region=region)
+        fused.loader.observe(part, region)
+    for part, region in halves:
+        fused.load(part, region=region)
+    fused.check(whole)
+
+
 @pytest.mark.parametrize(
     ("scheme", "region"),
     [

@@ -13,6 +13,8 @@ from ..shortage import start
 
 _TICK = 0.1
 _torch_threads = threading.Lock()
+_set_num_threads = torch._C.set_num_threads
+"""torch's own: vLLM puts a warning into the place of `torch.set_num_threads`, for all threads of the process."""
 
 
 class Stopped(Exception):
@@ -85,7 +87,7 @@ class Crew:
             try:
                 # Asking first makes torch initialise this thread, which would undo the setting later.
                 torch.get_num_threads()
-                torch.set_num_threads(1)
+                _set_num_threads(1)
             finally:
                 self._ready.release()
             body(self, number)
@@ -129,4 +131,4 @@ def _one_torch_thread() -> Iterator[None]:
         try:
             yield
         finally:
-            torch.set_num_threads(before)
+            _set_num_threads(before)

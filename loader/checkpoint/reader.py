@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ class ReadTotals:
 class PieceReader:
     """Reads pieces of `shards` through `source` with up to `workers` threads.
 
+    `run` may be called any number of times; inside of `with reader:` its buffers and open files stay for the next run.
     On a CPU each worker owns one buffer of `chunk_bytes` and, if it asks for it, one scratch buffer of the same size.
     For another `device`, pieces are worked on there, in two buffers and a scratch buffer, behind two on the host. All
     of them come out of `staging_bytes` (default: exactly that much; for the host as for the device), and fewer workers
@@ -70,28 +73,47 @@ class PieceReader:
         self._chunk_bytes = chunk_bytes
         self._cancel = cancel
         self._on_progress = on_progress
+        self._memory: WorkingMemory | None = None
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as held:
+            held.callback(self._source.close)
+            self._memory = held.enter_context(working_memory(self._device, self.workers, self._chunk_bytes))
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Free the buffers and close the source, as it may be opened again."""
+        self._memory = None
+        self._held.close()
 
     def run(self, pieces: Sequence[Piece]) -> ReadTotals:
-        """Reads and delivers every piece once; the source is closed afterwards, as it may be opened again.
+        """Reads and delivers every piece once.
 
-        Raises the first error of a read or of a `deliver` unchanged. Afterwards, error or not, all threads have
-        ended, the arena is freed and no file is open.
+        Raises the first error of a read or of a `deliver` unchanged. Afterwards, error or not, all threads have ended
+        and, outside of `with`, the arena is freed and no file is open.
         """
         check_barriers(pieces)
         self._check_sizes(pieces)
         start = time.perf_counter()
-        try:
-            with working_memory(self._device, self.workers, self._chunk_bytes) as memory:
-                batches = plan_batches(pieces, memory.slot_bytes, self._source.read_bytes)
-                work = _Work(self._source, self._paths, memory, batches)
-                crew = Crew(min(self.workers, max(1, len(batches))), self._cancel)
-                report = self._on_progress
-                crew.work(work.take_part, None if report is None else lambda: report(work.bytes_read))
-                if report is not None:
-                    report(work.bytes_read)
-                return ReadTotals(work.bytes_read, time.perf_counter() - start, memory.peak_bytes)
-        finally:
-            self._source.close()
+        with contextlib.ExitStack() as held:
+            if self._memory is None:
+                held.enter_context(self)
+            assert self._memory is not None
+            nbytes, peak = self._run(pieces, self._memory)
+            return ReadTotals(nbytes, time.perf_counter() - start, peak)
+
+    def _run(self, pieces: Sequence[Piece], memory: WorkingMemory) -> tuple[int, int]:
+        """Bytes read, and the most bytes of the arena that were ever touched."""
+        batches = plan_batches(pieces, memory.slot_bytes, self._source.read_bytes)
+        work = _Work(self._source, self._paths, memory, batches)
+        crew = Crew(min(self.workers, max(1, len(batches))), self._cancel)
+        report = self._on_progress
+        crew.work(work.take_part, None if report is None else lambda: report(work.bytes_read))
+        if report is not None:
+            report(work.bytes_read)
+        return work.bytes_read, memory.peak_bytes
 
     def _check_sizes(self, pieces: Sequence[Piece]) -> None:
         for number, piece in enumerate(pieces):

@@ -17,7 +17,7 @@ from ..online.as_stored import InputScaleLoader, StoredParameter, StoredProgress
 from ..online.moe import MoeOnlineWeightLoader
 from ..online.non_finite import NonFiniteValues, look_at_codes, may_overflow
 from ..online.observing import ScaleGroup
-from ..online.parameter import QuantizedParameter, alive, materialize
+from ..online.parameter import QuantizedParameter, alive, materialize, materialized_in
 from ..online.quantizing import LayerProgress, linear_quantizer
 from ..online.storage import FinalStorage
 from ..online.weight_loader import DirectWeightLoader, OnlineWeightLoader, ParameterLoader, RestorableLoader
@@ -202,7 +202,7 @@ def _attach_linear(
 
     for attribute, layout in scheme.layouts(module).items():
         full_name = f"{name}.{attribute}"
-        parameter = QuantizedParameter(module, attribute, full_name, layout, storage)
+        parameter = materialized_in(module, attribute, full_name, layout, storage)
         loader = OnlineWeightLoader(attribute, linear_quantizer(scheme, LayerProgress({attribute: parameter}, finish)))
         param = module._parameters[attribute]
         assert param is not None
@@ -230,7 +230,7 @@ def _attach_stored(
     parameters: list[StoredParameter] = []
     for key, layout in scheme.layouts(module).items():
         full_name = f"{name}.{key}"
-        parameter = QuantizedParameter(module, key, full_name, layout, storage)
+        parameter = materialized_in(module, key, full_name, layout, storage)
         weights = stored.weights[full_name]
         first = weights[0]
         closures = StoredParameter(parameter, stored.has_zero_points(full_name), first.zero_point, first.largest_scale)

@@ -206,7 +206,7 @@ def _narrow(x: Coordinates, dim: int, start: int, length: int) -> Coordinates:
     dim = _dim(x, dim)
     if start < 0:
         start += x.shape[dim]
-    if not (0 <= start and 0 <= length and start + length <= x.shape[dim]):
+    if start < 0 or length < 0 or start + length > x.shape[dim]:
         raise IndexError(f"{length} elements from {start} on are out of range for dimension {dim} of {x.shape[dim]}")
     boxes = []
     for b in x.boxes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..geometry.layout import ShardId, WeightLayout
 from ..geometry.regions import Region
 from ..schemes.base import MoeQuantizationCallbacks
 from .engine_calls import NOT_GIVEN, shard_of
-from .parameter import QuantizedParameter, alive
+from .parameter import QuantizedParameter, alive, materialized_in
 from .quantizing import LayerProgress, RegionQuantizer
 from .storage import FinalStorage
 from .weight_loader import OnlineWeightLoader
@@ -29,8 +29,9 @@ class MoeOnlineWeightLoader:
     parameters for codes and scales, as `MoEScheme.create_weights` registers them. `callbacks` do the arithmetic.
     When the last (expert, shard, rows) has arrived, `on_finished` runs in the thread that brought it, with the
     statistics and with what it has to call in the end: `callbacks.setup_kernel(layer)`, which runs by itself without
-    it. Safe to call from several threads; a repeated region raises `RepeatedRegionError` unless `reset` announced a
-    reload.
+    it. `parameters` are those of the layer where they exist already, by the names of `weight_layouts`; else they are
+    materialized in `storage`. Safe to call from several threads; a repeated region raises `RepeatedRegionError` unless
+    `reset` announced a reload.
     """
 
     def __init__(
@@ -40,20 +41,22 @@ class MoeOnlineWeightLoader:
         *,
         name: str = "experts",
         storage: FinalStorage | None = None,
+        parameters: Mapping[str, QuantizedParameter] | None = None,
         on_finished: Callable[[Tensor, Callable[[], None]], None] = lambda _, setup_kernel: setup_kernel(),
     ) -> None:
-        storage = storage or FinalStorage(torch.device("cpu"))
         layouts: dict[str, WeightLayout] = layer.weight_layouts
         self._names = list(layouts)
-        parameters = {
-            key: QuantizedParameter(layer, key, f"{name}.{key}", layout, storage) for key, layout in layouts.items()
-        }
+        if parameters is None:
+            storage = storage or FinalStorage(torch.device("cpu"))
+            parameters = {
+                key: materialized_in(layer, key, f"{name}.{key}", layout, storage) for key, layout in layouts.items()
+            }
         reference = weakref.ref(layer)  # neither the layer nor this loader may be kept alive by their own closures
 
         def finish(statistics: Tensor) -> None:
             on_finished(statistics, lambda: callbacks.setup_kernel(alive(reference)))
 
-        self.progress = LayerProgress(parameters, finish)
+        self.progress = LayerProgress(dict(parameters), finish)
         self._quantizer = RegionQuantizer(
             self.progress, callbacks.quantize_expert, callbacks.observe_expert, callbacks.finish_scales
         )

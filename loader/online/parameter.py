@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -52,31 +52,25 @@ def alive(module: weakref.ref[M]) -> M:
 
 
 class QuantizedParameter:
-    """The codes and scales of one parameter while they are being written, from any number of threads."""
+    """The codes and scales of one parameter while they are being written, from any number of threads.
+
+    `tensors` gives them on `device`, whenever they are asked for; `materialized_in` and `held_by` make one.
+    """
 
     def __init__(
-        self, module: nn.Module, name: str, full_name: str, layout: WeightLayout, storage: FinalStorage
+        self, full_name: str, layout: WeightLayout, tensors: Callable[[], Tensors], device: torch.device
     ) -> None:
         self.full_name = full_name
         self.layout = layout
         self.tracker = RegionTracker(full_name, layout.experts, layout.rows, layout.columns)
-        self._module, self._name, self._storage = weakref.ref(module), name, storage
+        self.tensors = tensors
+        self._device = device
         self._lock = threading.Lock()
-        self._tensors: Tensors | None = None
         self._observation: Observation | None = None
         self.scale_group: ScaleGroup | None = None
         """What gets its scales together with this parameter, if anything does."""
         self.scales_known: set[tuple[int | None, int]] = set()
-        """The experts and shards that were observed."""
-
-    def tensors(self) -> Tensors:
-        """Codes and scales, materialized by the first caller."""
-        with self._lock:
-            if self._tensors is None:
-                module, names = alive(self._module), self.layout.format.names(self._name)
-                self._tensors = tuple(plain(materialize(module, name, self._storage)).data for name in names)
-                self.layout.clear_padding(self._tensors)
-        return self._tensors
+        """Experts and numbers of shards whose scales are made."""
 
     def views(self, expert: int | None, block: Block) -> Tensors:
         """The codes and scales of one block of an expert's matrix, as views of the final tensors."""
@@ -100,7 +94,7 @@ class QuantizedParameter:
         """The first pass of this parameter; `finish` is what the first caller gives."""
         with self._lock:
             if self._observation is None:
-                self._observation = Observation(self.layout, self._storage.device, self.scale_group, finish)
+                self._observation = Observation(self.layout, self._device, self.scale_group, finish)
         return self._observation
 
     def scales(self, expert: int | None, shard: int | None) -> Tensors:
@@ -128,3 +122,45 @@ class QuantizedParameter:
             self.scales_known = {known for known in self.scales_known if known[0] != region.expert}
         else:
             self.scales_known -= {(region.expert, block.shard) for block in self.layout.blocks(region)}
+
+
+def materialized_in(
+    module: nn.Module, name: str, full_name: str, layout: WeightLayout, storage: FinalStorage
+) -> QuantizedParameter:
+    """The meta parameter `name` of `module` and its scales: made real in `storage` when they are first asked for."""
+    return QuantizedParameter(full_name, layout, _Materializing(module, name, layout, storage), storage.device)
+
+
+def held_by(
+    module: nn.Module, name: str, full_name: str, layout: WeightLayout, device: torch.device
+) -> QuantizedParameter:
+    """The parameter `name` of `module` and its scales as they stand there, looked up anew: engines exchange them."""
+    reference, names = weakref.ref(module), layout.format.names(name)
+
+    def tensors() -> Tensors:
+        held = alive(reference)._parameters
+        return tuple([plain(_not_none(held[each])).data for each in names])
+
+    return QuantizedParameter(full_name, layout, tensors, device)
+
+
+class _Materializing:
+    """Codes and scales, materialized by the first caller."""
+
+    def __init__(self, module: nn.Module, name: str, layout: WeightLayout, storage: FinalStorage) -> None:
+        self._module, self._name, self._layout, self._storage = weakref.ref(module), name, layout, storage
+        self._lock = threading.Lock()
+        self._tensors: Tensors | None = None
+
+    def __call__(self) -> Tensors:
+        with self._lock:
+            if self._tensors is None:
+                module, names = alive(self._module), self._layout.format.names(self._name)
+                self._tensors = tuple(plain(materialize(module, name, self._storage)).data for name in names)
+                self._layout.clear_padding(self._tensors)
+        return self._tensors
+
+
+def _not_none(parameter: nn.Parameter | None) -> nn.Parameter:
+    assert parameter is not None
+    return parameter

@@ -113,3 +113,14 @@ def test_torch_runs_on_one_thread_inside_and_as_before_outside() -> None:
         assert later == [3]
     finally:
         torch.set_num_threads(before)
+
+
+def test_who_puts_something_else_into_the_place_of_torchs_function_is_not_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", called.append)
+    inside: list[int] = []
+    Crew(2, None).work(lambda crew, number: inside.append(torch.get_num_threads()))
+    assert inside == [1, 1]
+    assert called == []

@@ -71,6 +71,30 @@ def test_lines_come_end_to_end_with_what_lies_between_them_read_and_dropped(
     assert totals.bytes_read == count * length
 
 
+def test_inside_of_with_buffers_and_files_stay_from_run_to_run() -> None:
+    source, shards = memory_shards(bytes(range(256)) * 64)
+    got: list[int] = []
+
+    def note(workspace: Workspace) -> None:
+        got.append(workspace.buffer.data_ptr())
+
+    def fail(workspace: Workspace) -> None:
+        raise ValueError("no")
+
+    reader = PieceReader(source, shards, chunk_bytes=4096)
+    with reader:
+        totals = [reader.run([Piece(0, ((at, 100),), note)]) for at in (0, 5000)]
+        with pytest.raises(ValueError, match="no"):
+            reader.run([Piece(0, ((0, 100),), fail)])
+        reader.run([Piece(0, ((0, 100),), note)])
+        assert source.closed == 0
+    assert source.closed == 1
+    assert len(set(got)) == 1
+    assert [each.bytes_read for each in totals] == [100, 100]
+    reader.run([Piece(0, ((0, 100),), note)])
+    assert source.closed == 2
+
+
 def test_lines_close_to_each_other_are_read_together() -> None:
     source, shards = memory_shards(random.Random(0).randbytes(1 << 20))
     PieceReader(source, shards, chunk_bytes=1 << 18).run([Piece(0, Lines(0, 256, 64, 4096), nothing)])

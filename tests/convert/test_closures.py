@@ -28,7 +28,7 @@ from quantload.kernels.formats import Tensors
 from quantload.kernels.registry import kernel_set
 from quantload.model.skeleton import Assignment
 from quantload.online.as_stored import StoredParameter, StoredProgress
-from quantload.online.parameter import QuantizedParameter
+from quantload.online.parameter import materialized_in
 from quantload.online.storage import FinalStorage
 from quantload.options import LoadOptions
 from quantload.pieces.as_is import plan_as_is
@@ -98,7 +98,7 @@ def read_back(
         stored = checkpoint.weights["a.weight"]
         for key, each, shape in zip(fmt.names("weight"), fmt.tensors, layout.shapes, strict=True):
             layer.register_parameter(key, meta_parameter(shape, each.dtype))
-        parameter = QuantizedParameter(layer, "weight", "a.weight", layout, FinalStorage(torch.device("cpu")))
+        parameter = materialized_in(layer, "weight", "a.weight", layout, FinalStorage(torch.device("cpu")))
         zero_points = any(part.role == "zero_point" for part in stored.parts)
         closures = StoredParameter(parameter, zero_points, stored.zero_point, stored.largest_scale)
         finished: list[bool] = []

@@ -11,7 +11,7 @@ from quantload.geometry.layout import WeightLayout
 from quantload.geometry.regions import Region
 from quantload.kernels.formats import FORMATS
 from quantload.online.as_stored import InputScaleLoader, StoredParameter, StoredProgress
-from quantload.online.parameter import QuantizedParameter
+from quantload.online.parameter import materialized_in
 from quantload.online.storage import FinalStorage
 from quantload.schemes.activations import InputScales
 from quantload.schemes.base import meta_parameter
@@ -49,7 +49,7 @@ class World:
         self.layer.register_parameter("w13", meta_parameter(layout.shapes[0], fmt.code_dtype))
         self.layer.register_parameter("w13_scale", meta_parameter(layout.shapes[1], fmt.scale_dtype))
         storage = UsedMemory(torch.device("cpu"))
-        self.parameter = QuantizedParameter(self.layer, "w13", "experts.w13", layout, storage)
+        self.parameter = materialized_in(self.layer, "w13", "experts.w13", layout, storage)
         largest = 2.0**125 if fmt.scale_dtype == torch.uint8 else 100.0
         self.stored = StoredParameter(self.parameter, has_zero_points, zero_point, largest)
         self.finished = 0

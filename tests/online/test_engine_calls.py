@@ -15,7 +15,7 @@ from quantload.errors import ShapeMismatchError
 from quantload.geometry.layout import ShardId, WeightLayout
 from quantload.online.engine_calls import NOT_GIVEN, Shard, shard_of
 from quantload.online.moe import MoeOnlineWeightLoader
-from quantload.online.parameter import QuantizedParameter
+from quantload.online.parameter import materialized_in
 from quantload.online.quantizing import LayerProgress, linear_quantizer
 from quantload.online.storage import FinalStorage
 from quantload.online.weight_loader import OnlineWeightLoader
@@ -64,7 +64,7 @@ class EngineModel(nn.Module):
         layer = nn.Module()
         for suffix, (dtype, shape) in zip(layout.format.suffixes, layout.tensors, strict=True):
             layer.register_parameter(f"weight{suffix}", meta_parameter(shape, dtype))
-        parameter = QuantizedParameter(layer, "weight", f"{name}.weight", layout, FinalStorage(CPU))
+        parameter = materialized_in(layer, "weight", f"{name}.weight", layout, FinalStorage(CPU))
         progress = LayerProgress({"weight": parameter}, lambda _: self.finished.append(name))
         weight: Any = layer.get_parameter("weight")
         weight.weight_loader = OnlineWeightLoader("weight", linear_quantizer(self.linear_scheme, progress))

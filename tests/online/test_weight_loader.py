@@ -10,7 +10,7 @@ from quantload.errors import NonFiniteWeightError, RepeatedRegionError, ShapeMis
 from quantload.geometry.layout import WeightLayout
 from quantload.geometry.regions import Region
 from quantload.kernels import statistics
-from quantload.online.parameter import QuantizedParameter, materialize
+from quantload.online.parameter import materialize, materialized_in
 from quantload.online.quantizing import LayerProgress, linear_quantizer
 from quantload.online.storage import FinalStorage
 from quantload.online.weight_loader import DirectWeightLoader, OnlineWeightLoader
@@ -56,7 +56,7 @@ class Fused:
         scale = meta_parameter(self.layout.shapes[1], self.layout.format.scale_dtype)
         self.layer.register_parameter("weight_scale", scale)
         self.finished: list[Tensor] = []
-        parameter = QuantizedParameter(self.layer, "weight", "attn.qkv.weight", self.layout, FinalStorage(CPU))
+        parameter = materialized_in(self.layer, "weight", "attn.qkv.weight", self.layout, FinalStorage(CPU))
         self.progress = LayerProgress({"weight": parameter}, self.finished.append)
         self.loader = OnlineWeightLoader("weight", linear_quantizer(self.scheme, self.progress))
         self.layer.weight.weight_loader = self.loader
@@ -275,7 +275,7 @@ def test_the_layer_is_finished_by_its_last_parameter() -> None:
     for name in ("a", "b"):
         layer.register_parameter(name, meta_parameter(layout.shapes[0], torch.int8))
         layer.register_parameter(f"{name}_scale", meta_parameter(layout.shapes[1], torch.float32))
-        parameters[name] = QuantizedParameter(layer, name, name, layout, FinalStorage(CPU))
+        parameters[name] = materialized_in(layer, name, name, layout, FinalStorage(CPU))
     progress = LayerProgress(parameters, lambda _: finished.append(True))
     quantizer = linear_quantizer(factory, progress)
     for name in ("b", "a"):

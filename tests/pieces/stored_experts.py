@@ -16,7 +16,7 @@ from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import kernel_set, select
 from quantload.online.as_stored import StoredParameter, StoredProgress
 from quantload.online.moe import MoeOnlineWeightLoader
-from quantload.online.parameter import QuantizedParameter
+from quantload.online.parameter import materialized_in
 from quantload.online.sink import Sink
 from quantload.online.storage import FinalStorage
 from quantload.pieces.stored import StoredPieces, plan_stored
@@ -150,7 +150,7 @@ class StoredExperts:
     def _copied(self) -> dict[str, Mapping[Role, Sink]]:
         storage = FinalStorage(torch.device("cpu"))
         self.parameters = [
-            StoredParameter(QuantizedParameter(self.layer, name, name, layout, storage), False, 0.0, torch.inf)
+            StoredParameter(materialized_in(self.layer, name, name, layout, storage), False, 0.0, torch.inf)
             for name, layout in self.layer.weight_layouts.items()
         ]
         StoredProgress(self.parameters, self._finish)

@@ -18,7 +18,7 @@ def test_a_load_without_a_plan_is_reported_by_the_layers_that_were_completed() -
     scheme = SchemeFactory(CPU, LoadOptions()).linear("quark_mxfp4")
     assert scheme is not None
     quantized, kept = nn.Module(), nn.Linear(8, 2, bias=False)
-    scheme.create_weights(quantized, in_features=64, out_features=4)
+    scheme.create_weights(quantized, shards=(("", 4),), in_features=64)
     layers = {
         "up": Assignment("up", "linear", quantized, scheme, ""),
         "head": Assignment("head", "linear", kept, None, "output head"),

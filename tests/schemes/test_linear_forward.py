@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from quantload.geometry.regions import Region
-from quantload.online.parameter import QuantizedParameter
+from quantload.online.parameter import materialized_in
 from quantload.online.quantizing import LayerProgress, linear_quantizer
 from quantload.online.storage import FinalStorage
 from quantload.online.weight_loader import OnlineWeightLoader
@@ -24,7 +24,7 @@ def made_of(scheme: LinearScheme, *shards: tuple[str, Tensor]) -> nn.Module:
     layer = nn.Module()
     scheme.create_weights(layer, shards=tuple((name, len(weight)) for name, weight in shards), in_features=COLUMNS)
     (layout,) = scheme.layouts(layer).values()
-    parameter = QuantizedParameter(layer, "weight", "weight", layout, FinalStorage(CPU))
+    parameter = materialized_in(layer, "weight", "weight", layout, FinalStorage(CPU))
     quantizer = linear_quantizer(scheme, LayerProgress({"weight": parameter}, lambda _: None))
     loader = OnlineWeightLoader("weight", quantizer)
     if scheme.kernels.format.one_maximum:  # else a shard that arrives whole has all there is to know

@@ -17,6 +17,7 @@ from ..kernels.registry import KernelSet, kernel_set
 from ..kernels.statistics import new_statistics
 from . import operators
 from .activations import Activation
+from .experts_host import TRANSFORMERS, ExpertsHost
 from .opaque import plain, replaced
 
 
@@ -202,7 +203,9 @@ class MoEScheme(_Scheme):
         return f"{weight}_input_scale"
 
     @abstractmethod
-    def create_weights(self, layer: nn.Module, **sizes: Any) -> None:
+    def create_weights(
+        self, layer: Any, *, num_experts: int, host: ExpertsHost = TRANSFORMERS, **sizes: tuple[Shards, int]
+    ) -> None:
         """Register meta parameters for the codes and scales of every experts weight."""
 
     @abstractmethod

@@ -6,32 +6,35 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..geometry.layout import WeightLayout
+from ..geometry.layout import Shards, WeightLayout
 from ..kernels.arrangement import Arrangement
 from ..kernels.formats import Tensors
 from . import operators
 from .base import MoEScheme, TensorStats, meta_parameter
+from .experts_host import TRANSFORMERS, ExpertsHost
 
 
 class QuantizedMoEScheme(MoEScheme):
     """Fused experts with codes in the format of its kernels; also the callbacks of `MoeOnlineWeightLoader`."""
 
-    def create_weights(self, layer: nn.Module, **sizes: Any) -> None:
-        """Register codes and scales, on meta, for each weight in `sizes`: name -> (shards, columns), and `num_experts`.
+    def create_weights(
+        self, layer: Any, *, num_experts: int, host: ExpertsHost = TRANSFORMERS, **sizes: tuple[Shards, int]
+    ) -> None:
+        """Register codes and scales, on meta, for each weight in `sizes`: name -> (shards, columns).
 
-        `shards` are the (shard_id, rows) of one expert from top to bottom. A static scale of a weight's activations is
-        `<name>_input_scale`, one for all experts.
+        The up (or gate and up) weight comes first, the down weight second. `shards` are the (shard_id, rows) of one
+        expert from top to bottom. A static scale of a weight's activations is `<name>_input_scale`, one for all
+        experts. `host` answers what `apply` asks of the layer.
         """
-        num_experts: int = sizes.pop("num_experts")
+        layer.experts_host = host
         multiples = self.multiples(layer)
-        layer.experts_are_fused = self._fuses(layer)  # type: ignore[assignment]  # torch types every attribute as tensor or module
+        layer.experts_are_fused = self._fuses(layer)
         layer.weight_layouts = {
             name: WeightLayout(self.kernels.format, num_experts, shards, columns, multiples)
             for name, (shards, columns) in sizes.items()
-        }  # type: ignore[assignment]
+        }
         for name, layout in self.layouts(layer).items():
             layer.register_parameter(name, meta_parameter(layout.shapes[0], self.get_quantized_dtype()))
             self.add_input_scale(layer, name)
@@ -89,19 +92,7 @@ class QuantizedMoEScheme(MoEScheme):
 
     def _fuses(self, layer: nn.Module) -> bool:
         """Whether there is a kernel for the whole layer."""
-        return "experts" in self.kernels.arrangements and self._can_be_fused(layer)
-
-    def _can_be_fused(self, layer: Any) -> bool:
-        """Whether the layer is a plain SwiGLU over all its experts."""
-        plain = layer.has_gate and layer.is_concatenated and not layer.has_bias and self.activation is None
-        special = getattr(layer, "has_post_expert_norm", False) or getattr(layer, "_is_expert_parallel", False)
-        gate = getattr(layer, "act_fn", None)
-        learned = isinstance(gate, nn.Module) and next(gate.parameters(), None) is not None
-        if not plain or special or learned:
-            return False
-        probe = torch.linspace(-4, 4, 64, dtype=torch.float32, device="cpu").view(2, -1)
-        gate, up = probe.chunk(2, dim=-1)
-        return torch.allclose(layer._apply_gate(probe), F.silu(gate) * up)
+        return "experts" in self.kernels.arrangements and self.activation is None and _host(layer).is_plain(layer)
 
     # forward
 
@@ -112,36 +103,35 @@ class QuantizedMoEScheme(MoEScheme):
         index that is negative, or past the last expert, means nobody and adds nothing; AMD's fused kernel expects none.
         The weighted sum over a token's experts runs in float32, as in transformers' grouped forward.
         """
-        module: Any = layer
-        if module.experts_are_fused:
+        if layer.experts_are_fused:
             fused = self.kernels.arrangements["experts"].fused_moe
             assert fused is not None
-            weights = (self.weight(layer, layout, name) for name, layout in self.layouts(layer).items())
-            cast = operators.as_autocast_wants(hidden_states)
-            return fused(cast, *weights, top_k_index, top_k_weights).to(hidden_states.dtype)
+            packed = (self.weight(layer, layout, name) for name, layout in self.layouts(layer).items())
+            wanted = operators.as_autocast_wants(hidden_states)
+            return fused(wanted, *packed, top_k_index, top_k_weights).to(hidden_states.dtype)
+        host, layouts = _host(layer), self.layouts(layer)
+        up, down = layouts
+        num_experts = cast("int", layouts[up].experts)
         tokens, top_k = top_k_index.shape
-        expert_ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        borders = torch.arange(int(module.num_experts) + 1, dtype=expert_ids.dtype, device=expert_ids.device)
+        expert_ids, order = torch.sort(host.local_ids(layer, top_k_index).reshape(-1), stable=True)
+        borders = torch.arange(num_experts + 1, dtype=expert_ids.dtype, device=expert_ids.device)
         offsets = torch.searchsorted(expert_ids, borders, out_int32=True)
-        hidden = self._experts(
-            module, "gate_up_proj" if module.has_gate else "up_proj", hidden_states[order // top_k], offsets
-        )
-        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-        out = self._experts(module, "down_proj", hidden, offsets)
-        if getattr(module, "has_post_expert_norm", False):
-            out = module.post_expert_norm(out)
-        weighted = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        nobody = (expert_ids < 0) | (expert_ids >= int(module.num_experts))
+        hidden, weights = hidden_states[order // top_k], top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        if host.weighs_input(layer):
+            hidden, weights = hidden * weights.to(hidden.dtype), torch.ones_like(weights)
+        hidden = host.activate(layer, self._experts(layer, up, hidden, offsets))
+        weighted = host.finish(layer, self._experts(layer, down, hidden, offsets)) * weights
+        nobody = (expert_ids < 0) | (expert_ids >= num_experts)
         weighted.masked_fill_(nobody.unsqueeze(-1), 0)  # whatever came out for them, NaN too
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
         return weighted[back].view(tokens, top_k, hidden_states.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
-    def _experts(self, layer: Any, name: str, x: Tensor, offsets: Tensor) -> Tensor:
+    def _experts(self, layer: nn.Module, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         """`x` [T, K], grouped by `offsets`, times one weight of each expert."""
         layout = self.layouts(layer)[name]
         tensors = self.weight(layer, layout, name)
-        bias = getattr(layer, f"{name}_bias") if layer.has_bias else None
+        bias = _host(layer).bias(layer, name)
         x, parts = self.activations(layer, x, name), []
         for rows, own in _calls(layout, tensors):
             own_bias = None if bias is None else bias[:, rows]
@@ -157,7 +147,11 @@ class QuantizedMoEScheme(MoEScheme):
         for rows, own in _calls(layout, tensors):
             for expert in range(layout.experts):
                 self.kernels.dequantize(tuple(each[expert] for each in own), out[expert, rows])
-        return out.transpose(1, 2) if getattr(layer, "is_transposed", False) else out
+        return out.transpose(1, 2) if _host(layer).is_transposed(layer) else out
+
+
+def _host(layer: nn.Module) -> ExpertsHost:
+    return cast("ExpertsHost", layer.experts_host)
 
 
 def _calls(layout: WeightLayout, tensors: Tensors) -> Iterator[tuple[slice, Tensors]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -96,6 +96,19 @@ class Policy:
             return Choice(self._factory.prequantized_experts(name, stored.format.name, stored.activations), keeps=True)
         return Choice(scheme, reason or self._as_stored(scheme_name, "experts"))
 
+    def fused(self, names: Sequence[str], stored: Sequence[StoredKind | None] = ()) -> Choice:
+        """The one choice for linear layers that run as one here, such as q, k and v; what is kept, by its name.
+
+        `stored` as for linear layers, one for each name, where the checkpoint is quantized. Raises `PolicyError` with
+        the choice for each of them where those differ.
+        """
+        kinds = stored or [None] * len(names)
+        choices = [self.linear(name, name_reason(name), kind) for name, kind in zip(names, kinds, strict=True)]
+        if len({_as_compared(choice) for choice in choices}) > 1:
+            each = (f"{name}: {_described(choice)}" for name, choice in zip(names, choices, strict=True))
+            raise PolicyError(f"linear layers that run as one must have one scheme, or all be kept: {'; '.join(each)}")
+        return choices[0]
+
     def with_scheme(self, name: str, factory: SchemeFactory) -> Policy:
         """The same rules with another scheme for linear layers and experts, as `factory` makes it.
 
@@ -143,6 +156,20 @@ class Policy:
                 self._unused.discard(pattern)
                 found = found or pattern
         return found
+
+
+def _as_compared(choice: Choice) -> Hashable:
+    """Equal for choices that one layer can follow."""
+    scheme = choice.scheme
+    if scheme is None:
+        return None
+    return scheme.name, scheme.kernels.format.name, scheme.kernel_names, choice.keeps
+
+
+def _described(choice: Choice) -> str:
+    if choice.scheme is None:
+        return choice.reason
+    return f"{choice.scheme.name} ({choice.scheme.kernels.format.name})" if choice.keeps else choice.scheme.name
 
 
 def _keeps(scheme: LinearScheme | MoEScheme | None, stored: StoredKind) -> bool:

@@ -191,3 +191,31 @@ def test_a_quantized_checkpoint_stays_as_it_is_unless_a_scheme_is_named() -> Non
     as_stored = QuantizationPolicy(linear="mxfp8", experts="none", overrides=(("a", "none"), ("b", "mxfp8")))
     assert choose_policy("auto", everywhere, is_quantized=True) == as_stored
     assert choose_policy("auto", everywhere) == everywhere
+
+
+FUSED = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+
+
+def test_layers_that_run_as_one_get_one_scheme() -> None:
+    policy = at_work(overrides={"*.q_proj": "mxfp8", "*.[kv]_proj": "mxfp8"})
+    choice = policy.fused(FUSED)
+    assert choice.scheme is policy.linear(Q, None).scheme
+    policy.check_patterns(strict=True)
+    kept = at_work(ignore=["*.q_proj", "*.k_proj", "*.v_proj"]).fused(FUSED)
+    assert (kept.scheme, kept.reason) == (None, "ignored by pattern '*.q_proj'")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ignore": ["*.k_proj"]}, r"q_proj: quark_mxfp4; .*k_proj: ignored by pattern '\*.k_proj'; .*v_proj: quark"),
+        ({"overrides": {"*.v_proj": "mxfp8"}}, r"q_proj: quark_mxfp4; .*v_proj: mxfp8"),
+    ],
+)
+def test_layers_that_run_as_one_are_named_where_they_differ(values: dict[str, object], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        at_work(**values).fused(FUSED)
+
+
+def test_names_that_are_kept_are_kept_where_they_are_fused() -> None:
+    assert at_work().fused(["model.layers.0.mlp.gate"]).reason == "router or gate"

@@ -101,8 +101,8 @@ FLOORS: dict[str, Floor] = {
         "the flow of a load",
     ),
     "engines": Floor(
-        "errors options progress schemes.names schemes checkpoint model load",
-        "doors to a load for those who have an engine",
+        f"{GROUND} {KERNELS} cpu_kernels geometry checkpoint memory schemes online model pieces plan recording load",
+        "doors to a load, or to the closures, for those who have an engine",
     ),
     "server": Floor(
         "errors shortage options kernels.system_calls checkpoint memory schemes.names schemes.ahead model load",

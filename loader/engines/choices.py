@@ -1,0 +1,101 @@
+"""What the doors into vLLM and SGLang share: names of schemes, the options beside them, and which layer gets what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from ..cpu_kernels import import_cpu_kernels
+from ..errors import PolicyError
+from ..online.storage import FinalStorage
+from ..options import LoadOptions, QuantizationPolicy
+from ..schemes.names import ALIASES, AUTO, SCHEME_NAMES
+from ..schemes.policy import Choice, Policy, matches, name_reason
+from ..schemes.registry import SchemeFactory
+
+SCHEMES = tuple(name for name in SCHEME_NAMES if name not in (AUTO, "none", *ALIASES))
+"""The schemes that an engine can be told to use."""
+PREFIX = "quantload_"
+"""Before the name of a scheme it is ours beyond doubt, whatever the engine calls its own."""
+
+POLICY_FIELDS = frozenset(field.name for field in fields(QuantizationPolicy)) - {"linear"}
+OPTION_FIELDS = frozenset({"activations", "chunk_bytes", "kernels", "staging_bytes", "stats", "workers", "page_cache"})
+"""The options of a load that mean something where an engine drives it."""
+
+MERGED: Mapping[str, Sequence[str]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+"""What engines call linear layers of a checkpoint that they run as one; many of their models do not say so."""
+
+TOWER = "of a tower or projector for images or sound"
+TOWERS = frozenset(
+    {"visual", "vision_tower", "vision_model", "vision_encoder", "vision_embed_tokens", "image_encoder", "vit", "vpm"}
+    | {"audio_tower", "audio_encoder", "audio_model", "speech_encoder", "resampler", "multi_modal_projector"}
+    | {"mm_projector", "vision_projector", "audio_projector", "connector", "aligner", "mlp1", "embed_vision"}
+)
+"""Parts of the names that the modules of engines' multimodal models have for them."""
+
+
+def read_options(
+    config: Mapping[str, Any], scheme: str, name: str, known: Sequence[str] = ()
+) -> tuple[QuantizationPolicy, LoadOptions]:
+    """The policy and the options in a `quantization_config`, in whose fields both are.
+
+    `name` is what the engine calls `scheme`; fields in `known` are the engine's own. Raises `PolicyError` for a field
+    that means nothing.
+    """
+    given = {key: value for key, value in config.items() if key not in ("quant_method", *known)}
+    policy = {key: given.pop(key) for key in list(given) if key in POLICY_FIELDS}
+    options = {key: given.pop(key) for key in list(given) if key in OPTION_FIELDS}
+    if given:
+        taken = ", ".join(sorted(POLICY_FIELDS | OPTION_FIELDS))
+        raise PolicyError(f"quantization_config has {', '.join(sorted(given))}; {name} takes {taken}")
+    return QuantizationPolicy.from_mapping({"linear": scheme, **policy}), LoadOptions.from_mapping(options)
+
+
+class LayerChoices:
+    """Which layer of an engine's model gets which scheme, by the engine's names, on torch's default device."""
+
+    def __init__(
+        self, policy: QuantizationPolicy, options: LoadOptions, merged: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """`merged` are the parts of merged layers, where the model says them."""
+        device = torch.empty(0).device
+        if device.type == "cpu":
+            import_cpu_kernels()
+        self.storage = FinalStorage(device)
+        self._merged = {**MERGED, **(merged or {})}
+        factory = SchemeFactory(device, options, policy.scale_mode)
+        with factory.compiling(torch.get_default_dtype()):
+            self.rules = Policy(policy, factory)
+
+    def linear(self, prefix: str, built_in_reason: str | None = None) -> Choice:
+        """The choice for a linear layer, which may be several of the checkpoint.
+
+        Patterns may name it, or, where it is merged, each of its parts. `PolicyError` where those differ.
+        """
+        reason = built_in_reason or tower_reason(prefix)
+        head, _, last = prefix.rpartition(".")
+        parts = [f"{head}.{part}" if head else part for part in self._merged.get(last, ())]
+        if not parts or reason is not None or self._is_named(prefix):
+            return self.rules.linear(prefix, reason or name_reason(prefix))
+        return self.rules.fused(parts)
+
+    def experts(self, prefix: str) -> Choice:
+        """The choice for the experts of a layer."""
+        return self.rules.experts(prefix, tower_reason(prefix))
+
+    def _is_named(self, name: str) -> bool:
+        """Whether a pattern fits a name."""
+        policy = self.rules.policy
+        return any(matches(each, name) for each in (*policy.ignore, *(pattern for pattern, _ in policy.overrides)))
+
+
+def tower_reason(prefix: str) -> str | None:
+    """Why a part of what sees or hears in a multimodal model is kept."""
+    return None if TOWERS.isdisjoint(prefix.split(".")) else TOWER

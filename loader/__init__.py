@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from .memory.report import LoadReport
     from .options import LoadOptions, QuantizationPolicy
     from .quantized_model import QuantizedModel
+    from .reload.flow import reload_weights
 
     __version__: str
 
 __all__ = [
     "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantizedModel", "QuantloadConfig", "QuantloadError",
-    "convert_checkpoint", "load_quantized", "plan_quantized",
+    "convert_checkpoint", "load_quantized", "plan_quantized", "reload_weights",
 ]  # fmt: skip
 
 # Resolved on first use: the pytest plugin and the log parser live in this package and must not import torch.
@@ -33,6 +34,7 @@ _HOMES = {
     "QuantloadConfig": ".engines.transformers",
     "load_quantized": ".load",
     "plan_quantized": ".draft",
+    "reload_weights": ".reload.flow",
 }
 
 

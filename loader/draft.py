@@ -27,7 +27,7 @@ from .model.stored_sources import StoredSources, turn_conv1d
 from .model.unapplied import Unapplied, find_unapplied, tell_unapplied
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy, check_kinds
-from .plan import LoadPlan, plan_load
+from .plan import LoadPlan, plan_load, plan_without_pieces
 from .schemes.names import SchemeName
 from .schemes.policy import Policy, choose_policy
 from .schemes.registry import SchemeFactory, choose_device
@@ -109,7 +109,7 @@ def draft_load(
         sources = StoredSources(stored, mapped)
         dtype_of = transformers_api.DtypePlan(model, dtype)
         assignments = assign_schemes(model, rules, dtype, options.strict, sources)
-        unapplied = find_unapplied(model, rules, assignments, options, computes=plan is plan_load)
+        unapplied = find_unapplied(model, rules, assignments, options, computes=plan is not plan_without_pieces)
         tell_unapplied(unapplied, options.strict)
         schemes.warn_of_missing_scales()
         loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer, options.strict, dtype)

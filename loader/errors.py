@@ -22,6 +22,7 @@ QuantloadError
 ├── NoKernelError                   no kernel can serve; the message gives every candidate with its reason
 ├── QuantizedWeightError            code takes the codes of a quantized weight for numbers; names the layer to keep
 ├── UnsupportedCheckpointError      pickle files, an unknown quant_method
+├── IncompleteModelError            a reload has failed part-way, and the model is used before another has repaired it
 ├── OutputError                     what is to be written: the folder exists, the disk is full
 └── LoadCancelledError              the load was cancelled before it finished
 
@@ -136,6 +137,10 @@ class QuantizedWeightError(QuantloadError):
 
 class UnsupportedCheckpointError(QuantloadError):
     """A kind of checkpoint quantload does not read, such as pickle files."""
+
+
+class IncompleteModelError(QuantloadError):
+    """A model is used that a reload has given a part of its new weights only."""
 
 
 class OutputError(QuantloadError):

@@ -25,6 +25,7 @@ from .plan import loaded_parameters
 from .progress import Progress, showing
 from .quantized_model import QuantizedModel
 from .recording import Recorder, tensor_bytes
+from .reload.remember import remember
 from .schemes.names import SchemeName
 from .schemes.registry import choose_device
 
@@ -120,6 +121,7 @@ def load_into(
         draft.non_finite(),
     )
     model.load_plan = draft.plan.memory
+    remember(model, draft, options, trust_remote_code)
     if options.digest:
         with memory_running_out(planned):
             found, seconds = model_digest(model, options.worker_count())

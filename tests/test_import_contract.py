@@ -94,11 +94,19 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} kernels.system_calls checkpoint memory schemes online model plan draft",
         "a load calls it at three places",
     ),
-    "quantized_model": Floor("memory", "a type"),
+    "reload.settings": Floor("options checkpoint", "what a model remembers of its load: plain values"),
+    "reload.remember": Floor("options draft reload.settings", "a load leaves it on its model"),
+    "quantized_model": Floor("memory reload.settings", "a type"),
     "digest": Floor("checkpoint schemes", "what a model holds in the end, whoever loaded it"),
     "load": Floor(
-        f"{GROUND} checkpoint memory schemes online model plan draft fitting recording cache quantized_model digest",
+        f"{GROUND} checkpoint memory schemes online model plan draft fitting recording cache quantized_model digest "
+        "reload.remember",
         "the flow of a load",
+    ),
+    "reload": Floor(
+        f"{GROUND} geometry checkpoint memory schemes online model pieces plan draft recording cache quantized_model "
+        "digest reload.settings reload.remember",
+        "a flow of its own beside load: neither knows the other",
     ),
     "engines": Floor(
         f"{GROUND} {KERNELS} cpu_kernels geometry checkpoint memory schemes online model pieces plan recording load",
@@ -119,7 +127,7 @@ FLOORS: dict[str, Floor] = {
     ),
     "__main__": Floor("cli", "python -m quantload"),
     "": Floor(
-        "errors options memory draft load convert engines quantized_model",
+        "errors options memory draft load reload convert engines quantized_model",
         "the public names, each imported when it is first used",
     ),
 }

@@ -18,7 +18,7 @@ DEMO_MODEL = Path(quantload.__file__).parent / "demo_model"
 def test_what_the_package_offers() -> None:
     assert sorted(quantload.__all__) == [
         "LoadOptions", "LoadReport", "QuantizationPolicy", "QuantizedModel", "QuantloadConfig", "QuantloadError",
-        "convert_checkpoint", "load_quantized", "plan_quantized",
+        "convert_checkpoint", "load_quantized", "plan_quantized", "reload_weights",
     ]  # fmt: skip
     assert dir(quantload) == sorted(quantload.__all__)
     for name in quantload.__all__:
@@ -62,6 +62,15 @@ def test_plan_quantized() -> None:
     assert signature(quantload.plan_quantized) == COMMON
 
 
+def test_reload_weights() -> None:
+    assert signature(quantload.reload_weights) == [
+        ("model", False, inspect.Parameter.empty),
+        ("source", False, inspect.Parameter.empty),
+        ("revision", True, None),
+        ("progress", True, None),
+    ]
+
+
 def test_convert_checkpoint() -> None:
     assert signature(quantload.convert_checkpoint) == [
         ("model_id", False, inspect.Parameter.empty),
@@ -89,6 +98,7 @@ def test_the_fields_of_a_report() -> None:
         "fallback_conversions", "layers", "kept", "timeline", "cache", "unexpected", "unexpected_bytes",
         "ignored_tensors", "initialized", "overlaid", "untied", "non_finite", "digest",
         "digest_seconds", "output", "output_bytes", "read_by", "documents",
+        "rank", "world_size", "state",
     ]  # fmt: skip
 
 

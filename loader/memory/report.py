@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 ModuleKind = Literal["linear", "experts"]
+LoadState = Literal["complete", "incomplete"]
+"""`incomplete`: a reload has failed part-way, and the forward of the model raises until another has repaired it."""
 CacheResult = Literal["hit", "written", "rebuilt", "unwritten"]
 """`hit`: read from an entry of the cache. `written`: read from the checkpoint, and an entry was made of it. `rebuilt`:
 so too, as the entry there was damaged. `unwritten`: read from the checkpoint; the log says why no entry was made."""
@@ -150,7 +152,8 @@ class LoadReport:
     took `digest_seconds` after the load; None where it was not asked for. Of a conversion, `output` is the folder it
     wrote, `output_bytes` are those of all files in it, `read_by` are the tools that were seen to read such a
     checkpoint, and `documents` are the model card and the license files in it. Where a model is spread over several
-    processes, each has a report of its part: that of `rank`, of `world_size`.
+    processes, each has a report of its part: that of `rank`, of `world_size`. `state` is that of the weights: a reload
+    that failed leaves them incomplete.
     """
 
     model: str
@@ -185,6 +188,7 @@ class LoadReport:
     documents: list[str] = field(default_factory=list)
     rank: int | None = None
     world_size: int | None = None
+    state: LoadState = "complete"
 
     @property
     def bytes_per_second(self) -> float:

@@ -222,8 +222,9 @@ class DirectWeightLoader(RestorableLoader):
     def missing(self) -> Iterator[str]:
         return self.tracker.described_gaps()
 
-    def reset(self) -> None:
-        self.tracker.reset()
+    def reset(self, region: Region | None = None) -> None:
+        """A reload of the parameter begins, or of a region of it."""
+        self.tracker.reset(region)
 
     def look_at(self, number: int, start: int, values: Tensor) -> None:
         self._look(values.unsqueeze(0), start)
@@ -233,6 +234,10 @@ class DirectWeightLoader(RestorableLoader):
         self._non_finite.look(
             self.name, self._shape, values, self.values_dtype, first=first, pitch=self.columns, masks=self.is_buffer
         )
+
+    def values(self, region: Region) -> Tensor:
+        """What a region of the parameter holds, as a view."""
+        return self._view(region)
 
     def _arrived(self, region: Region) -> None:
         self._look(self._view(region), region.rows[0] * self.columns + region.columns[0])

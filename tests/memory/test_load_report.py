@@ -51,6 +51,7 @@ REPORT_FIELDS = [
     "documents",
     "rank",
     "world_size",
+    "state",
 ]
 LAYER_FIELDS = [
     "name",

@@ -1,0 +1,1 @@
+"""New weights for a model that is loaded, quantized into the memory it has."""

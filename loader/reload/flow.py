@@ -1,0 +1,208 @@
+"""Give a loaded model new weights, quantized into the memory that the old ones have."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache.session import NoCache
+from ..checkpoint.pieces import Piece
+from ..checkpoint.reader import PieceReader, ReadTotals
+from ..checkpoint.resolve import Checkpoint, resolve
+from ..digest import model_digest
+from ..draft import Draft, draft_load
+from ..errors import PolicyError
+from ..interrupts import interrupt_first
+from ..memory.budget import check_budget, memory_running_out
+from ..memory.planner import MemoryPlan
+from ..memory.report import LoadReport
+from ..model import transformers_api
+from ..model.leftovers import some
+from ..options import LoadOptions
+from ..pieces.plain import plan_pieces
+from ..plan import LoadPlan, loaded_parameters, plan_load
+from ..progress import Progress, showing
+from ..quantized_model import QuantizedModel
+from ..recording import Recorder, tensor_bytes
+from .living import HeldStorage, LivingModel, allow_forward, bind, refuse_forward
+from .remember import remember
+from .settings import LoadSettings
+from .shared import SameValues, are_one, fill_tied, ties
+
+logger = logging.getLogger("quantload")
+_ABOUT_FILES = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"})
+"""Fields of a config that say nothing of what a model computes."""
+_reloading: weakref.WeakSet[Any] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+def reload_weights(
+    model: QuantizedModel,
+    source: str | Path | Checkpoint,
+    *,
+    revision: str | None = None,
+    progress: Progress | bool | None = None,
+) -> LoadReport:
+    """Quantize new weights into the memory of a model that `load_quantized` returned; no data pointer changes.
+
+    `source` is a checkpoint as `load_quantized` takes it, of the same model: schemes, policy and options are those of
+    the first load, and the result is what that load would make of it. The report, which is `model.load_report`
+    afterwards, is that of such a load. Memory: what is held at most above the model is the staging arena and 64 MiB.
+    Nobody may use the model meanwhile. Raises a `QuantloadError`: `PolicyError` where the new weights would not be what
+    the model has memory for. Unless it says otherwise nothing has been written then; where something was,
+    `model.load_report.state` is `incomplete` and the forward of the model raises `IncompleteModelError` until another
+    reload has brought what is missing.
+    """
+    with alone(model) as settings:
+        return _from_checkpoint(model, resolve(source, revision), settings, progress)
+
+
+@contextmanager
+def alone(model: Any) -> Iterator[LoadSettings]:
+    """What is remembered of a model's load, while nobody else reloads it."""
+    settings = getattr(model, "load_settings", None)
+    if not isinstance(settings, LoadSettings):
+        raise PolicyError(
+            f"{type(model).__name__} does not say how it was loaded; give the model that load_quantized returned, "
+            f"without what was put around it"
+        )
+    with _lock:
+        if model in _reloading:
+            raise PolicyError("the model is being reloaded already; wait until that is finished")
+        _reloading.add(model)
+    try:
+        yield settings
+    finally:
+        with _lock:
+            _reloading.discard(model)
+
+
+@contextmanager
+def surroundings(
+    model: Any, options_stats: bool, progress: Progress | bool | None, planned: list[MemoryPlan]
+) -> Iterator[Recorder]:
+    """What a load runs in, and who writes down what it does."""
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(transformers_api.on_cpu())
+        stack.enter_context(interrupt_first())
+        stack.enter_context(memory_running_out(planned))
+        told = stack.enter_context(showing(progress, "reloading"))
+        yield stack.enter_context(Recorder(device, options_stats, told))
+
+
+def _from_checkpoint(
+    model: Any, checkpoint: Checkpoint, settings: LoadSettings, progress: Progress | bool | None
+) -> LoadReport:
+    planned: list[MemoryPlan] = []
+    options = replace(settings.options, cache=None)
+    with surroundings(model, options.stats, progress, planned) as recorder:
+        storage = HeldStorage(next(model.parameters()).device)
+        planner = _Planner(model)
+        draft = draft_load(
+            checkpoint,
+            "auto",
+            settings.policy,
+            options,
+            storage,
+            recorder.on_layer,
+            settings.trust_remote_code,
+            plan=planner,
+            building=LivingModel(model),
+        )
+        planned.append(draft.plan.memory)
+        check_budget(draft.plan.memory, options.max_memory)
+        bind(draft.model, model, draft.loaders)
+        _warn_of_config(model, checkpoint)
+        refuse_forward(model, f"the reload of {checkpoint.model_id} did not come to its end", None)
+        totals = _read(draft, checkpoint, planner.compared, recorder, options)
+        fill_tied(draft.model, model, draft.mapped.missing)
+        report = recorder.report(
+            checkpoint.model_id,
+            draft.rules.name,
+            totals,
+            tensor_bytes(model),
+            tensor_bytes,
+            None,
+            draft.non_finite(),
+        )
+        if options.digest:
+            report.digest, report.digest_seconds = model_digest(model, options.worker_count())
+    allow_forward(model)
+    model.load_report, model.load_plan = report, draft.plan.memory
+    remember(model, draft, settings.options, settings.trust_remote_code)
+    return report
+
+
+def _warn_of_config(model: Any, checkpoint: Checkpoint) -> None:
+    """Say what the config of the checkpoint says otherwise than that of the model, which the model keeps."""
+    held = model.config.to_dict()
+    said = {name: value for name, value in checkpoint.config().items() if name not in _ABOUT_FILES and name in held}
+    other = [
+        f"{name} {value!r}, in the model {held[name]!r}"
+        for name, value in said.items()
+        if isinstance(value, (int, float, str, type(None))) and value != held[name]
+    ]
+    if other:
+        logger.warning(
+            "config.json of %s is not that of the model, which keeps its own: %s", checkpoint.model_id, some(other)
+        )
+
+
+class _Planner:
+    """Plans a reload: tensors that come for parameters which have their values from another are compared, at the end.
+
+    `compared` are the pieces of those.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._tensors = model.state_dict(keep_vars=True)
+        self.compared: list[Piece] = []
+
+    def __call__(self, skeleton: Any, *drafted: Any) -> LoadPlan:
+        index, mapped, _, routes, loaders, *_ = drafted
+        twice = {
+            name: other
+            for name, other in ties(skeleton)
+            if not {name, other} & mapped.missing and are_one(self._tensors, name, other)
+        }
+        apart = {}
+        for tensor in list(routes.spans) if twice else ():
+            if any(span.parameter in twice for span in routes.spans[tensor]):
+                apart[tensor] = routes.spans.pop(tensor)
+        planned = plan_load(skeleton, *drafted)
+        sinks = {name: SameValues(loaders.sinks[name], other) for name, other in twice.items()}
+        entries = [index.tensors[name] for name in apart]
+        self.compared = plan_pieces(entries, apart, sinks, planned.chunk_bytes).pieces
+        return replace(planned, bytes_total=planned.bytes_total + sum(piece.nbytes for piece in self.compared))
+
+
+def _read(
+    draft: Draft, checkpoint: Checkpoint, compared: list[Piece], recorder: Recorder, options: LoadOptions
+) -> ReadTotals:
+    """Fill the model behind a draft."""
+    with NoCache(checkpoint, options, recorder.on_layer).reading(draft) as reading:
+        recorder.expect(draft.plan, draft.assignments)
+        reader = PieceReader(
+            reading.source,
+            reading.shards,
+            workers=draft.plan.workers,
+            chunk_bytes=draft.plan.chunk_bytes,
+            staging_bytes=draft.plan.memory.staging_bytes,
+            device=draft.schemes.device,
+            on_progress=recorder.on_bytes,
+        )
+        with reader:
+            totals = reader.run(draft.plan.pieces)
+            again = reader.run(compared)
+        draft.loaders.check_complete(loaded_parameters(draft.mapped, draft.loaders))
+    return replace(totals, bytes_read=totals.bytes_read + again.bytes_read, seconds=totals.seconds + again.seconds)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
+from ..geometry.regions import Region
+
 MAX_BOXES = 1 << 20
 
 
@@ -33,6 +35,12 @@ class Box(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     strides: tuple[int, ...]
+
+
+def region_of(box: Box, expert: int | None = None) -> Region:
+    """The region that a box of a matrix fills."""
+    rows, columns = ((start, start + length) for start, length in zip(box.start, box.shape, strict=True))
+    return Region(expert, rows, columns)
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -339,6 +347,16 @@ def _regroup(box: Box, first: int, old: list[int], new: list[int]) -> Iterator[B
     """Boxes of `box` after its dimensions `first..first+len(old)` of sizes `old` became `new`."""
     for merged in merge_boxes(box, first, old):
         yield from _unmerge(merged, first, new)
+
+
+def as_matrix(box: Box, shape: Sequence[int]) -> Iterator[Box]:
+    """Boxes of a box of a tensor of `shape` after it was flattened to [product of the others, last]."""
+    if len(shape) == 0:
+        yield Box(box.source, (0, 0), (1, 1), box.offset, (1, 1))
+    elif len(shape) == 1:
+        yield Box(box.source, (0, *box.start), (1, *box.shape), box.offset, (shape[0], *box.strides))
+    else:
+        yield from merge_boxes(box, 0, list(shape[:-1]))
 
 
 def merge_boxes(box: Box, first: int, sizes: list[int]) -> Iterator[Box]:

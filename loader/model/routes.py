@@ -19,7 +19,7 @@ from ..geometry.regions import Region
 from ..geometry.spans import Landing, Span
 from ..schemes.stored.weights import StoredWeight
 from . import transformers_api
-from .coordinates import Box, Coordinates, NotExpressible, merge_boxes
+from .coordinates import Box, Coordinates, NotExpressible, as_matrix
 from .leftovers import NAMES_SHOWN, Leftovers, some
 from .transformers_api import Conversion
 from .unexplained_codes import check_scales
@@ -267,7 +267,7 @@ def _spans(coordinates: Coordinates, landing: Landing) -> Iterator[_NamelessSpan
 def _matrices(box: Box, shape: tuple[int, ...], landing: Landing) -> Iterator[tuple[int | None, Box]]:
     """The two-dimensional parts of a box, in the orientation they are written in."""
     if landing.layout is None:
-        for flat in _as_matrix(box, shape):
+        for flat in as_matrix(box, shape):
             yield None, flat
     elif landing.experts is None:
         yield None, _turned(box, landing.transposed)
@@ -275,15 +275,6 @@ def _matrices(box: Box, shape: tuple[int, ...], landing: Landing) -> Iterator[tu
         for i in range(box.shape[0]):
             part = Box(box.source, box.start[1:], box.shape[1:], box.offset + i * box.strides[0], box.strides[1:])
             yield box.start[0] + i, _turned(part, landing.transposed)
-
-
-def _as_matrix(box: Box, shape: tuple[int, ...]) -> Iterator[Box]:
-    if len(shape) == 0:
-        yield Box(box.source, (0, 0), (1, 1), box.offset, (1, 1))
-    elif len(shape) == 1:
-        yield Box(box.source, (0, *box.start), (1, *box.shape), box.offset, (shape[0], *box.strides))
-    else:
-        yield from merge_boxes(box, 0, list(shape[:-1]))
 
 
 def _turned(box: Box, transposed: bool) -> Box:

@@ -25,7 +25,8 @@ class ScaleGroup:
     """
 
     def __init__(self, layouts: Sequence[WeightLayout]) -> None:
-        self._numel = sum(layout.rows * layout.columns for layout in layouts)
+        self.numel = sum(layout.rows * layout.columns for layout in layouts)
+        """Elements of one expert, in all of them."""
         self._one = layouts[0].format.one_maximum
         # A parameter holds its group: references to it that are not weak would keep the memory of a deleted model.
         self._members: list[weakref.ref[Observation]] = []
@@ -40,7 +41,7 @@ class ScaleGroup:
     def count(self, expert: int | None, numel: int) -> None:
         """So many elements of an expert were observed; with the last ones all scales of it are made."""
         with self._lock:
-            left = self._left.get(expert, self._numel) - numel
+            left = self._left.get(expert, self.numel) - numel
             self._left[expert] = left
             if left:
                 return

@@ -90,6 +90,20 @@ class QuantizedParameter:
         """Whether nothing outside of a region decides its scales."""
         return self.layout.whole(region) and not scales_are_shared(self.layout, self.scale_group)
 
+    def scales_are_known(self, region: Region) -> bool:
+        """Whether a region may be quantized now: nothing outside of it decides its scales, or all of that was seen."""
+        shared = scales_are_shared(self.layout, self.scale_group)
+        return all(
+            (region.expert, block.shard) in self.scales_known
+            for block in self.layout.blocks(region)
+            if shared or not block.whole
+        )
+
+    @property
+    def scaled_together(self) -> int:
+        """Elements of one expert that may have to be seen for a scale of it: those of its matrix, or of its group."""
+        return self.layout.rows * self.layout.columns if self.scale_group is None else self.scale_group.numel
+
     def observation(self, finish: Finish) -> Observation:
         """The first pass of this parameter; `finish` is what the first caller gives."""
         with self._lock:

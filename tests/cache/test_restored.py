@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ class Model:
         self.experts.has_gate = False  # type: ignore[assignment]
         for name, value in (("is_concatenated", True), ("has_bias", False)):
             setattr(self.experts, name, value)
-        sizes = {"up_proj": ((("w3", ROWS),), COLUMNS), "down_proj": ((("w2", COLUMNS),), ROWS)}
+        sizes: dict[str, Any] = {"up_proj": ((("w3", ROWS),), COLUMNS), "down_proj": ((("w2", COLUMNS),), ROWS)}
         scheme.create_weights(self.experts, num_experts=EXPERTS, **sizes)
         storage = FinalStorage(CPU)
         self.finished: list[Tensor] = []

@@ -311,7 +311,8 @@ def loaded(
     """Load random weights through the layer's closures, and reload them; returns what their codes stand for."""
     shards = {"gate_up_proj": (("w1", intermediate), ("w3", intermediate)), "down_proj": (("w2", hidden),)}
     columns = {"gate_up_proj": hidden, "down_proj": intermediate}
-    scheme.create_weights(layer, num_experts=3, **{name: (shards[name], columns[name]) for name in shards})
+    sizes: dict[str, Any] = {name: (shards[name], columns[name]) for name in shards}
+    scheme.create_weights(layer, num_experts=3, **sizes)
     loader = MoeOnlineWeightLoader(layer, scheme, storage=Dirty(torch.device("cpu")))
     generator, weights = torch.Generator().manual_seed(3), {}
     for name, parts in shards.items():

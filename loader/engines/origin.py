@@ -1,0 +1,261 @@
+"""Lazy tensors of the files of a checkpoint, and what is to be read of them for whom.
+
+What an engine copies into a tensor of its own is there when its copy returns. What it hands to a closure that quantizes
+may come later: reads of a checkpoint wait for the rest of their layer, so that they follow the order of the files and
+all that decides a scale is read together. `flush` brings what is still waiting.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.headers import TensorEntry
+from ..checkpoint.index import CheckpointIndex
+from ..checkpoint.reader import PieceReader, ReadTotals
+from ..checkpoint.source import Source
+from ..checkpoint.working_memory import slots_per_worker
+from ..geometry.spans import Span
+from ..model.coordinates import as_matrix, region_of
+from ..online.non_finite import NonFiniteValues
+from ..online.sink import Sink
+from ..online.weight_loader import OnlineWeightLoader
+from ..options import LoadOptions
+from ..pieces.plain import plan_pieces
+from ..plan import plan_staging
+from .arrivals import Arrivals, incomplete
+from .lazy import LazyTensor, shape_of
+from .view_sink import ViewSink
+
+READ_AT_ONCE = 256 << 20
+"""Bytes that wait at most before they are read, where the layer is not at its end."""
+
+
+class Materialized(NamedTuple):
+    """A tensor that was read whole, because an engine does more with it than moving elements."""
+
+    why: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass
+class OriginTotals:
+    """What an origin has read so far."""
+
+    read: ReadTotals = field(default_factory=lambda: ReadTotals(0, 0.0, 0))
+    runs: int = 0
+    materialized: list[Materialized] = field(default_factory=list)
+
+
+class CheckpointOrigin:
+    """The tensors of a checkpoint as lazy tensors, read with the reader of a load.
+
+    A context manager: inside, its buffers and open files stay from one read to the next. `on_bytes` gets the bytes read
+    so far. With `immediate`, what is handed to closures is read at once, too: for engines that copy what closures wrote
+    away before they ask for the next tensor.
+    """
+
+    def __init__(
+        self,
+        index: CheckpointIndex,
+        source: Source,
+        options: LoadOptions,
+        device: torch.device,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+        immediate: bool = False,
+    ) -> None:
+        self.totals = OriginTotals()
+        self.non_finite = NonFiniteValues(options.strict)
+        """What was found in weights that keep their values."""
+        self.immediate = immediate
+        self._index, self._source, self._options, self._device = index, source, options, device
+        self._on_bytes = on_bytes
+        self._entries = sorted(index.tensors.values(), key=lambda entry: (entry.shard, entry.offset))
+        self._reader: PieceReader | None = None
+        self._chunk_bytes = 0
+        self._waiting = _Waiting()
+        self._arrivals = Arrivals(options.chunk_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._waiting = _Waiting()
+        self._close_reader()
+
+    def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
+        """Every tensor by name, in the order of files and offsets; what was asked for meanwhile is read between them.
+
+        After the last one everything that was asked for is there.
+        """
+        layer = ""
+        for number, entry in enumerate(self._entries):
+            if layer_of(entry.name) != layer or self._waiting.nbytes > READ_AT_ONCE:
+                self._read_waiting()
+            layer = layer_of(entry.name)
+            yield entry.name, self._lazy(number, entry)
+        self.flush()
+
+    def flush(self) -> None:
+        """Read all that was asked for; raises `MissingWeightsError` where a part of what decides its scales is not."""
+        self._read_waiting()
+        self._waiting.check_nothing_left()
+        self._arrivals.flush()
+
+    def deliver(self, source: int, span: Span, sink: OnlineWeightLoader) -> None:
+        """Bring a span of a source to a closure: later, or at once if reads are `immediate`."""
+        self._waiting.add(self._entries[source], span, sink)
+        if self.immediate:
+            self._read_waiting()
+
+    def write(self, target: Tensor, source: LazyTensor) -> None:
+        """Read what a lazy tensor stands for into `target`, now."""
+        matrix = _as_matrix(target)
+        if matrix is None:
+            self._write_parts(target, source)
+            return
+        spans: dict[str, list[Span]] = defaultdict(list)
+        sinks: dict[str, Sink] = {}
+        shape = shape_of(source)
+        for box in itertools.chain.from_iterable(as_matrix(box, shape) for box in source.boxes):
+            entry = self._entries[box.source]
+            sinks.setdefault(entry.name, ViewSink(entry.name, matrix, self.non_finite))
+            spans[entry.name].append(Span(entry.name, region_of(box), box.offset, *box.strides))
+        self._read(spans, sinks)
+
+    def read(self, source: LazyTensor, why: str) -> Tensor:
+        """What a lazy tensor stands for, in memory."""
+        tensor = torch.empty(shape_of(source), dtype=source.dtype)
+        self.totals.materialized.append(Materialized(why, tuple(tensor.shape), tensor.nbytes))
+        self.write(tensor, source)
+        return tensor
+
+    def _lazy(self, number: int, entry: TensorEntry) -> LazyTensor:
+        return LazyTensor.of_source(self, number, entry.shape, entry.dtype, self._arrivals.wrap)
+
+    def _write_parts(self, target: Tensor, source: LazyTensor) -> None:
+        """Into a target that is no matrix in memory: one index of its first dimension after the other."""
+        for index in range(target.shape[0]):
+            self.write(target[index], source.part(index))
+
+    def _read_waiting(self) -> None:
+        spans, sinks = self._waiting.take_ready()
+        self._read(spans, sinks)
+
+    def _read(self, spans: dict[str, list[Span]], sinks: dict[str, Sink]) -> None:
+        if not spans:
+            return
+        entries = sorted((self._index.tensors[name] for name in spans), key=lambda entry: (entry.shard, entry.offset))
+        planned = plan_pieces(entries, spans, sinks, self._options.chunk_bytes)
+        largest = max((piece.nbytes for piece in planned.pieces if piece.target is None), default=0)
+        run = self._reader_for(largest).run(planned.pieces)
+        before = self.totals.read
+        self.totals.read = ReadTotals(
+            before.bytes_read + run.bytes_read,
+            before.seconds + run.seconds,
+            max(before.staging_peak_bytes, run.staging_peak_bytes),
+        )
+        self.totals.runs += 1
+        if self._on_bytes is not None:
+            self._on_bytes(self.totals.read.bytes_read)
+
+    def _reader_for(self, nbytes: int) -> PieceReader:
+        """A reader whose buffers hold pieces of so many bytes: scale blocks that are larger than a chunk need more."""
+        if self._reader is None or nbytes > self._chunk_bytes:
+            self._close_reader()
+            self._chunk_bytes = max(nbytes, self._options.chunk_bytes)
+            buffers = slots_per_worker(self._device)
+            workers, staging = plan_staging(self._options, self._chunk_bytes, self._options.worker_count(), buffers)
+            reader = PieceReader(
+                self._source,
+                self._index.shards,
+                workers=workers,
+                chunk_bytes=self._chunk_bytes,
+                staging_bytes=staging,
+                device=self._device,
+            )
+            self._reader = reader.__enter__()
+        return self._reader
+
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.__exit__()
+            self._reader = None
+
+
+class _Wanted(NamedTuple):
+    """A span that a closure waits for, and what it waits with: None for nothing."""
+
+    entry: TensorEntry
+    span: Span
+    sink: OnlineWeightLoader
+    group: Hashable
+
+
+class _Waiting:
+    """Spans for closures that are not read yet."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        """Bytes that can be read."""
+        self._wanted: list[_Wanted] = []
+        self._seen: dict[Hashable, int] = defaultdict(int)
+
+    def add(self, entry: TensorEntry, span: Span, sink: OnlineWeightLoader) -> None:
+        group: Hashable = None
+        if not sink.scales_are_local(span.region):
+            group = sink.scale_group(span.region.expert)
+            self._seen[group] += span.region.numel
+        self._wanted.append(_Wanted(entry, span, sink, group))
+        self.nbytes += span.region.numel * entry.dtype.itemsize
+
+    def take_ready(self) -> tuple[dict[str, list[Span]], dict[str, Sink]]:
+        """Spans by checkpoint tensor, and sinks by parameter, of all that has to wait for nothing else."""
+        spans: dict[str, list[Span]] = defaultdict(list)
+        sinks: dict[str, Sink] = {}
+        left = []
+        for wanted in self._wanted:
+            if wanted.group is None or self._seen[wanted.group] >= wanted.sink.parameter.scaled_together:
+                spans[wanted.entry.name].append(wanted.span)
+                sinks[wanted.span.parameter] = wanted.sink
+            else:
+                left.append(wanted)
+        for group in set(self._seen) - {wanted.group for wanted in left}:
+            del self._seen[group]
+        self._wanted, self.nbytes = left, 0
+        return spans, sinks
+
+    def check_nothing_left(self) -> None:
+        """Raise `MissingWeightsError` for what will not be read because something that belongs to it never came."""
+        names = sorted({wanted.sink.name for wanted in self._wanted})
+        if names:
+            raise incomplete(names)
+
+
+def layer_of(name: str) -> str:
+    """The part of a tensor's name up to the number of its layer: `model.layers.3`; nothing without a number."""
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[: position + 1])
+    return ""
+
+
+def _as_matrix(target: Tensor) -> Tensor | None:
+    """A view [product of the others, last] of a tensor; `None` where its strides allow none."""
+    if target.dim() == 2:
+        return target
+    if target.dim() < 2:
+        return target.reshape(1, -1) if target.dim() == 0 else target.unsqueeze(0)
+    try:
+        return target.view(-1, target.shape[-1])
+    except RuntimeError:
+        return None

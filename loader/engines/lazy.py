@@ -23,6 +23,8 @@ from ..model.coordinates import MOVEMENTS, QUESTIONS, Box, Coordinates, NotExpre
 from ..online.weight_loader import OnlineWeightLoader
 
 _state = threading.local()
+_realizing = threading.RLock()
+"""Held while a lazy tensor is made real, so that several threads get one."""
 
 
 class Origin(Protocol):
@@ -248,8 +250,9 @@ def _checked(tensor: LazyTensor, name: str) -> LazyTensor:
 
 def _realized(tensor: LazyTensor, why: str) -> Tensor:
     """What a lazy tensor stands for; it is that tensor from now on."""
-    if tensor._real is None:
-        tensor._real = tensor.origin.read(tensor, why)
+    with _realizing:
+        if tensor._real is None:
+            tensor._real = tensor.origin.read(tensor, why)
     return tensor._real
 
 

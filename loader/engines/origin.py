@@ -8,6 +8,7 @@ all that decides a scale is read together. `flush` brings what is still waiting.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class OriginTotals:
 
 
 class CheckpointOrigin:
-    """The tensors of a checkpoint as lazy tensors, read with the reader of a load.
+    """The tensors of a checkpoint as lazy tensors, read with the reader of a load; safe to use from several threads.
 
     A context manager: inside, its buffers and open files stay from one read to the next. `on_bytes` gets the bytes read
     so far. With `immediate`, what is handed to closures is read at once, too: for engines that copy what closures wrote
@@ -81,6 +82,7 @@ class CheckpointOrigin:
         self._entries = sorted(index.tensors.values(), key=lambda entry: (entry.shard, entry.offset))
         self._reader: PieceReader | None = None
         self._chunk_bytes = 0
+        self._reading = threading.RLock()
         self._waiting = _Waiting()
         self._arrivals = Arrivals(options.chunk_bytes)
 
@@ -88,8 +90,9 @@ class CheckpointOrigin:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._waiting = _Waiting()
-        self._close_reader()
+        self._waiting.forget()
+        with self._reading:
+            self._close_reader()
 
     def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
         """Every tensor by name, in the order of files and offsets; what was asked for meanwhile is read between them.
@@ -129,7 +132,8 @@ class CheckpointOrigin:
             entry = self._entries[box.source]
             sinks.setdefault(entry.name, ViewSink(entry.name, matrix, self.non_finite))
             spans[entry.name].append(Span(entry.name, region_of(box), box.offset, *box.strides))
-        self._read(spans, sinks)
+        with self._reading:
+            self._read(spans, sinks)
 
     def read(self, source: LazyTensor, why: str) -> Tensor:
         """What a lazy tensor stands for, in memory."""
@@ -147,8 +151,9 @@ class CheckpointOrigin:
             self.write(target[index], source.part(index))
 
     def _read_waiting(self) -> None:
-        spans, sinks = self._waiting.take_ready()
-        self._read(spans, sinks)
+        with self._reading:  # so that what another thread has taken is there when this returns, too
+            spans, sinks = self._waiting.take_ready()
+            self._read(spans, sinks)
 
     def _read(self, spans: dict[str, list[Span]], sinks: dict[str, Sink]) -> None:
         if not spans:
@@ -208,30 +213,39 @@ class _Waiting:
         """Bytes that can be read."""
         self._wanted: list[_Wanted] = []
         self._seen: dict[Hashable, int] = defaultdict(int)
+        self._lock = threading.Lock()
 
     def add(self, entry: TensorEntry, span: Span, sink: OnlineWeightLoader) -> None:
-        group: Hashable = None
-        if not sink.scales_are_local(span.region):
-            group = sink.scale_group(span.region.expert)
-            self._seen[group] += span.region.numel
-        self._wanted.append(_Wanted(entry, span, sink, group))
-        self.nbytes += span.region.numel * entry.dtype.itemsize
+        local = sink.scales_are_local(span.region)
+        group: Hashable = None if local else sink.scale_group(span.region.expert)
+        with self._lock:
+            if not local:
+                self._seen[group] += span.region.numel
+            self._wanted.append(_Wanted(entry, span, sink, group))
+            self.nbytes += span.region.numel * entry.dtype.itemsize
 
     def take_ready(self) -> tuple[dict[str, list[Span]], dict[str, Sink]]:
         """Spans by checkpoint tensor, and sinks by parameter, of all that has to wait for nothing else."""
         spans: dict[str, list[Span]] = defaultdict(list)
         sinks: dict[str, Sink] = {}
         left = []
-        for wanted in self._wanted:
-            if wanted.group is None or self._seen[wanted.group] >= wanted.sink.parameter.scaled_together:
-                spans[wanted.entry.name].append(wanted.span)
-                sinks[wanted.span.parameter] = wanted.sink
-            else:
-                left.append(wanted)
-        for group in set(self._seen) - {wanted.group for wanted in left}:
-            del self._seen[group]
-        self._wanted, self.nbytes = left, 0
+        with self._lock:
+            for wanted in self._wanted:
+                if wanted.group is None or self._seen[wanted.group] >= wanted.sink.parameter.scaled_together:
+                    spans[wanted.entry.name].append(wanted.span)
+                    sinks[wanted.span.parameter] = wanted.sink
+                else:
+                    left.append(wanted)
+            for group in set(self._seen) - {wanted.group for wanted in left}:
+                del self._seen[group]
+            self._wanted, self.nbytes = left, 0
         return spans, sinks
+
+    def forget(self) -> None:
+        """Nothing waits any more."""
+        with self._lock:
+            self._wanted, self.nbytes = [], 0
+            self._seen.clear()
 
     def check_nothing_left(self) -> None:
         """Raise `MissingWeightsError` for what will not be read because something that belongs to it never came."""

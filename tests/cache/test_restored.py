@@ -50,7 +50,8 @@ class Model:
             full = f"experts.{name}"
             param = self.experts._parameters[name]
             assert param is not None
-            landing = Landing(EXPERTS, *sizes[name][0][0][1:], sizes[name][1])
+            ((_, rows),), columns = sizes[name]
+            landing = Landing(EXPERTS, rows, columns)
             self.loaders.add(full, param, moe.bound(name), landing, [full, f"{full}_scale"])
 
     def _finished(self, statistics: Tensor, process: Callable[[], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,28 @@ def test_with_immediate_reads_nothing_waits(folder: Path) -> None:
                 seen.append(fused.parameter.tracker.complete)
     assert seen == [False, False, True]
     assert equal(fused.tensors(), expected("quark_mxfp4", 0))
+
+
+def copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)
+
+
+def test_an_engine_may_call_from_many_threads_and_after_the_last_tensor(folder: Path) -> None:
+    fused = [Fused("nvfp4", f"model.layers.{layer}") for layer in range(2)]
+    norm = torch.empty(COLUMNS)
+    with opened(folder) as origin, ThreadPoolExecutor(4) as pool:
+        tensors = dict(origin.tensors())
+        calls = [
+            pool.submit(fused[int(name.split(".")[2])].load, tensor, name.split(".")[3])
+            for name, tensor in tensors.items()
+            if ".layers." in name
+        ]
+        calls.append(pool.submit(copy, norm, tensors["model.norm"]))
+        for call in calls:
+            call.result()
+        origin.flush()
+    assert torch.equal(norm, weights()["model.norm"].float())
+    assert all(equal(each.tensors(), expected("nvfp4", layer)) for layer, each in enumerate(fused))
 
 
 def test_little_waits_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ def _finished(product: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None
 def _one() -> torch.Tensor:
     """The scale of a whole tensor for whoever applies it to sums instead."""
     with torch.inference_mode(False):
-        return torch.ones(1, 1)
+        return torch.ones(1, 1, dtype=torch.float32)
 
 
 def _many_tokens(

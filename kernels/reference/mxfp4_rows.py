@@ -62,7 +62,7 @@ class Mxfp4RowsCodec:
     def best_scales(self, values: torch.Tensor, kind: str) -> torch.Tensor:
         """Rows of the scale tensor for finite float32 `values` [r, c] that were of a kind."""
         amax = column_amax(values.abs(), BLOCK)
-        multiplier = torch.ones(len(values), 1, device=values.device)
+        multiplier = torch.ones(len(values), 1, dtype=torch.float32, device=values.device)
         least = torch.full_like(multiplier, torch.inf, dtype=torch.float64)
         best = torch.zeros_like(amax, dtype=torch.uint8)
         for candidate in CANDIDATES:

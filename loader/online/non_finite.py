@@ -164,7 +164,7 @@ def look_at_codes(
         height = part.rows.stop - part.rows.start
         for start in range(0, height, step):
             stop = min(start + step, height)
-            tile = torch.empty(stop - start, layout.columns, device=own[0].device)
+            tile = torch.empty(stop - start, layout.columns, dtype=torch.float32, device=own[0].device)
             rows = [each.rows(start, stop) for each in layout.format.tensors]
             dequantize(tuple(each[slice(*some)] for each, some in zip(own, rows, strict=True)), tile)
             first = (expert * layout.rows + part.rows.start + start) * layout.columns

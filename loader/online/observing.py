@@ -89,7 +89,8 @@ class Observation:
     def new_maxima(self, index: Index) -> Tensor:
         """Zeros for the maxima of a piece."""
         rows, columns = index
-        return torch.zeros(rows.stop - rows.start, columns.stop - columns.start, device=self._device)
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        return torch.zeros(shape, dtype=torch.float32, device=self._device)
 
     def add(self, region: Region, parts: Iterable[tuple[Block, Tensor]]) -> None:
         """A region was observed: `parts` are its blocks, and the maxima of each."""

@@ -72,6 +72,11 @@ class LazyTensor(Coordinates):
         tensor.origin, tensor.wrap, tensor.owned, tensor._real = origin, wrap, True, None
         return tensor
 
+    @property
+    def is_real(self) -> bool:
+        """Whether it was read, and may have been changed since."""
+        return self._real is not None
+
     def moved(self, shape: Sequence[int], boxes: list[Box]) -> LazyTensor:
         return self._derived(shape, self.dtype, boxes)
 

@@ -223,7 +223,7 @@ def serve(
 @command_with_groups
 def convert(
     *,
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
+    model: Annotated[str, typer.Argument(help="Folder, hub id or URL of a checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
     checkpoint_format: Annotated[
         ExportName,

@@ -24,7 +24,7 @@ def _complete_scheme(incomplete: str) -> list[str]:
 
 
 Model = Annotated[
-    str | None, typer.Argument(help="Folder or hub id of a checkpoint.", show_default="the bundled demo model")
+    str | None, typer.Argument(help="Folder, hub id or URL of a checkpoint.", show_default="the bundled demo model")
 ]
 Quantization = Annotated[
     str,
@@ -200,13 +200,17 @@ class StreamOptions:
             "once it is read. keep: all of it stays. drop: all of it is dropped.",
         ),
     ] = "auto"
+    connections: Annotated[
+        int | None,
+        typer.Option(help="Requests in flight at once for a checkpoint that is read from a URL.", show_default="8"),
+    ] = None
     stats: Annotated[
         Literal["on", "off"], typer.Option(help="Measure what quantization loses, for the report; off is faster.")
     ] = "on"
 
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`."""
-        return {"page_cache": self.page_cache, "stats": self.stats == "on"}
+        return {"page_cache": self.page_cache, "stats": self.stats == "on", "connections": self.connections}
 
 
 @dataclass(frozen=True)

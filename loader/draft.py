@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .checkpoint.index import CheckpointIndex, read_index
-from .checkpoint.resolve import Checkpoint, resolve
+from .checkpoint.resolve import Checkpoint, resolved
 from .checkpoint.small_tensors import SmallTensors
 from .collector import collector_paused
 from .cpu_kernels import import_cpu_kernels
@@ -115,7 +115,10 @@ def draft_load(
         loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer, options.strict, dtype)
         routes = build_routes(mapped, loaders.landing)
         loaders.scale_together({name for conversion in routes.whole for name in targets(mapped, conversion)})
-        planned = plan(model, index, mapped, sources, routes, loaders, assignments, options, schemes)
+        ahead = checkpoint.files.read_ahead(options, index.total_bytes)
+        left = ahead.left(options)
+        planned = plan(model, index, mapped, sources, routes, loaders, assignments, left, schemes)
+        planned = planned.beside(ahead.buffer_bytes, ahead.library_bytes)
     return Draft(index, model, schemes, rules, mapped, sources, assignments, loaders, routes, planned, unapplied)
 
 
@@ -137,7 +140,7 @@ def plan_quantized(
     options = options or LoadOptions()
     with memory_running_out([]):
         storage = FinalStorage(choose_device(device))
-        checkpoint = resolve(model_id, revision)
-        draft = draft_load(checkpoint, quantization, policy, options, storage, lambda *_: None, trust_remote_code)
+        with resolved(model_id, revision) as checkpoint:
+            draft = draft_load(checkpoint, quantization, policy, options, storage, lambda *_: None, trust_remote_code)
     check_budget(draft.plan.memory, options.max_memory)
     return draft

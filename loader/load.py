@@ -10,7 +10,7 @@ import torch
 
 from .cache.session import NoCache, open_cache
 from .checkpoint.reader import PieceReader, ReadTotals
-from .checkpoint.resolve import Checkpoint, resolve
+from .checkpoint.resolve import Checkpoint, resolved
 from .digest import model_digest
 from .draft import FROM_CONFIG, Draft, draft_load
 from .fitting import check_fits
@@ -45,7 +45,7 @@ def load_quantized(
 ) -> QuantizedModel:
     """Stream a BF16, FP16, FP32 or quantized checkpoint into a quantized transformers model, ready to generate.
 
-    `model_id` is a folder or a hub id (or what `checkpoint.resolve` made of one), `quantization` a scheme name
+    `model_id` is a folder, a hub id or a URL (or what `checkpoint.resolve` made of one), `quantization` a scheme name
     (`auto`: the checkpoint's own quantization where it has one, else `quark_mxfp4`; any other name quantizes such a
     checkpoint anew), `device` a torch device (`auto`: the first that has kernels). `policy` says in detail which module
     gets which scheme; a scheme name other than `auto` then replaces its `linear`. `options` say how the load runs.
@@ -90,8 +90,8 @@ def load_into(
         memory_running_out(planned),
         showing(progress, "loading") as told,
         Recorder(place, options.stats, told) as recorder,
+        resolved(model_id, revision) as checkpoint,
     ):
-        checkpoint = resolve(model_id, revision)
         cache = open_cache(checkpoint, options, recorder.on_layer, trust_remote_code)
 
         def load() -> tuple[Draft, ReadTotals]:

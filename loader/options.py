@@ -14,6 +14,7 @@ from .memory.amounts import parse_bytes
 from .schemes.names import known_name
 
 MIB = 1 << 20
+MOST_CONNECTIONS = 256
 
 PageCache = Literal["auto", "keep", "drop"]
 CacheVerify = Literal["samples", "full"]
@@ -117,9 +118,12 @@ class LoadOptions:
     `emulate`: rounded and back, to what the checkpoint's config says, else to the scheme's own format. The name of a
     format (`mxfp4`, `fp8`, ...): to that one, in a kernel where there is one for it, else emulated."""
 
-    retries: int = 4
-    """How often a read that failed with an error that may pass (EIO, ESTALE, ETIMEDOUT, EINTR) is tried again; 0 or
-    more."""
+    retries: int | None = None
+    """How often a read that failed with an error that may pass is tried again without a byte in between; 0 or more.
+    None: 4 times for files (EIO, ESTALE, ETIMEDOUT, EINTR), 10 times for what is read from a server."""
+
+    connections: int | None = None
+    """Requests that are in flight at once where the checkpoint is read from a server; 1 or more. None: 8."""
 
     kernels: Mapping[str, str] = field(default_factory=dict)
     """Kernels chosen by hand: operation (`quantize`, `linear`, ...) to kernel name (`triton`, `numba`, `torch`, ...).
@@ -148,17 +152,20 @@ class LoadOptions:
             raise PolicyError(f"cache_verify is {self.cache_verify!r}; choose {' or '.join(get_args(CacheVerify))}")
         if self.activations not in get_args(Activations):
             raise PolicyError(f"activations is {self.activations!r}; choose one of {', '.join(get_args(Activations))}")
-        if self.retries < 0:
+        if self.retries is not None and self.retries < 0:
             raise PolicyError(f"retries is {self.retries}; give 0 or more")
+        if self.connections is not None and not 1 <= self.connections <= MOST_CONNECTIONS:
+            raise PolicyError(f"connections is {self.connections}; give 1 to {MOST_CONNECTIONS}, or None for 8")
         for name in ("staging_bytes", "max_memory", "cache_bytes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise PolicyError(f"{name} is {value}; give a positive number of bytes")
 
     def _check_types(self) -> None:
-        for name in ("chunk_bytes", "retries", "staging_bytes", "max_memory", "workers", "cache_bytes"):
+        whole = ("chunk_bytes", "retries", "staging_bytes", "max_memory", "workers", "cache_bytes", "connections")
+        for name in whole:
             value = getattr(self, name)
-            may_be_none = name not in ("chunk_bytes", "retries")
+            may_be_none = name != "chunk_bytes"
             if not (isinstance(value, int) and not isinstance(value, bool)) and not (value is None and may_be_none):
                 raise PolicyError(f"{name} is {value!r}; give a whole number")
         for name in ("stats", "digest", "strict", "force"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -53,6 +53,16 @@ class LoadPlan:
     whole_conversions: int
     leftovers: Leftovers
     final_sizes: Mapping[int, int] = field(default_factory=dict)
+
+    def beside(self, buffer_bytes: int, library_bytes: int) -> LoadPlan:
+        """The same plan where a source has buffers of its own, and uses a library that takes so many bytes."""
+        memory = replace(
+            self.memory,
+            staging_bytes=self.memory.staging_bytes + buffer_bytes,
+            slack_bytes=self.memory.slack_bytes + library_bytes,
+            peak_bytes=self.memory.peak_bytes + buffer_bytes + library_bytes,
+        )
+        return replace(self, memory=memory)
 
 
 def plan_load(

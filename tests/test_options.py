@@ -56,6 +56,8 @@ def test_a_docstring_stands_under_every_field(cls: Any) -> None:
         ({"page_cache": "burn"}, "page_cache is 'burn'; choose auto, keep or drop"),
         ({"activations": "some"}, "activations is 'some'; choose one of auto, none, emulate, mxfp4, mxfp6_e3m2"),
         ({"retries": -1}, "retries is -1"),
+        ({"connections": 0}, "connections is 0"),
+        ({"connections": 257}, "connections is 257; give 1 to 256"),
         ({"staging_bytes": 0}, "staging_bytes is 0; give a positive number"),
         ({"max_memory": -5}, "max_memory is -5"),
     ],
@@ -99,7 +101,7 @@ def test_a_policy_from_parsed_json(overrides: Any) -> None:
     [
         {"workers": "2"}, {"workers": 2.5}, {"workers": True}, {"chunk_bytes": True}, {"chunk_bytes": None},
         {"max_memory": "16"}, {"max_memory": 1.5}, {"staging_bytes": "much"}, {"cache_bytes": b"1GiB"},
-        {"retries": None}, {"stats": "off"}, {"strict": "no"}, {"kernels": None},
+        {"retries": 1.5}, {"connections": "8"}, {"stats": "off"}, {"strict": "no"}, {"kernels": None},
     ],
 )  # fmt: skip
 def test_values_of_the_wrong_type(values: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ class Checksums:
         return checksums
 
 
-class VerifiedSource:
+class VerifiedSource(Source):
     """The files of an entry through another source; raises `DamagedEntryError` for a read that differs."""
 
     def __init__(self, files: Source, checksums: Mapping[str, Checksums]) -> None:

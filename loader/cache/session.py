@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.index import Shard, read_index
 from ..checkpoint.resolve import Checkpoint
-from ..checkpoint.source import FileSource, Source
+from ..checkpoint.source import Source
 from ..errors import CheckpointError, DamagedEntryError, NonFiniteWeightError, PolicyError, RouteError
 from ..memory.amounts import format_bytes
 from ..memory.report import CacheResult
@@ -71,10 +71,8 @@ class NoCache:
 
         At its end the files of the checkpoint must be those that the draft was made of, or it is a `ChangedFileError`.
         """
-        options, files = self._options, self._checkpoint.identities
-        source = FileSource(
-            self._checkpoint.root, page_cache=options.page_cache, retries=options.retries, identities=files
-        )
+        options, files = self._options, self._checkpoint.files
+        source = files.source(options)
         yield Reading(source, draft.index.shards, draft.plan)
         files.check_unchanged()
 
@@ -131,7 +129,7 @@ class FolderCache(NoCache):
                 stack.enter_context(entry)
                 stack.enter_context(_damage())
                 yield self._restored(draft, entry)
-        self._checkpoint.identities.check_unchanged()
+        self._checkpoint.files.check_unchanged()
 
     def _find(self, key: str) -> Entry | None:
         """The entry, unless it lacks the statistics that the load wants."""

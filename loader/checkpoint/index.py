@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from ..errors import CheckpointError, MissingShardError, TruncatedShardError
+from ..options import LoadOptions
 from .headers import TensorEntry, read_header
-from .other_kinds import folder_error, some, unfinished
+from .other_kinds import some, unfinished
 from .resolve import CONFIG_NAME, Checkpoint
 from .small_files import MAX_CONFIG_BYTES, check_small_file, count_values
-from .source import FileSource, Source, read_bytes
+from .source import Source, read_bytes
 from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name, parse_weight_map
 
 
@@ -55,9 +57,10 @@ def read_index(checkpoint: Checkpoint, source: Source | None = None) -> Checkpoi
 
 
 def _read_files(checkpoint: Checkpoint) -> CheckpointIndex:
-    with FileSource(checkpoint.root, page_cache="keep", identities=checkpoint.identities) as files:
+    with closing(checkpoint.files.source(LoadOptions(page_cache="keep"))) as files:
         found = _find_shards(checkpoint, files)
-        checkpoint.identities.note(found[1])  # all of them before the first: they are of one moment
+        files.look_ahead(found[1])
+        checkpoint.files.note(found[1])  # all of them before the first: they are of one moment
         try:
             return _read_index(files, *found)
         except (MissingShardError, TruncatedShardError) as error:
@@ -130,7 +133,7 @@ def _find_shards(checkpoint: Checkpoint, source: Source) -> tuple[str, list[str]
         return SINGLE_NAME, [SINGLE_NAME], {}
     index_name = explicit or INDEX_NAME
     if not _exists(source, index_name):
-        raise folder_error(checkpoint.root, has_config=True)
+        raise checkpoint.files.no_model(has_config=True)
     size = source.size(index_name)
     if size > MAX_INDEX_BYTES:
         raise CheckpointError(f"{index_name}: {size:,} bytes, an index has at most {MAX_INDEX_BYTES:,}; save it again")

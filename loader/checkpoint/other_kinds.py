@@ -76,11 +76,6 @@ def reference_error(given: str, revision: str | None) -> QuantloadError | None:
         return _hub_address(given, rest)
     if given.lower().startswith("hf://"):
         return _hub_address(given, path.removeprefix("models/").replace("@", "/tree/", 1))
-    if url:
-        return UnsupportedCheckpointError(
-            f"{given!r} is a URL; only folders and hub ids are opened directly: copy its config and tokenizer to a "
-            "folder and pass a quantload.checkpoint.Source that reads the weights"
-        )
     named = re.fullmatch(rf"({_ID})@(\S+)", given)
     if named and not os.path.lexists(given):
         return CheckpointError(f"{given!r} is a hub id with a revision; give it as {_with_revision(*named.groups())}")

@@ -103,6 +103,11 @@ class Batch:
     stop: int
     pieces: list[Piece]
 
+    @property
+    def reads(self) -> Sequence[tuple[int, int]]:
+        """(file offset, length) in bytes of what is read, in that order."""
+        return self.pieces[0].extents if len(self.pieces) == 1 else ((self.offset, self.stop - self.offset),)
+
 
 def plan_batches(pieces: Sequence[Piece], slot_bytes: int, read_bytes: int = MAX_SHARED_READ) -> list[Batch]:
     """Batches in the order of the pieces; small neighbours of one shard share a batch, the rest stand alone."""

@@ -19,7 +19,7 @@ from .arena import rounded_slot
 from .crew import Crew, Stopped
 from .index import Shard
 from .pieces import MAX_GAP, Batch, Lines, Piece, check_barriers, plan_batches, sub_reads
-from .source import Source
+from .source import Source, Turn
 from .working_memory import CPU, slots_per_worker, working_memory
 from .workspace import ALIGNMENT, WorkingMemory, Workspace
 
@@ -105,15 +105,16 @@ class PieceReader:
             return ReadTotals(nbytes, time.perf_counter() - start, peak)
 
     def _run(self, pieces: Sequence[Piece], memory: WorkingMemory) -> tuple[int, int]:
-        """Bytes read, and the most bytes of the arena that were ever touched."""
+        """Bytes read, and the most bytes of the arena, and of what was read ahead, that were ever touched."""
         batches = plan_batches(pieces, memory.slot_bytes, self._source.read_bytes)
         work = _Work(self._source, self._paths, memory, batches)
         crew = Crew(min(self.workers, max(1, len(batches))), self._cancel)
+        self._source.expect(((self._paths[each.shard], each.reads) for each in batches), lambda: crew.stopping)
         report = self._on_progress
         crew.work(work.take_part, None if report is None else lambda: report(work.bytes_read))
         if report is not None:
             report(work.bytes_read)
-        return work.bytes_read, memory.peak_bytes
+        return work.bytes_read, memory.peak_bytes + self._source.staging_peak_bytes
 
     def _check_sizes(self, pieces: Sequence[Piece]) -> None:
         for number, piece in enumerate(pieces):
@@ -153,7 +154,7 @@ class _Work:
                 if crew.stopping:
                     raise Stopped
                 worker.read_ahead(index)
-                worker.handle(self.batches[index])
+                worker.handle(index, self.batches[index])
 
 
 @dataclass(slots=True)
@@ -170,6 +171,7 @@ class _Worker:
         self._work = work
         self._crew = crew
         self._source = work.source
+        self._turn: Turn
         self._workspace = workspace
         self._tally = tally
 
@@ -179,8 +181,9 @@ class _Worker:
         for batch in self._work.batches[first : index + _READAHEAD_BATCHES + 1]:
             self._source.prefetch(self._work.paths[batch.shard], batch.offset, batch.stop - batch.offset)
 
-    def handle(self, batch: Batch) -> None:
-        """Reads a batch and delivers its pieces."""
+    def handle(self, index: int, batch: Batch) -> None:
+        """Reads a batch, the one at `index`, and delivers its pieces."""
+        self._turn = self._source.turn(index)
         if len(batch.pieces) > 1:
             self._handle_shared(batch)
         else:
@@ -197,6 +200,7 @@ class _Worker:
                 self._fill(path, piece.extents, buffer.numpy().data)
             else:
                 self._fill_device(path, piece.extents, buffer)
+        self._turn.done()
         # Strided pieces share their pages with the next ones, and a first pass is read again: both stay for now.
         if batch.stop - batch.offset == nbytes and piece.signal is None:
             self._source.release(path, batch.offset, nbytes)
@@ -206,7 +210,8 @@ class _Worker:
         path, span = self._work.paths[batch.shard], batch.stop - batch.offset
         if self._crew.stopping:
             raise Stopped
-        self._source.read_into(path, batch.offset, self._workspace.next_slot().memory[:span])
+        self._turn.read_into(path, batch.offset, self._workspace.next_slot().memory[:span])
+        self._turn.done()
         shared = self._workspace.landed(span)
         if all(piece.signal is None for piece in batch.pieces):
             self._source.release(path, batch.offset, span)
@@ -228,7 +233,7 @@ class _Worker:
         for position, offset, count in sub_reads(extents, self._source.read_bytes):
             if self._crew.stopping:
                 raise Stopped
-            self._source.read_into(path, offset, memory[position : position + count])
+            self._turn.read_into(path, offset, memory[position : position + count])
             self._tally.bytes_read += count
 
     def _fill_lines(self, path: str, lines: Lines, memory: memoryview) -> None:
@@ -240,7 +245,7 @@ class _Worker:
             begin, end = done * length, len(lines) * length
             count = max(min(end - begin, self._source.read_bytes) - length, 0) // pitch + 1
             room = memory[begin : begin + (count - 1) * pitch + length]
-            self._source.read_into(path, lines.start + done * pitch, room)
+            self._turn.read_into(path, lines.start + done * pitch, room)
             found = np.frombuffer(room, np.uint8)
             # They overlap, which numpy minds.
             found[: count * length].reshape(count, length)[:] = as_strided(found, (count, length), (pitch, 1))
@@ -251,7 +256,7 @@ class _Worker:
         for position, offset, count in sub_reads(extents, min(self._source.read_bytes, self._work.memory.slot_bytes)):
             if self._crew.stopping:
                 raise Stopped
-            self._source.read_into(path, offset, self._workspace.next_slot().memory[:count])
+            self._turn.read_into(path, offset, self._workspace.next_slot().memory[:count])
             self._workspace.write(target[position : position + count], count)
             self._tally.bytes_read += count
 

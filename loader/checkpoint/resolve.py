@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ from huggingface_hub.errors import (
 
 from ..errors import CheckpointError, QuantloadError
 from ..local_paths import local_path
-from .identity import FileIdentities
-from .other_kinds import file_error, folder_error, names_error, reference_error
+from .files import CheckpointFiles, FolderFiles
+from .other_kinds import file_error, names_error, reference_error
 from .quantization_config import FILES as QUANTIZATION_FILES
 from .quantization_config import with_quantization_config
+from .remote.opening import open_remote
 from .small_files import read_json_object, read_small_file
 from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name, parse_weight_map
 
@@ -39,6 +42,8 @@ DOCUMENTS = (
 """What is for people: the model card, and the terms that the weights come under."""
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
+CONFIGS = (CONFIG_NAME, *QUANTIZATION_FILES, GENERATION_CONFIG_NAME)
+"""What says which model it is."""
 logger = logging.getLogger("quantload")
 
 
@@ -48,24 +53,28 @@ class Checkpoint:
 
     root: Path
     model_id: str
-    identities: FileIdentities = field(init=False, repr=False, compare=False)
-    """What its files were when they were first looked at, by all who read it."""
+    elsewhere: CheckpointFiles | None = field(default=None, repr=False, compare=False)
+    """Where its files are, if not in `root`, which then has no weights."""
+    files: CheckpointFiles = field(init=False, repr=False, compare=False)
+    """Its files, and what they were when they were first looked at, by all who read it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "identities", FileIdentities(self.root))
+        object.__setattr__(self, "files", self.elsewhere or FolderFiles(self.root))
 
     def note_configs(self) -> None:
         """Remember what the files are that say which model it is, before transformers reads them."""
-        self.identities.note((CONFIG_NAME, *QUANTIZATION_FILES, GENERATION_CONFIG_NAME))
+        self.files.note(CONFIGS)
 
     def note_small_files(self) -> None:
         """Remember what else lies beside the weights, such as the files of a tokenizer."""
+        self.files.gather(SMALL_FILES)
         names = {path.name for pattern in SMALL_FILES for path in self.root.glob(pattern) if path.is_file()}
-        self.identities.note(sorted(names))
+        self.files.note(sorted(names))
 
     def note_code(self) -> None:
         """Remember what the modeling code is."""
-        self.identities.note(sorted(path.name for path in self.root.glob("*.py")))
+        self.files.gather(("*.py",))
+        self.files.note(sorted(path.name for path in self.root.glob("*.py")))
 
     @property
     def is_quantized(self) -> bool:
@@ -79,7 +88,7 @@ class Checkpoint:
         """
         config = read_json_object(self.root / CONFIG_NAME)
         if config is None:
-            raise folder_error(self.root, has_config=False)
+            raise self.files.no_model(has_config=False)
         return with_quantization_config(self.root, config, read_json_object)
 
 
@@ -88,8 +97,9 @@ def resolve(model_id: str | Path | Checkpoint, revision: str | None = None) -> C
 
     One that was resolved before is itself: what it was then counts, whatever its name stands for now.
 
-    Only safetensors weights and small text files are downloaded. Raises `CheckpointError` when there is no such
-    folder or repository, `UnsupportedCheckpointError` for URLs and files of other kinds.
+    Only safetensors weights and small text files are downloaded. A URL stands for itself: its weights are read where
+    they are, and its small files are in a folder of the checkpoint that `files.close` removes. Raises `CheckpointError`
+    when there is no such folder or repository, `UnsupportedCheckpointError` for URLs and files of other kinds.
     """
     if isinstance(model_id, Checkpoint):
         return model_id
@@ -97,6 +107,10 @@ def resolve(model_id: str | Path | Checkpoint, revision: str | None = None) -> C
     problem = reference_error(given, revision)
     if problem is not None:
         raise problem
+    remote = open_remote(given, revision)
+    if remote is not None:
+        remote.gather(CONFIGS)
+        return Checkpoint(remote.root, remote.shown, remote)
     if not given:
         raise CheckpointError("the model is empty (''); give a folder or a hub id such as 'Qwen/Qwen3-0.6B'")
     folder = local_path(given, "the model", CheckpointError)
@@ -114,6 +128,20 @@ def resolve(model_id: str | Path | Checkpoint, revision: str | None = None) -> C
             f"{given!r} is no folder here; check the path, or give a hub id such as 'Qwen/Qwen3-0.6B'"
         )
     return Checkpoint(_download(given, revision), given)
+
+
+@contextmanager
+def resolved(model_id: str | Path | Checkpoint, revision: str | None = None) -> Iterator[Checkpoint]:
+    """`resolve`; what it took of this disk for a checkpoint that is elsewhere is given back in the end.
+
+    Not if `model_id` was resolved before: then it belongs to who did that.
+    """
+    checkpoint = resolve(model_id, revision)
+    try:
+        yield checkpoint
+    finally:
+        if checkpoint is not model_id:
+            checkpoint.files.close()
 
 
 def _looks_local(given: str) -> bool:

@@ -44,6 +44,12 @@ PROCESSOR_FILES = {
 """What tokenizers and processors are read from, with the most bytes of each."""
 
 
+def largest_allowed(name: str) -> int:
+    """The most bytes that a small file of such a name may have."""
+    limits = ((each, limit) for files in (MODEL_FILES, PROCESSOR_FILES) for each, limit in files.items())
+    return next((limit for each, limit in limits if fnmatch.fnmatchcase(name, each)), MAX_CODE_BYTES)
+
+
 def read_small_file(path: Path, limit: int) -> bytes | None:
     """The content of a regular file, `None` without one; raises `CheckpointError` for other kinds and more bytes.
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..options import LoadOptions
 from .headers import TensorEntry
 from .index import CheckpointIndex
 from .resolve import Checkpoint
-from .source import FileSource, read_bytes
+from .source import read_bytes
 
 MAX_BYTES = 1 << 20
 
@@ -20,7 +21,7 @@ class SmallTensors:
     """Reads tensors of at most a mebibyte; raises `CheckpointError` for a larger one. Use it as a context manager."""
 
     def __init__(self, checkpoint: Checkpoint, index: CheckpointIndex) -> None:
-        self._files = FileSource(checkpoint.root, page_cache="keep", identities=checkpoint.identities)
+        self._files = checkpoint.files.source(LoadOptions(page_cache="keep"))
         self._shards = index.shards
 
     def __enter__(self) -> Self:

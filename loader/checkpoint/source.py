@@ -7,6 +7,7 @@ import errno
 import os
 import stat
 import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -22,14 +23,49 @@ from .retry import RETRIES, may_retry
 _OUT_OF_FDS = (errno.EMFILE, errno.ENFILE)
 
 
+Reads = tuple[str, Sequence[tuple[int, int]]]
+"""What is read for one batch of a run: a file, and (offset, length) in bytes in the order they are read."""
+
+
+class Turn:
+    """One batch of a run, while it is read."""
+
+    __slots__ = ("read_into",)
+
+    def __init__(self, read_into: Callable[[str, int, memoryview], int]) -> None:
+        self.read_into = read_into
+        """As that of the source; nothing but what was announced for the batch, in that order."""
+
+    def done(self) -> None:
+        """The batch is read."""
+
+
 class Source(Protocol):
     """Checkpoint files by name relative to the checkpoint, such as `model-00001-of-00002.safetensors`.
 
     All methods may be called from several threads at once. `read_bytes` is the most one `read_into` should be asked
-    for: between two of them a load can be cancelled.
+    for: between two of them a load can be cancelled. A class of your own inherits from this one and so need not have
+    `expect` and `turn`, which are for sources that ask for what will be read long before.
     """
 
     read_bytes: int
+
+    @property
+    def staging_peak_bytes(self) -> int:
+        """The most bytes that the source held at once of what it had read ahead, until now."""
+        return 0
+
+    def look_ahead(self, paths: Sequence[str]) -> None:
+        """Says whose beginnings will be read next, in any order; those that are missing are no error here."""
+        return
+
+    def expect(self, batches: Iterable[Reads], stopping: Callable[[], bool]) -> None:
+        """Says what a run will read, until `close`; reads give up with `Stopped` once `stopping()` is true."""
+        return
+
+    def turn(self, number: int) -> Turn:
+        """To read batch `number` of those that are expected; a thread asks for them in that order."""
+        return Turn(self.read_into)
 
     def size(self, path: str) -> int:
         """Size of the file in bytes; raises `MissingShardError` when there is none."""
@@ -89,11 +125,11 @@ class _File:
     cache: CacheWindows | None = None
 
 
-class FileSource:
+class FileSource(Source):
     """Files below the folder `root`.
 
-    Read errors that may pass (EIO, ESTALE, ETIMEDOUT, EINTR) are tried again `retries` times with growing pauses from
-    10 ms on; then `CheckpointError`. A file that is not the one it was when it was first opened, by this source or
+    Read errors that may pass (EIO, ESTALE, ETIMEDOUT, EINTR) are tried again `retries` (4) times with growing pauses,
+    from 10 ms on; then `CheckpointError`. A file that is not the one it was when it was first opened, by this source or
     another one with the same `identities`, is a `ChangedFileError`. At most `max_open` files stay open. `page_cache`:
     `auto` leaves what was in the page cache before and drops the rest behind the reader, `keep` drops nothing, `drop`
     everything.
@@ -106,14 +142,14 @@ class FileSource:
         root: Path | str,
         *,
         page_cache: PageCache = "auto",
-        retries: int = RETRIES,
+        retries: int | None = None,
         max_open: int = 64,
         calls: FileCalls | None = None,
         identities: FileIdentities | None = None,
     ) -> None:
         self._root = Path(root)
         self._policy: PageCache = page_cache
-        self._retries = retries
+        self._retries = RETRIES if retries is None else retries
         self._max_open = max_open
         self._calls = calls or FileCalls()
         self._identities = identities or FileIdentities(self._root)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from ..checkpoint.output import UNFINISHED, OutputFolder
 from ..checkpoint.paths import locate
 from ..checkpoint.quantization_config import FILES as QUANTIZATION_FILES
 from ..checkpoint.reader import PieceReader
-from ..checkpoint.resolve import CONFIG_NAME, SMALL_FILES, Checkpoint, resolve
-from ..checkpoint.source import FileSource, Source, read_bytes
+from ..checkpoint.resolve import CONFIG_NAME, SMALL_FILES, Checkpoint, resolved
+from ..checkpoint.source import Source, read_bytes
 from ..checkpoint.weight_map import INDEX_NAME
 from ..checkpoint.working_memory import CPU, slots_per_worker
 from ..checkpoint.writer import ShardPlan, plan_shards, weight_index
@@ -111,8 +112,8 @@ def convert_checkpoint(
         memory_running_out(planned),
         showing(progress, "converting") as told,
         Recorder(CPU, options.stats, told) as recorder,
+        resolved(model_id, revision) as checkpoint,
     ):
-        checkpoint = resolve(model_id, revision)
         small = _small_files(checkpoint)
         papers = documents(checkpoint, small) if model_card else []
         storage = FinalStorage(CPU)
@@ -135,16 +136,13 @@ def convert_checkpoint(
             _warn_of_casts(draft, tensors, export)
             stored = checkpoint.config().get("quantization_config")
             key = _key(checkpoint, draft.index, shards, [config, stored, policy and asdict(policy), options.stats])
-        source = FileSource(
-            checkpoint.root,
-            page_cache=options.page_cache,
-            retries=options.retries,
-            identities=checkpoint.identities,
-        )
-        with OutputFolder(folder_out, key) as folder, source:
+        source = checkpoint.files.source(options)
+        with OutputFolder(folder_out, key) as folder, closing(source):
             found, masks = draft.loaders.non_finite, to_buffers(draft.routes, draft.loaders)
             with OpenShards(tensors, shards, folder, recorder.on_layer, found, masks) as open_shards:
-                plan = _plan(draft, open_shards, sum(len(shard.offsets) for shard in shards), options)
+                ahead = checkpoint.files.read_ahead(options, draft.index.total_bytes)
+                plan = _plan(draft, open_shards, sum(len(shard.offsets) for shard in shards), ahead.left(options))
+                plan = plan.beside(ahead.buffer_bytes, 0)  # what the library takes is in the draft's allowance
                 recorder.expect(plan, draft.assignments)
                 planned.append(plan.memory)
                 check_budget(plan.memory, options.max_memory)
@@ -166,7 +164,7 @@ def convert_checkpoint(
                 said = Conversion(command, draft.rules.name, export.name, described(draft.assignments), read_by)
                 original = b"".join(_content(source, CARD)).decode(errors="replace") if CARD in papers else None
                 folder.write(CARD, [make_card(original, *base_model(checkpoint), said).encode()])
-            checkpoint.identities.check_unchanged()
+            checkpoint.files.check_unchanged()
             output_bytes = folder.size()
             folder.publish()
     report = recorder.report(
@@ -293,8 +291,7 @@ def _key(
     """What decides about the bytes that come out and the report: input files, planned headers, what was chosen."""
     said = hashlib.sha256(json.dumps([_KEY_VERSION, *choices]).encode())
     for shard in index.shards:
-        identity = checkpoint.identities[shard.path]
-        said.update(f"{shard.path} {identity.size} {identity.mtime_ns} {identity.ctime_ns}\n".encode())
+        said.update(" ".join(map(str, (shard.path, *checkpoint.files.version(shard.path)))).encode() + b"\n")
     for entry in index.tensors.values():
         said.update(f"{entry}\n".encode())
     for plan in shards:
@@ -315,6 +312,7 @@ def _write_surroundings(
 def _small_files(checkpoint: Checkpoint) -> list[str]:
     """What is to be copied; raises `UnsafePathError` where it is not in the folder, now rather than in the end."""
     names: list[str] = []
+    checkpoint.files.gather(SMALL_FILES)
     for pattern in SMALL_FILES:
         for path in checkpoint.root.rglob(pattern):
             name = path.relative_to(checkpoint.root)
@@ -323,7 +321,7 @@ def _small_files(checkpoint: Checkpoint) -> list[str]:
             if path.is_file() and not hidden and not replaced:
                 locate(checkpoint.root, str(name))
                 names.append(str(name))
-    checkpoint.identities.note(names)
+    checkpoint.files.note(names)
     return names
 
 

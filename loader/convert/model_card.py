@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..checkpoint.paths import locate
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.resolve import DOCUMENTS, Checkpoint
 from ..memory.amounts import format_bytes
 from ..model.skeleton import Assignment
 from ..options import QuantizationPolicy
@@ -52,6 +52,7 @@ def license_files(root: Path) -> list[str]:
 def documents(checkpoint: Checkpoint, taken: Iterable[str]) -> list[str]:
     """The model card and the license files that can be copied, but for those that are `taken` already."""
     found = []
+    checkpoint.files.gather(DOCUMENTS)
     for name in sorted({CARD, *license_files(checkpoint.root)} - {*taken}):
         path = checkpoint.root / name
         if not path.is_file():
@@ -61,7 +62,7 @@ def documents(checkpoint: Checkpoint, taken: Iterable[str]) -> list[str]:
             logger.warning("%s is larger than %s and is not copied", name, format_bytes(MAX_DOCUMENT_BYTES))
             continue
         found.append(name)
-    checkpoint.identities.note(found)
+    checkpoint.files.note(found)
     return found
 
 
@@ -70,7 +71,8 @@ def base_model(checkpoint: Checkpoint) -> tuple[str, bool]:
     root = checkpoint.root
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         return root.parent.parent.name.removeprefix("models--").replace("--", "/"), True
-    return root.name or checkpoint.model_id, False
+    name = root.name if checkpoint.elsewhere is None else checkpoint.model_id.rpartition("/")[2]
+    return name or checkpoint.model_id, False
 
 
 def command_line(

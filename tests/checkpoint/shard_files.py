@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from quantload.checkpoint import Source
 from quantload.errors import MissingShardError, TruncatedShardError
 
 Entry = dict[str, Any]
@@ -39,7 +40,7 @@ def write_sharded(folder: Path, shards: dict[str, dict[str, bytes]], weight_map:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-class MemorySource:
+class MemorySource(Source):
     """A `Source` over bytes, which records what it was asked."""
 
     read_bytes = 1 << 20

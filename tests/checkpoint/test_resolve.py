@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from quantload.checkpoint import resolve
-from quantload.errors import CheckpointError, QuantloadError, UnsupportedCheckpointError
+from quantload.errors import CheckpointError, QuantloadError
 from shard_files import shard_bytes
 
 RESPONSE: Any = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid/model"))
@@ -79,12 +79,6 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is a file; give the folder"):
         resolve(tmp_path / "model.safetensors")
-
-
-@pytest.mark.parametrize("url", ["s3://bucket/model", "gs://b", "https://example.com/x"])
-def test_urls_point_to_source(url: str) -> None:
-    with pytest.raises(UnsupportedCheckpointError, match="Source"):
-        resolve(url)
 
 
 def test_only_the_needed_shards_are_downloaded(hub: Hub) -> None:

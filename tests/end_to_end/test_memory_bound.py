@@ -41,10 +41,10 @@ class Measured:
 
 
 def measure(
-    path: Path,
+    path: Path | str,
     scheme: str,
     options: dict[str, Any],
-    *warm_up: Path,
+    *warm_up: Path | str,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Measured:
     """Load in a child process and sample its memory from here, every half millisecond."""

@@ -1,0 +1,65 @@
+"""Addresses of remote checkpoints, and what may be shown of them."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+OBJECT_STORES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "http", "https")
+"""Schemes that `obstore` knows."""
+HUB = "hf"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+_SIGNED = re.compile(
+    r"(?i)((?:[\w-]*(?:signature|credential|security-token|secret|password|token|access[-_]?key[\w-]*)|\bsig|authorization)"
+    r"[\"']?\s*[=:]\s*)((?:bearer|basic)\s+)?[^\s&\"',;<>]+"
+)
+
+
+class Address(NamedTuple):
+    """A remote folder.
+
+    `url` is for a client, without the `user` and the `password` that were in it; `shown` is for people and reports: no
+    user, no password and no query, which is where signed addresses carry their signature.
+    """
+
+    scheme: str
+    url: str
+    shown: str
+    user: str | None
+    password: str | None
+
+
+def scheme_of(given: str) -> str | None:
+    """The scheme of a URL in lower case; None for what is none."""
+    match = _SCHEME.match(given)
+    return match[1].lower() if match else None
+
+
+def parse_address(given: str) -> Address:
+    """The parts of a URL."""
+    parts = urlsplit(given.strip())
+    host = parts.netloc.rpartition("@")[2]
+    path = parts.path.rstrip("/")
+    bare = urlunsplit((parts.scheme.lower(), host, path, "", ""))
+    user = None if parts.username is None else unquote(parts.username)
+    password = None if parts.password is None else unquote(parts.password)
+    if user is not None and parts.scheme.lower() in ("abfs", "abfss"):  # the container, no user
+        bare, host, user = f"{parts.scheme.lower()}://{parts.netloc}{path}", parts.netloc, None
+    url = urlunsplit((parts.scheme.lower(), host, path, parts.query, ""))
+    return Address(parts.scheme.lower(), url, bare, user, password)
+
+
+def without_credentials(text: str) -> str:
+    """A text without what may let somebody in: users, passwords and queries of URLs, and what looks like a key."""
+    return _SIGNED.sub(r"\1***", _IN_TEXT.sub(_bare, text))
+
+
+def _bare(match: re.Match[str]) -> str:
+    text = match[0].rstrip(",.;)'\"")
+    tail = match[0][len(text) :]
+    try:
+        return parse_address(text).shown + ("?***" if "?" in text else "") + tail
+    except ValueError:
+        return "***" + tail

@@ -1,0 +1,143 @@
+"""A remote checkpoint: its small files in a folder here for as long as it is used, its weights where they are."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ...errors import CheckpointError, MissingShardError, QuantloadError
+from ...options import LoadOptions
+from ..files import ReadAhead
+from ..identity import FileIdentities
+from ..other_kinds import names_error
+from ..paths import locate
+from ..small_files import largest_allowed
+from .client import Client, Counters, Tag
+from .requests import Requests, side_by_side, total
+from .source import RemoteSource
+from .window import CONNECTIONS, Sizes, choose_sizes
+
+_WEIGHTS = ".safetensors"
+USUAL_NAMES = (
+    *(
+        "config.json",
+        "generation_config.json",
+        "hf_quant_config.json",
+        "quantize_config.json",
+    ),
+    *("quant_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json", "processor_config.json", "preprocessor_config.json"),
+    *("video_preprocessor_config.json", "modules.json", "1_Pooling/config.json", "README.md", "LICENSE"),
+)
+"""What is asked for where a server does not say which files it has."""
+
+
+class RemoteFiles:
+    """Files that `client` reaches. The folder `root` is made here, and removed by `close` or with this object."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.shown = client.shown
+        self.root = Path(tempfile.mkdtemp(prefix="quantload-"))
+        self._remove = weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
+        self._known: dict[str, Tag | None] = {}
+        self._counters: list[Counters] = []
+        self._requests = self._counted(None)
+        self._local = FileIdentities(self.root)
+        self._names: list[str] | None = None
+        self._listed = False
+        self._gathered: set[str] = set()
+
+    @property
+    def counters(self) -> Counters:
+        """What was asked of the server so far, all in all."""
+        return total(self._counters)
+
+    def source(self, options: LoadOptions | None = None) -> RemoteSource:
+        """The files where they are."""
+        chosen = options or LoadOptions()
+
+        def sizes(total_bytes: int) -> Sizes:
+            return choose_sizes(chosen, total_bytes)
+
+        return RemoteSource(self._counted(chosen.retries), sizes)
+
+    def read_ahead(self, options: LoadOptions, total_bytes: int) -> ReadAhead:
+        """What the window takes, and the library below it."""
+        sizes = choose_sizes(options, total_bytes)
+        return ReadAhead(sizes.nbytes, sizes.connections * self._client.client_bytes)
+
+    def gather(self, patterns: Iterable[str]) -> None:
+        """Fetch the small files whose names match."""
+        wanted = [
+            name
+            for name in self._candidates()
+            if name not in self._gathered and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        ]
+        side_by_side(self._fetch, wanted, CONNECTIONS)
+        self._gathered.update(wanted)
+
+    def note(self, names: Iterable[str]) -> None:
+        """Remember files: those that were fetched as they are here, others as they are there."""
+        wanted = list(names)
+        self._local.note(name for name in wanted if not name.endswith(_WEIGHTS))
+        unseen = [name for name in wanted if name.endswith(_WEIGHTS) and name not in self._known]
+        side_by_side(self._requests.note, unseen, CONNECTIONS)
+
+    def version(self, name: str) -> tuple[str | int | None, ...]:
+        """What the server says of it."""
+        tag = self._known[name]
+        assert tag is not None
+        return tuple(tag)
+
+    def fingerprint(self, name: str) -> tuple[str | int | None, ...]:
+        """What the server says of it; raises `CheckpointError` where that does not tell two versions apart."""
+        self.note([name])
+        tag = self._known[name]
+        if tag is None or (tag.etag is None and tag.modified is None and tag.version is None):
+            raise CheckpointError(
+                f"{name}: {self.shown} says neither an ETag nor a date of it, by which an entry of the cache could be "
+                f"found again; load it without a cache, or with cache_verify full"
+            )
+        return tuple(tag)
+
+    def check_unchanged(self) -> None:
+        """Raise `ChangedFileError` unless all files are what they were when they were first looked at."""
+        self._local.check_unchanged()
+        side_by_side(self._requests.note, list(self._known), CONNECTIONS)
+
+    def no_model(self, *, has_config: bool) -> QuantloadError:
+        """The error for where there is no model, or a config without weights."""
+        where, lacking = self._client.shown, "model.safetensors or its index" if has_config else "config.json"
+        return names_error(where, [*(self._names or ())], has_config=has_config) or CheckpointError(
+            f"{where} has no {lacking}; give the address of the folder that has the config.json of a model"
+        )
+
+    def close(self) -> None:
+        """Remove the folder."""
+        self._remove()
+
+    def _counted(self, retries: int | None) -> Requests:
+        requests = Requests(self._client, retries, self._known)
+        self._counters.append(requests.counters)
+        return requests
+
+    def _candidates(self) -> list[str]:
+        if not self._listed:
+            (self._names,) = side_by_side(lambda client, _: client.names(), [self._client], 1)
+            self._listed = True
+        return list(USUAL_NAMES) if self._names is None else self._names
+
+    def _fetch(self, name: str, stopping: Callable[[], bool]) -> None:
+        path, most = locate(self.root, name), largest_allowed(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("wb") as file:
+                self._requests.copy(name, file, most, stopping)
+        except MissingShardError:
+            path.unlink()

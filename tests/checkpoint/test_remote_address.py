@@ -1,0 +1,48 @@
+"""Addresses, and that nothing which lets somebody in is ever shown."""
+
+from __future__ import annotations
+
+import pytest
+from quantload.checkpoint.remote.address import parse_address, scheme_of, without_credentials
+
+
+@pytest.mark.parametrize(
+    ("given", "url", "shown", "user", "password"),
+    [
+        ("s3://bucket/a/b/", "s3://bucket/a/b", "s3://bucket/a/b", None, None),
+        ("HTTPS://me:s%40crt@host:81/m?sig=x#f", "https://host:81/m?sig=x", "https://host:81/m", "me", "s@crt"),
+        ("https://token@host/m", "https://host/m", "https://host/m", "token", None),
+        ("abfss://container@account.dfs.core.windows.net/m",) * 3 + (None, None),
+    ],
+)
+def test_an_address_is_taken_apart(given: str, url: str, shown: str, user: str | None, password: str | None) -> None:
+    address = parse_address(given)
+    assert address[1:] == (url, shown, user, password)
+
+
+@pytest.mark.parametrize("given", ["org/model", "/folder", "C:\\folder", "model", "", "://x"])
+def test_what_is_no_url_has_no_scheme(given: str) -> None:
+    assert scheme_of(given) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET http://me:hunter2@host/a failed",
+        "see https://host/a?X-Amz-Signature=hunter2&X-Amz-Credential=hunter2, or not",
+        "uri: Some(\n  http://host/x?sig=hunter2,\n)",
+        "authorization: Bearer hunter2",
+        "Authorization: Basic hunter2",
+        "aws_secret_access_key=hunter2",
+        "x-amz-security-token: hunter2",
+        '"SharedAccessSignature": "sig=hunter2"',
+        "password = hunter2",
+    ],
+)
+def test_credentials_are_left_out_of_texts(text: str) -> None:
+    assert "hunter2" not in without_credentials(text)
+
+
+def test_the_rest_of_a_text_stays() -> None:
+    said = without_credentials("HTTP 503 from https://host/model/a.safetensors: try later")
+    assert said == "HTTP 503 from https://host/model/a.safetensors: try later"

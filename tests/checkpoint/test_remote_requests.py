@@ -1,0 +1,125 @@
+"""One range of a remote file: what is asked for again, and what is an error at once."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from typing import get_args
+
+import pytest
+from memory_client import MemoryClient
+from quantload.checkpoint.crew import Stopped
+from quantload.checkpoint.remote import requests as requests_module
+from quantload.checkpoint.remote.client import PassingError, PassingKind, RefusedError
+from quantload.checkpoint.remote.requests import Requests, nothing_stops, side_by_side
+from quantload.errors import ChangedFileError, CheckpointError, MissingShardError, TruncatedShardError
+
+CONTENT = random.Random(1).randbytes(100_000)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests_module, "FIRST_PAUSE", 0.0)
+
+
+def fill(requests: Requests, start: int = 0, length: int = len(CONTENT)) -> bytes:
+    into = bytearray(length)
+    requests.fill("a", start, memoryview(into), nothing_stops)
+    return bytes(into)
+
+
+def test_a_range_comes_as_it_is() -> None:
+    assert fill(Requests(MemoryClient({"a": CONTENT})), 7, 5000) == CONTENT[7:5007]
+
+
+def test_what_broke_off_goes_on_where_it_was() -> None:
+    client = MemoryClient({"a": CONTENT})
+    chance = random.Random(3)
+    requests = Requests(client, retries=0)
+    client.trouble = lambda name, start, stop: (
+        (chance.randrange(1, stop - start), PassingError("connection", "reset")) if stop - start > 1000 else None
+    )
+    assert fill(requests) == CONTENT
+    assert requests.counters.requests["connection"] == requests.counters.retries > 1
+    assert requests.counters.nbytes < len(CONTENT) + 1000, "nothing came twice"
+
+
+@pytest.mark.parametrize("kind", get_args(PassingKind))
+def test_what_may_pass_is_tried_so_many_times_in_a_row(kind: PassingKind) -> None:
+    client = MemoryClient({"a": CONTENT})
+    requests = Requests(client, retries=3)
+    requests.size("a", nothing_stops)
+    client.trouble = lambda name, start, stop: (0, PassingError(kind, "said so"))
+    with pytest.raises(CheckpointError, match=r"a: cannot be read from test://files at byte 0 after 4 tries.*said so"):
+        fill(requests)
+    assert requests.counters.requests[kind] == 4
+    assert requests.counters.retries == 3
+
+
+def test_errors_that_will_not_pass_are_not_tried_again() -> None:
+    client = MemoryClient({"a": CONTENT})
+    client.trouble = lambda name, start, stop: (0, RefusedError("HTTP 403", credentials=True))
+    with pytest.raises(CheckpointError, match="HTTP 403; log in"):
+        fill(Requests(client))
+    assert len(client.asked) == 1
+
+
+def test_a_file_that_is_missing_says_so() -> None:
+    with pytest.raises(MissingShardError, match="a: no such file at test://files"):
+        fill(Requests(MemoryClient({})))
+
+
+def test_a_file_that_is_too_short_says_so() -> None:
+    with pytest.raises(TruncatedShardError, match="100,000 bytes at test://files, while bytes up to 100,010"):
+        fill(Requests(MemoryClient({"a": CONTENT})), 10)
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [(CONTENT[::-1], "another version"), (b"short", "another version"), (None, "no longer there")],
+)
+def test_a_file_that_changes_is_an_error(then: bytes | None, said: str) -> None:
+    client = MemoryClient({"a": CONTENT})
+    requests = Requests(client)
+    fill(requests, 0, 10)
+    client.files = {} if then is None else {"a": then}
+    with pytest.raises(ChangedFileError, match=said):
+        fill(requests, 10, 10)
+    with pytest.raises(ChangedFileError, match=said):
+        requests.note("a", nothing_stops)
+
+
+def test_a_missing_file_that_appears_is_an_error() -> None:
+    client = MemoryClient({})
+    requests = Requests(client)
+    requests.note("a", nothing_stops)
+    client.files["a"] = CONTENT
+    with pytest.raises(ChangedFileError, match="it was not there before"):
+        requests.note("a", nothing_stops)
+
+
+def test_a_pause_ends_when_all_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests_module, "FIRST_PAUSE", 60.0)
+    client = MemoryClient({"a": CONTENT})
+    client.trouble = lambda name, start, stop: (0, PassingError("throttled", "HTTP 503"))
+    stop = threading.Event()
+    threading.Timer(0.05, stop.set).start()
+    before = time.monotonic()
+    with pytest.raises(Stopped):
+        Requests(client).fill("a", 0, memoryview(bytearray(5)), stop.is_set)
+    assert time.monotonic() - before < 10
+
+
+def test_side_by_side_keeps_the_order_and_the_first_error() -> None:
+    assert side_by_side(lambda item, _: item * 2, range(50), 4) == [item * 2 for item in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(lambda item, _: 1 // item, [1, 0, 1], 2)
+
+
+def test_nobody_waits_for_a_server_that_says_nothing() -> None:
+    said_nothing, stop = threading.Event(), threading.Event()
+    threading.Timer(0.05, stop.set).start()
+    with pytest.raises(Stopped):
+        side_by_side(lambda item, _: said_nothing.wait(30), [1], 1, stop.is_set)
+    said_nothing.set()

@@ -25,6 +25,7 @@ from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint, t
 from .model.skeleton import Assignment, assign_schemes
 from .model.stored_sources import StoredSources, turn_conv1d
 from .model.unapplied import Unapplied, find_unapplied, tell_unapplied
+from .model.untying import NOTHING_UNTIED, Untied, untie
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy, check_kinds
 from .plan import LoadPlan, plan_load, plan_without_pieces
@@ -57,6 +58,8 @@ class Draft:
     loaders: WeightLoaders
     routes: Routes
     plan: LoadPlan
+    untied: Untied = NOTHING_UNTIED
+    """A head and an embedding that an override took apart."""
     unapplied: Sequence[Unapplied] = ()
     """What was asked for and changes nothing."""
 
@@ -104,6 +107,10 @@ def draft_load(
         model, dtype = recipe.build(stored.plain.values())
         stored = turn_conv1d(model, stored)
         mapped = map_checkpoint(model, stored.entries)
+        untied = untie(model, rules, stored, mapped)
+        if untied.ties:
+            index, stored = untied.index(index), untied.stored(stored)
+            mapped = map_checkpoint(model, stored.entries)
         mapped.leftovers = replace(mapped.leftovers, overlaid=index.overlaid)
         mapped.leftovers.check(options.strict)
         sources = StoredSources(stored, mapped)
@@ -119,7 +126,9 @@ def draft_load(
         left = ahead.left(options)
         planned = plan(model, index, mapped, sources, routes, loaders, assignments, left, schemes)
         planned = planned.beside(ahead.buffer_bytes, ahead.library_bytes)
-    return Draft(index, model, schemes, rules, mapped, sources, assignments, loaders, routes, planned, unapplied)
+    return Draft(
+        index, model, schemes, rules, mapped, sources, assignments, loaders, routes, planned, untied, unapplied
+    )
 
 
 def plan_quantized(

@@ -153,4 +153,5 @@ def _stream(
         draft.loaders.check_complete(loaded_parameters(draft.mapped, draft.loaders))
     untied = building.finish(draft.model, draft.mapped, device)
     recorder.on_untied(untied, options.strict)
+    draft.untied.say_so(draft.model)
     return totals

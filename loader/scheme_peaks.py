@@ -59,7 +59,7 @@ def _bytes_more(draft: Draft, assignment: Assignment, other: Policy) -> int:
 
 
 def _choice(draft: Draft, assignment: Assignment, weights: list[str], other: Policy) -> Choice:
-    if assignment.kind == "linear":
+    if assignment.kind in ("linear", "embedding"):
         return other.linear(assignment.name, assignment.role, draft.sources.linear(weights[0]))
     return other.experts(assignment.name, None, draft.sources.module(weights))
 
@@ -68,7 +68,7 @@ def _weights(assignment: Assignment) -> list[str]:
     """The parameters of a module that are quantized, or could be."""
     if assignment.scheme is not None:
         keys = list(assignment.scheme.layouts(assignment.module))
-    elif assignment.kind == "linear":
+    elif assignment.kind in ("linear", "embedding"):
         keys = ["weight"]
     else:
         keys = [key for key, parameter in assignment.module.named_parameters(recurse=False) if parameter.dim() == 3]
@@ -86,7 +86,9 @@ def _layouts(assignment: Assignment, scheme: LinearScheme | MoEScheme) -> dict[s
         }
     shell: Any = nn.Module()
     if isinstance(scheme, LinearScheme):
-        rows, columns = module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape)
+        rows, columns = (
+            module.weight.shape if isinstance(module, nn.Linear | nn.Embedding) else reversed(module.weight.shape)
+        )
         scheme.create_weights(shell, shards=(("", int(rows)),), in_features=int(columns))
     else:
         shell = copy.copy(module)  # the module itself stays as it is

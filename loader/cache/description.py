@@ -8,12 +8,13 @@ from typing import Any
 from ..checkpoint.resolve import Checkpoint
 from ..model.meaning import meaning
 from ..model.skeleton import Assignment
+from ..model.untying import Untied
 from ..schemes.stored.quantload import METHOD
 
 
-def entry_config(checkpoint: Checkpoint, assignments: Iterable[Assignment]) -> dict[str, Any]:
+def entry_config(checkpoint: Checkpoint, assignments: Iterable[Assignment], untied: Untied) -> dict[str, Any]:
     """`config.json` of the checkpoint with a `quantization_config` that `schemes.stored.quantload` reads."""
-    config = checkpoint.config()
+    config = untied.config(checkpoint.config())
     config.pop("transformers_weights", None)  # the shards have the usual names
     modules = ((each.name, each.module) for each in assignments if each.scheme is not None)
     return config | {"quantization_config": {"quant_method": METHOD, **meaning(modules)}}

@@ -40,7 +40,7 @@ class EntryRecording:
         self._statistics: dict[str, list[float]] | None = {} if with_statistics else None
         specs = final_tensors(draft.loaders, self._parameters)
         self._plans = plan_shards(([spec] for spec in specs), MAX_SHARD_BYTES)
-        self._small = {CONFIG: json.dumps(entry_config(checkpoint, draft.assignments), indent=2).encode()}
+        self._small = {CONFIG: json.dumps(entry_config(checkpoint, draft.assignments, draft.untied), indent=2).encode()}
         if len(self._plans) > 1:
             self._small[INDEX_NAME] = json.dumps(weight_index(self._plans)).encode()
         with contextlib.ExitStack() as stack:

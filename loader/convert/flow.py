@@ -185,6 +185,8 @@ def convert_checkpoint(
 def _read_by(tensors: Sequence[PlannedTensor], export: ExportFormat) -> list[str]:
     """The tools that read what is written."""
     quantized = [tensor for tensor in tensors if isinstance(tensor, QuantizedTensor)]
+    if any(tensor.assignment.kind == "embedding" for tensor in quantized):
+        return ["quantload"]  # no other tool was seen to read a table of codes
     formats = {
         kind: {tensor.layout.format.name for tensor in quantized if tensor.assignment.kind == kind}
         for kind in ("linear", "experts")
@@ -234,7 +236,7 @@ def _config(
     checkpoint: Checkpoint, draft: Draft, tensors: Sequence[PlannedTensor], export: ExportFormat
 ) -> dict[str, Any]:
     """The model's own config.json with a `quantization_config`."""
-    config = checkpoint.config()
+    config = draft.untied.config(checkpoint.config())
     config.pop("transformers_weights", None)  # the shards have the usual names
     config.pop("quantization_config", None)
     named = name_modules(draft.model, tensors, draft.routes)

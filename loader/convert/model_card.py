@@ -28,7 +28,7 @@ MAX_DOCUMENT_BYTES = 4 << 20
 _OWN = ("base_model", "base_model_relation", "quantization", "tags")
 _VOID = "model-index"  # measurements of the original, which hold no more
 _KEY = re.compile(r"([A-Za-z_][\w.-]*|\"[^\"\n]+\"):(?=\s|$)")
-_KINDS = {"linear": "linear layers", "experts": "experts modules"}
+_KINDS = {"linear": "linear layers", "experts": "experts modules", "embedding": "embeddings"}
 
 
 @dataclass(frozen=True)

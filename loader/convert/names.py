@@ -31,7 +31,8 @@ class NamedModules:
     """The modules of a checkpoint by all names they have, in the order of the files and of the model.
 
     Experts that are alike are one name with a `*` for their number; those that the files have in one tensor are that of
-    their module, and the same with `.*`. `heads` are those of `formats` that turn hidden states into logits.
+    their module, and the same with `.*`. `heads` are those of `formats` that turn hidden states into logits, and
+    embeddings.
     """
 
     formats: dict[str, WeightFormat] = field(default_factory=dict)
@@ -54,7 +55,7 @@ def name_modules(model: nn.Module, planned: Sequence[QuantizedTensor | KeptTenso
         for name in _names(tensor.module, _modules(routes, tensor.entry.name)):
             if found.setdefault(name, fmt) is not fmt:
                 raise _ambiguous(name, found[name], fmt)
-            if id(tensor.assignment.module) in of_the_model:
+            if id(tensor.assignment.module) in of_the_model or tensor.assignment.kind == "embedding":
                 heads[name] = None
     named = NamedModules(heads=[*heads])
     for name, fmt_or_none in _experts_together(found).items():

@@ -10,7 +10,7 @@ from ..model.skeleton import Assignment
 from ..schemes.exported.weights import ExportFormat
 
 _SHOWN = 4
-_KINDS = {"linear": "linear layers", "experts": "experts modules"}
+_KINDS = {"linear": "linear layers", "experts": "experts modules", "embedding": "embeddings"}
 _IGNORE = "keep them with ignore patterns (--ignore), or choose another scheme for them (--override)"
 _ANEW = (
     "convert writes what it quantizes itself, so name a scheme that quantizes anew all that is stored quantized, in "

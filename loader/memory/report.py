@@ -17,7 +17,7 @@ from .html import small_table
 if TYPE_CHECKING:
     import torch
 
-ModuleKind = Literal["linear", "experts"]
+ModuleKind = Literal["linear", "experts", "embedding"]
 LoadState = Literal["complete", "incomplete"]
 """`incomplete`: a reload has failed part-way, and the forward of the model raises until another has repaired it."""
 CacheResult = Literal["hit", "written", "rebuilt", "unwritten"]

@@ -26,7 +26,7 @@ from ..schemes.base import LinearScheme
 from ..schemes.opaque import plain
 from ..schemes.stored.weights import Role, scale_role
 from .merged_modules import merged_modules
-from .quantized import QuantizedLinear
+from .quantized import CodedModule
 from .skeleton import Assignment
 from .stored_sources import ModuleWeights
 
@@ -175,7 +175,7 @@ def _attach_quantized(
     if assignment.stored is not None:
         _attach_stored(loaders, assignment, assignment.stored, storage, input_scales, on_finished)
         return
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, CodedModule):
         _attach_linear(loaders, assignment, module, storage, on_finished)
         return
     finished = functools.partial(on_finished, assignment.name)
@@ -190,7 +190,7 @@ def _attach_quantized(
 def _attach_linear(
     loaders: WeightLoaders,
     assignment: Assignment,
-    module: QuantizedLinear,
+    module: CodedModule,
     storage: FinalStorage,
     on_finished: OnFinished,
 ) -> None:
@@ -222,7 +222,7 @@ def _attach_stored(
 ) -> None:
     module: Any = assignment.module
     scheme, layer, name = module.scheme, weakref.ref(module), assignment.name
-    transposed = module.transposed if isinstance(module, QuantizedLinear) else module.is_transposed
+    transposed = module.transposed if isinstance(module, CodedModule) else module.is_transposed
 
     def finish() -> None:
         on_finished(name, None, lambda: scheme.process_weights_after_loading(alive(layer)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..geometry.layout import WeightLayout
 from ..schemes.stored.quantload import FORMAT_VERSION
-from .quantized import QuantizedLinear
+from .quantized import CodedModule
 
 
 def meaning(modules: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def meaning(modules: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         for key, layout in module.scheme.layouts(module).items():
             name = f"{module_name}.{key}"
             formats[name], shapes[name] = layout.format.name, [layout.experts, layout.rows, layout.columns]
-            if module.transposed if isinstance(module, QuantizedLinear) else module.is_transposed:
+            if module.transposed if isinstance(module, CodedModule) else module.is_transposed:
                 transposed.append(name)
     return {"format_version": FORMAT_VERSION, "formats": formats, "shapes": shapes, "transposed": transposed}
 

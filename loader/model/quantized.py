@@ -101,29 +101,21 @@ def refuse_to_save(model: nn.Module, *_: Any, **__: Any) -> None:
     )
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer (or GPT-2 `Conv1D`) whose weight is codes and scales.
+class CodedModule(nn.Module):
+    """A module whose one weight [rows, columns] is codes and scales.
 
     `weight` holds the codes and `weight_scale` the scales, canonical [N, K], which nothing but the scheme may use as
-    numbers (`OpaqueParameter`); `bias` [N] is as stored. `transposed` says that the module it stands for keeps its
-    weight as [K, N], which `dequantize` gives back.
+    numbers (`OpaqueParameter`). `transposed` says that the module it stands for keeps its weight as [K, N], which
+    `dequantize` gives back.
     """
 
-    def __init__(
-        self, scheme: LinearScheme, in_features: int, out_features: int, bias: nn.Parameter | None, transposed: bool
-    ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.transposed = transposed
-        self.scheme = scheme
-        scheme.create_weights(self, shards=(("", out_features),), in_features=in_features)
-        make_opaque(self)
-        self.register_parameter("bias", bias)
+    transposed = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., K] to [..., N], in the dtype of `x`."""
-        return self.scheme.apply(self, x, self._parameters["bias"])
+    def __init__(self, scheme: LinearScheme, columns: int, rows: int) -> None:
+        super().__init__()
+        self.scheme = scheme
+        scheme.create_weights(self, shards=(("", rows),), in_features=columns)
+        make_opaque(self)
 
     def reset_parameters(self) -> None:
         """Keep everything: some classes ask this of a part in `_init_weights`, where only what is missing is made."""
@@ -142,6 +134,23 @@ class QuantizedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         load_codes(self, state_dict, prefix, *args)
+
+
+class QuantizedLinear(CodedModule):
+    """A linear layer (or GPT-2 `Conv1D`) whose weight is codes and scales; `bias` [N] is as stored."""
+
+    def __init__(
+        self, scheme: LinearScheme, in_features: int, out_features: int, bias: nn.Parameter | None, transposed: bool
+    ) -> None:
+        super().__init__(scheme, in_features, out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.transposed = transposed
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., K] to [..., N], in the dtype of `x`."""
+        return self.scheme.apply(self, x, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={self.scheme.name}"

@@ -17,8 +17,10 @@ from ..checkpoint.resolve import CONFIG_NAME, Checkpoint
 from ..checkpoint.small_files import MODEL_FILES, check_small_files
 from ..errors import CheckpointError
 from ..schemes.base import LinearScheme, MoEScheme
-from ..schemes.policy import Choice, Policy
+from ..schemes.policy import EMBEDDING, Choice, Policy
+from ..schemes.rows import why_not_by_rows
 from . import config_checks, modeling_code, transformers_api
+from .embeddings import QuantizedEmbedding, embedding_objection
 from .experts import convert_experts, is_fused_experts, unsupported_reason
 from .linears import Products
 from .quantized import QuantizedLinear, say_what_codes_stand_for
@@ -29,14 +31,15 @@ from .weight_reads import weight_readers
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes a model can be built in."""
+TIED = "its weight is tied to another parameter"
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What was decided for one linear or experts module."""
+    """What was decided for one linear or experts module, or an embedding that is to be quantized."""
 
     name: str
-    kind: Literal["linear", "experts"]
+    kind: Literal["linear", "experts", "embedding"]
     module: nn.Module
     scheme: LinearScheme | MoEScheme | None
     reason: str
@@ -127,8 +130,13 @@ def assign_schemes(
     """
     assigner = _Assigner(model, policy, dtype, sources)
     assignments = [
-        assigner.experts(name, module) if is_fused_experts(module) else assigner.linear(name, module, parent)
+        assigner.experts(name, module)
+        if is_fused_experts(module)
+        else assigner.embedding(name, module, parent)
+        if isinstance(module, nn.Embedding)
+        else assigner.linear(name, module, parent)
         for name, module, parent in list(_candidates(model))
+        if not isinstance(module, nn.Embedding) or assigner.is_asked_for(name)
     ]
     policy.check_patterns(strict)
     return assignments
@@ -138,7 +146,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     parents: dict[str, nn.Module] = {"": model}
     for name, module in model.named_modules():
         parents[name] = module
-        if isinstance(module, (nn.Linear, Conv1D)) or is_fused_experts(module):
+        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) or is_fused_experts(module):
             yield name, module, parents[name.rpartition(".")[0]]
 
 
@@ -184,6 +192,28 @@ class _Assigner:
             transformers_api.tell_quantized(parent)
         return Assignment(name, "linear", quantized, choice.scheme, "", self._kept(stored, choice), role=role)
 
+    def is_asked_for(self, name: str) -> bool:
+        """Whether an embedding is to be quantized, or is stored so: all others are none of what schemes are for."""
+        return self._policy.scheme_by_name(name) is not None or self._sources.linear(f"{name}.weight") is not None
+
+    def embedding(self, name: str, module: nn.Embedding, parent: nn.Module) -> Assignment:
+        impossible = self._no_kernel or embedding_objection(module)
+        if f"{name}.weight" in self._tied:
+            impossible = TIED
+        stored = None if impossible is not None else self._sources.linear(f"{name}.weight")
+        choice = self._policy.linear(name, EMBEDDING, stored)
+        scheme = choice.scheme
+        if impossible is None and scheme is not None:
+            impossible = why_not_by_rows(scheme.kernels.format)
+        if impossible is not None or scheme is None:
+            reason = impossible or choice.reason
+            return Assignment(name, "embedding", module, None, reason, is_possible=impossible is None, role=EMBEDDING)
+        assert isinstance(scheme, LinearScheme)
+        quantized = QuantizedEmbedding(scheme, module.num_embeddings, module.embedding_dim, module.padding_idx)
+        say_what_codes_stand_for(quantized, name, self._dtype_of(f"{name}.weight", module.weight.dtype))
+        setattr(parent, name.rpartition(".")[2], quantized.train(module.training))
+        return Assignment(name, "embedding", quantized, scheme, "", self._kept(stored, choice), role=EMBEDDING)
+
     def _kept(self, stored: ModuleWeights | None, choice: Choice) -> ModuleWeights | None:
         """What is copied into a module as it is stored, in the format its kernels take."""
         if stored is None or not choice.keeps:
@@ -200,7 +230,7 @@ class _Assigner:
 
     def _impossible(self, name: str, module: nn.Module, parent: nn.Module, child: str) -> str | None:
         if f"{name}.weight" in self._tied:
-            return "its weight is tied to another parameter"
+            return TIED
         if not module.weight.numel():  # type: ignore[operator]
             return "it has no elements"
         objection = self._no_kernel or self._products.objection(module)

@@ -18,7 +18,7 @@ from .skeleton import Assignment
 logger = logging.getLogger("quantload")
 
 _SHOWN = 3
-_KINDS = {"linear": "linear layers", "experts": "experts modules"}
+_KINDS = {"linear": "linear layers", "experts": "experts modules", "embedding": "embeddings"}
 _LOADING = "quantize", "observe", "finish_scales"
 
 

@@ -146,7 +146,8 @@ def _from_checkpoint(
 def _warn_of_config(model: Any, checkpoint: Checkpoint) -> None:
     """Say what the config of the checkpoint says otherwise than that of the model, which the model keeps."""
     held = model.config.to_dict()
-    said = {name: value for name, value in checkpoint.config().items() if name not in _ABOUT_FILES and name in held}
+    about = _ABOUT_FILES | ({"tie_word_embeddings"} if hasattr(model, "untied_parameters") else set())
+    said = {name: value for name, value in checkpoint.config().items() if name not in about and name in held}
     other = [
         f"{name} {value!r}, in the model {held[name]!r}"
         for name, value in said.items()

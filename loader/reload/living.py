@@ -64,7 +64,11 @@ class LivingModel:
 
     def build(self, tensors: Iterable[TensorEntry]) -> tuple[PreTrainedModel, torch.dtype]:
         """See `Recipe.build`."""
-        return transformers_api.rebuilt(self._model, self._config), self.dtype
+        skeleton = transformers_api.rebuilt(self._model, self._config)
+        untied: Mapping[str, str] = getattr(self._model, "untied_parameters", {})
+        if untied:  # as the class ties them: the policy takes them apart again
+            skeleton.all_tied_weights_keys = dict(untied)
+        return skeleton, self.dtype
 
     def finish(self, model: Any, mapped: CheckpointMap, device: torch.device) -> Mapping[str, str]:
         """Nothing: what is initialized was so at the first load."""

@@ -193,6 +193,10 @@ class LinearScheme(_Scheme):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [..., K] times the layer's weight, plus bias; [..., N] in the dtype of `x`."""
 
+    @abstractmethod
+    def rows(self, layer: nn.Module, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` [T] of the weight of a table that is looked up in, as `dtype` [T, K]."""
+
 
 class MoEScheme(_Scheme):
     """A scheme for fused experts."""

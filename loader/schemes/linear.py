@@ -28,8 +28,8 @@ class QuantizedLinearScheme(LinearScheme):
         self.add_input_scale(layer, "weight")
 
     def arrangement(self, layer: nn.Module) -> Arrangement | None:
-        """What the kernel of `linear` wants."""
-        return self.kernels.arrangements.get("linear")
+        """What the kernel of `linear` wants; a table that is looked up in has none."""
+        return None if getattr(layer, "is_looked_up", False) else self.kernels.arrangements.get("linear")
 
     def multiples(self, layer: nn.Module) -> tuple[int, int]:
         """Those that the kernel of `linear` wants."""
@@ -70,6 +70,12 @@ class QuantizedLinearScheme(LinearScheme):
 
     def _product(self, x: Tensor, tensors: Tensors, bias: Tensor | None, rows: int, columns: int) -> Tensor:
         return operators.call("linear", self.kernels.linear, self.quantizer.chosen, x, tensors, bias, rows, columns)
+
+    def rows(self, layer: nn.Module, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` [T] of the weight of a table that is looked up in, as `dtype` [T, K]."""
+        layout = cast("WeightLayout", layer.weight_layout)
+        tensors = self.weight(layer, layout, "weight")
+        return operators.look_up(self.kernels, self.quantizer.chosen, ids, tensors, layout.columns, dtype)
 
     def dequantize(self, layer: nn.Module, name: str) -> Tensor:
         """float32 [N, K]."""

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.formats import Tensors
 from ..kernels.registry import KernelSet, kernel_set
 from .activations import Activation, ActivationFormat
+from .rows import decode_rows
 
 Chosen = str
 """What kernels, or the rounding of activations, are chosen by."""
@@ -47,6 +49,16 @@ def call(name: str, function: Callable[..., Tensor], chosen: Chosen, x: Tensor, 
     x = as_autocast_wants(x)
     with torch.autocast(x.device.type, enabled=False):
         return _call(name, function, chosen, x, *rest)
+
+
+def look_up(
+    kernels: KernelSet, chosen: Chosen, ids: Tensor, tensors: Tensors, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """`decode_rows` with these kernels, and where torch.compile traces it, the operator that does it."""
+    if not torch.compiler.is_compiling():
+        return decode_rows(kernels, ids, tensors, columns, dtype)
+    traced: Tensor = _OPERATORS["rows"](ids, tensors, columns, dtype, chosen)
+    return traced
 
 
 def as_autocast_wants(x: Tensor) -> Tensor:
@@ -98,6 +110,10 @@ def _rounded(x: Tensor, scale: Tensor | None, chosen: Chosen) -> Tensor:
         return _activation(chosen)(x, scale).contiguous() if x.numel() else torch.empty_like(x)
 
 
+def _rows(ids: Tensor, tensors: Sequence[Tensor], columns: int, dtype: torch.dtype, chosen: Chosen) -> Tensor:
+    return decode_rows(_kernels(chosen), ids, tuple(tensors), columns, dtype)
+
+
 def _product(x: Tensor, *rest: Any) -> Tensor:
     """[T, n]: before the last two arguments, k and the kernels, is n."""
     return x.new_empty(x.shape[0], rest[-3])
@@ -116,5 +132,9 @@ _OPERATORS = {
     "experts": _operator("experts", _experts, f"{_WEIGHT}, Tensor offsets, int n, int k, str chosen", _product),
     "rounded": _operator(
         "rounded", _rounded, "Tensor x, Tensor? scale, str chosen", lambda x, *_: x.new_empty(x.shape)
+    ),
+    "rows": _operator(
+        *("rows", _rows, "Tensor ids, Tensor[] tensors, int k, ScalarType dtype, str chosen"),
+        lambda ids, _, k, dtype, *__: ids.new_empty(ids.shape[0], k, dtype=dtype),
     ),
 }

@@ -116,6 +116,15 @@ class Policy:
         """
         return Policy(replace(self.policy, linear=name, experts=None), factory, self.is_quantized)
 
+    def scheme_by_name(self, name: str) -> LinearScheme | None:
+        """The scheme that the override which counts for a module gives it by its name: its pattern ends with that.
+
+        What is quantized only then is what nobody means who says `*`: embeddings, and heads that are tied to one.
+        """
+        child = name.rpartition(".")[2]
+        first = next((each for each in self.policy.overrides if matches(each[0], name)), None)
+        return self._factory.linear(first[1]) if first is not None and first[0].endswith(child) else None
+
     def check_patterns(self, strict: bool) -> None:
         """Warn about patterns that matched no module; in strict mode raise `UnmatchedPatternError`."""
         if not self._unused:

@@ -39,8 +39,8 @@ def said(
          "--experts int8 changes nothing: the model has no experts modules"),
         ("llama", "quark_mxfp4", {"ignore": ("*",)},
          "--quantization quark_mxfp4 changes nothing: the model has no experts modules; ignored by pattern '*'"),
-        ("llama_tied", "quark_mxfp4", {"overrides": {"lm_head": "mxfp8"}},
-         f"--override lm_head=mxfp8 changes nothing: {TIED} (lm_head)"),
+        ("llama_tied", "quark_mxfp4", {"overrides": {"lm_*": "mxfp8"}},
+         f"--override lm_*=mxfp8 changes nothing: {TIED} (lm_head)"),
         ("llama_tied", "quark_mxfp4", {"default_ignore": False},
          f"--no-default-ignore changes nothing: {TIED} (lm_head)"),
         ("llama", "quark_mxfp4", {"overrides": {"*.q_proj": "experts_int8"}},
@@ -121,13 +121,13 @@ def test_a_load_warns_and_is_an_error_in_strict_mode(checkpoint: Checkpoint, cap
     assert [each.message for each in caplog.records if "nothing" in each.message] == [
         "patterns that match no linear or experts module: 'nothing'; module names look like "
         "'model.layers.0.self_attn.q_proj', and a regular expression begins with 're:'",
-        f"--override lm_head=mxfp8 changes nothing: {TIED} (lm_head)",
+        f"--override lm_*=mxfp8 changes nothing: {TIED} (lm_head)",
     ]
     strict = LoadOptions(strict=True)
     with pytest.raises(UnmatchedPatternError):
         load_quantized(path, policy=policy, options=strict)
-    with pytest.raises(UnappliedOptionError, match=f"--override lm_head=mxfp8 changes nothing: {TIED}"):
-        load_quantized(path, policy=QuantizationPolicy(overrides=(("lm_head", "mxfp8"),)), options=strict)
+    with pytest.raises(UnappliedOptionError, match=rf"--override lm_\*=mxfp8 changes nothing: {TIED}"):
+        load_quantized(path, policy=QuantizationPolicy(overrides=(("lm_*", "mxfp8"),)), options=strict)
 
 
 def test_a_conversion_computes_nothing(
@@ -146,7 +146,7 @@ def test_a_conversion_computes_nothing(
 def test_plan_says_it_in_its_output_and_its_json(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["quantload", "plan", str(checkpoint("llama_tied")), "--override", "lm_head=mxfp8"]
+    arguments = ["quantload", "plan", str(checkpoint("llama_tied")), "--override", "lm_*=mxfp8"]
 
     def run(*more: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [*arguments, *more])
@@ -156,12 +156,12 @@ def test_plan_says_it_in_its_output_and_its_json(
             return int(end.code or 0), capsys.readouterr().out
         return 0, capsys.readouterr().out
 
-    message = f"--override lm_head=mxfp8 changes nothing: {TIED} (lm_head)"
+    message = f"--override lm_*=mxfp8 changes nothing: {TIED} (lm_head)"
     code, out = run()
     assert (code, f"warning: {message}" in out.splitlines()) == (0, True)
     (entry,) = json.loads(run("--json")[1])["unapplied"]
     assert entry == {
-        "message": message, "option": "--override lm_head=mxfp8", "reason": TIED, "modules": ["lm_head"],
+        "message": message, "option": "--override lm_*=mxfp8", "reason": TIED, "modules": ["lm_head"],
         "is_unmatched": False,
     }  # fmt: skip
     assert run("--strict")[0] == 2

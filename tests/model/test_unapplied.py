@@ -115,7 +115,7 @@ def test_as_it_is_stored_is_what_a_quantized_checkpoint_was_asked_for() -> None:
 
 
 def test_a_load_warns_and_is_an_error_in_strict_mode(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
-    path, policy = checkpoint("llama_tied"), QuantizationPolicy(overrides={"lm_head": "mxfp8"}, ignore=("nothing",))  # type: ignore[arg-type]
+    path, policy = checkpoint("llama_tied"), QuantizationPolicy(overrides={"lm_*": "mxfp8"}, ignore=("nothing",))  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING, "quantload"):
         load_quantized(path, policy=policy)
     assert [each.message for each in caplog.records if "nothing" in each.message] == [

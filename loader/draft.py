@@ -126,6 +126,7 @@ def draft_load(
         left = ahead.left(options)
         planned = plan(model, index, mapped, sources, routes, loaders, assignments, left, schemes)
         planned = planned.beside(ahead.buffer_bytes, ahead.library_bytes)
+        planned = replace(planned, fetches=checkpoint.files.foresee(planned.reads(index.shards), options))
     return Draft(
         index, model, schemes, rules, mapped, sources, assignments, loaders, routes, planned, untied, unapplied
     )

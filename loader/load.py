@@ -120,6 +120,7 @@ def load_into(
         cache.result,
         draft.non_finite(),
     )
+    checkpoint.files.tell(model.load_report.note_source)
     model.load_plan = draft.plan.memory
     remember(model, draft, options, trust_remote_code)
     if options.digest:

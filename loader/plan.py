@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
 
 from .checkpoint.arena import rounded_slot
+from .checkpoint.files import Fetches
 from .checkpoint.headers import TensorEntry
-from .checkpoint.index import CheckpointIndex
-from .checkpoint.pieces import Piece
+from .checkpoint.index import CheckpointIndex, Shard
+from .checkpoint.pieces import Piece, plan_batches
+from .checkpoint.source import Reads
 from .checkpoint.working_memory import slots_per_worker
 from .errors import PolicyError, UnsupportedCheckpointError
 from .memory.overhead import CONFIG_VALUES, PIECES, READ_AT_ONCE, TENSORS
@@ -53,6 +55,13 @@ class LoadPlan:
     whole_conversions: int
     leftovers: Leftovers
     final_sizes: Mapping[int, int] = field(default_factory=dict)
+    fetches: Fetches | None = None
+    """What will be asked of a server, if the checkpoint is read from one."""
+
+    def reads(self, shards: Sequence[Shard]) -> Iterator[Reads]:
+        """What is read, batch by batch."""
+        for batch in plan_batches(self.pieces, rounded_slot(self.chunk_bytes)):
+            yield shards[batch.shard].path, batch.reads
 
     def beside(self, buffer_bytes: int, library_bytes: int) -> LoadPlan:
         """The same plan where a source has buffers of its own, and uses a library that takes so many bytes."""

@@ -98,7 +98,7 @@ def test_the_fields_of_a_report() -> None:
         "fallback_conversions", "layers", "kept", "timeline", "cache", "unexpected", "unexpected_bytes",
         "ignored_tensors", "initialized", "overlaid", "untied", "non_finite", "digest",
         "digest_seconds", "output", "output_bytes", "read_by", "documents",
-        "rank", "world_size", "state",
+        "rank", "world_size", "state", "source_requests", "source_retries", "source_bytes", "source_connections",
     ]  # fmt: skip
 
 

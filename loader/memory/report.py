@@ -130,6 +130,14 @@ class NonFiniteReport:
 
 
 @dataclass(frozen=True)
+class RequestsReport:
+    """How many requests to a server ended so: `ok`, or what went wrong."""
+
+    result: str
+    count: int
+
+
+@dataclass(frozen=True)
 class TimelinePoint:
     """One moment of a load: seconds since its start, bytes read so far, memory above the baseline (bytes)."""
 
@@ -153,7 +161,9 @@ class LoadReport:
     wrote, `output_bytes` are those of all files in it, `read_by` are the tools that were seen to read such a
     checkpoint, and `documents` are the model card and the license files in it. Where a model is spread over several
     processes, each has a report of its part: that of `rank`, of `world_size`. `state` is that of the weights: a reload
-    that failed leaves them incomplete.
+    that failed leaves them incomplete. Of a checkpoint that was read from a server, `source_requests` are the requests
+    by result, `source_retries` those that were made again, `source_bytes` all bytes that came, `source_connections` how
+    many requests were in flight at most.
     """
 
     model: str
@@ -189,6 +199,15 @@ class LoadReport:
     rank: int | None = None
     world_size: int | None = None
     state: LoadState = "complete"
+    source_requests: list[RequestsReport] = field(default_factory=list)
+    source_retries: int | None = None
+    source_bytes: int | None = None
+    source_connections: int | None = None
+
+    def note_source(self, requests: Mapping[str, int], retries: int, nbytes: int, connections: int) -> None:
+        """Say what was asked of a server, and what came."""
+        self.source_requests = [RequestsReport(result, count) for result, count in sorted(requests.items())]
+        self.source_retries, self.source_bytes, self.source_connections = retries, nbytes, connections
 
     @property
     def bytes_per_second(self) -> float:
@@ -228,7 +247,13 @@ class LoadReport:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The report `to_dict` gave; an unknown or missing field raises `PolicyError`."""
         values = dict(_checked(cls, values))
-        items = {"layers": LayerReport, "kept": KeptReport, "timeline": TimelinePoint, "non_finite": NonFiniteReport}
+        items = {
+            "layers": LayerReport,
+            "kept": KeptReport,
+            "timeline": TimelinePoint,
+            "non_finite": NonFiniteReport,
+            "source_requests": RequestsReport,
+        }
         for name, item in items.items():
             values[name] = [item(**_checked(item, entry)) for entry in values.get(name, [])]
         return cls(**values)

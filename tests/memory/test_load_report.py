@@ -52,6 +52,10 @@ REPORT_FIELDS = [
     "rank",
     "world_size",
     "state",
+    "source_requests",
+    "source_retries",
+    "source_bytes",
+    "source_connections",
 ]
 LAYER_FIELDS = [
     "name",

@@ -147,5 +147,9 @@ class OutputError(QuantloadError):
     """A checkpoint cannot be written where it is to be."""
 
 
+class RankError(QuantloadError):
+    """Another rank, a process that the model is divided among, failed or ended; the message says which, and why."""
+
+
 class LoadCancelledError(QuantloadError):
     """The load was cancelled before it finished."""

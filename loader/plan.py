@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -43,7 +43,8 @@ class LoadPlan:
 
     `chunk_bytes` is the size of a staging buffer: the largest piece, at most the option's unless a scale block is
     larger. `bytes_in` are the checkpoint bytes of each linear and experts module, `leftovers` what is not loaded,
-    `final_sizes` says how many final tensors of each size in bytes the pieces fill.
+    `final_sizes` says how many final tensors of each size in bytes the pieces fill, `observed` which matrices are read
+    twice, in the order in which their first passes end.
     """
 
     pieces: list[Piece]
@@ -55,6 +56,7 @@ class LoadPlan:
     whole_conversions: int
     leftovers: Leftovers
     final_sizes: Mapping[int, int] = field(default_factory=dict)
+    observed: Sequence[Hashable] = ()
     fetches: Fetches | None = None
     """What will be asked of a server, if the checkpoint is read from one."""
 
@@ -103,7 +105,10 @@ def plan_load(
     memory = _memory(model, index, mapped, sources, loaders, assignments, staging, held, len(pieces))
     total = sum(piece.nbytes for piece in pieces)
     sizes = Counter(size for name in loaded_parameters(mapped, loaders) for size in loaders.sinks[name].sizes)
-    return LoadPlan(pieces, chunk, workers, memory, total, bytes_in, len(routes.whole), mapped.leftovers, sizes)
+    observed = [*plain.observed, *stored.observed]
+    return LoadPlan(
+        *(pieces, chunk, workers, memory, total, bytes_in, len(routes.whole), mapped.leftovers, sizes, observed)
+    )
 
 
 def plan_without_pieces(

@@ -151,7 +151,8 @@ class LoadReport:
     """Everything a load says about itself; sizes in bytes, `seconds` in seconds.
 
     `peak_bytes` is the highest memory above `baseline_bytes`, the value before the load. `layers` are the quantized
-    modules, `kept` those that were not, `timeline` at most 200 points. `cache` is what became of the load with one.
+    modules, `kept` those that were not, `timeline` at most 200 points. `bytes_between` were read besides `bytes_read`:
+    they lie between short rows of which only some columns were wanted. `cache` is what became of the load with one.
     `unexpected` are checkpoint tensors that the model class does not know, with their bytes, `ignored_tensors` those
     that it passes over by itself: none of them was read. `initialized` are parameters that it lets be missing,
     `overlaid` tensors that lie in several shards, of which the one that the index names was read, `untied` parameters
@@ -160,10 +161,11 @@ class LoadReport:
     took `digest_seconds` after the load; None where it was not asked for. Of a conversion, `output` is the folder it
     wrote, `output_bytes` are those of all files in it, `read_by` are the tools that were seen to read such a
     checkpoint, and `documents` are the model card and the license files in it. Where a model is spread over several
-    processes, each has a report of its part: that of `rank`, of `world_size`. `state` is that of the weights: a reload
-    that failed leaves them incomplete. Of a checkpoint that was read from a server, `source_requests` are the requests
-    by result, `source_retries` those that were made again, `source_bytes` all bytes that came, `source_connections` how
-    many requests were in flight at most.
+    processes, each has a report of its part: that of `rank`, of `world_size`; `rank_bytes_read` are the bytes that each
+    of them read, and `replicated_bytes` those of the checkpoint that all of them need. `state` is that of the weights:
+    a reload that failed leaves them incomplete. Of a checkpoint that was read from a server, `source_requests` are the
+    requests by result, `source_retries` those that were made again, `source_bytes` all bytes that came,
+    `source_connections` how many requests were in flight at most.
     """
 
     model: str
@@ -199,6 +201,9 @@ class LoadReport:
     rank: int | None = None
     world_size: int | None = None
     state: LoadState = "complete"
+    rank_bytes_read: list[int] = field(default_factory=list)
+    replicated_bytes: int = 0
+    bytes_between: int = 0
     source_requests: list[RequestsReport] = field(default_factory=list)
     source_retries: int | None = None
     source_bytes: int | None = None

@@ -24,6 +24,7 @@ QuantloadError
 ├── UnsupportedCheckpointError      pickle files, an unknown quant_method
 ├── IncompleteModelError            a reload has failed part-way, and the model is used before another has repaired it
 ├── OutputError                     what is to be written: the folder exists, the disk is full
+├── RankError                   another process that the model is divided among failed, or ended
 └── LoadCancelledError              the load was cancelled before it finished
 
 Every message says what was given, what was expected and what to do about it.

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import torch
 
+from . import nl4_levels
 from .mx_elements import E2M1, E2M3, E3M2, E4M3, ELEMENTS, MxElement
 from .scale_rules import LARGEST_BF16, largest_extreme
 
@@ -136,6 +137,11 @@ class WeightFormat:
         """Rows that share a scale at most: a matrix of a multiple of them needs none of another; 0: all of them."""
         heights = [scale.block_rows for scale in self.scales]
         return math.lcm(*heights) if all(heights) else 0
+
+    def joins_rows(self, cols: int) -> bool:
+        """Whether rows of so many columns have the same codes and scales laid end to end and one below the other."""
+        within = self.block_cols > 0 and all(scale.block_cols for scale in self.scales)
+        return within and self.rows_in_common == 1 and cols % self.block_cols == 0
 
     @cached_property
     def suffixes(self) -> tuple[str, ...]:
@@ -272,6 +278,26 @@ class TensorScaled(WeightFormat):
         return self.scales[1]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowScaled(WeightFormat):
+    """A format whose scales stand under one float32 scale of each row: weight = level * (scale * scale_2).
+
+    Only scale_2 is made of maxima; the others are made with the codes, of any part that is whole blocks, once that is
+    known.
+    """
+
+    @cached_property
+    def scales(self) -> tuple[FormatTensor, ...]:
+        """The scales of the blocks, and those of the rows."""
+        of_blocks = FormatTensor("_scale", self.scale_dtype, self.block_rows, self.block_cols)
+        return of_blocks, FormatTensor("_scale_2", torch.float32, 1, 0)
+
+    @cached_property
+    def maxima(self) -> FormatTensor:
+        """One of each row."""
+        return self.scales[1]
+
+
 MULTIPLIER_BYTES = 4
 _SCALE_ELEMENTS: Mapping[torch.dtype, str] = MappingProxyType({torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"})
 
@@ -301,6 +327,8 @@ TENSOR_SCALED = Family(
     "tensor_scaled", "nvfp4:make", "nvfp4:NumbaNvfp4", "nvfp4:Nvfp4Launches", MX.scale_modes, MX.scale_modes
 )
 """Blocks along K whose scales stand under one of the tensor."""
+NON_LINEAR = Family("non_linear", "nl4:make", "nl4:NumbaNl4")
+"""Levels of unequal distance, in blocks along K whose signed scales stand under one of the row."""
 
 _FP8_OF_ROWS = "fp8 per token", "fp8 per tensor", "fp8 static"
 
@@ -368,6 +396,10 @@ NVFP4 = TensorScaled(
     one_maximum=True, family=TENSOR_SCALED, element="e2m1", label="E2M1", largest=MXFP4.largest, rule="nvfp4",
     decoder="nvfp4",
 )  # fmt: skip
+NL4 = RowScaled(
+    *("nl4", torch.uint8, torch.float8_e4m3fn, 1, nl4_levels.BLOCK, 4, True),
+    family=NON_LINEAR, element="nl4", label="NL4", largest=-float(nl4_levels.LEVELS[8]), rule="nl4", decoder="nl4",
+)  # fmt: skip
 
 GROUPS = (16, 32, 64, 128, 256, 0)
 """Columns that share a scale and a zero point in the integer formats; 0: the whole row."""
@@ -396,6 +428,7 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
             *(FP8_CHANNEL_FNUZ, FP8_TENSOR_FNUZ, FP8_BLOCK_FNUZ),
             *INTEGERS,
             NVFP4,
+            NL4,
         )
     }
 )

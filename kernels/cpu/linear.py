@@ -125,21 +125,24 @@ def _in_panels(
     panels = _scratch(torch.uint8, threads * step, row_bytes)
     function = needed_to_dequantize(fmt, x.dtype).get()
     rest = (*address(prepared), function.address, slots, panels.data_ptr(), 0)
-    of_blocks = (*tensors[:2], *(_one() for _ in tensors[2:]))  # what BF16 holds exactly; `_finished` has the rest
+    of_blocks = (
+        *tensors[:2],
+        *(_one().expand_as(each) for each in tensors[2:]),
+    )  # what BF16 holds exactly; `_finished` has the rest
     run_task(panel_task(), fmt, of_blocks, out, n_rows, cols, step, threads, *rest)
     return _finished(out[:tokens, :n_rows], tensors, bias).to(x.dtype)
 
 
 def _finished(product: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
-    """float32 sums of codes times their scales, times the scale of the whole tensor where it has one, plus bias."""
+    """float32 sums of codes times their scales, times those of the tensor or its rows where it has such, plus bias."""
     for scale_2 in tensors[2:]:
-        product *= scale_2
+        product *= scale_2.view(-1)
     return product if bias is None else product.add_(bias)
 
 
 @cache
 def _one() -> torch.Tensor:
-    """The scale of a whole tensor for whoever applies it to sums instead."""
+    """The scale of a whole tensor, or of all rows, for whoever applies those there are to sums instead."""
     with torch.inference_mode(False):
         return torch.ones(1, 1, dtype=torch.float32)
 

@@ -247,16 +247,14 @@ def rows_below_each_other(fmt: WeightFormat, *stacks: Tensor) -> list[Tensor] | 
     blocks_end = count == 1 or (fmt.rows_in_common and rows % fmt.rows_in_common == 0)
     if blocks_end and all(stack.stride(0) == stack.shape[1] * stack.stride(1) or count == 1 for stack in stacks):
         return [stack.flatten(0, 1) for stack in stacks]
-    in_row = fmt.rows_in_common == 1 and fmt.block_cols and columns % fmt.block_cols == 0
-    if in_row and all(stack[0].is_contiguous() for stack in stacks):
+    if fmt.joins_rows(columns) and all(stack[0].is_contiguous() for stack in stacks):
         return [stack.flatten(1) for stack in stacks]
     return None
 
 
 def _rows_can_be_joined(layout: WeightLayout, columns: Interval) -> bool:
     """Whether rows laid end to end have the codes and scales they have one below the other."""
-    fmt, whole = layout.format, columns == (0, layout.columns) and not layout.is_padded
-    return whole and fmt.rows_in_common == 1 and fmt.block_cols > 0 and layout.columns % fmt.block_cols == 0
+    return columns == (0, layout.columns) and not layout.is_padded and layout.format.joins_rows(layout.columns)
 
 
 def _check_shape(name: str, weight: Tensor, region: Region) -> None:

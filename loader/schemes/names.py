@@ -11,7 +11,7 @@ AUTO = "auto"
 
 SchemeName = Literal[
     "auto", "quark_mxfp4", "mxfp4", "mxfp4_rows", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8_per_tensor",
-    "fp8_per_channel", "ptpc_fp8", "fp8_per_block", "nvfp4", "int8_per_channel", "int8", "experts_int8",
+    "fp8_per_channel", "ptpc_fp8", "fp8_per_block", "nvfp4", "nl4", "int8_per_channel", "int8", "experts_int8",
     "int4_per_group", "int4", "quark_int4fp8_moe", "none",
 ]  # fmt: skip
 """Every name that `quantization` takes; see `aliases_of` for those that are other names of a scheme."""
@@ -28,7 +28,8 @@ _SEVERAL = {
     "fp8": ("fp8_per_channel", "fp8_per_tensor", "fp8_per_block"),
     "mxfp6": ("mxfp6_e2m3", "mxfp6_e3m2"),
     "mx": ("quark_mxfp4", "mxfp6_e3m2", "mxfp8"),
-    "awq": ("int4_per_group",), "gptq": ("int4_per_group",), "w4a16": ("int4_per_group",), "nf4": ("int4_per_group",),
+    "awq": ("int4_per_group",), "gptq": ("int4_per_group",), "w4a16": ("int4_per_group",),
+    "nf4": ("nl4", "int4_per_group"), "iq4_nl": ("nl4",),
     "w8a8": ("int8_per_channel", "fp8_per_channel"), "bitsandbytes": ("int8_per_channel", "int4_per_group"),
     "fp4": ("quark_mxfp4", "nvfp4"), "quark": ("quark_mxfp4", "quark_int4fp8_moe"), "modelopt": ("nvfp4",),
     "bf16": ("none",), "fp16": ("none",),

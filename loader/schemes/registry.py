@@ -77,7 +77,7 @@ def _both(name: str, fmt: WeightFormat, scale: str) -> SchemeEntry:
 
 # quark_mxfp4 and MXFP6 have the bytes that AMD Quark exports, mxfp8 those of torchao, int4_per_group those of AutoAWQ;
 # quark_int4fp8_moe has the codes that SGLang makes of experts, with its INT4 scale times its FP8 scale, and the FP8 it
-# makes of linear layers. What mxfp4_rows makes keeps more of what rows were, and no other tool reads it.
+# makes of linear layers. What mxfp4_rows and nl4 make keeps more of what weights were, and no other tool reads it.
 ENTRIES = (
     _both("quark_mxfp4", formats.MXFP4, "E8M0 per 32 along K, EVEN"),
     _both("mxfp4_rows", formats.MXFP4_ROWS, "E8M0 per 32 along K, EVEN; float32 per row, least error"),
@@ -88,6 +88,7 @@ ENTRIES = (
     _both("fp8_per_channel", formats.FP8_CHANNEL, "float32 per row, amax/448"),
     _both("fp8_per_block", formats.FP8_BLOCK, "float32 per 128x128, amax/448"),
     _both("nvfp4", formats.NVFP4, "E4M3 per 16 along K, float32 per tensor, amax/2688"),
+    _both("nl4", formats.NL4, "E4M3 per 32 along K, least error of four; float32 per row, a power of two"),
     _both("int8_per_channel", formats.INT8_CHANNEL, "float32 per row, amax/127"),
     SchemeEntry("experts_int8", None, formats.INT8_CHANNEL, "float32 per row, amax/127; experts only"),
     _both("int4_per_group", FORMATS["int4_group128_f16"], "float16 and zero point per 128, min/max"),

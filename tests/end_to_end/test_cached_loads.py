@@ -33,6 +33,7 @@ CASES = [
     ("gpt_oss", "int8_per_channel"),  # transposed experts with biases
     ("qwen3_moe_odd", "fp8_per_block"),  # sizes that are not whole blocks
     ("gpt_oss_odd", "mxfp4_rows"),  # bytes of multipliers behind the scales
+    ("qwen3_moe_odd", "nl4"),  # scales of rows beside those of blocks
     ("nomic_bert", "quark_mxfp4"),
     ("qwen3_vl_moe", "quark_mxfp4"),
     ("qwen3_moe", "experts_int8"),

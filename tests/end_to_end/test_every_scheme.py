@@ -31,6 +31,7 @@ SCHEMES = {
     "fp8_per_channel": 29.5,
     "ptpc_fp8": 29.5,
     "fp8_per_block": 29.5,
+    "nl4": 20.0,
     "int8_per_channel": 38.0,
     "experts_int8": 38.0,
     "int4_per_group": 18.5,

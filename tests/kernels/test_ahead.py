@@ -26,6 +26,7 @@ from quantload.kernels.cpu import ahead, compiled
 from quantload.kernels.cpu.build import integer as integer_build
 from quantload.kernels.cpu.build import linear as linear_build
 from quantload.kernels.cpu.build import mx as mx_build
+from quantload.kernels.cpu.build import nl4 as nl4_build
 from quantload.kernels.cpu.build import nvfp4 as nvfp4_build
 from quantload.kernels.cpu.build import scaled as cpu_build
 from quantload.kernels.cpu.compile_lock import CompileLock
@@ -324,6 +325,7 @@ def _pair(first: str, second: str, third: tuple[str, str]) -> Recipe[KernelFunct
         (_pair, ("same", "same", ("same", "same"))),
         *((cpu_build._scaled_quantize, (rule, "bf16", True)) for rule in cpu_build.TARGETS),
         *((mx_build._mx_quantize, (name, "mse", "f32", False)) for name in ("mxfp4", "mxfp6_e2m3", "mxfp8")),
+        (nl4_build._nl4_quantize, ("bf16", True)),
         *((nvfp4_build._nvfp4_quantize, (mode, "bf16", True)) for mode in ("default", "mse")),
         *((integer_build._quantize, (8, kind, True, 32, "f32", True)) for kind in ("f16", "bf16", "f32")),
         *((linear_build._dequantize, (name, "f32")) for name in linear_build.DECODERS),
@@ -344,7 +346,7 @@ def test_the_process_that_compiles_finds_the_same_place_in_the_cache(
 
 
 def test_what_compiles_does_without_torch() -> None:
-    names = ("mx", "scaled", "nvfp4", "integer", "rows", "linear", "panel")
+    names = ("mx", "scaled", "nvfp4", "nl4", "integer", "rows", "linear", "panel")
     modules = (*(f"build.{name}" for name in names), "ahead")
     code = "import sys; " + "; ".join(f"import quantload.kernels.cpu.{name}" for name in modules)
     code += "; print('torch' in sys.modules)"

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from quantload.kernels.formats import Tensors
+from quantload.kernels.nl4_levels import LEVELS
 from quantload.kernels.registry import kernel_set
 from runners import Runner
 from tested_formats import FP8, FP8_E4M3FN, INT8, MX
@@ -185,6 +186,9 @@ def test_every_code_byte_dequantizes_to_its_meaning(runner: Runner) -> None:
     elif fmt.name in ("mxfp4", "mxfp4_rows", "nvfp4"):
         codes, values = torch.arange(256, dtype=torch.uint8), small_floats(2, 1, 1)
         values = [values[c] for byte in range(256) for c in (byte & 15, byte >> 4)]
+    elif fmt.name == "nl4":
+        codes = torch.arange(256, dtype=torch.uint8)
+        values = [float(LEVELS[c]) for byte in range(256) for c in (byte & 15, byte >> 4)]
     elif fmt.scale_words == 2:  # the zero point is 2, as the scale is
         codes, bits = torch.arange(256, dtype=torch.uint8), fmt.code_bits
         values = [(byte >> at & (1 << bits) - 1) - 2.0 for byte in range(256) for at in range(0, 8, bits)]

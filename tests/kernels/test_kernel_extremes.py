@@ -17,9 +17,14 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS, COLUMNS = 6, 290
-RELATIVE = {"e2m1": 0.3, "e2m3": 0.08, "e3m2": 0.15, "e4m3": 0.08, "fnuz": 0.08, "int8": 0.005}
+RELATIVE = {"e2m1": 0.3, "e2m3": 0.08, "e3m2": 0.15, "e4m3": 0.08, "fnuz": 0.08, "int8": 0.005, "nl4": 0.2}
 """Largest error of a weight that is not saturated, in parts of the largest one that shares its scale."""
-SMALLEST_STEP = {formats.MX: 2.0**-126, formats.MX_ROWS: 2.0**-125, formats.TENSOR_SCALED: 1e-35}
+SMALLEST_STEP = {
+    formats.MX: 2.0**-126,
+    formats.MX_ROWS: 2.0**-125,
+    formats.TENSOR_SCALED: 1e-35,
+    formats.NON_LINEAR: 2.0**-118,
+}
 """What a format cannot tell from zero; 1e-7 for those whose rules give scales a least size."""
 
 
@@ -94,8 +99,9 @@ def assert_finite_and_measured(runner: Runner, dtype: torch.dtype, name: str, so
 
     relative = 0.005 if fmt.element == "uint8" else RELATIVE.get(fmt.element, 0.15)
     least = SMALLEST_STEP.get(fmt.family, 1e-7) if fmt.family is not None else 0.0
-    # Blocks far below the tensor's maximum have `EMPTY_SCALE`: half a step of it.
-    tensor_wide = 2.1e-5 * float(amax) if fmt.family is formats.TENSOR_SCALED else 0.0
+    # Blocks far below the maximum of the tensor or row have `EMPTY_SCALE`: half a step of it.
+    tensor_wide = (2.1e-5 if fmt.family is formats.TENSOR_SCALED else 0.0) * float(amax)
+    tensor_wide += (6e-7 if fmt.family is formats.NON_LINEAR else 0.0) * float(amax)
     far = error > relative * shared_maxima(fmt, source) + least + tensor_wide
     assert far.sum() <= got[st.SATURATED], f"{name}: {far.sum()} far off, {got[st.SATURATED]} said to be saturated"
 
@@ -148,7 +154,8 @@ def test_a_largest_weight_becomes_the_largest_code(runner: Runner) -> None:
 @pytest.mark.parametrize("kernel", ["torch", "numba"])
 def test_two_passes_make_the_scales_of_one(kernel: str) -> None:
     """What is observed piece by piece is not followed further than what is quantized at once."""
-    for fmt in (formats.FP8_CHANNEL, formats.FP8_TENSOR, formats.FP8_BLOCK, formats.INT8_CHANNEL, formats.NVFP4):
+    rules = (formats.FP8_CHANNEL, formats.FP8_TENSOR, formats.FP8_BLOCK, formats.INT8_CHANNEL)
+    for fmt in (*rules, formats.NVFP4, formats.NL4):
         kernels = kernel_set(fmt.name, "cpu", dict.fromkeys(OPERATIONS[:4], kernel))
         for name, source in extremes(torch.float32):
             once = fmt.empty(ROWS, COLUMNS)

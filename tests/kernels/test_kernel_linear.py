@@ -186,6 +186,7 @@ OTHERS = {
     "mxfp8_f32": "mxfp8",
     "mxfp8_f16c": "mxfp8",
     "nvfp4_f32": "nvfp4",
+    "nl4_f32": "nl4",
     "fp8_f32": "fp8_block",
     "fp8_f16c": "fp8_block",
     "int8_f32": "int8_channel",

@@ -17,6 +17,10 @@ from quantload.kernels.cpu.ir import mx as mx_ir
 from quantload.kernels.cpu.ir import mx_decode as mx_decode_ir
 from quantload.kernels.cpu.ir import mxfp4_rows as mxfp4_rows_ir
 from quantload.kernels.cpu.ir import mxfp4_table as mxfp4_table_ir
+from quantload.kernels.cpu.ir import nl4 as nl4_ir
+from quantload.kernels.cpu.ir import nl4_bytes as nl4_bytes_ir
+from quantload.kernels.cpu.ir import nl4_decode as nl4_decode_ir
+from quantload.kernels.cpu.ir import nvfp4_decode as nvfp4_decode_ir
 from quantload.kernels.cpu.ir import scaled as scaled_ir
 from quantload.kernels.cpu.ir import scaled_decode as scaled_decode_ir
 from quantload.kernels.cpu.ir.vector import F32, I64
@@ -46,6 +50,8 @@ EMITTED: dict[str, tuple[Any, list[Any], list[Any], int]] = {
             ("mxfp8", "bf16", "none"),
         )
     },
+    "quantize_nl4": (nl4_ir.quantize_run, [ADDRESS] * 5, ["bf16", "f32"], 1),
+    "dequantize_nl4": (nl4_decode_ir.dequantize_blocks, [ADDRESS] * 2 + [types.float32, ADDRESS, ADDRESS], ["bf16"], 0),
     "candidate_errors": (mxfp4_rows_ir.candidate_errors, [ADDRESS] * 2, ["f16"], 1),
     "quantize_row": (mxfp4_rows_ir.quantize_row, [ADDRESS] * 5 + [types.float32], ["bf16", "f64"], 1),
     "quantize_fp8": (
@@ -61,7 +67,7 @@ EMITTED: dict[str, tuple[Any, list[Any], list[Any], int]] = {
     "dequantize_fp8": (scaled_decode_ir.dequantize_tile, [ADDRESS] * 6 + [types.float32], ["fp8", "bf16"], 0),
     **{
         f"dot_{decoder}": (dot_ir.dot_rows, [ADDRESS] * 10, [2, 4, decoder], 0)
-        for decoder in ("mxfp4_f32", "mxfp6_e2m3_f32", "mxfp6_e3m2_f32", "mxfp8_f32", "fp8_f32", "int8_f32")
+        for decoder in ("mxfp4_f32", "nl4_f32", "mxfp6_e2m3_f32", "mxfp6_e3m2_f32", "mxfp8_f32", "fp8_f32", "int8_f32")
     },
     **{
         f"dot_{decoder}": (dot_ir.dot_rows, [ADDRESS] * 10, [2, 4, decoder], 0)
@@ -94,7 +100,8 @@ def module_of(name: str) -> str:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", EMITTED)
 def test_compiles_to_vector_instructions(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (integer_decode_ir, integer_ir, mx_decode_ir, scaled_decode_ir, scaled_ir):
+    of_bytes = nl4_bytes_ir, nl4_decode_ir, nvfp4_decode_ir
+    for module in (*of_bytes, integer_decode_ir, integer_ir, mx_decode_ir, scaled_decode_ir, scaled_ir):
         monkeypatch.setattr(module, "has", lambda feature: False)  # what every processor can do
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()

@@ -39,6 +39,17 @@ def test_a_scale_of_the_tensor_is_one_more_and_its_maximum_is_all_there_is() -> 
     assert fmt.bytes(2, 40) == 48 + 6 + 4
 
 
+def test_scales_of_rows_stand_beside_those_of_blocks() -> None:
+    fmt = FORMATS["nl4"]
+    assert fmt.names("w") == ["w", "w_scale", "w_scale_2"]
+    assert fmt.shapes(2, 40) == ((2, 32), (2, 2), (2, 1))
+    assert fmt.amax_shape(2, 40) == (2, 1)
+    assert fmt.bytes(2, 40) == 64 + 4 + 8
+    assert not fmt.joins_rows(64)
+    assert FORMATS["nvfp4"].joins_rows(64) is FORMATS["mxfp4_rows"].joins_rows(64) is False
+    assert [FORMATS["mxfp4"].joins_rows(cols) for cols in (64, 65)] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("name", "columns", "scales"),
     [

@@ -15,12 +15,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ... import nvfp4_scales
+from ... import nl4_levels, nvfp4_scales
 from ...mx_elements import ELEMENTS
 from ..compiled import FINGERPRINT, CFunction, Compiled, Recipe, c_function, read_f32, read_u8, write_u8
 from ..ir.dot import dot_rows
 from ..ir.integer_decode import LANES, dequantize_group
 from ..ir.mx_decode import block_bytes, dequantize_run
+from ..ir.nl4_decode import dequantize_blocks
 from ..ir.nvfp4_decode import dequantize_pairs
 from ..ir.scaled_decode import dequantize_tile
 from ..ir.vector import I64, ITEM_BYTES, load_scalar
@@ -210,10 +211,37 @@ def _nvfp4_dequantize(family: str, kind: str) -> Any:
     return dequantize
 
 
+def _nl4_dequantize(family: str, kind: str) -> Any:
+    fingerprint, width, block, beside = FINGERPRINT, ITEM_BYTES[kind], nl4_levels.BLOCK, len(SCALE_ARGUMENTS)
+
+    def dequantize(codes, codes_stride, scales, out, out_stride, first, rows, cols):  # type: ignore[no-untyped-def]
+        len(fingerprint)
+        of_blocks, stride, of_rows, row_stride = (
+            argument(scales, 0),
+            argument(scales, 1),
+            argument(scales, beside),
+            argument(scales, beside + 1),
+        )
+        blocks, rest = cols // block, cols % block
+        last = np.empty(block * width, np.uint8)
+        for row in range(rows):
+            c, e, o = codes + row * codes_stride, of_blocks + (first + row) * stride, out + row * out_stride
+            scale_2 = read_f32(of_rows + (first + row) * row_stride)
+            dequantize_blocks(c, e, scale_2, o, blocks, kind)
+            if rest:
+                dequantize_blocks(c + blocks * block // 2, e + blocks, scale_2, np.int64(last.ctypes.data), 1, kind)
+                for i in range(rest * width):
+                    write_u8(o + blocks * block * width + i, last[i])
+        return 0
+
+    return dequantize
+
+
 DECODERS: Mapping[str, Callable[[str, str], Any]] = MappingProxyType(
     {
         **dict.fromkeys((*ELEMENTS, "mxfp8_f16c"), _mx_dequantize),
         "nvfp4": _nvfp4_dequantize,
+        "nl4": _nl4_dequantize,
         **dict.fromkeys(("fp8", "fp8_f16c", "int8"), _scaled_dequantize),
         **{f"uint{bits}_{scale}": _integer_dequantize for bits in (4, 8) for scale in ("f16", "bf16", "f32")},
     }

@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from . import nvfp4_decode
+from . import nl4_decode, nvfp4_decode
 from .integer_decode import even_and_odd, look_up, scale_and_zero, table_of_codes
 from .mx_decode import look_up_mxfp6, values
 from .mxfp4_decode import decode_block, look_up_block
@@ -118,6 +118,14 @@ def _nvfp4_bits(b: ir.IRBuilder, codes: ir.Value, scales: ir.Value) -> list[Vect
     return [nvfp4_decode.look_up(b, codes, nvfp4_decode.scales_of(b, scales))]
 
 
+def _nl4_values(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
+    return nl4_decode.values(b, codes, nvfp4_decode.e4m3_value(b, scale))
+
+
+def _nl4_bits(b: ir.IRBuilder, codes: ir.Value, scale: ir.Value) -> list[Vector]:
+    return [nl4_decode.look_up(b, codes, nvfp4_decode.e4m3_value(b, scale))]
+
+
 def _scaled_values(target: str) -> Callable[[ir.IRBuilder, ir.Value, Any], list[Vector]]:
     return lambda b, codes, scale: [decode(load(b, b.add(codes, I64(at)), I8, 16).sext(I32), target) for at in (0, 16)]
 
@@ -185,6 +193,8 @@ DECODERS: Mapping[str, Decoder] = {
     "mxfp8_f32": Decoder(32, 128, _mx_values("mxfp8"), _f32_products, block_scales=1, even_first=True),
     "nvfp4_bf16": Decoder(16, 64, _nvfp4_bits, _bf16_products, block_scales=2),
     "nvfp4_f32": Decoder(16, 128, _nvfp4_values, _f32_products, block_scales=2, even_first=True),
+    "nl4_bf16": Decoder(16, 64, _nl4_bits, _bf16_products, block_scales=1),
+    "nl4_f32": Decoder(16, 128, _nl4_values, _f32_products, block_scales=1, even_first=True),
     "fp8_bf16": Decoder(32, 64, _fp8_bits, _bf16_products, segment=_scale_of_halves),
     "fp8_f16c": Decoder(32, 128, _fp8_halves, _f32_products, segment=_scale_of_halves),
     "fp8_f32": Decoder(32, 128, _scaled_values("fp8"), _f32_products),

@@ -86,11 +86,15 @@ def tables() -> bool:
 
 def scales_of(b: ir.IRBuilder, address: ir.Value) -> list[ir.Value]:
     """float32 values of the next two scales."""
+    return [e4m3_value(b, b.add(address, I64(at))) for at in (0, 1)]
+
+
+def e4m3_value(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """float32 of the E4M3 byte at an address."""
     table = b.module.globals.get(E4M3_TABLE)
     if table is None:
         table = cgutils.global_constant(b, E4M3_TABLE, ir.Constant(ir.ArrayType(F32, 256), list(E4M3_VALUES)))
-    bytes_ = [b.zext(load_scalar(b, b.add(address, I64(at)), I8), I64) for at in (0, 1)]
-    return [b.load(b.gep(table, [I64(0), byte])) for byte in bytes_]
+    return b.load(b.gep(table, [I64(0), b.zext(load_scalar(b, address, I8), I64)]))
 
 
 def look_up(b: ir.IRBuilder, codes: ir.Value, units: list[ir.Value]) -> Vector:

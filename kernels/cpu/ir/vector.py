@@ -163,6 +163,31 @@ class Vector:
         fn = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512.vpermi2var.hi.512")
         return self.new(self.b.call(fn, [self.value, lanes.value, other.value]))
 
+    def bytes_shuffled(self, lanes: Vector) -> Vector:
+        """Lane i is self[lanes[i]], for 16 bytes; for x86 processors with ssse3."""
+        kind = ir.FunctionType(self.type, [self.type, self.type])
+        fn = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.ssse3.pshuf.b.128")
+        return self.new(self.b.call(fn, [self.value, lanes.value]))
+
+    def bytes_permuted(self, lanes: Vector) -> Vector:
+        """Lane i is self[lanes[i] mod 64], for 64 bytes; needs avx512vbmi."""
+        kind = ir.FunctionType(self.type, [self.type, self.type])
+        fn = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512.permvar.qi.512")
+        return self.new(self.b.call(fn, [self.value, lanes.value]))
+
+    def bytes_permuted_with(self, other: Vector, lanes: Vector) -> Vector:
+        """Lane i is lane lanes[i] mod 128 of self and `other` one after the other, 64 bytes each; avx512vbmi."""
+        kind = ir.FunctionType(self.type, [self.type] * 3)
+        fn = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512.vpermi2var.qi.512")
+        return self.new(self.b.call(fn, [self.value, lanes.value, other.value]))
+
+    def add_byte_products(self, unsigned: Vector, signed: Vector) -> Vector:
+        """int32 self[i] + the sum of unsigned[j] * signed[j], j = 4i .. 4i + 3, of 64 bytes each; needs avx512vnni."""
+        quads = ir.VectorType(I32, self.type.count)
+        kind = ir.FunctionType(self.type, [self.type, quads, quads])
+        fn = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+        return self.new(self.b.call(fn, [self.value, unsigned.cast(I32).value, signed.cast(I32).value]))
+
     def add_bf16_products(self, x: Vector, y: Vector) -> Vector:
         """self[i] + x[2i] * y[2i] + x[2i + 1] * y[2i + 1]: float32 sums of BF16 bits; needs avx512bf16.
 

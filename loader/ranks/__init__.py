@@ -1,1 +1,0 @@
-"""Several processes that hold one model together: what each of them reads, and how they agree while they load."""

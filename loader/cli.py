@@ -129,6 +129,7 @@ def plan(
         "initialized": [*left.initialized],
         "overlaid": [*left.overlaid],
         "unapplied": [{"message": str(each), **asdict(each)} for each in draft.unapplied],
+        "fetches": None if draft.plan.fetches is None else draft.plan.fetches._asdict(),
         "verdict": verdict.to_dict(),
         "beside_the_peak": beside_peak(draft, tokens).to_dict(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from .memory.report import NonFiniteReport
 from .model import transformers_api
 from .model.attach import OnFinished, WeightLoaders, attach_weight_loaders
 from .model.building import Building, FromConfig
+from .model.parallel_plan import RankPlan
+from .model.roles import roles
 from .model.routes import CheckpointMap, Routes, build_routes, map_checkpoint, targets
 from .model.skeleton import Assignment, assign_schemes
 from .model.stored_sources import StoredSources, turn_conv1d
@@ -28,7 +30,8 @@ from .model.unapplied import Unapplied, find_unapplied, tell_unapplied
 from .model.untying import NOTHING_UNTIED, Untied, untie
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy, check_kinds
-from .plan import LoadPlan, plan_load, plan_without_pieces
+from .plan import LoadPlan, loaded_parameters, plan_load, plan_without_pieces
+from .ranks.alone import ALONE, Alone
 from .schemes.names import SchemeName
 from .schemes.policy import Policy, choose_policy
 from .schemes.registry import SchemeFactory, choose_device
@@ -62,11 +65,19 @@ class Draft:
     """A head and an embedding that an override took apart."""
     unapplied: Sequence[Unapplied] = ()
     """What was asked for and changes nothing."""
+    rank_plan: RankPlan = field(default_factory=lambda: RankPlan(0, 1))
+    """What of the model is this rank's."""
 
     def __repr__(self) -> str:
         chosen = Counter(each.scheme.name if each.scheme is not None else "as stored" for each in self.assignments)
         modules = ", ".join(f"{count} {scheme}" for scheme, count in chosen.items())
         return f"<Draft of {type(self.model).__name__}: modules {modules}; {self.plan.memory!r}>"
+
+    @property
+    def replicated_bytes(self) -> int:
+        """Bytes that the parameters which every rank has have in the checkpoint, as far as that is not quantized."""
+        names = set(loaded_parameters(self.mapped, self.loaders)) - self.rank_plan.shares.keys()
+        return sum(self.mapped.shapes.tensors[name].nbytes for name in names)
 
     def non_finite(self) -> list[NonFiniteReport]:
         """The weights in which something that is not finite was found so far."""
@@ -84,10 +95,11 @@ def draft_load(
     trust_remote_code: bool,
     plan: Callable[..., LoadPlan] = plan_load,
     building: Building = FROM_CONFIG,
+    ranks: Alone = ALONE,
 ) -> Draft:
     """Everything before the first weight: schemes and kernels, index, skeleton, routes, and what `plan` makes of it.
 
-    `building` makes the skeleton.
+    `building` makes the skeleton, of which `ranks` leaves what this process is to have.
     """
     checkpoint.note_configs()
     if trust_remote_code:
@@ -113,21 +125,27 @@ def draft_load(
             mapped = map_checkpoint(model, stored.entries)
         mapped.leftovers = replace(mapped.leftovers, overlaid=index.overlaid)
         mapped.leftovers.check(options.strict)
+        reasons = roles(model)
+        rank_plan = ranks.divide(model, mapped)
         sources = StoredSources(stored, mapped)
         dtype_of = transformers_api.DtypePlan(model, dtype)
-        assignments = assign_schemes(model, rules, dtype, options.strict, sources)
+        assignments = assign_schemes(model, rules, dtype, options.strict, sources, reasons)
         unapplied = find_unapplied(model, rules, assignments, options, computes=plan is not plan_without_pieces)
         tell_unapplied(unapplied, options.strict)
         schemes.warn_of_missing_scales()
         loaders = attach_weight_loaders(model, assignments, dtype_of, storage, on_layer, options.strict, dtype)
         routes = build_routes(mapped, loaders.landing)
         loaders.scale_together({name for conversion in routes.whole for name in targets(mapped, conversion)})
+        ranks.scale_together(rank_plan, loaders)
+        ranks.check_routes(rank_plan, mapped, routes)
         ahead = checkpoint.files.read_ahead(options, index.total_bytes)
         left = ahead.left(options)
         planned = plan(model, index, mapped, sources, routes, loaders, assignments, left, schemes)
         planned = planned.beside(ahead.buffer_bytes, ahead.library_bytes)
+        planned = replace(planned, fetches=checkpoint.files.foresee(planned.reads(index.shards), options))
     return Draft(
-        index, model, schemes, rules, mapped, sources, assignments, loaders, routes, planned, untied, unapplied
+        *(index, model, schemes, rules, mapped, sources, assignments, loaders, routes, planned, untied, unapplied),
+        rank_plan,
     )
 
 

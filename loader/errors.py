@@ -24,6 +24,7 @@ QuantloadError
 ├── UnsupportedCheckpointError      pickle files, an unknown quant_method
 ├── IncompleteModelError            a reload has failed part-way, and the model is used before another has repaired it
 ├── OutputError                     what is to be written: the folder exists, the disk is full
+├── RankError                   another process that the model is divided among failed, or ended
 └── LoadCancelledError              the load was cancelled before it finished
 
 Every message says what was given, what was expected and what to do about it.
@@ -145,6 +146,10 @@ class IncompleteModelError(QuantloadError):
 
 class OutputError(QuantloadError):
     """A checkpoint cannot be written where it is to be."""
+
+
+class RankError(QuantloadError):
+    """Another rank, a process that the model is divided among, failed or ended; the message says which, and why."""
 
 
 class LoadCancelledError(QuantloadError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
@@ -24,10 +24,14 @@ from .options import LoadOptions, QuantizationPolicy, check_kinds
 from .plan import loaded_parameters
 from .progress import Progress, showing
 from .quantized_model import QuantizedModel
+from .ranks.alone import ALONE, Alone
 from .recording import Recorder, tensor_bytes
 from .reload.remember import remember
 from .schemes.names import SchemeName
 from .schemes.registry import choose_device
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger("quantload")
 
@@ -42,6 +46,9 @@ def load_quantized(
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | bool | None = None,
+    tp: Literal["auto"] | None = None,
+    device_mesh: DeviceMesh | None = None,
+    expert_parallel: bool = False,
 ) -> QuantizedModel:
     """Stream a BF16, FP16, FP32 or quantized checkpoint into a quantized transformers model, ready to generate.
 
@@ -52,7 +59,17 @@ def load_quantized(
     `progress(bytes_read, bytes_total)` is called in this thread, and what it raises cancels the load; without one a
     bar is shown in a terminal or a notebook, with True everywhere, with False nowhere. The model has `.load_report` and
     `.load_plan`. Raises a `QuantloadError`; afterwards threads, files and memory are as before.
+
+    With `tp="auto"` the model is divided among the ranks of the process group, or of a one-dimensional `device_mesh`,
+    by transformers' plan for it: every rank calls this and reads what is its own. With `expert_parallel` each has
+    whole experts. A failure of one is a `RankError` on the others.
     """
+    together = ALONE
+    if tp is not None or device_mesh is not None or expert_parallel:
+        from .ranks.together import local_device, ranks_of
+
+        device = local_device(choose_device(device))
+        together = ranks_of(tp, device_mesh, device, expert_parallel)
     return load_into(
         FROM_CONFIG,
         model_id,
@@ -63,6 +80,7 @@ def load_quantized(
         revision=revision,
         trust_remote_code=trust_remote_code,
         progress=progress,
+        ranks=together,
     )
 
 
@@ -77,16 +95,18 @@ def load_into(
     revision: str | None,
     trust_remote_code: bool,
     progress: Progress | bool | None,
+    ranks: Alone = ALONE,
 ) -> QuantizedModel:
     """`load_quantized` with the model that `building` makes: an engine may have one already."""
     check_kinds(policy, options)
-    options = options or LoadOptions()
+    options = ranks.options(options or LoadOptions())
     place = choose_device(device)
     planned: list[MemoryPlan] = []
     with (
         torch.inference_mode(False),
         transformers_api.on_cpu(),
         interrupt_first(),
+        ranks.loading(),
         memory_running_out(planned),
         showing(progress, "loading") as told,
         Recorder(place, options.stats, told) as recorder,
@@ -105,11 +125,13 @@ def load_into(
                     cache.on_layer,
                     trust_remote_code,
                     building=building,
+                    ranks=ranks,
                 )
                 planned.append(draft.plan.memory)
-                return draft, _stream(draft, building, cache, recorder, options, storage)
+                return draft, _stream(draft, building, cache, recorder, options, storage, ranks)
 
         draft, totals = cache.attempt(load)
+        rank_bytes = ranks.loaded(draft.rank_plan, draft.model, totals.bytes_read)
     model = cast(QuantizedModel, draft.model)
     model.load_report = recorder.report(
         checkpoint.model_id,
@@ -119,9 +141,14 @@ def load_into(
         tensor_bytes,
         cache.result,
         draft.non_finite(),
+        (ranks.rank, ranks.ranks) if ranks.ranks > 1 else None,
     )
+    checkpoint.files.tell(model.load_report.note_source)
+    if rank_bytes:
+        model.load_report.rank_bytes_read, model.load_report.replicated_bytes = rank_bytes, draft.replicated_bytes
     model.load_plan = draft.plan.memory
-    remember(model, draft, options, trust_remote_code)
+    if ranks.ranks == 1:  # a part of a model cannot be loaded again in place
+        remember(model, draft, options, trust_remote_code)
     if options.digest:
         with memory_running_out(planned):
             found, seconds = model_digest(model, options.worker_count())
@@ -131,13 +158,20 @@ def load_into(
 
 
 def _stream(
-    draft: Draft, building: Building, cache: NoCache, recorder: Recorder, options: LoadOptions, storage: FinalStorage
+    draft: Draft,
+    building: Building,
+    cache: NoCache,
+    recorder: Recorder,
+    options: LoadOptions,
+    storage: FinalStorage,
+    ranks: Alone,
 ) -> ReadTotals:
     """Fill the model of a draft."""
     device = storage.device
     check_budget(draft.plan.memory, options.max_memory)
     check_fits(draft, options)
     storage.expect(draft.plan.final_sizes)
+    ranks.expect(draft.plan.observed)
     with cache.reading(draft) as reading:
         recorder.expect(reading.plan, draft.assignments)
         reader = PieceReader(
@@ -147,6 +181,7 @@ def _stream(
             chunk_bytes=draft.plan.chunk_bytes,
             staging_bytes=draft.plan.memory.staging_bytes,
             device=device,
+            cancel=ranks.cancel,
             on_progress=recorder.on_bytes,
         )
         totals = reader.run(reading.plan.pieces)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
 
 from .checkpoint.arena import rounded_slot
+from .checkpoint.files import Fetches
 from .checkpoint.headers import TensorEntry
-from .checkpoint.index import CheckpointIndex
-from .checkpoint.pieces import Piece
+from .checkpoint.index import CheckpointIndex, Shard
+from .checkpoint.pieces import Piece, plan_batches
+from .checkpoint.source import Reads
 from .checkpoint.working_memory import slots_per_worker
 from .errors import PolicyError, UnsupportedCheckpointError
 from .memory.overhead import CONFIG_VALUES, PIECES, READ_AT_ONCE, TENSORS
@@ -41,7 +43,8 @@ class LoadPlan:
 
     `chunk_bytes` is the size of a staging buffer: the largest piece, at most the option's unless a scale block is
     larger. `bytes_in` are the checkpoint bytes of each linear and experts module, `leftovers` what is not loaded,
-    `final_sizes` says how many final tensors of each size in bytes the pieces fill.
+    `final_sizes` says how many final tensors of each size in bytes the pieces fill, `observed` which matrices are read
+    twice, in the order in which their first passes end.
     """
 
     pieces: list[Piece]
@@ -53,6 +56,14 @@ class LoadPlan:
     whole_conversions: int
     leftovers: Leftovers
     final_sizes: Mapping[int, int] = field(default_factory=dict)
+    observed: Sequence[Hashable] = ()
+    fetches: Fetches | None = None
+    """What will be asked of a server, if the checkpoint is read from one."""
+
+    def reads(self, shards: Sequence[Shard]) -> Iterator[Reads]:
+        """What is read, batch by batch."""
+        for batch in plan_batches(self.pieces, rounded_slot(self.chunk_bytes)):
+            yield shards[batch.shard].path, batch.reads
 
     def beside(self, buffer_bytes: int, library_bytes: int) -> LoadPlan:
         """The same plan where a source has buffers of its own, and uses a library that takes so many bytes."""
@@ -94,7 +105,10 @@ def plan_load(
     memory = _memory(model, index, mapped, sources, loaders, assignments, staging, held, len(pieces))
     total = sum(piece.nbytes for piece in pieces)
     sizes = Counter(size for name in loaded_parameters(mapped, loaders) for size in loaders.sinks[name].sizes)
-    return LoadPlan(pieces, chunk, workers, memory, total, bytes_in, len(routes.whole), mapped.leftovers, sizes)
+    observed = [*plain.observed, *stored.observed]
+    return LoadPlan(
+        *(pieces, chunk, workers, memory, total, bytes_in, len(routes.whole), mapped.leftovers, sizes, observed)
+    )
 
 
 def plan_without_pieces(

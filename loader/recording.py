@@ -167,6 +167,7 @@ class Recorder:
             seconds=self.ledger.seconds,
             bytes_read=totals.bytes_read,
             checkpoint_bytes=expected.checkpoint_bytes,
+            bytes_between=totals.bytes_between,
             final_bytes=final_bytes,
             peak_bytes=self.ledger.peak_bytes,
             staging_peak_bytes=totals.staging_peak_bytes,

@@ -77,8 +77,12 @@ FLOORS: dict[str, Floor] = {
     ),
     "pieces": Floor(f"errors geometry {KERNELS} checkpoint schemes online model", "what is read at once, and for whom"),
     "plan": Floor(f"{GROUND} checkpoint memory schemes online model pieces", "says what a load will do"),
+    "ranks": Floor(
+        "errors options shortage geometry checkpoint.crew online model",
+        "what a load asks of the other processes of its model; none of it, in a load of one",
+    ),
     "draft": Floor(
-        f"{GROUND} cpu_kernels checkpoint memory schemes online model plan",
+        f"{GROUND} cpu_kernels checkpoint memory schemes online model plan ranks",
         "is shared by load, convert and cache",
     ),
     "scheme_peaks": Floor(
@@ -99,8 +103,8 @@ FLOORS: dict[str, Floor] = {
     "quantized_model": Floor("memory reload.settings", "a type"),
     "digest": Floor("checkpoint schemes", "what a model holds in the end, whoever loaded it"),
     "load": Floor(
-        f"{GROUND} checkpoint memory schemes online model plan draft fitting recording cache quantized_model digest "
-        "reload.remember",
+        f"{GROUND} checkpoint memory schemes online model plan ranks draft fitting recording cache quantized_model "
+        "digest reload.remember",
         "the flow of a load",
     ),
     "reload": Floor(

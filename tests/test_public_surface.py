@@ -55,7 +55,13 @@ def test_what_a_load_returns_has_a_type_that_knows_its_report() -> None:
 
 
 def test_load_quantized() -> None:
-    assert signature(quantload.load_quantized) == [*COMMON, ("progress", True, None)]
+    assert signature(quantload.load_quantized) == [
+        *COMMON,
+        ("progress", True, None),
+        ("tp", True, None),
+        ("device_mesh", True, None),
+        ("expert_parallel", True, False),
+    ]
 
 
 def test_plan_quantized() -> None:
@@ -98,7 +104,8 @@ def test_the_fields_of_a_report() -> None:
         "fallback_conversions", "layers", "kept", "timeline", "cache", "unexpected", "unexpected_bytes",
         "ignored_tensors", "initialized", "overlaid", "untied", "non_finite", "digest",
         "digest_seconds", "output", "output_bytes", "read_by", "documents",
-        "rank", "world_size", "state",
+        "rank", "world_size", "state", "rank_bytes_read", "replicated_bytes", "bytes_between",
+        "source_requests", "source_retries", "source_bytes", "source_connections",
     ]  # fmt: skip
 
 
@@ -131,7 +138,7 @@ TREE = {
     "RouteError": ["MissingWeightsError", "UnexpectedWeightsError", "ShapeMismatchError"],
     "PolicyError": ["UnknownSchemeError", "UnmatchedPatternError", "UnappliedOptionError"],
     "QuantloadError": ["CheckpointError", "RouteError", "PolicyError", "MemoryBudgetError", "NoKernelError",
-                       "UnsupportedCheckpointError", "OutputError"],
+                       "UnsupportedCheckpointError", "OutputError", "RankError"],
 }  # fmt: skip
 
 

@@ -13,12 +13,20 @@ from ..shortage import start
 
 _TICK = 0.1
 _torch_threads = threading.Lock()
+_here = threading.local()
 _set_num_threads = torch._C.set_num_threads
 """torch's own: vLLM puts a warning into the place of `torch.set_num_threads`, for all threads of the process."""
 
 
 class Stopped(Exception):
     """Raised in a worker to leave it quietly because the load is ending."""
+
+
+def leave_if_stopping() -> None:
+    """For what waits in a worker: raise `Stopped` if the crew of this thread is stopping."""
+    crew: Crew | None = getattr(_here, "crew", None)
+    if crew is not None and crew.stopping:
+        raise Stopped
 
 
 class Crew:
@@ -90,6 +98,7 @@ class Crew:
                 _set_num_threads(1)
             finally:
                 self._ready.release()
+            _here.crew = self
             body(self, number)
         except Stopped:
             self._left_early = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -14,7 +14,7 @@ from .identity import FileIdentities
 from .other_kinds import folder_error
 from .paths import locate
 from .samples import sampled
-from .source import FileSource, Source
+from .source import FileSource, Reads, Source
 
 
 class ReadAhead(NamedTuple):
@@ -28,6 +28,17 @@ class ReadAhead(NamedTuple):
         if options.staging_bytes is None or not self.buffer_bytes:
             return options
         return replace(options, staging_bytes=max(options.staging_bytes - self.buffer_bytes, 1))
+
+
+NoteSource = Callable[[Mapping[str, int], int, int, int], None]
+
+
+class Fetches(NamedTuple):
+    """What a run will ask of a server: bytes that its pieces need, bytes of all requests, and how many those are."""
+
+    needed_bytes: int
+    fetched_bytes: int
+    requests: int
 
 
 class CheckpointFiles(Protocol):
@@ -53,6 +64,12 @@ class CheckpointFiles(Protocol):
 
     def check_unchanged(self) -> None:
         """Raise `ChangedFileError` unless all files are what they were when they were first looked at."""
+
+    def foresee(self, batches: Iterable[Reads], options: LoadOptions) -> Fetches | None:
+        """What will be asked of a server for a run; None where there is none."""
+
+    def tell(self, note: NoteSource) -> None:
+        """Say what was asked of a server so far, if one was: requests by result, retries, bytes, connections."""
 
     def no_model(self, *, has_config: bool) -> QuantloadError:
         """The error for where there is no model, or a config without weights."""
@@ -101,6 +118,13 @@ class FolderFiles:
     def check_unchanged(self) -> None:
         """Raise `ChangedFileError` unless all files are what they were when they were first looked at."""
         self.identities.check_unchanged()
+
+    def foresee(self, batches: Iterable[Reads], options: LoadOptions) -> Fetches | None:
+        """Nothing is asked of a server."""
+        return None
+
+    def tell(self, note: NoteSource) -> None:
+        """Nothing was asked of a server."""
 
     def no_model(self, *, has_config: bool) -> QuantloadError:
         """The error for where there is no model, or a config without weights."""

@@ -29,11 +29,15 @@ _READAHEAD_BATCHES = 4
 
 @dataclass(frozen=True, slots=True)
 class ReadTotals:
-    """What a run read: bytes of its pieces, seconds, and the most bytes of the arena that were ever touched."""
+    """What a run read: bytes of its pieces, seconds, and the most bytes of the arena that were ever touched.
+
+    `bytes_between` lie between the lines of pieces, and were read with them.
+    """
 
     bytes_read: int
     seconds: float
     staging_peak_bytes: int
+    bytes_between: int = 0
 
 
 class PieceReader:
@@ -101,11 +105,12 @@ class PieceReader:
             if self._memory is None:
                 held.enter_context(self)
             assert self._memory is not None
-            nbytes, peak = self._run(pieces, self._memory)
-            return ReadTotals(nbytes, time.perf_counter() - start, peak)
+            work = self._run(pieces, self._memory)
+            seconds = time.perf_counter() - start
+            peak = self._memory.peak_bytes + self._source.staging_peak_bytes  # of the arena, and of what was read ahead
+            return ReadTotals(work.bytes_read, seconds, peak, work.bytes_between)
 
-    def _run(self, pieces: Sequence[Piece], memory: WorkingMemory) -> tuple[int, int]:
-        """Bytes read, and the most bytes of the arena, and of what was read ahead, that were ever touched."""
+    def _run(self, pieces: Sequence[Piece], memory: WorkingMemory) -> _Work:
         batches = plan_batches(pieces, memory.slot_bytes, self._source.read_bytes)
         work = _Work(self._source, self._paths, memory, batches)
         crew = Crew(min(self.workers, max(1, len(batches))), self._cancel)
@@ -114,7 +119,7 @@ class PieceReader:
         crew.work(work.take_part, None if report is None else lambda: report(work.bytes_read))
         if report is not None:
             report(work.bytes_read)
-        return work.bytes_read, memory.peak_bytes + self._source.staging_peak_bytes
+        return work
 
     def _check_sizes(self, pieces: Sequence[Piece]) -> None:
         for number, piece in enumerate(pieces):
@@ -144,6 +149,11 @@ class _Work:
         """Bytes read so far by all workers."""
         return sum(tally.bytes_read for tally in tuple(self._tallies))
 
+    @property
+    def bytes_between(self) -> int:
+        """Bytes that were read with them and are of no piece."""
+        return sum(tally.bytes_between for tally in tuple(self._tallies))
+
     def take_part(self, crew: Crew, number: int) -> None:
         """Takes batches in order until there are none left."""
         with self.memory.workspace() as workspace:
@@ -162,6 +172,7 @@ class _Tally:
     """What one worker has read; counted by it alone, so without a lock."""
 
     bytes_read: int = 0
+    bytes_between: int = 0
 
 
 class _Worker:
@@ -251,6 +262,7 @@ class _Worker:
             found[: count * length].reshape(count, length)[:] = as_strided(found, (count, length), (pitch, 1))
             done += count
             self._tally.bytes_read += count * length
+            self._tally.bytes_between += len(room) - count * length
 
     def _fill_device(self, path: str, extents: Sequence[tuple[int, int]], target: Tensor) -> None:
         for position, offset, count in sub_reads(extents, min(self._source.read_bytes, self._work.memory.slot_bytes)):

@@ -175,6 +175,7 @@ def convert_checkpoint(
         _meta_bytes,
         non_finite=draft.non_finite(),
     )
+    checkpoint.files.tell(report.note_source)
     report.predicted_final_bytes = report.final_bytes
     report.output, report.read_by = str(out), read_by
     report.output_bytes = output_bytes

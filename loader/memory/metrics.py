@@ -51,6 +51,8 @@ class LoadMetrics:
         self._loads: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
         self._reloads: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
         self._cached: Counter[str] = Counter(dict.fromkeys(get_args(CacheResult), 0))
+        self._requests: Counter[str] = Counter()
+        self._source_retries = self._source_bytes = 0
         self.registry.register(_LoadCollector(self))
 
     def on_plan(self, plan: MemoryPlan) -> None:
@@ -75,6 +77,10 @@ class LoadMetrics:
             self._report, self._layers = report, layers
             self._count(report.bytes_read)
             self._loads["success"] += 1
+            for each in report.source_requests:
+                self._requests[each.result] += each.count
+            self._source_retries += report.source_retries or 0
+            self._source_bytes += report.source_bytes or 0
             if report.cache is not None:
                 self._cached[report.cache] += 1
             self._end(progress=1.0)
@@ -188,6 +194,16 @@ class LoadMetrics:
             for result, value in counts.items():
                 family.add_metric([result], value)
             yield family
+        requests = CounterMetricFamily(
+            "quantload_source_requests", "Requests to servers that checkpoints were read from.", labels=["result"]
+        )
+        for result, count in sorted(self._requests.items()):
+            requests.add_metric([result], count)
+        yield requests
+        yield CounterMetricFamily(
+            "quantload_source_retries", "Requests to servers that were made again.", value=self._source_retries
+        )
+        yield CounterMetricFamily("quantload_source_bytes", "Bytes that came from servers.", value=self._source_bytes)
         values = _labelled("non_finite_values", "Values of the loaded weights that are NaN or infinite.", "kind")
         found = () if self._report is None else self._report.non_finite
         for kind in ("nan", "infinite", "overflowed") if self._report is not None else ():

@@ -130,6 +130,14 @@ class NonFiniteReport:
 
 
 @dataclass(frozen=True)
+class RequestsReport:
+    """How many requests to a server ended so: `ok`, or what went wrong."""
+
+    result: str
+    count: int
+
+
+@dataclass(frozen=True)
 class TimelinePoint:
     """One moment of a load: seconds since its start, bytes read so far, memory above the baseline (bytes)."""
 
@@ -143,7 +151,8 @@ class LoadReport:
     """Everything a load says about itself; sizes in bytes, `seconds` in seconds.
 
     `peak_bytes` is the highest memory above `baseline_bytes`, the value before the load. `layers` are the quantized
-    modules, `kept` those that were not, `timeline` at most 200 points. `cache` is what became of the load with one.
+    modules, `kept` those that were not, `timeline` at most 200 points. `bytes_between` were read besides `bytes_read`:
+    they lie between short rows of which only some columns were wanted. `cache` is what became of the load with one.
     `unexpected` are checkpoint tensors that the model class does not know, with their bytes, `ignored_tensors` those
     that it passes over by itself: none of them was read. `initialized` are parameters that it lets be missing,
     `overlaid` tensors that lie in several shards, of which the one that the index names was read, `untied` parameters
@@ -152,8 +161,11 @@ class LoadReport:
     took `digest_seconds` after the load; None where it was not asked for. Of a conversion, `output` is the folder it
     wrote, `output_bytes` are those of all files in it, `read_by` are the tools that were seen to read such a
     checkpoint, and `documents` are the model card and the license files in it. Where a model is spread over several
-    processes, each has a report of its part: that of `rank`, of `world_size`. `state` is that of the weights: a reload
-    that failed leaves them incomplete.
+    processes, each has a report of its part: that of `rank`, of `world_size`; `rank_bytes_read` are the bytes that each
+    of them read, and `replicated_bytes` those of the checkpoint that all of them need. `state` is that of the weights:
+    a reload that failed leaves them incomplete. Of a checkpoint that was read from a server, `source_requests` are the
+    requests by result, `source_retries` those that were made again, `source_bytes` all bytes that came,
+    `source_connections` how many requests were in flight at most.
     """
 
     model: str
@@ -189,6 +201,18 @@ class LoadReport:
     rank: int | None = None
     world_size: int | None = None
     state: LoadState = "complete"
+    rank_bytes_read: list[int] = field(default_factory=list)
+    replicated_bytes: int = 0
+    bytes_between: int = 0
+    source_requests: list[RequestsReport] = field(default_factory=list)
+    source_retries: int | None = None
+    source_bytes: int | None = None
+    source_connections: int | None = None
+
+    def note_source(self, requests: Mapping[str, int], retries: int, nbytes: int, connections: int) -> None:
+        """Say what was asked of a server, and what came."""
+        self.source_requests = [RequestsReport(result, count) for result, count in sorted(requests.items())]
+        self.source_retries, self.source_bytes, self.source_connections = retries, nbytes, connections
 
     @property
     def bytes_per_second(self) -> float:
@@ -228,7 +252,13 @@ class LoadReport:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The report `to_dict` gave; an unknown or missing field raises `PolicyError`."""
         values = dict(_checked(cls, values))
-        items = {"layers": LayerReport, "kept": KeptReport, "timeline": TimelinePoint, "non_finite": NonFiniteReport}
+        items = {
+            "layers": LayerReport,
+            "kept": KeptReport,
+            "timeline": TimelinePoint,
+            "non_finite": NonFiniteReport,
+            "source_requests": RequestsReport,
+        }
         for name, item in items.items():
             values[name] = [item(**_checked(item, entry)) for entry in values.get(name, [])]
         return cls(**values)

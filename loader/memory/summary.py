@@ -43,8 +43,19 @@ def render(report: LoadReport, console: Console | None = None) -> None:
         f" ({report.bytes_per_second / GIB:.2f} GiB/s){conversions}{cache}",
         highlight=False,
     )
+    if report.source_bytes is not None:
+        console.print(_source(report), highlight=False, markup=False)
     for line in _written(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _source(report: LoadReport) -> str:
+    """What was asked of a server."""
+    results = ", ".join(f"{each.count:,} {each.result}" for each in report.source_requests)
+    return (
+        f"fetched {format_bytes(report.source_bytes or 0)} over {report.source_connections} connections, requests: "
+        f"{results}; {report.source_retries:,} tried again"
+    )
 
 
 def _written(report: LoadReport) -> Iterator[str]:
@@ -77,6 +88,13 @@ def print_plan(summary: Mapping[str, Any], plan: MemoryPlan, console: Console) -
     for (kind, scheme, reason), count in counted.items():
         decisions.add_row(*map(Text, (str(count), kind, scheme, reason)))  # a pattern may look like markup
     console.print(decisions)
+    fetches = summary.get("fetches")
+    if fetches is not None:
+        console.print(
+            f"from a server: {format_bytes(fetches['fetched_bytes'])} in {fetches['requests']:,} requests, of "
+            f"{format_bytes(fetches['needed_bytes'])} that are read",
+            highlight=False,
+        )
     unapplied = (f"warning: {each['message']}" for each in summary["unapplied"])
     for line in (*_left(summary), *unapplied, _beside(summary["beside_the_peak"]), summary["verdict"]["message"]):
         console.print(line, highlight=False, markup=False)

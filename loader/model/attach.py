@@ -16,7 +16,7 @@ from ..geometry.spans import Landing
 from ..online.as_stored import InputScaleLoader, StoredParameter, StoredProgress
 from ..online.moe import MoeOnlineWeightLoader
 from ..online.non_finite import NonFiniteValues, look_at_codes, may_overflow
-from ..online.observing import ScaleGroup
+from ..online.observing import Exchange, ScaleGroup
 from ..online.parameter import QuantizedParameter, alive, materialize, materialized_in
 from ..online.quantizing import LayerProgress, linear_quantizer
 from ..online.storage import FinalStorage
@@ -92,6 +92,18 @@ class WeightLoaders:
     def add_one_maximum(self, module: str, parameter: QuantizedParameter) -> None:
         """The weight of a linear layer that has one maximum with those that engines run with it."""
         self._one_maximum[module] = parameter
+
+    def scale_across(self, name: str, exchange: Exchange) -> ScaleGroup | None:
+        """Have the scales of a parameter follow from maxima that `exchange` raises; the group that it is in.
+
+        `None` where its scales are not made here: it is copied as it is stored. Comes after `scale_together`.
+        """
+        sink = self.sinks[name]
+        if not isinstance(sink, OnlineWeightLoader):
+            return None
+        group = sink.parameter.scale_group or ScaleGroup((sink.parameter.layout,))
+        group.exchange, sink.parameter.scale_group = exchange, group
+        return group
 
     def scale_together(self, apart: Container[str]) -> None:
         """Put the weights of layers that engines run as one into a group, where all of them are of one format.

@@ -121,14 +121,20 @@ def _check_dtype(checkpoint: Checkpoint) -> None:
 
 
 def assign_schemes(
-    model: PreTrainedModel, policy: Policy, dtype: torch.dtype, strict: bool, sources: StoredSources
+    model: PreTrainedModel,
+    policy: Policy,
+    dtype: torch.dtype,
+    strict: bool,
+    sources: StoredSources,
+    reasons: Mapping[str, str] | None = None,
 ) -> list[Assignment]:
     """Give every linear and experts module of `model` a scheme or a reason, and replace those with a scheme.
 
-    `dtype` is the one activations have, `sources` what the checkpoint has quantized already. A module that appears
-    under several names is decided once, by its first.
+    `dtype` is the one activations have, `sources` what the checkpoint has quantized already, `reasons` what `roles`
+    says of the model, which it cannot once that was divided among ranks. A module that appears under several names is
+    decided once, by its first.
     """
-    assigner = _Assigner(model, policy, dtype, sources)
+    assigner = _Assigner(model, policy, dtype, sources, roles(model) if reasons is None else reasons)
     assignments = [
         assigner.experts(name, module)
         if is_fused_experts(module)
@@ -153,10 +159,17 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
 class _Assigner:
     """Decides about the modules of one model, one by one."""
 
-    def __init__(self, model: PreTrainedModel, policy: Policy, dtype: torch.dtype, sources: StoredSources) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        dtype: torch.dtype,
+        sources: StoredSources,
+        reasons: Mapping[str, str],
+    ) -> None:
         self._model, self._policy, self._sources = model, policy, sources
         self._dtype_of = transformers_api.DtypePlan(model, dtype)
-        self._roles, self._products = roles(model), Products()
+        self._roles, self._products = reasons, Products()
         self._tied = transformers_api.tied_parameters(model)
         self._readers = weight_readers(model)
         self._no_kernel = "the model computes in float64, and no kernel does" if dtype == torch.float64 else None

@@ -466,6 +466,18 @@ def tell_quantized(module: Any) -> None:
     module.config._is_quantized = True
 
 
+def parallel_plans(model: PreTrainedModel) -> tuple[dict[str, str], dict[str, str]]:
+    """The plans of tensor and of expert parallelism of a model: style by name, with `*` for numbers; empty for none."""
+    return dict(getattr(model, "_tp_plan", None) or {}), dict(getattr(model, "_ep_plan", None) or {})
+
+
+def parallel_style(name: str) -> Any:
+    """transformers' own hooks of a style of parallelism; imported late, as it takes DTensors along."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    return ALL_PARALLEL_STYLES[name]
+
+
 def output_heads(model: nn.Module) -> set[int]:
     """The ids of the modules that turn hidden states into logits, where a model, or one within it, says which.
 

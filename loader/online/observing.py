@@ -17,6 +17,9 @@ Finish = Callable[[int | None, int | None, Tensor], None]
 saw the last piece. Where scales are shared (`scales_are_shared`) the shard is `None`: maxima [layout.maxima_shape] of
 all shards, once they, and the other parameters that get their scales with them, were observed."""
 
+Exchange = Callable[["ScaleGroup", int | None, Sequence[Tensor]], None]
+"""Called with a group, an expert, and the maxima of that expert in each parameter of the group, to be raised."""
+
 
 class ScaleGroup:
     """Parameters that get their scales together: each expert's, once all of it was seen in all of them.
@@ -25,6 +28,8 @@ class ScaleGroup:
     """
 
     def __init__(self, layouts: Sequence[WeightLayout]) -> None:
+        self.exchange: Exchange | None = None
+        """What raises the maxima to those that others saw, where other processes have parts of the matrices."""
         self.numel = sum(layout.rows * layout.columns for layout in layouts)
         """Elements of one expert, in all of them."""
         self._one = layouts[0].format.one_maximum
@@ -52,6 +57,8 @@ class ScaleGroup:
             largest = torch.stack([each.max() for each in maxima]).max()
             for each in maxima:
                 each.copy_(largest)
+        if self.exchange is not None:
+            self.exchange(self, expert, maxima)
         for member, amax in zip(members, maxima, strict=True):
             member.finish(expert, None, amax)
 

@@ -86,8 +86,9 @@ def cut_tensor(entry: TensorEntry, spans: Sequence[Span], sinks: Mapping[str, Si
     lines = sorted((_line(span, sinks[span.parameter].align) for span in spans), key=lambda line: line.span.offset)
     for group in _groups(lines):
         step = max(line.outer_align for line in group)
-        if step * group[0].outer_stride <= limit or group[0].outer * group[0].outer_stride <= limit:
-            yield from _bands(group, step, limit)
+        pitch = _pitch(group)
+        if step * pitch <= limit or group[0].outer * pitch <= limit:
+            yield from _bands(group, step, pitch, limit)
         else:
             for line in group:
                 yield from _tiles(line, limit)
@@ -113,18 +114,26 @@ def _side_by_side(group: list[_Line], line: _Line) -> bool:
     return same and line.span.offset + line.width - first.span.offset <= first.outer_stride
 
 
-def _bands(group: list[_Line], step: int, limit: int) -> Iterator[Cut]:
+def _width(group: list[_Line]) -> int:
+    return max(line.span.offset + line.width for line in group) - group[0].span.offset
+
+
+def _pitch(group: list[_Line]) -> int:
+    """How far apart lines stand in a buffer: as in the file, or without the columns there that are not wanted."""
+    width, stride = _width(group), group[0].outer_stride
+    return width if stride - width >= max(line.inner_stride for line in group) else stride
+
+
+def _bands(group: list[_Line], step: int, pitch: int, limit: int) -> Iterator[Cut]:
     first = group[0]
-    start, stride = first.span.offset, first.outer_stride
-    width = max(line.span.offset + line.width for line in group) - start
-    lines_per_cut = max(limit // max(stride, 1) // step, 1) * step
+    start, stride, width = first.span.offset, first.outer_stride, _width(group)
+    lines_per_cut = max(limit // max(pitch, 1) // step, 1) * step
     for low in range(0, first.outer, lines_per_cut):
         high = min(low + lines_per_cut, first.outer)
-        length = (high - low - 1) * stride + width
-        parts = tuple(
-            line.part((low, high), (0, line.inner), line.span.offset - start, line.outer_stride) for line in group
-        )
-        yield Cut(Lines(start + low * stride, length, length, 1), parts)
+        parts = tuple(line.part((low, high), (0, line.inner), line.span.offset - start, pitch) for line in group)
+        length = (high - low - 1) * pitch + width
+        together = Lines(start + low * stride, length, length, 1)
+        yield Cut(together if pitch == stride else Lines(start + low * stride, stride, width, high - low), parts)
 
 
 def _tiles(line: _Line, limit: int) -> Iterator[Cut]:

@@ -47,10 +47,14 @@ class Source(Protocol[E_contra, C]):
 
 
 class Planned(NamedTuple):
-    """Pieces, and the bytes of maxima that are held at most while they are read: of one first pass and the next."""
+    """Pieces, and the bytes of maxima that are held at most while they are read: of one first pass and the next.
+
+    `observed` are the matrices that are read twice, in the order in which their first passes end.
+    """
 
     pieces: list[Piece]
     maxima_bytes: int
+    observed: list[Matrix]
 
 
 def plan(source: Source[E, C], entries: Sequence[E], sinks: Mapping[str, Sink]) -> Planned:
@@ -74,6 +78,7 @@ def plan(source: Source[E, C], entries: Sequence[E], sinks: Mapping[str, Sink]) 
 
     pieces: list[Piece] = []
     run: list[E] = []
+    order: dict[Matrix, None] = {}
     most = 0
     for group in together(entries, cuts, twice, sinks):
         if group[0].name in small:
@@ -86,7 +91,18 @@ def plan(source: Source[E, C], entries: Sequence[E], sinks: Mapping[str, Sink]) 
         barrier = first_pass(observing, pieces)
         if barrier is not None:
             most = max(most, maxima_bytes(group))
+            parts = (part for entry in group for cut in cuts[entry.name] for part in cut.parts)
+            order |= _in_order(matrix_of(part, sinks) for part in parts)
         for entry in group:
             pieces += source.pieces(entry, cuts[entry.name], barrier)
     pieces += source.bundles(run)
-    return Planned(pieces, 2 * most)
+    return Planned(pieces, 2 * most, [matrix for matrix in order if matrix in twice])
+
+
+def _in_order(matrices: Iterable[Matrix]) -> dict[Matrix, None]:
+    """Each once, in the order of their last places."""
+    found: dict[Matrix, None] = {}
+    for matrix in matrices:
+        found.pop(matrix, None)
+        found[matrix] = None
+    return found

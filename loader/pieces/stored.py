@@ -21,12 +21,16 @@ from .two_passes import Landed, Matrix
 
 @dataclass(frozen=True)
 class StoredPieces:
-    """Pieces, the bytes of scratch memory the largest one takes, and those of scales and maxima held beside it."""
+    """Pieces, the bytes of scratch memory the largest one takes, and those of scales and maxima held beside it.
+
+    `observed` are the matrices that are read twice (see `planner.Planned`).
+    """
 
     pieces: list[Piece]
     scratch_bytes: int
     held_bytes: int
     maxima_bytes: int = 0
+    observed: Sequence[Matrix] = ()
 
 
 def plan_stored(
@@ -48,7 +52,7 @@ def plan_stored(
     source = DecodedSource(spans, sinks, chunk_bytes, dequantizer)
     decoded = plan(source, others, sinks)
     pieces = plan_as_is(copied, spans, as_is, chunk_bytes) + decoded.pieces
-    return StoredPieces(pieces, source.scratch_bytes, source.held_bytes, decoded.maxima_bytes)
+    return StoredPieces(pieces, source.scratch_bytes, source.held_bytes, decoded.maxima_bytes, decoded.observed)
 
 
 class DecodedSource:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import big_checkpoints
 import pytest
 import raw_checkpoint
 from process_state import MIB, threads
@@ -17,6 +18,7 @@ from quantload import LoadOptions, convert_checkpoint, load_quantized
 from quantload.checkpoint.remote import requests as requests_module
 from quantload.draft import plan_quantized
 from quantload.errors import ChangedFileError, CheckpointError
+from quantload.memory.report import LoadReport
 from range_server import Asked, Fault, RangeServer
 
 pytest.importorskip("obstore")
@@ -98,6 +100,9 @@ def test_a_plan_reads_headers_alone(checkpoint: Checkpoint, server: RangeServer)
     local = plan_quantized(folder, "quark_mxfp4")
     assert draft.plan.memory.final_bytes == local.plan.memory.final_bytes
     assert draft.plan.memory.peak_bytes > local.plan.memory.peak_bytes, "what is fetched ahead counts"
+    assert draft.plan.fetches is not None
+    assert draft.plan.fetches.needed_bytes <= draft.plan.fetches.fetched_bytes <= 1.05 * draft.plan.bytes_total
+    assert local.plan.fetches is None
     assert all(asked.start == 0 for asked in server.asked)
     assert not any("token" in asked.path for asked in server.asked)
 
@@ -118,7 +123,11 @@ def test_errors_of_all_kinds_on_the_way_change_no_byte(checkpoint: Checkpoint, s
 
     server.fault = fault
     options = LoadOptions(digest=True, chunk_bytes=64 << 10)
-    assert digest(url(server, "http"), "quark_mxfp4", options) == digest(folder, "quark_mxfp4")
+    report = load_quantized(url(server, "http"), "quark_mxfp4", options=options).load_report
+    assert report.digest == digest(folder, "quark_mxfp4")
+    counted = {each.result: each.count for each in report.source_requests}
+    assert report.source_retries == sum(counted.values()) - counted["ok"] - counted["missing"] > 0
+    assert LoadReport.from_dict(report.to_dict()) == report
 
 
 @pytest.mark.parametrize("kind", ["http", "s3"])
@@ -212,12 +221,22 @@ def test_a_conversion_from_a_server_writes_the_files_of_a_local_one(
     assert cards[0] == cards[1]
 
 
+def test_a_plan_says_what_is_fetched_twice(server: RangeServer) -> None:
+    big_checkpoints.llama(server.root / "model", hidden_size=512, intermediate_size=4096, num_hidden_layers=1)
+    options = LoadOptions(chunk_bytes=256 << 10, staging_bytes=4 * MIB, workers=1, connections=1)
+    draft = plan_quantized(url(server, "s3"), "fp8_per_tensor", options=options)
+    report = load_quantized(url(server, "s3"), "fp8_per_tensor", options=options).load_report
+    fetches = draft.plan.fetches
+    assert fetches is not None
+    assert fetches.fetched_bytes > 1.5 * fetches.needed_bytes
+    assert fetches.fetched_bytes <= report.source_bytes < fetches.fetched_bytes + MIB
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"connections": 16}, {"staging_bytes": 32 * MIB}])
 def test_the_bound_counts_what_the_library_holds(
     options: dict[str, int], server: RangeServer, checkpoint: Checkpoint
 ) -> None:
-    import big_checkpoints
     from test_memory_bound import measure
 
     big_checkpoints.llama(

@@ -28,6 +28,8 @@ NAMES = [
     "layer_bytes",
     "layer_saturated_ratio",
     "loads_total",
+    "source_retries_total",
+    "source_bytes_total",
     "reloads_total",
     "cache_loads_total",
     "non_finite_values",
@@ -69,7 +71,8 @@ def test_names_are_those_of_the_design_and_no_others() -> None:
 def test_types_and_help() -> None:
     families = list(parser.text_string_to_metric_families(full_metrics().render().decode()))
     counters = {family.name for family in families if family.type == "counter"}
-    assert counters == {"quantload_load_bytes_read", "quantload_loads", "quantload_reloads", "quantload_cache_loads"}
+    assert counters == {"quantload_load_bytes_read", "quantload_loads", "quantload_reloads", "quantload_cache_loads",
+        "quantload_source_requests", "quantload_source_retries", "quantload_source_bytes"}  # fmt: skip
     assert {family.type for family in families} == {"counter", "gauge"}
     assert all(family.documentation for family in families)
 
@@ -92,6 +95,19 @@ def test_values_of_a_report() -> None:
     assert value(found, "layer_saturated_ratio", layer="model.layers.0.up_proj") == 0.25
     assert value(found, "loads_total", result="success") == 1
     assert value(found, "loads_total", result="failure") == 0
+
+
+def test_what_was_asked_of_servers_counts_over_all_loads() -> None:
+    metrics = LoadMetrics()
+    for requests in ({"ok": 7, "throttled": 2}, {"ok": 3}):
+        one = report()
+        one.note_source(requests, 2, 5000, 8)
+        metrics.on_report(one)
+    found = samples(metrics)
+    assert value(found, "source_requests_total", result="ok") == 10
+    assert value(found, "source_requests_total", result="throttled") == 2
+    assert value(found, "source_retries_total") == 4
+    assert value(found, "source_bytes_total") == 10_000
 
 
 def test_a_plan_alone_is_shown_while_the_load_runs() -> None:

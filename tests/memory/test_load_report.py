@@ -52,6 +52,13 @@ REPORT_FIELDS = [
     "rank",
     "world_size",
     "state",
+    "rank_bytes_read",
+    "replicated_bytes",
+    "bytes_between",
+    "source_requests",
+    "source_retries",
+    "source_bytes",
+    "source_connections",
 ]
 LAYER_FIELDS = [
     "name",

@@ -11,14 +11,16 @@ from pathlib import Path
 
 from ...errors import CheckpointError, MissingShardError, QuantloadError
 from ...options import LoadOptions
-from ..files import ReadAhead
+from ..files import Fetches, NoteSource, ReadAhead
 from ..identity import FileIdentities
 from ..other_kinds import names_error
 from ..paths import locate
 from ..small_files import largest_allowed
+from ..source import Reads
+from .blocks import Blocks, schedule
 from .client import Client, Counters, Tag
 from .requests import Requests, side_by_side, total
-from .source import RemoteSource
+from .source import RemoteSource, held_for_later, read_bytes
 from .window import CONNECTIONS, Sizes, choose_sizes
 
 _WEIGHTS = ".safetensors"
@@ -110,6 +112,19 @@ class RemoteFiles:
         """Raise `ChangedFileError` unless all files are what they were when they were first looked at."""
         self._local.check_unchanged()
         side_by_side(self._requests.note, list(self._known), CONNECTIONS)
+
+    def foresee(self, batches: Iterable[Reads], options: LoadOptions) -> Fetches:
+        """What a run will ask of the server."""
+        batches = list(batches)
+        sizes = choose_sizes(options, read_bytes(batches))
+        blocks = Blocks(batches, sizes.request_bytes)
+        plan = schedule(blocks, held_for_later(sizes))
+        return Fetches(blocks.needed_bytes, plan.fetched_bytes, len(plan.stays))
+
+    def tell(self, note: NoteSource) -> None:
+        """Say what was asked of the server so far."""
+        counters = self.counters
+        note(counters.requests, counters.retries, counters.nbytes, counters.connections)
 
     def no_model(self, *, has_config: bool) -> QuantloadError:
         """The error for where there is no model, or a config without weights."""

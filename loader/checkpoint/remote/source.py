@@ -70,7 +70,7 @@ class RemoteSource(Source):
         """Begins to fetch what a run will read, in requests of many reads at once."""
         self.close()
         batches = list(batches)
-        sizes = self._sizes(sum(length for _, extents in batches for _, length in extents))
+        sizes = self._sizes(read_bytes(batches))
         blocks = Blocks(batches, sizes.request_bytes)
         plan = schedule(blocks, held_for_later(sizes))
         blocks.forget_batches()
@@ -105,6 +105,11 @@ class RemoteSource(Source):
                 self._requests.fill(path, len(head), view[len(head) :], stopping)
             head = bytes(rest)
         self._heads[path] = head
+
+
+def read_bytes(batches: Iterable[Reads]) -> int:
+    """Bytes that the batches of a run read; what is read twice counts twice."""
+    return sum(length for _, extents in batches for _, length in extents)
 
 
 def held_for_later(sizes: Sizes) -> int:

@@ -96,10 +96,12 @@ def draft_load(
     plan: Callable[..., LoadPlan] = plan_load,
     building: Building = FROM_CONFIG,
     ranks: Alone = ALONE,
+    index: CheckpointIndex | None = None,
 ) -> Draft:
     """Everything before the first weight: schemes and kernels, index, skeleton, routes, and what `plan` makes of it.
 
-    `building` makes the skeleton, of which `ranks` leaves what this process is to have.
+    `building` makes the skeleton, of which `ranks` leaves what this process is to have. `index` has the tensors where
+    they are known already.
     """
     checkpoint.note_configs()
     if trust_remote_code:
@@ -110,7 +112,7 @@ def draft_load(
     schemes = SchemeFactory(storage.device, options, chosen.scale_mode)
     rules = Policy(chosen, schemes, checkpoint.is_quantized)
     with collector_paused():
-        index = read_index(checkpoint)
+        index = index or read_index(checkpoint)
     recipe = building.find(checkpoint, trust_remote_code, index.tensors)
     source_dtype = torch.float32 if checkpoint.is_quantized else recipe.dtype  # codes become float32 on their way
     with schemes.compiling(source_dtype), collector_paused():

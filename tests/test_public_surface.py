@@ -72,6 +72,8 @@ def test_reload_weights() -> None:
     assert signature(quantload.reload_weights) == [
         ("model", False, inspect.Parameter.empty),
         ("source", False, inspect.Parameter.empty),
+        ("partial", True, False),
+        ("adapter", True, None),
         ("revision", True, None),
         ("progress", True, None),
     ]

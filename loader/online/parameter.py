@@ -104,6 +104,10 @@ class QuantizedParameter:
         """Elements of one expert that may have to be seen for a scale of it: those of its matrix, or of its group."""
         return self.layout.rows * self.layout.columns if self.scale_group is None else self.scale_group.numel
 
+    def was_observed(self, region: Region) -> bool:
+        """Whether the scales of a region were made by a first pass."""
+        return all((region.expert, block.shard) in self.scales_known for block in self.layout.blocks(region))
+
     def observation(self, finish: Finish) -> Observation:
         """The first pass of this parameter; `finish` is what the first caller gives."""
         with self._lock:

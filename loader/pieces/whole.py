@@ -55,10 +55,14 @@ class WholeConversion:
             self._arrived += 1
             if self._arrived < len(self._entries):
                 return
+        self.run(self._tensors)
+
+    def run(self, sources: dict[str, Tensor]) -> None:
+        """Convert all tensors of the group, which are let go, and hand on what comes of them."""
         # As transformers does it: converted in the dtype the parameter will have.
         wanted = self._shapes.tensors[self._conversion.target].dtype
-        tensors = {name: tensor.to(wanted) for name, tensor in self._tensors.items()}
-        self._tensors.clear()
+        tensors = {name: tensor.to(wanted) for name, tensor in sources.items()}
+        sources.clear()
         converted = transformers_api.convert(self._shapes, self._conversion, tensors)
         del tensors
         for name in list(converted):

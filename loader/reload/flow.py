@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..cache.session import NoCache
 from ..checkpoint.pieces import Piece
@@ -19,7 +18,6 @@ from ..checkpoint.reader import PieceReader, ReadTotals
 from ..checkpoint.resolve import Checkpoint, resolve
 from ..digest import model_digest
 from ..draft import Draft, draft_load
-from ..errors import PolicyError
 from ..interrupts import interrupt_first
 from ..memory.budget import check_budget, memory_running_out
 from ..memory.planner import MemoryPlan
@@ -32,57 +30,54 @@ from ..plan import LoadPlan, loaded_parameters, plan_load
 from ..progress import Progress, showing
 from ..quantized_model import QuantizedModel
 from ..recording import Recorder, tensor_bytes
+from .adapters import LoraAdapter, merge_adapter
+from .alone import alone
+from .folder import TensorsOf
 from .living import HeldStorage, LivingModel, allow_forward, bind, refuse_forward
 from .remember import remember
 from .settings import LoadSettings
 from .shared import SameValues, are_one, fill_tied, ties
+from .update import Given, WeightUpdate
 
 logger = logging.getLogger("quantload")
 _ABOUT_FILES = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"})
 """Fields of a config that say nothing of what a model computes."""
-_reloading: weakref.WeakSet[Any] = weakref.WeakSet()
-_lock = threading.Lock()
 
 
 def reload_weights(
     model: QuantizedModel,
-    source: str | Path | Checkpoint,
+    source: str | Path | Checkpoint | Iterable[Given] | Mapping[str, Tensor],
     *,
+    partial: bool = False,
+    adapter: LoraAdapter | str | Path | None = None,
     revision: str | None = None,
     progress: Progress | bool | None = None,
 ) -> LoadReport:
     """Quantize new weights into the memory of a model that `load_quantized` returned; no data pointer changes.
 
-    `source` is a checkpoint as `load_quantized` takes it, of the same model: schemes, policy and options are those of
-    the first load, and the result is what that load would make of it. The report, which is `model.load_report`
-    afterwards, is that of such a load. Memory: what is held at most above the model is the staging arena and 64 MiB.
-    Nobody may use the model meanwhile. Raises a `QuantloadError`: `PolicyError` where the new weights would not be what
-    the model has memory for. Unless it says otherwise nothing has been written then; where something was,
-    `model.load_report.state` is `incomplete` and the forward of the model raises `IncompleteModelError` until another
-    reload has brought what is missing.
+    `source` is a checkpoint as `load_quantized` takes it, of the same model, or its tensors in any order: pairs of name
+    and tensor, with the index of its first element as a third for a part of one. Schemes, policy and options are those
+    of the first load, and the result is what that load would make of these weights. The report, which is
+    `model.load_report` afterwards, is that of such a load. With `partial`, tensors that do not come stay as they are;
+    without, `MissingWeightsError` names them. `adapter`, for LoRA, or the folder of one, is added to the weights on
+    their way. Memory: what is held at most above the model is the staging arena and 64 MiB. Nobody may use the model
+    meanwhile. Raises a `QuantloadError`: `PolicyError` where the new weights would not be what the model has memory
+    for, before anything is written. Where something was, `model.load_report.state` is `incomplete` and the forward of
+    the model raises `IncompleteModelError` until another reload has brought what is missing.
     """
+    if adapter is not None and not isinstance(adapter, LoraAdapter):
+        adapter = LoraAdapter.read(adapter)
+    if not isinstance(source, (str, Path, Checkpoint)):
+        with WeightUpdate(model, partial=partial, adapter=adapter) as update:
+            update.load(source)
+            return update.finish()
+    checkpoint = resolve(source, revision)
+    if partial:
+        with WeightUpdate(model, partial=True, adapter=adapter, label=checkpoint.model_id) as update:
+            update.load(TensorsOf(checkpoint, update.chunk_bytes))
+            return update.finish()
     with alone(model) as settings:
-        return _from_checkpoint(model, resolve(source, revision), settings, progress)
-
-
-@contextmanager
-def alone(model: Any) -> Iterator[LoadSettings]:
-    """What is remembered of a model's load, while nobody else reloads it."""
-    settings = getattr(model, "load_settings", None)
-    if not isinstance(settings, LoadSettings):
-        raise PolicyError(
-            f"{type(model).__name__} does not say how it was loaded; give the model that load_quantized returned, "
-            f"without what was put around it"
-        )
-    with _lock:
-        if model in _reloading:
-            raise PolicyError("the model is being reloaded already; wait until that is finished")
-        _reloading.add(model)
-    try:
-        yield settings
-    finally:
-        with _lock:
-            _reloading.discard(model)
+        return _from_checkpoint(model, checkpoint, settings, adapter, progress)
 
 
 @contextmanager
@@ -101,13 +96,17 @@ def surroundings(
 
 
 def _from_checkpoint(
-    model: Any, checkpoint: Checkpoint, settings: LoadSettings, progress: Progress | bool | None
+    model: Any,
+    checkpoint: Checkpoint,
+    settings: LoadSettings,
+    adapter: LoraAdapter | None,
+    progress: Progress | bool | None,
 ) -> LoadReport:
     planned: list[MemoryPlan] = []
     options = replace(settings.options, cache=None)
     with surroundings(model, options.stats, progress, planned) as recorder:
         storage = HeldStorage(next(model.parameters()).device)
-        planner = _Planner(model)
+        planner = _Planner(model, adapter)
         draft = draft_load(
             checkpoint,
             "auto",
@@ -165,12 +164,14 @@ class _Planner:
     `compared` are the pieces of those.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._tensors = model.state_dict(keep_vars=True)
+    def __init__(self, model: Any, adapter: LoraAdapter | None) -> None:
+        self._tensors, self._adapter = model.state_dict(keep_vars=True), adapter
         self.compared: list[Piece] = []
 
     def __call__(self, skeleton: Any, *drafted: Any) -> LoadPlan:
         index, mapped, _, routes, loaders, *_ = drafted
+        if self._adapter is not None:
+            merge_adapter(self._adapter, loaders, routes, dict(ties(skeleton)))
         twice = {
             name: other
             for name, other in ties(skeleton)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,11 @@ class LivingModel:
         self._model = model
         self._config = copy.deepcopy(model.config)
         transformers_api.forget_quantization(self._config)
+
+    @property
+    def root(self) -> Path:
+        """The folder that it says it comes from."""
+        return Path(str(self._config.name_or_path))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,7 +19,7 @@ class SameValues(DirectWeightLoader):
     """Takes values of a parameter that another has brought already: they must be what is there."""
 
     def __init__(self, loader: DirectWeightLoader, other: str) -> None:
-        self._loader, self._other = loader, other
+        self._loader, self._other, self.is_buffer = loader, other, loader.is_buffer
         self.values_dtype, self.columns, self.rows = loader.values_dtype, loader.columns, loader.rows
         self.tracker = loader.tracker
 
@@ -39,6 +39,30 @@ class SameValues(DirectWeightLoader):
         self.tracker.commit(region.numel)
 
 
+class Twins:
+    """Pairs of parameters that share their memory: what comes for the one must be what came for the other."""
+
+    def __init__(self, pairs: Mapping[str, str], sinks: Mapping[str, Any]) -> None:
+        self._other = {**pairs, **{other: name for name, other in pairs.items()}}
+        self._sinks = sinks
+
+    def brought(self, sink: DirectWeightLoader, region: Region, values: Tensor) -> bool:
+        """Whether the other of a pair has brought a region; raises `CheckpointError` where its values are different."""
+        other = self._other.get(sink.name)
+        if other is None or not self._sinks[other].tracker.arrived(region):
+            return False
+        SameValues(sink, other).load_region(values, region)
+        return True
+
+    def fill(self) -> None:
+        """Count as complete what the other of a pair has brought."""
+        for name, other in self._other.items():
+            mine, its = self._sinks[name], self._sinks[other]
+            if its.tracker.complete and not mine.tracker.complete:
+                mine.reset()
+                mine.restored(None)
+
+
 def ties(model: Any) -> Iterator[tuple[str, str]]:
     """The pairs that the class of a model ties: a parameter, and the one that it gets its values from."""
     yield from getattr(model, "all_tied_weights_keys", {}).items()
@@ -50,6 +74,14 @@ def are_one(tensors: Mapping[str, Any], name: str, other: str) -> bool:
         return False
     first, second = plain(tensors[name]), plain(tensors[other])
     return first.data_ptr() == second.data_ptr() and first.shape == second.shape
+
+
+def shared_pairs(skeleton: nn.Module, model: nn.Module, sinks: Mapping[str, Any]) -> dict[str, str]:
+    """The pairs that share their memory in a model, where both have a closure."""
+    tensors = model.state_dict(keep_vars=True)
+    return {
+        name: other for name, other in ties(skeleton) if {name, other} <= sinks.keys() and are_one(tensors, name, other)
+    }
 
 
 @torch.no_grad()

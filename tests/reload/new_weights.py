@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from quantload import LoadReport, load_quantized
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+SAME = ("quantization", "device", "kept", "final_bytes", "checkpoint_bytes", "initialized", "unexpected", "state")
 Changed = Callable[[str, Tensor], Tensor]
 
 
@@ -31,6 +36,24 @@ def changed_copy(folder: Path, target: Path, change: Changed = other_values) -> 
         else:
             (target / file.name).write_bytes(file.read_bytes())
     return target
+
+
+def load(folder: Path, scheme: str = "quark_mxfp4", **more: Any) -> Any:
+    """The model of a folder."""
+    return load_quantized(folder, scheme, progress=False, **more)
+
+
+def check_facts(report: LoadReport, other: LoadReport) -> None:
+    """What two reports say is the same, but for times and for the memory that was there before.
+
+    Sums of squares are of single precision within a piece, and so depend on how a layer was cut.
+    """
+    for name in SAME:
+        assert getattr(report, name) == getattr(other, name), name
+    assert len(report.layers) == len(other.layers)
+    for mine, its in zip(report.layers, other.layers, strict=True):
+        assert replace(mine, sqnr_db=None) == replace(its, sqnr_db=None)
+        assert mine.sqnr_db == pytest.approx(its.sqnr_db, abs=1e-3, nan_ok=True), mine.name
 
 
 def pointers(model: nn.Module) -> dict[str, int]:

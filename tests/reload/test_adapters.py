@@ -1,0 +1,114 @@
+"""LoRA adapters that are added to weights on their way: the model of a checkpoint that has them in its weights."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from new_weights import changed_copy, different, load
+from quantload import reload_weights
+from quantload.errors import MissingWeightsError, PolicyError, QuantloadError, UnsupportedCheckpointError
+from quantload.reload.adapters import LoraAdapter
+from safetensors.torch import save_file
+from test_update import in_parts, passing, tensors_of
+from torch import Tensor
+
+Checkpoints = Callable[[str], Path]
+RANK, ALPHA = 4, 6.0
+MODULES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.mlp.experts.1.up_proj",
+    "model.layers.1.mlp.experts.2.down_proj",
+]
+
+
+def adapter_for(tensors: dict[str, Tensor], modules: list[str]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    pairs: dict[str, Tensor] = {}
+    for module in modules:
+        rows, columns = tensors[f"{module}.weight"].shape
+        pairs[f"base_model.model.{module}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) * 0.1
+        pairs[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) * 0.1
+    return pairs
+
+
+def merged(pairs: dict[str, Tensor], scale: float) -> Callable[[str, Tensor], Tensor]:
+    def change(name: str, tensor: Tensor) -> Tensor:
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" not in pairs:
+            return tensor
+        delta = pairs[f"{module}.lora_B.weight"] * scale @ pairs[f"{module}.lora_A.weight"]
+        return (tensor.float() + delta).to(tensor.dtype)
+
+    return change
+
+
+def saved(folder: Path, pairs: dict[str, Tensor], **config: Any) -> Path:
+    folder.mkdir()
+    save_file(pairs, folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "lora_alpha": ALPHA, "r": RANK, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["quark_mxfp4", "fp8_per_tensor", "none"])
+def test_an_adapter_is_merged_on_the_way(checkpoint: Checkpoints, tmp_path: Path, scheme: str) -> None:
+    folder = checkpoint("qwen3_moe")
+    tensors = tensors_of(folder)
+    pairs = adapter_for(tensors, MODULES)
+    model, fresh = (
+        load(folder, scheme),
+        load(changed_copy(folder, tmp_path / "new", merged(pairs, ALPHA / RANK)), scheme),
+    )
+    before = different(model, fresh)
+    adapter = saved(tmp_path / "adapter", pairs)
+    ways: list[Any] = [folder, tensors, passing(in_parts(tensors, random.Random(0)))]
+    assert before
+    for source in ways:
+        reload_weights(model, source, adapter=adapter, progress=False)
+        assert different(model, fresh) == []
+        reload_weights(model, folder, progress=False)
+        assert different(model, fresh) == before
+    names = [f"{module}.weight" for module in MODULES]
+    given = LoraAdapter.of({name.replace(".weight", ""): tensor for name, tensor in pairs.items()}, ALPHA)
+    reload_weights(model, {name: tensors[name] for name in names}, partial=True, adapter=given)
+    assert different(model, fresh) == []
+
+
+def test_scales_of_peft(tmp_path: Path) -> None:
+    pairs = {
+        f"base_model.model.{name}.lora_{half}.weight": torch.ones(4, 4) for name in ("a.x", "b.y") for half in "AB"
+    }
+    assert LoraAdapter.read(saved(tmp_path / "plain", pairs)).scales == {"a.x": 1.5, "b.y": 1.5}
+    assert LoraAdapter.read(saved(tmp_path / "rs", pairs, use_rslora=True)).scales == {"a.x": 3.0, "b.y": 3.0}
+    patterned = saved(tmp_path / "patterned", pairs, alpha_pattern={"y": 12})
+    assert LoraAdapter.read(patterned).scales == {"a.x": 1.5, "b.y": 3.0}
+    with pytest.raises(UnsupportedCheckpointError, match="use_dora; only plain LoRA"):
+        LoraAdapter.read(saved(tmp_path / "dora", pairs, use_dora=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda pairs: {"x.weight": torch.ones(2, 2)}, PolicyError, "no matrix of a LoRA adapter"),
+        (lambda pairs: dict(list(pairs.items())[:1]), PolicyError, "only one matrix is given"),
+        (lambda pairs: {n.replace("q_proj", "r_proj"): t for n, t in pairs.items()}, PolicyError, "could be added to"),
+        (lambda pairs: {n: t[:, :3] for n, t in pairs.items()}, QuantloadError, "lora_A is"),
+        (lambda pairs: {n: t if "_A" in n else t[:3] for n, t in pairs.items()}, QuantloadError, "B @ A is"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    checkpoint: Checkpoints, change: Callable[[Any], Any], error: type[QuantloadError], match: str
+) -> None:
+    model = load(checkpoint("qwen3_moe"))
+    pairs = adapter_for(tensors_of(checkpoint("qwen3_moe")), MODULES[:1])
+    with pytest.raises(error, match=match):
+        reload_weights(model, {}, adapter=LoraAdapter.of(change(pairs), ALPHA), partial=True)
+    with pytest.raises(MissingWeightsError, match=r"without the weights it is added to: .*q_proj"):
+        reload_weights(model, {}, adapter=LoraAdapter.of(pairs, ALPHA), partial=True)
+    assert model.load_report.state == "complete"

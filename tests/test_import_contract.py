@@ -108,8 +108,8 @@ FLOORS: dict[str, Floor] = {
         "the flow of a load",
     ),
     "reload": Floor(
-        f"{GROUND} geometry checkpoint memory schemes online model pieces plan draft recording cache quantized_model "
-        "digest reload.settings reload.remember",
+        f"{GROUND} kernels.statistics geometry checkpoint memory schemes online model pieces plan draft recording "
+        "cache quantized_model digest reload.settings reload.remember",
         "a flow of its own beside load: neither knows the other",
     ),
     "engines": Floor(

@@ -105,11 +105,18 @@ def _within(span: Span, first: int, stop: int) -> Region | None:
 
 
 def _may_be_cut(sink: Sink, region: Region) -> bool:
-    """Whether a part of a parameter may come alone: its codes are whole bytes, and its maxima tell its scales."""
+    """Whether a part of a parameter may come alone: it is whole blocks of scales and whole bytes of codes.
+
+    What is scaled by one number, a row or a matrix, may be cut anywhere, unless maxima of its parts do not tell it.
+    """
     if sink.values_dtype is not None:
         return True
     if not isinstance(sink, OnlineWeightLoader):
         return False
     layout = sink.parameter.layout
-    whole_rows = region.columns == (0, layout.columns)
-    return layout.code_aligned(region) and (whole_rows or not sink.whole_rows)
+    first = max(border for border in layout.shard_borders() if border <= region.rows[0])
+    last = min(border for border in layout.shard_borders() if border >= region.rows[1])
+    rows, columns = sink.align
+    by_rows = (region.rows[0] - first) % rows == 0 and (region.rows[1] == last or (region.rows[1] - first) % rows == 0)
+    left, right = region.columns
+    return by_rows and left % columns == 0 and (right == layout.columns or right % columns == 0)

@@ -39,8 +39,8 @@ index of its first element."""
 class WeightUpdate:
     """An update of a model's weights that is announced, brought in any number of steps, and finished.
 
-    With `partial`, what does not come stays as it is; without, `finish` raises for it. `adapter` is added to what comes.
-    From the first tensor on until `finish`, `model.load_report.state` is `incomplete` and the forward of the model
+    With `partial`, what does not come stays as it is; without, `finish` raises for it. To what comes, `adapter` is
+    added. From the first tensor on until `finish`, `model.load_report.state` is `incomplete` and the model's forward
     raises. Used as a context manager, it is given up where `finish` was not called. Not thread-safe, but its calls may
     come from different threads.
     """

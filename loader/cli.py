@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from .cli_groups import command_with_groups
 from .cli_logging import console, log_as_json, set_up_logging
-from .cli_options import ConvertOptions, Json, Model, ModelOptions, PlanOptions, Report
+from .cli_options import ConvertOptions, Json, Model, ModelOptions, PlanOptions, Report, SourceOptions
 from .errors import (
     CheckpointError,
     MemoryBudgetError,
@@ -86,7 +86,7 @@ def load(
     with _libraries():
         from .load import load_quantized
 
-    loaded = load_quantized(_model(model, arguments), progress=chosen.logs.progress(), **arguments)
+    loaded = load_quantized(_model(model, chosen.source), progress=chosen.logs.progress(), **arguments)
     _tell(loaded.load_report, report, as_json)
 
 
@@ -113,7 +113,7 @@ def plan(
         from .draft import plan_quantized
         from .fitting import beside_peak, judge_draft
 
-    draft = plan_quantized(_model(model, arguments), **arguments)
+    draft = plan_quantized(_model(model, chosen.source), **arguments)
     modules = [
         {"name": a.name, "kind": a.kind, "scheme": a.scheme.name if a.scheme is not None else None, "reason": a.reason}
         for a in draft.assignments
@@ -213,7 +213,7 @@ def serve(
         raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
     chosen.logs.set_up_server()
     serve_model(
-        _model(model, arguments), host=host, port=port, api_key=api_key, api_key_file=api_key_file,
+        _model(model, chosen.source), host=host, port=port, api_key=api_key, api_key_file=api_key_file,
         allowed_hosts=allowed_host or (), served_model_name=served_model_name or _display_name(model),
         continuous_batching=continuous_batching, max_queue=max_queue, request_log=request_log,
         layer_metrics=layer_metrics, **arguments,
@@ -249,8 +249,8 @@ def convert(
         from .convert.flow import convert_checkpoint
 
     made = convert_checkpoint(
-        model, out, format=checkpoint_format, max_shard_bytes=max_shard_size, progress=chosen.logs.progress(),
-        model_card=not no_model_card, **arguments,
+        chosen.source.address(model), out, format=checkpoint_format, max_shard_bytes=max_shard_size,
+        progress=chosen.logs.progress(), model_card=not no_model_card, **arguments,
     )  # fmt: skip
     _tell(made, report, as_json)
 
@@ -370,14 +370,16 @@ def _exit_code(error: QuantloadError) -> int:
     return EXIT_USAGE if isinstance(error, PolicyError) else EXIT_OTHER
 
 
-def _model(model: str | None, arguments: Mapping[str, Any]) -> str | Path:
-    revision = arguments["revision"]
+def _model(model: str | None, source: SourceOptions) -> str | Path:
+    revision = source.revision
     if model is None and revision is not None:
         raise PolicyError(
             f"--revision {revision} is given without MODEL, and the bundled demo model has no revisions: name the hub "
             f"id it is of"
         )
-    return DEMO_MODEL if model is None else model
+    if model is None and source.stream:
+        raise PolicyError("--stream is given without MODEL: name the hub id")
+    return DEMO_MODEL if model is None else source.address(model)
 
 
 def _display_name(model: str | None) -> str:

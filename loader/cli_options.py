@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,12 +305,27 @@ class SourceOptions:
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default="the hub's default branch")
     ] = None
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read a hub id where it is, in ranges, instead of downloading it first: the same as hf:// before it.",
+        ),
+    ] = False
     trust_remote_code: Annotated[
         bool,
         typer.Option(
             "--trust-remote-code", help="Run modeling code that the checkpoint ships; it is never run without this."
         ),
     ] = False
+
+    def address(self, model: str) -> str:
+        """What stands for a model. Raises `PolicyError` for --stream with what is no hub id."""
+        if not self.stream or model.lower().startswith("hf://"):
+            return model
+        if "://" in model or os.path.lexists(model) or model.count("/") != 1:
+            raise PolicyError(f"--stream is for hub ids (owner/name), and MODEL is {model!r}")
+        return f"hf://{model}"
 
     def values(self) -> dict[str, Any]:
         """Arguments of `load_quantized` and its like."""

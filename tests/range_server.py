@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import socket
 import struct
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Asked(NamedTuple):
@@ -43,7 +46,8 @@ class Fault:
 class RangeServer:
     """Serves `root` on a free local port. `fault` says what goes wrong with a request, `latency` is in seconds.
 
-    A name below `bucket` is an object of S3, which can be listed unless `lists` is false.
+    A name below `bucket` is an object of S3, which can be listed unless `lists` is false. Each folder NAME is also the
+    repository org/NAME of a hub, whose only commit is `COMMIT`.
     """
 
     root: Path
@@ -91,6 +95,11 @@ class RangeServer:
             "AWS_SECRET_ACCESS_KEY": "hunter2",
         }
 
+    def of_hub(self) -> dict[str, object]:
+        """What `huggingface_hub.constants` must have for the hub to be this server."""
+        template = f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        return {"HF_HUB_OFFLINE": False, "ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+
     def bytes_asked(self, suffix: str = ".safetensors") -> int:
         """Bytes of all ranges of files with such names that were asked for."""
         return sum(each.stop - each.start for each in self.asked if each.path.endswith(suffix))
@@ -131,7 +140,10 @@ class RangeServer:
         query = parse_qs(parts.query)
         if "list-type" in query:
             return self._list(connection, query)
-        file = self.root / path.removeprefix(f"{self.bucket}/")
+        if path.startswith("api/models/org/"):
+            return self._repository(connection, path)
+        of_hub = re.fullmatch(rf"org/([^/]+)/resolve/{COMMIT}/(.+)", path)
+        file = self.root / ("/".join(of_hub.groups()) if of_hub else path.removeprefix(f"{self.bucket}/"))
         status = file.stat() if file.is_file() else None
         size = status.st_size if status is not None else 0
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", headers.get("range", ""))
@@ -176,6 +188,18 @@ class RangeServer:
         if fault.how == "reset":  # what was sent and not read yet is lost with it
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         return False
+
+    def _repository(self, connection: socket.socket, path: str) -> bool:
+        name, _, revision = path.removeprefix("api/models/org/").partition("/revision/")
+        folder = self.root / name
+        if not folder.is_dir() or revision not in ("", "main", COMMIT):
+            self._head(
+                connection, 404, 0, [f"X-Error-Code: {'RevisionNotFound' if folder.is_dir() else 'RepoNotFound'}"]
+            )
+            return True
+        names = sorted(str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_file())
+        said = {"id": f"org/{name}", "sha": COMMIT, "siblings": [{"rfilename": each} for each in names]}
+        return self._send(connection, 200, json.dumps(said).encode())
 
     def _list(self, connection: socket.socket, query: dict[str, list[str]]) -> bool:
         if not self.lists:

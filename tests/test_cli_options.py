@@ -18,6 +18,7 @@ from quantload.cli_options import (
     SourceOptions,
     StreamOptions,
 )
+from quantload.errors import PolicyError
 from quantload.options import LoadOptions, QuantizationPolicy
 
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -88,6 +89,18 @@ def chosen(policy: PolicyOptions, run: RunOptions, digest: bool = False) -> dict
 def test_what_is_not_said_has_the_defaults_of_python() -> None:
     arguments = {"quantization": "auto", "device": "auto", "revision": None, "trust_remote_code": False}
     assert chosen(PolicyOptions(), RunOptions()) == {**arguments, "policy": None, "options": LoadOptions()}
+
+
+@pytest.mark.parametrize("given", ["s3://bucket/model", "model", "/folder/model", "a/b/c", "."])
+def test_stream_is_for_hub_ids(given: str) -> None:
+    with pytest.raises(PolicyError, match="--stream is for hub ids"):
+        SourceOptions(stream=True).address(given)
+
+
+def test_stream_is_hf_before_a_hub_id() -> None:
+    assert SourceOptions(stream=True).address("org/model") == "hf://org/model"
+    assert SourceOptions(stream=True).address("hf://org/model") == "hf://org/model"
+    assert SourceOptions().address("org/model") == "org/model"
 
 
 def test_what_is_said_becomes_a_policy_and_options() -> None:

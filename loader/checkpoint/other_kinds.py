@@ -74,8 +74,6 @@ def reference_error(given: str, revision: str | None) -> QuantloadError | None:
     host, _, rest = path.partition("/")
     if (url and host.lower() in _HUB_HOSTS) or (not url and host.lower() in _HUB_HOSTS and rest.count("/") > 0):
         return _hub_address(given, rest)
-    if given.lower().startswith("hf://"):
-        return _hub_address(given, path.removeprefix("models/").replace("@", "/tree/", 1))
     named = re.fullmatch(rf"({_ID})@(\S+)", given)
     if named and not os.path.lexists(given):
         return CheckpointError(f"{given!r} is a hub id with a revision; give it as {_with_revision(*named.groups())}")

@@ -71,6 +71,8 @@ def base_model(checkpoint: Checkpoint) -> tuple[str, bool]:
     root = checkpoint.root
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         return root.parent.parent.name.removeprefix("models--").replace("--", "/"), True
+    if checkpoint.model_id.startswith("hf://"):
+        return checkpoint.model_id.removeprefix("hf://"), True
     name = root.name if checkpoint.elsewhere is None else checkpoint.model_id.rpartition("/")[2]
     return name or checkpoint.model_id, False
 

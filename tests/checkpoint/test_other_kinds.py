@@ -25,8 +25,6 @@ SHARD = shard_bytes({"a": b"1"})
         ("https://huggingface.co/Qwen/Qwen3-0.6B/tree/main", "'Qwen/Qwen3-0.6B'"),
         ("http://hf.co/Qwen/Qwen3-0.6B?library=transformers#x", "'Qwen/Qwen3-0.6B'"),
         ("huggingface.co/Qwen/Qwen3-0.6B", "'Qwen/Qwen3-0.6B'"),
-        ("hf://Qwen/Qwen3-0.6B", "'Qwen/Qwen3-0.6B'"),
-        ("hf://Qwen/Qwen3-0.6B@v2", "'Qwen/Qwen3-0.6B' with --revision v2"),
         ("https://huggingface.co/Qwen/Qwen3-0.6B/tree/refs", "'Qwen/Qwen3-0.6B' with --revision refs"),
         ("https://huggingface.co/a/b/blob/0a1b2c/model.safetensors", "'a/b' with --revision 0a1b2c"),
         ("https://huggingface.co/a/b/resolve/main/model.safetensors", "'a/b'"),

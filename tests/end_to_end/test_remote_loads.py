@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import big_checkpoints
+import fsspec
+import huggingface_hub.constants
 import pytest
 import raw_checkpoint
 from process_state import MIB, threads
@@ -37,12 +39,14 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeSer
     with RangeServer(tmp_path / "served") as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
+        for constant, there in server.of_hub().items():
+            monkeypatch.setattr(huggingface_hub.constants, constant, there)
         yield server
         assert list(temporary.iterdir()) == []
 
 
 def url(server: RangeServer, scheme: str) -> str:
-    return f"{server.url}/model" if scheme == "http" else "s3://bucket/model"
+    return {"http": f"{server.url}/model", "s3": "s3://bucket/model", "hf": "hf://org/model"}[scheme]
 
 
 def serve(server: RangeServer, folder: Path, shards: int = 1) -> Path:
@@ -60,12 +64,16 @@ def digest(model: str | Path, scheme: str, options: LoadOptions | None = None) -
     return load_quantized(model, scheme, options=given).load_report.digest
 
 
-QUICK = [("qwen3_moe", "fp8_per_tensor", "s3", 3), ("gpt2", "int8_per_channel", "http", 1)]
+QUICK = [
+    ("qwen3_moe", "fp8_per_tensor", "s3", 3),
+    ("gpt2", "int8_per_channel", "http", 1),
+    ("llama", "mxfp4_rows", "hf", 2),
+]
 SLOW = [
     (name, scheme, kind, 2)
     for name in ("llama", "qwen3_moe", "gpt_oss", "gpt2", "qwen3_vl_moe", "deepseek_v3")
     for scheme in ("quark_mxfp4", "fp8_per_tensor", "fp8_per_block", "int8_per_channel", "none")
-    for kind in ("http", "s3")
+    for kind in ("http", "s3", "hf")
 ]
 
 
@@ -92,6 +100,15 @@ def test_a_quantized_checkpoint_on_a_server(
     folder = serve(server, quantized)
     for scheme in ("auto", "quark_mxfp4"):
         assert digest(url(server, "s3"), scheme) == digest(folder, scheme)
+
+
+def test_a_file_system_of_fsspec(checkpoint: Checkpoint) -> None:
+    files, folder = fsspec.filesystem("memory"), checkpoint("llama")
+    files.put(str(folder), "/model", recursive=True)
+    try:
+        assert digest("memory://model", "quark_mxfp4") == digest(folder, "quark_mxfp4")
+    finally:
+        files.store.clear()
 
 
 def test_a_plan_reads_headers_alone(checkpoint: Checkpoint, server: RangeServer) -> None:
@@ -228,6 +245,7 @@ def test_a_plan_says_what_is_fetched_twice(server: RangeServer) -> None:
     report = load_quantized(url(server, "s3"), "fp8_per_tensor", options=options).load_report
     fetches = draft.plan.fetches
     assert fetches is not None
+    assert report.source_bytes is not None
     assert fetches.fetched_bytes > 1.5 * fetches.needed_bytes
     assert fetches.fetched_bytes <= report.source_bytes < fetches.fetched_bytes + MIB
 

@@ -32,6 +32,7 @@ from .interrupts import interrupt_first, interrupt_held
 from .local_paths import local_path
 from .schemes.names import ExportName
 from .shortage import importing, is_shortage, refused, shortage_behind
+from .threads import settle_threads
 
 logger = logging.getLogger("quantload")
 
@@ -81,6 +82,7 @@ def load(
 ) -> None:
     """Load a model, and say what was quantized, what it lost and how much memory it took."""
     chosen.logs.set_up()
+    settle_threads(chosen.forward.threads)
     arguments = chosen.arguments()
     report = _writable(report)
     with _libraries():
@@ -108,6 +110,7 @@ def plan(
 ) -> None:
     """Say what a load would do and how much memory it would take, from the headers alone."""
     chosen.logs.set_up()
+    settle_threads(chosen.forward.threads)
     arguments = chosen.arguments()
     with _libraries():
         from .draft import plan_quantized
@@ -205,6 +208,7 @@ def serve(
     chosen.logs.set_up()
     if any(argument.partition("=")[0] == "--api-key" for argument in sys.argv):
         logger.warning("Other users see --api-key in the process list; use QUANTLOAD_API_KEY or --api-key-file instead")
+    settle_threads(chosen.forward.threads)
     arguments = chosen.arguments()
     try:
         with _libraries():
@@ -290,6 +294,7 @@ def report(
 def main() -> None:
     """Run the command line; exit codes: 0, 2 usage, 3 bad checkpoint, 4 out of budget, 1 other."""
     set_up_logging()
+    settle_threads()
     try:
         with interrupt_first():
             app()

@@ -226,6 +226,14 @@ class ForwardOptions:
             "format, such as mxfp4 or fp8.",
         ),
     ] = "auto"
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of threads that compute; idle ones sleep, unless OMP_WAIT_POLICY is set.",
+            show_default="OMP_NUM_THREADS, else one a core that the process may use",
+            min=1,
+        ),
+    ] = None
 
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`."""

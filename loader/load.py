@@ -29,6 +29,7 @@ from .recording import Recorder, tensor_bytes
 from .reload.remember import remember
 from .schemes.names import SchemeName
 from .schemes.registry import choose_device
+from .threads import warn_of_threads
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -101,6 +102,8 @@ def load_into(
     check_kinds(policy, options)
     options = ranks.options(options or LoadOptions())
     place = choose_device(device)
+    if place.type == "cpu":
+        warn_of_threads()
     planned: list[MemoryPlan] = []
     with (
         torch.inference_mode(False),

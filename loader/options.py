@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar, get_args, overload
 
 from .errors import PolicyError
-from .kernels.system_calls import SHARES_LOCKS, cores
+from .kernels.system_calls import SHARES_LOCKS
 from .local_paths import local_path
 from .memory.amounts import parse_bytes
 from .schemes.names import known_name
+from .threads import usable_cores
 
 MIB = 1 << 20
 MOST_CONNECTIONS = 256
@@ -196,7 +197,7 @@ class LoadOptions:
 
     def worker_count(self) -> int:
         """Number of reading and quantizing threads."""
-        return self.workers or cores()
+        return self.workers or usable_cores()
 
 
 def _check_kernel(operation: object, kernel: object) -> None:

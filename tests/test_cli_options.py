@@ -75,7 +75,7 @@ def test_what_commands_have_in_common() -> None:
     cache = {"cache", "cache_size", "cache_verify"}
     assert names("load") - {"as_json", "report"} == names("serve") - of_serve
     assert names("load") - names("plan") == reading | cache | {"report", "digest"}
-    assert names("load") - names("convert") == {"device", "activations", "digest"} | cache
+    assert names("load") - names("convert") == {"device", "activations", "threads", "digest"} | cache
     assert names("convert") - names("load") == {"out", "checkpoint_format", "max_shard_size", "no_model_card"}
 
 

@@ -32,6 +32,8 @@ FLOORS: dict[str, Floor] = {
     "local_paths": Floor("errors", "what people write for files and folders"),
     "collector": Floor("", "a context manager around Python's own collector"),
     "kernels.system_calls": Floor("", "what systems differ in, for kernels/ and the loader alike"),
+    "control_groups": Floor("", "files of the system that say what a process may take"),
+    "threads": Floor("control_groups kernels.system_calls", "settled before torch is imported"),
     "shortage": Floor(
         "errors kernels.system_calls", "what the system refuses, to whoever asks it for memory or a thread"
     ),
@@ -52,7 +54,7 @@ FLOORS: dict[str, Floor] = {
     "memory.amounts": Floor("errors", "what people write for sizes"),
     "schemes.names": Floor("errors", "checks names before torch is imported"),
     "options": Floor(
-        "errors local_paths kernels.system_calls kernels.registry memory.amounts schemes.names",
+        "errors local_paths threads kernels.system_calls kernels.registry memory.amounts schemes.names",
         "checks what a caller asks for, kernels and schemes by name included",
     ),
     "geometry": Floor("errors kernels.formats", "where a piece lies: no files, no modules"),
@@ -60,7 +62,7 @@ FLOORS: dict[str, Floor] = {
         "errors options local_paths shortage kernels.system_calls", "files of any model: nothing about quantization"
     ),
     "memory": Floor(
-        "errors shortage memory.amounts kernels.statistics kernels.system_calls",
+        "errors shortage control_groups memory.amounts kernels.statistics kernels.system_calls",
         "measures and plans a load without knowing its steps",
     ),
     "schemes": Floor(
@@ -103,7 +105,8 @@ FLOORS: dict[str, Floor] = {
     "quantized_model": Floor("memory reload.settings", "a type"),
     "digest": Floor("checkpoint schemes", "what a model holds in the end, whoever loaded it"),
     "load": Floor(
-        f"{GROUND} checkpoint memory schemes online model plan ranks draft fitting recording cache quantized_model "
+        f"{GROUND} threads checkpoint memory schemes online model plan ranks draft fitting recording cache "
+        "quantized_model "
         "digest reload.remember",
         "the flow of a load",
     ),
@@ -126,7 +129,7 @@ FLOORS: dict[str, Floor] = {
     ),
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli": Floor(
-        f"{GROUND} memory schemes draft fitting load convert server cli_logging cli_options cli_groups",
+        f"{GROUND} threads memory schemes draft fitting load convert server cli_logging cli_options cli_groups",
         "a user of the package",
     ),
     "__main__": Floor("cli", "python -m quantload"),

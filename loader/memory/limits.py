@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..control_groups import PROC, group_folders, lines
 from ..kernels.system_calls import resource_limit
 from ..shortage import NO_MEMORY, Shortage
 from .amounts import format_bytes
@@ -15,7 +16,6 @@ from .amounts import format_bytes
 if TYPE_CHECKING:
     import torch
 
-PROC = Path("/proc")
 MACHINE = "the machine"
 _NO_LIMIT = 1 << 60
 """From here on a limit of a cgroup of version 1 is none: the kernel says so with the largest page-aligned number."""
@@ -112,7 +112,7 @@ def _zfs_cache(proc: Path) -> int:
     """What ZFS would give up of its cache, which is no page cache to the kernel."""
     sizes = {
         fields[0]: int(fields[2])
-        for line in _lines(proc / "spl/kstat/zfs/arcstats")
+        for line in lines(proc / "spl/kstat/zfs/arcstats")
         if len(fields := line.split()) == 3 and fields[2].isdigit()
     }
     return max(0, sizes.get("size", 0) - sizes.get("c_min", 0))
@@ -121,7 +121,7 @@ def _zfs_cache(proc: Path) -> int:
 def _meminfo(proc: Path) -> dict[str, int]:
     """Bytes by name."""
     found = {}
-    for line in _lines(proc / "meminfo"):
+    for line in lines(proc / "meminfo"):
         name, _, size = line.partition(":")
         if size.strip().endswith("kB"):
             found[name] = int(size.split()[0]) << 10
@@ -201,48 +201,13 @@ _VERSION_2 = _GroupFiles(
 
 def _memory_groups(proc: Path) -> Iterator[tuple[Path, _GroupFiles]]:
     """Folders of the groups, and what their files are called."""
-    for controllers, group in _own_groups(proc):
-        for kind, options, root, mount in _mounts(proc):
-            if kind == "cgroup2" and not controllers:
-                names = _VERSION_2
-            elif kind == "cgroup" and "memory" in controllers and "memory" in options:
-                names = _VERSION_1
-            else:
-                continue
-            # What is mounted may itself be a group below the root, as in a container.
-            inside = group.removeprefix(root) if root != "/" and group.startswith(root) else group
-            folder = mount / inside.strip("/")
-            while not folder.is_dir() and folder != mount:
-                folder = folder.parent
-            yield from ((each, names) for each in (folder, *folder.parents) if each == mount or mount in each.parents)
-
-
-def _own_groups(proc: Path) -> Iterator[tuple[list[str], str]]:
-    for line in _lines(proc / "self/cgroup"):
-        parts = line.split(":", 2)
-        if len(parts) == 3:
-            yield [name for name in parts[1].split(",") if name], parts[2]
-
-
-def _mounts(proc: Path) -> Iterator[tuple[str, list[str], str, Path]]:
-    """Kind, options, root and place of each mounted file system."""
-    for line in _lines(proc / "self/mountinfo"):
-        before, _, after = line.partition(" - ")
-        fields, last = before.split(), after.split()
-        if len(fields) > 4 and len(last) > 2:
-            yield last[0], last[2].split(","), fields[3], Path(fields[4])
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
+    for folder, version in group_folders("memory", proc):
+        yield folder, _VERSION_2 if version == 2 else _VERSION_1
 
 
 def _field(path: Path, name: str, separator: str = ":") -> int | None:
     """The number after a name in a file of such lines; None where there is none."""
-    for line in _lines(path):
+    for line in lines(path):
         key, _, value = line.partition(separator)
         if key == name:
             return int(value.split()[0])
@@ -251,5 +216,5 @@ def _field(path: Path, name: str, separator: str = ":") -> int | None:
 
 def _number(path: Path) -> int | None:
     """What a file holds, where it is a number."""
-    text = "".join(_lines(path))
+    text = "".join(lines(path))
     return int(text) if text.isdigit() else None

@@ -33,7 +33,7 @@ BY_ROWS = [
 
 
 def policy(*names: str, scheme: str = "int8_per_channel") -> QuantizationPolicy:
-    return QuantizationPolicy(overrides=dict.fromkeys(names, scheme))
+    return QuantizationPolicy(overrides=tuple((name, scheme) for name in names))
 
 
 @pytest.mark.parametrize("named", [(HEAD,), (EMBEDDING,), (HEAD, EMBEDDING)])

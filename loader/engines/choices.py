@@ -1,4 +1,4 @@
-"""What the doors into vLLM and SGLang share: names of schemes, the options beside them, and which layer gets what."""
+"""What the doors into vLLM and SGLang share: the options beside the name of a scheme, and which layer gets what."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ from ..cpu_kernels import import_cpu_kernels
 from ..errors import PolicyError
 from ..online.storage import FinalStorage
 from ..options import LoadOptions, QuantizationPolicy
-from ..schemes.names import ALIASES, AUTO, SCHEME_NAMES
 from ..schemes.policy import Choice, Policy, matches, name_reason
 from ..schemes.registry import SchemeFactory
-
-SCHEMES = tuple(name for name in SCHEME_NAMES if name not in (AUTO, "none", *ALIASES))
-"""The schemes that an engine can be told to use."""
-PREFIX = "quantload_"
-"""Before the name of a scheme it is ours beyond doubt, whatever the engine calls its own."""
+from .names import PREFIX as PREFIX
+from .names import SCHEMES as SCHEMES
 
 POLICY_FIELDS = frozenset(field.name for field in fields(QuantizationPolicy)) - {"linear"}
 OPTION_FIELDS = frozenset({"activations", "chunk_bytes", "kernels", "staging_bytes", "stats", "workers", "page_cache"})

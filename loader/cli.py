@@ -201,6 +201,18 @@ def serve(
         LayerMetrics,
         typer.Option(help="Show gauges for each layer in /metrics; auto: for models of up to 512 quantized layers."),
     ] = "auto",
+    reload_root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Let POST /reload exchange the weights for those of a checkpoint below this folder; with an API key.",
+            show_default="it does not",
+        ),
+    ] = None,
+    weight_updates: Annotated[
+        bool,
+        typer.Option("--weight-updates", help="Let trainers send new weights over HTTP; with an API key."),
+    ] = False,
     chosen: ModelOptions,
 ) -> None:
     """Load a model and serve it over an OpenAI-compatible API, with /metrics, /health and /load_report."""
@@ -220,7 +232,7 @@ def serve(
         _model(model, chosen.source), host=host, port=port, api_key=api_key, api_key_file=api_key_file,
         allowed_hosts=allowed_host or (), served_model_name=served_model_name or _display_name(model),
         continuous_batching=continuous_batching, max_queue=max_queue, request_log=request_log,
-        layer_metrics=layer_metrics, **arguments,
+        layer_metrics=layer_metrics, reload_root=reload_root, weight_updates=weight_updates, **arguments,
     )  # fmt: skip
 
 

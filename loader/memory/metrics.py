@@ -50,6 +50,7 @@ class LoadMetrics:
         self._layers: list[LayerReport] = []
         self._loads: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
         self._reloads: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
+        self._reload_seconds = 0.0
         self._cached: Counter[str] = Counter(dict.fromkeys(get_args(CacheResult), 0))
         self._requests: Counter[str] = Counter()
         self._source_retries = self._source_bytes = 0
@@ -91,12 +92,16 @@ class LoadMetrics:
             self._loads["cancelled" if cancelled else "failure"] += 1
             self._end(progress=self._progress)
 
-    def on_reload(self, result: Result) -> None:
-        """Count a reload; raises `ValueError` for a result that is not `success`, `failure` or `cancelled`."""
+    def on_reload(self, result: Result, seconds: float = 0.0) -> None:
+        """Count a reload, and the seconds it took.
+
+        Raises `ValueError` for a result that is not `success`, `failure` or `cancelled`.
+        """
         if result not in RESULTS:
             raise ValueError(f"reload result {result!r}; give one of {', '.join(RESULTS)}")
         with self._lock:
             self._reloads[result] += 1
+            self._reload_seconds += seconds
 
     def render(self, accept: str = "") -> bytes:
         """The metrics as text, in the Prometheus format or in OpenMetrics where the Accept header asks for it."""
@@ -204,6 +209,9 @@ class LoadMetrics:
             "quantload_source_retries", "Requests to servers that were made again.", value=self._source_retries
         )
         yield CounterMetricFamily("quantload_source_bytes", "Bytes that came from servers.", value=self._source_bytes)
+        yield CounterMetricFamily(
+            "quantload_reload_seconds", "Seconds that reloads took, all together.", value=self._reload_seconds
+        )
         values = _labelled("non_finite_values", "Values of the loaded weights that are NaN or infinite.", "kind")
         found = () if self._report is None else self._report.non_finite
         for kind in ("nan", "infinite", "overflowed") if self._report is not None else ():

@@ -162,3 +162,9 @@ def broken_regions(model: Any) -> Regions | None:
     """What reloads that failed have left in any state; `None`: all of the model."""
     refusals = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Refusal)]
     return refusals[0].broken if refusals else {}
+
+
+def refusal(model: Any) -> str | None:
+    """Why the forward of a model raises `IncompleteModelError`; `None` where it does not."""
+    refusals = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Refusal)]
+    return refusals[0].reason if refusals else None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from .api_errors import ApiError
 
@@ -24,6 +27,9 @@ class Admission:
         self.most = max_queue + 1
         self.under_way = 0
         self._seconds = 1.0
+        self._waiting = 0
+        self._closed = False
+        self._changed = asyncio.Event()
 
     def enter(self) -> Place:
         """A place for one more request. Raises `ApiError` (429 with `Retry-After`) where all are taken."""
@@ -38,9 +44,52 @@ class Admission:
         self.under_way += 1
         return Place(self)
 
+    async def opened(self) -> None:
+        """Wait where the weights are being exchanged. Raises `ApiError` (429) where too many wait already."""
+        if not self._closed:
+            return
+        if self._waiting >= self.most:
+            raise ApiError(
+                429,
+                f"the weights are being exchanged, and {self._waiting} requests wait for it; try again later",
+                code="queue_full",
+                headers={"Retry-After": "5"},
+            )
+        self._waiting += 1
+        try:
+            while self._closed:
+                await self._next_change()
+        finally:
+            self._waiting -= 1
+
+    @asynccontextmanager
+    async def drained(self) -> AsyncIterator[None]:
+        """Inside, no request is under way: those that are have been answered, others wait until the end.
+
+        Raises `ApiError` (409) inside of another.
+        """
+        if self._closed:
+            raise ApiError(409, "the weights are being exchanged already; wait until that is finished", code="busy")
+        self._closed = True
+        try:
+            while self.under_way:
+                await self._next_change()
+            yield
+        finally:
+            self._closed = False
+            self._change()
+
+    async def _next_change(self) -> None:
+        await self._changed.wait()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
     def left(self, seconds: float) -> None:
         """A request that took so long, since the one before it or its own beginning, is no longer under way."""
         self.under_way -= 1
+        self._change()
         self._seconds += _NEWEST * (seconds - self._seconds)
 
 

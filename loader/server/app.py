@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from ..errors import PolicyError
 from .admission import Place
 from .api_errors import ApiError, on_api_error, on_crash, on_http_exception
 from .auth import BearerAuth, checked_key
@@ -35,6 +36,7 @@ from .state import ServerState
 from .token_routes import detokenize, tokenize
 from .transformers_chat import ready_event
 from .transformers_serving import ServedModel
+from .weights import WeightRoutes
 
 DISCONNECT_POLL_SECONDS = 0.25
 
@@ -47,6 +49,7 @@ def create_app(
     api_key: str | None = None,
     request_log: RequestLogMode = "all",
     allowed_hosts: Collection[str] | None = None,
+    weights: WeightRoutes | None = None,
 ) -> Starlette:
     """The ASGI application over a `ServerState`; it can answer before the model is there.
 
@@ -60,6 +63,8 @@ def create_app(
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(state.stop)
+        if weights is not None:
+            await weights.stop()
 
     endpoints = _Endpoints(state)
     routes: list[BaseRoute] = [
@@ -77,6 +82,10 @@ def create_app(
         Route("/metrics", endpoints.metrics),
         Route("/health", endpoints.health),
     ]
+    if weights is not None:
+        if api_key is None:
+            raise PolicyError("weights are exchanged over HTTP only with an API key; give one with --api-key-file")
+        routes += weights.routes(state)
     middleware = [Middleware(RequestLog, metrics=state.metrics, routes=routes, mode=request_log)]  # outside of all
     if allowed_hosts is not None:
         middleware.append(Middleware(HostCheck, allowed=checked_hosts(allowed_hosts)))
@@ -107,7 +116,8 @@ class _Endpoints:
         served = self.state.served()
         async with self.bodies.body(request, served.limits.body_bytes) as body:
             parsed = await served.workers.run(lambda: parse_embedding(parse_json(body), served.name), len(body))
-        place = self.state.admission.enter()
+        await self.state.admission.opened()
+        place = self.state.served_admission().enter()
         try:
             return JSONResponse(await served.embed(parsed, len(body)))
         finally:
@@ -165,7 +175,8 @@ class _Endpoints:
         async with self.bodies.body(request, served.limits.body_bytes) as body:
             parsed = await served.workers.run(lambda: parse(parse_json(body), self.state.model_name), len(body))
             parsed = replace(parsed, usage=request.scope[USAGE], nbytes=len(body))
-        place = self.state.admission.enter()
+        await self.state.admission.opened()
+        place = self.state.served_admission().enter()
         try:
             work = answer(served, parsed, f"{prefix}-{uuid.uuid4().hex}")
             return _CancelWhenSent(await _unless_gone(request, work, parsed), parsed, place)

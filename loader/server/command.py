@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.resolve import Checkpoint, resolve
-from ..errors import LoadCancelledError, UnsupportedCheckpointError
+from ..errors import LoadCancelledError, PolicyError, UnsupportedCheckpointError
 from ..load import load_quantized
 from ..memory.metrics import LayerMetrics, LoadMetrics
 from ..model.skeleton import find_model
@@ -24,6 +24,7 @@ from .processors import check_processor, load_processor
 from .request_log import RequestLogMode
 from .serve import Progress, serve
 from .served_kinds import encodes_text, why_not_served
+from .weights import WeightRoutes
 
 logger = logging.getLogger("quantload")
 
@@ -49,10 +50,23 @@ def serve_model(
     layer_metrics: LayerMetrics = "auto",
     api_key_file: Path | None = None,
     allowed_hosts: Sequence[str] = (),
+    reload_root: Path | None = None,
+    weight_updates: bool = False,
 ) -> None:
     """Load `model_id` in the background and serve it until SIGTERM or SIGINT."""
     api_key = chosen_key(api_key, api_key_file)
     checked_hosts(allowed_hosts)
+    metrics = LoadMetrics(layer_metrics)
+    weights = None
+    if reload_root is not None or weight_updates:
+        if api_key is None:
+            raise PolicyError("--reload-root and --weight-updates are for servers with an API key; give --api-key-file")
+        if continuous_batching:
+            raise PolicyError(
+                "--reload-root and --weight-updates do not go with --continuous-batching, whose cache of common "
+                "prompts would be that of the old weights"
+            )
+        weights = WeightRoutes(reload_root, weight_updates, metrics)
     checkpoint = resolve(model_id, revision)
     recipe = find_model(checkpoint, trust_remote_code)
     why = why_not_served(recipe.cls, recipe.config, continuous_batching)
@@ -64,7 +78,6 @@ def serve_model(
     if encodes_text(recipe.cls):
         pooling = _pooling(checkpoint)
         logger.info("Texts become the %s of their tokens' vectors, of length 1", pooling)
-    metrics = LoadMetrics(layer_metrics)
 
     def load(progress: Progress, cancel: threading.Event) -> Any:
         def on_progress(done: int, total: int) -> None:
@@ -104,6 +117,7 @@ def serve_model(
         log_level=None,
         metrics=metrics,
         shutdown_grace=SHUTDOWN_SECONDS,
+        weights=weights,
     )
 
 

@@ -53,7 +53,7 @@ ANSWERS: dict[str, Schema] = {
     "Tokens": _told(count=_WHOLE, max_model_len={"type": ["integer", "null"]}, tokens=TOKENS),
     "Text": _told(prompt=_TEXT),
     "Version": _told(version=_TEXT),
-    "Health": _told(status={"enum": ["ok", "loading", "failed", "unhealthy"]}, model=_TEXT),
+    "Health": _told(status={"enum": ["ok", "loading", "reloading", "failed", "unhealthy"]}, model=_TEXT),
     "LoadReport": {"type": "object"},
     "Description": {"type": "object"},
 }

@@ -23,6 +23,7 @@ from .serving_metrics import MetricsSource
 from .state import ServerState
 from .transformers_serving import ServedModel
 from .warm_up import warm_up
+from .weights import WeightRoutes
 
 logger = logging.getLogger("quantload")
 
@@ -50,6 +51,7 @@ def serve(
     metrics: MetricsSource | None = None,
     shutdown_grace: float = 10.0,
     exit_on_load_error: bool = True,
+    weights: WeightRoutes | None = None,
 ) -> None:
     """Serve one model until SIGTERM or SIGINT, then return.
 
@@ -69,6 +71,7 @@ def serve(
     Raises `BindError` if the port cannot be taken, and what `load` raised if it failed; with
     `exit_on_load_error=False` the server then stays up instead, `/health` answering 500 with the error, until it is
     told to stop. `pooling` is how a model that generates no text makes one vector of those of a text's tokens.
+    `weights` are the routes that exchange the weights.
     """
     bound = bind_socket(host, port)
     url = url_of(bound)
@@ -79,7 +82,11 @@ def serve(
     )
     config = LimitedConfig(
         create_app(
-            state, api_key, request_log, [host, *allowed_hosts] if allowed_hosts or is_loopback(bound) else None
+            state,
+            api_key,
+            request_log,
+            [host, *allowed_hosts] if allowed_hosts or is_loopback(bound) else None,
+            weights,
         ),
         log_level=log_level,
         log_config=None,

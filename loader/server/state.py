@@ -48,6 +48,9 @@ class ServerState:
         self._bytes_done = 0
         self._bytes_total = 0
         self._served: ServedModel | None = None
+        self.is_reloading = False
+        self.incomplete: str | None = None
+        """Why the weights are not all of one checkpoint, while they are not."""
 
     @property
     def status(self) -> Status:
@@ -91,6 +94,12 @@ class ServerState:
             headers=self.retry_after(),
         )
 
+    def served_admission(self) -> Admission:
+        """Who lets requests in; an `ApiError` (503) where the weights cannot be used."""
+        if self.incomplete is not None:
+            raise ApiError(503, f"the weights are incomplete: {self.incomplete}", code="weights_incomplete")
+        return self.admission
+
     def fraction(self) -> float:
         """Part of the checkpoint that was read, 0 to 1."""
         return min(1.0, self._bytes_done / self._bytes_total) if self._bytes_total > 0 else 0.0
@@ -102,12 +111,14 @@ class ServerState:
         return {"Retry-After": str(max(1, min(60, round(left))))}
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        """Status code and JSON of `/health`: 200 ready, 503 loading or dead worker, 500 failed."""
+        """Status code and JSON of `/health`: 200 ready, 503 loading, dead worker or incomplete weights, 500 failed."""
         if self._served is not None:
             dead = self._served.worker_error()
             if dead is not None:
                 return 503, {"status": "unhealthy", "model": self.model_name, "error": dead}
-            return 200, {"status": "ok", "model": self.model_name}
+            if self.incomplete is not None:
+                return 503, {"status": "unhealthy", "model": self.model_name, "error": self.incomplete}
+            return 200, {"status": "reloading" if self.is_reloading else "ok", "model": self.model_name}
         if self.error is not None:
             error = {"type": type(self.error).__name__, "message": str(self.error)}
             return 500, {"status": "failed", "model": self.model_name, "error": error}

@@ -31,6 +31,7 @@ NAMES = [
     "source_retries_total",
     "source_bytes_total",
     "reloads_total",
+    "reload_seconds_total",
     "cache_loads_total",
     "non_finite_values",
 ]
@@ -72,6 +73,7 @@ def test_types_and_help() -> None:
     families = list(parser.text_string_to_metric_families(full_metrics().render().decode()))
     counters = {family.name for family in families if family.type == "counter"}
     assert counters == {"quantload_load_bytes_read", "quantload_loads", "quantload_reloads", "quantload_cache_loads",
+        "quantload_reload_seconds",
         "quantload_source_requests", "quantload_source_retries", "quantload_source_bytes"}  # fmt: skip
     assert {family.type for family in families} == {"counter", "gauge"}
     assert all(family.documentation for family in families)

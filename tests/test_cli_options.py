@@ -70,7 +70,7 @@ def names(command: str) -> set[str]:
 
 def test_what_commands_have_in_common() -> None:
     of_serve = {"host", "port", "api_key", "api_key_file", "allowed_host", "served_model_name", "continuous_batching"}
-    of_serve |= {"request_log", "layer_metrics", "max_queue"}
+    of_serve |= {"request_log", "layer_metrics", "max_queue", "reload_root", "weight_updates"}
     reading = {"page_cache", "connections", "stats"}
     cache = {"cache", "cache_size", "cache_verify"}
     assert names("load") - {"as_json", "report"} == names("serve") - of_serve

@@ -120,7 +120,8 @@ FLOORS: dict[str, Floor] = {
         "doors to a load, or to the closures, for those who have an engine",
     ),
     "server": Floor(
-        "errors shortage options kernels.system_calls checkpoint memory schemes.names schemes.ahead model load reload local_paths",
+        "errors shortage options local_paths kernels.system_calls checkpoint memory schemes.names schemes.ahead model "
+        "load reload",
         "a user of load like any other",
     ),
     "cli_logging": Floor("", "log lines and the console they go to"),

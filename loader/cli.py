@@ -30,6 +30,7 @@ from .errors import (
 )
 from .interrupts import interrupt_first, interrupt_held
 from .local_paths import local_path
+from .ranks.launch import launched, process_group
 from .schemes.names import ExportName
 from .shortage import importing, is_shortage, refused, shortage_behind
 from .threads import settle_threads
@@ -88,8 +89,10 @@ def load(
     with _libraries():
         from .load import load_quantized
 
-    loaded = load_quantized(_model(model, chosen.source), progress=chosen.logs.progress(), **arguments)
-    _tell(loaded.load_report, report, as_json)
+    with process_group(arguments["device"]):
+        loaded = load_quantized(_model(model, chosen.source), progress=chosen.logs.progress(), **arguments)
+    if launched().rank == 0:
+        _tell(loaded.load_report, report, as_json)
 
 
 @app.command()

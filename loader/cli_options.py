@@ -13,6 +13,7 @@ import typer
 from .cli_logging import LogFormat, LogLevel, set_up_logging, set_up_server_logging
 from .errors import PolicyError
 from .options import Activations, CacheVerify, PageCache, ScaleMode
+from .ranks.launch import launched
 from .schemes.names import SCHEME_NAMES, known_name
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class RunOptions:
         typer.Option(
             metavar="SIZE",
             help="Limit, such as 16GiB. What is predicted to need more memory ends before a weight "
-            "is read, with exit code 4.",
+            "is read, with exit code 4. Under torchrun it is that of each rank; 64GiB/host is that of all on a host.",
             show_default="no limit",
         ),
     ] = None
@@ -180,12 +181,16 @@ class RunOptions:
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`."""
         kernels = dict(_pair(text, "--kernel", "OPERATION=NAME") for text in self.kernel or ())
-        sizes = {"max_memory": self.max_memory, "staging_bytes": self.staging, "chunk_bytes": self.chunk}
+        limit, slash, scope = (self.max_memory or "").partition("/")
+        if slash and scope not in ("rank", "host"):
+            raise PolicyError(f"--max-memory is {self.max_memory!r}; write a size, a size/rank, or a size/host")
+        sizes = {"max_memory": limit or self.max_memory, "staging_bytes": self.staging, "chunk_bytes": self.chunk}
         return {
             "workers": self.workers,
             "strict": self.strict,
             "force": self.force,
             "kernels": kernels,
+            **({"memory_scope": scope} if slash else {}),
             **_bytes(sizes),
         }
 
@@ -299,11 +304,13 @@ class LogOptions:
         set_up_server_logging(self._level(), self.log_format)
 
     def _level(self) -> LogLevel:
+        if launched().rank > 0:  # one rank logs
+            return "error"
         return "debug" if self.verbose else "error" if self.quiet else self.log_level
 
     def progress(self) -> bool | None:
         """What `progress` of a load is: a bar for people, none where log lines are for a program."""
-        return False if self.quiet or self.log_format == "json" else None
+        return False if self.quiet or self.log_format == "json" or launched().rank > 0 else None
 
 
 @dataclass(frozen=True)
@@ -338,6 +345,30 @@ class SourceOptions:
     def values(self) -> dict[str, Any]:
         """Arguments of `load_quantized` and its like."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """How torchrun's processes divide a model."""
+
+    expert_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--expert-parallel",
+            help="Under torchrun: let each rank have whole experts, instead of a part of each.",
+        ),
+    ] = False
+
+    def values(self) -> dict[str, Any]:
+        """Arguments of `load_quantized`. Raises `PolicyError` for what one process has nobody to share with."""
+        if launched().ranks == 1:
+            if self.expert_parallel:
+                raise PolicyError(
+                    "--expert-parallel is given to one process; start several with torchrun --nproc-per-node N -m "
+                    "quantload"
+                )
+            return {}
+        return {"tp": "auto", "expert_parallel": self.expert_parallel}
 
 
 @dataclass(frozen=True)
@@ -415,11 +446,16 @@ class ModelOptions(PlanOptions):
 
     stream: StreamOptions
     caching: CacheOptions
+    ranks: RankOptions
     proof: DigestOptions
 
     def groups(self) -> tuple[LoadOptionsGroup, ...]:
         """The groups that make the `LoadOptions`."""
         return (*super().groups(), self.stream, self.caching, self.proof)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `load_quantized`. Raises `PolicyError`."""
+        return {**super().arguments(), **self.ranks.values()}
 
 
 def _bytes(sizes: Mapping[str, str | None]) -> dict[str, int]:

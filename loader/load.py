@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -24,7 +25,7 @@ from .options import LoadOptions, QuantizationPolicy, check_kinds
 from .plan import loaded_parameters
 from .progress import Progress, showing
 from .quantized_model import QuantizedModel
-from .ranks.alone import ALONE, Alone
+from .ranks.alone import ALONE, Alone, RankSizes
 from .recording import Recorder, tensor_bytes
 from .reload.remember import remember
 from .schemes.names import SchemeName
@@ -100,7 +101,7 @@ def load_into(
 ) -> QuantizedModel:
     """`load_quantized` with the model that `building` makes: an engine may have one already."""
     check_kinds(policy, options)
-    options = ranks.options(options or LoadOptions())
+    options = options or LoadOptions()
     place = choose_device(device)
     if place.type == "cpu":
         warn_of_threads()
@@ -109,13 +110,14 @@ def load_into(
         torch.inference_mode(False),
         transformers_api.on_cpu(),
         interrupt_first(),
+        ranks.quiet(),
         ranks.loading(),
         memory_running_out(planned),
         showing(progress, "loading") as told,
         Recorder(place, options.stats, told) as recorder,
         resolved(model_id, revision) as checkpoint,
     ):
-        cache = open_cache(checkpoint, options, recorder.on_layer, trust_remote_code)
+        cache = open_cache(checkpoint, options, recorder.on_layer, trust_remote_code, ranks)
 
         def load() -> tuple[Draft, ReadTotals]:
             with FinalStorage(place) as storage:
@@ -134,21 +136,23 @@ def load_into(
                 return draft, _stream(draft, building, cache, recorder, options, storage, ranks)
 
         draft, totals = cache.attempt(load)
-        rank_bytes = ranks.loaded(draft.rank_plan, draft.model, totals.bytes_read)
+        sizes = RankSizes(totals.bytes_read, tensor_bytes(draft.model), recorder.ledger.peak_bytes)
+        all_sizes = ranks.loaded(draft.rank_plan, draft.model, sizes)
     model = cast(QuantizedModel, draft.model)
-    model.load_report = recorder.report(
-        checkpoint.model_id,
-        draft.rules.name,
-        totals,
-        tensor_bytes(model),
-        tensor_bytes,
-        cache.result,
-        draft.non_finite(),
-        (ranks.rank, ranks.ranks) if ranks.ranks > 1 else None,
-    )
+    with ranks.quiet():
+        model.load_report = recorder.report(
+            checkpoint.model_id,
+            draft.rules.name,
+            totals,
+            sizes.final_bytes,
+            tensor_bytes,
+            cache.result,
+            draft.non_finite(),
+            (ranks.rank, ranks.ranks) if ranks.ranks > 1 else None,
+        )
     checkpoint.files.tell(model.load_report.note_source)
-    if rank_bytes:
-        model.load_report.rank_bytes_read, model.load_report.replicated_bytes = rank_bytes, draft.replicated_bytes
+    if all_sizes:
+        model.load_report.note_ranks(all_sizes, draft.replicated_bytes)
     model.load_plan = draft.plan.memory
     if ranks.ranks == 1:  # a part of a model cannot be loaded again in place
         remember(model, draft, options, trust_remote_code)
@@ -171,8 +175,10 @@ def _stream(
 ) -> ReadTotals:
     """Fill the model of a draft."""
     device = storage.device
-    check_budget(draft.plan.memory, options.max_memory)
-    check_fits(draft, options)
+    memory = draft.plan.memory
+    of_host = ranks.of_host(memory)
+    check_budget(of_host if options.memory_scope == "host" else memory, options.max_memory)
+    check_fits(draft if device.type != "cpu" else replace(draft, plan=replace(draft.plan, memory=of_host)), options)
     storage.expect(draft.plan.final_sizes)
     ranks.expect(draft.plan.observed)
     with cache.reading(draft) as reading:

@@ -19,6 +19,7 @@ MOST_CONNECTIONS = 256
 
 PageCache = Literal["auto", "keep", "drop"]
 CacheVerify = Literal["samples", "full"]
+MemoryScope = Literal["rank", "host"]
 ScaleMode = Literal["default", "mse"]
 Activations = Literal["auto", "none", "emulate", "mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8", "fp8", "int8"]
 
@@ -89,6 +90,10 @@ class LoadOptions:
     """Limit in bytes for the predicted peak of a load: model, staging arena and allowance. A load that would take more
     ends with `MemoryBudgetError` before a weight is read. None: no limit."""
 
+    memory_scope: MemoryScope = "rank"
+    """What `max_memory` is the limit of, where several processes hold a model together: each of them, or all that run
+    on one host."""
+
     force: bool = False
     """Load although the memory that is available is too little for the model. `max_memory` still counts."""
 
@@ -149,6 +154,8 @@ class LoadOptions:
             raise PolicyError(f"workers is {self.workers}; give at least 1, or None for one a core")
         if self.page_cache not in ("auto", "keep", "drop"):
             raise PolicyError(f"page_cache is {self.page_cache!r}; choose auto, keep or drop")
+        if self.memory_scope not in get_args(MemoryScope):
+            raise PolicyError(f"memory_scope is {self.memory_scope!r}; choose rank or host")
         if self.cache_verify not in get_args(CacheVerify):
             raise PolicyError(f"cache_verify is {self.cache_verify!r}; choose {' or '.join(get_args(CacheVerify))}")
         if self.activations not in get_args(Activations):

@@ -14,6 +14,7 @@ from quantload.cli_options import (
     LogOptions,
     ModelOptions,
     PolicyOptions,
+    RankOptions,
     RunOptions,
     SourceOptions,
     StreamOptions,
@@ -74,15 +75,16 @@ def test_what_commands_have_in_common() -> None:
     reading = {"page_cache", "connections", "stats"}
     cache = {"cache", "cache_size", "cache_verify"}
     assert names("load") - {"as_json", "report"} == names("serve") - of_serve
-    assert names("load") - names("plan") == reading | cache | {"report", "digest"}
-    assert names("load") - names("convert") == {"device", "activations", "threads", "digest"} | cache
+    assert names("load") - names("plan") == reading | cache | {"report", "digest", "expert_parallel"}
+    of_models = {"device", "activations", "threads", "digest", "expert_parallel"}
+    assert names("load") - names("convert") == of_models | cache
     assert names("convert") - names("load") == {"out", "checkpoint_format", "max_shard_size", "no_model_card"}
 
 
 def chosen(policy: PolicyOptions, run: RunOptions, digest: bool = False) -> dict[str, Any]:
     return ModelOptions(
         chosen=policy, run=run, source=SourceOptions(), logs=LogOptions(), forward=ForwardOptions(),
-        stream=StreamOptions(), caching=CacheOptions(), proof=DigestOptions(digest=digest),
+        stream=StreamOptions(), caching=CacheOptions(), ranks=RankOptions(), proof=DigestOptions(digest=digest),
     ).arguments()  # fmt: skip
 
 
@@ -113,6 +115,33 @@ def test_what_is_said_becomes_a_policy_and_options() -> None:
     assert arguments["options"] == LoadOptions(
         max_memory=1 << 30, chunk_bytes=1 << 20, workers=3, strict=True, kernels={"linear": "torch"}, digest=True
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "limit", "scope"),
+    [("1GiB", 1 << 30, "rank"), ("1GiB/rank", 1 << 30, "rank"), ("2MiB/host", 2 << 20, "host")],
+)
+def test_a_limit_says_what_it_is_of(given: str, limit: int, scope: Any) -> None:
+    options = chosen(PolicyOptions(), RunOptions(max_memory=given))["options"]
+    assert options == LoadOptions(max_memory=limit, memory_scope=scope)
+
+
+def test_a_limit_of_something_else_is_refused() -> None:
+    with pytest.raises(PolicyError, match="--max-memory is '1GiB/gpu'; write a size, a size/rank, or a size/host"):
+        chosen(PolicyOptions(), RunOptions(max_memory="1GiB/gpu"))
+
+
+def test_processes_of_torchrun_divide_the_model_and_one_of_them_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert RankOptions().values() == {}
+    with pytest.raises(PolicyError, match="start several with torchrun"):
+        RankOptions(expert_parallel=True).values()
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert RankOptions(expert_parallel=True).values() == {"tp": "auto", "expert_parallel": True}
+    assert LogOptions(verbose=True)._level() == "error"
+    assert LogOptions().progress() is False
+    monkeypatch.setenv("RANK", "0")
+    assert LogOptions(verbose=True)._level() == "debug"
 
 
 def test_the_help_shows_groups_of_options_under_what_they_are_for() -> None:

@@ -79,8 +79,9 @@ FLOORS: dict[str, Floor] = {
     ),
     "pieces": Floor(f"errors geometry {KERNELS} checkpoint schemes online model", "what is read at once, and for whom"),
     "plan": Floor(f"{GROUND} checkpoint memory schemes online model pieces", "says what a load will do"),
+    "ranks.launch": Floor("errors schemes.registry", "is asked before torch is imported"),
     "ranks": Floor(
-        "errors options shortage geometry checkpoint.crew online model",
+        "errors options shortage geometry checkpoint memory online model",
         "what a load asks of the other processes of its model; none of it, in a load of one",
     ),
     "draft": Floor(
@@ -97,7 +98,7 @@ FLOORS: dict[str, Floor] = {
         "a flow of its own beside load: neither knows the other",
     ),
     "cache": Floor(
-        f"{GROUND} kernels.system_calls checkpoint memory schemes online model plan draft",
+        f"{GROUND} kernels.system_calls checkpoint memory schemes online model plan ranks draft",
         "a load calls it at three places",
     ),
     "reload.settings": Floor("options checkpoint", "what a model remembers of its load: plain values"),
@@ -126,11 +127,12 @@ FLOORS: dict[str, Floor] = {
     ),
     "cli_logging": Floor("", "log lines and the console they go to"),
     "cli_options": Floor(
-        "errors options schemes.names memory.amounts cli_logging", "imported before anything heavy is"
+        "errors options schemes.names memory.amounts ranks.launch cli_logging", "imported before anything heavy is"
     ),
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli": Floor(
-        f"{GROUND} threads memory schemes draft fitting load convert server cli_logging cli_options cli_groups",
+        f"{GROUND} threads memory schemes draft fitting load convert server cli_logging cli_options cli_groups "
+        "ranks.launch",
         "a user of the package",
     ),
     "__main__": Floor("cli", "python -m quantload"),

@@ -106,7 +106,8 @@ def test_the_fields_of_a_report() -> None:
         "fallback_conversions", "layers", "kept", "timeline", "cache", "unexpected", "unexpected_bytes",
         "ignored_tensors", "initialized", "overlaid", "untied", "non_finite", "digest",
         "digest_seconds", "output", "output_bytes", "read_by", "documents",
-        "rank", "world_size", "state", "rank_bytes_read", "replicated_bytes", "bytes_between",
+        "rank", "world_size", "state", "rank_bytes_read", "rank_final_bytes", "rank_peak_bytes",
+        "replicated_bytes", "bytes_between",
         "source_requests", "source_retries", "source_bytes", "source_connections",
     ]  # fmt: skip
 

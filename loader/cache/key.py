@@ -32,6 +32,7 @@ def entry_key(
     assignments: Iterable[Assignment],
     trust_remote_code: bool,
     verify: CacheVerify = "samples",
+    part: tuple[int, int, bool] | None = None,
 ) -> str:
     """The key of what a load of `checkpoint` leaves in memory: 64 hexadecimal digits.
 
@@ -41,7 +42,8 @@ def entry_key(
     elsewhere count with what their server says of their versions. With `verify` full
     they count with all of their content, and not with their times. The folder they lie in does not count. How a load
     runs, which kernels, pieces and workers it uses and what it measures,
-    does not change a byte, and does not count either. Raises `CheckpointError` as `read_index` would.
+    does not change a byte, and does not count either. `part` says which part of the model it is of, where several ranks
+    have one each. Raises `CheckpointError` as `read_index` would.
     """
     facts = {
         "versions": [STORED_VERSION, QUANTIZATION_VERSION, transformers.__version__],  # that one says what is fused how
@@ -51,6 +53,8 @@ def entry_key(
         "policy": _policy(policy),
         "modules": dict(_modules(assignments)),
     }
+    if part is not None:
+        facts["part"] = [*part]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -26,6 +26,7 @@ from ..memory.report import CacheResult
 from ..model.attach import OnFinished, Process
 from ..options import LoadOptions
 from ..plan import LoadPlan, loaded_parameters
+from ..ranks.alone import ALONE, Alone
 from .entry import Entry
 from .key import entry_key
 from .recording import CONFIG, STATISTICS, EntryRecording
@@ -54,8 +55,11 @@ class NoCache:
 
     result: CacheResult | None = None
 
-    def __init__(self, checkpoint: Checkpoint, options: LoadOptions, on_layer: OnFinished) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, options: LoadOptions, on_layer: OnFinished, ranks: Alone = ALONE
+    ) -> None:
         self._checkpoint, self._options, self._finish_layer = checkpoint, options, on_layer
+        self._ranks = ranks
 
     def on_layer(self, name: str, statistics: Tensor | None, process: Process) -> None:
         """A layer is complete."""
@@ -71,9 +75,9 @@ class NoCache:
 
         At its end the files of the checkpoint must be those that the draft was made of, or it is a `ChangedFileError`.
         """
-        options, files = self._options, self._checkpoint.files
-        source = files.source(options)
-        yield Reading(source, draft.index.shards, draft.plan)
+        files, shards = self._checkpoint.files, draft.index.shards
+        with self._ranks.reading(files.source, self._options, shards) as source:
+            yield Reading(source, shards, draft.plan)
         files.check_unchanged()
 
 
@@ -85,9 +89,15 @@ class FolderCache(NoCache):
     """
 
     def __init__(
-        self, folder: Path, checkpoint: Checkpoint, options: LoadOptions, on_layer: OnFinished, trust_remote_code: bool
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        options: LoadOptions,
+        on_layer: OnFinished,
+        trust_remote_code: bool,
+        ranks: Alone = ALONE,
     ) -> None:
-        super().__init__(checkpoint, options, on_layer)
+        super().__init__(checkpoint, options, on_layer, ranks)
         self._folder, self._trust_remote_code = folder, trust_remote_code
         self._store = Store(folder, options.cache_bytes)
         self._damaged = False
@@ -103,11 +113,15 @@ class FolderCache(NoCache):
 
     def attempt(self, load: Callable[[], T]) -> T:
         """What `load` returns; it is called again, and looks for no entry, where that proves to be damaged."""
+        loaded: list[T] = []
         try:
-            return load()
+            loaded.append(load())
         except DamagedEntryError as error:
-            logger.warning("Cache: an entry of %s is damaged and will be written anew: %s", self._folder, error)
+            self._tell_damage(error)
+        if not self._ranks.any("damaged", not loaded):
+            return loaded[0]
         self._damaged = True
+        loaded.clear()  # where it was the entry of another rank, before there are two models
         return load()
 
     @contextlib.contextmanager
@@ -119,8 +133,9 @@ class FolderCache(NoCache):
             draft.assignments,
             self._trust_remote_code,
             self._options.cache_verify,
+            *(() if self._ranks.part is None else (self._ranks.part,)),
         )
-        entry = self._find(key)
+        entry = self._find_together(key)
         with contextlib.ExitStack() as stack:
             if entry is None:
                 stack.enter_context(self._recorded(key, draft))
@@ -130,6 +145,23 @@ class FolderCache(NoCache):
                 stack.enter_context(_damage())
                 yield self._restored(draft, entry)
         self._checkpoint.files.check_unchanged()
+
+    def _find_together(self, key: str) -> Entry | None:
+        """The entry, if every rank has one of its part."""
+        try:
+            entry = self._find(key)
+        except DamagedEntryError as error:
+            if self._ranks.ranks == 1:
+                raise
+            self._tell_damage(error)  # and go on as without one: the others do
+            self._damaged, entry = True, None
+        if self._ranks.any("without an entry", entry is None) and entry is not None:
+            entry.release()
+            return None
+        return entry
+
+    def _tell_damage(self, error: DamagedEntryError) -> None:
+        logger.warning("Cache: an entry of %s is damaged and will be written anew: %s", self._folder, error)
 
     def _find(self, key: str) -> Entry | None:
         """The entry, unless it lacks the statistics that the load wants."""
@@ -208,14 +240,20 @@ class FolderCache(NoCache):
         logger.warning("Cache: nothing was written to %s: %s", self._folder, error.strerror or error)
 
 
-def open_cache(checkpoint: Checkpoint, options: LoadOptions, on_layer: OnFinished, trust_remote_code: bool) -> NoCache:
+def open_cache(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    on_layer: OnFinished,
+    trust_remote_code: bool,
+    ranks: Alone = ALONE,
+) -> NoCache:
     """The cache that the options ask for; raises `PolicyError` where it cannot be a folder."""
     if options.cache is None:
-        return NoCache(checkpoint, options, on_layer)
+        return NoCache(checkpoint, options, on_layer, ranks)
     folder = Path(options.cache).expanduser()
     if _is_file(folder):
         raise PolicyError(f"the cache {str(folder)!r} is a file; give a folder, which is made where there is none")
-    return FolderCache(folder, checkpoint, options, on_layer, trust_remote_code)
+    return FolderCache(folder, checkpoint, options, on_layer, trust_remote_code, ranks)
 
 
 def _is_file(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -155,6 +155,21 @@ class FileSource(Source):
         self._identities = identities or FileIdentities(self._root)
         self._files: dict[str, _File] = {}
         self._lock = threading.Lock()
+        self._keeps = False
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Inside nothing is dropped from the page cache, for others who read the same; at the end what was cold is."""
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps = False
+        for path, file in self._files.items():
+            if file.cache is not None and file.cache.any_cold:
+                self._give_back(self._acquire(path))
+                file.cache.used = True
+        self.close()
 
     def __enter__(self) -> Self:
         return self
@@ -210,6 +225,8 @@ class FileSource(Source):
 
     def _advise(self, path: str, offset: int, length: int, drop: bool) -> None:
         known = self._files.get(path)
+        if drop and self._keeps:
+            return
         if known is not None and known.cache is not None and not known.cache.any_cold:
             return
         file = self._acquire(path)
@@ -282,7 +299,7 @@ class FileSource(Source):
     def _close(self, file: _File) -> None:
         fd, file.fd = file.fd, -1
         try:
-            if file.cache is not None:
+            if file.cache is not None and not self._keeps:
                 file.cache.sweep(fd, self._calls)
         finally:
             self._calls.close(fd)

@@ -171,7 +171,7 @@ class LoadMetrics:
             if report is None:
                 model.add_metric(["checkpoint"], plan.checkpoint_bytes)
                 predicted.add_metric([], plan.peak_bytes)
-        return [model, peak, predicted, staging]
+        return [model, peak, predicted, staging, *_of_ranks(report)]
 
     def _layer_metrics(self) -> Iterable[Metric]:
         count = _labelled("layers", "Quantized layers.", "scheme")
@@ -217,6 +217,21 @@ class LoadMetrics:
         for kind in ("nan", "infinite", "overflowed") if self._report is not None else ():
             values.add_metric([kind], sum(getattr(each, kind) for each in found))
         yield values
+
+
+def _of_ranks(report: LoadReport | None) -> Iterable[Metric]:
+    """What each rank of a model that several processes hold together read, holds, and took at most."""
+    if report is None or not report.rank_bytes_read:
+        return
+    for name, text, values in (
+        ("rank_bytes_read", "Checkpoint bytes that a rank read.", report.rank_bytes_read),
+        ("rank_model_bytes", "Bytes of a rank's part of the model.", report.rank_final_bytes),
+        ("rank_peak_memory_bytes", "Highest memory of a rank during the load.", report.rank_peak_bytes),
+    ):
+        family = _labelled(name, text, "rank")
+        for rank, value in enumerate(values):
+            family.add_metric([str(rank)], value)
+        yield family
 
 
 class _LoadCollector(Collector):

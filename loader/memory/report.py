@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -161,8 +161,9 @@ class LoadReport:
     took `digest_seconds` after the load; None where it was not asked for. Of a conversion, `output` is the folder it
     wrote, `output_bytes` are those of all files in it, `read_by` are the tools that were seen to read such a
     checkpoint, and `documents` are the model card and the license files in it. Where a model is spread over several
-    processes, each has a report of its part: that of `rank`, of `world_size`; `rank_bytes_read` are the bytes that each
-    of them read, and `replicated_bytes` those of the checkpoint that all of them need. `state` is that of the weights:
+    processes, each has a report of its part: that of `rank`, of `world_size`; `rank_bytes_read`,
+    `rank_final_bytes` and `rank_peak_bytes` are those of each of them, `replicated_bytes` are the bytes of the
+    checkpoint that all of them need. `state` is that of the weights:
     a reload that failed leaves them incomplete. Of a checkpoint that was read from a server, `source_requests` are the
     requests by result, `source_retries` those that were made again, `source_bytes` all bytes that came,
     `source_connections` how many requests were in flight at most.
@@ -202,12 +203,20 @@ class LoadReport:
     world_size: int | None = None
     state: LoadState = "complete"
     rank_bytes_read: list[int] = field(default_factory=list)
+    rank_final_bytes: list[int] = field(default_factory=list)
+    rank_peak_bytes: list[int] = field(default_factory=list)
     replicated_bytes: int = 0
     bytes_between: int = 0
     source_requests: list[RequestsReport] = field(default_factory=list)
     source_retries: int | None = None
     source_bytes: int | None = None
     source_connections: int | None = None
+
+    def note_ranks(self, sizes: Iterable[tuple[int, int, int]], replicated_bytes: int) -> None:
+        """Say what each rank read, holds and took at most."""
+        read, final, peak = zip(*sizes, strict=True)
+        self.rank_bytes_read, self.rank_final_bytes, self.rank_peak_bytes = [*read], [*final], [*peak]
+        self.replicated_bytes = replicated_bytes
 
     def note_source(self, requests: Mapping[str, int], retries: int, nbytes: int, connections: int) -> None:
         """Say what was asked of a server, and what came."""

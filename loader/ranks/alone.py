@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+from ..checkpoint.index import Shard
+from ..checkpoint.source import Source
+from ..memory.planner import MemoryPlan
 from ..model.attach import WeightLoaders
 from ..model.parallel_plan import RankPlan
 from ..model.routes import CheckpointMap, Routes
 from ..options import LoadOptions
+
+
+class RankSizes(NamedTuple):
+    """What one rank read and holds, in bytes."""
+
+    bytes_read: int
+    final_bytes: int
+    peak_bytes: int
 
 
 class Alone:
@@ -25,9 +36,21 @@ class Alone:
         """Around a load: what fails inside on another rank ends it here."""
         return contextlib.nullcontext()
 
-    def options(self, options: LoadOptions) -> LoadOptions:
-        """How a load runs here."""
-        return options
+    @contextlib.contextmanager
+    def reading(
+        self, source: Callable[[LoadOptions], Source], options: LoadOptions, shards: Sequence[Shard]
+    ) -> Iterator[Source]:
+        """Inside, the weights are read from the source that these options make."""
+        yield source(options)
+
+    def any(self, what: str, here: bool) -> bool:
+        """Whether something is so on any rank; all of them ask at the same point of their loads."""
+        return here
+
+    @property
+    def part(self) -> tuple[int, int, bool] | None:
+        """What tells the part of the model that is loaded here from others; `None` where it is all of it."""
+        return None
 
     def divide(self, model: Any, mapped: CheckpointMap) -> RankPlan:
         """Leave of a model on meta, and of the map of its checkpoint, what is to be loaded here."""
@@ -39,11 +62,19 @@ class Alone:
     def check_routes(self, plan: RankPlan, mapped: CheckpointMap, routes: Routes) -> None:
         """Raise for tensors that cannot be read in part."""
 
+    def of_host(self, plan: MemoryPlan) -> MemoryPlan:
+        """What all ranks of this machine take together."""
+        return plan
+
+    def quiet(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, one rank logs."""
+        return contextlib.nullcontext()
+
     def expect(self, observed: Sequence[Hashable]) -> None:
         """The matrices that are going to be read twice, in the order in which their first passes end."""
 
-    def loaded(self, plan: RankPlan, model: Any, bytes_read: int) -> list[int]:
-        """All weights are there: let the model compute with the other ranks; the bytes that each has read."""
+    def loaded(self, plan: RankPlan, model: Any, sizes: RankSizes) -> list[RankSizes]:
+        """All weights are there: let the model compute with the other ranks; the sizes of all of them."""
         return []
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +16,19 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+from ..checkpoint.index import Shard
+from ..checkpoint.source import FileSource, Source
 from ..errors import PolicyError, RankError
+from ..memory.planner import MemoryPlan
 from ..model.parallel_plan import RankPlan
 from ..options import LoadOptions
-from .alone import ALONE, Alone
+from .alone import ALONE, Alone, RankSizes
 from .divided import Divided
 from .exchange import MaximaExchange
 from .forwards import install_forwards
 from .watch import Watch
+
+logger = logging.getLogger("quantload")
 
 _loads: Counter[str] = Counter()
 """Loads of this process, by the ranks that took part in them: each has keys of its own in the store."""
@@ -57,10 +63,28 @@ class Together(Divided):
             self._watch = None
             self._maxima.expect(())
 
-    def options(self, options: LoadOptions) -> LoadOptions:
-        if options.cache is not None:
-            raise PolicyError("a cache cannot be used by several ranks yet: load without one")
-        return replace(options, page_cache="keep")
+    @contextlib.contextmanager
+    def reading(
+        self, source: Callable[[LoadOptions], Source], options: LoadOptions, shards: Sequence[Shard]
+    ) -> Iterator[Source]:
+        """As alone; ranks of one machine share its page cache, which the first clears up behind all of them."""
+        is_first = self.rank == self.watch.local_ranks[0]
+        own = source(options if is_first else replace(options, page_cache="keep"))
+        with contextlib.ExitStack() as kept:
+            if is_first and isinstance(own, FileSource):
+                kept.enter_context(own.keeping())
+                for shard in shards:  # now, as nobody could tell later what was cold
+                    own.size(shard.path)
+            self.watch.gather("begun", True)
+            yield own
+            self.watch.gather("read", True)
+
+    def any(self, what: str, here: bool) -> bool:
+        return any(self.watch.gather(what, here))
+
+    @property
+    def part(self) -> tuple[int, int, bool]:
+        return self.rank, self.ranks, self._expert_parallel
 
     def expect(self, observed: Sequence[Hashable]) -> None:
         matrices = self.exchanged(observed)
@@ -69,10 +93,31 @@ class Together(Divided):
             raise RankError("the ranks would read the weights in different orders, so that no scale would be common")
         self._maxima.expect(matrices)
 
-    def loaded(self, plan: RankPlan, model: Any, bytes_read: int) -> list[int]:
-        found: list[int] = self.watch.gather("loaded", bytes_read)
+    def of_host(self, plan: MemoryPlan) -> MemoryPlan:
+        named = ("final_bytes", "staging_bytes", "slack_bytes", "peak_bytes")
+        found = self.watch.gather("memory", {name: getattr(plan, name) for name in named})
+        here = [found[rank] for rank in self.watch.local_ranks]
+        return replace(plan, **{name: sum(each[name] for each in here) for name in named})
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        if self.rank == 0:
+            yield
+            return
+        logger.addFilter(_is_error)
+        try:
+            yield
+        finally:
+            logger.removeFilter(_is_error)
+
+    def loaded(self, plan: RankPlan, model: Any, sizes: RankSizes) -> list[RankSizes]:
+        found = [RankSizes(*each) for each in self.watch.gather("loaded", sizes)]
         install_forwards(model, plan, self.mesh)
         return found
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def ranks_of(tp: str | None, device_mesh: DeviceMesh | None, device: torch.device, expert_parallel: bool) -> Alone:

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +31,7 @@ class Watch:
 
     def __init__(self, store: Store, rank: int, ranks: int) -> None:
         self._store, self._rank, self._ranks = store, rank, ranks
+        self._said: Counter[str] = Counter()
         self.cancel = threading.Event()
         self.trouble: str | None = None
         self._others: dict[int, int] = {}
@@ -68,6 +70,8 @@ class Watch:
 
     def gather(self, key: str, value: Any) -> list[Any]:
         """What each rank has to say; waits for all, and raises `RankError` if one fails meanwhile."""
+        self._said[key] += 1
+        key = f"{key}/{self._said[key]}"
         try:
             self._store.set(f"{key}/{self._rank}", json.dumps(value))
             keys = [f"{key}/{rank}" for rank in range(self._ranks)]

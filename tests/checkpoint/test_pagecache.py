@@ -8,6 +8,7 @@ import pytest
 from quantload.checkpoint import FileSource, pagecache
 from quantload.checkpoint.pagecache import CacheWindows, kernel_readahead
 from quantload.checkpoint.source import FileCalls
+from quantload.errors import MissingShardError
 from quantload.options import PageCache
 
 MIB = 1 << 20
@@ -29,6 +30,33 @@ class Kernel:
 
     def advise(self, fd: int, offset: int, length: int, advice: int) -> None:
         self.advice.append((offset, length, advice))
+
+
+def test_what_others_read_too_is_dropped_at_the_end_alone(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(3 * 4096))
+    dropped: list[tuple[int, int]] = []
+
+    class Calls(FileCalls):
+        def advise(self, fd: int, offset: int, length: int, advice: int) -> None:
+            if advice == os.POSIX_FADV_DONTNEED:
+                dropped.append((offset, length))
+
+    source = FileSource(tmp_path, page_cache="drop", calls=Calls())
+    with source.keeping():
+        source.read_into("f", 0, memoryview(bytearray(4096)))
+        source.release("f", 0, 4096)
+        source.close()
+        assert not dropped
+    assert dropped == [(0, 3 * 4096)]
+
+
+def test_what_others_read_stays_where_the_load_fails(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(4096))
+    source = FileSource(tmp_path, page_cache="drop")
+    with pytest.raises(MissingShardError), source.keeping():
+        source.size("f") and source.size("g")
+    assert not [file for file in source._files.values() if file.cache is None or file.cache.used]
+    source.close()
 
 
 def test_warm_windows_are_left_alone() -> None:

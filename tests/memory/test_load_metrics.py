@@ -124,6 +124,16 @@ def test_a_plan_alone_is_shown_while_the_load_runs() -> None:
     assert ("quantload_peak_memory_bytes", frozenset({("device", "cpu")})) not in found
 
 
+def test_each_rank_has_its_own_gauges_where_several_hold_a_model() -> None:
+    metrics, of_ranks = LoadMetrics(), report()
+    of_ranks.note_ranks([(10, 4, 6), (11, 5, 7)], replicated_bytes=1)
+    metrics.on_report(of_ranks)
+    found = samples(metrics)
+    assert [value(found, "rank_bytes_read", rank=rank) for rank in "01"] == [10, 11]
+    assert [value(found, "rank_model_bytes", rank=rank) for rank in "01"] == [4, 5]
+    assert [value(found, "rank_peak_memory_bytes", rank=rank) for rank in "01"] == [6, 7]
+
+
 def test_bytes_read_count_over_all_loads_and_never_fall() -> None:
     metrics = LoadMetrics()
     metrics.on_progress(1000, 4000)

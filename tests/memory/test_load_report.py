@@ -53,6 +53,8 @@ REPORT_FIELDS = [
     "world_size",
     "state",
     "rank_bytes_read",
+    "rank_final_bytes",
+    "rank_peak_bytes",
     "replicated_bytes",
     "bytes_between",
     "source_requests",

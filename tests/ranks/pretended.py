@@ -15,6 +15,7 @@ from quantload.checkpoint.crew import leave_if_stopping
 from quantload.geometry.shares import Share
 from quantload.load import FROM_CONFIG, load_into
 from quantload.model.parallel_plan import RankPlan
+from quantload.ranks.alone import RankSizes
 from quantload.ranks.divided import Divided
 from quantload.schemes.opaque import plain
 from torch import Tensor
@@ -58,9 +59,9 @@ class Pretended(Divided):
 
         super().__init__(rank, ranks, expert_parallel, exchange)
 
-    def loaded(self, plan: RankPlan, model: Any, bytes_read: int) -> list[int]:
+    def loaded(self, plan: RankPlan, model: Any, sizes: RankSizes) -> list[RankSizes]:
         self.plan = plan
-        return [bytes_read]
+        return [sizes]
 
 
 def load_ranks(

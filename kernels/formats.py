@@ -327,7 +327,7 @@ TENSOR_SCALED = Family(
     "tensor_scaled", "nvfp4:make", "nvfp4:NumbaNvfp4", "nvfp4:Nvfp4Launches", MX.scale_modes, MX.scale_modes
 )
 """Blocks along K whose scales stand under one of the tensor."""
-NON_LINEAR = Family("non_linear", "nl4:make", "nl4:NumbaNl4")
+NON_LINEAR = Family("non_linear", "nl4:make", "nl4:NumbaNl4", "nl4:Nl4Launches")
 """Levels of unequal distance, in blocks along K whose signed scales stand under one of the row."""
 
 _FP8_OF_ROWS = "fp8 per token", "fp8 per tensor", "fp8 static"

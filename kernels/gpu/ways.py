@@ -40,7 +40,7 @@ class Way:
             "SCALE": fmt.scale_element,
             "GROUP": fmt.block_cols,
             "ACTIVATIONS": activations,
-            "HAS_SCALE_2": len(fmt.scales) > 1,
+            "SCALE_2": "" if len(fmt.scales) == 1 else "row" if fmt.scales[1].block_rows else "tensor",
         }
 
 

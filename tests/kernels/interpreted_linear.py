@@ -13,7 +13,7 @@ import interpreter_fixes
 import pytest
 import torch
 import torch.nn.functional as F
-from quantload.kernels.formats import FORMATS, MX, MXFP4, MXFP4_ROWS
+from quantload.kernels.formats import FORMATS, MX, MXFP4, MXFP4_ROWS, Tensors
 from quantload.kernels.gpu.activations import quantize_mx_activations, quantize_scaled_activations
 from quantload.kernels.gpu.experts import TritonExperts
 from quantload.kernels.gpu.linear import TritonLinear
@@ -286,3 +286,42 @@ def test_rows_with_multipliers(record_property: Callable[..., Any], is_quantized
         assert_close(out[start:stop], want, magnitude)
         assert_close(linear(rows, (codes[expert], scales[expert]), bias[expert], n_rows, k), want, magnitude)
     assert not out[offsets[-1] :].any()
+
+
+def nl4(n_rows: int, k: int, seed: int, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:
+    """A weight in NL4, of which each row has another size, and what it is in the type of activations."""
+    tensors, values = FORMATS["nl4"].empty(n_rows, k), torch.empty(n_rows, k, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n_rows, 1, generator=generator).exp() * 0.05
+    assert reference("nl4").quantize(torch.randn(n_rows, k, generator=generator) * rows, tensors) == 0
+    reference("nl4").dequantize(tensors, values)
+    return tensors, values.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("tokens", "n_rows", "k"), SHAPES)
+def test_weight_only_with_scales_of_rows(
+    record_property: Callable[..., Any], tokens: int, n_rows: int, k: int, dtype: torch.dtype
+) -> None:
+    record_property("kernel", "nl4 linear, weight-only")
+    record_property("result", "close")
+    (tensors, values), x = nl4(n_rows, k, 0, dtype), activations(tokens, k, dtype)
+    bias = torch.randn(n_rows)
+    got = TritonLinear(FORMATS["nl4"], way_of("nl4"), GFX950)(x, tensors, bias, n_rows, k)
+    assert_close(got, F.linear(x.double(), values, bias.double()), F.linear(x.double().abs(), values.abs()) + 4)
+
+
+def test_weight_only_experts_with_scales_of_rows(record_property: Callable[..., Any]) -> None:
+    record_property("kernel", "nl4 experts, weight-only")
+    record_property("result", "close")
+    n_rows, k = 70, 160
+    made = [nl4(n_rows, k, seed, torch.bfloat16) for seed in range(3)]
+    tensors = tuple(torch.stack(each) for each in zip(*(one for one, _ in made), strict=True))
+    offsets = torch.tensor([0, 5, 5, 38], dtype=torch.int32)
+    x = activations(41, k, torch.bfloat16)
+    out = TritonExperts(FORMATS["nl4"], way_of("nl4"), GFX950)(x, tensors, None, offsets, n_rows, k)
+    for expert, (start, stop) in enumerate(((0, 5), (5, 5), (5, 38))):
+        values, rows = made[expert][1], x[start:stop].double()
+        if start < stop:
+            assert_close(out[start:stop], F.linear(rows, values), F.linear(rows.abs(), values.abs()))
+    assert not out[38:].any()

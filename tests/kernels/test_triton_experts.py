@@ -36,7 +36,7 @@ def test_nvfp4_activations_too() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp8", "nvfp4", "int4_group128_f16", "int8_channel"])
+@pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp8", "nvfp4", "nl4", "int4_group128_f16", "int8_channel"])
 def test_weight_only(name: str, target: str) -> None:
     check("experts", name, target, 1, False)
 
@@ -55,6 +55,7 @@ def test_fp8_activations_too(target: str) -> None:
         "mxfp6_e2m3",
         "mxfp8",
         "nvfp4",
+        "nl4",
         "int4_group16_f16",
         "fp8_channel",
         "fp8_tensor",

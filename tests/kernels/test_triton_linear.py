@@ -45,7 +45,9 @@ def test_nvfp4_activations_too(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["mxfp6_e2m3", "mxfp8", "nvfp4", "int4_group128_f16", "fp8_channel", "int8_channel"])
+@pytest.mark.parametrize(
+    "name", ["mxfp6_e2m3", "mxfp8", "nvfp4", "nl4", "int4_group128_f16", "fp8_channel", "int8_channel"]
+)
 def test_weight_only(name: str, target: str) -> None:
     check("linear", name, target, 1, False)
 
@@ -71,6 +73,7 @@ def test_int8_activations_too(target: str) -> None:
         "mxfp6_e3m2",
         "mxfp8",
         "nvfp4",
+        "nl4",
         "int4_group16_bf16",
         "int4_group128_f16",
         "int8_group0_f32",
@@ -181,6 +184,8 @@ CHOICES = {
     ("nvfp4", "sm_90"): "triton",
     ("nvfp4", "gfx950"): "triton",
     ("mxfp4", "gfx942"): "triton",
+    ("nl4", "gfx950"): "triton",
+    ("nl4", "sm_100"): "triton",
     ("mxfp8", "gfx950"): "triton_w8a8",
     ("mxfp8", "sm_100"): "triton_w8a8",
     ("mxfp8", "sm_90"): "triton",

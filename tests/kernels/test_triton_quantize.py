@@ -19,7 +19,7 @@ from gpu_kernel_table import TABLE
 from gpu_targets import TARGETS, Compiled, add_compiled, compile_for, interpret, interpreter_trouble
 from quantload.kernels.gpu import quantize as triton_quantize
 from quantload.kernels.gpu import quantizers as gpu_quantize
-from quantload.kernels.gpu.jit import integer, measure, mx, nvfp4, scaled
+from quantload.kernels.gpu.jit import integer, measure, mx, nl4, nvfp4, scaled
 from tested_formats import TRITON, filled
 
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ POINTERS = MappingProxyType(
         torch.int64: "*i64",
     }
 )
-QUANTIZE = ("quantize_mx", "quantize_rows", "quantize_tiles", "quantize_integers", "quantize_nvfp4")
+QUANTIZE = ("quantize_mx", "quantize_rows", "quantize_tiles", "quantize_integers", "quantize_nvfp4", "quantize_nl4")
 OPTIONS = ("num_warps", "enable_fp_fusion")
 EVERY = ("golden", "mx", "bits", "statistics", "pieces", "extremes")
 """The tests of every kernel: `test_kernel_*.py`."""
@@ -92,6 +92,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         (scaled, ("quantize_rows", "quantize_tiles", "observe_scaled", "scales_scaled", "dequantize_scaled")),
         (integer, ("quantize_integers", "observe_integers", "scales_integers", "dequantize_groups")),
         (nvfp4, ("quantize_nvfp4", "scales_nvfp4", "dequantize_nvfp4")),
+        (nl4, ("quantize_nl4", "scales_nl4", "dequantize_nl4")),
         (measure, ("merge_partials",)),
     ):
         for name in names:
@@ -155,7 +156,7 @@ def test_quantize_compiles(launches: list[Launch], name: str, target: str) -> No
 @pytest.mark.parametrize(
     ("name", "target"),
     pairs(
-        *("mxfp4", "nvfp4", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block", "fp8_channel_fnuz", "int8_channel"),
+        *("mxfp4", "nvfp4", "nl4", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block", "fp8_channel_fnuz", "int8_channel"),
         "int4_group128_f16",
     ),
 )
@@ -166,7 +167,7 @@ def test_dequantize_compiles(launches: list[Launch], name: str, target: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), pairs("mxfp4", "nvfp4", "fp8_tensor", "int8_channel", "fp8_block", "int4_group128_f16")
+    ("name", "target"), pairs("mxfp4", "nvfp4", "nl4", "fp8_tensor", "int8_channel", "fp8_block", "int4_group128_f16")
 )
 def test_observe_and_finish_compile(launches: list[Launch], name: str, target: str) -> None:
     source, kernels = torch.zeros(64, 4096, dtype=torch.bfloat16), triton_quantize.triton_quantize(name)
@@ -193,11 +194,12 @@ def test_other_sources_odd_sizes_and_known_scales_compile(
 
 
 def test_a_piece_is_one_launch_and_one_for_statistics(launches: list[Launch]) -> None:
-    """8 MiB of BF16; tensors with one scale, and rows with a zero point, are gone over twice."""
+    """8 MiB of BF16; tensors or rows with one scale for scales, and rows with a zero point, are gone over twice."""
     source = torch.zeros(1024, 4096, dtype=torch.bfloat16)
     for name, fmt in {name: FORMATS[name] for name in TRITON}.items():
         kernels, made = triton_quantize.triton_quantize(name), outputs(name, 1024, 4096)
-        twice = 2 if fmt.maxima.block_rows == 0 or (fmt.scale_words == 2 and fmt.block_cols == 0) else 0
+        observed = fmt.maxima.block_rows == 0 or len(fmt.scales) > 1
+        twice = 2 if observed or (fmt.scale_words == 2 and fmt.block_cols == 0) else 0
         kernels.quantize(source, made)
         assert len(launches) == 1 + twice
         kernels.quantize(source, made, st.new_statistics())

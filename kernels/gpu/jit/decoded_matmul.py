@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import decode_float, e4m3, in_order, power_of_two, six_bit_codes, widened, with_sign
+from .elements import decode_float, e4m3, in_order, nl4_level, power_of_two, six_bit_codes, widened, with_sign
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def load_weight(
 ):
     """float32 [BN, BK] of rows and columns [at, at + BK), by the arithmetic of `dequantize`; finite beyond k.
 
-    CODE: "e2m1", "e2m3", "e3m2", "e4m3", "uint4" or "uint8". SCALE, of GROUP columns each (0: the whole row): "e8m0" or
+    CODE: "e2m1", "e2m3", "e3m2", "e4m3", "nl4", "uint4" or "uint8". SCALE, of GROUP columns each (0: the whole row): "e8m0" or
     "e4m3", a byte, or "affine", a float with a zero point beside it.
     """
     values = _decode(load_codes(codes, rows, at, k, code_stride, CODE, EVEN_K, BN, BK), CODE)
@@ -109,7 +109,7 @@ def load_codes(
             (third >> 8) & 0xFFFFFF,
         )
         return six_bit_codes(quads.reshape(BN, BK // 4)).reshape(BN, BK)
-    PACKED: tl.constexpr = 2 if CODE == "e2m1" or CODE == "uint4" else 1
+    PACKED: tl.constexpr = 2 if CODE == "e2m1" or CODE == "nl4" or CODE == "uint4" else 1
     bytes_ = tl.arange(0, BK // PACKED)
     place = codes + at // PACKED + (rows[:, None] * stride + bytes_[None, :])
     packed = tl.load(place) if EVEN_K else tl.load(place, mask=bytes_[None, :] * PACKED < k - at, other=0)
@@ -138,6 +138,8 @@ def _decode(code, CODE: tl.constexpr):
     """float32 of int32 codes; there is no NaN among them."""
     if CODE == "uint4" or CODE == "uint8":
         return code.to(tl.float32)
+    if CODE == "nl4":
+        return nl4_level(code)
     SIGN: tl.constexpr = 3 if CODE == "e2m1" else 7 if CODE == "e4m3" else 5
     MANTISSA: tl.constexpr = 1 if CODE == "e2m1" else 2 if CODE == "e3m2" else 3
     BIAS: tl.constexpr = 7 if CODE == "e4m3" else 3 if CODE == "e3m2" else 1

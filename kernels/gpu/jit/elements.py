@@ -80,6 +80,16 @@ def e4m3(byte):
 
 
 @triton.jit
+def nl4_level(code):
+    """float32 levels of int32 NL4 codes: from four words, of four bytes each, that hold their magnitudes."""
+    first = tl.where((code & 8) == 0, 0x1D120900, 0x3544576A)
+    second = tl.where((code & 8) == 0, 0x57443528, 0x09121D28)
+    word = tl.where((code & 4) == 0, first, second)
+    magnitude = (word >> ((code & 3) << 3)) & 0xFF
+    return with_sign(magnitude.to(tl.float32), code, 3)
+
+
+@triton.jit
 def in_order(first, second, third, fourth):
     """Four tensors [..., n] as [..., n, 2, 2]: one after the other, when reshaped to [..., 4n]."""
     return tl.join(tl.join(first, third), tl.join(second, fourth))

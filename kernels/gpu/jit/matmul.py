@@ -2,8 +2,8 @@
 
 TILE names it: "mx" (`mx_matmul`), "nvfp4" (`nvfp4_matmul`), "decoded" (`decoded_matmul`) or "scaled"
 (`scaled_matmul`); CODE and SCALE (the types of both), GROUP (columns that share a scale, 0 for all) and ACTIVATIONS are
-its business. With HAS_SCALE_2, `scale_2` is the float32 scale of a whole tensor, those of the experts one after the
-other, and `x_scale_2` that of each token whose activations are codes.
+its business. SCALE_2 says what else has a float32 scale, at `scale_2`: each "row" of a weight or the whole "tensor", one
+expert after the other, or nothing (""); `x_scale_2` is that of each token whose activations are codes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def multiply_linear(
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATIONS: tl.constexpr,
-    HAS_SCALE_2: tl.constexpr,
+    SCALE_2: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BT: tl.constexpr,
@@ -79,7 +79,7 @@ def multiply_linear(
         SCALE,
         GROUP,
         ACTIVATIONS,
-        HAS_SCALE_2,
+        SCALE_2,
         EVEN_K,
         BT,
         BN,
@@ -117,7 +117,7 @@ def multiply_experts(
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATIONS: tl.constexpr,
-    HAS_SCALE_2: tl.constexpr,
+    SCALE_2: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BT: tl.constexpr,
@@ -143,7 +143,7 @@ def multiply_experts(
         x_scale_2,
         codes + expert.to(tl.int64) * code_expert_stride,
         scales + expert.to(tl.int64) * scale_expert_stride,
-        scale_2 + expert,
+        scale_2 + expert.to(tl.int64) * (n_rows if SCALE_2 == "row" else 1),
         t0,
         end,
         n0,
@@ -160,7 +160,7 @@ def multiply_experts(
         SCALE,
         GROUP,
         ACTIVATIONS,
-        HAS_SCALE_2,
+        SCALE_2,
         EVEN_K,
         BT,
         BN,
@@ -194,7 +194,7 @@ def _product(
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATIONS: tl.constexpr,
-    HAS_SCALE_2: tl.constexpr,
+    SCALE_2: tl.constexpr,
     EVEN_K: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -219,8 +219,10 @@ def _product(
             x_stride, code_stride, scale_stride,
             CODE, SCALE, GROUP, EVEN_K, BT, BN, BK,
         )  # fmt: skip
-        if HAS_SCALE_2:
+        if SCALE_2 == "tensor":
             tile *= tl.load(scale_2)
+        elif SCALE_2 == "row":
+            tile *= tl.load(scale_2 + n0 + w_rows)[:, None]
     elif TILE == "nvfp4":
         tile = nvfp4_tile(
             x, x_scales, codes, scales, x_rows, w_rows, k_begin, k_end, k,

@@ -49,9 +49,9 @@ class Nl4Launches:
         )  # fmt: skip
 
     def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
-        scale_2 = scales[1]
-        nl4.scales_nl4[grid_of(1, amax.numel(), 1, SCALES)](
-            amax, scale_2, amax.numel(), amax.stride(0), scale_2.stride(0), N=SCALES, num_warps=4, **EXACT
+        top, scale_2 = amax.view(-1), scales[1].view(-1)
+        nl4.scales_nl4[grid_of(1, top.numel(), 1, SCALES)](
+            top, scale_2, top.numel(), top.stride(0), scale_2.stride(0), N=SCALES, num_warps=4, **EXACT
         )
 
     def dequantize(self, tensors: Tensors, out: torch.Tensor) -> None:

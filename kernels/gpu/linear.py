@@ -141,7 +141,11 @@ def in_kernels(fmt: WeightFormat, tensors: Tensors) -> Tensors:
     Those of rows stand without a gap between them.
     """
     codes, scales, *outer = tensors
-    return code_bits(fmt, codes), code_bits(fmt, scales) if outer else scales, outer[0].contiguous() if outer else scales
+    return (
+        code_bits(fmt, codes),
+        code_bits(fmt, scales) if outer else scales,
+        outer[0].contiguous() if outer else scales,
+    )
 
 
 def check_rows(fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -156,7 +156,17 @@ def test_quantize_compiles(launches: list[Launch], name: str, target: str) -> No
 @pytest.mark.parametrize(
     ("name", "target"),
     pairs(
-        *("mxfp4", "nvfp4", "nl4", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block", "fp8_channel_fnuz", "int8_channel"),
+        *(
+            "mxfp4",
+            "nvfp4",
+            "nl4",
+            "mxfp6_e2m3",
+            "mxfp8",
+            "fp8_channel",
+            "fp8_block",
+            "fp8_channel_fnuz",
+            "int8_channel",
+        ),
         "int4_group128_f16",
     ),
 )

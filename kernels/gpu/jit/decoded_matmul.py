@@ -62,8 +62,8 @@ def load_weight(
 ):
     """float32 [BN, BK] of rows and columns [at, at + BK), by the arithmetic of `dequantize`; finite beyond k.
 
-    CODE: "e2m1", "e2m3", "e3m2", "e4m3", "nl4", "uint4" or "uint8". SCALE, of GROUP columns each (0: the whole row): "e8m0" or
-    "e4m3", a byte, or "affine", a float with a zero point beside it.
+    CODE: "e2m1", "e2m3", "e3m2", "e4m3", "nl4", "uint4" or "uint8". SCALE, of GROUP columns each (0: the whole row):
+    "e8m0" or "e4m3", a byte, or "affine", a float with a zero point beside it.
     """
     values = _decode(load_codes(codes, rows, at, k, code_stride, CODE, EVEN_K, BN, BK), CODE)
     GROUPS: tl.constexpr = BK // GROUP if GROUP > 0 and GROUP < BK else 1

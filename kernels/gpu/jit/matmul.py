@@ -2,8 +2,8 @@
 
 TILE names it: "mx" (`mx_matmul`), "nvfp4" (`nvfp4_matmul`), "decoded" (`decoded_matmul`) or "scaled"
 (`scaled_matmul`); CODE and SCALE (the types of both), GROUP (columns that share a scale, 0 for all) and ACTIVATIONS are
-its business. SCALE_2 says what else has a float32 scale, at `scale_2`: each "row" of a weight or the whole "tensor", one
-expert after the other, or nothing (""); `x_scale_2` is that of each token whose activations are codes.
+its business. SCALE_2 says what else has a float32 scale, at `scale_2`: each "row" of a weight or the whole "tensor",
+one expert after the other, or nothing (""); `x_scale_2` is that of each token whose activations are codes.
 """
 
 from __future__ import annotations

@@ -136,16 +136,11 @@ def code_bits(fmt: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
 
 
 def in_kernels(fmt: WeightFormat, tensors: Tensors) -> Tensors:
-    """Codes, scales and those of the whole tensor or its rows (the scales where there are none), as every GPU loads them.
-
-    Those of rows stand without a gap between them.
-    """
+    """Codes, scales and those of the whole tensor or, without gaps, its rows (else scales), as every GPU loads them."""
     codes, scales, *outer = tensors
-    return (
-        code_bits(fmt, codes),
-        code_bits(fmt, scales) if outer else scales,
-        outer[0].contiguous() if outer else scales,
-    )
+    if not outer:
+        return code_bits(fmt, codes), scales, scales
+    return code_bits(fmt, codes), code_bits(fmt, scales), outer[0].contiguous()
 
 
 def check_rows(fmt: WeightFormat, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:

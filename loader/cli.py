@@ -244,7 +244,7 @@ def serve(
 def convert(
     *,
     model: Annotated[str, typer.Argument(help="Folder, hub id or URL of a checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    out: Annotated[str, typer.Argument(help="Folder to write, or its URL in an object store; it must not exist.")],
     checkpoint_format: Annotated[
         ExportName,
         typer.Option(

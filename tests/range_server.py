@@ -63,6 +63,7 @@ class RangeServer:
         self.port = self._listener.getsockname()[1]
         self._open: set[socket.socket] = set()
         self._left = threading.Event()
+        self._parts: dict[str, dict[int, bytes]] = {}
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
@@ -121,8 +122,14 @@ class RangeServer:
             while line := lines.readline():
                 method, target, _ = line.decode().split(" ", 2)
                 headers = dict(self._headers(lines))
+                body = lines.read(int(headers.get("content-length", 0)))
                 time.sleep(self.latency)
-                if not self._answer(connection, method, target, headers):
+                answered = (
+                    self._take(connection, method, target, headers, body)
+                    if method in ("PUT", "POST")
+                    else self._answer(connection, method, target, headers)
+                )
+                if not answered:
                     return
 
     @staticmethod
@@ -165,12 +172,13 @@ class RangeServer:
         if fault is not None and fault.how == "whole":
             return self._send(connection, 200, file.read_bytes())
         shift = 1 if fault is not None and fault.how == "shift" else 0
-        more = [f"Content-Range: bytes {start + shift}-{stop - 1 + shift}/{size}"]
+        more = [f"Content-Range: bytes {start + shift}-{stop - 1 + shift}/{size}"] if span else []
+        more += ["Last-Modified: Sun, 29 Nov 2026 10:00:00 GMT"] if method == "HEAD" else []
         more += [f"ETag: {etag}"] if self.etags else []
         with file.open("rb") as opened:
             opened.seek(start)
             body = memoryview(opened.read(stop - start))
-        self._head(connection, 206, len(body), more)
+        self._head(connection, 206 if span else 200, len(body), more)
         return self._body(connection, body if method == "GET" else body[:0], fault if not shift else None)
 
     def _body(self, connection: socket.socket, body: memoryview, fault: Fault | None) -> bool:
@@ -188,6 +196,37 @@ class RangeServer:
         if fault.how == "reset":  # what was sent and not read yet is lost with it
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         return False
+
+    def _take(self, connection: socket.socket, method: str, target: str, headers: dict[str, str], body: bytes) -> bool:
+        """An object is uploaded, at once or in parts."""
+        parts = urlsplit(target)
+        path, query = (
+            unquote(parts.path).removeprefix(f"/{self.bucket}/"),
+            parse_qs(parts.query, keep_blank_values=True),
+        )
+        asked = Asked(method, path, 0, len(body), sum(each.path == path for each in self.asked), headers)
+        self.asked.append(asked)
+        fault = self.fault(asked)
+        if fault is not None and fault.status is not None:
+            return self._send(connection, fault.status, fault.body)
+        if "uploads" in query:
+            xml = "<InitiateMultipartUploadResult><UploadId>one</UploadId></InitiateMultipartUploadResult>"
+            return self._send(connection, 200, xml.encode())
+        if "partNumber" in query:
+            self._parts.setdefault(path, {})[int(query["partNumber"][0])] = body
+            self._head(connection, 200, 0, ['ETag: "part"'])
+            return True
+        content = b"".join(part for _, part in sorted(self._parts.pop(path, {}).items())) if method == "POST" else body
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        status = file.stat()
+        etag = f'"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"'
+        xml = f"<CompleteMultipartUploadResult><ETag>{escape(etag)}</ETag></CompleteMultipartUploadResult>"
+        body = xml.encode() if method == "POST" else b""
+        self._head(connection, 200, len(body), [f"ETag: {etag}"])
+        connection.sendall(body)
+        return True
 
     def _repository(self, connection: socket.socket, path: str) -> bool:
         name, _, revision = path.removeprefix("api/models/org/").partition("/revision/")

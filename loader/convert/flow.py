@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..checkpoint.output import UNFINISHED, OutputFolder
 from ..checkpoint.paths import locate
 from ..checkpoint.quantization_config import FILES as QUANTIZATION_FILES
 from ..checkpoint.reader import PieceReader
+from ..checkpoint.remote.upload import LIBRARY_BYTES, is_url, shown, upload_to
 from ..checkpoint.resolve import CONFIG_NAME, SMALL_FILES, Checkpoint, resolved
 from ..checkpoint.source import Source, read_bytes
 from ..checkpoint.weight_map import INDEX_NAME
@@ -85,6 +86,9 @@ def convert_checkpoint(
 ) -> LoadReport:
     """Stream a checkpoint, quantized or not, to a quantized checkpoint in the folder `out`, which must not exist.
 
+    `out` may be the URL of a folder in an object store (s3, gs, az): each shard is uploaded when it is finished, and
+    `config.json` last.
+
     `format` is the checkpoint format: `quark`, `compressed-tensors`, `modelopt`, which holds NVFP4, or `mxfp4`, which
     holds the experts of gpt-oss and nothing else quantized. `max_shard_bytes` is the most bytes of tensors in a file,
     or text such as "4GB".
@@ -103,7 +107,7 @@ def convert_checkpoint(
         raise PolicyError("digest is for a loaded model; a conversion has none, its files are their own proof")
     if max_shard_bytes < 1:
         raise PolicyError(f"max_shard_bytes is {max_shard_bytes}; give a positive number of bytes")
-    folder_out = _folder_to_write(out)
+    open_output = _output(out)
     planned: list[MemoryPlan] = []
     with (
         torch.inference_mode(False),
@@ -137,12 +141,13 @@ def convert_checkpoint(
             stored = checkpoint.config().get("quantization_config")
             key = _key(checkpoint, draft.index, shards, [config, stored, policy and asdict(policy), options.stats])
         source = checkpoint.files.source(options)
-        with OutputFolder(folder_out, key) as folder, closing(source):
+        with open_output(key) as folder, closing(source):
             found, masks = draft.loaders.non_finite, to_buffers(draft.routes, draft.loaders)
             with OpenShards(tensors, shards, folder, recorder.on_layer, found, masks) as open_shards:
                 ahead = checkpoint.files.read_ahead(options, draft.index.total_bytes)
                 plan = _plan(draft, open_shards, sum(len(shard.offsets) for shard in shards), ahead.left(options))
-                plan = plan.beside(ahead.buffer_bytes, 0)  # what the library takes is in the draft's allowance
+                # What a library takes to read is in the draft's allowance already.
+                plan = plan.beside(ahead.buffer_bytes, LIBRARY_BYTES if is_url(out) else 0)
                 recorder.expect(plan, draft.assignments)
                 planned.append(plan.memory)
                 check_budget(plan.memory, options.max_memory)
@@ -177,7 +182,7 @@ def convert_checkpoint(
     )
     checkpoint.files.tell(report.note_source)
     report.predicted_final_bytes = report.final_bytes
-    report.output, report.read_by = str(out), read_by
+    report.output, report.read_by = shown(out) if isinstance(out, str) and is_url(out) else str(out), read_by
     report.output_bytes = output_bytes
     report.documents = sorted({CARD, *papers}) if model_card else []
     return report
@@ -222,6 +227,14 @@ def _plan(draft: Draft, open_shards: OpenShards, written: int, options: LoadOpti
     )
     total = sum(piece.nbytes for piece in pieces)
     return LoadPlan(pieces, chunk, workers, memory, total, draft.plan.bytes_in, 0, draft.plan.leftovers)
+
+
+def _output(out: str | Path) -> Callable[[str], OutputFolder]:
+    """What makes the folder to write, here or elsewhere, for a key; raises for one that cannot be."""
+    if isinstance(out, str) and is_url(out):
+        return upload_to(out)
+    folder = _folder_to_write(out)
+    return lambda key: OutputFolder(folder, key)
 
 
 def _folder_to_write(out: str | Path) -> Path:

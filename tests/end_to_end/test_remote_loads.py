@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import big_checkpoints
 import fsspec
@@ -18,14 +19,16 @@ from process_state import MIB, threads
 from quantized_copies import METHODS, quantized_copy
 from quantload import LoadOptions, convert_checkpoint, load_quantized
 from quantload.checkpoint.remote import requests as requests_module
+from quantload.checkpoint.remote import upload
 from quantload.draft import plan_quantized
-from quantload.errors import ChangedFileError, CheckpointError
+from quantload.errors import ChangedFileError, CheckpointError, OutputError, PolicyError
 from quantload.memory.report import LoadReport
 from range_server import Asked, Fault, RangeServer
 
 pytest.importorskip("obstore")
 
 Checkpoint = Callable[[str], Path]
+ONE_WORKER = LoadOptions(workers=1)
 
 
 @pytest.fixture
@@ -236,6 +239,50 @@ def test_a_conversion_from_a_server_writes_the_files_of_a_local_one(
     cards = [files.pop("README.md").replace(str(folder).encode(), b"s3://bucket/model") for files in written]
     assert written[0] == written[1]
     assert cards[0] == cards[1]
+
+
+@pytest.mark.parametrize("part_bytes", [8 << 20, 5 << 10])
+def test_a_conversion_into_a_bucket_writes_the_files_of_a_local_one(
+    part_bytes: int, checkpoint: Checkpoint, server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "PART_BYTES", part_bytes)
+    sizes: dict[str, Any] = {"format": "compressed-tensors", "max_shard_bytes": 20_000, "progress": False}
+    convert_checkpoint(checkpoint("llama"), tmp_path / "out", "fp8_per_channel", **sizes)
+    report = convert_checkpoint(checkpoint("llama"), "s3://bucket/made/here", "fp8_per_channel", **sizes)
+    written = [
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "out", server.root / "made" / "here")
+    ]
+    assert written[0] == written[1]
+    assert len(written[0]) > 5
+    assert report.output == "s3://bucket/made/here"
+    assert report.output_bytes == sum(map(len, written[0].values()))
+    assert next(asked.path for asked in reversed(server.asked) if asked.method != "HEAD").endswith("config.json")
+    with pytest.raises(OutputError, match=r"s3://bucket/made/here has a config\.json already"):
+        convert_checkpoint(checkpoint("llama"), "s3://bucket/made/here", "fp8_per_channel", **sizes)
+
+
+def test_a_conversion_into_a_bucket_goes_on_where_it_was(checkpoint: Checkpoint, server: RangeServer) -> None:
+    sizes: dict[str, Any] = {"format": "compressed-tensors", "max_shard_bytes": 20_000, "progress": False}
+    refused = ["model-00003"]
+    server.fault = lambda asked: Fault(status=403) if any(name in asked.path for name in refused) else None
+    with pytest.raises(OutputError, match="cannot be written"):
+        convert_checkpoint(checkpoint("llama"), "s3://bucket/made", "fp8_per_channel", options=ONE_WORKER, **sizes)
+    first = [asked.path for asked in server.asked if asked.method == "PUT"]
+    refused.clear()
+    server.asked.clear()
+    convert_checkpoint(checkpoint("llama"), "s3://bucket/made", "fp8_per_channel", options=ONE_WORKER, **sizes)
+    then = [asked.path for asked in server.asked if asked.method == "PUT"]
+    done = [path for path in first if "model-00003" not in path]
+    assert done
+    assert set(done).isdisjoint(then)
+    assert (server.root / "made" / "config.json").exists()
+
+
+@pytest.mark.parametrize("out", ["https://host/model", "hf://org/model", "memory://model"])
+def test_what_cannot_be_written_to(out: str, checkpoint: Checkpoint) -> None:
+    with pytest.raises(PolicyError, match="cannot be written to; give a folder, or one of s3://"):
+        convert_checkpoint(checkpoint("llama"), out, "fp8_per_channel")
 
 
 def test_a_plan_says_what_is_fetched_twice(server: RangeServer) -> None:

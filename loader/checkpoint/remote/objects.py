@@ -60,7 +60,11 @@ def _from_environment(address: Address) -> ClientConfig:
     return cast("ClientConfig", found)
 
 
-def _store(address: Address, stall_seconds: float) -> Any:
+def open_store(address: Address, stall_seconds: float = STALL_SECONDS, retries: RetryConfig | None = None) -> Any:
+    """The store of obstore for an address, which tries requests again by itself unless `retries` says otherwise.
+
+    Raises `UnsupportedCheckpointError` without obstore, and for what it cannot open.
+    """
     try:
         from obstore.store import from_url
     except ImportError as error:
@@ -68,8 +72,7 @@ def _store(address: Address, stall_seconds: float) -> Any:
             f"{address.shown} is in an object store or on a web server, which obstore reads: "
             f"pip install 'quantload[objects]'"
         ) from error
-    # What is tried again is counted here, and nothing else limits how long a slow server may take.
-    retries: RetryConfig = {"max_retries": 0}
+    # Nothing limits how long a slow server may take, as long as something comes.
     options: ClientConfig = {
         "timeout": "7days",
         "read_timeout": f"{round(stall_seconds * 1000)}ms",
@@ -97,7 +100,7 @@ class ObjectClient:
     def __init__(self, address: Address, stall_seconds: float = STALL_SECONDS) -> None:
         self.shown = address.shown
         self.login = _LOGIN[_KINDS.get(address.scheme, address.scheme)]
-        self.store = _store(address, stall_seconds)
+        self.store = open_store(address, stall_seconds, {"max_retries": 0})  # Requests counts what is tried again
         self._lists = type(self.store).__name__ != "HTTPStore"  # web servers rarely speak WebDAV
         self._reads_blindly = False
         """Whether something was read where files cannot be listed."""

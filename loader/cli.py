@@ -19,7 +19,8 @@ from rich.console import Console
 
 from .cli_groups import command_with_groups
 from .cli_logging import console, log_as_json, set_up_logging
-from .cli_options import ConvertOptions, Json, Model, ModelOptions, PlanOptions, Report, SourceOptions
+from .cli_options import ConvertOptions, Html, Json, Model, ModelOptions, PlanOptions, Report, SourceOptions
+from .cli_pages import failure_written, typed, write_report_page
 from .errors import (
     CheckpointError,
     MemoryBudgetError,
@@ -80,19 +81,24 @@ def load(
     chosen: ModelOptions,
     as_json: Json = False,
     report: Report = None,
+    html: Html = None,
 ) -> None:
     """Load a model, and say what was quantized, what it lost and how much memory it took."""
     chosen.logs.set_up()
     settle_threads(chosen.forward.threads)
     arguments = chosen.arguments()
-    report = _writable(report)
-    with _libraries():
-        from .load import load_quantized
+    report, html = _writable(report), _writable(html, "--html")
+    given = _model(model, chosen.source)
+    with failure_written(html if launched().rank == 0 else None, given, arguments["quantization"], arguments["device"]):
+        with _libraries():
+            from .load import load_quantized
 
-    with process_group(arguments["device"]):
-        loaded = load_quantized(_model(model, chosen.source), progress=chosen.logs.progress(), **arguments)
+        with process_group(arguments["device"]):
+            done = load_quantized(given, progress=chosen.logs.progress(), **arguments).load_report
+    done.command = typed()
     if launched().rank == 0:
-        _tell(loaded.load_report, report, as_json)
+        write_report_page(done.to_dict(), html)
+        _tell(done, report, as_json)
 
 
 @app.command()
@@ -295,15 +301,26 @@ def schemes(
 def report(
     path: Annotated[Path, typer.Argument(help="File that --report of load or convert wrote.")],
     as_json: Json = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a page for a browser instead, which fetches nothing: charts of memory, sizes and errors.",
+            show_default="tables on the terminal",
+        ),
+    ] = None,
 ) -> None:
-    """Show a saved load report."""
+    """Show a saved load report, on the terminal or as a page."""
     from .memory.report import LoadReport
 
+    html = _writable(html, "--html")
     try:
         saved = LoadReport.load(local_path(path, "PATH", PolicyError))
     except OSError as error:
         raise PolicyError(f"{path} cannot be read: {error.strerror}") from error
-    _show(saved, as_json)
+    write_report_page(saved.to_dict(), html)
+    if html is None or as_json:
+        _show(saved, as_json)
 
 
 def main() -> None:
@@ -406,15 +423,15 @@ def _display_name(model: str | None) -> str:
     return "quantload-demo" if model is None else model
 
 
-def _writable(path: Path | None) -> Path | None:
+def _writable(path: Path | None, option: str = "--report") -> Path | None:
     """The file for a report; raises before a load whose report could not be written after it."""
     if path is None:
         return None
-    path = local_path(path, "--report", PolicyError)
+    path = local_path(path, option, PolicyError)
     path = Path(os.path.realpath(path))  # a link is left where it leads nowhere
     place = path if path.exists() else path.parent
     if path.is_symlink() or path.is_dir() or not path.parent.is_dir() or not os.access(place, os.W_OK):
-        raise PolicyError(f"{path} cannot be written: give --report a file in a folder that you may write to")
+        raise PolicyError(f"{path} cannot be written: give {option} a file in a folder that you may write to")
     return path
 
 

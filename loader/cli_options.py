@@ -52,6 +52,15 @@ Report = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also write the report, as JSON.", show_default="not written")
 ]
 
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Also write a page for a browser, which fetches nothing: charts of memory, sizes and errors.",
+        show_default="not written",
+    ),
+]
+
 
 class LoadOptionsGroup(Protocol):
     """A group of options that are fields of `LoadOptions`."""

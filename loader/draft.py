@@ -97,11 +97,12 @@ def draft_load(
     building: Building = FROM_CONFIG,
     ranks: Alone = ALONE,
     index: CheckpointIndex | None = None,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> Draft:
     """Everything before the first weight: schemes and kernels, index, skeleton, routes, and what `plan` makes of it.
 
     `building` makes the skeleton, of which `ranks` leaves what this process is to have. `index` has the tensors where
-    they are known already.
+    they are known already. `begin` is told when nothing is left to do but wait for the kernels.
     """
     checkpoint.note_configs()
     if trust_remote_code:
@@ -145,6 +146,7 @@ def draft_load(
         planned = plan(model, index, mapped, sources, routes, loaders, assignments, left, schemes)
         planned = planned.beside(ahead.buffer_bytes, ahead.library_bytes)
         planned = replace(planned, fetches=checkpoint.files.foresee(planned.reads(index.shards), options))
+        begin("compile")
     return Draft(
         *(index, model, schemes, rules, mapped, sources, assignments, loaders, routes, planned, untied, unapplied),
         rank_plan,

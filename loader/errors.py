@@ -38,7 +38,13 @@ _BEGINNING, _END = 2800, 1000
 
 
 class QuantloadError(Exception):
-    """Base of every error quantload raises on purpose; the middle of a very long message is left out."""
+    """Base of every error quantload raises on purpose; the middle of a very long message is left out.
+
+    `attempt` is what a load had done when it ended with this error, a `memory.attempt.Attempt`; None where none had
+    begun.
+    """
+
+    attempt: object | None = None
 
     def __init__(self, message: str = "", *more: object) -> None:
         if len(message) > LONGEST_MESSAGE:

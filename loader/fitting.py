@@ -26,11 +26,12 @@ def judge_draft(draft: Draft, options: LoadOptions) -> Verdict:
     return judge(draft.plan.memory, limits, device, lambda: scheme_peaks(draft, options))
 
 
-def check_fits(draft: Draft, options: LoadOptions) -> None:
-    """Raise `MemoryBudgetError` where a load cannot fit, unless `options.force`; log the verdict."""
+def check_fits(draft: Draft, options: LoadOptions) -> Verdict:
+    """Raise `MemoryBudgetError` where a load cannot fit, unless `options.force`; log the verdict and give it."""
     verdict = judge_draft(draft, options)
     verdict.check("the load", options.force)
     logger.log(logging.INFO if verdict.state == "fits" else logging.WARNING, "Memory: %s", verdict)
+    return verdict
 
 
 @dataclass(frozen=True)

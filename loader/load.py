@@ -117,6 +117,7 @@ def load_into(
         Recorder(place, options.stats, told) as recorder,
         resolved(model_id, revision) as checkpoint,
     ):
+        recorder.begin("plan")
         cache = open_cache(checkpoint, options, recorder.on_layer, trust_remote_code, ranks)
 
         def load() -> tuple[Draft, ReadTotals]:
@@ -131,6 +132,7 @@ def load_into(
                     trust_remote_code,
                     building=building,
                     ranks=ranks,
+                    begin=recorder.begin,
                 )
                 planned.append(draft.plan.memory)
                 return draft, _stream(draft, building, cache, recorder, options, storage, ranks)
@@ -153,6 +155,7 @@ def load_into(
     checkpoint.files.tell(model.load_report.note_source)
     if all_sizes:
         model.load_report.note_ranks(all_sizes, draft.replicated_bytes)
+    model.load_report.commit = checkpoint.commit
     model.load_plan = draft.plan.memory
     if ranks.ranks == 1:  # a part of a model cannot be loaded again in place
         remember(model, draft, options, trust_remote_code)
@@ -176,9 +179,14 @@ def _stream(
     """Fill the model of a draft."""
     device = storage.device
     memory = draft.plan.memory
+    recorder.begin("check")
+    recorder.allow(memory.peak_bytes, options.max_memory)
     of_host = ranks.of_host(memory)
     check_budget(of_host if options.memory_scope == "host" else memory, options.max_memory)
-    check_fits(draft if device.type != "cpu" else replace(draft, plan=replace(draft.plan, memory=of_host)), options)
+    of_cpu = replace(draft, plan=replace(draft.plan, memory=of_host))
+    verdict = check_fits(draft if device.type != "cpu" else of_cpu, options)
+    available = None if verdict.limit is None else verdict.limit.available
+    recorder.allow(memory.peak_bytes, options.max_memory, available)
     storage.expect(draft.plan.final_sizes)
     ranks.expect(draft.plan.observed)
     with cache.reading(draft) as reading:
@@ -194,6 +202,7 @@ def _stream(
             on_progress=recorder.on_bytes,
         )
         totals = reader.run(reading.plan.pieces)
+        recorder.begin("finish")
         draft.loaders.check_complete(loaded_parameters(draft.mapped, draft.loaders))
     untied = building.finish(draft.model, draft.mapped, device)
     recorder.on_untied(untied, options.strict)

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.reader import ReadTotals
-from .errors import CheckpointError, PolicyError
+from .errors import CheckpointError, PolicyError, QuantloadError
 from .memory import logs
+from .memory.attempt import Attempt
 from .memory.ledger import Ledger
 from .memory.probes import probe_for
 from .memory.report import CacheResult, KeptReport, LayerReport, LoadReport, NonFiniteReport
+from .memory.versions import versions
 from .model.attach import Process
 from .model.leftovers import Leftovers, some
 from .model.skeleton import Assignment
+from .phases import Phases
 from .plan import LoadPlan
-from .progress import Progress
+from .progress import Moment, Progress, watcher_of
 from .schemes.registry import PREQUANTIZED
 
 logger = logging.getLogger("quantload")
@@ -61,26 +64,55 @@ class Recorder:
         self._device = device
         self._stats = stats
         self._progress = progress
+        self._watcher = watcher_of(progress)
         self._layers: dict[str, LayerReport] = {}
         self._lock = threading.Lock()
         self._expected: Expected | None = None
         self._bytes_in: Callable[[str], int] = lambda _: 0
         self._assignments: Mapping[str, Assignment] = {}
         self._untied: list[str] = []
+        self._allowed: tuple[int | None, int | None] = None, None
+        self._predicted_peak = 0
+        self._phases = Phases()
         _check_usable(device)
         self.ledger = Ledger(probe_for(device))
 
     def __enter__(self) -> Self:
         logs.log_before(self.ledger.probe.kind, self.ledger.baseline_bytes)
         self.ledger.start()
+        self.begin("resolve")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.ledger.stop()
+        self._phases.end()
         if error is not None:
+            if isinstance(error, QuantloadError):
+                error.attempt = Attempt(
+                    self.moment(), self.ledger.peak_bytes, self.ledger.timeline, self._phases.reports()
+                )
             self._let_go()
+
+    def begin(self, phase: str) -> None:
+        """Another part of the load begins, one of `PhaseReport`."""
+        self._phases.begin(phase)
+        self.ledger.record(self.ledger.bytes_read)
+        if self._watcher is not None:
+            self._watcher.watch(self.moment())
+
+    def allow(self, predicted_peak: int, limit_bytes: int | None, available_bytes: int | None = None) -> None:
+        """What the load was predicted to take, what the caller allows it, and what the machine has for it."""
+        self._predicted_peak, self._allowed = predicted_peak, (limit_bytes, available_bytes)
+
+    def moment(self) -> Moment:
+        """How far the load is."""
+        expected, ledger, peak = self._expected, self.ledger, self._predicted_peak
+        total = 0 if expected is None else expected.bytes_total
+        return Moment(
+            self._phases.name, ledger.seconds, ledger.bytes_read, total, ledger.increase_bytes, peak, *self._allowed
+        )
 
     def expect(self, plan: LoadPlan, assignments: list[Assignment]) -> None:
         """What is going to be loaded."""
@@ -92,11 +124,15 @@ class Recorder:
     ) -> None:
         """What is going to be loaded where there is no plan; `bytes_in` is asked for a layer when it is complete."""
         self._expected, self._assignments, self._bytes_in = expected, assignments, bytes_in
+        self._predicted_peak = expected.peak_bytes
+        self.begin("stream")
 
     def on_bytes(self, bytes_read: int) -> None:
         """So many bytes have been read."""
         self.ledger.record(bytes_read)
-        if self._progress is not None and self._expected is not None:
+        if self._watcher is not None:
+            self._watcher.watch(self.moment())
+        elif self._progress is not None and self._expected is not None:
             self._progress(bytes_read, self._expected.bytes_total)
 
     def on_layer(self, name: str, statistics: Tensor | None, process: Process = lambda: None) -> None:
@@ -188,6 +224,10 @@ class Recorder:
             non_finite=[*non_finite],
             rank=rank,
             world_size=world_size,
+            limit_bytes=self._allowed[0],
+            available_bytes=self._allowed[1],
+            phases=self._phases.reports(),
+            versions=dict(versions()),
         )
         self._log(report)
         self._let_go()

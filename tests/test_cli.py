@@ -76,6 +76,36 @@ def quantload(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     return Command(monkeypatch, capfd)
 
 
+# pages
+
+
+def test_a_load_leaves_a_page_whether_it_comes_to_its_end_or_not(
+    quantload: Command, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    page, saved = tmp_path / "page.html", tmp_path / "r.json"
+    report = quantload.json("load", checkpoint("llama"), "--max-memory", "1GiB", "--html", page, "--report", saved)
+    assert (
+        report["command"]
+        == f"quantload load {checkpoint('llama')} --max-memory 1GiB --html {page} --report {saved} --json"
+    )
+    assert report["limit_bytes"] == 1 << 30
+    assert report["available_bytes"] > 0
+    assert [each["name"] for each in report["phases"]] == ["resolve", "plan", "compile", "check", "stream", "finish"]
+    assert sum(each["seconds"] for each in report["phases"]) == pytest.approx(report["seconds"], abs=0.1)
+    assert "of 1.000 GiB allowed" in page.read_text()
+
+    again = tmp_path / "again.html"
+    assert quantload("report", saved, "--html", again) == (0, "", "")
+    assert again.read_text() == page.read_text()
+
+    code, _, err = quantload("load", checkpoint("llama"), "--max-memory", "1MiB", "--html", page)
+    assert code == 4
+    assert "error: the load needs" in err
+    assert "MemoryBudgetError: the load needs" in page.read_text()
+    assert "phase &#x27;check&#x27;" in page.read_text()
+    assert quantload("load", checkpoint("llama"), "--html", tmp_path)[0] == 2
+
+
 # convert
 
 

@@ -74,9 +74,9 @@ def test_what_commands_have_in_common() -> None:
     of_serve |= {"request_log", "layer_metrics", "max_queue", "reload_root", "weight_updates"}
     reading = {"page_cache", "connections", "stats"}
     cache = {"cache", "cache_size", "cache_verify"}
-    assert names("load") - {"as_json", "report"} == names("serve") - of_serve
-    assert names("load") - names("plan") == reading | cache | {"report", "digest", "expert_parallel"}
-    of_models = {"device", "activations", "threads", "digest", "expert_parallel"}
+    assert names("load") - {"as_json", "report", "html"} == names("serve") - of_serve
+    assert names("load") - names("plan") == reading | cache | {"report", "html", "digest", "expert_parallel"}
+    of_models = {"device", "activations", "threads", "digest", "html", "expert_parallel"}
     assert names("load") - names("convert") == of_models | cache
     assert names("convert") - names("load") == {"out", "checkpoint_format", "max_shard_size", "no_model_card"}
 

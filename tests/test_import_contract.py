@@ -61,8 +61,9 @@ FLOORS: dict[str, Floor] = {
     "checkpoint": Floor(
         "errors options local_paths shortage kernels.system_calls", "files of any model: nothing about quantization"
     ),
+    "page": Floor("memory.amounts", "shows the JSON of a report, whoever made it"),
     "memory": Floor(
-        "errors shortage control_groups memory.amounts kernels.statistics kernels.system_calls",
+        "errors shortage progress control_groups memory.amounts kernels.statistics kernels.system_calls page",
         "measures and plans a load without knowing its steps",
     ),
     "schemes": Floor(
@@ -92,7 +93,8 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} geometry memory schemes model draft", "what a draft would take with other schemes"
     ),
     "fitting": Floor(f"{GROUND} memory model draft scheme_peaks", "what a draft finds on this machine"),
-    "recording": Floor(f"{GROUND} checkpoint memory schemes model plan", "says what a load did"),
+    "phases": Floor("memory", "a clock"),
+    "recording": Floor(f"{GROUND} checkpoint memory schemes model plan phases", "says what a load did"),
     "convert": Floor(
         f"{GROUND} {KERNELS} geometry checkpoint memory schemes online model pieces plan draft recording",
         "a flow of its own beside load: neither knows the other",
@@ -130,9 +132,10 @@ FLOORS: dict[str, Floor] = {
         "errors options schemes.names memory.amounts ranks.launch cli_logging", "imported before anything heavy is"
     ),
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
+    "cli_pages": Floor("errors memory page", "what a command leaves for a browser"),
     "cli": Floor(
         f"{GROUND} threads memory schemes draft fitting load convert server cli_logging cli_options cli_groups "
-        "ranks.launch",
+        "cli_pages ranks.launch",
         "a user of the package",
     ),
     "__main__": Floor("cli", "python -m quantload"),

@@ -55,7 +55,7 @@ SLOW = {"load", "convert"}
 def odd_values(parameter: Any) -> tuple[str, ...]:
     if parameter.metavar == "SIZE":
         return SIZES
-    if parameter.name in ("model", "out", "path", "report", "cache", "api_key_file"):
+    if parameter.name in ("model", "out", "path", "report", "html", "cache", "api_key_file"):
         return PATHS
     return (*NUMBERS, *WORDS)
 

@@ -109,6 +109,7 @@ def test_the_fields_of_a_report() -> None:
         "rank", "world_size", "state", "rank_bytes_read", "rank_final_bytes", "rank_peak_bytes",
         "replicated_bytes", "bytes_between",
         "source_requests", "source_retries", "source_bytes", "source_connections",
+            "limit_bytes", "available_bytes", "phases", "command", "commit", "versions",
     ]  # fmt: skip
 
 

@@ -77,6 +77,11 @@ class Checkpoint:
         self.files.note(sorted(path.name for path in self.root.glob("*.py")))
 
     @property
+    def commit(self) -> str | None:
+        """The commit of a checkpoint that the hub's client downloaded, which names its folder; None for others."""
+        return self.root.name if self.root.parent.name == "snapshots" else None
+
+    @property
     def is_quantized(self) -> bool:
         """Whether its config says that weights are stored quantized."""
         return self.config().get("quantization_config") is not None

@@ -161,6 +161,7 @@ def convert_checkpoint(
                 )
                 open_shards.begin()
                 totals = reader.run(plan.pieces)
+                recorder.begin("finish")
                 open_shards.check_complete()
             _write_surroundings(folder, source, [*small, *(each for each in papers if each != CARD)], shards, config)
             read_by = _read_by(tensors, export)

@@ -68,6 +68,11 @@ class Ledger:
             self._timeline.add(TimelinePoint(self.seconds, self._bytes_read, memory))
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes that were read so far."""
+        return self._bytes_read
+
+    @property
     def seconds(self) -> float:
         """Seconds from `start` until now or until `stop`."""
         return time.perf_counter() - self._started if self._seconds is None else self._seconds

@@ -146,6 +146,19 @@ class TimelinePoint:
     memory: int
 
 
+@dataclass(frozen=True)
+class PhaseReport:
+    """A part of a load and how long it took, in seconds; together, in their order, they are the whole load.
+
+    `resolve`: find the checkpoint. `plan`: read the headers, build the model without weights, decide. `compile`: what
+    was left to do of the kernels after that. `check`: whether it fits. `stream`: read and quantize. `finish`: tie
+    weights, close files.
+    """
+
+    name: str
+    seconds: float
+
+
 @dataclass
 class LoadReport:
     """Everything a load says about itself; sizes in bytes, `seconds` in seconds.
@@ -167,6 +180,10 @@ class LoadReport:
     a reload that failed leaves them incomplete. Of a checkpoint that was read from a server, `source_requests` are the
     requests by result, `source_retries` those that were made again, `source_bytes` all bytes that came,
     `source_connections` how many requests were in flight at most.
+    `limit_bytes` is what the caller allowed (None: no limit), `available_bytes`
+    what the machine had for the load before it (None: not known), `phases` what took how long. To do the same again:
+    `command` is what was typed (None: called from Python), `commit` that of a checkpoint from the hub, `versions` are
+    those of the packages by name.
     """
 
     model: str
@@ -211,6 +228,12 @@ class LoadReport:
     source_retries: int | None = None
     source_bytes: int | None = None
     source_connections: int | None = None
+    limit_bytes: int | None = None
+    available_bytes: int | None = None
+    phases: list[PhaseReport] = field(default_factory=list)
+    command: str | None = None
+    commit: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
 
     def note_ranks(self, sizes: Iterable[tuple[int, int, int]], replicated_bytes: int) -> None:
         """Say what each rank read, holds and took at most."""
@@ -241,6 +264,8 @@ class LoadReport:
         )
 
     def _repr_html_(self) -> str:
+        from ..page.document import in_notebook, report_page  # here: a load does not show itself
+
         schemes = sorted({layer.scheme for layer in self.layers})
         rows = (
             ("quantized", f"{len(self.layers)} modules ({', '.join(schemes)})" if schemes else "nothing"),
@@ -250,7 +275,8 @@ class LoadReport:
             ("peak", f"{format_bytes(self.peak_bytes)}, {format_bytes(self.predicted_peak_bytes)} were predicted"),
             ("time", f"{self.seconds:.1f} s"),
         )
-        return small_table(f"{self.model} as {self.quantization} on {self.device}", rows)
+        table = small_table(f"{self.model} as {self.quantization} on {self.device}", rows)
+        return table + in_notebook(report_page(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able dicts, lists, strings and numbers; an infinite or NaN number becomes None."""
@@ -261,12 +287,13 @@ class LoadReport:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The report `to_dict` gave; an unknown or missing field raises `PolicyError`."""
         values = dict(_checked(cls, values))
-        items = {
+        items: dict[str, type[Any]] = {
             "layers": LayerReport,
             "kept": KeptReport,
             "timeline": TimelinePoint,
             "non_finite": NonFiniteReport,
             "source_requests": RequestsReport,
+            "phases": PhaseReport,
         }
         for name, item in items.items():
             values[name] = [item(**_checked(item, entry)) for entry in values.get(name, [])]
@@ -327,4 +354,6 @@ def _fits(value: Any, annotation: str) -> bool:
     if kind.startswith("list["):
         inner = kind[len("list[") : -1]
         return isinstance(value, list) and (inner not in _PLAIN or all(_fits(item, inner) for item in value))
+    if kind == "dict[str, str]":
+        return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     return isinstance(value, _PLAIN.get(kind, str))

@@ -124,6 +124,7 @@ def _from_checkpoint(
         _warn_of_config(model, checkpoint)
         refuse_forward(model, f"the reload of {checkpoint.model_id} did not come to its end", None)
         totals = _read(draft, checkpoint, planner.compared, recorder, options)
+        recorder.begin("finish")
         fill_tied(draft.model, model, draft.mapped.missing)
         report = recorder.report(
             checkpoint.model_id,

@@ -61,6 +61,12 @@ REPORT_FIELDS = [
     "source_retries",
     "source_bytes",
     "source_connections",
+    "limit_bytes",
+    "available_bytes",
+    "phases",
+    "command",
+    "commit",
+    "versions",
 ]
 LAYER_FIELDS = [
     "name",

@@ -19,15 +19,16 @@ def model() -> Any:
 class Cells(HTMLParser):
     """The text of cells and titles, and the tags there are."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, html: str, attributes: bool = False) -> None:
         super().__init__()
+        self.attributes = attributes
         self.texts: list[str] = []
         self.tags: set[str] = set()
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        assert not attrs
+        assert self.attributes or not attrs
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
@@ -56,11 +57,15 @@ def test_options_show_what_is_not_the_default_as_a_call_that_makes_them() -> Non
 
 def test_reports_and_plans_are_small_tables_in_a_notebook(model: Any) -> None:
     report: LoadReport = replace(model.load_report, model="<script>alert(1)</script> & 'more'")
-    for shown in (report._repr_html_(), model.load_plan._repr_html_()):
+    table, framed = report._repr_html_().split("<details>")
+    for shown in (table, model.load_plan._repr_html_()):
         cells = Cells(shown)
         assert cells.tags == {"table", "caption", "tr", "td"}
         assert len(shown) < 2000
-    texts = Cells(report._repr_html_()).texts
+    below = Cells(f"<details>{framed}", attributes=True)
+    assert below.tags == {"details", "summary", "iframe"}, "the page is in a frame, markup of its own"
+    assert len(framed) < 1_500_000
+    texts = Cells(table).texts
     assert texts[0] == "<script>alert(1)</script> & 'more' as quark_mxfp4 on cpu"
     assert "35 modules (quark_mxfp4)" in texts
     assert dict(zip(*[iter(Cells(model.load_plan._repr_html_()).texts[1:])] * 2, strict=True)).keys() == {

@@ -1,0 +1,196 @@
+"""A page is one file that fetches nothing, in which what a checkpoint says is text and never markup."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantload import errors
+from quantload.kernels.formats import WeightFormat
+from quantload.memory.attempt import Attempt, describe_failure
+from quantload.memory.report import KeptReport, PhaseReport, TimelinePoint
+from quantload.page.advice import ADVICE, UNEXPECTED, advice_for
+from quantload.page.costs import BITS, costs
+from quantload.page.document import as_data, report_body, report_page
+from quantload.page.elements import VOID, element, prose
+from quantload.page.failure import failure_page
+from quantload.page.notices import notices
+from quantload.page.sections import headline
+from quantload.progress import Moment
+from quantload.schemes.registry import get_entry
+from reports import GIB, layer, layers_with_single_experts, plain_layers, report
+
+MOST_BYTES = 1_500_000
+ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(1)> \"' & \udc80"
+
+
+class Page(HTMLParser):
+    """The elements of a page: each is closed where it was opened, and nothing is fetched."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.scripts: list[str] = []
+        self.policy = ""
+        self.texts: list[str] = []
+        self.data = ""
+        self._kind: str | None = None
+        self.tags: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        assert not {"src", "href", "action", "onclick", "onerror", "background", "poster"} & set(given), given
+        self.tags.append(tag)
+        if given.get("http-equiv") == "Content-Security-Policy":
+            self.policy = str(given["content"])
+        if tag == "script":
+            self._kind = given.get("type")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["script"]:
+            self.texts.append(data)
+        elif self._kind is None:
+            self.scripts.append(data)
+        else:
+            self.data += data
+
+
+def failed(error: BaseException, **more: Any) -> dict[str, Any]:
+    return describe_failure(error, **{"model": "m", "quantization": "auto", "device": "cpu", **more})
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        report_page(report()),
+        report_page(report([])),
+        report_page(report(layers_with_single_experts(2000))),
+        report_page(report(layers_with_single_experts(30_000))),
+        failure_page(failed(errors.MissingShardError("gone"))),
+    ],
+    ids=["good", "nothing quantized", "2000 layers", "30000 layers", "failed"],
+)
+def test_a_page_is_one_file_of_bounded_size_with_its_scripts_known_by_their_hashes(page: str) -> None:
+    found = Page(page)
+    assert len(page.encode()) <= MOST_BYTES
+    hashes = {f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in found.scripts}
+    assert hashes == set(re.findall(r"'sha256-[^']+'", found.policy))
+    assert "default-src 'none'" in found.policy
+    assert "connect-src" not in found.policy
+    assert "Licensed to the Apache Software Foundation" in found.scripts[0]
+    json.loads(found.data)
+
+
+def test_what_a_checkpoint_says_is_text() -> None:
+    hostile = report(
+        [layer(f"{ATTACK}.{i}.{ATTACK}", scheme=ATTACK, kernel=ATTACK) for i in range(3)],
+        model=ATTACK, unexpected=[ATTACK], command=ATTACK, versions={ATTACK: ATTACK}, digest=ATTACK,
+        kept=[vars(KeptReport(ATTACK, ATTACK, 5))], phases=[vars(PhaseReport(ATTACK, 1.0))],
+    )  # fmt: skip
+    harmless = report([layer(f"a.{i}.a") for i in range(3)], unexpected=["a"], digest="a", command="a")
+    said = failed(errors.CheckpointError(ATTACK), model=ATTACK, command=ATTACK)
+    assert Page(report_page(hostile)).tags.count("script") == Page(report_page(harmless)).tags.count("script") == 3
+    assert "img" not in {*Page(report_page(hostile)).tags, *Page(failure_page(said)).tags}
+    assert report_page(hostile).encode()  # no lone surrogate is left
+
+
+@settings(max_examples=30)
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_text_and_attributes_come_back_as_they_were(text: str, value: str) -> None:
+    shown = Page(element("p", text, title=value))
+    assert "".join(shown.texts) == text.replace("\r\n", "\n").replace("\r", "\n") or "\r" in text
+    assert json.loads(Page(as_data({"a": text})).data) == {"a": text}
+
+
+def test_a_person_can_repeat_the_first_line() -> None:
+    gib = report(checkpoint_bytes=57 * GIB, final_bytes=16 * GIB, peak_bytes=round(16.03 * GIB), seconds=35.0)
+    assert headline({**gib, "limit_bytes": round(16.1 * GIB)}) == (
+        "57.0 GiB became 16.0 GiB in 35.0 s; peak 16.03 GiB of 16.10 GiB allowed."
+    )
+    assert "predicted" in headline(gib)
+
+
+def test_a_good_load_has_nothing_to_look_at_and_a_bad_one_says_what_to_do() -> None:
+    assert notices(report()) == []
+    bad = report(
+        [layer("a.1.low", 3.0), layer("a.1.clamped", saturated_fraction=0.3)], limit_bytes=1 << 20, state="incomplete",
+        fallback_conversions=1, unexpected=["t"], initialized=["p"], untied=["q"],
+        non_finite=[{"name": "w", "nan": 1, "infinite": 0, "overflowed": 0, "first": [0]}],
+    )  # fmt: skip
+    found = notices(bad)
+    assert len(found) == 9
+    assert all(each.do for each in found)
+    low = next(each for each in found if "below" in each.what)
+    assert "--override 'a.1.low=fp8_per_channel'" in low.do
+
+
+@pytest.mark.parametrize("scheme", BITS)
+def test_bits_of_a_weight_are_those_of_its_format(scheme: str) -> None:
+    def bits(form: WeightFormat | None) -> float:
+        if form is None:
+            return 16.0
+        shapes = zip(form.tensors, form.shapes(4096, 4096), strict=True)
+        return sum(8 * tensor.dtype.itemsize * shape[0] * shape[1] for tensor, shape in shapes) / 4096**2
+
+    entry = get_entry(scheme)
+    assert (bits(entry.linear), bits(entry.experts)) == pytest.approx(BITS[scheme], abs=0.02)
+
+
+def test_other_schemes_are_counted_from_what_is_not_quantized() -> None:
+    made = report([layer("a.0.up", bytes_out=17 << 15)])
+    found = {cost.scheme: cost for cost in costs(made)}
+    assert found["quark_mxfp4"].is_this
+    assert found["none"].final_bytes == made["final_bytes"] - (17 << 15) + (2 << 20)
+    assert found["none"].peak_bytes - found["none"].final_bytes == 96 << 20
+    assert costs(report([])) == []
+
+
+def test_every_error_has_its_advice() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, BaseException)]
+    for kind in kinds:  # its own, or that of the error it is a kind of
+        names = [each.__name__ for each in kind.__mro__]
+        assert kind is errors.QuantloadError or advice_for(names) not in (ADVICE["QuantloadError"], UNEXPECTED), kind
+    assert advice_for(["TruncatedShardError", "CheckpointError"]) is ADVICE["TruncatedShardError"]
+    assert advice_for(["FileNotFoundError", "OSError"]) is ADVICE["OSError"]
+    assert advice_for(["KeyError", "Exception"]) is UNEXPECTED
+
+
+def test_the_page_of_a_failed_load_says_what_happened_how_far_it_came_and_what_to_do() -> None:
+    error = errors.MemoryBudgetError("needs 3 GiB")
+    where = Moment("stream", 2.0, GIB, 4 * GIB, GIB, 3 * GIB, 2 * GIB, None)
+    error.attempt = Attempt(where, GIB, [TimelinePoint(0.0, 0, 0)], [PhaseReport("stream", 2.0)])
+    try:
+        raise errors.QuantloadError("around it") from error
+    except errors.QuantloadError as outer:
+        said = " ".join(Page(failure_page(failed(outer, command="quantload load m"))).texts)
+    assert "in the phase 'stream'" in said
+    assert "1.00 GiB of 4.00 GiB read" in said
+    assert "QuantloadError: around it" in said
+    assert "quantload load m" in said
+    before = " ".join(Page(failure_page(failed(error.__class__("x")))).texts)
+    assert "before the load began" in before
+    assert "End what else holds memory" in before
+
+
+def test_a_table_of_very_many_layers_is_put_together() -> None:
+    assert "put together by name" in report_body(report(layers_with_single_experts(2001)))
+    assert "Every quantized module" in report_body(report(plain_layers(400)))
+
+
+def test_backticks_are_code() -> None:
+    assert prose("say `a <b>` to it") == "say <code>a &lt;b&gt;</code> to it"

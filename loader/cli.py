@@ -40,6 +40,13 @@ logger = logging.getLogger("quantload")
 
 EXIT_USAGE, EXIT_CHECKPOINT, EXIT_BUDGET, EXIT_OTHER = 2, 3, 4, 1
 _NO_TERMINAL_WIDTH = 10_000
+LoadFormat = Annotated[
+    Literal["auto", "dummy"],
+    typer.Option(
+        help="Where weights come from; dummy: random numbers, without reading any, for planning and benchmarks. A "
+        "config.json is enough then."
+    ),
+]
 RequestLogMode = Literal["all", "no-probes", "off"]  # as in server/request_log.py, which needs the extra to be imported
 LayerMetrics = Literal["auto", "on", "off"]  # as in memory/metrics.py
 LIBRARIES = "the libraries that are imported first: torch, transformers, numba"
@@ -78,6 +85,7 @@ def about(
 def load(
     *,
     model: Model = None,
+    load_format: LoadFormat = "auto",
     chosen: ModelOptions,
     as_json: Json = False,
     report: Report = None,
@@ -94,11 +102,16 @@ def load(
             from .load import load_quantized
 
         with process_group(arguments["device"]):
-            done = load_quantized(given, progress=chosen.logs.progress(), **arguments).load_report
+            weights, progress = _weights(load_format), chosen.logs.progress()
+            done = load_quantized(given, progress=progress, weights=weights, **arguments).load_report
     done.command = typed()
     if launched().rank == 0:
         write_report_page(done.to_dict(), html)
         _tell(done, report, as_json)
+
+
+def _weights(load_format: str) -> Literal["checkpoint", "dummy"]:
+    return "dummy" if load_format == "dummy" else "checkpoint"
 
 
 @app.command()
@@ -210,6 +223,7 @@ def serve(
         LayerMetrics,
         typer.Option(help="Show gauges for each layer in /metrics; auto: for models of up to 512 quantized layers."),
     ] = "auto",
+    load_format: LoadFormat = "auto",
     reload_root: Annotated[
         Path | None,
         typer.Option(
@@ -241,7 +255,8 @@ def serve(
         _model(model, chosen.source), host=host, port=port, api_key=api_key, api_key_file=api_key_file,
         allowed_hosts=allowed_host or (), served_model_name=served_model_name or _display_name(model),
         continuous_batching=continuous_batching, max_queue=max_queue, request_log=request_log,
-        layer_metrics=layer_metrics, reload_root=reload_root, weight_updates=weight_updates, **arguments,
+        layer_metrics=layer_metrics, reload_root=reload_root, weight_updates=weight_updates,
+        weights=_weights(load_format), **arguments,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 
@@ -14,6 +14,8 @@ from .checkpoint.reader import PieceReader, ReadTotals
 from .checkpoint.resolve import Checkpoint, resolved
 from .digest import model_digest
 from .draft import FROM_CONFIG, Draft, draft_load
+from .dummy import DummyWeights, Weights, index_without_files
+from .errors import PolicyError
 from .fitting import check_fits
 from .interrupts import interrupt_first
 from .memory.budget import check_budget, memory_running_out
@@ -48,6 +50,7 @@ def load_quantized(
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | bool | None = None,
+    weights: Weights = "checkpoint",
     tp: Literal["auto"] | None = None,
     device_mesh: DeviceMesh | None = None,
     expert_parallel: bool = False,
@@ -61,6 +64,9 @@ def load_quantized(
     `progress(bytes_read, bytes_total)` is called in this thread, and what it raises cancels the load; without one a
     bar is shown in a terminal or a notebook, with True everywhere, with False nowhere. The model has `.load_report` and
     `.load_plan`. Raises a `QuantloadError`; afterwards threads, files and memory are as before.
+
+    With `weights="dummy"` no weight is read: the model has random numbers for weights, the same ones each time, and
+    takes the memory and the kernels of the real one. A folder with a `config.json` and no weights is enough for that.
 
     With `tp="auto"` the model is divided among the ranks of the process group, or of a one-dimensional `device_mesh`,
     by transformers' plan for it: every rank calls this and reads what is its own. With `expert_parallel` each has
@@ -82,6 +88,7 @@ def load_quantized(
         revision=revision,
         trust_remote_code=trust_remote_code,
         progress=progress,
+        weights=weights,
         ranks=together,
     )
 
@@ -97,10 +104,13 @@ def load_into(
     revision: str | None,
     trust_remote_code: bool,
     progress: Progress | bool | None,
+    weights: Weights = "checkpoint",
     ranks: Alone = ALONE,
 ) -> QuantizedModel:
     """`load_quantized` with the model that `building` makes: an engine may have one already."""
     check_kinds(policy, options)
+    if weights not in get_args(Weights):
+        raise PolicyError(f"weights is {weights!r}; choose one of {', '.join(get_args(Weights))}")
     options = options or LoadOptions()
     place = choose_device(device)
     if place.type == "cpu":
@@ -118,7 +128,13 @@ def load_into(
         resolved(model_id, revision) as checkpoint,
     ):
         recorder.begin("plan")
-        cache = open_cache(checkpoint, options, recorder.on_layer, trust_remote_code, ranks)
+        is_dummy = weights == "dummy"
+        index = index_without_files(checkpoint, trust_remote_code) if is_dummy else None
+        cache = (
+            DummyWeights(checkpoint, options, recorder.on_layer)
+            if is_dummy
+            else open_cache(checkpoint, options, recorder.on_layer, trust_remote_code, ranks)
+        )
 
         def load() -> tuple[Draft, ReadTotals]:
             with FinalStorage(place) as storage:
@@ -132,6 +148,7 @@ def load_into(
                     trust_remote_code,
                     building=building,
                     ranks=ranks,
+                    index=index,
                     begin=recorder.begin,
                 )
                 planned.append(draft.plan.memory)
@@ -143,7 +160,7 @@ def load_into(
     model = cast(QuantizedModel, draft.model)
     with ranks.quiet():
         model.load_report = recorder.report(
-            checkpoint.model_id,
+            f"{checkpoint.model_id} (dummy weights)" if is_dummy else checkpoint.model_id,
             draft.rules.name,
             totals,
             sizes.final_bytes,

@@ -75,8 +75,10 @@ def test_what_commands_have_in_common() -> None:
     reading = {"page_cache", "connections", "stats"}
     cache = {"cache", "cache_size", "cache_verify"}
     assert names("load") - {"as_json", "report", "html"} == names("serve") - of_serve
-    assert names("load") - names("plan") == reading | cache | {"report", "html", "digest", "expert_parallel"}
-    of_models = {"device", "activations", "threads", "digest", "html", "expert_parallel"}
+    assert names("load") - names("plan") == reading | cache | {
+        *("report", "html", "digest", "expert_parallel", "load_format"),
+    }
+    of_models = {"device", "activations", "threads", "digest", "html", "expert_parallel", "load_format"}
     assert names("load") - names("convert") == of_models | cache
     assert names("convert") - names("load") == {"out", "checkpoint_format", "max_shard_size", "no_model_card"}
 

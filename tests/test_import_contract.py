@@ -107,10 +107,12 @@ FLOORS: dict[str, Floor] = {
     "reload.remember": Floor("options draft reload.settings", "a load leaves it on its model"),
     "quantized_model": Floor("memory reload.settings", "a type"),
     "digest": Floor("checkpoint schemes", "what a model holds in the end, whoever loaded it"),
+    "dummy": Floor(
+        f"{GROUND} checkpoint memory schemes model draft cache", "stands where a load has its cache: weights made up"
+    ),
     "load": Floor(
         f"{GROUND} threads checkpoint memory schemes online model plan ranks draft fitting recording cache "
-        "quantized_model "
-        "digest reload.remember",
+        "quantized_model digest dummy reload.remember",
         "the flow of a load",
     ),
     "reload": Floor(
@@ -124,7 +126,7 @@ FLOORS: dict[str, Floor] = {
     ),
     "server": Floor(
         "errors shortage options local_paths kernels.system_calls checkpoint memory schemes.names schemes.ahead model "
-        "load reload",
+        "dummy load reload",
         "a user of load like any other",
     ),
     "cli_logging": Floor("", "log lines and the console they go to"),

@@ -58,6 +58,7 @@ def test_load_quantized() -> None:
     assert signature(quantload.load_quantized) == [
         *COMMON,
         ("progress", True, None),
+        ("weights", True, "checkpoint"),
         ("tp", True, None),
         ("device_mesh", True, None),
         ("expert_parallel", True, False),

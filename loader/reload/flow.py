@@ -15,7 +15,7 @@ from torch import Tensor
 from ..cache.session import NoCache
 from ..checkpoint.pieces import Piece
 from ..checkpoint.reader import PieceReader, ReadTotals
-from ..checkpoint.resolve import Checkpoint, resolve
+from ..checkpoint.resolve import Checkpoint, resolved
 from ..digest import model_digest
 from ..draft import Draft, draft_load
 from ..interrupts import interrupt_first
@@ -71,12 +71,14 @@ def reload_weights(
         with WeightUpdate(model, partial=partial, adapter=adapter) as update:
             update.load(source)
             return update.finish()
-    checkpoint = resolve(source, revision)
     if partial:
-        with WeightUpdate(model, partial=True, adapter=adapter, label=checkpoint.model_id) as update:
+        with (
+            resolved(source, revision) as checkpoint,
+            WeightUpdate(model, partial=True, adapter=adapter, label=checkpoint.model_id) as update,
+        ):
             update.load(TensorsOf(checkpoint, update.chunk_bytes))
             return update.finish()
-    with alone(model) as settings:
+    with alone(model) as settings, resolved(source, revision) as checkpoint:
         return _from_checkpoint(model, checkpoint, settings, adapter, progress)
 
 
@@ -105,6 +107,7 @@ def _from_checkpoint(
     planned: list[MemoryPlan] = []
     options = replace(settings.options, cache=None)
     with surroundings(model, options.stats, progress, planned) as recorder:
+        recorder.begin("plan")
         storage = HeldStorage(next(model.parameters()).device)
         planner = _Planner(model, adapter)
         draft = draft_load(
@@ -117,13 +120,16 @@ def _from_checkpoint(
             settings.trust_remote_code,
             plan=planner,
             building=LivingModel(model),
+            begin=recorder.begin,
         )
+        recorder.begin("check")
         planned.append(draft.plan.memory)
         check_budget(draft.plan.memory, options.max_memory)
         bind(draft.model, model, draft.loaders)
         _warn_of_config(model, checkpoint)
         refuse_forward(model, f"the reload of {checkpoint.model_id} did not come to its end", None)
         totals = _read(draft, checkpoint, planner.compared, recorder, options)
+        recorder.begin("finish")
         recorder.begin("finish")
         fill_tied(draft.model, model, draft.mapped.missing)
         report = recorder.report(

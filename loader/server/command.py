@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.resolve import Checkpoint, resolve
+from ..dummy import Weights
 from ..errors import LoadCancelledError, PolicyError, UnsupportedCheckpointError
 from ..load import load_quantized
 from ..memory.metrics import LayerMetrics, LoadMetrics
@@ -52,12 +53,13 @@ def serve_model(
     allowed_hosts: Sequence[str] = (),
     reload_root: Path | None = None,
     weight_updates: bool = False,
+    weights: Weights = "checkpoint",
 ) -> None:
     """Load `model_id` in the background and serve it until SIGTERM or SIGINT."""
     api_key = chosen_key(api_key, api_key_file)
     checked_hosts(allowed_hosts)
     metrics = LoadMetrics(layer_metrics)
-    weights = None
+    routes = None
     if reload_root is not None or weight_updates:
         if api_key is None:
             raise PolicyError("--reload-root and --weight-updates are for servers with an API key; give --api-key-file")
@@ -66,7 +68,7 @@ def serve_model(
                 "--reload-root and --weight-updates do not go with --continuous-batching, whose cache of common "
                 "prompts would be that of the old weights"
             )
-        weights = WeightRoutes(reload_root, weight_updates, metrics)
+        routes = WeightRoutes(reload_root, weight_updates, metrics)
     checkpoint = resolve(model_id, revision)
     recipe = find_model(checkpoint, trust_remote_code)
     why = why_not_served(recipe.cls, recipe.config, continuous_batching)
@@ -89,7 +91,7 @@ def serve_model(
         try:
             model = load_quantized(
                 checkpoint, quantization, device=device, policy=policy, options=options,
-                trust_remote_code=trust_remote_code, progress=on_progress,
+                trust_remote_code=trust_remote_code, progress=on_progress, weights=weights,
             )  # fmt: skip
         except BaseException:
             metrics.on_failure(cancelled=cancel.is_set())
@@ -117,7 +119,7 @@ def serve_model(
         log_level=None,
         metrics=metrics,
         shutdown_grace=SHUTDOWN_SECONDS,
-        weights=weights,
+        weights=routes,
     )
 
 

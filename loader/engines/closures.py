@@ -41,13 +41,24 @@ class EngineParameter(nn.Parameter):
     """Codes in a layer of an engine.
 
     A model that sets another `weight_loader` on a weight says where tensors go in its own way: ours stays, and asks
-    that one. What an engine wraps around ours is left alone.
+    that one. What an engine wraps around ours is left alone. Values that are copied to the whole of it are taken as
+    what the checkpoint has for the weight.
     """
 
-    def attach(self, loader: Callable[..., Any], placements: Placements) -> None:
-        """Put the closure on."""
-        self._own, self._placements = loader, placements
+    def attach(
+        self, loader: Callable[..., Any], placements: Placements, copying: Callable[[Tensor, Tensor], Any]
+    ) -> None:
+        """Put the closure on; `copying` takes a tensor that is all of the weight."""
+        self._own, self._placements, self._copying = loader, placements, copying
         self._loader: Callable[..., Any] | None = loader
+
+    def copy_(self, other: Tensor, non_blocking: bool = False) -> EngineParameter:
+        """Codes as they are, and values quantized."""
+        if other.dtype == self.dtype and not isinstance(other, LazyTensor):
+            super().copy_(other, non_blocking)
+        else:
+            self._copying(self, other)
+        return self
 
     @property
     def weight_loader(self) -> Callable[..., Any]:
@@ -261,7 +272,8 @@ def _hold(
     tensors = [storage.empty(shape, dtype) for dtype, shape in layout.tensors]
     layout.clear_padding(tuple(tensors))
     held = EngineParameter(tensors[0], requires_grad=False)
-    held.attach(weight_loader(layer, closure, placements), placements)
+    own = weight_loader(layer, closure, placements)
+    held.attach(own, placements, weight_loader(layer, closure, Placements(_copy, placements.shadow)))
     _describe(held, layout.numel, 1)
     module._parameters[codes] = held
     for key, tensor in zip(scales, tensors[1:], strict=True):
@@ -269,6 +281,10 @@ def _hold(
         scale.weight_loader = _refusing(f"{layer.name}.{key}")
         _describe(scale, 0, DUMMY_SCALES.get(tensor.dtype, 0.01))
         module._parameters[key] = scale
+
+
+def _copy(param: Tensor, loaded_weight: Tensor) -> None:
+    param.data.copy_(loaded_weight)
 
 
 def _process(module: weakref.ref[nn.Module], process: Callable[[nn.Module], None]) -> None:

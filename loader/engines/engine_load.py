@@ -100,6 +100,7 @@ class EngineLoad:
             max((each.staging_peak_bytes for each in totals), default=0),
         )
         found = [each for origin in self._origins for each in origin.non_finite.found()]
+        self._expect()  # what was read whole counts as a conversion that no region can tell
         return self._recorder.report(
             *(name, quantization, read, tensor_bytes(self._model), tensor_bytes),
             non_finite=[
@@ -115,7 +116,8 @@ class EngineLoad:
 
     def _expect(self) -> None:
         final = self._final_bytes
-        expected = Expected(self._checkpoint_bytes, self._checkpoint_bytes, final, final + SLACK_BYTES)
+        read_whole = len(self.materialized)
+        expected = Expected(self._checkpoint_bytes, self._checkpoint_bytes, final, final + SLACK_BYTES, read_whole)
         self._recorder.expect_layers(expected, self._assignments, lambda name: self._layers[name].bytes_in)
 
 

@@ -83,7 +83,7 @@ class Placements:
     """
 
     def __init__(self, base: Base, shadow: Shadow, local_expert: Callable[[int], int] | None = None) -> None:
-        self._shadow = shadow
+        self.shadow = shadow
         self._local_expert = local_expert
         self._known: dict[Any, _Known | None] = {}
         self.use(base)
@@ -143,7 +143,7 @@ class Placements:
             result, copies = self._run(nothing, arguments, named)
         except _NumbersWantedError:
             return None
-        places = [place for copy in copies for place in _places(copy, self._shadow)]
+        places = [place for copy in copies for place in _places(copy, self.shadow)]
         if local is not None and any(place.region.expert != local for place in places):
             return None
         return _Known(result, places, sum(place.region.numel for place in places))
@@ -151,7 +151,7 @@ class Placements:
     def _run_on(self, tensor: LazyTensor, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Placed:
         """Where the loader puts this very tensor."""
         result, copies = self._run(tensor, arguments, named)
-        places = [(copy.source.origin, [*_places(copy, self._shadow)]) for copy in copies]
+        places = [(copy.source.origin, [*_places(copy, self.shadow)]) for copy in copies]
         return Placed(result, places, sum(place.region.numel for _, own in places for place in own))
 
     def _run(self, tensor: LazyTensor, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, list[Copy]]:
@@ -159,7 +159,7 @@ class Placements:
         if base is None:
             raise ReferenceError("the layer was deleted while it was being loaded")
         with _disable_current_modes(), capturing() as copies:
-            result = base(self._shadow.parameter(), tensor, *arguments, **named)
+            result = base(self.shadow.parameter(), tensor, *arguments, **named)
         return result, copies
 
 

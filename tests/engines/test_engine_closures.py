@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,16 +42,25 @@ class MergedLinear(nn.Module):
     """q, k and v as one, cut by rows among ranks, as engines do it."""
 
     sizes: ClassVar = {"q": 64, "k": 32, "v": 32}
+    weight: Any
+    weight_scale: Any
 
     def __init__(self, scheme: str, rank: int, ranks: int) -> None:
         super().__init__()
         self.rank, self.ranks = rank, ranks
         self.calls = 0
-        found = SchemeFactory(CPU, LoadOptions()).linear(scheme)
+        found: Any = SchemeFactory(CPU, LoadOptions()).linear(scheme)
         shards = tuple((name, rows // ranks) for name, rows in self.sizes.items())
         self.state = quantized_linear(
-            *(self, "attn.qkv", found, shards, 96),
-            *(FinalStorage(CPU), self.weight_loader, torch.bfloat16, {"output_dim": 0}),
+            self,
+            "attn.qkv",
+            found,
+            shards,
+            96,
+            FinalStorage(CPU),
+            self.weight_loader,
+            torch.bfloat16,
+            {"output_dim": 0},
         )
 
     def weight_loader(self, param: Any, loaded_weight: Tensor, loaded_shard_id: str) -> None:
@@ -70,17 +79,26 @@ class Experts(nn.Module):
     """Experts of which a rank has every second one, with all of their columns or half of them."""
 
     hidden, intermediate, experts = 64, 96, 6
+    w13_weight: Any
+    w2_weight: Any
 
     def __init__(self, scheme: str, own: Sequence[int]) -> None:
         super().__init__()
         self.own = list(own)
         self.calls = 0
-        found = SchemeFactory(CPU, LoadOptions()).experts(scheme)
+        found: Any = SchemeFactory(CPU, LoadOptions()).experts(scheme)
         up = (("w1", self.intermediate), ("w3", self.intermediate))
         self.state = quantized_experts(
-            *(self, "mlp.experts", found, len(self.own)),
+            self,
+            "mlp.experts",
+            found,
+            len(self.own),
             {"w13_weight": (up, self.hidden), "w2_weight": ((("w2", self.hidden),), self.intermediate)},
-            *(EngineExperts(), FinalStorage(CPU), self.weight_loader, torch.bfloat16, self.local),
+            EngineExperts(),
+            FinalStorage(CPU),
+            self.weight_loader,
+            torch.bfloat16,
+            self.local,
         )
 
     def local(self, expert: int) -> int:
@@ -100,9 +118,9 @@ class Experts(nn.Module):
         return True
 
 
-def weights_of(seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def weights_of(seed: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator).to(torch.bfloat16) for name, shape in shapes.items()}
+    return {name: torch.randn(tuple(shape), generator=generator).to(torch.bfloat16) for name, shape in shapes.items()}
 
 
 def in_memory(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -134,7 +152,7 @@ EXPERTS = {
 
 def load_linear(layer: MergedLinear, tensors: Iterator[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
-        layer.weight.weight_loader(layer.weight, tensor, name)  # type: ignore[operator, union-attr]
+        layer.weight.weight_loader(layer.weight, tensor, name)
 
 
 def load_experts(layer: Experts, tensors: Iterator[tuple[str, Tensor]]) -> list[bool]:
@@ -163,13 +181,13 @@ def test_a_merged_layer_of_a_rank_has_the_bytes_of_its_rows(scheme: str, rank: i
         expected = layer.rows(weights).float()
         found = layer.state.scheme.dequantize(layer, "weight")
         assert (found - expected).norm() < 0.2 * expected.norm()
-    assert torch.equal(lazy.weight.data, arrived.weight.data)  # type: ignore[union-attr]
+    assert torch.equal(lazy.weight.data, arrived.weight.data)
     assert lazy.state.bytes_in == sum(each.nbytes for each in weights.values()) // 2
     load_linear(whole, from_file(weights))
     if scheme == "quark_mxfp4":  # whose scales know nothing of other rows
         rows = {"q": (0, 64), "k": (64, 96), "v": (96, 128)}
-        codes = [whole.weight.data[low:high].chunk(2)[rank] for low, high in rows.values()]  # type: ignore[union-attr]
-        assert torch.equal(lazy.weight.data, torch.cat(codes))  # type: ignore[union-attr]
+        codes = [whole.weight.data[low:high].chunk(2)[rank] for low, high in rows.values()]
+        assert torch.equal(lazy.weight.data, torch.cat(codes))
 
 
 def test_experts_are_worked_out_once_for_all_of_a_shape_and_shard(from_file: Read) -> None:
@@ -188,7 +206,7 @@ def test_experts_are_worked_out_once_for_all_of_a_shape_and_shard(from_file: Rea
 class Counter(TorchDispatchMode):
     """Counts elements that are copied, as vLLM does before a reload."""
 
-    numel = 0
+    numel: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default:
@@ -199,14 +217,15 @@ class Counter(TorchDispatchMode):
 def test_a_reload_begins_with_counting_and_must_be_whole(from_file: Read) -> None:
     layer = MergedLinear("quark_mxfp4", 0, 1)
     load_linear(layer, from_file(weights_of(0, QKV)))
-    before = layer.weight.data.clone()  # type: ignore[union-attr]
+    before = layer.weight.data.clone()
     other = weights_of(7, QKV)
 
     def counted(weights: dict[str, Tensor]) -> int:
         held: Any = layer.weight
         meta = held.data.to("meta")
         meta.__class__, meta.__dict__ = held.__class__, held.__dict__.copy()
-        with Counter() as counter:
+        counter = Counter()  # type: ignore[no-untyped-call]
+        with counter:
             for name, tensor in weights.items():
                 meta.weight_loader(meta, tensor, name)
         return counter.numel
@@ -214,7 +233,7 @@ def test_a_reload_begins_with_counting_and_must_be_whole(from_file: Read) -> Non
     assert counted(other) == 128 * 96
     load_linear(layer, from_file(other))
     layer.state.check_complete(may_be_made_up=False)
-    assert not torch.equal(layer.weight.data, before)  # type: ignore[union-attr]
+    assert not torch.equal(layer.weight.data, before)
 
     part = {"k": other["k"]}
     assert counted(part) == 32 * 96
@@ -257,6 +276,23 @@ def test_a_loader_that_a_model_puts_in_the_place_of_ours_says_where_tensors_go()
     found = layer.state.scheme.dequantize(layer, "weight")
     expected = torch.cat([weights["v"], weights["k"], weights["q"]]).float()
     assert (found - expected).norm() < 0.2 * expected.norm()
+
+
+def test_values_that_are_copied_to_a_whole_parameter_are_quantized(from_file: Read) -> None:
+    copied, called = Experts("quark_mxfp4", own=range(6)), Experts("quark_mxfp4", own=range(6))
+    weights = weights_of(1, EXPERTS)
+    load_experts(called, in_memory(weights))
+    for name, shards in {"w13_weight": ("w1", "w3"), "w2_weight": ("w2",)}.items():
+        param: Any = getattr(copied, name)
+        stacked = torch.stack([torch.cat([weights[f"{expert}.{shard}"] for shard in shards]) for expert in range(6)])
+        ((_, tensor),) = from_file({"weight": stacked.transpose(1, 2).contiguous()})
+        param.copy_(tensor.permute(0, 2, 1).contiguous())
+    copied.state.check_complete(may_be_made_up=False)
+    assert torch.equal(copied.w13_weight.data, called.w13_weight.data)
+    assert torch.equal(copied.w2_weight.data, called.w2_weight.data)
+    other: Any = Experts("quark_mxfp4", own=range(6)).w2_weight
+    other.copy_(copied.w2_weight.data)
+    assert torch.equal(other.data, copied.w2_weight.data)
 
 
 def test_what_an_engine_wraps_around_a_closure_stays_there() -> None:
@@ -310,8 +346,8 @@ def test_places_are_where_a_loader_copies_to(data: st.DataObject) -> None:
         return "done"
 
     taken = len(range(low, low + height, step))
-    source_shape = (width, taken + skipped) if transposed else (taken, width + skipped)
-    source_shape = source_shape if experts is None else (experts, *source_shape)
+    matrix_shape = (width, taken + skipped) if transposed else (taken, width + skipped)
+    source_shape = matrix_shape if experts is None else (experts, *matrix_shape)
     numbers = torch.arange(1.0, 1 + torch.Size(source_shape).numel()).reshape(source_shape)
     expected = torch.zeros(shape)
     holder: Any = nn.Parameter(expected)
@@ -359,6 +395,6 @@ def test_a_copy_that_is_no_rectangle_is_refused() -> None:
 def test_layers_are_told_of_once_they_are_complete() -> None:
     layer, told = Experts("quark_mxfp4", own=range(6)), list[str]()
     state: EngineLayer = layer.state
-    state.on_finished = lambda name, statistics, process: (told.append(name), process())[1]
+    state.on_finished = lambda name, statistics, process: told.append(name)
     load_experts(layer, in_memory(weights_of(1, EXPERTS)))
     assert told == ["mlp.experts"]

@@ -1,0 +1,265 @@
+"""What vLLM asks of a quantization method for its layers: linear, experts, and those that are kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.platforms import current_platform
+
+from ..errors import PolicyError
+from ..online.storage import FinalStorage
+from ..options import LoadOptions, QuantizationPolicy
+from ..schemes.linear import QuantizedLinearScheme
+from ..schemes.moe import QuantizedMoEScheme
+from ..schemes.policy import HEAD
+from .beside_llvmlite import let_llvmlite_be_looked_at
+from .choices import LayerChoices
+from .closures import EngineLayer, quantized_experts, quantized_linear
+from .experts_host import EngineExperts, Gate
+
+FINAL_FORMATS = frozenset({"dummy", "sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache"})
+"""Load formats of vLLM that fill in final tensors, or make them up: no checkpoint tensor comes to a closure."""
+
+
+class Methods:
+    """The methods for the layers of one model."""
+
+    def __init__(self, policy: QuantizationPolicy, options: LoadOptions, merged: Mapping[str, Sequence[str]]) -> None:
+        self._choices = LayerChoices(policy, options, merged)
+        let_llvmlite_be_looked_at()
+        _be_quiet_about_codes()
+
+    def of(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a layer that is called `prefix`; `None` for one that is neither linear nor experts."""
+        storage = self._choices.storage
+        if isinstance(layer, LinearBase):
+            choice = self._choices.linear(prefix)
+            scheme: Any = choice.scheme
+            return KeptLinear(choice.reason) if scheme is None else QuantizedLinear(storage, scheme, prefix)
+        if isinstance(layer, RoutedExperts):
+            choice = self._choices.experts(prefix)
+            scheme = choice.scheme
+            if scheme is None:
+                return KeptExperts(layer.moe_config, choice.reason)
+            return QuantizedExperts(storage, scheme, prefix, layer.moe_config)
+        if isinstance(layer, ParallelLMHead):
+            if self._choices.linear(prefix, HEAD).scheme is not None:
+                raise PolicyError(f"{prefix} is an output head, which stays as stored in vLLM: leave it out")
+            return KeptHead(HEAD)
+        return None
+
+
+class _Quantized:
+    """What both kinds of quantized layers have."""
+
+    layer: EngineLayer
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        config = get_current_vllm_config_or_none()
+        self._is_made_up = config is not None and config.load_config.load_format in FINAL_FORMATS
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that all of the layer came: it brought itself to where its kernel wants it."""
+        self.layer.check_complete(self._is_made_up)
+
+
+class QuantizedLinear(_Quantized, LinearMethodBase):  # type: ignore[misc]  # vLLM's classes are not typed for us
+    """A linear layer of vLLM, merged or cut among ranks as it may be, in a scheme of ours."""
+
+    def __init__(self, storage: FinalStorage, scheme: QuantizedLinearScheme, prefix: str) -> None:
+        super().__init__()
+        self._storage, self.scheme, self._prefix = storage, scheme, prefix
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Codes and scales of this rank's part; each part of a merged layer is a shard."""
+        self.layer = quantized_linear(
+            layer,
+            self._prefix,
+            self.scheme,
+            tuple((str(number), rows) for number, rows in enumerate(output_partition_sizes)),
+            input_size_per_partition,
+            self._storage,
+            extra_weight_attrs.pop("weight_loader"),
+            params_dtype,
+            {"output_dim": 0, "input_dim": 1, **extra_weight_attrs},
+        )
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` [..., K] times the weight, plus bias."""
+        return self.scheme.apply(layer, x, bias)
+
+
+class QuantizedExperts(_Quantized, FusedMoEMethodBase):  # type: ignore[misc]
+    """The routed experts of a layer of vLLM in a scheme of ours."""
+
+    def __init__(self, storage: FinalStorage, scheme: QuantizedMoEScheme, prefix: str, moe: Any) -> None:
+        super().__init__(moe)
+        self._storage, self.scheme, self._prefix = storage, scheme, prefix
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
+        """No kernel of vLLM is used."""
+        return
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Codes and scales of this rank's experts, or parts of them; biases as they are stored."""
+        _check_unpadded(self.moe, self._prefix)
+        base = extra_weight_attrs["weight_loader"]
+        gate = gate_of(layer, self._prefix)
+        rows = intermediate_size_per_partition * (2 if gate.gated else 1)
+        biases = _create_biases(layer, self.moe, rows, params_dtype, base) if self.moe.has_bias else {}
+        self.layer = quantized_experts(
+            layer,
+            self._prefix,
+            self.scheme,
+            num_experts,
+            {
+                "w13_weight": (gate.shards(rows), hidden_size),
+                "w2_weight": ((("w2", hidden_size),), intermediate_size_per_partition),
+            },
+            EngineExperts(gate, biases, layer.apply_router_weight_on_input, _expert_map),
+            self._storage,
+            base,
+            params_dtype,
+            layer._map_global_expert_id_to_local_expert_id,
+        )
+
+    def apply(
+        self,
+        layer: torch.nn.Module,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        """The weighted sum of what the chosen experts of this rank make of `x` [T, H]."""
+        return self.scheme.apply(layer, x, topk_ids, topk_weights)
+
+
+class KeptLinear(UnquantizedLinearMethod):  # type: ignore[misc]
+    """A linear layer as stored. On a CPU it is not packed, as vLLM would: packed weights do not survive a reload."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing on a CPU."""
+        if not current_platform.is_cpu():
+            super().process_weights_after_loading(layer)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` times the weight, plus bias."""
+        return F.linear(x, layer.weight, bias) if current_platform.is_cpu() else super().apply(layer, x, bias)
+
+
+class KeptHead(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """An output head as stored; see `KeptLinear`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing on a CPU."""
+        if not current_platform.is_cpu():
+            super().process_weights_after_loading(layer)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` times the weight, plus bias."""
+        return F.linear(x, layer.weight, bias) if current_platform.is_cpu() else super().apply(layer, x, bias)
+
+
+class KeptExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]
+    """Experts as stored, in vLLM's own way."""
+
+    def __init__(self, moe: Any, reason: str) -> None:
+        super().__init__(moe)
+        self.reason = reason
+
+
+def gate_of(layer: Any, prefix: str) -> Gate:
+    """What the experts of a layer compute between their products; `PolicyError` for what is not known."""
+    name, gated = layer.activation.value, layer.activation.is_gated
+    limit, slope, shift = layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta
+    if name == "swigluoai":  # gpt-oss: its limit and slope are vLLM's constants, too
+        return Gate("silu", interleaved=True, limit=7.0, slope=1.702, shift=1.0)
+    if name == "swigluoai_uninterleave":
+        return Gate("silu", limit=limit, slope=1.0 if slope is None else slope, shift=shift or 0.0)
+    if name == "swiglustep":
+        return Gate("silu", limit=7.0 if limit is None else limit, bounds_activated=True)
+    try:
+        return Gate(name.removesuffix("_no_mul"), gated=gated, limit=limit if name == "silu" else None)
+    except ValueError as error:
+        raise PolicyError(f"{prefix}: {error}; ignore these experts") from error
+
+
+def _create_biases(layer: Any, moe: Any, rows: int, dtype: torch.dtype, loader: Callable[..., Any]) -> dict[str, str]:
+    """The biases of experts, as vLLM's own method makes them; their names by those of the weights."""
+    names = {"w13_weight": ("w13_bias", rows), "w2_weight": ("w2_bias", layer.hidden_size)}
+    for bias, width in names.values():
+        held: Any = torch.nn.Parameter(torch.zeros(moe.num_local_experts, width, dtype=dtype), requires_grad=False)
+        held.weight_loader = loader
+        layer.register_parameter(bias, held)
+    return {weight: bias for weight, (bias, _) in names.items()}
+
+
+def _check_unpadded(moe: Any, prefix: str) -> None:
+    sizes = (moe.hidden_dim, moe.intermediate_size_per_partition)
+    stored = (moe.hidden_dim_unpadded, moe.intermediate_size_per_partition_unpadded)
+    if sizes != stored or moe.tp_shard_with_padding:
+        raise PolicyError(
+            f"{prefix}: vLLM pads these experts from {stored} to {sizes} here, and padding is not quantized; ignore "
+            f"them, or choose another way of spreading experts over ranks"
+        )
+
+
+def _expert_map(layer: Any) -> Tensor | None:
+    expert_map: Tensor | None = layer._expert_map
+    return expert_map
+
+
+class _CodesAreNoNews(logging.Filter):
+    """Drops vLLM's warning that values are loaded into codes, once for each linear layer."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is to be logged."""
+        if not str(record.msg).startswith("Attempted to load weight") or not isinstance(record.args, tuple):
+            return True
+        codes = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+        return not any(dtype in codes for dtype in record.args)
+
+
+def _be_quiet_about_codes() -> None:
+    log = logging.getLogger("vllm.model_executor.models.utils")
+    if not any(isinstance(each, _CodesAreNoNews) for each in log.filters):
+        log.addFilter(_CodesAreNoNews())

@@ -1,0 +1,161 @@
+"""vLLM itself, on a CPU, with weights that quantload streams into it: run in the environment that .ci/engines makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantload.engines.names import SCHEMES
+from quantload.errors import MissingWeightsError, PolicyError, UnsupportedCheckpointError
+from quantload.memory.report import LoadReport
+from safetensors.torch import load_file
+from vllm_reference import ARCHITECTURES
+from vllm_running import ANSWER, log_probabilities, model_of, running
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: .ci/engines makes an environment"),
+]
+HERE = Path(__file__).parent
+CLOSE = 0.2
+"""What log probabilities may differ by: attention in BF16 is another one."""
+FAR = {"deepseek_v3": 0.35}
+"""What is as far from transformers in vLLM without quantization."""
+OWN_NAMES = {"fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "mxfp8", "experts_int8"}
+"""What vLLM has methods of its own for: ours have a prefix."""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All checkpoints, and what `load_quantized` makes of them."""
+    found = tmp_path_factory.mktemp("checkpoints")
+    asked = [f"demo={scheme}" for scheme in SCHEMES]
+    asked += ["demo-b=", *(f"{name}=quark_mxfp4" for name in ARCHITECTURES)]
+    subprocess.run([sys.executable, HERE / "vllm_reference.py", found, *asked], check=True, timeout=800)
+    return found
+
+
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "report.json"
+    monkeypatch.setenv("QUANTLOAD_REPORT", str(path))
+    return path
+
+
+def expected(folder: Path, name: str, scheme: str = "quark_mxfp4") -> list[float]:
+    return json.loads((folder / f"{name}.{scheme}.json").read_text())  # type: ignore[no-any-return]
+
+
+def difference(one: list[float], other: list[float], passed_over: int = 0) -> float:
+    """The largest one, but for so many."""
+    return sorted(abs(a - b) for a, b in zip(one, other, strict=True))[-1 - passed_over]
+
+
+def in_other_processes(checkpoint: Path, **options: Any) -> list[float]:
+    """What an engine with several ranks makes of a checkpoint."""
+    command = [sys.executable, str(HERE / "vllm_running.py"), str(checkpoint), "quark_mxfp4", json.dumps(options)]
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    (answer,) = (line.removeprefix(ANSWER) for line in run.stdout.splitlines() if line.startswith(ANSWER))
+    return json.loads(answer)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_says_what_load_quantized_makes_it_say(scheme: str, folder: Path, report: Path) -> None:
+    name = f"quantload_{scheme}" if scheme in OWN_NAMES else scheme
+    with running(folder / "demo", name) as engine:
+        assert difference(log_probabilities(engine), expected(folder, "demo", scheme)) < CLOSE
+    found = LoadReport.load(report)
+    experts = [layer for layer in found.layers if layer.kind == "experts"]
+    assert len(experts) == 7
+    assert len(found.layers) == (7 if scheme == "experts_int8" else 21)
+    assert found.checkpoint_bytes > sum(layer.bytes_in for layer in found.layers) > 8_000_000
+    assert found.bytes_read >= found.checkpoint_bytes  # what is scaled by all of a tensor is read twice
+    assert found.fallback_conversions == 0  # nothing was read whole
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name: str, folder: Path, report: Path) -> None:
+    with running(folder / name, "quark_mxfp4") as engine:
+        # Routers with random weights have near ties, which another attention decides otherwise now and then.
+        close = FAR.get(name, CLOSE)
+        assert difference(log_probabilities(engine), expected(folder, name), passed_over=3) < close
+    assert LoadReport.load(report).fallback_conversions == 0  # nothing was read whole
+
+
+def test_a_reload_makes_what_a_fresh_engine_has_and_that_of_one_expert_is_refused(folder: Path) -> None:
+    with running(folder / "demo-b", "quark_mxfp4") as engine:
+        fresh = log_probabilities(engine)
+    with running(folder / "demo", "quark_mxfp4") as engine:
+        first = log_probabilities(engine)
+        held = {name: param.data_ptr() for name, param in model_of(engine).named_parameters()}
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder / "demo-b")})
+        assert log_probabilities(engine) == fresh
+        files = (folder / "demo").glob("*.safetensors")
+        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        runner = engine.llm_engine.model_executor.driver_worker.model_runner
+        runner.reload_weights(weights_iterator=iter(reversed(weights.items())))
+        assert log_probabilities(engine) == first
+        assert {name: param.data_ptr() for name, param in model_of(engine).named_parameters()} == held
+        part = [(name, tensor) for name, tensor in weights.items() if "layers.0.mlp.experts.3." in name]
+        with pytest.raises(MissingWeightsError, match=r"layers\.0\.mlp\.experts.*loaded, and reloaded, whole"):
+            runner.reload_weights(weights_iterator=iter(part))
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_two_ranks_read_their_own_parts(expert_parallel: bool, folder: Path, report: Path) -> None:
+    found = in_other_processes(folder / "demo", tensor_parallel_size=2, enable_expert_parallel=expert_parallel)
+    assert difference(found, expected(folder, "demo")) < CLOSE
+    reports = [LoadReport.load(f"{report}.rank{rank}") for rank in range(2)]
+    assert [(each.rank, each.world_size, len(each.layers)) for each in reports] == [(0, 2, 21), (1, 2, 21)]
+    for each in reports:
+        assert each.bytes_read < 0.7 * each.checkpoint_bytes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"model_impl": "transformers"}, {"enforce_eager": False}, {"load_format": "auto"}],
+    ids=["transformers", "compiled", "vLLM's own reader"],
+)
+def test_other_ways_to_the_same(options: dict[str, Any], folder: Path) -> None:
+    with running(folder / "demo", "quark_mxfp4", **options) as engine:
+        assert difference(log_probabilities(engine), expected(folder, "demo")) < CLOSE
+
+
+def test_weights_that_are_made_up_are_numbers(folder: Path) -> None:
+    with running(folder / "demo", "quark_mxfp4", load_format="dummy") as engine:
+        assert torch.tensor(log_probabilities(engine)).isfinite().all()
+
+
+def test_what_is_ignored_stays_as_stored_and_unknown_options_are_named(folder: Path, report: Path) -> None:
+    def asked(**fields: Any) -> dict[str, Any]:
+        return {"hf_overrides": {"quantization_config": {"quant_method": "quark_mxfp4", **fields}}}
+
+    ignore = ["re:.*layers\\.0\\.self_attn\\.[qkv]_proj", "model.layers.1.mlp.experts"]
+    with running(folder / "demo", "quark_mxfp4", **asked(ignore=ignore)) as engine:
+        assert torch.tensor(log_probabilities(engine)).isfinite().all()
+    kept = {each.name: each.reason for each in LoadReport.load(report).kept}
+    assert "ignored by pattern" in kept["model.layers.0.self_attn.qkv_proj"]
+    assert any("ignored by pattern" in reason for name, reason in kept.items() if "layers.1.mlp.experts" in name)
+    with pytest.raises(PolicyError, match=r"run as one.*q_proj: ignored.*k_proj: quark_mxfp4"):  # noqa: SIM117
+        with running(folder / "demo", "quark_mxfp4", **asked(ignore=["re:.*q_proj"])):
+            pass
+    with pytest.raises(PolicyError, match="quantization_config has scheem"):  # noqa: SIM117
+        with running(folder / "demo", "quark_mxfp4", **asked(scheem="x")):
+            pass
+
+
+def test_a_checkpoint_of_pickles_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "demo" / "config.json").read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises((UnsupportedCheckpointError, RuntimeError)):  # noqa: SIM117
+        with running(tmp_path, "quark_mxfp4"):
+            pass

@@ -1,0 +1,115 @@
+"""Small checkpoints, and what `load_quantized` makes of them, in a process of its own, as vLLM changes transformers.
+
+python vllm_reference.py FOLDER NAME=SCHEME... writes FOLDER/NAME for each, and FOLDER/NAME.SCHEME.json with the log
+probabilities of the tokens of a text.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from quantload import load_quantized
+from quantload.cli import DEMO_MODEL
+from safetensors.torch import load_file, save_file
+from vllm_running import TOKENS
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+    "tie_word_embeddings": False, "initializer_range": 0.08,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3": ("Phi3", COMMON),
+    "mixtral": ("Mixtral", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt2": ("GPT2", {**COMMON, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "llama4": (
+        "Llama4Text",
+        {
+            **COMMON, "head_dim": 32, "intermediate_size": 128, "intermediate_size_mlp": 256, "num_local_experts": 4,
+            "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **COMMON, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128,
+            "sliding_window": 128, "layer_types": ["full_attention", "full_attention"],
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **COMMON, **EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
+            "first_k_dense_replace": 2, "kv_lora_rank": 512, "q_lora_rank": 64, "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 128, "v_head_dim": 128, "n_shared_experts": 1, "topk_method": "noaux_tc",
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            **COMMON, **EXPERTS, "hidden_size": 256, "head_dim": 64, "num_experts": 4,
+            "shared_expert_intermediate_size": 128, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+            "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1",
+        {
+            **COMMON, "head_dim": 32, "mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1,
+            "mamba_d_state": 16, "mamba_chunk_size": 64,
+        },
+    ),
+}  # fmt: skip
+
+
+def make(folder: Path, name: str) -> Path:
+    """A checkpoint of that name; `demo` is the model of the package, `demo-b` the same with other weights."""
+    target = folder / name
+    if target.exists():
+        return target
+    if name in ("demo", "demo-b"):
+        shutil.copytree(DEMO_MODEL, target)
+        torch.manual_seed(1)
+        for file in target.glob("*.safetensors") if name == "demo-b" else ():
+            noisy = {key: _noisy(tensor) for key, tensor in load_file(file).items()}
+            save_file(noisy, file, metadata={"format": "pt"})
+        return target
+    kind, fields = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    config.dtype = torch.bfloat16
+    classes = {"Llama4Text": "Llama4ForCausalLM", "GPT2": "GPT2LMHeadModel"}
+    model = getattr(transformers, classes.get(kind, f"{kind}ForCausalLM"))(config).to(torch.bfloat16)
+    model.save_pretrained(target)
+    return target
+
+
+def _noisy(tensor: torch.Tensor) -> torch.Tensor:
+    values = tensor.float()
+    return (values + 0.1 * values.std() * torch.randn_like(values)).to(tensor.dtype)
+
+
+def log_probabilities(folder: Path, scheme: str) -> list[float]:
+    """Of each token after the first, given those before it."""
+    model = load_quantized(folder, scheme, progress=False)
+    with torch.inference_mode():
+        logits = model(torch.tensor([TOKENS])).logits[0].float()
+    return torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0].tolist()
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    for asked in sys.argv[2:]:
+        checkpoint, _, quantization = asked.partition("=")
+        path = make(root, checkpoint)
+        if quantization:
+            found = log_probabilities(path, quantization)
+            (root / f"{checkpoint}.{quantization}.json").write_text(json.dumps(found))

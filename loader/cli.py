@@ -251,13 +251,14 @@ def serve(
     except ImportError as error:
         raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
     chosen.logs.set_up_server()
-    serve_model(
-        _model(model, chosen.source), host=host, port=port, api_key=api_key, api_key_file=api_key_file,
-        allowed_hosts=allowed_host or (), served_model_name=served_model_name or _display_name(model),
-        continuous_batching=continuous_batching, max_queue=max_queue, request_log=request_log,
-        layer_metrics=layer_metrics, reload_root=reload_root, weight_updates=weight_updates,
-        weights=_weights(load_format), **arguments,
-    )  # fmt: skip
+    with process_group(arguments["device"]):
+        serve_model(
+            _model(model, chosen.source), host=host, port=port, api_key=api_key, api_key_file=api_key_file,
+            allowed_hosts=allowed_host or (), served_model_name=served_model_name or _display_name(model),
+            continuous_batching=continuous_batching, max_queue=max_queue, request_log=request_log,
+            layer_metrics=layer_metrics, reload_root=reload_root, weight_updates=weight_updates,
+            weights=_weights(load_format), **arguments,
+        )  # fmt: skip
 
 
 @app.command()

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..checkpoint.resolve import Checkpoint, resolve
 from ..dummy import Weights
@@ -15,6 +15,9 @@ from ..load import load_quantized
 from ..memory.metrics import LayerMetrics, LoadMetrics
 from ..model.skeleton import find_model
 from ..options import LoadOptions, QuantizationPolicy
+from ..progress import Progress as LoadProgress
+from ..ranks.launch import launched
+from ..ranks.lockstep import Leader, follow
 from ..schemes.names import SchemeName
 from ..shortage import named
 from .admission import MAX_QUEUE
@@ -54,8 +57,13 @@ def serve_model(
     reload_root: Path | None = None,
     weight_updates: bool = False,
     weights: Weights = "checkpoint",
+    tp: Literal["auto"] | None = None,
+    expert_parallel: bool = False,
 ) -> None:
-    """Load `model_id` in the background and serve it until SIGTERM or SIGINT."""
+    """Load `model_id` in the background and serve it until SIGTERM or SIGINT.
+
+    Of several ranks the first answers, and the others compute with it until it stops.
+    """
     api_key = chosen_key(api_key, api_key_file)
     checked_hosts(allowed_hosts)
     metrics = LoadMetrics(layer_metrics)
@@ -69,6 +77,8 @@ def serve_model(
                 "prompts would be that of the old weights"
             )
         routes = WeightRoutes(reload_root, weight_updates, metrics)
+    if tp is not None:
+        _check_ranks(continuous_batching, routes is not None)
     checkpoint = resolve(model_id, revision)
     recipe = find_model(checkpoint, trust_remote_code)
     why = why_not_served(recipe.cls, recipe.config, continuous_batching)
@@ -81,6 +91,17 @@ def serve_model(
         pooling = _pooling(checkpoint)
         logger.info("Texts become the %s of their tokens' vectors, of length 1", pooling)
 
+    def load_model(progress: LoadProgress | None) -> Any:
+        return load_quantized(
+            checkpoint, quantization, device=device, policy=policy, options=options,
+            trust_remote_code=trust_remote_code, progress=progress or False, weights=weights, tp=tp, expert_parallel=expert_parallel,
+        )  # fmt: skip
+
+    if launched().rank > 0:
+        follow(load_model(None))
+        return
+    leaders: list[Leader] = []
+
     def load(progress: Progress, cancel: threading.Event) -> Any:
         def on_progress(done: int, total: int) -> None:
             if cancel.is_set():
@@ -89,10 +110,9 @@ def serve_model(
             progress(done, total)
 
         try:
-            model = load_quantized(
-                checkpoint, quantization, device=device, policy=policy, options=options,
-                trust_remote_code=trust_remote_code, progress=on_progress, weights=weights,
-            )  # fmt: skip
+            model = load_model(on_progress)
+            if tp is not None:
+                leaders.append(Leader(model))
         except BaseException:
             metrics.on_failure(cancelled=cancel.is_set())
             raise
@@ -104,23 +124,41 @@ def serve_model(
         with named("the tokenizer or processor"):
             return load_processor(checkpoint, trust_remote_code)
 
-    serve(
-        load,
-        processor,
-        model_name=served_model_name,
-        host=host,
-        port=port,
-        api_key=api_key,
-        allowed_hosts=allowed_hosts,
-        continuous_batching=continuous_batching,
-        max_queue=max_queue,
-        pooling=pooling,
-        request_log=request_log,
-        log_level=None,
-        metrics=metrics,
-        shutdown_grace=SHUTDOWN_SECONDS,
-        weights=routes,
-    )
+    try:
+        serve(
+            load,
+            processor,
+            model_name=served_model_name,
+            host=host,
+            port=port,
+            api_key=api_key,
+            allowed_hosts=allowed_hosts,
+            continuous_batching=continuous_batching,
+            max_queue=max_queue,
+            pooling=pooling,
+            request_log=request_log,
+            log_level=None,
+            metrics=metrics,
+            shutdown_grace=SHUTDOWN_SECONDS,
+            weights=routes,
+        )
+    finally:
+        for leader in leaders:
+            leader.stop()
+
+
+def _check_ranks(continuous_batching: bool, weights: bool) -> None:
+    """Raise `PolicyError` for what a model of several ranks cannot do."""
+    here = launched()
+    if continuous_batching or weights:
+        option = "--continuous-batching" if continuous_batching else "--reload-root and --weight-updates"
+        raise PolicyError(f"{option} are for servers of one process; serve several ranks without, or use an engine")
+    if here.local_ranks < here.ranks:
+        raise PolicyError(
+            f"{here.ranks} ranks run on several hosts, {here.local_ranks} of them here; quantload serves with those of "
+            f"one host: take an engine for more, such as `vllm serve MODEL --quantization quantload_quark_mxfp4 "
+            f"--tensor-parallel-size {here.ranks}`"
+        )
 
 
 def _pooling(checkpoint: Checkpoint) -> Pooling:

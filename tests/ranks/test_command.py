@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+import transformers
+from quantload import load_quantized
+from quantload.cli import DEMO_MODEL
 from quantload.memory.report import LoadReport
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+PROMPT = "def read_lines(path):\n"
 TORCHRUN += ["--rdzv-endpoint", "localhost:0"]
 
 
@@ -50,3 +58,42 @@ def test_the_cache_has_an_entry_for_each_rank(tmp_path: Path) -> None:
             damaged.write_bytes(content)
     assert [report.cache for report in reports] == ["written", "hit", "rebuilt"]
     assert len({report.digest for report in reports}) == 1
+
+
+def test_one_rank_answers_for_both(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [*TORCHRUN, "-m", "quantload", "serve", "-q", "quark_mxfp4", "--port", str(port)]
+    with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            while server.poll() is None and not _is_ready(url):
+                time.sleep(0.5)
+            answer = httpx.post(
+                f"{url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 12, "temperature": 0}, timeout=300
+            )
+            metrics = httpx.get(f"{url}/metrics", timeout=300).text
+        finally:
+            server.terminate()
+            server.wait(300)
+        log.seek(0)
+        assert log.read().count("Serving quantload-demo at") == 1
+    assert answer.json()["choices"][0]["text"] == _text_of_one_process()
+    assert 'quantload_rank_bytes_read{rank="1"}' in metrics
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=300).status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
+def _text_of_one_process() -> str:
+    model: Any = load_quantized(DEMO_MODEL, "quark_mxfp4", progress=False)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    made = model.generate(ids, max_new_tokens=12, do_sample=False)
+    text: str = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    return text

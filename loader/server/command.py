@@ -94,7 +94,8 @@ def serve_model(
     def load_model(progress: LoadProgress | None) -> Any:
         return load_quantized(
             checkpoint, quantization, device=device, policy=policy, options=options,
-            trust_remote_code=trust_remote_code, progress=progress or False, weights=weights, tp=tp, expert_parallel=expert_parallel,
+            trust_remote_code=trust_remote_code, progress=progress or False, weights=weights, tp=tp,
+            expert_parallel=expert_parallel,
         )  # fmt: skip
 
     if launched().rank > 0:

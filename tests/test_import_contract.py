@@ -126,7 +126,7 @@ FLOORS: dict[str, Floor] = {
     ),
     "server": Floor(
         "errors shortage options local_paths kernels.system_calls checkpoint memory schemes.names schemes.ahead model "
-        "dummy load reload progress ranks",
+        "dummy load reload progress ranks ranks.launch",
         "a user of load like any other",
     ),
     "cli_logging": Floor("", "log lines and the console they go to"),

@@ -286,7 +286,7 @@ def test_what_cannot_be_written_to(out: str, checkpoint: Checkpoint) -> None:
 
 
 def test_a_plan_says_what_is_fetched_twice(server: RangeServer) -> None:
-    big_checkpoints.llama(server.root / "model", hidden_size=512, intermediate_size=4096, num_hidden_layers=1)
+    big_checkpoints.llama(server.root / "model", hidden_size=256, intermediate_size=4096, num_hidden_layers=1)
     options = LoadOptions(chunk_bytes=256 << 10, staging_bytes=4 * MIB, workers=1, connections=1)
     draft = plan_quantized(url(server, "s3"), "fp8_per_tensor", options=options)
     report = load_quantized(url(server, "s3"), "fp8_per_tensor", options=options).load_report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from ..small_files import largest_allowed
 from ..source import Reads
 from .blocks import Blocks, schedule
 from .client import Client, Counters, Tag
+from .modeling_code import modeling_code
 from .requests import Requests, side_by_side, total
 from .source import RemoteSource, held_for_later, read_bytes
 from .window import CONNECTIONS, Sizes, choose_sizes
@@ -76,13 +78,18 @@ class RemoteFiles:
 
     def gather(self, patterns: Iterable[str]) -> None:
         """Fetch the small files whose names match."""
-        wanted = [
-            name
-            for name in self._candidates()
-            if name not in self._gathered and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        ]
-        side_by_side(self._fetch, wanted, CONNECTIONS)
-        self._gathered.update(wanted)
+        patterns = tuple(patterns)
+        while True:
+            # Code names more code, so that there may be more after each round.
+            wanted = [
+                name
+                for name in self._candidates()
+                if name not in self._gathered and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+            ]
+            if not wanted:
+                return
+            side_by_side(self._fetch, wanted, CONNECTIONS)
+            self._gathered.update(wanted)
 
     def note(self, names: Iterable[str]) -> None:
         """Remember files: those that were fetched as they are here, others as they are there."""
@@ -144,9 +151,9 @@ class RemoteFiles:
 
     def _candidates(self) -> list[str]:
         if not self._listed:
-            (self._names,) = side_by_side(lambda client, _: client.names(), [self._client], 1)
+            (self._names,) = side_by_side(Requests.names, [self._requests], 1)
             self._listed = True
-        return list(USUAL_NAMES) if self._names is None else self._names
+        return [*USUAL_NAMES, *modeling_code(self.root)] if self._names is None else self._names
 
     def _fetch(self, name: str, stopping: Callable[[], bool]) -> None:
         path, most = locate(self.root, name), largest_allowed(name)
@@ -156,3 +163,6 @@ class RemoteFiles:
                 self._requests.copy(name, file, most, stopping)
         except MissingShardError:
             path.unlink()
+            if path.parent != self.root:
+                with contextlib.suppress(OSError):  # something else is in there
+                    path.parent.rmdir()

@@ -124,6 +124,32 @@ class Requests:
         except MissingShardError:
             self._compare(name, None)
 
+    def names(self, stopping: Callable[[], bool]) -> list[str] | None:
+        """The names of all files; None where the server lists none. `CheckpointError` where there is no folder."""
+        failures = 0
+        while True:
+            try:
+                found = self.client.names()
+                self._count("ok")
+                return found
+            except PassingError as error:
+                failures += 1
+                self._count(error.kind)
+                if failures > self._retries:
+                    raise CheckpointError(
+                        f"{self.client.shown} cannot be read after {failures} tries: {error}; check the network and "
+                        f"the server"
+                    ) from None
+                with self._lock:
+                    self.counters.retries += 1
+                _pause(failures, stopping)
+            except MissingError:
+                self._count("missing")
+                raise CheckpointError(f"{self.client.shown}: no such folder; check the address") from None
+            except RemoteError as error:
+                self._count("refused")
+                raise CheckpointError(f"{self.client.shown} cannot be read: {error}; {self.client.login}") from None
+
     def _until_there(
         self,
         name: str,

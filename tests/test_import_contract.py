@@ -125,8 +125,8 @@ FLOORS: dict[str, Floor] = {
         "doors to a load, or to the closures, for those who have an engine",
     ),
     "server": Floor(
-        "errors shortage options local_paths kernels.system_calls checkpoint memory schemes.names schemes.ahead model "
-        "dummy load reload progress ranks ranks.launch",
+        "errors shortage progress options local_paths kernels.system_calls page checkpoint memory schemes.names "
+        "schemes.ahead model dummy load reload ranks ranks.launch",
         "a user of load like any other",
     ),
     "cli_logging": Floor("", "log lines and the console they go to"),

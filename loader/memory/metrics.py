@@ -152,6 +152,13 @@ class LoadMetrics:
         )
         rate = read / seconds if seconds > 0 else 0.0
         yield _gauge("load_throughput_bytes_per_second", "Checkpoint bytes read per second of the load.", rate)
+        phases = _labelled("phase_seconds", "Seconds of each phase of the last load.", "phase")
+        passed: dict[str, float] = {}
+        for each in report.phases if report is not None else ():
+            passed[each.name] = passed.get(each.name, 0.0) + each.seconds  # a load that was begun again has two
+        for name, took in passed.items():
+            phases.add_metric([name], took)
+        yield phases
         yield _gauge("load_progress_ratio", "Share of the checkpoint that is read, 0 to 1.", self._progress)
 
     def _memory(self) -> Iterable[Metric]:

@@ -30,6 +30,7 @@ from .generation_request import GenerationRequest, checked_fields, parse_chat, p
 from .hosts import HostCheck, checked_hosts
 from .json_values import parse_json
 from .openapi import description
+from .page_routes import PageRoutes
 from .request_log import USAGE, RequestLog, RequestLogMode
 from .size_limits import ALL_BODIES
 from .state import ServerState
@@ -53,7 +54,7 @@ def create_app(
 ) -> Starlette:
     """The ASGI application over a `ServerState`; it can answer before the model is there.
 
-    With an `api_key` all routes but GET /health want it as a bearer token. `request_log` says which requests have a
+    With an `api_key` all routes but the probes want it as a bearer token. `request_log` says which requests have a
     line in the log: `all`, those that are no probes, or none (`off`). With `allowed_hosts`, names without port,
     requests for another name are refused; those of this machine itself are always allowed. Shutting down ends the
     generations. Raises `PolicyError` for a key that no client can send, or a name that is none.
@@ -81,6 +82,7 @@ def create_app(
         Route("/load_report", endpoints.load_report),
         Route("/metrics", endpoints.metrics),
         Route("/health", endpoints.health),
+        *PageRoutes(state).routes(),
     ]
     if weights is not None:
         if api_key is None:

@@ -1,4 +1,4 @@
-"""The API key: a bearer token in front of everything but `/health`."""
+"""The API key: a bearer token in front of everything but the probes of who runs the server."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import PolicyError
 from .api_errors import ApiError
+from .sign_in import sign_in_response
 
 logger = logging.getLogger("quantload")
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
+PAGE = "/"
+"""What a browser gets there without the key is a 401, too: a page that asks for the key, and says nothing else."""
 LONGEST_KEY = 4096  # in bytes; uvicorn takes no longer head of a request than 16 KiB
 
 
@@ -74,6 +77,9 @@ class BearerAuth:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allowed(Headers(scope=scope)):
             await self.app(scope, receive, send)
+            return
+        if scope["path"] == PAGE and scope["method"] == "GET" and "text/html" in Headers(scope=scope).get("accept", ""):
+            await sign_in_response(401)(scope, receive, send)
             return
         error = ApiError(
             401,

@@ -15,7 +15,7 @@ from ..load import load_quantized
 from ..memory.metrics import LayerMetrics, LoadMetrics
 from ..model.skeleton import find_model
 from ..options import LoadOptions, QuantizationPolicy
-from ..progress import Progress as LoadProgress
+from ..progress import Moment, Progress
 from ..ranks.launch import launched
 from ..ranks.lockstep import Leader, follow
 from ..schemes.names import SchemeName
@@ -24,9 +24,10 @@ from .admission import MAX_QUEUE
 from .auth import chosen_key
 from .embeddings import Pooling, stored_pooling
 from .hosts import checked_hosts
+from .load_progress import LoadProgress
 from .processors import check_processor, load_processor
 from .request_log import RequestLogMode
-from .serve import Progress, serve
+from .serve import serve
 from .served_kinds import encodes_text, why_not_served
 from .weights import WeightRoutes
 
@@ -91,7 +92,7 @@ def serve_model(
         pooling = _pooling(checkpoint)
         logger.info("Texts become the %s of their tokens' vectors, of length 1", pooling)
 
-    def load_model(progress: LoadProgress | None) -> Any:
+    def load_model(progress: Progress | None) -> Any:
         return load_quantized(
             checkpoint, quantization, device=device, policy=policy, options=options,
             trust_remote_code=trust_remote_code, progress=progress or False, weights=weights, tp=tp,
@@ -103,15 +104,9 @@ def serve_model(
         return
     leaders: list[Leader] = []
 
-    def load(progress: Progress, cancel: threading.Event) -> Any:
-        def on_progress(done: int, total: int) -> None:
-            if cancel.is_set():
-                raise LoadCancelledError("the server was told to stop while the model was loading")
-            metrics.on_progress(done, total)
-            progress(done, total)
-
+    def load(progress: LoadProgress, cancel: threading.Event) -> Any:
         try:
-            model = load_model(on_progress)
+            model = load_model(_Told(progress, metrics, cancel))
             if tp is not None:
                 leaders.append(Leader(model))
         except BaseException:
@@ -142,6 +137,8 @@ def serve_model(
             metrics=metrics,
             shutdown_grace=SHUTDOWN_SECONDS,
             weights=routes,
+            quantization=str(quantization),
+            device=device,
         )
     finally:
         for leader in leaders:
@@ -160,6 +157,23 @@ def _check_ranks(continuous_batching: bool, weights: bool) -> None:
             f"one host: take an engine for more, such as `vllm serve MODEL --quantization quantload_quark_mxfp4 "
             f"--tensor-parallel-size {here.ranks}`"
         )
+
+
+class _Told:
+    """Who is told how far the load is: those who ask the server, and its metrics. Cancels a load that is not wanted."""
+
+    def __init__(self, progress: LoadProgress, metrics: LoadMetrics, cancel: threading.Event) -> None:
+        self._progress, self._metrics, self._cancel = progress, metrics, cancel
+
+    def watch(self, moment: Moment) -> None:
+        if self._cancel.is_set():
+            raise LoadCancelledError("the server was told to stop while the model was loading")
+        self._progress.watch(moment)
+        if moment.bytes_total > 0:  # the seconds and the speed that metrics show are those of reading
+            self._metrics.on_progress(moment.bytes_read, moment.bytes_total)
+
+    def __call__(self, done: int, total: int) -> None:
+        self.watch(Moment("stream", 0.0, done, total))
 
 
 def _pooling(checkpoint: Checkpoint) -> Pooling:

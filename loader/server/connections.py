@@ -24,7 +24,7 @@ from uvicorn.server import ServerState
 from ..kernels.system_calls import resource_limit
 from .api_errors import ApiError
 
-PROBES = frozenset({"/health", "/metrics"})
+PROBES = frozenset({"/health", "/metrics", "/livez", "/readyz", "/startupz"})
 MOST_CONNECTIONS = 1000
 WAITING_CONNECTIONS = 2048
 """Those that the system holds until they are accepted."""

@@ -55,6 +55,7 @@ ANSWERS: dict[str, Schema] = {
     "Version": _told(version=_TEXT),
     "Health": _told(status={"enum": ["ok", "loading", "reloading", "failed", "unhealthy"]}, model=_TEXT),
     "LoadReport": {"type": "object"},
+    "LoadPage": _told(title=_TEXT, html=_TEXT, data={"type": "object"}),
     "Description": {"type": "object"},
 }
 
@@ -109,6 +110,11 @@ def description(version: str) -> dict[str, Any]:
         status: {"description": text, "content": {"application/json": {"schema": _ref("Health")}}}
         for status, text in (("200", "The model answers"), ("500", "It was not loaded"), ("503", "It is loading"))
     } | {"403": _error("403")}
+    started = {**health, "summary": "Startup probe", "operationId": "startup_probe"}
+    probes = {
+        f"/{name}z": {"get": {**health, "summary": f"{name.title()} probe", "operationId": f"{name}_probe"}}
+        for name in ("live", "ready")
+    }
     one = _route("Model", "Model", errors="404")
     one["parameters"] = [
         {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
@@ -126,6 +132,11 @@ def description(version: str) -> dict[str, Any]:
         "/load_report": {"get": _route("Load report", "LoadReport")},
         "/metrics": {"get": _route("Metrics", None, kind="text/plain")},
         "/health": {"get": health},
+        **probes,
+        "/startupz": {"get": started},
+        "/": {"get": _route("Load page", None, kind="text/html")},
+        "/load_page": {"get": _route("Parts of the load page", "LoadPage", errors="404")},
+        "/load_events": {"get": _route("Events of the load", None, kind="text/event-stream", errors="429")},
         "/openapi.json": {"get": _route("Description", "Description")},
     }
     return {

@@ -18,6 +18,7 @@ from .app import create_app
 from .binding import bind_socket, is_loopback, url_of
 from .connections import LimitedConfig, LimitedServer
 from .embeddings import Pooling
+from .load_progress import WEIGHTS, LoadProgress
 from .request_log import RequestLogMode
 from .serving_metrics import MetricsSource
 from .state import ServerState
@@ -27,8 +28,7 @@ from .weights import WeightRoutes
 
 logger = logging.getLogger("quantload")
 
-Progress = Callable[[int, int], None]
-Load = Callable[[Progress, threading.Event], Any]
+Load = Callable[[LoadProgress, threading.Event], Any]
 
 LOAD_STOP_SECONDS = 10.0
 CANCEL_SECONDS = 5.0  # between telling generations to end and cutting their connections
@@ -52,11 +52,14 @@ def serve(
     shutdown_grace: float = 10.0,
     exit_on_load_error: bool = True,
     weights: WeightRoutes | None = None,
+    quantization: str = "auto",
+    device: str = "auto",
 ) -> None:
     """Serve one model until SIGTERM or SIGINT, then return.
 
-    `load(progress, cancel)` returns the model: it calls `progress(bytes_done, bytes_total)` and ends early, with any
-    exception, once the event `cancel` is set. `load_processor()` returns the tokenizer or processor and runs first.
+    `load(progress, cancel)` returns the model: it calls `progress(bytes_done, bytes_total)`, or `progress.watch` with a
+    `Moment`, and ends early, with any exception, once the event `cancel` is set. `load_processor()` returns the
+    tokenizer or processor and runs first. `quantization` and `device` are what is asked for, to be shown.
     The port is taken before either: port 0 takes a free one, and the log names it. While the model loads, and until it
     has answered a few requests of the server's own (`warm_up`), `/health` answers 503 with the progress. On a loopback
     address, and with `allowed_hosts`, requests that name another host are refused, as `create_app` says. While one
@@ -78,8 +81,9 @@ def serve(
     if api_key is None and not is_loopback(bound):
         logger.warning("%s can be reached from other machines and has no API key: anybody there can use it", url)
     state = ServerState(
-        model_name, metrics=metrics, continuous_batching=continuous_batching, max_queue=max_queue, pooling=pooling
-    )
+        model_name, metrics=metrics, continuous_batching=continuous_batching, max_queue=max_queue, pooling=pooling,
+        quantization=quantization, device=device,
+    )  # fmt: skip
     config = LimitedConfig(
         create_app(
             state,
@@ -141,7 +145,7 @@ def _load(
 ) -> None:
     try:
         processor = load_processor()
-        state.phase = "loading the weights"
+        state.progress.begin(WEIGHTS)
         state.finish(load(state.progress, state.cancel), processor, _get_ready)
     except BaseException as error:  # whatever it is, the main thread must hear of it
         if state.cancel.is_set():

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from .admission import MAX_QUEUE, Admission
 from .api_errors import ApiError
 from .embeddings import Pooling
+from .load_progress import WARM_UP, LoadProgress
 from .serving_metrics import MetricsSource, ServingMetrics
 from .transformers_serving import ServedModel
 
@@ -21,8 +22,8 @@ class ServerState:
     """Shared by the thread that loads and the event loop that answers.
 
     `model_name` is the only name requests may give. `metrics` is what `/metrics` shows besides the server's own.
-    `cancel` is set when the server is told to stop: the load watches it. `phase` is what the load is doing.
-    `created` is in Unix seconds.
+    `cancel` is set when the server is told to stop: the load watches it. `progress` is how far the load
+    is; `quantization` and `device` are those that were asked for. `created` is in Unix seconds.
     """
 
     def __init__(
@@ -33,6 +34,8 @@ class ServerState:
         continuous_batching: bool = False,
         max_queue: int = MAX_QUEUE,
         pooling: Pooling = "mean",
+        quantization: str = "auto",
+        device: str = "auto",
     ) -> None:
         self.model_name = model_name
         self.metrics = ServingMetrics(model_name, metrics)
@@ -43,10 +46,8 @@ class ServerState:
         self.created = int(time.time())
         self.error: BaseException | None = None
         self.report: dict[str, Any] | None = None
-        self.phase = "reading the tokenizer"
-        self._started = time.monotonic()
-        self._bytes_done = 0
-        self._bytes_total = 0
+        self.quantization, self.device = quantization, device
+        self.progress = LoadProgress()
         self._served: ServedModel | None = None
         self.is_reloading = False
         self.incomplete: str | None = None
@@ -59,10 +60,6 @@ class ServerState:
             return "ready"
         return "loading" if self.error is None else "failed"
 
-    def progress(self, bytes_done: int, bytes_total: int) -> None:
-        """Note how much of the checkpoint was read (bytes); callable from any thread, any number of times."""
-        self._bytes_done, self._bytes_total = bytes_done, bytes_total
-
     def finish(self, model: Any, processor: Any, warm_up: WarmUp | None = None) -> None:
         """Begin to serve `model`, with its tokenizer or processor; its `load_report` becomes `/load_report`.
 
@@ -72,12 +69,14 @@ class ServerState:
         self.report = report.to_dict() if report is not None else {}
         served = ServedModel(model, processor, self.model_name, self.continuous_batching, self.pooling)
         if warm_up is not None:
-            self.phase = "warming up"
+            self.progress.begin(WARM_UP)
             warm_up(served, self.cancel)
+        self.progress.begin("")
         self._served = served
 
     def fail(self, error: BaseException) -> None:
         """Remember why there will be no model."""
+        self.progress.begin("")
         self.error = error
 
     def served(self) -> ServedModel:
@@ -86,10 +85,10 @@ class ServerState:
             return self._served
         if self.error is not None:
             raise ApiError(500, f"the model could not be loaded: {self.error}", code="model_load_failed")
+        read = f"{self.progress.fraction():.0%} read"
         raise ApiError(
             503,
-            f"the model is still loading ({self.phase}, {self.fraction():.0%} read); try again later, "
-            "/health tells how far it is",
+            f"the model is still loading ({self.progress.phase}, {read}); try again later, /health tells how far it is",
             code="model_loading",
             headers=self.retry_after(),
         )
@@ -100,14 +99,10 @@ class ServerState:
             raise ApiError(503, f"the weights are incomplete: {self.incomplete}", code="weights_incomplete")
         return self.admission
 
-    def fraction(self) -> float:
-        """Part of the checkpoint that was read, 0 to 1."""
-        return min(1.0, self._bytes_done / self._bytes_total) if self._bytes_total > 0 else 0.0
-
     def retry_after(self) -> dict[str, str]:
         """A `Retry-After` header: the seconds left at the pace so far, between 1 and 60."""
-        done = self.fraction()
-        left = (time.monotonic() - self._started) * (1 - done) / done if done > 0 else 5.0
+        done = self.progress.fraction()
+        left = self.progress.seconds * (1 - done) / done if done > 0 else 5.0
         return {"Retry-After": str(max(1, min(60, round(left))))}
 
     def health(self) -> tuple[int, dict[str, Any]]:
@@ -124,12 +119,12 @@ class ServerState:
             return 500, {"status": "failed", "model": self.model_name, "error": error}
         return 503, {
             "status": "loading",
-            "phase": self.phase,
+            "phase": self.progress.phase,
             "model": self.model_name,
-            "progress": round(self.fraction(), 4),
-            "bytes_done": self._bytes_done,
-            "bytes_total": self._bytes_total,
-            "seconds": round(time.monotonic() - self._started, 3),
+            "progress": round(self.progress.fraction(), 4),
+            "bytes_done": self.progress.bytes_done,
+            "bytes_total": self.progress.bytes_total,
+            "seconds": round(self.progress.seconds, 3),
         }
 
     def stop(self) -> None:

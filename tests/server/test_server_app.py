@@ -22,6 +22,12 @@ OPEN_ROUTES = {
     "/load_report",
     "/metrics",
     "/health",
+    "/",
+    "/load_page",
+    "/load_events",
+    "/livez",
+    "/readyz",
+    "/startupz",
 }
 
 

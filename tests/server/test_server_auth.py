@@ -11,11 +11,11 @@ import pytest
 from quantload.errors import PolicyError
 from quantload.memory.metrics import LoadMetrics
 from quantload.server import ServerState, create_app
-from quantload.server.auth import chosen_key, read_key_file
+from quantload.server.auth import OPEN_PATHS, chosen_key, read_key_file
 from server_harness import running
 
 KEY = "sk-Zx81"
-ROUTES = sorted({getattr(route, "path", "") for route in create_app(ServerState("tiny")).routes} - {"/health"})
+ROUTES = sorted({getattr(route, "path", "") for route in create_app(ServerState("tiny")).routes} - OPEN_PATHS)
 
 
 async def status_of(app: Any, path: str, authorization: bytes | None, method: str = "GET") -> int:

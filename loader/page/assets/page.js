@@ -194,9 +194,8 @@ const quantloadPage = (() => {
   }
 
   // What is in the page now; a server's page calls it again when it has the report.
-  function start() {
-    const held = document.getElementById("chart-data");
-    data = held ? JSON.parse(held.textContent) : {};
+  function start(given) {
+    data = given || JSON.parse(document.getElementById("chart-data").textContent);
     drawAll();
     sayAbove();
     for (const table of document.querySelectorAll(".heatmap table")) makeHeatmap(table);

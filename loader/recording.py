@@ -80,7 +80,11 @@ class Recorder:
     def __enter__(self) -> Self:
         logs.log_before(self.ledger.probe.kind, self.ledger.baseline_bytes)
         self.ledger.start()
-        self.begin("resolve")
+        try:
+            self.begin("resolve")
+        except BaseException:  # who watches may cancel a load before it has begun
+            self.ledger.stop()
+            raise
         return self
 
     def __exit__(

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
 import torch
+from quantload import load_quantized
 from quantload.checkpoint.reader import ReadTotals
+from quantload.cli import DEMO_MODEL
+from quantload.errors import LoadCancelledError
 from quantload.kernels.statistics import new_statistics
+from quantload.memory.attempt import attempt_behind
 from quantload.model.skeleton import Assignment
 from quantload.options import LoadOptions
+from quantload.progress import Moment
 from quantload.recording import Expected, Recorder, tensor_bytes
 from quantload.schemes.registry import SchemeFactory
 from torch import nn
 
 CPU = torch.device("cpu")
+
+
+class Canceller:
+    """Is told of phases, and cancels the load when one of them begins."""
+
+    def __init__(self, at: str) -> None:
+        self.at, self.seen = at, list[str]()
+
+    def __call__(self, done: int, total: int) -> None:
+        raise AssertionError("who watches is told everything, and not this too")
+
+    def watch(self, moment: Moment) -> None:
+        self.seen.append(moment.phase)
+        if moment.phase == self.at:
+            raise LoadCancelledError(f"in {self.at}")
+
+
+@pytest.mark.parametrize("phase", ["resolve", "plan", "compile", "check", "stream", "finish"])
+def test_who_watches_cancels_in_any_phase_and_the_error_says_where_it_was(phase: str) -> None:
+    watcher = Canceller(phase)
+    threads = threading.active_count()
+    with pytest.raises(LoadCancelledError, match=f"in {phase}") as caught:
+        load_quantized(DEMO_MODEL, "none", progress=watcher)
+    assert watcher.seen[-1] == phase
+    assert threading.active_count() == threads
+    attempt = attempt_behind(caught.value)
+    if phase == "resolve":  # nothing had begun
+        assert attempt is None
+        return
+    assert attempt is not None
+    assert attempt.where.phase == phase
+    assert [each.name for each in attempt.phases] == list(dict.fromkeys(watcher.seen))
+    assert attempt.where.bytes_total == (0 if phase in ("plan", "compile", "check") else attempt.where.bytes_total)
+    assert (attempt.where.predicted_peak_bytes > 0) == (phase in ("stream", "finish"))
 
 
 def test_a_load_without_a_plan_is_reported_by_the_layers_that_were_completed() -> None:

@@ -14,6 +14,7 @@ import quantload
 from quantload import LoadOptions, QuantizationPolicy
 from quantload.errors import ChangedFileError
 from quantload.server import command
+from quantload.server.load_progress import LoadProgress
 
 DEMO = Path(quantload.__file__).parent / "demo_model"
 
@@ -26,7 +27,7 @@ def served(folder: Path, monkeypatch: pytest.MonkeyPatch, between: Any) -> Any:
         assert rest["log_level"] is None  # the command line has said what is logged
         made.append(load_processor())
         between()
-        made.append(load(lambda done, total: None, threading.Event()))
+        made.append(load(LoadProgress(), threading.Event()))
 
     monkeypatch.setattr(command, "serve", serve)
     monkeypatch.setattr(command, "check_processor", lambda *_: None)

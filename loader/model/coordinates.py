@@ -242,6 +242,8 @@ def _chunk(x: Coordinates, chunks: int, dim: int = 0) -> tuple[Coordinates, ...]
 
 def _unbind(x: Coordinates, dim: int = 0) -> tuple[Coordinates, ...]:
     dim = _dim(x, dim)
+    if x.shape[dim] == 1:
+        return (_drop(x, [dim]),)
     return tuple(_drop(_narrow(x, dim, i, 1), [dim]) for i in range(x.shape[dim]))
 
 

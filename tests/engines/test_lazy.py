@@ -94,6 +94,8 @@ def test_movements_read_nothing_and_give_what_they_give_of_data(shape: list[int]
     lazy.origin.read = None  # whoever reads fails
     for name in data.draw(st.lists(st.sampled_from(MOVEMENTS), max_size=5)):
         seed = data.draw(st.integers(0, 1 << 20))
+        if name == "step" and len(lazy.boxes) > 1:
+            continue  # which is no movement of boxes: it is read
 
         def draw(below: int, seed: int = seed) -> int:
             return seed % below

@@ -1,4 +1,4 @@
-"""NL4 without a matmul: blocks of 32 along K whose signed E4M3 scales stand under one of the row. R x B blocks a program.
+"""NL4 without a matmul: blocks of 32 along K, whose signed E4M3 scales stand under that of the row; R x B a program.
 
 `reference.nl4` says what is computed; the constants are those of `nl4_levels`.
 """

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -35,6 +35,9 @@ from .ranks.launch import launched, process_group
 from .schemes.names import ExportName
 from .shortage import importing, is_shortage, refused, shortage_behind
 from .threads import settle_threads
+
+if TYPE_CHECKING:
+    from .fit_policy import Fitted
 
 logger = logging.getLogger("quantload")
 
@@ -98,6 +101,7 @@ def load(
     report, html = _writable(report), _writable(html, "--html")
     given = _model(model, chosen.source)
     with failure_written(html if launched().rank == 0 else None, given, arguments["quantization"], arguments["device"]):
+        _fit(model, chosen, arguments)
         with _libraries():
             from .load import load_quantized
 
@@ -128,12 +132,21 @@ def plan(
             min=1,
         ),
     ] = None,
+    save_policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write which module gets which scheme, as JSON that --policy reads.",
+            show_default="not written",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a load would do and how much memory it would take, from the headers alone."""
     chosen.logs.set_up()
     settle_threads(chosen.forward.threads)
-    arguments = chosen.arguments()
+    arguments, save_policy = chosen.arguments(), _writable(save_policy, "--save-policy")
+    fitted = _fit(model, chosen, arguments)
     with _libraries():
         from .draft import plan_quantized
         from .fitting import beside_peak, judge_draft
@@ -157,7 +170,10 @@ def plan(
         "fetches": None if draft.plan.fetches is None else draft.plan.fetches._asdict(),
         "verdict": verdict.to_dict(),
         "beside_the_peak": beside_peak(draft, tokens).to_dict(),
+        "fit": None if fitted is None else fitted.to_dict(),
     }
+    if save_policy is not None:
+        save_policy.write_text(json.dumps(asdict(draft.rules.policy), indent=1) + "\n")
     if as_json:
         _print_json(summary)
     else:
@@ -250,6 +266,7 @@ def serve(
             from .server.command import serve_model
     except ImportError as error:
         raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
+    _fit(model, chosen, arguments)
     chosen.logs.set_up_server()
     with process_group(arguments["device"]):
         serve_model(
@@ -421,6 +438,25 @@ def _exit_code(error: QuantloadError) -> int:
     if isinstance(error, (CheckpointError, RouteError, UnsupportedCheckpointError)):
         return EXIT_CHECKPOINT
     return EXIT_USAGE if isinstance(error, PolicyError) else EXIT_OTHER
+
+
+def _fit(model: str | None, chosen: PlanOptions, arguments: dict[str, Any]) -> Fitted | None:
+    """What `--fit` chooses, which becomes the policy in `arguments`, and is logged."""
+    if chosen.fit is None:
+        return None
+    if arguments["quantization"] != "auto":
+        raise PolicyError("--fit chooses the schemes: leave --quantization out")
+    if launched().ranks > 1:
+        raise PolicyError("--fit is for one process: plan with it alone, --save-policy, and give ranks --policy")
+    with _libraries():
+        from .fit_policy import fit_policy
+
+    taken = ("device", "policy", "options", "revision", "trust_remote_code")
+    found = fit_policy(_model(model, chosen.source), chosen.fit, **{name: arguments[name] for name in taken})
+    arguments["policy"] = found.policy
+    for line in found.lines():
+        logger.info("%s", line)
+    return found
 
 
 def _model(model: str | None, source: SourceOptions) -> str | Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -115,12 +115,27 @@ class PolicyOptions:
         ),
     ] = "default"
 
+    policy_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--policy",
+            metavar="FILE",
+            help="All of this from a JSON or TOML file of the fields of a QuantizationPolicy, as plan --save-policy "
+            "writes it.",
+            show_default="no file",
+        ),
+    ] = None
+
     def policy(self) -> QuantizationPolicy | None:
         """The policy, `None` where nothing was said."""
         from .options import QuantizationPolicy
 
         if self == PolicyOptions():
             return None
+        if self.policy_file is not None:
+            if replace(self, policy_file=None) != PolicyOptions():
+                raise PolicyError("--policy says which module gets which scheme: give no other option for that")
+            return QuantizationPolicy.from_file(self.policy_file)
         overrides = [_pair(text, "--override", "PATTERN=SCHEME") for text in self.override or ()]
         return QuantizationPolicy(
             experts=self.experts,
@@ -438,6 +453,15 @@ class PlanOptions(CheckpointOptions):
     """What `plan` takes, and every command that builds a model."""
 
     device: Device = "auto"
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Choose the schemes that lose least with a peak below this size, such as 16GiB, instead of "
+            "--quantization.",
+            show_default="the scheme of --quantization",
+        ),
+    ] = None
     forward: ForwardOptions
 
     def groups(self) -> tuple[LoadOptionsGroup, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -272,6 +274,18 @@ class QuantizationPolicy:
         """Policy from a mapping such as parsed JSON; an unknown key raises `PolicyError`."""
         policy: Self = _from_mapping(cls, values)
         return policy
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Policy from a file of its fields, in TOML where its name ends with .toml, else JSON; `PolicyError` if not."""
+        try:
+            text = Path(path).read_text()
+            values = tomllib.loads(text) if str(path).endswith(".toml") else json.loads(text)
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"{path} is no policy: {error}") from error
+        if not isinstance(values, dict):
+            raise PolicyError(f"{path} is no policy: it has no fields of a QuantizationPolicy")
+        return cls.from_mapping(values)
 
 
 def check_kinds(policy: object, options: object) -> None:

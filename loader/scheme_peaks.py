@@ -39,14 +39,14 @@ def _peaks(draft: Draft, options: LoadOptions) -> Iterator[SchemePeak]:
         factory = SchemeFactory(draft.schemes.device, options, rules.policy.scale_mode)
         try:
             other = rules.with_scheme(entry.name, factory)
-            more = sum(_bytes_more(draft, each, other) for each in draft.assignments if each.is_possible)
+            more = sum(bytes_more(draft, each, other) for each in draft.assignments if each.is_possible)
         except (PolicyError, NoKernelError, UnsupportedCheckpointError):
             continue
         name = AUTO if entry.name == AS_STORED else entry.name
         yield SchemePeak(name, plan.final_bytes + more, plan.peak_bytes + more)
 
 
-def _bytes_more(draft: Draft, assignment: Assignment, other: Policy) -> int:
+def bytes_more(draft: Draft, assignment: Assignment, other: Policy) -> int:
     """What a module takes more by other rules, in bytes."""
     loaded, weights = draft.loaders.sinks, _weights(assignment)
     names = [name for name in weights if name in loaded and name not in draft.mapped.missing]

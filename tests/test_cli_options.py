@@ -78,7 +78,7 @@ def test_what_commands_have_in_common() -> None:
     assert names("load") - names("plan") == reading | cache | {
         *("report", "html", "digest", "expert_parallel", "load_format"),
     }
-    of_models = {"device", "activations", "threads", "digest", "html", "expert_parallel", "load_format"}
+    of_models = {"device", "fit", "activations", "threads", "digest", "html", "expert_parallel", "load_format"}
     assert names("load") - names("convert") == of_models | cache
     assert names("convert") - names("load") == {"out", "checkpoint_format", "max_shard_size", "no_model_card"}
 

@@ -92,6 +92,9 @@ FLOORS: dict[str, Floor] = {
     "scheme_peaks": Floor(
         f"{GROUND} geometry memory schemes model draft", "what a draft would take with other schemes"
     ),
+    "fit_policy": Floor(
+        f"{GROUND} memory.amounts schemes draft scheme_peaks", "plans with other schemes until a load fits"
+    ),
     "fitting": Floor(f"{GROUND} memory model draft scheme_peaks", "what a draft finds on this machine"),
     "phases": Floor("memory", "a clock"),
     "recording": Floor(f"{GROUND} checkpoint memory schemes model plan phases", "says what a load did"),
@@ -136,8 +139,8 @@ FLOORS: dict[str, Floor] = {
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli_pages": Floor("errors memory page", "what a command leaves for a browser"),
     "cli": Floor(
-        f"{GROUND} threads memory schemes draft fitting load convert server cli_logging cli_options cli_groups "
-        "cli_pages ranks.launch",
+        f"{GROUND} threads memory schemes draft fit_policy fitting load convert server cli_logging cli_options "
+        "cli_groups cli_pages ranks.launch",
         "a user of the package",
     ),
     "__main__": Floor("cli", "python -m quantload"),

@@ -1,0 +1,95 @@
+"""How much the output of the demo model feels each kind of module, by depth: the table that `quantload --fit` ranks by.
+
+One kind of one third of the layers is quantized at a time, all others are as stored, and the divergence from the BF16
+model is measured on windows of held-out text, as `bench/quality.py` does it. It is divided by the mean relative squared
+error of the weights that were quantized: what remains is the divergence that an error of 1 would cause if it grew in
+proportion. The demo model has no dense feed-forward layers, so those are taken to be as sensitive as its experts.
+
+    python bench/sensitivity.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine, headline
+from quality import ROOT, WINDOW, Compared
+from result_files import RESULTS, write_result
+
+SCHEME = "nl4"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kind of module costs in one third of the layers."""
+
+    kind: str
+    third: str
+    divergence: float
+    relative_error: float
+    modules: int
+
+    @property
+    def sensitivity(self) -> float:
+        """Divergence for a relative squared error of 1."""
+        return self.divergence / self.relative_error
+
+
+def measure(folder: Path, text: str, windows: int) -> list[Row]:
+    """Every kind in every third."""
+    transformers, fit = importlib.import_module("transformers"), importlib.import_module("quantload.fit_policy")
+    quantload = importlib.import_module("quantload")
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    step = (len(ids) - WINDOW) // max(windows - 1, 1)
+    inputs = [ids[at : at + WINDOW][None] for at in range(0, step * windows, step)]
+    baseline = Compared(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
+    with torch.inference_mode():
+        for each in inputs:
+            baseline(input_ids=each)
+    draft = quantload.plan_quantized(str(folder), SCHEME, device="cpu")
+    groups: dict[tuple[str, str], list[str]] = {}
+    for item in fit.items_of(draft):
+        groups.setdefault((item.kind, item.third), []).extend(item.names)
+    rows = []
+    for (kind, third), names in groups.items():
+        policy = quantload.QuantizationPolicy(overrides=tuple((name, SCHEME) for name in names))
+        model = quantload.load_quantized(str(folder), "none", device="cpu", policy=policy, progress=False)
+        compared = Compared(model, iter(baseline.kept))
+        with torch.inference_mode():
+            for each in inputs:
+                compared(input_ids=each)
+        layers = model.load_report.layers
+        error = sum(10 ** (-layer.sqnr_db / 10) * layer.numel for layer in layers) / sum(each.numel for each in layers)
+        divergence = sum(compared.divergences) / len(compared.divergences)
+        rows.append(Row(kind, third, divergence, error, len(layers)))
+        print(f"{kind:8} {third:6} {1000 * divergence:7.3f} {rows[-1].sensitivity:7.3f}", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write the dated JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "loader" / "demo_model", help="folder of the demo model")
+    parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "stdlib_validation.txt")
+    parser.add_argument("--windows", type=int, default=20, help="of 512 tokens, evenly over the text")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    machine = describe_machine()
+    print(headline(machine))
+    rows = measure(options.model, options.text.read_text(), options.windows)
+    result: dict[str, Any] = {
+        "machine": machine,
+        "windows": options.windows,
+        "scheme": SCHEME,
+        "rows": [{**asdict(row), "sensitivity": row.sensitivity} for row in rows],
+    }
+    print(f"\nwritten: {write_result('sensitivity', result, options.results)}")
+
+
+if __name__ == "__main__":
+    main()

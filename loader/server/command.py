@@ -154,8 +154,8 @@ def _check_ranks(continuous_batching: bool, weights: bool) -> None:
     if here.local_ranks < here.ranks:
         raise PolicyError(
             f"{here.ranks} ranks run on several hosts, {here.local_ranks} of them here; quantload serves with those of "
-            f"one host: take an engine for more, such as `vllm serve MODEL --quantization quantload_quark_mxfp4 "
-            f"--tensor-parallel-size {here.ranks}`"
+            f"one host: take an engine for more, such as `vllm serve MODEL --quantization quark_mxfp4 "
+            f"--load-format quantload --tensor-parallel-size {here.ranks}`"
         )
 
 

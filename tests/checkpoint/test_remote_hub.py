@@ -53,12 +53,13 @@ def test_ranges_of_one_commit(hub: RangeServer) -> None:
         (Fault(status=500), "server_error"),
         (Fault(after=1000, how="reset"), "connection"),
         (Fault(after=1000, how="close"), "connection"),
-        (Fault(after=1000, how="stall", seconds=9), "stalled"),
+        (Fault(after=1000, how="stall", seconds=60), "stalled"),
         (Fault(how="shift"), "wrong_range"),
     ],
 )
 def test_what_may_pass(hub: RangeServer, fault: Fault, kind: PassingKind) -> None:
-    client = HubClient("org/model", None, stall_seconds=0.2)
+    client = HubClient("org/model", None, stall_seconds=60.0)
+    client._stall_seconds = 0.2 if fault.how == "stall" else 60.0
     hub.fault = lambda asked: fault
     with pytest.raises(PassingError) as caught:
         get(client)

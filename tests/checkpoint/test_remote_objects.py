@@ -39,7 +39,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeSer
         yield server
 
 
-def client(server: RangeServer, scheme: str, stall_seconds: float = 5.0) -> ObjectClient:
+def client(server: RangeServer, scheme: str, stall_seconds: float = 60.0) -> ObjectClient:
     base = f"http://me:{SECRET}@127.0.0.1:{server.port}" if scheme == "http" else "s3://bucket"
     return ObjectClient(parse_address(f"{base}/model"), stall_seconds)
 
@@ -77,7 +77,7 @@ def test_ranges_and_versions(server: RangeServer, scheme: str) -> None:
         (Fault(after=1000, how="reset"), "connection"),
         (Fault(after=1000, how="close"), "connection"),
         (Fault(after=0, how="reset"), "connection"),
-        (Fault(after=1000, how="stall", seconds=9), "stalled"),
+        (Fault(after=1000, how="stall", seconds=60), "stalled"),
         (Fault(how="shift"), "wrong_range"),
     ],
 )
@@ -85,7 +85,7 @@ def test_ranges_and_versions(server: RangeServer, scheme: str) -> None:
 def test_what_may_pass(server: RangeServer, fault: Fault, kind: PassingKind, scheme: str) -> None:
     server.fault = lambda asked: fault
     with pytest.raises(PassingError) as caught:
-        get(client(server, scheme, stall_seconds=0.2))
+        get(client(server, scheme, stall_seconds=0.2 if fault.how == "stall" else 60.0))
     assert caught.value.kind == kind
     assert SECRET not in str(caught.value)
 
@@ -107,6 +107,11 @@ def test_what_will_not_pass(server: RangeServer, fault: Fault, said: str, creden
     assert caught.value.credentials == credentials
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def test_a_slow_server_is_not_given_up(server: RangeServer) -> None:
+    server.fault = lambda asked: Fault(how="slow", seconds=0.005)
+    assert get(client(server, "s3")) == CONTENT
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
+import warnings
 from typing import Literal, TextIO
 
 from rich.console import Console
@@ -64,6 +66,17 @@ def set_up_logging(level: LogLevel = "info", form: LogFormat = "text") -> None:
     handler = _ConsoleHandler()
     handler.setFormatter(_JsonFormatter() if form == "json" else None)
     _hand_to("quantload", handler, level)
+
+
+def quiet_libraries(verbose: bool) -> None:
+    """Show no warnings of the libraries that are imported from now on, unless `verbose`, or the user has said so.
+
+    What Python's `-W` or PYTHONWARNINGS say counts, as does TRANSFORMERS_VERBOSITY.
+    """
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
 
 
 def set_up_server_logging(level: LogLevel = "info", form: LogFormat = "text") -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 
-from .cli_logging import LogFormat, LogLevel, set_up_logging, set_up_server_logging
+from .cli_logging import LogFormat, LogLevel, quiet_libraries, set_up_logging, set_up_server_logging
 from .errors import PolicyError
 from .options import Activations, CacheVerify, PageCache, ScaleMode
 from .ranks.launch import launched
@@ -321,6 +321,7 @@ class LogOptions:
         """Log so from now on. Raises `PolicyError` for both of --verbose and --quiet."""
         if self.verbose and self.quiet:
             raise PolicyError("--verbose and --quiet are both given; choose one")
+        quiet_libraries(self._level() == "debug")
         set_up_logging(self._level(), self.log_format)
 
     def set_up_server(self) -> None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GIB, MIB = 1 << 30, 1 << 20
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that were read and all that will be; what it raises cancels the load. One that is a `Watcher`
@@ -60,10 +66,72 @@ def showing(progress: Progress | bool | None, doing: str) -> Iterator[Progress |
     if progress is False or (progress is None and not (console.is_terminal or console.is_jupyter)):
         yield None
         return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
+    with ProgressBar(console, doing) as bar:
+        yield bar
 
-    columns = (TextColumn(doing), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(doing, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+class ProgressBar:
+    """A line that moves, on `console`, gone when the block ends: phase, bytes, speed, memory, time left.
+
+    It is a `Progress` and a `Watcher`, and fits into 80 columns.
+    """
+
+    shown = True
+
+    def __init__(self, console: Console, doing: str) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self._doing = doing
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[said]}", markup=False),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task(doing, total=None, said="")
+        self._began: float | None = None
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many bytes are read, which is all that is known."""
+        self._bar.update(self._task, completed=done, total=total, said=_of(done, total))
+
+    def watch(self, moment: Moment) -> None:
+        """Everything there is to know."""
+        phase = self._doing if moment.phase == "stream" else f"{self._doing}: {moment.phase}"
+        total = moment.bytes_total or None
+        self._bar.update(
+            self._task, description=phase, completed=moment.bytes_read, total=total, said=self._said(moment)
+        )
+
+    def _said(self, moment: Moment) -> str:
+        if not moment.bytes_total:
+            return ""
+        if self._began is None:
+            self._began = moment.seconds
+        passed = moment.seconds - self._began
+        speed = f" {_short(moment.bytes_read / passed)}/s" if passed > 0.2 else ""
+        allowed = moment.limit_bytes or moment.predicted_peak_bytes
+        memory = f" mem {_of(max(0, moment.memory), allowed)}" if allowed else ""
+        return f"{_of(moment.bytes_read, moment.bytes_total)}{speed}{memory}"
+
+
+def _of(part: int, whole: int) -> str:
+    """Two sizes in the unit of the second, such as `3.2/56.9 GiB`."""
+    unit, name = (GIB, "GiB") if whole >= GIB else (MIB, "MiB")
+    return f"{part / unit:.1f}/{whole / unit:.1f} {name}"
+
+
+def _short(nbytes: float) -> str:
+    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.0f} MiB"

@@ -29,6 +29,8 @@ from .progress import Moment, Progress, watcher_of
 from .schemes.registry import PREQUANTIZED
 
 logger = logging.getLogger("quantload")
+SECONDS_A_LINE = 10.0
+"""Between two lines of the log about a load under way."""
 NOTHING_LEFT = Leftovers()
 
 
@@ -74,6 +76,8 @@ class Recorder:
         self._allowed: tuple[int | None, int | None] = None, None
         self._predicted_peak = 0
         self._phases = Phases()
+        self._shown = bool(getattr(progress, "shown", False))
+        self._next_line = SECONDS_A_LINE
         _check_usable(device)
         self.ledger = Ledger(probe_for(device))
 
@@ -138,6 +142,9 @@ class Recorder:
             self._watcher.watch(self.moment())
         elif self._progress is not None and self._expected is not None:
             self._progress(bytes_read, self._expected.bytes_total)
+        if not self._shown and self.ledger.seconds >= self._next_line:
+            self._next_line = self.ledger.seconds + SECONDS_A_LINE
+            logs.log_progress(self.moment())
 
     def on_layer(self, name: str, statistics: Tensor | None, process: Process = lambda: None) -> None:
         """A layer is complete, up to what `process` does; called once a layer from any thread.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 
 import pytest
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-from quantload.cli_logging import OTHERS, log_as_json, set_up_logging, set_up_server_logging
+from quantload.cli_logging import OTHERS, log_as_json, quiet_libraries, set_up_logging, set_up_server_logging
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +83,21 @@ def test_a_command_that_does_not_serve_has_its_lines_bare(capsys: pytest.Capture
     set_up_logging()
     logging.getLogger("quantload").info("Loaded 1.00 GiB in 1.0 s (1.00 GiB/s)")
     assert capsys.readouterr().err == "Loaded 1.00 GiB in 1.0 s (1.00 GiB/s)\n"
+
+
+def test_libraries_warn_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(verbose: bool) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quiet_libraries(verbose)
+            warnings.warn("of a library", UserWarning, stacklevel=1)
+        return [str(each.message) for each in caught]
+
+    monkeypatch.setattr(sys, "warnoptions", [])
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    assert warned(True) == ["of a library"]
+    assert "TRANSFORMERS_VERBOSITY" not in os.environ
+    assert warned(False) == []
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
+    monkeypatch.setattr(sys, "warnoptions", ["default"])
+    assert warned(False) == ["of a library"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import QuantloadError
+from ..progress import Moment
 from .amounts import GIB
 
 logger = logging.getLogger("quantload")
@@ -123,6 +124,17 @@ def log_non_finite(weights: Sequence[object]) -> None:
             named,
             more,
         )
+
+
+def log_progress(moment: Moment) -> None:
+    """Log how far a load is, where nobody looks at a bar."""
+    rate = moment.bytes_read / moment.seconds / GIB if moment.seconds > 0 else 0.0
+    allowed = moment.limit_bytes or moment.predicted_peak_bytes
+    logger.info(
+        "Loading: %.2f of %.2f GiB read in %.0f s (%.2f GiB/s), memory %.2f of %.2f GiB",
+        *(moment.bytes_read / GIB, moment.bytes_total / GIB, moment.seconds, rate),
+        *(max(0, moment.memory) / GIB, allowed / GIB),
+    )
 
 
 def log_loaded(size: int, seconds: float) -> None:

@@ -29,6 +29,9 @@ def render(report: LoadReport, console: Console | None = None) -> None:
     worst = _worst(report.layers)
     if worst:
         console.print(_worst_layers(worst))
+        left_out = len(report.layers) - len(worst)
+        if left_out > 0:
+            console.print(f"{left_out} more layers: --report FILE has all of them, --html FILE a map", highlight=False)
     if report.kept:
         console.print(_kept(report.kept))
     for line in _left(report.to_dict()):

@@ -74,7 +74,7 @@ def failed() -> str:
     return failure_page(said)
 
 
-PAGES = {
+PAGES: dict[str, Callable[[], str]] = {
     "good": lambda: report_page(report(command="quantload load org/model -q quark_mxfp4")),
     "attention": lambda: report_page(report([layer("m.1.up", 3.0), layer("m.2.up", None)], limit_bytes=1 << 20)),
     "failed": failed,

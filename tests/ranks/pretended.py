@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from quantload import LoadOptions, QuantizationPolicy
 from quantload.checkpoint.crew import leave_if_stopping
+from quantload.draft import FROM_CONFIG
 from quantload.geometry.shares import Share
-from quantload.load import FROM_CONFIG, load_into
+from quantload.load import load_into
 from quantload.model.parallel_plan import RankPlan
 from quantload.ranks.alone import RankSizes
 from quantload.ranks.divided import Divided

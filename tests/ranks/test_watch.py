@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from quantload.errors import LoadCancelledError, RankError
 from quantload.ranks.watch import Watch
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 
 
 def together(first: object, second: object) -> list[BaseException | None]:

@@ -23,6 +23,7 @@ from ..model.skeleton import Assignment
 from ..options import LoadOptions
 from ..recording import Expected, Recorder, tensor_bytes
 from .closures import EngineLayer, engine_layers
+from .engine_metrics import publish
 from .lazy import LazyTensor
 from .origin import CheckpointOrigin, Materialized
 
@@ -122,7 +123,8 @@ class EngineLoad:
 
 
 def tell(report: LoadReport, materialized: int, logger: logging.Logger) -> None:
-    """One line in the engine's log, and the report as JSON where `QUANTLOAD_REPORT` asks for it."""
+    """One line in the engine's log, gauges, and the report as JSON where `QUANTLOAD_REPORT` asks for it."""
+    publish(report)
     where = "" if report.rank is None else f"rank {report.rank} of {report.world_size}, "
     logger.info(
         "quantload: %s%s, quantized_layers=%d, kept_layers=%d, read %s of %s in %.1f s, model %s, peak %s, %d tensors "

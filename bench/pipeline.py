@@ -2,8 +2,9 @@
 
 Four parts, each with its sides taking turns in one process; figures are medians:
 
-- warm: reading alone with all workers, quantizing a hot piece alone with all workers, and the whole load as MXFP4, on a
-  checkpoint of 3 GB and on one of 11 GB, where what a load costs once weighs less;
+- warm: reading alone with all workers, quantizing a hot piece alone with all workers, the whole load as MXFP4, and a
+  reload of the same into its memory, on a checkpoint of 3 GB and on one of 11 GB, where what a load costs once weighs
+  less;
 - many: the same bytes in 51,000 tensors and in 66;
 - index: planning a checkpoint of 102,000 tensors, of which only the headers exist;
 - cold: the whole load against reading the same files and doing nothing (leaving what was read in the page cache, or
@@ -60,15 +61,15 @@ class Bench:
         load_whole(make(name, WARM_UP_SCALE, self.options.work))
         return make(name, self.options.scale, self.options.work)
 
-    def load_warm(self, folder: Path) -> dict[str, float]:
-        """One whole load from a warm page cache, free memory touched just before."""
+    def load_warm(self, folder: Path, again: bool = False) -> dict[str, float]:
+        """One whole load from a warm page cache, free memory touched just before; `again`: and a reload of it."""
         files = shards_of(folder)
         set_page_cache(files, cold=False)
         touch_memory(max(1 << 20, int(TOUCH_SHARE * _size(folder))))
-        return load_whole(folder)
+        return load_whole(folder, again=again)
 
     def warm(self) -> list[dict[str, Any]]:
-        """Reading alone, quantizing alone, the whole load."""
+        """Reading alone, quantizing alone, the whole load, and the same weights once more into the same memory."""
         rows = []
         for name in self.options.checkpoints:
             folder = self.make(name)
@@ -76,7 +77,7 @@ class Bench:
             for number in range(self.options.repeats):
                 set_page_cache(shards_of(folder), cold=False)
                 turn = {"read": read_alone(folder), "quantize": quantize_alone(size)}
-                turn |= {key: size / seconds for key, seconds in self.load_warm(folder).items()}
+                turn |= {key: size / seconds for key, seconds in self.load_warm(folder, again=True).items()}
                 turns.append(turn)
                 rates = ", ".join(f"{key} {rate / 1e9:.1f}" for key, rate in turn.items())
                 _note(f"warm {name} {number + 1}: {rates} GB/s")

@@ -18,6 +18,7 @@ from quantload.checkpoint.source import FileSource
 from quantload.kernels import statistics as stats
 from quantload.kernels.registry import kernel_set
 from quantload.options import LoadOptions
+from quantload.reload.flow import reload_weights
 from stopwatch import Stopwatch
 
 load_module: Any = importlib.import_module("quantload.load")
@@ -83,16 +84,24 @@ def quantize_alone(size: int, format_name: str = FORMAT) -> float:
     return rounds * workers * PIECE_BYTES / seconds
 
 
-def load_whole(folder: Path, scheme: str = SCHEME) -> dict[str, float]:
-    """Seconds of one `load_quantized`: `total`, and `stream`, the part in which pieces are read and quantized."""
+def load_whole(folder: Path, scheme: str = SCHEME, again: bool = False) -> dict[str, float]:
+    """Seconds of one `load_quantized`: `total`, and `stream`, the part in which pieces are read and quantized.
+
+    `again`: and of a `reload_weights` of the same files into the memory of that model, `reload`.
+    """
     gc.collect()
     with Stopwatch((PieceReader, "run")) as watch:
         start = time.perf_counter()
         model = load_module.load_quantized(str(folder), quantization=scheme, device="cpu")
         total = time.perf_counter() - start
+    seconds = {"total": total, "stream": watch.seconds["run"]}
+    if again:
+        start = time.perf_counter()
+        reload_weights(model, str(folder), progress=False)
+        seconds["reload"] = time.perf_counter() - start
     del model
     gc.collect()
-    return {"total": total, "stream": watch.seconds["run"]}
+    return seconds
 
 
 def plan_alone(folder: Path, scheme: str = SCHEME) -> dict[str, Any]:

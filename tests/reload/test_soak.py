@@ -1,0 +1,64 @@
+"""Many reloads of one model: what is held does not grow, and no bytes are left of the weights before."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from new_weights import changed_copy, load, pointers
+from quantload import reload_weights
+from quantload.digest import model_digest
+from quantload.errors import NonFiniteWeightError
+from quantload.memory.probes import AnonymousRssProbe
+from test_update import in_parts, passing, tensors_of
+from torch import Tensor
+
+RELOADS, WARM = 200, 60
+MOST_GROWTH = 4 << 20
+"""Bytes that the process may have grown by in 140 reloads; one that kept its skeleton would take far more."""
+
+
+@pytest.mark.slow
+def test_reloads_neither_grow_nor_leave_anything(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("quantload"), "level", logging.CRITICAL)  # pytest keeps all lines
+    architecture, scheme, rng = "qwen3_moe", "nvfp4", random.Random(5)
+
+    def scaled(factor: float) -> Callable[[str, Tensor], Tensor]:
+        return lambda name, tensor: (tensor.float() * factor).to(tensor.dtype) if tensor.is_floating_point() else tensor
+
+    folders = [changed_copy(checkpoint(architecture), tmp_path / f"{n}", scaled(0.7 + 0.17 * n)) for n in range(4)]
+    digests = [model_digest(load(folder, scheme), 1)[0] for folder in folders]
+    bad = dict(tensors_of(folders[0]))
+    last = next(name for name in reversed(bad) if name.endswith("down_proj.weight"))
+    bad[last] = torch.full_like(bad[last], torch.nan)
+    model = load(folders[0], scheme)
+    where, probe, sizes, objects = pointers(model), AnonymousRssProbe(), [], []
+    for number in range(RELOADS):
+        folder = rng.choice(range(4))
+        way = number % 5
+        if way == 4:
+            with pytest.raises(NonFiniteWeightError):
+                reload_weights(model, bad)
+        source = {
+            0: lambda folder=folder: folders[folder],
+            1: lambda folder=folder: tensors_of(folders[folder]),
+            2: lambda folder=folder: passing(tensors_of(folders[folder]).items()),
+        }.get(way, lambda folder=folder: passing(in_parts(tensors_of(folders[folder]), random.Random(folder))))
+        reload_weights(model, source(), progress=False)
+        assert model_digest(model, 1)[0] == digests[folder], number
+        assert model.load_report.state == "complete"
+        if number % 20 == 19:
+            gc.collect()
+            sizes.append(probe.current())
+            objects.append(len(gc.get_objects()))
+    assert pointers(model) == where
+    warm = WARM // 20 - 1
+    assert max(sizes[warm:]) - sizes[warm] < MOST_GROWTH, sizes
+    assert max(objects[warm:]) - objects[warm] < 500, objects

@@ -36,15 +36,12 @@ def render_pipeline(result: dict[str, Any]) -> str:
         cells = [f"{rates[key] / GB:.1f}" for key in ("read", "quantize")] + [f"{ideal(rates) / GB:.1f}"]
         cells += [f"{rates[key] / GB:.1f}" for key in ("stream", "total")]
         cells += [f"{rates['total'] / slower(rates):.2f}", f"{rates['total'] / ideal(rates):.2f}"]
-        cells += (
-            [f"{rates['reload'] / GB:.1f}", f"{rates['reload'] / ideal(rates):.2f}"]
-            if "reload" in rates
-            else ["-", "-"]
-        )
+        if "reload" in rates:  # results from before there were reloads have none
+            cells += [f"{rates['reload'] / GB:.1f}", f"{rates['reload'] / ideal(rates):.2f}"]
         warm.append([f"{row['checkpoint']}, {row['bytes'] / GB:.1f} GB", *cells])
     header = ("warm, GB/s of BF16", "reading", "quantizing", "one after the other", "stream", "whole load")
-    header += ("whole / slower part", "whole / one after the other", "reload", "reload / one after the other")
-    tables = [markdown(warm, header[: len(warm[0])])] if warm else []
+    nearness = "whole / slower part", "whole / one after the other", "reload", "reload / one after the other"
+    tables = [markdown(warm, (*header, *nearness)[: len(warm[0])])] if warm else []
     cold = [
         [
             f"{row['checkpoint']}, {row['bytes'] / GB:.1f} GB",

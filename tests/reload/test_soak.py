@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,16 @@ from torch import Tensor
 RELOADS, WARM = 200, 60
 MOST_GROWTH = 4 << 20
 """Bytes that the process may have grown by in 140 reloads; one that kept its skeleton would take far more."""
+
+
+def given(way: int, folder: Path, seed: int) -> Any:
+    """The weights of a folder, in one of the ways in which they can be given."""
+    if way == 0:
+        return folder
+    tensors = tensors_of(folder)
+    if way == 1:
+        return tensors
+    return passing(tensors.items() if way == 2 else in_parts(tensors, random.Random(seed)))
 
 
 @pytest.mark.slow
@@ -46,12 +57,7 @@ def test_reloads_neither_grow_nor_leave_anything(
         if way == 4:
             with pytest.raises(NonFiniteWeightError):
                 reload_weights(model, bad)
-        source = {
-            0: lambda folder=folder: folders[folder],
-            1: lambda folder=folder: tensors_of(folders[folder]),
-            2: lambda folder=folder: passing(tensors_of(folders[folder]).items()),
-        }.get(way, lambda folder=folder: passing(in_parts(tensors_of(folders[folder]), random.Random(folder))))
-        reload_weights(model, source(), progress=False)
+        reload_weights(model, given(way, folders[folder], folder), progress=False)
         assert model_digest(model, 1)[0] == digests[folder], number
         assert model.load_report.state == "complete"
         if number % 20 == 19:

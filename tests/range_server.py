@@ -47,7 +47,7 @@ class RangeServer:
     """Serves `root` on a free local port. `fault` says what goes wrong with a request, `latency` is in seconds.
 
     A name below `bucket` is an object of S3, which can be listed unless `lists` is false. Each folder NAME is also the
-    repository org/NAME of a hub, whose only commit is `COMMIT`.
+    repository org/NAME of a hub, whose only commit is `COMMIT`; with `redirects` it sends clients to another host.
     """
 
     root: Path
@@ -56,6 +56,7 @@ class RangeServer:
     latency: float = 0.0
     lists: bool = True
     etags: bool = True
+    redirects: bool = False
     asked: list[Asked] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -149,7 +150,12 @@ class RangeServer:
             return self._list(connection, query)
         if path.startswith("api/models/org/"):
             return self._repository(connection, path)
-        of_hub = re.fullmatch(rf"org/([^/]+)/resolve/{COMMIT}/(.+)", path)
+        of_hub = re.fullmatch(rf"(?:org|signed)/([^/]+)/resolve/{COMMIT}/(.+)", path)
+        if self.redirects and of_hub and path.startswith("org/"):
+            self.asked.append(Asked(method, path, 0, 0, 0, headers))
+            elsewhere = self.url.replace("127.0.0.1", "localhost")
+            self._head(connection, 302, 0, [f"Location: {elsewhere}/signed{target[4:]}?sig=hunter2"])
+            return True
         file = self.root / ("/".join(of_hub.groups()) if of_hub else path.removeprefix(f"{self.bucket}/"))
         status = file.stat() if file.is_file() else None
         size = status.st_size if status is not None else 0

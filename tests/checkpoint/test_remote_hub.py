@@ -66,6 +66,22 @@ def test_what_may_pass(hub: RangeServer, fault: Fault, kind: PassingKind) -> Non
     assert caught.value.kind == kind
 
 
+def test_a_signed_address_is_asked_for_once_and_again_when_it_has_expired(hub: RangeServer) -> None:
+    client, hub.redirects = HubClient("org/model", None), True
+    for start in range(0, 5000, 1000):
+        assert get(client, "a", start, start + 1000) == CONTENT[start : start + 1000]
+    resolved = [asked for asked in hub.asked if asked.path.startswith("org/")]
+    signed = [asked for asked in hub.asked if asked.path.startswith("signed/")]
+    assert (len(resolved), len(signed)) == (1, 5)
+    assert not any("authorization" in asked.headers for asked in signed)
+    hub.fault = lambda asked: Fault(status=403) if asked.start == 7000 and not asked.before else None
+    with pytest.raises(PassingError, match="a signed address that has expired") as caught:
+        get(client, "a", 7000, 8000)
+    assert "hunter2" not in str(caught.value)
+    assert get(client, "a", 7000, 8000) == CONTENT[7000:8000]
+    assert len([asked for asked in hub.asked if asked.path.startswith("org/")]) == 2
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_what_will_not_pass(hub: RangeServer, status: int) -> None:
     client = HubClient("org/model", None)

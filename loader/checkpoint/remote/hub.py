@@ -26,6 +26,9 @@ from .client import STALL_SECONDS, Answer, MissingError, PassingError, RefusedEr
 _CHUNK = 256 << 10
 _WHOLE_BYTES = 64 << 20
 """A file that is sent whole although a part was asked for is read through if it has no more bytes."""
+_EXPIRED = (400, 401, 403, 404, 410)
+_MOST_EXPIRED = 100
+"""Signed addresses that have expired, after which each request asks the hub for one of its own."""
 _LOGIN = "accept its licence on the hub, then run 'hf auth login' or set HF_TOKEN"
 
 
@@ -62,14 +65,20 @@ class HubClient:
         except Exception as error:  # its releases raise the errors of different network libraries
             raise CheckpointError(f"{self.shown} cannot be read: {_told(error)}; try again") from None
         self._commit = str(info.sha)
+        self._locations: dict[str, str] = {}
+        """Where the hub sent us for a file: a signed address, asked for directly from then on, as the hub counts how
+        often it is asked."""
+        self._expired = 0
         self._names = [each.rfilename for each in info.siblings or ()]
 
     def get(self, name: str, start: int, stop: int, tag: Tag | None) -> Answer:
         """Bytes [start, stop) of a file of the commit; another version of it there cannot be."""
         if name not in self._names:
             raise MissingError("no such file")
-        url = hf_hub_url(self._repo, name, revision=self._commit)
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        location = self._locations.get(name)
+        url = location or hf_hub_url(self._repo, name, revision=self._commit)
+        credentials = {} if location else build_hf_headers()
+        headers = {**credentials, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         request = get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=self._stall_seconds)
         try:
             response = request.__enter__()
@@ -79,7 +88,15 @@ class HubClient:
             if response.status_code == 416:
                 request.__exit__(None, None, None)
                 return Answer(Tag(0, version=self._commit), ())
+            if location and response.status_code in _EXPIRED:
+                self._locations.pop(name, None)
+                self._expired += 1
+                raise PassingError(
+                    "server_error", f"HTTP {response.status_code} from a signed address that has expired"
+                )
             hf_raise_for_status(response)
+            if response.history and self._expired < _MOST_EXPIRED:
+                self._locations[name] = str(response.url)
             size, first = _extent(response, start)
         except BaseException as error:
             request.__exit__(None, None, None)

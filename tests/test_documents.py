@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "bench").glob("*.md")), *PAGES]
-DOCUMENTS += sorted((ROOT / "docs").glob("*/*.md"))
+DOCUMENTS += [*sorted((ROOT / "docs").glob("*/*.md")), ROOT / "deploy" / "README.md"]
 _LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#]*)(?:#(?P<anchor>[^)]*))?\)")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 

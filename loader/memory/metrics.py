@@ -167,6 +167,9 @@ class LoadMetrics:
         peak = _labelled("peak_memory_bytes", "Highest memory during the load above the value before it.", "device")
         staging = _labelled("staging_bytes", "Staging arena: its limit and the most that was in use.", "kind")
         predicted = _gauge("predicted_peak_memory_bytes", "Peak the plan predicted from the headers.")
+        limit = _gauge("memory_limit_bytes", "What the load was allowed to take; absent where there was no limit.")
+        if report is not None and report.limit_bytes is not None:
+            limit.add_metric([], report.limit_bytes)
         if report is not None:
             model.add_metric(["final"], report.final_bytes)
             model.add_metric(["checkpoint"], report.checkpoint_bytes)
@@ -178,7 +181,7 @@ class LoadMetrics:
             if report is None:
                 model.add_metric(["checkpoint"], plan.checkpoint_bytes)
                 predicted.add_metric([], plan.peak_bytes)
-        return [model, peak, predicted, staging, *_of_ranks(report)]
+        return [model, peak, predicted, limit, staging, *_of_ranks(report)]
 
     def _layer_metrics(self) -> Iterable[Metric]:
         count = _labelled("layers", "Quantized layers.", "scheme")
@@ -188,13 +191,18 @@ class LoadMetrics:
         schemes = Counter(layer.scheme for layer in self._report.layers) if self._report is not None else Counter()
         for scheme, layers in sorted(schemes.items()):
             count.add_metric([scheme], layers)
+        lowest = _gauge("lowest_sqnr_db", "The lowest SQNR of all quantized layers.")
+        known = [layer.sqnr_db for layer in self._report.layers if layer.sqnr_db is not None] if self._report else []
+        finite = [each for each in known if math.isfinite(each)]
+        if finite:
+            lowest.add_metric([], min(finite))
         for layer in self._layers:
             size.add_metric([layer.name, layer.scheme], layer.bytes_out)
             if layer.sqnr_db is not None and not math.isnan(layer.sqnr_db):
                 sqnr.add_metric([layer.name], layer.sqnr_db)
             if layer.saturated_fraction is not None:
                 saturated.add_metric([layer.name], layer.saturated_fraction)
-        return [count, sqnr, size, saturated]
+        return [count, sqnr, lowest, size, saturated]
 
     def _counters(self) -> Iterable[Metric]:
         for name, help_text, counts in (

@@ -11,7 +11,7 @@ from prometheus_client import parser
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from quantload.memory.metrics import LoadMetrics
 from quantload.memory.planner import ParameterSize, plan_memory
-from quantload.memory.report import LayerReport, LoadReport
+from quantload.memory.report import LayerReport, LoadReport, PhaseReport
 
 # Section 7 of the design; the parser takes the `_total` off a counter's family but not off its samples.
 NAMES = [
@@ -34,6 +34,9 @@ NAMES = [
     "reload_seconds_total",
     "cache_loads_total",
     "non_finite_values",
+    "lowest_sqnr_db",
+    "memory_limit_bytes",
+    "phase_seconds",
 ]
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -61,7 +64,9 @@ def value(found: Samples, name: str, **labels: str) -> float:
 def full_metrics() -> LoadMetrics:
     metrics = LoadMetrics()
     metrics.on_plan(plan_memory([ParameterSize("a", "linear", "quark_mxfp4", 4100, 1001)], 0, 128))
-    metrics.on_report(report())
+    limited = report()
+    limited.limit_bytes, limited.phases = 10_000, [PhaseReport("stream", 1.0)]
+    metrics.on_report(limited)
     return metrics
 
 

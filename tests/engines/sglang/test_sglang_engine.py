@@ -55,13 +55,13 @@ def asked_of(model: Path, update: Path | None = None, **options: Any) -> dict[st
     return {"model": str(model), "options": options, "prompts": PROMPTS, "tokens": TOKENS, "update": other}
 
 
-def test_loading_and_updating_from_a_folder(tmp_path: Path, python_path: str) -> None:
+def test_loading_and_updating(tmp_path: Path, python_path: str) -> None:
     """By SGLang's own name for the scheme, which SGLang runs on another GPU only, and with options."""
     first, other = save(tmp_path / "first", 1), save(tmp_path / "other", 2)
     override = {"quantization_config": {"quant_method": "quark_mxfp4", "ignore": [IGNORED]}}
     asked = asked_of(first, other, quantization="quark_mxfp4", json_model_override_args=json.dumps(override))
     report_file = tmp_path / "report.json"
-    (before, after), log = run("run_sglang.py", asked, python_path, QUANTLOAD_REPORT=str(report_file))
+    (before, after, again), log = run("run_sglang.py", asked, python_path, QUANTLOAD_REPORT=str(report_file))
     lines = re.findall(r"quantload: quark_mxfp4, quantized_layers=(\d+), kept_layers=(\d+).* (\d+) tensors read", log)
     assert lines == [("5", "2", "0")] * 2  # of the first load and of the update; the head and what is ignored are kept
     report = LoadReport.load(report_file)
@@ -73,6 +73,7 @@ def test_loading_and_updating_from_a_folder(tmp_path: Path, python_path: str) ->
     assert report.bytes_read == report.checkpoint_bytes
     for model, answers in ((first, before), (other, after)):
         check_tokens(model, "quark_mxfp4", answers, python_path, (IGNORED,))
+    assert again == before  # tensors that were handed over, q apart from k and v, as the files were read
 
 
 def test_two_ranks_read_each_its_part(tmp_path: Path, python_path: str) -> None:

@@ -51,7 +51,7 @@ def _codes_piece(codes: TensorMatrix, slab: Slab, as_is: AsIs) -> Piece:
     rows = codes.rows_of((slab.low, slab.high))
     only, entry = slab.parts[0], codes.part.entry
     whole = len(slab.parts) == 1 and only.rows == slice(0, slab.lines, 1) and codes.weight.along == "rows"
-    whole = whole and codes.part.convert is None
+    whole = whole and codes.part.convert is None and only.columns == slice(0, codes.weight.columns)
     place = as_is[only.span.parameter]["codes"].in_place(entry.dtype, only.region) if whole else None
     if place is not None:
 
@@ -64,7 +64,8 @@ def _codes_piece(codes: TensorMatrix, slab: Slab, as_is: AsIs) -> Piece:
     def deliver(workspace: Workspace) -> None:
         values = codes.canonical(workspace.buffer, rows)
         for part in slab.parts:
-            as_is[part.span.parameter]["codes"].load_region(values[part.rows], part.region)
+            columns = codes.weight.format.tensors[0].columns(part.columns.start, part.columns.stop, part.columns.stop)
+            as_is[part.span.parameter]["codes"].load_region(values[part.rows, columns], part.region)
 
     return codes.piece(rows, deliver)
 
@@ -84,10 +85,17 @@ def _deliver_scales(
         return
     lines = matrix.lines(rows)
     for taken in (rows_of(weight, span) for span in spans):
-        part = taken.columns_part(lines) if weight.along == "columns" else taken.part(*lines)
+        part = taken.columns_part(*lines) if weight.along == "columns" else taken.part(*lines)
         if part is not None:
             sink = as_is[part.span.parameter][matrix.part.role]
-            sink.load_region(values[_scale_rows(matrix, part)], part.region)
+            sink.load_region(values[_scale_rows(matrix, part), _scale_columns(matrix, part)], part.region)
+
+
+def _scale_columns(matrix: TensorMatrix, part: SlabRegion) -> slice:
+    """The columns of some scales that belong to a part."""
+    tensor, _ = scale_roles(matrix.weight.format)[matrix.part.role]
+    block = matrix.weight.format.scales[tensor].block_cols
+    return slice(part.columns.start // block, -(-part.columns.stop // block)) if block else slice(None)
 
 
 def _scale_rows(matrix: TensorMatrix, part: SlabRegion) -> slice:

@@ -114,7 +114,7 @@ class DecodedWeight:
         def deliver(workspace: Workspace) -> None:
             values = self._values(workspace, read, slab)
             for part in parts:
-                sinks[part.span.parameter].observe(values[part.rows], part.region)
+                sinks[part.span.parameter].observe(values[part.rows, part.columns], part.region)
 
         return self._read(read, deliver, self._scales_there)
 
@@ -134,7 +134,7 @@ class DecodedWeight:
             values = self._values(workspace, read, slab)
             for part in slab.parts:
                 sink = sinks[part.span.parameter]
-                sink.load_region(values[part.rows], part.region)
+                sink.load_region(values[part.rows, part.columns], part.region)
         self._done(len(together))
 
     def _read(self, lines: Interval, deliver: Callable[[Workspace], None], after: Barrier | None) -> Piece:

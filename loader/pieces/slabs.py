@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..errors import UnsupportedCheckpointError
-from ..geometry.regions import Interval, Region
+from ..geometry.regions import Region
 from ..geometry.spans import Span
 from ..schemes.stored.weights import StoredWeight
 
 
 class SlabRegion(NamedTuple):
-    """A region, and the rows of a slab that it takes; all columns of the slab belong to it."""
+    """A region, and the rows and columns of a slab that it takes."""
 
     span: Span
     region: Region
     rows: slice
+    columns: slice
 
 
 class Slab(NamedTuple):
@@ -33,12 +35,22 @@ class Slab(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of a stored weight, those of all its matrices, that a span takes: every `step`-th from `first` on."""
+    """The rows of a stored weight, those of all its matrices, that a span takes: every `step`-th from `first` on.
+
+    Of each it takes the columns from `left` on, all of them unless ranks divide the weight.
+    """
 
     span: Span
     first: int
     step: int
     taken: int
+    left: int
+
+    @property
+    def right(self) -> int:
+        """The column behind the last."""
+        columns = self.span.region.columns
+        return self.left + columns[1] - columns[0]
 
     def part(self, low: int, high: int) -> SlabRegion | None:
         """What the span takes of rows `low` to `high`, counted from `low`; `None`: nothing."""
@@ -49,27 +61,45 @@ class Rows(NamedTuple):
         region, top = self.span.region, self.span.region.rows[0]
         start = self.first + begin * self.step - low
         rows = slice(start, start + (end - begin - 1) * self.step + 1, self.step)
-        return SlabRegion(self.span, Region(region.expert, (top + begin, top + end), region.columns), rows)
+        taken = Region(region.expert, (top + begin, top + end), region.columns)
+        return SlabRegion(self.span, taken, rows, slice(self.left, self.right))
 
-    def columns_part(self, columns: Interval) -> SlabRegion:
-        """What the span takes of some columns of the weight."""
-        region, left = self.span.region, self.span.region.columns[0]
+    def columns_part(self, low: int, high: int) -> SlabRegion | None:
+        """What the span takes of columns `low` to `high` of the weight, counted from `low`; `None`: nothing."""
+        begin, end = max(low, self.left), min(high, self.right)
+        if begin >= end:
+            return None
+        region, moved = self.span.region, self.span.region.columns[0] - self.left
         rows = slice(self.first, self.first + (self.taken - 1) * self.step + 1, self.step)
-        return SlabRegion(self.span, Region(region.expert, region.rows, (left + columns[0], left + columns[1])), rows)
+        taken = Region(region.expert, region.rows, (begin + moved, end + moved))
+        return SlabRegion(self.span, taken, rows, slice(begin - low, end - low))
 
 
 def rows_of(weight: StoredWeight, span: Span) -> Rows:
-    """The rows a span takes; raises `UnsupportedCheckpointError` for a span that takes no whole rows."""
+    """The rows a span takes; raises `UnsupportedCheckpointError` for a span that takes no whole blocks of rows."""
     region, columns = span.region, weight.columns
     count, width = region.rows[1] - region.rows[0], region.columns[1] - region.columns[0]
     first, left = divmod(span.offset, columns)
     step, skew = divmod(span.row_stride, columns) if count > 1 else (1, 0)
-    if left or skew or width != columns or (width > 1 and span.column_stride != 1):
+    step_across = math.lcm(
+        weight.format.packed, *(scale.block_cols for scale in weight.format.scales if scale.block_cols)
+    )
+    cut = left % step_across or ((left + width) % step_across and left + width != columns)
+    cut = cut or (weight.format.whole_rows and width != columns)
+    if cut or skew or left + width > columns or (width > 1 and span.column_stride != 1):
         raise UnsupportedCheckpointError(
             f"{weight.name} goes to {span.parameter} with its rows and columns exchanged or cut; codes that are packed "
             f"along a row cannot be rearranged like that: load the checkpoint this one was made from"
         )
-    return Rows(span, first, step, count)
+    return Rows(span, first, step, count, left)
+
+
+def _cuts_blocks(weight: StoredWeight, left: int, width: int) -> bool:
+    """Whether `width` columns from `left` on are not whole blocks of codes and scales of a weight."""
+    fmt, right = weight.format, left + width
+    step = math.lcm(fmt.packed, *(scale.block_cols for scale in fmt.scales if scale.block_cols))
+    aligned = left % step == 0 and (right % step == 0 or right == weight.columns)
+    return not aligned or (fmt.whole_rows and width != weight.columns)
 
 
 def slabs(weight: StoredWeight, spans: Sequence[Span], lines: int) -> Iterator[Slab]:
@@ -78,9 +108,10 @@ def slabs(weight: StoredWeight, spans: Sequence[Span], lines: int) -> Iterator[S
     for low in range(0, weight.lines, lines):
         high = min(low + lines, weight.lines)
         if weight.along == "columns":
-            parts = tuple(rows.columns_part((low, high)) for rows in taken)
+            found = [rows.columns_part(low, high) for rows in taken]
         else:
-            parts = tuple(part for part in (rows.part(low, high) for rows in taken) if part is not None)
+            found = [rows.part(low, high) for rows in taken]
+        parts = tuple(part for part in found if part is not None)
         if parts:
             yield Slab(low, high, parts)
 

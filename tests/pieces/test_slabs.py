@@ -16,10 +16,12 @@ from quantload.schemes.stored.weights import StoredTensor, StoredWeight
 from torch import Tensor
 
 
-def weight(rows: int, columns: int, along: str = "rows", experts: int | None = None) -> StoredWeight:
+def weight(
+    rows: int, columns: int, along: str = "rows", experts: int | None = None, fmt: str = "int8_channel"
+) -> StoredWeight:
     codes = TensorEntry("w.codes", torch.int8, (rows, columns), 0, 0, rows * columns)
     part = StoredTensor("codes", codes)
-    return StoredWeight("w", FORMATS["int8_channel"], experts, rows, columns, torch.bfloat16, (part,), along=along)  # type: ignore[arg-type]
+    return StoredWeight("w", FORMATS[fmt], experts, rows, columns, torch.bfloat16, (part,), along=along)  # type: ignore[arg-type]
 
 
 def taken(stored: StoredWeight, spans: list[Span], lines: int) -> dict[tuple[str, int | None], Tensor]:
@@ -36,7 +38,7 @@ def taken(stored: StoredWeight, spans: list[Span], lines: int) -> dict[tuple[str
             target = found[part.span.parameter, part.region.expert]
             target = target[slice(*part.region.rows), slice(*part.region.columns)]
             assert (target == -1).all(), "it arrived twice"
-            target.copy_(held[part.rows])
+            target.copy_(held[part.rows, part.columns])
     return found
 
 
@@ -72,15 +74,40 @@ def test_a_part_that_nothing_takes_is_not_read() -> None:
     "span",
     [
         Span("w", Region(None, (0, 4), (0, 8)), 0, 1, 4),
-        Span("w", Region(None, (0, 8), (0, 3)), 0, 4, 1),
         Span("w", Region(None, (0, 8), (0, 4)), 2, 4, 1),
         Span("w", Region(None, (0, 6), (0, 4)), 0, 5, 1),
     ],
-    ids=["transposed", "some columns", "shifted", "askew"],
+    ids=["transposed", "shifted", "askew"],
 )
 def test_what_takes_no_whole_rows_is_refused(span: Span) -> None:
     with pytest.raises(UnsupportedCheckpointError, match="w goes to w with its rows and columns exchanged or cut"):
         list(slabs(weight(8, 4), [span], 2))
+
+
+@pytest.mark.parametrize("along", ["rows", "columns"])
+@pytest.mark.parametrize("lines", [1, 3, 64])
+def test_some_columns_come_alone(along: str, lines: int) -> None:
+    stored = weight(6, 8, along=along)
+    spans = [Span("left", Region(None, (0, 6), (2, 5)), 0, 8, 1), Span("right", Region(None, (0, 6), (0, 4)), 4, 8, 1)]
+    got, numbers = taken(stored, spans, lines), torch.arange(48).view(6, 8)
+    assert torch.equal(got["left", None][:6, 2:5], numbers[:, :3])
+    assert torch.equal(got["right", None][:6, :4], numbers[:, 4:])
+
+
+@pytest.mark.parametrize(("left", "width", "whole"), [(0, 32, True), (64, 8, True), (16, 32, False), (0, 40, False)])
+def test_columns_that_are_no_whole_blocks_are_refused(left: int, width: int, whole: bool) -> None:
+    stored, span = weight(2, 72, fmt="mxfp4"), Span("w", Region(None, (0, 2), (0, width)), left, 72, 1)
+    if whole:
+        assert list(slabs(stored, [span], 2))
+    else:
+        with pytest.raises(UnsupportedCheckpointError, match="w goes to w with its rows and columns exchanged or cut"):
+            list(slabs(stored, [span], 2))
+
+
+def test_the_rows_of_a_format_that_needs_all_of_them_are_not_cut() -> None:
+    stored, span = weight(2, 64, fmt="mxfp4_rows"), Span("w", Region(None, (0, 2), (0, 32)), 0, 64, 1)
+    with pytest.raises(UnsupportedCheckpointError, match="exchanged or cut"):
+        list(slabs(stored, [span], 2))
 
 
 @pytest.mark.parametrize(

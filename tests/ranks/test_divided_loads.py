@@ -69,6 +69,19 @@ def test_scales_of_least_error(scheme: str, tmp_path: Path) -> None:
     check(folder("qwen3_moe", tmp_path), scheme, 2, expert_parallel=False, policy=QuantizationPolicy(scale_mode="mse"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["auto", "fp8_per_channel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ct_llama_fp8_dynamic", "ct_llama_mxfp4", "ct_llama_w8a8", "native_gptoss_mxfp4", "native_llama_gptq",
+        "quark_llama_int4_fp8", "quark_llama_mxfp6_e2m3", "quark_qwen3moe_mxfp4",
+    ],
+)  # fmt: skip
+def test_checkpoints_that_are_quantized_already(name: str, quantization: str, golden: Path) -> None:
+    check(golden / name, quantization, 2, expert_parallel=False)
+
+
 @pytest.mark.parametrize(
     ("scheme", "expected"),
     [

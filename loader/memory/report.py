@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from ..errors import PolicyError
 from .amounts import format_bytes
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ModuleKind = Literal["linear", "experts", "embedding"]
 LoadState = Literal["complete", "incomplete"]
 """`incomplete`: a reload has failed part-way, and the forward of the model raises until another has repaired it."""
+ReportTable = Literal["layers", "kept", "timeline", "phases"]
 CacheResult = Literal["hit", "written", "rebuilt", "unwritten"]
 """`hit`: read from an entry of the cache. `written`: read from the checkpoint, and an entry was made of it. `rebuilt`:
 so too, as the entry there was damaged. `unwritten`: read from the checkpoint; the log says why no entry was made."""
@@ -298,6 +299,16 @@ class LoadReport:
         for name, item in items.items():
             values[name] = [item(**_checked(item, entry)) for entry in values.get(name, [])]
         return cls(**values)
+
+    def records(self, table: ReportTable) -> list[dict[str, Any]]:
+        """The rows of a table as plain dicts, which `pandas.DataFrame` and its like take as they are.
+
+        `layers`, `kept`, `timeline` or `phases`, with the fields that their classes have; numbers that are not finite
+        stay. Raises `PolicyError` for another name.
+        """
+        if table not in get_args(ReportTable):
+            raise PolicyError(f"a report has no table {table!r}; it has {', '.join(get_args(ReportTable))}")
+        return [asdict(row) for row in getattr(self, table)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report to `path` as indented JSON."""

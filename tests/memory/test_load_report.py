@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantload.errors import QuantloadError
+from quantload.errors import PolicyError, QuantloadError
 from quantload.memory.report import KeptReport, LayerReport, LoadReport, TimelinePoint
 from quantload.memory.summary import render
 from rich.console import Console
@@ -277,3 +277,13 @@ def test_package_exports_what_it_names() -> None:
     assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing
+
+
+def test_tables_are_records_that_a_data_frame_takes() -> None:
+    made = report()
+    rows = made.records("layers")
+    assert [row["name"] for row in rows] == [each.name for each in made.layers]
+    assert list(rows[0]) == LAYER_FIELDS
+    assert [list(row) for row in made.records("kept")] == [["name", "reason", "bytes"]] * len(made.kept)
+    with pytest.raises(PolicyError, match="no table 'sizes'; it has layers, kept, timeline, phases"):
+        made.records("sizes")  # type: ignore[arg-type]

@@ -1,0 +1,148 @@
+"""A hook of mkdocs: the pages of the site that are not in docs/, and links between documents as the site has them.
+
+README, CONTRIBUTING, CHANGELOG and the READMEs of folders are pages as they are; what is said of reports, metrics,
+errors and Python functions is made from the code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "bench/README.md": "bench.md",
+    "deploy/README.md": "deploy.md",
+}
+"""Where documents outside of docs/ are in the site."""
+_LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?!https?:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)]*)?\)")
+_FENCED = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put documents that the navigation does not name yet behind those that it does."""
+    named = str(config.nav)
+    more = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in named)
+    if more and config.nav is not None:
+        config.nav.append({"More": more})
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made."""
+    from mkdocs.structure.files import File
+
+    pages = {site: (ROOT / name).read_text(encoding="utf-8") for name, site in DOCUMENTS.items()}
+    made = {
+        "troubleshooting.md": troubleshooting(), "reference/report.md": report_reference(),
+        "reference/metrics.md": metrics_reference(), "reference/api.md": api_reference(),
+    }  # fmt: skip
+    for site, text in {**pages, **made}.items():
+        files.append(File.generated(config, site, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links to documents and files of the repository into links of the site, or into names."""
+    return with_site_links(markdown, page.file.src_uri)
+
+
+def with_site_links(markdown: str, site: str) -> str:
+    """A page of the site whose links lead to where the site has what they mean."""
+    source = next((name for name, place in DOCUMENTS.items() if place == site), f"docs/{site}")
+    parts = _FENCED.split(markdown)  # code stays as it is
+    return "".join(
+        part if part.startswith("```") else _LINK.sub(lambda m: _link(m, source, site), part) for part in parts
+    )
+
+
+def _link(found: re.Match[str], source: str, site: str) -> str:
+    target = os.path.normpath(os.path.join(os.path.dirname(source), found["path"]))
+    if target in DOCUMENTS:
+        place = DOCUMENTS[target]
+    elif target.startswith("docs/"):
+        place = target.removeprefix("docs/")
+    else:
+        return f"{found['text']} (`{target}`)" if found["text"].strip("`") != target else f"`{target}`"
+    relative = os.path.relpath(place, os.path.dirname(site) or ".")
+    return f"{found['image']}[{found['text']}]({relative}{found['anchor'] or ''})"
+
+
+def troubleshooting() -> str:
+    """Every error, what it means and what to do."""
+    from quantload import errors
+    from quantload.page.advice import ADVICE
+
+    lines = [
+        "# Troubleshooting", "",
+        "Every message says what was given, what was expected and what to do. The page of a load that failed "
+        "([`--html`](load-page/README.md)) has the same advice.", "",
+    ]  # fmt: skip
+    for name, advice in ADVICE.items():
+        kind = getattr(errors, name, None)
+        lines += [f"## {name}", "", advice.means, ""]
+        if kind is not None and kind is not errors.QuantloadError:
+            lines += [f"A kind of `{kind.__base__.__name__}`.", ""]
+        lines += [*(f"{number}. {step}" for number, step in enumerate(advice.steps, 1)), ""]
+    return "\n".join(lines)
+
+
+def report_reference() -> str:
+    """The fields of a report and of what is in it."""
+    from quantload.memory import report
+
+    kinds = [report.LoadReport, *(kind for kind in vars(report).values() if _is_own(kind, report.__name__))]
+    lines = [
+        "# The report",
+        "",
+        "What `--json`, `--report` and `/load_report` give. Sizes are in bytes, times in seconds.",
+    ]
+    for kind in dict.fromkeys(kinds):
+        lines += ["", f"## {kind.__name__}", "", *(line.strip() for line in (kind.__doc__ or "").splitlines()), ""]
+        lines += ["| field | type | default |", "| --- | --- | --- |", *map(_field, dataclasses.fields(kind))]
+    return "\n".join(lines) + "\n"
+
+
+def _is_own(kind: Any, module: str) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ == module
+
+
+def _field(field: dataclasses.Field[Any]) -> str:
+    default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+    default = "empty" if field.default_factory is not dataclasses.MISSING else default
+    return f"| `{field.name}` | `{str(field.type).replace('|', 'or')}` | {default} |"
+
+
+def metrics_reference() -> str:
+    """The metrics of a load, by name."""
+    from quantload.memory.metrics import LoadMetrics
+
+    lines = [
+        "# Metrics of loads", "", "[The server](../server.md) has those of requests beside them.", "",
+        "| metric | type | what |", "| --- | --- | --- |",
+    ]  # fmt: skip
+    for family in LoadMetrics().collect():
+        total = "_total" if family.type == "counter" else ""
+        lines.append(f"| `{family.name}{total}` | {family.type} | {family.documentation} |")
+    return "\n".join(lines) + "\n"
+
+
+def api_reference() -> str:
+    """The public functions and classes, from their docstrings, by mkdocstrings."""
+    import quantload
+
+    lines = ["# Python", ""]
+    for name, home in sorted(quantload._HOMES.items()):
+        lines += [f"::: quantload{home}.{name}", ""]
+    return "\n".join(lines)

@@ -231,7 +231,7 @@ class _Waiting:
         left = []
         with self._lock:
             for wanted in self._wanted:
-                if wanted.group is None or self._seen[wanted.group] >= wanted.sink.parameter.scaled_together:
+                if self._is_ready(wanted):
                     spans[wanted.entry.name].append(wanted.span)
                     sinks[wanted.span.parameter] = wanted.sink
                 else:
@@ -248,10 +248,17 @@ class _Waiting:
             self._seen.clear()
 
     def check_nothing_left(self) -> None:
-        """Raise `MissingWeightsError` for what will not be read because something that belongs to it never came."""
-        names = sorted({wanted.sink.name for wanted in self._wanted})
+        """Raise `MissingWeightsError` for what will not be read because something that belongs to it never came.
+
+        What another thread has asked for meanwhile, and can be read, is for the next time.
+        """
+        with self._lock:
+            names = sorted({wanted.sink.name for wanted in self._wanted if not self._is_ready(wanted)})
         if names:
             raise incomplete(names)
+
+    def _is_ready(self, wanted: _Wanted) -> bool:
+        return wanted.group is None or self._seen[wanted.group] >= wanted.sink.parameter.scaled_together
 
 
 def layer_of(name: str) -> str:

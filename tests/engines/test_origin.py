@@ -258,3 +258,23 @@ def test_values_that_are_not_finite_are_found_in_what_is_kept(tmp_path: Path) ->
 )
 def test_the_layer_of_a_name(name: str, layer: str) -> None:
     assert layer_of(name) == layer
+
+
+@pytest.mark.parametrize("scheme", ["int8_per_channel", "nvfp4"])
+def test_what_a_thread_asks_for_while_the_last_is_read_is_read_the_next_time(folder: Path, scheme: str) -> None:
+    fused, late = Fused(scheme, "attn"), iter([True])
+    with opened(folder) as origin:
+        tensors = dict(origin.tensors())
+        read = origin._read_waiting
+
+        def read_and_be_asked() -> None:
+            read()
+            for _ in late:
+                for shard in SHARDS:
+                    fused.load(tensors[f"model.layers.0.{shard}"], shard)
+
+        origin._read_waiting = read_and_be_asked  # type: ignore[method-assign]
+        origin.flush()
+        assert not fused.finished
+        origin.flush()
+    assert equal(fused.tensors(), expected(scheme, 0))

@@ -51,7 +51,7 @@ class Methods:
             choice = self._choices.experts(prefix)
             scheme = choice.scheme
             if scheme is None:
-                return KeptExperts(layer.moe_config, choice.reason)
+                return KeptExperts(layer.moe_config, choice.reason, prefix)
             return QuantizedExperts(storage, scheme, prefix, layer.moe_config)
         if isinstance(layer, ParallelLMHead):
             if self._choices.linear(prefix, HEAD).scheme is not None:
@@ -200,11 +200,50 @@ class KeptHead(UnquantizedEmbeddingMethod):  # type: ignore[misc]
 
 
 class KeptExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]
-    """Experts as stored, in vLLM's own way."""
+    """Experts as stored; on a CPU, where vLLM would pack them, they stay as they are (see `KeptLinear`)."""
 
-    def __init__(self, moe: Any, reason: str) -> None:
+    def __init__(self, moe: Any, reason: str, prefix: str) -> None:
         super().__init__(moe)
-        self.reason = reason
+        self.reason, self._prefix = reason, prefix
+        self._gate: Gate | None = None
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Not where they are computed here, so that vLLM chooses the experts of a token."""
+        return self._gate is None and bool(super().is_monolithic)
+
+    def maybe_roundup_sizes(self, hidden: int, intermediate: int, dtype: torch.dtype, parallel: Any) -> tuple[int, int]:
+        """Nothing is padded on a CPU."""
+        if current_platform.is_cpu():
+            return hidden, intermediate
+        sizes: tuple[int, int] = super().maybe_roundup_sizes(hidden, intermediate, dtype, parallel)
+        return sizes
+
+    def create_weights(self, layer: Any, *arguments: Any, **named: Any) -> None:
+        """As vLLM does."""
+        if current_platform.is_cpu():
+            self._gate = gate_of(layer, self._prefix)
+        super().create_weights(layer, *arguments, **named)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing on a CPU."""
+        if self._gate is None:
+            super().process_weights_after_loading(layer)
+
+    def apply(
+        self,
+        layer: torch.nn.Module,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        """The weighted sum of what the chosen experts of this rank make of `x` [T, H]."""
+        if self._gate is None:
+            made: Tensor = super().apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+            return made
+        return _weighted_experts(layer, self._gate, x, topk_weights, topk_ids)
 
 
 def gate_of(layer: Any, prefix: str) -> Gate:
@@ -221,6 +260,25 @@ def gate_of(layer: Any, prefix: str) -> Gate:
         return Gate(name.removesuffix("_no_mul"), gated=gated, limit=limit if name == "silu" else None)
     except ValueError as error:
         raise PolicyError(f"{prefix}: {error}; ignore these experts") from error
+
+
+def _weighted_experts(layer: Any, gate: Gate, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    """What the experts of a rank make of `x`, expert after expert, with weights as they are stored."""
+    own = _expert_map(layer)
+    local = ids.long() if own is None else own[ids.long()].long()
+    biases = layer._parameters.get("w13_bias"), layer._parameters.get("w2_bias")
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in range(len(layer.w13_weight)):
+        tokens, places = (local == expert).nonzero(as_tuple=True)
+        if not len(tokens):
+            continue
+        share, hidden = weights[tokens, places].unsqueeze(-1), x[tokens]
+        if layer.apply_router_weight_on_input:
+            hidden, share = hidden * share.to(hidden.dtype), torch.ones_like(share)
+        up, down = (None if bias is None else bias[expert] for bias in biases)
+        hidden = F.linear(gate(F.linear(hidden, layer.w13_weight[expert], up)), layer.w2_weight[expert], down)
+        out.index_add_(0, tokens, (hidden * share).float())
+    return out.to(x.dtype)
 
 
 def _create_biases(layer: Any, moe: Any, rows: int, dtype: torch.dtype, loader: Callable[..., Any]) -> dict[str, str]:

@@ -29,7 +29,7 @@ def test_the_gauges_of_all_ranks_are_collected(tmp_path: Path) -> None:
     for rank, seconds in enumerate(("2.5", "3.5")):
         subprocess.run([sys.executable, "-c", LOAD, str(rank), seconds], check=True, env=environment, timeout=120)
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, str(tmp_path))  # type: ignore[no-untyped-call]
+    MultiProcessCollector(registry, str(tmp_path))
     lines = set(generate_latest(registry).decode().splitlines())
     for rank, seconds in enumerate(("2.5", "3.5")):
         assert {

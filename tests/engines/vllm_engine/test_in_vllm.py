@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from quantload.engines.names import SCHEMES
 from quantload.errors import MissingWeightsError, PolicyError, UnsupportedCheckpointError
+from quantload.memory.planner import SLACK_BYTES
 from quantload.memory.report import LoadReport
 from safetensors.torch import load_file
 from vllm_reference import ARCHITECTURES
@@ -24,9 +26,9 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: .ci/engines makes an environment"),
 ]
 HERE = Path(__file__).parent
-CLOSE = 0.2
+CLOSE = 0.3
 """What log probabilities may differ by: attention in BF16 is another one."""
-FAR = {"deepseek_v3": 0.35}
+FAR = {"deepseek_v3": 0.4}
 """What is as far from transformers in vLLM without quantization."""
 OWN_NAMES = {"fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "mxfp8", "experts_int8"}
 """What vLLM has methods of its own for: ours have a prefix."""
@@ -37,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All checkpoints, and what `load_quantized` makes of them."""
     found = tmp_path_factory.mktemp("checkpoints")
     asked = [f"demo={scheme}" for scheme in SCHEMES]
-    asked += ["demo-b=", *(f"{name}=quark_mxfp4" for name in ARCHITECTURES)]
+    asked += ["demo=none", "demo-b=", "large=", *(f"{name}=quark_mxfp4" for name in ARCHITECTURES if name != "large")]
     subprocess.run([sys.executable, HERE / "vllm_reference.py", found, *asked], check=True, timeout=800)
     return found
 
@@ -82,7 +84,7 @@ def test_a_model_says_what_load_quantized_makes_it_say(scheme: str, folder: Path
     assert found.fallback_conversions == 0  # nothing was read whole
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", sorted({*ARCHITECTURES} - {"large"}))
 def test_architectures(name: str, folder: Path, report: Path) -> None:
     with running(folder / name, "quark_mxfp4") as engine:
         # Routers with random weights have near ties, which another attention decides otherwise now and then.
@@ -108,6 +110,46 @@ def test_a_reload_makes_what_a_fresh_engine_has_and_that_of_one_expert_is_refuse
         part = [(name, tensor) for name, tensor in weights.items() if "layers.0.mlp.experts.3." in name]
         with pytest.raises(MissingWeightsError, match=r"layers\.0\.mlp\.experts.*loaded, and reloaded, whole"):
             runner.reload_weights(weights_iterator=iter(part))
+
+
+def test_what_is_kept_is_as_stored_and_is_reloaded_too(folder: Path) -> None:
+    kept = {"quant_method": "quark_mxfp4", "ignore": ["*"]}
+    options = {"hf_overrides": {"quantization_config": kept}}
+    with running(folder / "demo-b", "quark_mxfp4", **options) as engine:
+        fresh = log_probabilities(engine)
+    with running(folder / "demo", "quark_mxfp4", **options) as engine:
+        assert difference(log_probabilities(engine), expected(folder, "demo", "none")) < CLOSE
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder / "demo-b")})
+        assert log_probabilities(engine) == fresh
+
+
+def test_the_peak_is_bounded_and_no_file_is_mapped(folder: Path, report: Path) -> None:
+    with running(folder / "demo", "quark_mxfp4"):
+        pass  # what is imported with the first engine is no part of a load
+    stopped, mapped = threading.Event(), [_mapped_bytes()]
+
+    def sample() -> None:
+        while not stopped.wait(0.002):
+            mapped.append(_mapped_bytes())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        with running(folder / "large", "quark_mxfp4"):
+            pass
+    finally:
+        stopped.set()
+        sampler.join()
+    found = LoadReport.load(report)
+    assert found.checkpoint_bytes > 3 * found.final_bytes > 150 << 20
+    assert found.peak_bytes <= found.final_bytes + found.staging_peak_bytes + SLACK_BYTES
+    assert max(mapped) - mapped[0] < 48 << 20
+
+
+def _mapped_bytes() -> int:
+    """Pages of files that are in the memory of this process."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile:"))
+    return int(line.split()[1]) << 10
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])

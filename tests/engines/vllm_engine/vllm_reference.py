@@ -27,6 +27,7 @@ COMMON: dict[str, Any] = {
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", COMMON),
+    "large": ("Llama", {**COMMON, "hidden_size": 1024, "intermediate_size": 16384}),
     "mixtral": ("Mixtral", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": ("GPT2", {**COMMON, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     "llama4": (

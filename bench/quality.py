@@ -8,6 +8,7 @@ apart whose perplexities differ by less than chance. The SQNR compares BF16 weig
 computed here in float64 from the dequantized matrix, beside what the kernel says it measured on the way.
 
     python bench/quality.py
+    python bench/quality.py --only perplexity --schemes quark_mxfp4 nl4
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,8 @@ def _mean_sqnr(layers: Sequence[Any]) -> float | None:
     return sum(db * numel for db, numel in known) / total if total else None
 
 
-def measure_variants(folder: Path, text: str) -> list[Variant]:
-    """The demo model as transformers loads it, then every variant."""
+def measure_variants(folder: Path, text: str, schemes: Collection[str] = ()) -> list[Variant]:
+    """The demo model as transformers loads it, then every variant, or those of some schemes with activations as are."""
     transformers = importlib.import_module("transformers")
     quantload = importlib.import_module("quantload")
     transformers.logging.disable_progress_bar()
@@ -99,6 +100,8 @@ def measure_variants(folder: Path, text: str) -> list[Variant]:
     baseline = Compared(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
     found = [_measured(baseline, ids, text, (BASELINE, "default", "none"), None)]
     for scheme, mode, activations in variants():
+        if schemes and (scheme not in schemes or activations != "none"):
+            continue
         model = quantload.load_quantized(
             str(folder),
             quantization=scheme,
@@ -145,12 +148,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seed", type=int, default=0, help="of the weights the SQNR is measured on")
     parser.add_argument("--only", choices=("perplexity", "sqnr"), help="the model's predictions, or the SQNR")
+    parser.add_argument("--schemes", nargs="+", default=[], help="only these, with activations as they are")
     options = parser.parse_args()
     machine = describe_machine()
     print(headline(machine))
     result: dict[str, Any] = {"machine": machine, "seed": options.seed}
     if options.only != "sqnr":
-        measured = measure_variants(options.model, options.text.read_text())
+        measured = measure_variants(options.model, options.text.read_text(), options.schemes)
         result["variants"] = [asdict(variant) for variant in measured]
         print_variants(result)
         print_best(result)
@@ -158,7 +162,7 @@ def main() -> None:
         sqnrs = measure_sqnr(options.seed)
         result["sqnr"] = [{**asdict(row), "met": row.met} for row in sqnrs]
         print_sqnr(result)
-    reduced = f"{options.only}-only" if options.only else ""
+    reduced = "part" if options.schemes else f"{options.only}-only" if options.only else ""
     print(f"\nwritten: {write_result('quality', result, options.results, reduced)}")
 
 

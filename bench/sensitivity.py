@@ -5,6 +5,9 @@ model is measured on windows of held-out text, as `bench/quality.py` does it. It
 error of the weights that were quantized: what remains is the divergence that an error of 1 would cause if it grew in
 proportion. The demo model has no dense feed-forward layers, so those are taken to be as sensitive as its experts.
 
+Then the divergence of what `--fit` makes of these numbers is measured, at the sizes that the model would have in MXFP4
+of more and more bits, beside that of each scheme for all modules.
+
     python bench/sensitivity.py
 """
 
@@ -22,6 +25,9 @@ from quality import ROOT, WINDOW, Compared
 from result_files import RESULTS, write_result
 
 SCHEME = "nl4"
+BASELINE, BASELINE_BITS = "quark_mxfp4", 4.25
+UNIFORM = (BASELINE, "nl4", "mxfp6_e2m3", "int8_per_channel")
+BITS = (4.5, 5.0, 5.5, 6.25, 7.0, 8.25, 10.0)
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,18 @@ class Row:
         return self.divergence / self.relative_error
 
 
-def measure(folder: Path, text: str, windows: int) -> list[Row]:
-    """Every kind in every third."""
+@dataclass(frozen=True)
+class Fit:
+    """A model of one scheme, or of what `--fit` chose for `bits` a weight."""
+
+    scheme: str
+    bits: float | None
+    final_bytes: int
+    divergence: float
+
+
+def measure(folder: Path, text: str, windows: int) -> tuple[list[Row], list[Fit]]:
+    """Every kind in every third, then what is chosen by `--fit`."""
     transformers, fit = importlib.import_module("transformers"), importlib.import_module("quantload.fit_policy")
     quantload = importlib.import_module("quantload")
     ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", verbose=False)["input_ids"][0]
@@ -51,6 +67,15 @@ def measure(folder: Path, text: str, windows: int) -> list[Row]:
     with torch.inference_mode():
         for each in inputs:
             baseline(input_ids=each)
+
+    def divergence_of(scheme: str, policy: Any = None) -> tuple[float, Any]:
+        model = quantload.load_quantized(str(folder), scheme, device="cpu", policy=policy, progress=False)
+        compared = Compared(model, iter(baseline.kept))
+        with torch.inference_mode():
+            for each in inputs:
+                compared(input_ids=each)
+        return sum(compared.divergences) / len(compared.divergences), model.load_report
+
     draft = quantload.plan_quantized(str(folder), SCHEME, device="cpu")
     groups: dict[tuple[str, str], list[str]] = {}
     for item in fit.items_of(draft):
@@ -58,17 +83,24 @@ def measure(folder: Path, text: str, windows: int) -> list[Row]:
     rows = []
     for (kind, third), names in groups.items():
         policy = quantload.QuantizationPolicy(overrides=tuple((name, SCHEME) for name in names))
-        model = quantload.load_quantized(str(folder), "none", device="cpu", policy=policy, progress=False)
-        compared = Compared(model, iter(baseline.kept))
-        with torch.inference_mode():
-            for each in inputs:
-                compared(input_ids=each)
-        layers = model.load_report.layers
+        divergence, report = divergence_of("none", policy)
+        layers = report.layers
         error = sum(10 ** (-layer.sqnr_db / 10) * layer.numel for layer in layers) / sum(each.numel for each in layers)
-        divergence = sum(compared.divergences) / len(compared.divergences)
         rows.append(Row(kind, third, divergence, error, len(layers)))
         print(f"{kind:8} {third:6} {1000 * divergence:7.3f} {rows[-1].sensitivity:7.3f}", flush=True)
-    return rows
+    fits = []
+    for scheme in UNIFORM:
+        divergence, report = divergence_of(scheme)
+        fits.append(Fit(scheme, None, report.final_bytes, divergence))
+        if scheme == BASELINE:
+            peak, weights = report.predicted_peak_bytes, sum(layer.numel for layer in report.layers)
+    for bits in BITS:
+        size = peak + int((bits - BASELINE_BITS) / 8 * weights)
+        divergence, report = divergence_of("auto", fit.fit_policy(str(folder), size, device="cpu").policy)
+        fits.append(Fit("fit", bits, report.final_bytes, divergence))
+    for each in fits:
+        print(f"{each.scheme:16} {each.bits or '':4} {each.final_bytes:9} {1000 * each.divergence:7.3f}", flush=True)
+    return rows, fits
 
 
 def main() -> None:
@@ -81,12 +113,13 @@ def main() -> None:
     options = parser.parse_args()
     machine = describe_machine()
     print(headline(machine))
-    rows = measure(options.model, options.text.read_text(), options.windows)
+    rows, fits = measure(options.model, options.text.read_text(), options.windows)
     result: dict[str, Any] = {
         "machine": machine,
         "windows": options.windows,
         "scheme": SCHEME,
         "rows": [{**asdict(row), "sensitivity": row.sensitivity} for row in rows],
+        "fits": [asdict(each) for each in fits],
     }
     print(f"\nwritten: {write_result('sensitivity', result, options.results)}")
 

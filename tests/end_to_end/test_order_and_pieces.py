@@ -19,7 +19,7 @@ Checkpoint = Callable[[str], Path]
 # Two-pass schemes need the maximum of the whole tensor or block first; the others need only their own (whole) rows.
 SCHEMES = (
     *("quark_mxfp4", "mxfp4_rows", "mxfp6_e3m2", "mxfp8", "fp8_per_tensor", "fp8_per_block", "int8_per_channel"),
-    "nl4",
+    pytest.param("nl4", marks=pytest.mark.slow),
     *("int4_per_group", "quark_int4fp8_moe"),
 )
 # Experts merged from many tensors; transposed experts; transposed linears; sizes that are not whole blocks; Chunk.

@@ -220,12 +220,13 @@ def serve(
         str | None, typer.Option(metavar="NAME", help="Name of the model in the API.", show_default="MODEL as given")
     ] = None,
     continuous_batching: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--continuous-batching",
-            help="Generate for requests together, with transformers' paged scheduler; one after the other without.",
+            "--continuous-batching/--no-continuous-batching",
+            help="Generate for requests together, with transformers' paged scheduler, or one after the other.",
+            show_default="together on a CPU, where the model allows it; the log says why not",
         ),
-    ] = False,
+    ] = None,
     max_queue: Annotated[
         int,
         typer.Option(

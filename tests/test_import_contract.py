@@ -128,8 +128,8 @@ FLOORS: dict[str, Floor] = {
         "doors to a load, or to the closures, for those who have an engine",
     ),
     "server": Floor(
-        "errors shortage progress options local_paths kernels.system_calls page checkpoint memory schemes.names "
-        "schemes.ahead model dummy load reload ranks ranks.launch",
+        "errors shortage progress options local_paths kernels.system_calls page checkpoint memory memory.amounts "
+        "schemes.names schemes.ahead model dummy load reload ranks ranks.launch",
         "a user of load like any other",
     ),
     "cli_logging": Floor("", "log lines and the console they go to"),

@@ -49,7 +49,7 @@ def serve_model(
     port: int,
     api_key: str | None,
     served_model_name: str,
-    continuous_batching: bool,
+    continuous_batching: bool | None,
     max_queue: int = MAX_QUEUE,
     request_log: RequestLogMode = "all",
     layer_metrics: LayerMetrics = "auto",
@@ -79,10 +79,12 @@ def serve_model(
             )
         routes = WeightRoutes(reload_root, weight_updates, metrics)
     if tp is not None:
-        _check_ranks(continuous_batching, routes is not None)
+        _check_ranks(continuous_batching is True, routes is not None)
+    if tp is not None or routes is not None:
+        continuous_batching = False  # neither new weights nor other ranks can follow a batch
     checkpoint = resolve(model_id, revision)
     recipe = find_model(checkpoint, trust_remote_code)
-    why = why_not_served(recipe.cls, recipe.config, continuous_batching)
+    why = why_not_served(recipe.cls, recipe.config, continuous_batching is True)
     if why is not None:
         raise UnsupportedCheckpointError(f"{checkpoint.model_id!r}, a {recipe.cls.__name__}, {why}")
     checkpoint.note_small_files()  # the load that follows sees that the tokenizer is still of the same model

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ..shortage import NO_MEMORY, Shortage, named
 from .answer_parsing import ForgivingParser
 from .api_errors import ApiError, bad_request, out_of_memory
-from .generation_request import SAMPLING, GenerationRequest
+from .batch_sampling import BatchedAnswer
+from .batching import Batch
+from .ending import Ending, RequestCancelled
+from .generation_request import GenerationRequest
 from .grammar import GrammarProcessor, Grammars
 from .logprobs import LogprobNotes
 from .off_loop import OnLoop, on_loop
@@ -37,13 +40,6 @@ class GenerationFailed(Exception):
     def __init__(self, message: str, refusal: ApiError | None = None) -> None:
         super().__init__(message)
         self.refusal = refusal
-
-
-class RequestCancelled(Exception):
-    """The answer is not wanted any more: its client hung up, or the server is stopping."""
-
-    def __init__(self) -> None:
-        super().__init__("cancelled, because the client hung up or the server is stopping")
 
 
 def apply_request(config: GenerationConfig, request: GenerationRequest) -> None:
@@ -133,68 +129,47 @@ def _fit_apart(request: GenerationRequest, prompt_tokens: int, wanted: int | Non
             )
 
 
-def check_shared_sampling(request: GenerationRequest, default: GenerationConfig) -> None:
-    """Refuse (`ApiError`, 400) sampling other than the model's own: a continuous batch has one for all its requests."""
-    unsaid = GenerationRequest(body={}, stream=False)
-    own = {"temperature": (default.temperature or 1.0) if default.do_sample else 0.0, "do_sample": default.do_sample}
-    for name in (*SAMPLING, "do_sample"):
-        value = getattr(request, name)
-        if value in (getattr(unsaid, name), own.get(name)):
-            continue
-        raise bad_request(
-            f"`{name}` cannot be chosen per request: the server batches continuously, with the sampling of the "
-            "model's generation config for all; leave it out, or start the server without continuous batching",
-            name,
-            "unsupported_parameter",
-        )
-
-
 class GuardedManager:
     """Stands in front of one of transformers' generation managers, for one request.
 
     `model` is what generates, whatever stands for it on the way here; `context` is its limit in tokens. Prompts that
     do not fit are refused before they are queued. Its methods are called from a thread of `Workers`; what needs the
-    event loop is done there.
+    event loop is done there. With a `batch` the request is generated for together with others, unless it is longer
+    than what that has room for: then it is generated for alone, by the manager `alone`.
     """
 
     def __init__(
         self,
-        inner: Any,
         model: Any,
         request: GenerationRequest,
         *,
+        alone: Any,
+        batch: Batch | None,
         context: int | None,
-        batched: bool,
         stream_error: type[Any],
         grammars: Grammars,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.loop = loop
-        self.inner = inner
+        self.alone = alone
+        self.batch = batch
         self.model = model
         self.request = request
         self.context = context
-        self.batched = batched
         self.stream_error = stream_error
         self.grammars = grammars
 
-    def init_cb(self, _model: Any, config: GenerationConfig) -> None:
-        """Start the continuous batch (once); all its requests share the model's own sampling."""
-        check_shared_sampling(self.request, self.model.generation_config)
-        constraint = self.request.constraint
-        if constraint is not None:
-            raise bad_request(
-                f"`{constraint.field}` needs a server without continuous batching", constraint.field,
-                "unsupported_parameter",
-            )  # fmt: skip
-        on_loop(self.loop, lambda: self.inner.init_cb(self.model, config))
+    def init_cb(self, _model: Any, _config: GenerationConfig) -> None:
+        """Start the continuous batch (once)."""
+        assert self.batch is not None
+        on_loop(self.loop, self.batch.start)
 
     def generate_streaming(
         self, _model: Any, processor: Any, inputs: Mapping[str, Any], config: GenerationConfig, **rest: Any
     ) -> tuple[CheckedQueue, Any]:
         """Queue a generation whose text comes piece by piece."""
-        watched = self._prepare(processor, inputs, config)
-        if not self.batched and (config.num_beams or 1) > 1:
+        prepared = self._prepare(processor, inputs, config, rest["request_id"])
+        if (config.num_beams or 1) > 1:
             raise bad_request(
                 "this model's generation config searches with beams, which have no text before the end: leave out "
                 "`stream`",
@@ -204,25 +179,29 @@ class GuardedManager:
         if rest.get("response_parser") is not None:
             rest["response_parser"] = ForgivingParser(rest["response_parser"])
         queue, streamer = on_loop(
-            self.loop, lambda: self.inner.generate_streaming(watched, processor, inputs, config, **rest)
+            self.loop,
+            lambda: prepared.manager.generate_streaming(prepared.model, processor, prepared.inputs, config, **rest),
         )
-        if self.batched:
-            _count_batched(streamer, self.request)
-        refusal = None if self.batched else lambda: watched.refusal
-        return CheckedQueue(queue, StopMatcher(self.request.stop), self.stream_error, refusal), streamer
+        return CheckedQueue(queue, StopMatcher(self.request.stop), self.stream_error, prepared.refusal), streamer
 
     async def generate_non_streaming(
         self, _model: Any, processor: Any, inputs: Mapping[str, Any], config: GenerationConfig, **rest: Any
     ) -> tuple[str, int, Any]:
         """Queue a generation and wait for the whole of it: text, tokens of the prompt, generated ids."""
-        watched = self._prepare(processor, inputs, config)
-        generating = self.inner.generate_non_streaming(watched, processor, inputs, config, **rest)
-        text, prompt_tokens, ids = await OnLoop(self.loop, generating)
-        if self.batched:
-            self.request.usage.generate(len(ids))
+        prepared = self._prepare(processor, inputs, config, rest["request_id"])
+        generating = prepared.manager.generate_non_streaming(prepared.model, processor, prepared.inputs, config, **rest)
+        try:
+            text, prompt_tokens, ids = await OnLoop(self.loop, generating)
+        except Exception as error:
+            cause = prepared.cause()
+            if cause is None or cause is error:
+                raise
+            raise cause from error
         return text[: first_stop(text, self.request.stop)], prompt_tokens, ids
 
-    def _prepare(self, processor: Any, inputs: Mapping[str, Any], config: GenerationConfig) -> Any:
+    def _prepare(
+        self, processor: Any, inputs: Mapping[str, Any], config: GenerationConfig, request_id: str
+    ) -> _Prepared:
         ids = inputs["input_ids"]
         count = len(ids) if isinstance(ids, list) else ids.shape[-1]
         fit_context(config, self.request, count, self.context, is_encoder_decoder(self.model.config))
@@ -231,8 +210,6 @@ class GuardedManager:
         check_known_tokens(self.request.stop_token_ids, self.model.config, "stop_token_ids")
         self.request.usage.queue(0 if self.request.again else count)
         apply_end_tokens(config, self.request)
-        if self.batched:
-            return self.model
         apply_request(config, self.request)
         if self.request.logprobs is not None and (config.num_beams or 1) > 1:
             raise bad_request(
@@ -240,19 +217,42 @@ class GuardedManager:
             )
         constraint = self.request.constraint
         grammar = None if constraint is None else self.grammars.processor(constraint, config)
-        return _WatchedModel(self.model, getattr(processor, "tokenizer", processor), config, self.request, grammar)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if self.batch is not None and self.batch.has_room_for(count + config.max_new_tokens):
+            return self._together(tokenizer, ids, config, grammar, request_id, inputs)
+        watched = _WatchedModel(self.model, tokenizer, config, self.request, grammar)
+        if self.batch is not None:  # it was prepared for a batch
+            config.use_cache = True
+            inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, count, dtype=torch.long)}
+            inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        return _Prepared(self.alone, watched, inputs, lambda: watched.refusal, lambda: None)
+
+    def _together(
+        self,
+        tokenizer: Any,
+        ids: Sequence[int],
+        config: GenerationConfig,
+        grammar: GrammarProcessor | None,
+        request_id: str,
+        inputs: Mapping[str, Any],
+    ) -> _Prepared:
+        assert self.batch is not None
+        ending = Ending(tokenizer, config, self.request, _notes(self.request), grammar)
+        processors = _processors(self.request, grammar)
+        answer = BatchedAnswer(self.model, config, ids, processors, ending, self.request.seed)
+        self.batch.sampling.add(request_id, answer)
+        refusal = lambda: answer.error if isinstance(answer.error, ApiError) else None  # noqa: E731
+        return _Prepared(self.batch.manager, self.model, inputs, refusal, lambda: answer.error)
 
 
-def _count_batched(streamer: Any, request: GenerationRequest) -> None:
-    """Count what a streamer of a continuous batch is given: nothing else of the batch knows the request."""
-    put = streamer.put
+class _Prepared(NamedTuple):
+    """A generation that is to be queued: who runs it, on what, and why it failed, if it did."""
 
-    def counting(output: Any) -> None:
-        before = streamer.total_tokens
-        put(output)
-        request.usage.generate(streamer.total_tokens - before)
-
-    streamer.put = counting
+    manager: Any
+    model: Any
+    inputs: Mapping[str, Any]
+    refusal: Callable[[], ApiError | None]
+    cause: Callable[[], Exception | None]
 
 
 class CheckedQueue:
@@ -334,23 +334,34 @@ class _WatchedModel:
         request.usage.begin()
         if request.seed is not None:
             torch.manual_seed(request.seed)
-        processors = LogitsProcessorList()
-        if request.frequency_penalty or request.presence_penalty:
-            processors.append(CountPenalty(request.frequency_penalty, request.presence_penalty))
-        notes = None if request.logprobs is None else LogprobNotes(request.logprobs, request.chosen)
-        if self._grammar is not None:
-            processors.append(self._grammar)
-        watch = _Watch(self._tokenizer, self._config, request, notes, self._grammar)
+        notes = _notes(request)
+        watch = _Watch(Ending(self._tokenizer, self._config, request, notes, self._grammar))
         what = named(f"an answer of up to {self._config.max_new_tokens} tokens to this request")
         with what, nullcontext() if notes is None else notes.watching(self._model):
             try:
                 sequences = self._model.generate(
-                    **kwargs, logits_processor=processors, stopping_criteria=StoppingCriteriaList([watch])
+                    **kwargs,
+                    logits_processor=_processors(request, self._grammar),
+                    stopping_criteria=StoppingCriteriaList([watch]),
                 )
             except ApiError as error:
                 self.refusal = error
                 raise
         return behind_the_prompt(sequences, kwargs["input_ids"], watch.answer_begins)
+
+
+def _notes(request: GenerationRequest) -> LogprobNotes | None:
+    return None if request.logprobs is None else LogprobNotes(request.logprobs, request.chosen)
+
+
+def _processors(request: GenerationRequest, grammar: GrammarProcessor | None) -> LogitsProcessorList:
+    """What a request wants done to logits that no generation config can say."""
+    processors = LogitsProcessorList()
+    if request.frequency_penalty or request.presence_penalty:
+        processors.append(CountPenalty(request.frequency_penalty, request.presence_penalty))
+    if grammar is not None:
+        processors.append(grammar)
+    return processors
 
 
 def behind_the_prompt(sequences: Any, prompt: Tensor, answer_begins: int | None) -> Tensor:
@@ -369,54 +380,22 @@ def behind_the_prompt(sequences: Any, prompt: Tensor, answer_begins: int | None)
 
 
 class _Watch(StoppingCriteria):  # type: ignore[misc]
-    """Ends a generation at a stop string; raises `RequestCancelled` when it is not wanted any more.
+    """Ends a generation of `generate` where its `Ending` does.
 
-    Where the text ended by itself on the very last token allowed, it takes the limit off the handler's copy of the
-    configuration, because the handler reads "length" out of the number of tokens alone. `answer_begins` is the number
-    of ids before the first one that was generated, known with that.
+    `answer_begins` is the number of ids before the first one that was generated, known with that.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        config: GenerationConfig,
-        request: GenerationRequest,
-        notes: LogprobNotes | None,
-        grammar: GrammarProcessor | None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.grammar = grammar
-        self.notes = notes
+    def __init__(self, ending: Ending) -> None:
+        self.ending = ending
         self.answer_begins: int | None = None
-        self.config = config
-        self.request = request
-        eos = config.eos_token_id
-        self.eos = set(eos) if isinstance(eos, list) else {eos}
-        # A token has at least one byte, so a stop string lies within as many tokens; four more for partial characters.
-        self.tail = max((len(stop.encode()) for stop in request.stop), default=0) + 4
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if self.request.cancelled.is_set():
-            raise RequestCancelled
-        self.request.usage.generate(input_ids.shape[0])
         if self.answer_begins is None:
             self.answer_begins = input_ids.shape[-1] - 1
-        if self.notes is not None:
-            self.notes.note(int(input_ids[0, -1]))
-        ended = int(input_ids[0, -1]) in self.eos
-        done = False
-        if self.grammar is not None:
-            self.grammar.note(int(input_ids[0, -1]))
-            done = self.grammar.ended
-            ended |= done
-        if self.request.stop and not done:
-            recent = input_ids[0, max(self.answer_begins, input_ids.shape[-1] - self.tail) :]
-            text = self.tokenizer.decode(recent, skip_special_tokens=True)
-            done = first_stop(text, self.request.stop) is not None
-            ended |= done
-        if ended:
-            self.config.max_new_tokens = None
-        return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)
+        beams = input_ids.shape[0]
+        recent = None if beams == 1 else input_ids[0, self.answer_begins :].tolist()
+        done = self.ending.note(int(input_ids[0, -1]), recent, beams)
+        return torch.full((beams,), done, dtype=torch.bool, device=input_ids.device)
 
 
 class CountPenalty(LogitsProcessor):  # type: ignore[misc]

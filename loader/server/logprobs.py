@@ -6,6 +6,7 @@ The probabilities are the model's own, before temperature, penalties, biases and
 from __future__ import annotations
 
 import codecs
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,10 +35,12 @@ class LogprobNotes:
         self.count = count
         self.chosen = chosen
         self._logits: Tensor | None = None
+        self._thread: int | None = None
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """See the logits [1, n, vocabulary] of every forward pass of `model` until the block ends."""
+        """See the logits [1, n, vocabulary] of every forward pass of `model` in this thread until the block ends."""
+        self._thread = threading.get_ident()
         handle = model.register_forward_hook(self._see)
         try:
             yield
@@ -45,7 +48,12 @@ class LogprobNotes:
             handle.remove()
 
     def _see(self, _model: Any, _args: Any, output: Any) -> None:
-        self._logits = output.logits[0, -1].to(torch.float32, copy=True)
+        if threading.get_ident() == self._thread:  # a batch runs in another one
+            self.see(output.logits[0, -1])
+
+    def see(self, logits: Tensor) -> None:
+        """The next token will be chosen by these logits [vocabulary]."""
+        self._logits = logits.to(torch.float32, copy=True)
 
     def note(self, token: int) -> None:
         """`token` was chosen by the logits that were seen last."""

@@ -43,7 +43,7 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     allowed_hosts: Sequence[str] = (),
-    continuous_batching: bool = False,
+    continuous_batching: bool | None = False,
     max_queue: int = MAX_QUEUE,
     pooling: Pooling = "mean",
     log_level: str | None = "warning",
@@ -57,6 +57,7 @@ def serve(
 ) -> None:
     """Serve one model until SIGTERM or SIGINT, then return.
 
+    With `continuous_batching` requests are generated for together; None: where the model and its device allow it.
     `load(progress, cancel)` returns the model: it calls `progress(bytes_done, bytes_total)`, or `progress.watch` with a
     `Moment`, and ends early, with any exception, once the event `cancel` is set. `load_processor()` returns the
     tokenizer or processor and runs first. `quantization` and `device` are what is asked for, to be shown.

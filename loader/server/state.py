@@ -31,7 +31,7 @@ class ServerState:
         model_name: str,
         *,
         metrics: MetricsSource | None = None,
-        continuous_batching: bool = False,
+        continuous_batching: bool | None = False,
         max_queue: int = MAX_QUEUE,
         pooling: Pooling = "mean",
         quantization: str = "auto",

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from starlette.responses import Response
-from transformers import BatchEncoding, ContinuousBatchingConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -35,8 +35,10 @@ from transformers.utils.chat_parsing import ResponseParser
 from .answer_fields import Prompt
 from .answers import answer
 from .api_errors import ApiError, bad_request
+from .batching import Batch, batch_config, batch_tokens, disagreement, say_how_much, why_not_batched
 from .embeddings import EmbeddingRequest, Pooling, embed, first_position, told
-from .generation import GuardedManager, RequestCancelled, context_length
+from .ending import RequestCancelled
+from .generation import GuardedManager, context_length
 from .generation_request import GenerationRequest
 from .grammar import Grammars
 from .logprobs import TokenTexts
@@ -46,8 +48,7 @@ from .prompts import CheckedProcessor, check_known_tokens, vocabulary_size
 from .served_kinds import encodes_text
 from .size_limits import size_limits
 
-CB_BLOCK_TOKENS = 256  # transformers' default size of a block of its paged cache
-CPU_BATCH_CONTEXT = 4096
+logger = logging.getLogger("quantload")
 
 # The handlers log every request as a warning; uvicorn's access log says the same.
 logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
@@ -124,12 +125,6 @@ class _UnparsedModel:
         return getattr(self.real, name)
 
 
-def _cpu_batch(context: int | None) -> ContinuousBatchingConfig:
-    """Room for eight full contexts, 32768 tokens at most: left to itself, transformers takes most of the memory."""
-    tokens = min(8 * (context or CPU_BATCH_CONTEXT), 8 * CPU_BATCH_CONTEXT)
-    return ContinuousBatchingConfig(num_blocks=max(16, tokens // CB_BLOCK_TOKENS), max_batch_tokens=512)
-
-
 class _PinnedModel:
     """Makes a handler use the one model, under its own name."""
 
@@ -204,11 +199,11 @@ class _RequestState:
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> GuardedManager:
         return GuardedManager(
-            self._shared.get_manager(model_id, use_cb=use_cb),
             self._served.model,
             self._request,
+            alone=self._shared.get_manager(model_id),
+            batch=self._served.batch if use_cb else None,
             context=self._served.context,
-            batched=use_cb,
             stream_error=_StreamError,
             loop=self._loop,
             grammars=self._served.grammars,
@@ -218,7 +213,8 @@ class _RequestState:
 class ServedModel:
     """One loaded model behind transformers' handlers.
 
-    Requests run one after the other on one thread, or together in a continuous batch. `chat` and `complete` return
+    Requests run one after the other on one thread, or together in a continuous batch (None: where that can be, see
+    `why_not_batched`; `settle_batch` decides). `chat` and `complete` return
     transformers' response: JSON, or an SSE stream that is still running.
     """
 
@@ -227,7 +223,7 @@ class ServedModel:
         model: Any,
         processor: Any,
         name: str,
-        continuous_batching: bool = False,
+        continuous_batching: bool | None = False,
         pooling: Pooling = "mean",
     ) -> None:
         self.name = name
@@ -238,18 +234,54 @@ class ServedModel:
         self.context = context_length(model.config)
         if self.context is not None and not self.generates:
             self.context -= first_position(model)
-        batch = _cpu_batch(self.context) if model.device.type == "cpu" else None
-        self.state = GenerationState(continuous_batching=continuous_batching, cb_config=batch)
+        self._by_default = continuous_batching is None
+        if continuous_batching is None:
+            continuous_batching = self.generates and self._is_batched_by_default()
+        self.batch: Batch | None = None
+        self.state = self._generation_state(continuous_batching)
         self._requests: weakref.WeakSet[GenerationRequest] = weakref.WeakSet()
         self._stopping = threading.Event()
         self._settle(processor)
         self.texts = TokenTexts(getattr(processor, "tokenizer", processor))
-        for batched in {False, continuous_batching}:  # now: threads of several requests could each make one
-            self.state.get_manager(name, use_cb=batched)
+        self.state.get_manager(name)  # now: threads of several requests could each make one
         self.tokenizer = CheckedProcessor(getattr(processor, "tokenizer", processor))
         self.grammars = Grammars(getattr(processor, "tokenizer", processor), vocabulary_size(model.config))
         self.limits = size_limits(self.context, self.tokenizer, self.manager.modality is not Modality.LLM)
         self.workers = Workers()
+
+    def _is_batched_by_default(self) -> bool:
+        why = why_not_batched(self.model, self.manager.modality is Modality.LLM)
+        if why is not None:
+            logger.info("Requests are generated for one after the other: %s", why)
+        return why is None
+
+    def _generation_state(self, batched: bool) -> GenerationState:
+        tokens = batch_tokens(self.model, self.context) if batched else None
+        state = GenerationState(continuous_batching=batched, cb_config=batch_config(tokens) if batched else None)
+        if batched and state.use_continuous_batching(self.model, self.manager.modality):
+            self.batch = Batch(state.get_manager(self.name, use_cb=True), self.model, tokens)
+            if tokens is not None:
+                say_how_much(self.model, tokens)
+        return state
+
+    def settle_batch(self, prompt: Sequence[int], request: GenerationRequest) -> None:
+        """Answer a completion `request` of that prompt, with log probabilities, in the batch, if it is the default.
+
+        Where that fails, or its tokens are not what the model says alone, requests run one after the other from now on.
+        """
+        if not self._by_default or self.batch is None:
+            return
+        try:
+            asyncio.run(self._handle(_CompletionHandler, request, "batch-check"))
+            why = disagreement(self.model, prompt, request.chosen)
+        except Exception as error:
+            why = f"a batch failed: {error}"
+        if why is not None:
+            logger.warning("Requests are generated for one after the other: %s", why)
+            self.state.shutdown()
+            self.batch = None
+            self.state = self._generation_state(False)
+            self.state.get_manager(self.name)
 
     @property
     def batches(self) -> bool:

@@ -27,6 +27,8 @@ logger = logging.getLogger("quantload")
 PROMPT_TOKENS = {"cpu": (1, 24), "other": (1, 3, 16, 17, 32, 33, 48, 65, 80, 160)}
 """Lengths of prompts. Triton compiles a matmul anew for each of its tile sizes (16, 32, 64 and 128 tokens), for one
 token, and for a multiple of 16. For a CPU `prepare_products` compiles, and a pass takes as long as it has tokens."""
+CHECKED_TOKENS = 24
+"""Length of the prompt that a batch is tried with."""
 BATCHES = (1, 2, 4)
 """Requests at a time, where they are generated for together."""
 TEXT = "The quick brown fox jumps over the lazy dog. "
@@ -57,7 +59,10 @@ def _passes(served: ServedModel) -> Iterator[Callable[[], Any]]:
             .submit(embed, served.model, _some_ids(served, length), served.pooling)
             .result
         )
-    elif served.batches:
+        return
+    if served.batches:
+        yield partial(_settle_batch, served)
+    if served.batches:
         for count in BATCHES:
             yield partial(_answer, [partial(served.complete, _completion(served)) for _ in range(count)])
     elif served.model.main_input_name == "input_ids":
@@ -67,9 +72,18 @@ def _passes(served: ServedModel) -> Iterator[Callable[[], Any]]:
                 # On the thread that generates: its scratch memory and torch's threads belong to it.
                 yield served.state.get_manager(served.name).submit(_generate, served, length).result
         yield partial(_answer, [partial(served.complete, _completion(served))])
-    if served.generates and chat_templates(served.manager.processor):
+    if chat_templates(served.manager.processor):
         chat = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 2}
         yield partial(_answer, [partial(served.chat, parse_chat(chat, served.name))])
+
+
+def _settle_batch(served: ServedModel) -> None:
+    """Let a model whose batches are not what it says alone have none."""
+    length = CHECKED_TOKENS if served.context is None else max(1, min(CHECKED_TOKENS, served.context // 2))
+    ids = _some_ids(served, length)
+    body = {"prompt": ids, "max_tokens": max(1, length // 3), "temperature": 0, "logprobs": 0, "ignore_eos": True}
+    (request,) = parse_completion(body, served.name).parts()
+    served.settle_batch(ids, request)
 
 
 def _completion(served: ServedModel) -> GenerationRequest:

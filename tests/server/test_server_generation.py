@@ -11,7 +11,6 @@ from quantload.server.generation import (
     CountPenalty,
     GenerationFailed,
     apply_request,
-    check_shared_sampling,
     fit_context,
 )
 from quantload.server.generation_request import GenerationRequest, parse_completion
@@ -78,29 +77,6 @@ def test_penalties_are_openais_formula() -> None:
     assert not penalty(torch.tensor([prompt]), torch.zeros(1, 4)).any()
     out = penalty(ids, torch.zeros(1, 4))
     assert out.tolist() == [[0.0, -1.25, -0.75, 0.0]]
-
-
-@pytest.mark.parametrize(
-    ("own", "fields", "param"),
-    [
-        ({"do_sample": False}, {"temperature": 0}, None),
-        ({"do_sample": False}, {"max_tokens": 3}, None),
-        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.6}, None),
-        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0}, "temperature"),
-        ({"do_sample": False}, {"temperature": 1}, "temperature"),
-        ({"do_sample": False}, {"seed": 0}, "seed"),
-        ({"do_sample": False}, {"stop": "x"}, "stop"),
-        ({"do_sample": False}, {"frequency_penalty": 1}, "frequency_penalty"),
-    ],
-)
-def test_a_batch_has_one_sampling(own: dict[str, Any], fields: dict[str, Any], param: str | None) -> None:
-    config = GenerationConfig(**own)
-    if param is None:
-        check_shared_sampling(asking(**fields), config)
-    else:
-        with pytest.raises(ApiError) as caught:
-            check_shared_sampling(asking(**fields), config)
-        assert caught.value.param == param
 
 
 class Failure:

@@ -294,5 +294,3 @@ def test_a_continuous_batch(model: Any, tokenizer: Any) -> None:
         assert [answer["choices"][0]["text"] for answer in answers] == wanted
         assert streamed(client, "/v1/completions", {"prompt": "the", "max_tokens": 10})[0] == wanted[0]
         assert client.get("/health").status == 200
-        refused = client.post("/v1/completions", {"prompt": "the", "temperature": 0.5})
-        assert (refused.status, refused.json["error"]["code"]) == (400, "unsupported_parameter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from transformers import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 from ..memory.amounts import MIB, format_bytes
 from ..memory.limits import memory_limits
@@ -45,10 +48,16 @@ class Batch:
         self.sampling = PerRequestSampling()
         self._model = model
         self._tokens = tokens
+        self._attention = model.config._attn_implementation
+
+    @property
+    def takes_the_model(self) -> bool:
+        """Whether nobody else can run the model meanwhile: older versions of transformers change its attention."""
+        return bool(self._model.config._attn_implementation != self._attention)
 
     def has_room_for(self, tokens: int) -> bool:
         """Whether a request of so many tokens, with its answer, can ever have its turn."""
-        return self._tokens is None or tokens <= self._tokens
+        return self._tokens is None or tokens <= self._tokens or self.takes_the_model
 
     def start(self) -> None:
         """Take the memory, and begin to wait for requests, unless that was done; anew where the last one has died.
@@ -102,12 +111,20 @@ def batch_config(tokens: int | None) -> ContinuousBatchingConfig:
     )
 
 
+def leaves_models_as_they_are() -> bool:
+    """Whether this version of transformers batches with `sdpa` attention as it is: 5.16 exchanges it for another."""
+    switch = ContinuousBatchingManager.switch_to_cb_friendly_attn
+    return "auto_switch_to_flash" in inspect.signature(switch).parameters
+
+
 def why_not_batched(model: Any, reads_text_only: bool) -> str | None:
     """Why requests to a model are not generated for together unless somebody asks for it; None where they are."""
     config = model.config.get_text_config()
     kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     if model.device.type != "cpu":
         return f"that has been measured on CPUs only, and the model is on {model.device.type}"
+    if not leaves_models_as_they_are():
+        return f"transformers {transformers.__version__} changes the attention of a model for a batch"
     if not reads_text_only or not hasattr(model, "init_continuous_batching"):
         return f"transformers does not batch a {type(model).__name__} continuously"
     if is_encoder_decoder(model.config):

@@ -273,9 +273,11 @@ class ServedModel:
             return
         try:
             asyncio.run(self._handle(_CompletionHandler, request, "batch-check"))
-            why = disagreement(self.model, prompt, request.chosen)
+            why: str | None = "it changes the attention of the model"
+            if not self.batch.takes_the_model:
+                why = disagreement(self.model, prompt, request.chosen)
         except Exception as error:
-            why = f"a batch failed: {error}"
+            why = f"a batch failed ({error})"
         if why is not None:
             logger.warning("Requests are generated for one after the other: %s", why)
             self.state.shutdown()

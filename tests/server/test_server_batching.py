@@ -15,15 +15,26 @@ import torch
 from quantload.server import ServerState
 from quantload.server.api_errors import ApiError
 from quantload.server.batch_sampling import BatchedAnswer, PerRequestSampling
-from quantload.server.batching import Batch, _added, batch_tokens, disagreement, why_not_batched
+from quantload.server.batching import (
+    Batch,
+    _added,
+    batch_tokens,
+    disagreement,
+    leaves_models_as_they_are,
+    why_not_batched,
+)
 from quantload.server.ending import Ending, RequestCancelled
 from quantload.server.generation_request import parse_completion
 from quantload.server.logprobs import Chosen
 from quantload.server.warm_up import warm_up
-from server_harness import Client, running
+from server_harness import Client, running, wait_for
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching.requests import RequestState
 
+pytestmark = pytest.mark.skipif(
+    not leaves_models_as_they_are(),
+    reason="nothing is batched by default with this version of transformers",
+)
 PROMPTS = ["the quick", "fox jumps over", "lazy dog, and", "0123"]
 
 
@@ -143,7 +154,7 @@ def test_a_pass_that_fails_is_an_error_for_those_in_it_and_nobody_else(
     with monkeypatch.context() as patched:
         patched.setattr(PerRequestSampling, "prepare_tensor_args", lambda *_, **__: 1 / 0)
         assert batched.post("/v1/completions", {"prompt": "the"}).status == 500
-    assert choices(ask(batched, PROMPTS[0]))
+    wait_for(lambda: batched.post("/v1/completions", {"prompt": "the"}).status == 200)  # 503 while the old one ends
     assert batched.get("/health").status == 200
 
 

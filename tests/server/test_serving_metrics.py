@@ -57,7 +57,7 @@ def test_requests_and_tokens_are_counted(fresh: Client) -> None:
 
 def test_tokens_are_those_that_the_client_is_told_of(fresh: Client) -> None:
     """Of several prompts and several answers to each, prompts count once."""
-    body = {"prompt": ["the fox", "the lazy dog"], "n": 2, "max_tokens": 3, "temperature": 1}
+    body = {"prompt": ["the fox", "the lazy dog"], "n": 2, "max_tokens": 3, "temperature": 1, "ignore_eos": True}
     usage = fresh.post("/v1/completions", body).json["usage"]
     wait_for(lambda: value(samples(fresh), "completion_tokens_total") == 12)
     assert usage["completion_tokens"] == 12

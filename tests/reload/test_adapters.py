@@ -56,7 +56,10 @@ def saved(folder: Path, pairs: dict[str, Tensor], **config: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("scheme", ["quark_mxfp4", "fp8_per_tensor", "none"])
+SCHEMES = ["fp8_per_tensor", *(pytest.param(name, marks=pytest.mark.slow) for name in ("quark_mxfp4", "none"))]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_adapter_is_merged_on_the_way(checkpoint: Checkpoints, tmp_path: Path, scheme: str) -> None:
     folder = checkpoint("qwen3_moe")
     tensors = tensors_of(folder)

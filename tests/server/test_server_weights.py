@@ -93,22 +93,20 @@ def test_a_reload_from_a_folder(served: Served) -> None:
     assert served.metric("quantload_reload_seconds_total") > 0
 
 
-@pytest.mark.parametrize(
-    "name", ["..", ".", "", "nothing", "../root/new", "/etc", "new/config.json", "link", "inside", 3]
-)
-def test_what_is_not_below_the_root_is_refused(served: Served, tmp_path: Path, name: Any) -> None:
+def test_what_is_not_below_the_root_is_refused(served: Served, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
-    for link, target in (("link", outside), ("inside/model.safetensors", served.root / "new" / "model.safetensors")):
+    links = {"link": outside, "inside/model.safetensors": served.root / "new" / "model.safetensors"}
+    for link, target in {**links, "inside/config.json": Path("/etc/hostname")}.items():
         place = served.root / link
         place.parent.mkdir(exist_ok=True)
         place.unlink(missing_ok=True)
         place.symlink_to(target)
-    (served.root / "inside" / "config.json").unlink(missing_ok=True)
-    (served.root / "inside" / "config.json").symlink_to("/etc/hostname")
-    reply = served.post("/reload", {"checkpoint": name} if name != "/etc" else {"checkpoint": str(outside)})
-    assert reply.status == 400, reply.text
-    assert str(outside) not in reply.text
+    wrong: list[Any] = ["..", ".", "", "nothing", "../root/new", str(outside), "new/config.json", "link", "inside", 3]
+    for name in wrong:
+        reply = served.post("/reload", {"checkpoint": name})
+        assert reply.status == 400, (name, reply.text)
+        assert str(outside) not in reply.text
     assert served.client.get("/health").json["status"] == "ok"
 
 

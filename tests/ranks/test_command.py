@@ -17,7 +17,7 @@ from quantload import load_quantized
 from quantload.cli import DEMO_MODEL
 from quantload.memory.report import LoadReport
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
 PROMPT = "def read_lines(path):\n"
 TORCHRUN += ["--rdzv-endpoint", "localhost:0"]

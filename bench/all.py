@@ -60,6 +60,11 @@ RUNS = {
     "stored": Run("stored.py", quick=("--scale", "0.02", "--rounds", "1"), work="--dir"),
     "serve_load": Run("serve_load.py", quick=("--seconds", "5", "--clients", "16")),
     "cache": Run("cache.py", quick=("--scale", "0.02", "--rounds", "1"), work="--dir"),
+    "remote": Run(
+        "remote.py",
+        quick=("--scale", "0.02", "--rates", "0", "--latencies", "0.001", "--rounds", "1", "--no-sweep"),
+        work="--dir",
+    ),
     "bigger_than_memory": Run("bigger_than_memory.py", quick=("--layers", "1"), work="--dir"),
 }
 

@@ -16,6 +16,7 @@ import matmul_cpu
 import pipeline_results
 import profile_load
 import quality_tables
+import remote
 import serve_load
 import stored
 from goals import Goal
@@ -87,6 +88,7 @@ def render_all(folder: Path = RESULTS) -> dict[str, str]:
             _newest(results_of("bigger_than_memory", folder)), bigger_than_memory.render, bigger_than_memory.goals_of
         ),
         "cache": _section(_newest(results_of("cache", folder)), cache.render, cache.goals_of),
+        "remote": _section(_newest(results_of("remote", folder)), remote.render, remote.goals_of),
         "faults": _section(_newest(results_of("faults", folder)), faults.render, _no_goals),
         "serve_load": _section(_newest(results_of("serve_load", folder)), serve_load.render, _no_goals),
         "stored": _section(_newest(results_of("stored", folder)), stored.render_all, stored.goals_of),

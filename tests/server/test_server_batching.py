@@ -96,6 +96,7 @@ def test_a_stop_string_ends_the_generation_and_not_only_the_text(client: Client,
     assert "".join(event["choices"][0]["text"] for event in events[:-1]) == choices(stopped)[0][0]
 
 
+@pytest.mark.slow
 def test_what_is_longer_than_the_batch_is_generated_for_alone(
     model: Any, tokenizer: Any, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +192,7 @@ def test_what_is_not_batched_has_a_reason(model: Any, change: dict[str, Any], re
     assert reason in (why_not_batched(fake, True) or "")
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_not_what_the_model_says_is_given_up(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

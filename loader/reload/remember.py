@@ -11,7 +11,7 @@ from .settings import LoadSettings, TensorNames
 
 def remember(model: Any, draft: Draft, options: LoadOptions, trust_remote_code: bool) -> None:
     """Leave on a model what a reload needs to know of its load."""
-    entries = {name: entry for name, entry in draft.sources.entries.items() if name not in draft.untied.entries}
+    entries = draft.sources.entries
     used = {name for conversion in draft.mapped.conversions for name in conversion.names()}
     model.load_settings = LoadSettings(
         draft.rules.policy,

@@ -17,10 +17,11 @@ from quantload import (
     plan_quantized,
     reload_weights,
 )
-from quantload.errors import UnappliedOptionError
+from quantload.errors import MissingWeightsError, UnappliedOptionError
 from quantload.model.embeddings import QuantizedEmbedding
 from quantload.model.quantized import QuantizedLinear
 from quantload.schemes.registry import ENTRIES
+from safetensors.torch import load_file
 
 Checkpoint = Callable[[str], Path]
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -106,3 +107,13 @@ def test_a_pattern_that_does_not_end_with_the_name_unties_nothing(checkpoint: Ch
 def test_more_than_one_tie_stays(checkpoint: Checkpoint) -> None:
     draft = plan_quantized(checkpoint("t5"), policy=policy("lm_head"), device="cpu")
     assert [each.reason for each in draft.unapplied] == ["its weight is tied to another parameter"]
+
+
+def test_an_update_brings_a_tensor_for_each_of_the_two(checkpoint: Checkpoint) -> None:
+    path, rules = checkpoint("llama_tied"), policy(HEAD)
+    model: Any = load_quantized(path, policy=rules, device="cpu")
+    wanted, stored = model(IDS).logits, load_file(path / "model.safetensors")
+    with pytest.raises(MissingWeightsError, match=r"lm_head\.weight"):
+        reload_weights(model, stored)
+    reload_weights(model, {**stored, "lm_head.weight": stored["model.embed_tokens.weight"]})
+    assert torch.equal(model(IDS).logits, wanted)

@@ -97,7 +97,8 @@ class CheckpointOrigin:
     def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
         """Every tensor by name, in the order of files and offsets; what was asked for meanwhile is read between them.
 
-        After the last one everything that was asked for is there.
+        After the last one everything that was asked for is there, but for what belongs to something that was not yet:
+        an engine may ask from several threads. `flush` is the end.
         """
         layer = ""
         for number, entry in enumerate(self._entries):
@@ -105,7 +106,7 @@ class CheckpointOrigin:
                 self._read_waiting()
             layer = layer_of(entry.name)
             yield entry.name, self._lazy(number, entry)
-        self.flush()
+        self._read_waiting()
 
     def flush(self) -> None:
         """Read all that was asked for; raises `MissingWeightsError` where a part of what decides its scales is not."""

@@ -71,6 +71,7 @@ class QuantloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM's 
             return
         with EngineLoad(nn.Module(), self._options, torch.empty(0).device, {}) as reload:
             yield from ((source.prefix + name, tensor) for name, tensor in reload.tensors(folder, files))
+            reload.flush()
 
     def _prepare_weights(self, *arguments: Any, **named: Any) -> Any:
         """Find or download the files as for `safetensors`."""

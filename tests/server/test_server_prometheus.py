@@ -32,7 +32,13 @@ real = pytest.mark.skipif(
 
 
 def loaded() -> LoadMetrics:
-    sizes = {"bytes_read": 8, "checkpoint_bytes": 8, "final_bytes": 4, "peak_bytes": 6, "staging_peak_bytes": 1}
+    sizes: dict[str, Any] = {
+        "bytes_read": 8,
+        "checkpoint_bytes": 8,
+        "final_bytes": 4,
+        "peak_bytes": 6,
+        "staging_peak_bytes": 1,
+    }
     more: dict[str, Any] = {
         "baseline_bytes": 1,
         "predicted_final_bytes": 4,

@@ -261,6 +261,7 @@ class ForwardOptions:
             help="Number of threads that compute; idle ones sleep, unless OMP_WAIT_POLICY is set.",
             show_default="OMP_NUM_THREADS, else one a core that the process may use",
             min=1,
+            max=4096,
         ),
     ] = None
 

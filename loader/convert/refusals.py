@@ -11,6 +11,8 @@ from ..schemes.exported.weights import ExportFormat
 
 _SHOWN = 4
 _KINDS = {"linear": "linear layers", "experts": "experts modules", "embedding": "embeddings"}
+_EXPECTED = frozenset({"linear", "experts"})
+"""What a model is expected to have; an embedding is there only where it was asked for."""
 _IGNORE = "keep them with ignore patterns (--ignore), or choose another scheme for them (--override)"
 _ANEW = (
     "convert writes what it quantizes itself, so name a scheme that quantizes anew all that is stored quantized, in "
@@ -33,7 +35,11 @@ def nothing_quantized(assignments: Iterable[Assignment]) -> PolicyError:
     """For a model of which every module is kept, each with the reason."""
     reasons = Counter((each.kind, each.reason) for each in assignments)
     kept = [f"{_KINDS[kind]}: {reason} ({count})" for (kind, reason), count in reasons.most_common()]
-    absent = [f"the model has no {called}" for kind, called in _KINDS.items() if all(kind != own for own, _ in reasons)]
+    absent = [
+        f"the model has no {called}"
+        for kind, called in _KINDS.items()
+        if kind in _EXPECTED and all(kind != own for own, _ in reasons)
+    ]
     return PolicyError(
         f"no module would be quantized, and convert writes quantized checkpoints: {_listed(absent + kept)}; choose a "
         f"scheme for what the model has (-q, --experts, --override), or ignore less (--ignore); what is to stay as it "

@@ -7,7 +7,8 @@ llama.cpp's Q4_0 and IQ4_NL. No other tool reads the format. With each operation
 
     scale_2  = 2^(floor(log2(amax of the row, at most the largest BF16)) - 14), at least 2^-112
     nearest  = E4M3 code of (amax of the block / scale_2) * (1 / 106), to nearest, ties to even
-    tried    = nearest + 0, 1, 2, -1, within 1 and 448; one more where amax of the block were beyond 127 of it
+    lowest   = the first code from nearest - 1 on, at least 1, with amax of the block within 127 of its scale
+    tried    = nearest, nearest + 1, nearest + 2, lowest; none below lowest, and none above 448
     y        = weight * (1 / (scale * scale_2)), to the nearest integer, ties to even; within -127 and 127
     code     = that of the level nearest to y, which is never halfway between two
 
@@ -33,6 +34,7 @@ from ..nl4_levels import (
     LEAST_ROW_EXPONENT,
     LEVELS,
     LONGEST,
+    MOST_RAISED,
     RECIPROCAL,
     ROW_EXPONENT,
     STEPS,
@@ -68,10 +70,12 @@ class Nl4Codec:
         last = torch.where(scale_2 >= 2.0 ** CAPPED_FROM[kind], CAPPED_CODE, LARGEST_CODE)
         positive = (-low >= high) | (top == 0)
         nearest = (amax * RECIPROCAL).clamp(max=448.0).to(torch.float8_e4m3fn).view(torch.uint8).int()
+        lowest = torch.minimum((nearest + min(STEPS)).clamp(min=1), last)
+        for _ in range(MOST_RAISED):
+            lowest = torch.minimum(lowest + (amax > FURTHEST * _magnitude(lowest)), last)
         best, least = torch.zeros_like(nearest), torch.full_like(amax, torch.inf)
         for step in STEPS:
-            code = torch.minimum((nearest + step).clamp(min=1), last)
-            code = torch.minimum(code + (amax > FURTHEST * _magnitude(code)), last)
+            code = torch.minimum(torch.maximum(nearest + step, lowest), last)
             scale = torch.where(positive, 1.0, -1.0) * _magnitude(code)
             whole = self.ratio(values, scale * scale_2)
             error = F.pad(whole - _nearest_level(whole), (0, -values.shape[1] % BLOCK)).view(padded.shape)

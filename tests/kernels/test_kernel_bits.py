@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from quantload.kernels.formats import Tensors
-from quantload.kernels.nl4_levels import LEVELS
+from quantload.kernels.nl4_levels import FURTHEST, LEAST_ROW_EXPONENT, LEVELS
 from quantload.kernels.registry import kernel_set
 from runners import Runner
 from tested_formats import FP8, FP8_E4M3FN, INT8, MX
@@ -115,6 +115,24 @@ def assert_same_bytes_under_many_maxima(contender: Runner, values: torch.Tensor)
         if is_block:
             near = side[side.abs() >= top / 1024]
             assert_same_bytes(contender, near[: len(near) // 32 * 32].view(32, -1))
+
+
+@pytest.mark.formats("nl4")
+@pytest.mark.interpreted
+def test_nl4_blocks_under_the_smallest_scales_are_within_their_reach(contender: Runner) -> None:
+    """Levels under each small code, in units of code 1, beside a largest element of up to 139 times the code."""
+    generator = torch.Generator().manual_seed(5)
+    below = torch.tensor([level for level in LEVELS if abs(level) != max(map(abs, LEVELS))])
+    blocks = []
+    for code in range(1, 10):
+        amax = torch.arange(87 * code, 140 * code, code)
+        amax *= 2 * torch.randint(0, 2, amax.shape, generator=generator) - 1
+        others = code * below[torch.randint(0, len(below), (len(amax), 31), generator=generator)]
+        blocks.append(torch.cat((amax[:, None], others), 1))
+    source = torch.cat(blocks) * 2.0 ** (LEAST_ROW_EXPONENT - 9)
+    assert_same_bytes(contender, source)
+    _, scale, scale_2 = contender.quantize(source)
+    assert (source.abs() <= FURTHEST * scale.float().abs() * scale_2).all()
 
 
 @pytest.mark.parametrize("exponent", [-40, -20, 0, 20, 100])

@@ -21,6 +21,7 @@ from ...nl4_levels import (
     CAPPED_FROM,
     FURTHEST,
     LARGEST_CODE,
+    MOST_RAISED,
     RECIPROCAL,
     STEPS,
 )
@@ -54,6 +55,8 @@ LANES = 16
 """Blocks whose scales are made together."""
 RUN_GROUPS = 8
 """Groups of them a call may take: float32 sums stay accurate."""
+LOWEST_STEP = min(STEPS)
+"""That of the lowest scale that is tried, where it is not raised."""
 PAIR = 2 * BLOCK
 """Elements that are worked on together: two blocks."""
 MAGIC = 1.5 * 2.0**23
@@ -157,18 +160,18 @@ class _Run:
 
         `last` are the largest codes.
         """
-        one = constant(self.b, I32, LANES, 1)
         of_power = constant(self.b, I32, LANES, 254 << 23) - of_rows.cast(I32)  # the bits of its exact inverse
         amax = widen(magnitude, self.kind) * of_power.cast(F32)
         first, _ = nearest(amax * RECIPROCAL, E4M3)
         # The largest of a block goes to the one longest level, which is negative.
         sign = magnitude.gt(0).select((keys & 1) ^ 1, 0)
+        lowest = (first.max(1 - LOWEST_STEP) + LOWEST_STEP).min(last)
+        for _ in range(MOST_RAISED):
+            above = amax.gt(_e4m3(lowest) * float(FURTHEST))
+            lowest = above.select(lowest + 1, lowest).min(last)
         found = []
         for step in STEPS:
-            code = first + step
-            code = less(code, 1).select(one, code).min(last)
-            above = amax.gt(_e4m3(code) * float(FURTHEST))
-            code = above.select(code + 1, code).min(last)
+            code = lowest if step == LOWEST_STEP else (first + step).max(lowest).min(last)
             value = (_e4m3(code).cast(I32) | (sign << 31)).cast(F32)
             found.append((code | (sign << 7), value, value.new(value.like(1.0)) / (value * of_rows)))
         return found

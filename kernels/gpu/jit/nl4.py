@@ -52,9 +52,10 @@ def quantize_nl4(
     amax = top.to(tl.float32, bitcast=True) * inverse
     last = tl.where(scale_2 >= CAPPED, 0x79, 0x7E)
     nearest = encode_float(amax * 0.009433962404727936, 3, 7, 448.0)
-    byte, least = _tried(values, amax, nearest, last, scale_2, positive)
+    lowest = _raised(amax, _raised(amax, tl.minimum(tl.maximum(nearest - 1, 1), last), last), last)
+    byte, least = _tried(values, nearest, lowest, last, scale_2, positive)
     for step in tl.static_range(3):
-        code, error = _tried(values, amax, nearest + (-1 if step == 2 else step + 1), last, scale_2, positive)
+        code, error = _tried(values, nearest + (-1 if step == 2 else step + 1), lowest, last, scale_2, positive)
         byte = tl.where(error < least, code, byte)
         least = tl.minimum(error, least)
     unit = decode_float(byte, 3, 7) * scale_2
@@ -125,10 +126,15 @@ def dequantize_nl4(
 
 
 @triton.jit
-def _tried(values, amax, code, last, scale_2, positive):
-    """E4M3 codes near `code` without sign under which blocks are within reach, and their squared errors."""
-    code = tl.minimum(tl.maximum(code, 1), last)
-    code = tl.minimum(code + (amax > decode_float(code, 3, 7) * 127.0).to(tl.int32), last)
+def _raised(amax, code, last):
+    """The next E4M3 codes, up to `last`, of blocks that those without sign leave out of reach."""
+    return tl.minimum(code + (amax > decode_float(code, 3, 7) * 127.0).to(tl.int32), last)
+
+
+@triton.jit
+def _tried(values, code, lowest, last, scale_2, positive):
+    """E4M3 codes without sign within `lowest` and `last`, and the squared errors of blocks under them."""
+    code = tl.minimum(tl.maximum(code, lowest), last)
     scale = decode_float(code, 3, 7)
     unit = scale * scale_2
     whole = _whole(values, tl.where(positive, unit, -unit))

@@ -165,13 +165,14 @@ class _Run:
         first, _ = nearest(amax * RECIPROCAL, E4M3)
         # The largest of a block goes to the one longest level, which is negative.
         sign = magnitude.gt(0).select((keys & 1) ^ 1, 0)
-        lowest = (first.max(1 - LOWEST_STEP) + LOWEST_STEP).min(last)
-        for _ in range(MOST_RAISED):
-            above = amax.gt(_e4m3(lowest) * float(FURTHEST))
-            lowest = above.select(lowest + 1, lowest).min(last)
+        lowest = below = first.max(1 - LOWEST_STEP) + LOWEST_STEP
+        for raised in range(MOST_RAISED):  # independently of each other: everything after waits for them
+            above = amax.gt(_e4m3(below + raised) * float(FURTHEST))
+            lowest = above.select(below + (raised + 1), lowest)
+        lowest = lowest.min(last)
         found = []
         for step in STEPS:
-            code = lowest if step == LOWEST_STEP else (first + step).max(lowest).min(last)
+            code = lowest if step == LOWEST_STEP else (first + step).min(last).max(lowest)
             value = (_e4m3(code).cast(I32) | (sign << 31)).cast(F32)
             found.append((code | (sign << 7), value, value.new(value.like(1.0)) / (value * of_rows)))
         return found

@@ -52,7 +52,8 @@ def quantize_nl4(
     amax = top.to(tl.float32, bitcast=True) * inverse
     last = tl.where(scale_2 >= CAPPED, 0x79, 0x7E)
     nearest = encode_float(amax * 0.009433962404727936, 3, 7, 448.0)
-    lowest = _raised(amax, _raised(amax, tl.minimum(tl.maximum(nearest - 1, 1), last), last), last)
+    below = tl.maximum(nearest - 1, 1)
+    lowest = tl.minimum(below + _is_beyond(amax, below) + _is_beyond(amax, below + 1), last)
     byte, least = _tried(values, nearest, lowest, last, scale_2, positive)
     for step in tl.static_range(3):
         code, error = _tried(values, nearest + (-1 if step == 2 else step + 1), lowest, last, scale_2, positive)
@@ -126,9 +127,9 @@ def dequantize_nl4(
 
 
 @triton.jit
-def _raised(amax, code, last):
-    """The next E4M3 codes, up to `last`, of blocks that those without sign leave out of reach."""
-    return tl.minimum(code + (amax > decode_float(code, 3, 7) * 127.0).to(tl.int32), last)
+def _is_beyond(amax, code):
+    """1 for blocks that E4M3 codes without sign leave out of reach, else 0."""
+    return (amax > decode_float(code, 3, 7) * 127.0).to(tl.int32)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ def test_a_number_of_threads_that_numba_does_not_take(given: str, monkeypatch: p
         import_cpu_kernels()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["1", "", "many"])
 def test_others_are_numbas_to_judge(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_NUM_THREADS", given)

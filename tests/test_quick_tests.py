@@ -74,7 +74,7 @@ def test_a_commit_git_does_not_know_is_an_error() -> None:
         changed_since("never")
 
 
-@pytest.mark.parametrize("processes", ["0", "1"])
+@pytest.mark.parametrize("processes", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_what_has_not_begun_in_time_is_left_out_and_named(tmp_path: Path, processes: str) -> None:
     in_time, late = (_run_two_tests(tmp_path, seconds, processes) for seconds in ("3600", "0"))
     assert in_time.returncode == 1, in_time.stdout

@@ -39,6 +39,7 @@ def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_dry_day_goes_through_every_stage(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is on Linux only")
     done = run(["--dry", "--out", "day"], tmp_path)
@@ -88,6 +89,7 @@ def test_without_a_gpu_nothing_runs_and_it_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "day").exists()
 
 
+@pytest.mark.slow
 def test_the_package_is_found_in_the_repository(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(BENCH)!r})\n"

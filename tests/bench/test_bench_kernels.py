@@ -181,6 +181,7 @@ def test_pieces_are_counted_and_checked(monkeypatch: pytest.MonkeyPatch) -> None
     assert gpu_pieces.differing_codes(fake, CPU) > 0
 
 
+@pytest.mark.slow
 def test_a_load_takes_turns_with_a_copy(tmp_path: Path) -> None:
     failures = gpu_command.Failures()
     load = gpu_load.measure_loads(["int8_per_channel"], 0.002, tmp_path, CPU, 2, failures.attempt)

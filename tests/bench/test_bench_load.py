@@ -104,6 +104,7 @@ def test_page_cache_state_is_seen(tmp_path: Path) -> None:
     assert load_process.cached_share([path]) == 1.0
 
 
+@pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.make("moe", 0.002, tmp_path_factory.mktemp("bench_load"))

@@ -18,6 +18,7 @@ from recipes import many
 from stopwatch import Stopwatch
 
 
+@pytest.mark.slow
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bench_pipeline")

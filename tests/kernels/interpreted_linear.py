@@ -6,6 +6,7 @@ except where said. Codes and scales of activations are compared bit for bit.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,11 @@ GFX950 = GpuTarget("gfx950", 4)
 SHAPES = [(3, 70, 1024), (40, 33, 100)]
 """Few tokens split along K and a ragged edge; more tokens than a tile holds, K that is no multiple of a block."""
 TYPES = [(torch.bfloat16, "gfx950"), (torch.float16, "gfx950"), (torch.float16, "sm_80"), (torch.float32, "sm_80")]
+
+
+def slow_if(condition: bool) -> list[pytest.MarkDecorator]:
+    """The marks of a case that is left to the longer group where others are like it."""
+    return [pytest.mark.slow] if condition else []
 
 
 def quantized(name: str, n_rows: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,10 +103,17 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor)
     assert worst < 1, f"off by {float(worst)} of what rounding allows"
 
 
-@pytest.mark.parametrize(("dtype", "target"), TYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "n_rows", "k"), SHAPES)
+@pytest.mark.parametrize(
+    ("tokens", "n_rows", "k", "dtype", "target", "bias_is_float32"),
+    [
+        pytest.param(
+            *shape, *types, is_float32, marks=slow_if(shape == SHAPES[0] and (types != TYPES[0] or is_float32))
+        )
+        for shape, types, is_float32 in itertools.product(SHAPES, TYPES, (False, True))
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["mxfp4", *DECODED, "fp8_tensor", "fp8_block", "fp8_channel_fnuz", "int8_channel"])
-@pytest.mark.parametrize("bias_is_float32", [False, True])
 def test_weight_only(
     record_property: Callable[..., Any],
     name: str,
@@ -127,8 +140,13 @@ def test_weight_only(
     assert_close(got, want, F.linear(x.double().abs(), weight.abs()))
 
 
-@pytest.mark.parametrize(("tokens", "n_rows", "k"), SHAPES)
-@pytest.mark.parametrize("name", ACTIVATIONS_TOO)
+@pytest.mark.parametrize(
+    ("name", "tokens", "n_rows", "k"),
+    [
+        pytest.param(name, *shape, marks=slow_if(shape == SHAPES[0] and name.endswith("_fnuz")))
+        for name, shape in itertools.product(ACTIVATIONS_TOO, SHAPES)
+    ],
+)
 def test_quantized_activations(
     record_property: Callable[..., Any], name: str, tokens: int, n_rows: int, k: int
 ) -> None:
@@ -214,7 +232,15 @@ def test_every_code_under_scales_of_all_sizes(record_property: Callable[..., Any
     assert torch.equal(got.T, weight)
 
 
-@pytest.mark.parametrize("name", ["int4_group16_f16", "int4_group64_bf16", "int4_group0_f32", "int8_group256_f16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4_group16_f16",
+        pytest.param("int4_group64_bf16", marks=pytest.mark.slow),
+        pytest.param("int4_group0_f32", marks=pytest.mark.slow),
+        "int8_group256_f16",
+    ],
+)
 def test_every_code_under_every_zero_point(record_property: Callable[..., Any], name: str) -> None:
     """A product with the identity matrix is the weight itself, of 300 columns: the last group is cut off."""
     record_property("kernel", f"{name} weights decoded")
@@ -298,8 +324,14 @@ def nl4(n_rows: int, k: int, seed: int, dtype: torch.dtype) -> tuple[Tensors, to
     return tensors, values.double()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("tokens", "n_rows", "k"), SHAPES)
+@pytest.mark.parametrize(
+    ("tokens", "n_rows", "k", "dtype"),
+    [
+        pytest.param(*shape, dtype, marks=slow_if(shape == SHAPES[0] and dtype != torch.bfloat16))
+        for shape, dtype in itertools.product(SHAPES, (torch.bfloat16, torch.float16, torch.float32))
+    ],
+    ids=str,
+)
 def test_weight_only_with_scales_of_rows(
     record_property: Callable[..., Any], tokens: int, n_rows: int, k: int, dtype: torch.dtype
 ) -> None:

@@ -60,6 +60,7 @@ def test_kernels_are_kept_for_the_user_and_not_beside_the_sources(tmp_path: Path
     assert cached(cache) == entries
 
 
+@pytest.mark.slow
 def test_installs_of_the_same_kernels_share_and_others_do_not_disturb_them(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first, same, other = (copy_of_the_package(tmp_path / name) for name in ("first", "same", "other"))

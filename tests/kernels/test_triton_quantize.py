@@ -245,16 +245,14 @@ def files(*names: str) -> list[Path]:
     return [HERE / "interpreted_quantize.py", *(HERE / f"test_kernel_{name}.py" for name in names)]
 
 
-def shares(*arguments: str) -> list[list[str]]:
-    """Arguments for two processes, with about half of the formats each."""
-    return [[*arguments, "-k", half] for half in ("mx or int4", "not (mx or int4)")]
+HALVES = [["-k", half] for half in ("mx or int4", "not (mx or int4)")]
+"""Arguments for two processes, with about half of the formats each."""
 
 
 @pytest.mark.skipif(interpreter_trouble() is not None, reason=interpreter_trouble() or "")
 def test_interpreted_bits() -> None:
     """Tests of every kernel, on the Triton ones in the interpreter: those marked for it, which take seconds."""
-    quickly = shares("-m", "interpreted_quickly")
-    results = interpret(*files(*EVERY), shares=quickly)
+    results = interpret(*files(*EVERY), shares=[["-m", "interpreted_quickly"]])
     check(results)
     labels = {label for result in results for label in result.kernels}
     assert {f"{op} {name}" for op in gpu_quantize.OPERATIONS for name in TRITON} <= labels
@@ -264,7 +262,7 @@ def test_interpreted_bits() -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(interpreter_trouble() is not None, reason=interpreter_trouble() or "")
 def test_interpreted_bits_of_everything() -> None:
-    results = interpret(*files(*EVERY), shares=shares(), timeout=1500)
+    results = interpret(*files(*EVERY), shares=HALVES, timeout=1500)
     check(results)
     assert len(results) > 900
 

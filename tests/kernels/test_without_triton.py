@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 HIDDEN = "import sys; sys.modules['triton'] = None\n"
 """What makes `triton` a package that cannot be found or imported."""
 
@@ -15,6 +17,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_model_loads_and_answers() -> None:
     out = run(
         "import torch\n"

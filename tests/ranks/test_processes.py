@@ -22,6 +22,7 @@ def demo_ids() -> list[list[int]]:
     return ids
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def assert_same_model(model: Any, found: list[dict[str, Any] | None], ids: list[list[int]], tokens: int) -> None:
     """The ranks generate what a model of one process does; their logits differ by the order of sums alone."""

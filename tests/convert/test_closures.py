@@ -47,7 +47,12 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TABLES = {"quark": QUARK, "compressed-tensors": COMPRESSED_TENSORS, "modelopt": MODELOPT}
-CASES = [(tool, name) for tool, table in TABLES.items() for name in table]
+CASES = [
+    pytest.param(tool, name, marks=[pytest.mark.slow] if (tool, name) == ("modelopt", "nvfp4") else [])
+    for tool, table in TABLES.items()
+    for name in table
+]
+"""NVFP4 takes longest, two passes over pieces of a few bytes: of its two tools the longer group has one."""
 SCHEMES = {entry.linear.name: entry.name for entry in ENTRIES if entry.linear is not None}
 
 

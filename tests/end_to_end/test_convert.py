@@ -142,6 +142,7 @@ def check_result(out: Path, converted: Path) -> None:
     assert os.listdir(out.parent) == ["out"]
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_where_it_was(golden: Path, converted: Path, tmp_path: Path) -> None:
     source, out = golden / "bf16_qwen3moe", tmp_path / "out"
     assert run_until_killed(source, out, 150) == 0

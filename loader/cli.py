@@ -53,8 +53,8 @@ LoadFormat = Annotated[
 RequestLogMode = Literal["all", "no-probes", "off"]  # as in server/request_log.py, which needs the extra to be imported
 LayerMetrics = Literal["auto", "on", "off"]  # as in memory/metrics.py
 LIBRARIES = "the libraries that are imported first: torch, transformers, numba"
-ROOM_FOR_LIBRARIES = 1000 << 20
-"""Bytes of address space that they need in any build (1,045 MiB in those for CPUs); some of them end the process, or
+ROOM_FOR_LIBRARIES = 1088 << 20
+"""Bytes of address space that they need in builds for CPUs, which are the smallest; some of them end the process, or
 crash it, where they find less."""
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 

@@ -626,7 +626,7 @@ def test_an_error_is_said_where_there_is_no_memory_for_colours(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space as Linux has them")
-@pytest.mark.parametrize("mebibytes", [150, 500, 690, 700, 800, 1000, 1080, 1130])
+@pytest.mark.parametrize("mebibytes", [150, 500, 690, 700, 800, 1000, 1080, 1090, 1130])
 def test_a_command_without_address_space_for_its_libraries_or_its_load_is_out_of_budget(mebibytes: int) -> None:
     import resource
 

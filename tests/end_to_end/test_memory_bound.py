@@ -224,6 +224,7 @@ def test_compiling_kernels_takes_nothing_of_the_bound(
 WIDE_FP8 = "fp8_per_block", "compressed-tensors"
 
 
+@pytest.mark.slow
 @pytest.fixture(scope="module")
 def wide_fp8(one_big_tensor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The big tensors in FP8 blocks."""

@@ -18,13 +18,13 @@ def test_a_number_of_threads_that_numba_does_not_take(given: str, monkeypatch: p
         import_cpu_kernels()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", ["1", "", "many"])
 def test_others_are_numbas_to_judge(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_NUM_THREADS", given)
     import_cpu_kernels()
 
 
+@pytest.mark.slow
 def test_the_command_says_so_and_ends_with_2() -> None:
     command = [sys.executable, "-m", "quantload.cli", "plan"]
     done = subprocess.run(command, env={**os.environ, "NUMBA_NUM_THREADS": "0"}, capture_output=True, text=True)

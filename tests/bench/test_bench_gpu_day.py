@@ -39,7 +39,6 @@ def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_dry_day_goes_through_every_stage(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is on Linux only")
     done = run(["--dry", "--out", "day"], tmp_path)
@@ -62,6 +61,7 @@ def test_a_dry_day_goes_through_every_stage(tmp_path: Path) -> None:
     assert "docs/platforms.md" in (out / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_day_that_is_ended_leaves_no_process_and_no_checkpoint(tmp_path: Path) -> None:
     line = [sys.executable, str(BENCH / "gpu_day.py"), "--dry", "--out", "day"]
     with subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as day:

@@ -104,12 +104,12 @@ def test_page_cache_state_is_seen(tmp_path: Path) -> None:
     assert load_process.cached_share([path]) == 1.0
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.make("moe", 0.002, tmp_path_factory.mktemp("bench_load"))
 
 
+@pytest.mark.slow
 def test_a_process_tells_time_memory_and_what_it_quantized(folder: Path) -> None:
     run = load_process.run_loader(sys.executable, "quark_mxfp4", folder, limits=LIMITS)
     assert run.status == "ok", run.detail

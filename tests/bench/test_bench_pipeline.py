@@ -18,12 +18,12 @@ from recipes import many
 from stopwatch import Stopwatch
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bench_pipeline")
 
 
+@pytest.mark.slow
 def test_all_of_it_runs_and_writes_what_the_tables_take(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

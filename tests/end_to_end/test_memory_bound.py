@@ -224,7 +224,6 @@ def test_compiling_kernels_takes_nothing_of_the_bound(
 WIDE_FP8 = "fp8_per_block", "compressed-tensors"
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def wide_fp8(one_big_tensor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The big tensors in FP8 blocks."""
@@ -233,6 +232,7 @@ def wide_fp8(one_big_tensor: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
+@pytest.mark.slow
 def test_a_quantized_checkpoint_is_quantized_anew_in_the_same_bounds(wide_fp8: Path, checkpoint: Checkpoint) -> None:
     """Matrices of 50 million weights that are never there in float32."""
     options = {"staging_bytes": STAGING, "chunk_bytes": 4 * MIB}

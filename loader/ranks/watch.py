@@ -21,6 +21,8 @@ from ..shortage import start
 
 POLL_SECONDS = 0.2
 _WAIT_SECONDS = 0.02
+REASON_SECONDS = 5.0
+"""How long a rank that lost another one waits to learn why."""
 
 
 class Watch:
@@ -54,6 +56,8 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, RankError):
+            self._wait_for_reason()  # while somebody still looks for it
         if error is not None and self.trouble is None:
             with contextlib.suppress(RuntimeError):  # the store may be what has gone
                 self._store.set("failed", f"rank {self._rank} failed: {error or type(error).__name__}")
@@ -93,15 +97,13 @@ class Watch:
         try:
             yield
         except Exception as error:
-            if isinstance(error, RankError):
-                self._wait_for_reason()
             if self.trouble is None:
                 raise
             raise RankError(self.trouble) from error
 
     def _wait_for_reason(self) -> None:
         """Give the other rank the time to say why it is gone."""
-        end = time.monotonic() + 5 * POLL_SECONDS
+        end = time.monotonic() + REASON_SECONDS
         while self.trouble is None and time.monotonic() < end:
             time.sleep(_WAIT_SECONDS)
 

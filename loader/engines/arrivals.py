@@ -15,11 +15,11 @@ from torch import Tensor
 from ..errors import MissingWeightsError
 from ..geometry.regions import Region
 from ..geometry.spans import Span
+from ..model.leftovers import some
 from ..online.weight_loader import OnlineWeightLoader
 from ..options import MIB
 from .lazy import LazyTensor, shape_of
 
-NAMES_SHOWN = 8
 Parts = Sequence[tuple[Region, Tensor]]
 """Chunks of rows of a region, and where they belong."""
 
@@ -104,8 +104,4 @@ def _hand_over(sink: OnlineWeightLoader, parts: Parts) -> None:
 
 def incomplete(names: Iterable[str]) -> MissingWeightsError:
     """The error for parameters whose scales are decided by tensors that never came."""
-    every = sorted(names)
-    more = f" and {len(every) - NAMES_SHOWN} more" if len(every) > NAMES_SHOWN else ""
-    return MissingWeightsError(
-        f"parts of {', '.join(every[:NAMES_SHOWN])}{more} never arrived, and what decides the scales of the rest"
-    )
+    return MissingWeightsError(f"parts of {some(names)} never arrived, and what decides the scales of the rest")

@@ -22,6 +22,9 @@ from reports import layer, layers_with_single_experts, report
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FIRST_PAINT_MS = 3000
+FIRST_PAINT = """() => new Promise((painted) => new PerformanceObserver((seen) => {
+    for (const each of seen.getEntriesByName('first-contentful-paint')) painted(each.startTime)
+}).observe({type: 'paint', buffered: true}))"""
 SERIOUS = {"serious", "critical"}
 SIZES = {"wide": (1280, 800), "phone": (390, 844)}
 
@@ -97,8 +100,8 @@ def test_axe_finds_nothing_serious_and_nothing_is_wider_than_the_screen(
 
 def test_thirty_thousand_layers_are_painted_soon(show: Open) -> None:
     page = show(PAGES["30000"]())
-    painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    assert painted < FIRST_PAINT_MS
+    # What is loaded need not be painted yet: the observer is told of a paint that was and of one that comes.
+    assert page.evaluate(FIRST_PAINT) < FIRST_PAINT_MS
 
 
 def test_every_chart_is_drawn_in_the_colours_of_the_scheme(show: Open) -> None:

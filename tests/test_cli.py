@@ -598,7 +598,7 @@ def test_only_what_standard_output_refuses_is_said_of_standard_output(
     assert "standard output" not in err
 
 
-@pytest.mark.parametrize("place", ["print_plan", "_tables"])
+@pytest.mark.parametrize("place", ["print_plan", "tables"])
 def test_printing_that_finds_no_memory_is_no_fault_of_standard_output(
     quantload: Command, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

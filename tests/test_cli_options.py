@@ -7,18 +7,9 @@ from typing import Any
 import pytest
 import typer
 from quantload import cli
-from quantload.cli_options import (
-    CacheOptions,
-    DigestOptions,
-    ForwardOptions,
-    LogOptions,
-    ModelOptions,
-    PolicyOptions,
-    RankOptions,
-    RunOptions,
-    SourceOptions,
-    StreamOptions,
-)
+from quantload.cli_load_options import CacheOptions, DigestOptions, ForwardOptions, RunOptions, StreamOptions
+from quantload.cli_model_options import PolicyOptions, RankOptions, SourceOptions
+from quantload.cli_options import LogOptions, ModelOptions
 from quantload.errors import PolicyError
 from quantload.options import LoadOptions, QuantizationPolicy
 

@@ -133,14 +133,28 @@ FLOORS: dict[str, Floor] = {
         "a user of load like any other",
     ),
     "cli_logging": Floor("", "log lines and the console they go to"),
+    "cli_load_options": Floor("errors options memory.amounts", "imported before anything heavy is"),
+    "cli_model_options": Floor(
+        "errors options schemes.names ranks.launch cli_load_options", "imported before anything heavy is"
+    ),
     "cli_options": Floor(
-        "errors options schemes.names memory.amounts ranks.launch cli_logging", "imported before anything heavy is"
+        "errors options schemes.names ranks.launch cli_logging cli_load_options cli_model_options",
+        "imported before anything heavy is",
     ),
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli_pages": Floor("errors memory page", "what a command leaves for a browser"),
+    "cli_output": Floor("errors shortage memory", "what a command prints, whatever it did"),
+    "cli_preparing": Floor(
+        f"{GROUND} memory ranks.launch fit_policy cli_model_options cli_options", "what is said before a command begins"
+    ),
+    "cli_serve_options": Floor("cli_preparing", "imported before anything heavy is"),
+    "cli_serve": Floor(
+        "errors threads server ranks.launch cli_groups cli_options cli_preparing cli_serve_options",
+        "a user of the package",
+    ),
     "cli": Floor(
-        f"{GROUND} threads memory schemes draft fit_policy fitting load convert server cli_logging cli_options "
-        "cli_groups cli_pages ranks.launch",
+        f"{GROUND} threads memory schemes draft fitting load convert ranks.launch cli_logging cli_options cli_groups "
+        "cli_pages cli_output cli_preparing cli_serve",
         "a user of the package",
     ),
     "__main__": Floor("cli", "python -m quantload"),

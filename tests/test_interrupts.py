@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from quantload import load_quantized
-from quantload.cli import DEMO_MODEL, _libraries
+from quantload.cli import DEMO_MODEL
+from quantload.cli_preparing import libraries
 from quantload.interrupts import interrupt_first, interrupt_held
 from transformers import PreTrainedModel
 
@@ -112,7 +113,7 @@ def test_an_error_during_the_handling_of_an_earlier_interrupt_is_an_error() -> N
 
 
 def import_and_interrupt(done: list[bool]) -> None:
-    with _libraries():
+    with libraries():
         interrupt()
         done.append(True)
 

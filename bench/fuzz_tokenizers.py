@@ -55,8 +55,9 @@ class TokenizerReader:
 
     def read(self, data: bytes) -> None:
         from quantload.server.api_errors import ApiError
-        from quantload.server.processors import check_processor, load_processor
+        from quantload.server.processors import check_processor
         from quantload.server.prompts import CheckedProcessor
+        from quantload.tokenizer import load_processor
 
         for name in self.names:
             (self._folder / name).unlink(missing_ok=True)

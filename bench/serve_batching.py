@@ -68,7 +68,7 @@ def main() -> None:
     from quantload import LoadOptions, load_quantized
     from quantload.checkpoint.resolve import resolve
     from quantload.cli import DEMO_MODEL
-    from quantload.server.processors import load_processor
+    from quantload.tokenizer import load_processor
 
     path = Path(options.model or DEMO_MODEL)
     model = load_quantized(path, options.scheme, device="cpu", options=LoadOptions(stats=False), progress=False)

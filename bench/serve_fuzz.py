@@ -120,8 +120,8 @@ def demo_app(batched: bool) -> tuple[Any, Any]:
     from quantload import LoadOptions, load_quantized
     from quantload.checkpoint.resolve import resolve
     from quantload.server import ServerState, create_app
-    from quantload.server.processors import load_processor
     from quantload.server.warm_up import warm_up
+    from quantload.tokenizer import load_processor
 
     state = ServerState("demo", continuous_batching=batched)
     model = load_quantized(DEMO, "quark_mxfp4", options=LoadOptions(stats=False))

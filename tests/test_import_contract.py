@@ -127,9 +127,10 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} {KERNELS} cpu_kernels geometry checkpoint memory schemes online model pieces plan recording load",
         "doors to a load, or to the closures, for those who have an engine",
     ),
+    "tokenizer": Floor("errors checkpoint", "text becomes tokens, whoever generates behind them"),
     "server": Floor(
         "errors shortage progress options local_paths kernels.system_calls page checkpoint memory memory.amounts "
-        "schemes.names schemes.ahead model dummy load reload ranks ranks.launch",
+        "schemes.names schemes.ahead model dummy load reload ranks ranks.launch tokenizer",
         "a user of load like any other",
     ),
     "cli_logging": Floor("", "log lines and the console they go to"),

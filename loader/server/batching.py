@@ -17,10 +17,10 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from ..memory.amounts import MIB, format_bytes
 from ..memory.limits import memory_limits
 from ..model.attention_cache import attention_cache_bytes
+from ..model.text_kinds import is_encoder_decoder
 from .api_errors import ApiError
 from .batch_sampling import PerRequestSampling, plain_config
 from .logprobs import Chosen
-from .served_kinds import is_encoder_decoder
 
 logger = logging.getLogger("quantload")
 

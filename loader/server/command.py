@@ -14,21 +14,23 @@ from ..errors import LoadCancelledError, PolicyError, UnsupportedCheckpointError
 from ..load import load_quantized
 from ..memory.metrics import LayerMetrics, LoadMetrics
 from ..model.skeleton import find_model
+from ..model.text_kinds import encodes_text
 from ..options import LoadOptions, QuantizationPolicy
 from ..progress import Moment, Progress
 from ..ranks.launch import launched
 from ..ranks.lockstep import Leader, follow
 from ..schemes.names import SchemeName
 from ..shortage import named
+from ..tokenizer import load_processor
 from .admission import MAX_QUEUE
 from .auth import chosen_key
 from .embeddings import Pooling, stored_pooling
 from .hosts import checked_hosts
 from .load_progress import LoadProgress
-from .processors import check_processor, load_processor
+from .processors import check_processor
 from .request_log import RequestLogMode
 from .serve import serve
-from .served_kinds import encodes_text, why_not_served
+from .served_kinds import why_not_served
 from .weights import WeightRoutes
 
 logger = logging.getLogger("quantload")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from ..model.text_kinds import is_encoder_decoder
 from ..shortage import NO_MEMORY, Shortage, named
 from .answer_parsing import ForgivingParser
 from .api_errors import ApiError, bad_request, out_of_memory
@@ -28,7 +29,6 @@ from .grammar import GrammarProcessor, Grammars
 from .logprobs import LogprobNotes
 from .off_loop import OnLoop, on_loop
 from .prompts import check_known_tokens, check_prompt_ids
-from .served_kinds import is_encoder_decoder
 from .stop_strings import StopMatcher, first_stop
 
 NO_TOKEN = 2**31 - 1

@@ -1,4 +1,4 @@
-"""Tokenizers, processors and chat templates: loaded, and tried before any weight is read.
+"""Tokenizers, processors and chat templates: tried before any weight is read.
 
 What is wrong with one would otherwise end the server, or stop it for good, when all weights are loaded: a template may
 loop for ever, a file of a tokenizer may take all memory or end the process that reads it.
@@ -6,7 +6,6 @@ loop for ever, a file of a tokenizer may take all memory or end the process that
 
 from __future__ import annotations
 
-import json
 import mmap
 import multiprocessing
 import os
@@ -23,41 +22,18 @@ from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
-from transformers import AutoProcessor
 
 from ..checkpoint.resolve import Checkpoint
-from ..checkpoint.small_files import PROCESSOR_FILES, check_small_files
 from ..errors import CheckpointError
-from .prompts import chat_templates
+from ..tokenizer import WHAT_TO_DO, chat_templates, is_of_library, load_processor, processor_files, said
 from .transformers_serving import try_response_template
 
 TRIAL_SECONDS = 60.0
 TRIAL_BYTES = 2 << 30
 """What trying may take beside what the process has, and beside `BYTES_OF_A_FILE` for each byte of the files."""
 BYTES_OF_A_FILE = 32
-LONGEST = 1000
 TEXTS = ("Hi", " a\n\n  b\t", "äöü € 漢字 🦊", "0123456789" * 20, "def f(x):\n    return x\n" * 40)
-_WHAT_TO_DO = "put its tokenizer.json and tokenizer_config.json into the folder"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json")
-
-
-def load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """The processor of a checkpoint, or its tokenizer where it has none. Raises `CheckpointError`."""
-    check_small_files(checkpoint.root, PROCESSOR_FILES)
-    try:
-        processor = AutoProcessor.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)
-    except BaseException as error:  # processor classes fail in ways of their own, and their libraries panic
-        if not _is_theirs(error) or isinstance(error, MemoryError):
-            raise
-        raise CheckpointError(
-            f"{checkpoint.model_id!r} has no tokenizer or processor that can be loaded"
-            f"{_not_json(checkpoint.root)} ({_said(error)}); {_WHAT_TO_DO}"
-        ) from error
-    if not callable(getattr(getattr(processor, "tokenizer", processor), "decode", None)):
-        raise CheckpointError(
-            f"{checkpoint.model_id!r} has a {type(processor).__name__} and no tokenizer; {_WHAT_TO_DO}"
-        )
-    return processor
 
 
 def check_processor(
@@ -127,7 +103,7 @@ def _limit(root: Path, seconds: float) -> None:
     import resource
 
     allowed = pages * mmap.PAGESIZE + TRIAL_BYTES
-    allowed += BYTES_OF_A_FILE * sum((root / name).stat().st_size for name in _files(root))
+    allowed += BYTES_OF_A_FILE * sum((root / name).stat().st_size for name in processor_files(root))
     for kind, limit in (
         (resource.RLIMIT_DATA, allowed),
         (resource.RLIMIT_CPU, int(seconds) * (os.cpu_count() or 1) + 1),
@@ -147,9 +123,9 @@ def try_processor(
     root = checkpoint.root
     processor = load_processor(checkpoint, trust_remote_code)
     tokenizer = getattr(processor, "tokenizer", processor)
-    vocabularies = [name for name in _files(root) if "chat_template" not in name]
+    vocabularies = [name for name in processor_files(root) if "chat_template" not in name]
     if not vocabularies and not tokenizer("Hi")["input_ids"]:  # transformers makes an empty one for some models
-        raise CheckpointError(f"{checkpoint.model_id!r} has no tokenizer; {_WHAT_TO_DO}")
+        raise CheckpointError(f"{checkpoint.model_id!r} has no tokenizer; {WHAT_TO_DO}")
     with _step(f"{root}: encoding and decoding text with {', '.join(vocabularies)}", begins):
         _try_tokenizer(tokenizer)
     name = next((name for name in TEMPLATE_FILES if (root / name).exists()), TEMPLATE_FILES[0])
@@ -165,9 +141,9 @@ def _step(what: str, begins: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _is_theirs(error):
+        if not is_of_library(error):
             raise
-        raise CheckpointError(f"{what} failed: {_said(error)}") from error
+        raise CheckpointError(f"{what} failed: {said(error)}") from error
 
 
 def _try_tokenizer(tokenizer: Any) -> None:
@@ -205,31 +181,3 @@ def _render(processor: Any, template: str, content: Any) -> None:
         [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
     )
     getattr(processor, "tokenizer", processor)(prompt, add_special_tokens=False)
-
-
-def _is_theirs(error: BaseException) -> bool:
-    """Whether an error is one of a file or of the library that reads it, and no interruption of this program."""
-    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
-
-
-def _said(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
-
-
-def _files(root: Path) -> list[str]:
-    """The files of a tokenizer or processor that are there."""
-    found = {path.name for pattern in PROCESSOR_FILES for path in root.glob(pattern) if path.is_file()}
-    return sorted(found)
-
-
-def _not_json(root: Path) -> str:
-    """Says which files should be JSON and are not."""
-    wrong = []
-    for name in _files(root):
-        if name.endswith(".json"):
-            try:
-                json.loads((root / name).read_bytes())
-            except (ValueError, RecursionError):
-                wrong.append(name)
-    return f": {', '.join(wrong)} is not JSON" if wrong else ""

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import _get_template_variables
 
+from ..tokenizer import chat_templates
 from .answer_parsing import parsed_or_text
 from .api_errors import ApiError, bad_request
 
@@ -59,16 +60,6 @@ class CheckedProcessor:
             kwargs = {name: value for name, value in kwargs.items() if name in read}
         with _answered("the chat template", "messages"):
             return self.real.apply_chat_template(conversation, **kwargs)
-
-
-def chat_templates(processor: Any) -> list[str]:
-    """The chat templates that a tokenizer or processor would use: none, one, or one for each purpose."""
-    found = getattr(processor, "chat_template", None)
-    if found is None and isinstance(processor, ProcessorMixin):
-        found = getattr(getattr(processor, "tokenizer", None), "chat_template", None)
-    if not found:
-        return []
-    return list(found.values()) if isinstance(found, dict) else [found]
 
 
 @contextmanager

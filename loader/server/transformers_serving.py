@@ -32,6 +32,7 @@ from transformers.cli.serving.utils import (
 )
 from transformers.utils.chat_parsing import ResponseParser
 
+from ..model.text_kinds import encodes_text
 from .answer_fields import Prompt
 from .answers import answer
 from .api_errors import ApiError, bad_request
@@ -45,7 +46,6 @@ from .logprobs import TokenTexts
 from .messages import has_media
 from .off_loop import Workers
 from .prompts import CheckedProcessor, check_known_tokens, vocabulary_size
-from .served_kinds import encodes_text
 from .size_limits import size_limits
 
 logger = logging.getLogger("quantload")

@@ -16,10 +16,11 @@ import torch
 from ..errors import LoadCancelledError
 from ..schemes.ahead import prepare_products
 from ..shortage import named
+from ..tokenizer import chat_templates
 from .api_errors import ApiError
 from .embeddings import embed
 from .generation_request import GenerationRequest, parse_chat, parse_completion
-from .prompts import PLACEHOLDERS, chat_templates, vocabulary_size
+from .prompts import PLACEHOLDERS, vocabulary_size
 from .transformers_serving import ServedModel
 
 logger = logging.getLogger("quantload")

@@ -16,7 +16,8 @@ import torch
 from quantload import convert_checkpoint, load_quantized, plan_quantized
 from quantload.checkpoint.resolve import resolve
 from quantload.errors import QuantloadError
-from quantload.server.processors import load_processor, try_processor
+from quantload.server.processors import try_processor
+from quantload.tokenizer import load_processor
 from transformers import AutoConfig, AutoTokenizer
 
 DEMO = Path(quantload.__file__).parent / "demo_model"

@@ -12,9 +12,9 @@ import numpy as np
 import openai
 import pytest
 import torch
+from quantload.model.text_kinds import encodes_text
 from quantload.server import ServerState
 from quantload.server.embeddings import Pooling, embed, first_position, stored_pooling
-from quantload.server.served_kinds import encodes_text
 from quantload.server.warm_up import warm_up
 from server_harness import Client, running
 from transformers import (

@@ -15,8 +15,8 @@ import quantload
 from quantload.checkpoint.resolve import resolve
 from quantload.errors import CheckpointError
 from quantload.server import processors
-from quantload.server.processors import check_processor, load_processor, try_processor
-from quantload.server.prompts import chat_templates
+from quantload.server.processors import check_processor, try_processor
+from quantload.tokenizer import chat_templates, load_processor
 
 DEMO = Path(quantload.__file__).parent / "demo_model"
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -20,8 +20,8 @@ from quantload.errors import LoadCancelledError
 from quantload.kernels.cpu import build
 from quantload.kernels.cpu.compiled import Compiled, Recipe
 from quantload.server import ServerState
-from quantload.server.processors import load_processor
 from quantload.server.warm_up import warm_up
+from quantload.tokenizer import load_processor
 from server_harness import Client, running
 
 DEMO = Path(quantload.__file__).parent / "demo_model"
@@ -114,7 +114,7 @@ from pathlib import Path
 from quantload import LoadOptions, load_quantized
 from quantload.checkpoint.resolve import resolve
 from quantload.server import ServerState
-from quantload.server.processors import load_processor
+from quantload.tokenizer import load_processor
 from quantload.server.warm_up import warm_up
 sys.path.insert(0, sys.argv[2])
 from server_harness import running

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_generate import generate
 from .cli_groups import command_with_groups
 from .cli_logging import console, log_as_json, set_up_logging
 from .cli_options import ConvertOptions, Html, Json, Model, ModelOptions, PlanOptions, Report
@@ -162,6 +163,7 @@ def plan(
 
 
 app.command()(serve)
+app.command()(generate)
 
 
 @app.command()

@@ -22,7 +22,7 @@ PARAMETERS = [
 
 
 def test_all_commands_are_looked_at() -> None:
-    assert {"load", "plan", "serve", "convert", "schemes", "report"} == set(COMMANDS)
+    assert {"load", "plan", "serve", "generate", "convert", "schemes", "report"} == set(COMMANDS)
     assert len(PARAMETERS) > 80
 
 
@@ -49,7 +49,7 @@ def test_a_size_shows_a_size_with_its_unit(option: str) -> None:
 
 def test_an_option_is_the_same_in_every_command_that_reads_a_checkpoint() -> None:
     seen: dict[str, tuple[Any, ...]] = {}
-    for command in ("load", "plan", "serve", "convert"):
+    for command in ("load", "plan", "serve", "generate", "convert"):
         for each in COMMANDS[command].params:
             if each.param_type_name == "option":
                 facts = (each.opts, each.help, each.default, each.show_default, each.metavar, each.rich_help_panel)
@@ -65,7 +65,9 @@ def test_what_commands_have_in_common() -> None:
     of_serve |= {"request_log", "layer_metrics", "max_queue", "reload_root", "weight_updates"}
     reading = {"page_cache", "connections", "stats"}
     cache = {"cache", "cache_size", "cache_verify"}
+    of_generate = {"prompt", "raw", "max_new_tokens", "temperature", "seed", "as_json"}
     assert names("load") - {"as_json", "report", "html"} == names("serve") - of_serve
+    assert names("serve") - of_serve == names("generate") - of_generate
     assert names("load") - names("plan") == reading | cache | {
         *("report", "html", "digest", "expert_parallel", "load_format"),
     }

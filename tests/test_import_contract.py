@@ -128,6 +128,7 @@ FLOORS: dict[str, Floor] = {
         "doors to a load, or to the closures, for those who have an engine",
     ),
     "tokenizer": Floor("errors checkpoint", "text becomes tokens, whoever generates behind them"),
+    "generating": Floor("errors shortage checkpoint model tokenizer", "answers a prompt with the model it is given"),
     "server": Floor(
         "errors shortage progress options local_paths kernels.system_calls page checkpoint memory memory.amounts "
         "schemes.names schemes.ahead model dummy load reload ranks ranks.launch tokenizer",
@@ -153,9 +154,13 @@ FLOORS: dict[str, Floor] = {
         "errors threads server ranks.launch cli_groups cli_options cli_preparing cli_serve_options",
         "a user of the package",
     ),
+    "cli_generate": Floor(
+        "threads checkpoint generating load ranks.launch cli_groups cli_options cli_output cli_preparing",
+        "a user of the package",
+    ),
     "cli": Floor(
         f"{GROUND} threads memory schemes draft fitting load convert ranks.launch cli_logging cli_options cli_groups "
-        "cli_pages cli_output cli_preparing cli_serve",
+        "cli_pages cli_output cli_preparing cli_serve cli_generate",
         "a user of the package",
     ),
     "__main__": Floor("cli", "python -m quantload"),

@@ -54,3 +54,14 @@ def process_group(device: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def of_first(value: int) -> int:
+    """What the first of torchrun's processes gives, on all of them; inside of their process group."""
+    if launched().ranks == 1:
+        return value
+    import torch.distributed as dist
+
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]

@@ -60,6 +60,16 @@ def test_the_cache_has_an_entry_for_each_rank(tmp_path: Path) -> None:
     assert len({report.digest for report in reports}) == 1
 
 
+def test_one_rank_prints_what_both_generate() -> None:
+    stdout, _ = run(
+        "generate", "-q", "quark_mxfp4", "-p", PROMPT, "--temperature", "0", "--max-new-tokens", "12", "--json"
+    )
+    told = json.loads(stdout)
+    assert (told["text"], told["world_size"]) == (_text_of_one_process(), 2)
+    stdout, _ = run("generate", "-q", "quark_mxfp4", "-p", PROMPT, "--temperature", "1", "--max-new-tokens", "4")
+    assert stdout.endswith("\n")
+
+
 def test_one_rank_answers_for_both(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -87,7 +87,8 @@ def create_app(
     if weights is not None:
         if api_key is None:
             raise PolicyError("weights are exchanged over HTTP only with an API key; give one with --api-key-file")
-        routes += weights.routes(state)
+        routes += (exchanging := weights.routes(state))
+        endpoints.weight_routes = [route.path for route in exchanging]
     middleware = [Middleware(RequestLog, metrics=state.metrics, routes=routes, mode=request_log)]  # outside of all
     if allowed_hosts is not None:
         middleware.append(Middleware(HostCheck, allowed=checked_hosts(allowed_hosts)))
@@ -107,6 +108,7 @@ class _Endpoints:
     def __init__(self, state: ServerState) -> None:
         self.state = state
         self.bodies = Bodies(ALL_BODIES)
+        self.weight_routes: list[str] = []
 
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, parse_completion, ServedModel.complete, "cmpl")
@@ -153,7 +155,7 @@ class _Endpoints:
         return Response(ready_event(self.state.model_name), media_type="text/event-stream")
 
     async def openapi(self, _request: Request) -> Response:
-        return JSONResponse(description(metadata.version("quantload")))
+        return JSONResponse(description(metadata.version("quantload"), self.weight_routes))
 
     async def version(self, _request: Request) -> Response:
         return JSONResponse({"version": metadata.version("quantload")})

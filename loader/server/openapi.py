@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from .openapi_fields import PARTS, REQUESTS, TOKENS, Schema
+from .openapi_weights import weight_paths
 
 _TEXT: Schema = {"type": "string"}
 _WHOLE: Schema = {"type": "integer"}
@@ -102,8 +104,12 @@ def _route(
     return route
 
 
-def description(version: str) -> dict[str, Any]:
-    """The OpenAPI 3.1 description of this server, for a version of quantload."""
+def description(version: str, weight_routes: Collection[str] = ()) -> dict[str, Any]:
+    """The OpenAPI 3.1 description of this server, for a version of quantload.
+
+    `weight_routes` are the paths that exchange the weights, which only some servers have.
+    """
+    exchanging, schemas = weight_paths(weight_routes)
     health = _route("Health", "Health")
     health["security"] = []
     health["responses"] = {
@@ -138,6 +144,7 @@ def description(version: str) -> dict[str, Any]:
         "/load_page": {"get": _route("Parts of the load page", "LoadPage", errors="404")},
         "/load_events": {"get": _route("Events of the load", None, kind="text/event-stream", errors="429")},
         "/openapi.json": {"get": _route("Description", "Description")},
+        **exchanging,
     }
     return {
         "openapi": "3.1.0",
@@ -150,6 +157,6 @@ def description(version: str) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            "schemas": REQUESTS | PARTS | ANSWERS,
+            "schemas": REQUESTS | PARTS | ANSWERS | schemas,
         },
     }

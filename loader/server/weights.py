@@ -38,6 +38,10 @@ MOST_BYTES = 256 << 20
 SMALL_BYTES = 64 << 10
 IDLE_SECONDS = 600.0
 """How long an update may wait for its next request, while all others wait for it."""
+RELOAD, START, UPDATE, FINISH = "/reload", "/start_weight_update", "/update_weights", "/finish_weight_update"
+RELOAD_FIELDS = {"checkpoint": str, "adapter": str, "partial": bool}
+START_FIELDS = {"partial": bool}
+FINISH_FIELDS = {"weight_version": str}
 _SHARED_NAME = re.compile(r"/?[A-Za-z0-9_.-]{1,200}")
 T = TypeVar("T")
 
@@ -60,12 +64,12 @@ class WeightRoutes:
     def routes(self, state: ServerState) -> list[Route]:
         """The routes, over the model of a server."""
         exchange = self._exchange = _Exchange(state, self.root, self.metrics)
-        found = [] if self.root is None else [Route("/reload", exchange.reload, methods=["POST"])]
+        found = [] if self.root is None else [Route(RELOAD, exchange.reload, methods=["POST"])]
         if self.updates:
             found += [
-                Route("/start_weight_update", exchange.start, methods=["POST"]),
-                Route("/update_weights", exchange.update, methods=["POST"]),
-                Route("/finish_weight_update", exchange.finish, methods=["POST"]),
+                Route(START, exchange.start, methods=["POST"]),
+                Route(UPDATE, exchange.update, methods=["POST"]),
+                Route(FINISH, exchange.finish, methods=["POST"]),
             ]
         return found
 
@@ -90,7 +94,7 @@ class _Exchange:
     async def reload(self, request: Request) -> Response:
         """`{"checkpoint": "step-200"}`, a folder below the root; `adapter` is another, `partial` true or false."""
         model = self._state.served().model
-        asked = await self._fields(request, {"checkpoint": str, "adapter": str, "partial": bool})
+        asked = await self._fields(request, RELOAD_FIELDS)
         if "checkpoint" not in asked:
             raise bad_request("`checkpoint` is missing; name a folder below the one that the server was given")
         folder = await asyncio.to_thread(self._below, "checkpoint", asked["checkpoint"])
@@ -115,7 +119,7 @@ class _Exchange:
     async def start(self, request: Request) -> Response:
         """Begin an update; with `{"partial": true}` what does not come stays as it is."""
         model = self._state.served().model
-        partial = (await self._fields(request, {"partial": bool})).get("partial", False)
+        partial = (await self._fields(request, START_FIELDS)).get("partial", False)
         async with self._turn, contextlib.AsyncExitStack() as held:
             await held.enter_async_context(self._state.admission.drained())
             self._begin()
@@ -142,7 +146,7 @@ class _Exchange:
 
     async def finish(self, request: Request) -> Response:
         """End an update; the requests that wait are answered with the new weights."""
-        await self._fields(request, {"weight_version": str})
+        await self._fields(request, FINISH_FIELDS)
         async with self._turn:
             update = self._started()
             report = await self._do(update.finish)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from quantload.server.embeddings import EMBEDDING_FIELDS
 from quantload.server.generation_request import CHAT_FIELDS, COMPLETION_FIELDS, parse_chat, parse_completion
 from quantload.server.openapi import description
 from quantload.server.token_routes import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
-from server_harness import Client
+from quantload.server.weights import WeightRoutes
+from server_harness import Client, running_app
 from starlette.routing import Route
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -92,29 +94,59 @@ def test_the_fields_are_those_of_the_parser() -> None:
         assert SCHEMAS[kind]["additionalProperties"] is False
 
 
-def test_the_routes_are_those_of_the_application(client: Client) -> None:
-    routes = {
+def routes_of(app: Any) -> set[tuple[str, str]]:
+    return {
         (route.path.replace(":path}", "}"), method.lower())
-        for route in create_app(ServerState("tiny")).routes
+        for route in app.routes
         if isinstance(route, Route)
         for method in (route.methods or set()) - {"HEAD"}
     }
-    assert {(path, method) for path, methods in SPEC["paths"].items() for method in methods} == routes
+
+
+def described(spec: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(path, method) for path, methods in spec["paths"].items() for method in methods}
+
+
+def references(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        own = [value["$ref"]] if "$ref" in value else []
+        return own + [found for one in value.values() for found in references(one)]
+    return [found for one in value for found in references(one)] if isinstance(value, list) else []
+
+
+def check_references(spec: dict[str, Any]) -> None:
+    """Every reference leads somewhere, and every schema is referred to."""
+    assert {name.removeprefix("#/components/schemas/") for name in references(spec)} == set(
+        spec["components"]["schemas"]
+    )
+
+
+@pytest.mark.parametrize(("reloads", "updates"), [(True, False), (False, True), (True, True)])
+def test_routes_that_exchange_the_weights_are_described_where_there_are_some(
+    reloads: bool, updates: bool, tmp_path: Path
+) -> None:
+    weights = WeightRoutes(tmp_path if reloads else None, updates)
+    with running_app(create_app(ServerState("tiny"), "key", weights=weights)) as client:
+        spec = client.get("/openapi.json", authorization="Bearer key").json
+    routes = routes_of(create_app(ServerState("tiny"), "key", weights=weights))
+    assert described(spec) == routes
+    added = {path for path, _ in routes} - set(SPEC["paths"])
+    assert len(added) == reloads + 3 * updates
+    for path in added:
+        assert spec["paths"][path]["post"]["security"] == [{"key": []}]
+    operations = [each["operationId"] for methods in spec["paths"].values() for each in methods.values()]
+    assert len({*operations}) == len(operations)
+    check_references(spec)
+
+
+def test_the_routes_are_those_of_the_application(client: Client) -> None:
+    assert described(SPEC) == routes_of(create_app(ServerState("tiny")))
     assert client.get("/openapi.json").json == json.loads(json.dumps(description(quantload.__version__)))
 
 
 def test_every_reference_leads_somewhere() -> None:
-    def references(value: Any) -> list[str]:
-        if isinstance(value, dict):
-            own = [value["$ref"]] if "$ref" in value else []
-            return own + [found for one in value.values() for found in references(one)]
-        return [found for one in value for found in references(one)] if isinstance(value, list) else []
-
-    found = references(SPEC)
-    assert found
-    assert {name.removeprefix("#/components/schemas/") for name in found} <= set(SCHEMAS)
-    unused = set(SCHEMAS) - {name.removeprefix("#/components/schemas/") for name in found}
-    assert unused == set()
+    assert references(SPEC)
+    check_references(SPEC)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from quantload.errors import PolicyError
 from quantload.memory.metrics import LoadMetrics
 from quantload.server import ServerState, create_app
 from quantload.server import weights as weights_module
+from quantload.server.openapi import description
 from quantload.server.weights import WeightRoutes
 from safetensors.torch import load_file, save
 from server_harness import Client, Reply, running_app, wait_for
@@ -87,6 +88,10 @@ def test_a_reload_from_a_folder(served: Served) -> None:
     reply = served.post("/reload", {"checkpoint": "new"})
     assert reply.status == 200, reply.text
     assert reply.json["state"] == "complete"
+    assert (
+        reply.json.keys()
+        == description("1", ["/reload"])["components"]["schemas"]["WeightsExchanged"]["properties"].keys()
+    )
     assert served.text() == expected(served) != before
     assert served.client.get("/load_report", **KEY).json["model"] == str(served.root / "new")
     assert served.metric('quantload_reloads_total{result="success"}') == 1

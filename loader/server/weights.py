@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 from typing import Any, TypeVar
@@ -217,7 +217,7 @@ class _Exchange:
             IDLE_SECONDS, lambda: loop.create_task(self.give_up(f"there was no request for {IDLE_SECONDS:g} s"))
         )
 
-    async def _fields(self, request: Request, kinds: dict[str, type]) -> dict[str, Any]:
+    async def _fields(self, request: Request, kinds: Mapping[str, type]) -> dict[str, Any]:
         """The fields of a JSON object, which may be left out altogether; `ApiError` for others and other types."""
         async with self._bodies.body(request, SMALL_BYTES) as body:
             given = parse_json(body) if body else {}

@@ -130,7 +130,7 @@ def _lacks_nothing(target: GpuTarget | None) -> str | None:
 
 
 def _numba_reason(format_name: str) -> Callable[[torch.device], str | None]:
-    return _numba_unavailable if _has_numba(format_name) else _no_numba_kernels
+    return numba_unavailable if _has_numba(format_name) else _no_numba_kernels
 
 
 def _numba_lacks(format_name: str) -> Callable[[GpuTarget | None], str | None]:
@@ -148,7 +148,8 @@ def _no_numba_kernels(device: torch.device) -> str | None:
 
 
 @cache
-def _numba_unavailable(device: torch.device) -> str | None:
+def numba_unavailable(device: torch.device) -> str | None:
+    """Why kernels that numba compiles cannot run in this process, or None when they can."""
     import importlib.util
     import os
     import sys

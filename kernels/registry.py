@@ -42,7 +42,7 @@ from .formats import FORMATS, WeightFormat
 from .formats import SCALE_MODES as SCALE_MODES
 from .gpu.quantizers import TRITON_MISSING, format_on, stored_format
 from .gpu.target import GpuTarget
-from .implementations import SCALING, implementations
+from .implementations import SCALING, implementations, numba_unavailable
 from .implementations import Kernel as Kernel
 from .reference.differentiable import Experts, Linear
 
@@ -55,6 +55,23 @@ PLATFORMS: Mapping[str, GpuTarget | None] = MappingProxyType(
     {"cpu": None, **{name: GpuTarget(name) for name in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")}}
 )
 """What kernels are written for: any CPU, and GPUs by their architecture."""
+
+
+@dataclass(frozen=True)
+class PlainLinear:
+    """A kernel for products of a few tokens with weights that are no codes: BF16, float16 or float32."""
+
+    name: str
+    linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    """x [T, K] times the transposed weight [N, K], plus bias [N] or None: [T, N]; all in one dtype.
+
+    Products and sums are float32, rounded once."""
+    serves: Callable[[torch.Tensor], bool]
+    """Whether it can read a weight as that lies in memory, and this processor has what it takes for its dtype."""
+    needed: Callable[[torch.dtype, int], Needed[Any]]
+    """The compiled function that so many tokens of a dtype will call."""
+    most_tokens: int
+    """With more tokens, torch is faster."""
 
 
 class NoKernel(LookupError):
@@ -191,6 +208,15 @@ def quantizing(format_name: str, device: torch.device | str) -> dict[str, str]:
 def _usable_matmuls(format_name: str, device: torch.device | str) -> list[Kernel]:
     found = candidates("linear", stored_format(format_name, torch.device(device)), device)
     return [kernel for kernel, reason in found if reason is None]
+
+
+def plain_linear(device: torch.device) -> PlainLinear | None:
+    """The kernel that a device has for a few tokens and weights that are no codes, or None: torch's own is used."""
+    if device.type != "cpu" or numba_unavailable(device) is not None:
+        return None
+    from .cpu import plain
+
+    return PlainLinear("numba", plain.linear, plain.serves, plain.needed, plain.MOST_TOKENS)
 
 
 def needed_to_load(

@@ -22,6 +22,7 @@ from .memory.budget import check_budget, memory_running_out
 from .memory.planner import MemoryPlan
 from .model import transformers_api
 from .model.building import Building
+from .model.kept_linears import use_kernel_for_kept
 from .online.storage import FinalStorage
 from .options import LoadOptions, QuantizationPolicy, check_kinds
 from .plan import loaded_parameters
@@ -224,4 +225,6 @@ def _stream(
     untied = building.finish(draft.model, draft.mapped, device)
     recorder.on_untied(untied, options.strict)
     draft.untied.say_so(draft.model)
+    if device.type == "cpu":
+        use_kernel_for_kept(draft.model, options.kernels)
     return totals

@@ -42,7 +42,7 @@ class Products:
     def objection(self, module: nn.Module) -> str | None:
         """Why `module`, an `nn.Linear` or `Conv1D` by its class, is not replaced as a product is; `None` if it is."""
         cls = type(module)
-        if _has_hooks(module):
+        if has_hooks(module):
             return f"this {cls.__name__} has hooks or a forward of its own"
         if cls in PLAIN:
             return None
@@ -70,7 +70,7 @@ class Products:
             return _is_product(module, own)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether something is attached to this one instance that another module in its place would not have."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in vars(module)

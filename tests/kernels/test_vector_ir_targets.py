@@ -71,7 +71,7 @@ EMITTED: dict[str, tuple[Any, list[Any], list[Any], int]] = {
     },
     **{
         f"dot_{decoder}": (dot_ir.dot_rows, [ADDRESS] * 10, [2, 4, decoder], 0)
-        for decoder in ("uint4_f32_f32", "uint8_bf16_f32")
+        for decoder in ("uint4_f32_f32", "uint8_bf16_f32", "plain_bf16", "plain_f32")
     },
     "extremes": (integer_ir.group_extremes, [ADDRESS] * 5, [32, "bf16"], 0),
     "scales_of_extremes": (integer_ir.scales_of_extremes, [ADDRESS] * 3, [15, False, "bf16", "f16"], 0),

@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from . import nl4_decode, nvfp4_decode
+from . import nl4_decode, nvfp4_decode, plain_decode
 from .integer_decode import even_and_odd, look_up, scale_and_zero, table_of_codes
 from .mx_decode import look_up_mxfp6, values
 from .mxfp4_decode import decode_block, look_up_block
@@ -177,6 +177,16 @@ def _integer_decoder(bits: int, scale_kind: str, x_kind: str) -> Decoder:
     )
 
 
+def _plain_decoder(kind: str) -> Decoder:
+    """Weights that are no codes; the scale of a row is to be 1."""
+    return Decoder(
+        code_bytes=BLOCK * ITEM_BYTES[kind],
+        x_bytes=BLOCK * ITEM_BYTES["f32"],
+        decode=lambda b, weights, _: plain_decode.values(b, weights, kind),
+        accumulate=_f32_products,
+    )
+
+
 DECODERS: Mapping[str, Decoder] = {
     "mxfp4_bf16": Decoder(16, 64, _mxfp4_bits, _bf16_products, block_scales=1),
     "mxfp4_f32": Decoder(16, 128, _mxfp4_values, _f32_products, block_scales=1, even_first=True),
@@ -206,8 +216,12 @@ DECODERS: Mapping[str, Decoder] = {
         for scale_kind in ITEM_BYTES
         for x_kind in ("bf16", "f32")
     },
+    **{f"plain_{kind}": _plain_decoder(kind) for kind in ITEM_BYTES},
 }
-"""`_bf16`: activations in BF16, needs avx512bw and avx512bf16. Others: activations in float32; `_f16c` needs f16c."""
+"""`_bf16`: activations in BF16, needs avx512bw and avx512bf16. Others: activations in float32; `_f16c` needs f16c.
+
+`plain_`: weights that are no codes, of that kind, with activations in float32; `plain_f16` needs f16c.
+"""
 
 
 @emitted

@@ -27,15 +27,14 @@ from quantload import LoadOptions
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import kernel_set, plain_linear
 from quantload.model.quantized import QuantizedLinear
+from quantload.online.storage import FinalStorage
 from quantload.schemes.registry import SchemeFactory
 from result_files import RESULTS, write_result
 from torch import Tensor, nn
 
 MIB = 1 << 20
 PLAIN = {"plain_bf16": torch.bfloat16, "plain_f16": torch.float16, "plain_f32": torch.float32}
-FORMATS_MEASURED = (
-    *PLAIN, "mxfp4", "nvfp4", "nl4", "int4_group128_f16", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block", "int8_channel",
-)  # fmt: skip
+CODES = ("mxfp4", "nvfp4", "nl4", "int4_group128_f16", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block", "int8_channel")
 SCHEMES = ("quark_mxfp4", "int4_per_group", "int8_per_channel", "fp8_per_channel")
 READ_GOAL, CALL_GOAL_US = 0.8, 6.0
 
@@ -49,7 +48,10 @@ def weights_of(name: str, rows: int, cols: int, rotated_bytes: int) -> list[tupl
         first = FORMATS[name].empty(rows, cols)
         kernel_set(name, "cpu").quantize(source, first)
     copies = max(2, -(-rotated_bytes // sum(each.nbytes for each in first)))
-    return [tuple(each.clone() for each in first) for _ in range(copies)]
+    with FinalStorage(torch.device("cpu")) as storage:  # in huge pages, as in a model
+        return [
+            tuple(storage.empty(tuple(each.shape), each.dtype).copy_(each) for each in first) for _ in range(copies)
+        ]
 
 
 def sides_of(name: str, weights: list[tuple[Tensor, ...]], x: Tensor, rows: int) -> dict[str, Callable[[int], object]]:
@@ -137,7 +139,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS_MEASURED))
+    parser.add_argument("--formats", nargs="+", default=[*PLAIN, *CODES])
     parser.add_argument("--shape", default="3072x2048", help="ROWSxCOLUMNS")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])

@@ -34,6 +34,7 @@ from .vector import (
     emitted,
     load,
     load_scalar,
+    prefetch,
     splat,
     store_scalar,
 )
@@ -258,7 +259,13 @@ def dot_rows(
         scale_rows = [b.add(scales, b.mul(scales_stride, I64(row))) for row in range(n_rows)]
         x_rows = [b.add(x, b.mul(x_stride, I64(token))) for token in range(n_tokens)]
 
+        next_codes = b.add(codes, b.mul(codes_stride, I64(n_rows)))
+        next_scales = b.add(scales, b.mul(scales_stride, I64(n_rows)))
+
         def add_block(block: ir.Value, sums: str, segments: list[Any]) -> None:
+            prefetch(b, next_codes, block, kind.code_bytes * n_rows)
+            if kind.block_scales:
+                prefetch(b, next_scales, block, kind.block_scales * n_rows)
             at, x_at = b.mul(block, I64(kind.code_bytes)), b.mul(block, I64(kind.x_bytes))
             for row in range(n_rows):
                 own = b.mul(block, I64(kind.block_scales))

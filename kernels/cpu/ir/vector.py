@@ -19,6 +19,8 @@ F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 """Bytes per element of each kind of source."""
+LINE_BYTES = 64
+"""Of a cache."""
 INFINITY_BITS = {"bf16": 0x7F80, "f16": 0x7C00, "f32": 0x7F800000}
 """Magnitude bits from which on an element of that kind is infinite or NaN."""
 LARGEST_FINITE = {"bf16": 3.4028235e38, "f16": 65504.0, "f32": 3.4028235e38}
@@ -270,6 +272,16 @@ def store(value: Vector, address: ir.Value) -> None:
 
 def load_scalar(b: ir.IRBuilder, address: ir.Value, element: ir.Type) -> ir.Value:
     return b.load(b.inttoptr(address, element.as_pointer()), align=1)
+
+
+def prefetch(b: ir.IRBuilder, base: ir.Value, step: ir.Value, step_bytes: int) -> None:
+    """Ask for the cache lines in which the bytes of a step begin; `base` is where those of step 0 lie."""
+    pointer = I8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    fn = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8")
+    first = b.add(base, b.mul(step, I64(step_bytes)))
+    for line in range(-(-step_bytes // LINE_BYTES)):
+        b.call(fn, [b.inttoptr(b.add(first, I64(LINE_BYTES * line)), pointer), I32(0), I32(3), I32(1)])
 
 
 def store_scalar(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 MIB = 1 << 20
 PLAIN = {"plain_bf16": torch.bfloat16, "plain_f16": torch.float16, "plain_f32": torch.float32}
-CODES = ("mxfp4", "nvfp4", "nl4", "int4_group128_f16", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block", "int8_channel")
+FP_CODES = ("mxfp4", "nvfp4", "nl4", "mxfp6_e2m3", "mxfp8", "fp8_channel", "fp8_block")
+FORMATS_MEASURED = (*PLAIN, *FP_CODES, "int4_group128_f16", "int8_channel")
 SCHEMES = ("quark_mxfp4", "int4_per_group", "int8_per_channel", "fp8_per_channel")
 READ_GOAL, CALL_GOAL_US = 0.8, 6.0
 
@@ -105,7 +106,7 @@ def measure(name: str, tokens: list[int], shape: tuple[int, int], turns: int, ro
 def measure_calls(scheme_name: str, calls: int, turns: int) -> float:
     """Microseconds of a call of a quantized module with a weight of [8, 128], one token: the least of some turns."""
     made: Any = SchemeFactory(torch.device("cpu"), LoadOptions()).linear(scheme_name)
-    module = QuantizedLinear(made, 128, 8, None, False)
+    module: Any = QuantizedLinear(made, 128, 8, None, False)
     tensors = made.kernels.format.empty(8, 128)
     made.kernels.quantize(torch.randn(8, 128).bfloat16(), tensors)
     for name, tensor in zip(made.kernels.format.names("weight"), tensors, strict=True):
@@ -139,7 +140,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="+", default=[*PLAIN, *CODES])
+    parser.add_argument("--formats", nargs="+", default=FORMATS_MEASURED)
     parser.add_argument("--shape", default="3072x2048", help="ROWSxCOLUMNS")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])

@@ -79,23 +79,23 @@ def other_inputs(layer: Any) -> dict[str, Callable[[], Tensor]]:
     """What is torch's to compute."""
     x = inputs()
 
-    def cast() -> Tensor:
+    def cast() -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
             return layer.float()(x.float())
 
-    def counted() -> Tensor:
+    def counted() -> Any:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             out = layer(x)
         assert counter.get_total_flops() == 2 * 2 * ROWS * COLUMNS
         return out
 
-    def tangents() -> Tensor:
+    def tangents() -> Any:
         wide = copy.deepcopy(layer).float().requires_grad_(False)
         return torch.func.jvp(wide, (x.float(),), (torch.ones_like(x.float()),))[1]
 
-    def traced() -> Tensor:
+    def traced() -> Any:
         frozen = copy.deepcopy(layer).requires_grad_(False)
-        return torch.jit.trace(frozen, x, check_trace=False)(x + 1)  # type: ignore[no-any-return]
+        return torch.jit.trace(frozen, x, check_trace=False)(x + 1)
 
     without = torch.no_grad()
     return {
@@ -168,7 +168,7 @@ class _Own(nn.Linear):
 def test_layers_that_are_more_than_a_product_or_small_stay_as_they_are(kernel: Counting) -> None:
     hooked, given = (nn.Linear(COLUMNS, ROWS, dtype=torch.bfloat16) for _ in range(2))
     hooked.register_forward_hook(lambda *_: None)
-    given.forward = lambda input: input
+    given.forward = lambda input: input  # type: ignore[method-assign]
     narrow, odd = nn.Linear(COLUMNS, ROWS - 1), nn.Linear(40, 100)
     others = [hooked, given, narrow, odd, _Own(COLUMNS, ROWS), nn.Linear(COLUMNS, ROWS, dtype=torch.float64)]
     classes = [type(each) for each in others]

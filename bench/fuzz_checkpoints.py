@@ -18,7 +18,7 @@ import torch
 from fuzz_mutations import at, mutate_bytes, mutate_json, mutate_value, places
 from fuzz_readers import CONFIG, CONFIG_NAMES, GENERATION_NAMES, GOLDEN, INDEX, ROOT, SHARD, Wrong
 from quantload import load_quantized
-from quantload.draft import plan_quantized
+from quantload.planning import plan_quantized
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

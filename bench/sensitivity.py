@@ -5,16 +5,19 @@ model is measured on windows of held-out text, as `bench/quality.py` does it. It
 error of the weights that were quantized: what remains is the divergence that an error of 1 would cause if it grew in
 proportion. The demo model has no dense feed-forward layers, so those are taken to be as sensitive as its experts.
 
-Then the divergence of what `--fit` makes of these numbers is measured, at the sizes that the model would have in MXFP4
-of more and more bits, beside that of each scheme for all modules.
+The mean relative squared error of all weights is measured in every scheme, too: the other factor of what a module is
+expected to lose. Then the divergence of what `--fit` makes of these numbers is measured, at the sizes that the model
+would have in MXFP4 of more and more bits, beside that of each scheme for all modules.
 
     python bench/sensitivity.py
+    python bench/sensitivity.py --only errors
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Error:
+    """The mean relative squared error of all weights in a scheme, and their bits with scales."""
+
+    scheme: str
+    relative_error: float
+    bits: float
+
+
+@dataclass(frozen=True)
 class Fit:
     """A model of one scheme, or of what `--fit` chose for `bits` a weight."""
 
@@ -54,6 +66,25 @@ class Fit:
     bits: float | None
     final_bytes: int
     divergence: float
+
+
+def measure_errors(folder: Path) -> list[Error]:
+    """Of every scheme that quantizes all layers."""
+    quantload, loss = importlib.import_module("quantload"), importlib.import_module("quantload.expected_loss")
+    found = []
+    for scheme in loss.ERRORS:
+        report = quantload.load_quantized(str(folder), scheme, device="cpu", progress=False).load_report
+        weights = sum(layer.numel for layer in report.layers)
+        if weights:
+            bits = 8 * sum(layer.bytes_out for layer in report.layers) / weights
+            found.append(Error(scheme, _relative_error(report.layers), bits))
+            print(f"{scheme:16} {found[-1].relative_error:.2e} {bits:.2f} bits", flush=True)
+    return found
+
+
+def _relative_error(layers: Sequence[Any]) -> float:
+    error: float = sum(10 ** (-layer.sqnr_db / 10) * layer.numel for layer in layers)
+    return error / sum(layer.numel for layer in layers)
 
 
 def measure(folder: Path, text: str, windows: int) -> tuple[list[Row], list[Fit]]:
@@ -78,15 +109,13 @@ def measure(folder: Path, text: str, windows: int) -> tuple[list[Row], list[Fit]
 
     draft = quantload.plan_quantized(str(folder), SCHEME, device="cpu")
     groups: dict[tuple[str, str], list[str]] = {}
-    for item in fit.items_of(draft):
+    for item in importlib.import_module("quantload.expected_loss").items_of(draft):
         groups.setdefault((item.kind, item.third), []).extend(item.names)
     rows = []
     for (kind, third), names in groups.items():
         policy = quantload.QuantizationPolicy(overrides=tuple((name, SCHEME) for name in names))
         divergence, report = divergence_of("none", policy)
-        layers = report.layers
-        error = sum(10 ** (-layer.sqnr_db / 10) * layer.numel for layer in layers) / sum(each.numel for each in layers)
-        rows.append(Row(kind, third, divergence, error, len(layers)))
+        rows.append(Row(kind, third, divergence, _relative_error(report.layers), len(report.layers)))
         print(f"{kind:8} {third:6} {1000 * divergence:7.3f} {rows[-1].sensitivity:7.3f}", flush=True)
     fits = []
     for scheme in UNIFORM:
@@ -109,19 +138,21 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "loader" / "demo_model", help="folder of the demo model")
     parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "stdlib_validation.txt")
     parser.add_argument("--windows", type=int, default=20, help="of 512 tokens, evenly over the text")
+    parser.add_argument("--only", choices=("errors",), help="the errors of weights alone, which takes seconds")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     machine = describe_machine()
     print(headline(machine))
-    rows, fits = measure(options.model, options.text.read_text(), options.windows)
-    result: dict[str, Any] = {
-        "machine": machine,
-        "windows": options.windows,
-        "scheme": SCHEME,
-        "rows": [{**asdict(row), "sensitivity": row.sensitivity} for row in rows],
-        "fits": [asdict(each) for each in fits],
-    }
-    print(f"\nwritten: {write_result('sensitivity', result, options.results)}")
+    result: dict[str, Any] = {"machine": machine, "errors": [asdict(each) for each in measure_errors(options.model)]}
+    if options.only is None:
+        rows, fits = measure(options.model, options.text.read_text(), options.windows)
+        result |= {
+            "windows": options.windows,
+            "scheme": SCHEME,
+            "rows": [{**asdict(row), "sensitivity": row.sensitivity} for row in rows],
+            "fits": [asdict(each) for each in fits],
+        }
+    print(f"\nwritten: {write_result('sensitivity', result, options.results, options.only or '')}")
 
 
 if __name__ == "__main__":

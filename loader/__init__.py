@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .convert.flow import convert_checkpoint
-    from .draft import plan_quantized
     from .engines.transformers import QuantloadConfig
     from .errors import QuantloadError
     from .load import load_quantized
     from .memory.report import LoadReport
     from .options import LoadOptions, QuantizationPolicy
+    from .planning import plan_quantized
     from .quantized_model import QuantizedModel
     from .reload.flow import reload_weights
 
@@ -33,7 +33,7 @@ _HOMES = {
     "convert_checkpoint": ".convert.flow",
     "QuantloadConfig": ".engines.transformers",
     "load_quantized": ".load",
-    "plan_quantized": ".draft",
+    "plan_quantized": ".planning",
     "reload_weights": ".reload.flow",
 }
 

@@ -20,7 +20,7 @@ from .cli_options import ConvertOptions, Html, Json, Model, ModelOptions, PlanOp
 from .cli_output import print_json, show, tables, tell, to_stdout
 from .cli_pages import failure_written, typed, write_report_page
 from .cli_preparing import DEMO_MODEL as DEMO_MODEL
-from .cli_preparing import LoadFormat, fitted_policy, libraries, model_address, weights_kind, writable
+from .cli_preparing import LoadFormat, libraries, model_address, weights_kind, writable
 from .cli_serve import serve
 from .errors import (
     CheckpointError,
@@ -82,7 +82,6 @@ def load(
     report, html = writable(report), writable(html, "--html")
     given = model_address(model, chosen.source)
     with failure_written(html if launched().rank == 0 else None, given, arguments["quantization"], arguments["device"]):
-        fitted_policy(model, chosen, arguments)
         with libraries():
             from .load import load_quantized
 
@@ -101,14 +100,6 @@ def plan(
     *,
     model: Model = None,
     chosen: PlanOptions,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Length of the sequence that the attention cache is counted for.",
-            show_default="the context of the model",
-            min=1,
-        ),
-    ] = None,
     save_policy: Annotated[
         Path | None,
         typer.Option(
@@ -123,12 +114,11 @@ def plan(
     chosen.logs.set_up()
     settle_threads(chosen.forward.threads)
     arguments, save_policy = chosen.arguments(), writable(save_policy, "--save-policy")
-    fitted = fitted_policy(model, chosen, arguments)
     with libraries():
-        from .draft import plan_quantized
         from .fitting import beside_peak, judge_draft
+        from .planning import plan_fitted
 
-    draft = plan_quantized(model_address(model, chosen.source), **arguments)
+    draft, fitted = plan_fitted(model_address(model, chosen.source), **arguments)
     modules = [
         {"name": a.name, "kind": a.kind, "scheme": a.scheme.name if a.scheme is not None else None, "reason": a.reason}
         for a in draft.assignments
@@ -146,7 +136,7 @@ def plan(
         "unapplied": [{"message": str(each), **asdict(each)} for each in draft.unapplied],
         "fetches": None if draft.plan.fetches is None else draft.plan.fetches._asdict(),
         "verdict": verdict.to_dict(),
-        "beside_the_peak": beside_peak(draft, tokens).to_dict(),
+        "beside_the_peak": beside_peak(draft, chosen.fitting.context, chosen.fitting.requests or 1).to_dict(),
         "fit": None if fitted is None else fitted.to_dict(),
     }
     if save_policy is not None:

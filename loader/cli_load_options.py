@@ -92,6 +92,44 @@ class RunOptions:
         }
 
 
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Choose the schemes that lose least within this size, such as 16GiB, instead of --quantization: that of "
+        "the peak of the load, or of the files of weights that convert writes. auto: what the machine, or the device, "
+        "has free, less a reserve and an attention cache.",
+        show_default="the scheme of --quantization",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What it has to fit into."""
+
+    fit: Fit = None
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Length of the sequences that --fit auto leaves room for in the attention cache, and that plan counts "
+            "it for.",
+            show_default="the context of the model; for --fit auto at most 8192",
+            min=1,
+        ),
+    ] = None
+    requests: Annotated[
+        int | None,
+        typer.Option(metavar="NUMBER", help="Number of such sequences at once.", show_default="one", min=1),
+    ] = None
+
+    def values(self) -> dict[str, Any]:
+        """Fields of `LoadOptions`."""
+        beside = {"fit_context": self.context, "fit_requests": self.requests} if self.fit == "auto" else {}
+        return {"fit": self.fit, **beside}
+
+
 @dataclass(frozen=True)
 class StreamOptions:
     """How weights are read, and what is measured on the way."""

@@ -11,6 +11,7 @@ import typer
 from .cli_load_options import (
     CacheOptions,
     DigestOptions,
+    FitOptions,
     ForwardOptions,
     LoadOptionsGroup,
     RunOptions,
@@ -131,20 +132,12 @@ class PlanOptions(CheckpointOptions):
     """What `plan` takes, and every command that builds a model."""
 
     device: Device = "auto"
-    fit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Choose the schemes that lose least with a peak below this size, such as 16GiB, instead of "
-            "--quantization.",
-            show_default="the scheme of --quantization",
-        ),
-    ] = None
+    fitting: FitOptions
     forward: ForwardOptions
 
     def groups(self) -> tuple[LoadOptionsGroup, ...]:
         """The groups that make the `LoadOptions`."""
-        return (*super().groups(), self.forward)
+        return (*super().groups(), self.fitting, self.forward)
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `load_quantized` and `plan_quantized`. Raises `PolicyError`."""
@@ -166,4 +159,6 @@ class ModelOptions(PlanOptions):
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `load_quantized`. Raises `PolicyError`."""
+        if self.fitting.fit != "auto" and (self.fitting.context or self.fitting.requests):
+            raise PolicyError("--context and --requests say what --fit auto leaves room for: give it, too")
         return {**super().arguments(), **self.ranks.values()}

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from .cli_model_options import SourceOptions
-from .cli_options import PlanOptions
 from .errors import PolicyError
 from .interrupts import interrupt_held
 from .local_paths import local_path
-from .ranks.launch import launched
 from .shortage import importing
-
-if TYPE_CHECKING:
-    from .fit_policy import Fitted
-
-logger = logging.getLogger("quantload")
 
 LoadFormat = Annotated[
     Literal["auto", "dummy"],
@@ -55,25 +47,6 @@ def libraries() -> Iterator[None]:
         check_room(ROOM_FOR_LIBRARIES, LIBRARIES)
     with interrupt_held(), importing(LIBRARIES):
         yield
-
-
-def fitted_policy(model: str | None, chosen: PlanOptions, arguments: dict[str, Any]) -> Fitted | None:
-    """What `--fit` chooses, which becomes the policy in `arguments`, and is logged."""
-    if chosen.fit is None:
-        return None
-    if arguments["quantization"] != "auto":
-        raise PolicyError("--fit chooses the schemes: leave --quantization out")
-    if launched().ranks > 1:
-        raise PolicyError("--fit is for one process: plan with it alone, --save-policy, and give ranks --policy")
-    with libraries():
-        from .fit_policy import fit_policy
-
-    taken = ("device", "policy", "options", "revision", "trust_remote_code")
-    found = fit_policy(model_address(model, chosen.source), chosen.fit, **{name: arguments[name] for name in taken})
-    arguments["policy"] = found.policy
-    for line in found.lines():
-        logger.info("%s", line)
-    return found
 
 
 def model_address(model: str | None, source: SourceOptions) -> str | Path:

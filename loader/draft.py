@@ -29,10 +29,9 @@ from .model.stored_sources import StoredSources, turn_conv1d
 from .model.unapplied import Unapplied, find_unapplied, tell_unapplied
 from .model.untying import NOTHING_UNTIED, Untied, untie
 from .online.storage import FinalStorage
-from .options import LoadOptions, QuantizationPolicy, check_kinds
+from .options import LoadOptions, QuantizationPolicy
 from .plan import LoadPlan, loaded_parameters, plan_load, plan_without_pieces
 from .ranks.alone import ALONE, Alone
-from .schemes.names import SchemeName
 from .schemes.policy import Policy, choose_policy
 from .schemes.registry import SchemeFactory, choose_device
 from .schemes.stored.read import read_stored
@@ -153,25 +152,24 @@ def draft_load(
     )
 
 
-def plan_quantized(
-    model_id: str | Path,
-    quantization: SchemeName | str = "auto",
+def plan_draft(
+    model_id: str | Path | Checkpoint,
+    quantization: str,
     *,
-    device: str | torch.device = "auto",
-    policy: QuantizationPolicy | None = None,
-    options: LoadOptions | None = None,
+    device: str | torch.device,
+    policy: QuantizationPolicy | None,
+    options: LoadOptions,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    index: CheckpointIndex | None = None,
 ) -> Draft:
-    """What `load_quantized` would do with the same arguments: modules, schemes and memory, no weight read.
-
-    `.plan.memory` is the prediction. Raises what `load_quantized` would raise up to there, the budget included.
-    """
-    check_kinds(policy, options)
-    options = options or LoadOptions()
+    """The draft of a load that is not made; raises what the load would raise up to there, the budget included."""
     with memory_running_out([]):
         storage = FinalStorage(choose_device(device))
         with resolved(model_id, revision) as checkpoint:
-            draft = draft_load(checkpoint, quantization, policy, options, storage, lambda *_: None, trust_remote_code)
+            draft = draft_load(
+                *(checkpoint, quantization, policy, options, storage, lambda *_: None, trust_remote_code),
+                index=index,
+            )
     check_budget(draft.plan.memory, options.max_memory)
     return draft

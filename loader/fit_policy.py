@@ -1,108 +1,103 @@
-"""Choose a scheme for every module, so that least is lost of a model whose load stays below a size.
+"""Choose a scheme for every module, so that least is lost of a model that stays below a size.
 
-Modules are taken together by what they are and where: the projections to queries, keys and values of a layer, the one
-from attention, gate and up, down, experts. All begin with the smallest scheme of `LADDER`. Then that step up is taken,
-again and again, which saves most expected loss for its bytes, among those that still fit. What a scheme is expected to
-lose of a module is the relative squared error of its weights times how much the output feels such a module at such a
-depth, `SENSITIVITY`. The model is planned once more with what was chosen: that plan's peak is what counts.
+All modules begin with the smallest scheme of a ladder. Then that step up is taken, again and again, which saves most
+expected loss for its bytes, among those that still fit; one scheme for all modules is taken where that is expected to
+lose less. The model is planned once more with what was chosen: that plan's size is what counts.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from .draft import Draft, plan_quantized
+from .checkpoint.index import CheckpointIndex
+from .checkpoint.resolve import Checkpoint
+from .draft import Draft, plan_draft
 from .errors import MemoryBudgetError, PolicyError
-from .memory.amounts import format_bytes, parse_bytes
+from .expected_loss import ERRORS, Item, items_of, ladder
+from .fit_room import Room, free_room
+from .memory.amounts import format_bytes
+from .memory.report import FitReport, FitRow
 from .options import LoadOptions, QuantizationPolicy
-from .scheme_peaks import bytes_more
-from .schemes.policy import matches
-from .schemes.registry import AS_STORED, SchemeFactory
+from .scheme_peaks import bytes_now, bytes_with
+from .schemes.registry import ENTRIES, SchemeFactory
 
-LADDER: Mapping[str, float] = MappingProxyType(
-    {"nl4": 5.9e-3, "mxfp6_e2m3": 7.1e-4, "int8_per_channel": 5.4e-5, AS_STORED: 0.0}
-)
-"""The schemes that modules get, smallest first, and the relative squared error of weights in them."""
-FIRST, MIDDLE, LAST = "first", "middle", "last"
-KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "query", "key", "value"),
-        "o": ("o_proj", "out_proj"),
-        "gate_up": ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "w1", "w3"),
-        "down": ("down_proj", "fc2", "w2"),
-    }
-)
-"""What linear layers are called; an engine runs those of a kind in a layer as one, or may."""
-SENSITIVITY: Mapping[tuple[str, str], float] = MappingProxyType(
-    {
-        ("qkv", FIRST): 0.488, ("qkv", MIDDLE): 0.157, ("qkv", LAST): 0.289,
-        ("o", FIRST): 0.395, ("o", MIDDLE): 0.119, ("o", LAST): 0.101,
-        **{
-            (kind, third): value
-            for kind in ("experts", "gate_up", "down")
-            for third, value in ((FIRST, 0.169), (MIDDLE, 0.102), (LAST, 0.152))
-        },
-    }
-)  # fmt: skip
-"""Divergence of the output, in nats a token, for a relative squared error of 1 of all modules of a kind in a third of
-the layers, measured on the demo model by `bench/sensitivity.py`; gate_up and down are taken to be as its experts."""
+logger = logging.getLogger("quantload")
 MOST_TRIES = 4
-
-
-@dataclass(frozen=True)
-class Item:
-    """Modules that get one scheme: of one kind, in one layer. `loss` is that for a relative squared error of 1."""
-
-    place: str
-    kind: str
-    third: str
-    names: tuple[str, ...]
-    loss: float
-
-
-@dataclass(frozen=True)
-class FittedRow:
-    """What was chosen for a kind of module in a third of the layers: how many modules have a scheme, and their part of
-    the expected loss."""
-
-    kind: str
-    third: str
-    scheme: str
-    modules: int
-    share_of_loss: float
+LARGEST_DIFFERENCE = 1 << 20
+"""By so many bytes, at most, what is held beside the weights differs from scheme to scheme."""
+MANY_TENSORS = 2000
+"""A draft of so many takes some MiB, and collecting it a tenth of a second."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A policy whose load stays below `size` bytes, by its plan."""
+    """A policy whose load stays below `room.size` bytes, by its plan; of a conversion, its files of weights do.
+
+    `planned_bytes` is what counts against that, `expected_loss` the divergence of the output in nats a token.
+    """
 
     policy: QuantizationPolicy
-    size: int
+    room: Room
     final_bytes: int
-    peak_bytes: int
-    rows: tuple[FittedRow, ...]
+    planned_bytes: int
+    expected_loss: float
+    rows: tuple[FitRow, ...]
+
+    def report(self) -> FitReport:
+        """For a report; `policy` alone, in a file, is what `QuantizationPolicy.from_file` reads."""
+        return FitReport(
+            size=self.room.size,
+            of=self.room.of,
+            final_bytes=self.final_bytes,
+            planned_bytes=self.planned_bytes,
+            expected_loss=self.expected_loss,
+            available_bytes=self.room.available_bytes,
+            reserve_bytes=self.room.reserve_bytes,
+            cache_bytes=self.room.cache_bytes,
+            context=self.room.context,
+            requests=self.room.requests,
+            rows=[*self.rows],
+            policy=asdict(self.policy)
+            | {"ignore": [*self.policy.ignore], "overrides": [[*pair] for pair in self.policy.overrides]},
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; `policy` alone, in a file, is what `QuantizationPolicy.from_file` reads."""
-        return asdict(self)
+        """`report`, for JSON."""
+        return asdict(self.report())
 
     def lines(self) -> Iterator[str]:
         """What was chosen, for people."""
-        yield f"Fit: a peak of {format_bytes(self.peak_bytes)} is planned, of {format_bytes(self.size)}"
+        if self.room.available_bytes is not None:
+            yield f"Fit: {format_bytes(self.room.size)}: {self.room}"
+        planned, size = format_bytes(self.planned_bytes), format_bytes(self.room.size)
+        yield f"Fit: {self.room.of} is planned to take {planned} of {size}"
         for row in self.rows:
             where = f"{row.kind}, {row.third} third of the layers"
             yield f"Fit: {where}: {row.modules} {row.scheme}, {row.share_of_loss:.0%} of the expected loss"
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A draft with some policy, its final bytes, and those that are to stay below the size."""
+
+    draft: Draft
+    final_bytes: int
+    nbytes: int
+
+
+Plan = Callable[[QuantizationPolicy], Planned]
+
+
 def fit_policy(
-    model_id: str | Path,
+    model_id: str | Path | Checkpoint,
     size: str | int,
     *,
     device: str | torch.device = "auto",
@@ -110,71 +105,165 @@ def fit_policy(
     options: LoadOptions | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    index: CheckpointIndex | None = None,
 ) -> Fitted:
-    """The policy of the least expected loss whose load is planned to peak below `size`, such as "16GiB".
+    """The policy of the least expected loss whose load is planned to peak below `size`, such as "16GiB" or "auto".
 
-    Ignore patterns and overrides of `policy` count as they are. Raises `MemoryBudgetError` where not even the smallest
-    schemes fit, and `PolicyError` for a checkpoint that is quantized already, or a policy that names schemes.
+    "auto" is what the machine, or the device, has free, less what `fit_context` and `fit_requests` of `options` say.
+    Ignore patterns and overrides of `policy` count as they are. `index` has the tensors where they are known already.
+    Raises `MemoryBudgetError` where not even the smallest schemes fit, and `PolicyError` for a checkpoint that is
+    quantized already, or a policy that names schemes.
     """
-    policy, options, limit = policy or QuantizationPolicy(), options or LoadOptions(), parse_bytes(size)
+    policy = policy or QuantizationPolicy()
+    options = replace(options or LoadOptions(), fit=size, max_memory=None)
+    told = replace(options, fit=None, fit_context=None, fit_requests=None)
+
+    def plan(chosen: QuantizationPolicy) -> Planned:
+        draft = plan_draft(
+            *(model_id, "auto"), device=device, policy=chosen, options=told, revision=revision,
+            trust_remote_code=trust_remote_code, index=index,
+        )  # fmt: skip
+        memory = draft.plan.memory
+        return Planned(draft, memory.final_bytes, memory.peak_bytes)
+
+    names = [entry.name for entry in ENTRIES if _has_mode(entry.formats.values(), policy)]
+    return choose(policy, ladder(names), plan, lambda draft: _room(draft, options))
+
+
+def apply_fit(
+    model_id: str | Path | Checkpoint,
+    quantization: str,
+    policy: QuantizationPolicy | None,
+    options: LoadOptions,
+    *,
+    device: str | torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    index: CheckpointIndex | None = None,
+) -> tuple[QuantizationPolicy | None, LoadOptions, Fitted | None]:
+    """What `options.fit` asks for: the policy it comes to, and options without it. Tells the log what was chosen."""
+    if options.fit is None:
+        return policy, options, None
+    check_unnamed(quantization)
+    found = fit_policy(
+        *(model_id, options.fit), device=device, policy=policy, options=options, revision=revision,
+        trust_remote_code=trust_remote_code, index=index,
+    )  # fmt: skip
+    tell(found)
+    return found.policy, replace(options, fit=None, fit_context=None, fit_requests=None), found
+
+
+def check_unnamed(quantization: str) -> None:
+    """Raise `PolicyError` for a scheme that is named where schemes are to be chosen."""
+    if quantization != "auto":
+        raise PolicyError(f"fit chooses the schemes: leave out the quantization, which is {quantization!r}")
+
+
+def tell(fitted: Fitted) -> None:
+    """Say in the log what was chosen."""
+    for line in fitted.lines():
+        logger.info("%s", line)
+
+
+def choose(policy: QuantizationPolicy, schemes: Sequence[str], plan: Plan, room_of: Callable[[Draft], Room]) -> Fitted:
+    """The policy of the least expected loss with some schemes, smallest first, whose plan stays below a size."""
     if policy.linear != "auto" or policy.experts is not None:
         raise PolicyError("fit chooses the schemes: give no scheme for linear layers or experts beside it")
-
-    def plan(chosen: QuantizationPolicy) -> Draft:
-        return plan_quantized(
-            model_id,
-            "auto",
-            device=device,
-            policy=chosen,
-            options=replace(options, max_memory=None),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-
-    smallest = next(iter(LADDER))
-    draft = plan(replace(policy, linear=smallest))
-    if draft.rules.is_quantized:
+    least = plan(replace(policy, linear=schemes[0]))
+    if least.draft.rules.is_quantized:
         raise PolicyError("fit chooses schemes for checkpoints in BF16, FP16 or FP32; this one is quantized already")
-    least = draft.plan.memory.peak_bytes
-    if least > limit:
+    room = room_of(least.draft)
+    if least.nbytes > room.size:
         raise MemoryBudgetError(
-            f"nothing fits: with all modules in {smallest}, the smallest, the load is predicted to take "
-            f"{format_bytes(least)}, and fit is {format_bytes(limit)}"
+            f"nothing fits: with all modules in {schemes[0]}, the smallest, {room.of} is predicted to take "
+            f"{format_bytes(least.nbytes)}, and fit is {format_bytes(room.size)}{room.because}"
         )
-    items = items_of(draft, policy)
-    return _fitted(draft, policy, items, _steps(draft, items, options), limit, plan)
+    items = items_of(least.draft, policy)
+    choice = _Choice(policy, schemes, items, _sizes(least.draft, items, schemes))
+    final, nbytes = least.final_bytes, least.nbytes
+    tensors = len(least.draft.index.tensors)
+    del least
+    _collect(tensors)
+    return _fitted(choice, plan, room, final, nbytes)
 
 
-def items_of(draft: Draft, policy: QuantizationPolicy | None = None) -> list[Item]:
-    """The modules that schemes can be chosen for, together with those that must have the same."""
-    given = [pattern for pattern, _ in policy.overrides] if policy is not None else []
-    names = [
-        assignment.name
-        for assignment in draft.assignments
-        if assignment.scheme is not None and not any(matches(pattern, assignment.name) for pattern in given)
-    ]
-    experts = {each.name for each in draft.assignments if each.kind == "experts"}
-    found: dict[tuple[str, str], list[str]] = {}
-    count: dict[str, int] = {}
-    for name in names:
-        stack, number = _layer(name)
-        count[stack] = max(count.get(stack, 0), number + 1)
-        kind = "experts" if name in experts else _kind(name)
-        place = name if kind == "other" else f"{stack}.{number}"
-        found.setdefault((place, kind), []).append(name)
-    items = []
-    for (place, kind), members in found.items():
-        stack, number = _layer(members[0])
-        third = _third(number, count[stack])
-        alike = sum(1 for each in range(count[stack]) if _third(each, count[stack]) == third)
-        items.append(Item(place, kind, third, tuple(members), sensitivity(kind, third) / max(alike, 1)))
-    return items
+def _room(draft: Draft, options: LoadOptions) -> Room:
+    if options.fit == "auto":
+        return free_room(draft, options)
+    assert options.fit is not None
+    return Room(options.fit)
 
 
-def sensitivity(kind: str, third: str) -> float:
-    """How much the output feels a kind of module; one that was not measured counts as the mean of all."""
-    known = SENSITIVITY.get((kind, third))
-    return known if known is not None else sum(SENSITIVITY.values()) / len(SENSITIVITY)
+def _has_mode(formats: Any, policy: QuantizationPolicy) -> bool:
+    return all(policy.scale_mode in fmt.scale_modes for fmt in formats)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What there is to choose from: `sizes` has the bytes of each item in each scheme."""
+
+    policy: QuantizationPolicy
+    schemes: Sequence[str]
+    items: Sequence[Item]
+    sizes: Sequence[Sequence[int]]
+
+    def loss(self, levels: Sequence[int]) -> float:
+        """What is expected to be lost with so high a scheme for each item."""
+        return sum(item.loss * ERRORS[self.schemes[level]] for item, level in zip(self.items, levels, strict=True))
+
+    def more(self, levels: Sequence[int]) -> int:
+        """What items take more than with the smallest schemes, in bytes."""
+        return sum(sizes[level] - sizes[0] for sizes, level in zip(self.sizes, levels, strict=True))
+
+    def uniform(self) -> Iterator[list[int]]:
+        """One scheme for all items, the one that loses least first."""
+        for level in reversed(range(len(self.schemes))):
+            yield [level] * len(self.items)
+
+    def best(self, room: int) -> list[int]:
+        """The level of each item, within so many bytes more than the smallest schemes take."""
+        levels, left, closed = [0] * len(self.items), room, set()
+        for step in self._steps():
+            if step.item in closed or step.level != levels[step.item] + 1:
+                continue
+            if step.nbytes > left:
+                closed.add(step.item)
+                continue
+            levels[step.item], left = step.level, left - step.nbytes
+        return levels
+
+    def _steps(self) -> list[_Step]:
+        """All steps of all items, those first that save most for their bytes; of an item in the order of the ladder."""
+        found = []
+        for number, (item, sizes) in enumerate(zip(self.items, self.sizes, strict=True)):
+            for level, (below, above) in enumerate(pairwise(self.schemes), start=1):
+                saved = item.loss * (ERRORS[below] - ERRORS[above])
+                found.append(_Step(number, level, sizes[level] - sizes[level - 1], saved))
+        return sorted(found, key=lambda step: (-step.saved / max(step.nbytes, 1), step.item, step.level))
+
+    def as_policy(self, levels: Sequence[int]) -> QuantizationPolicy:
+        """The scheme of most modules, and overrides for the others."""
+        counts = [sum(each == level for each in levels) for level in range(len(self.schemes))]
+        most = max(range(len(self.schemes)), key=counts.__getitem__)
+        own = [
+            (name, self.schemes[level])
+            for item, level in zip(self.items, levels, strict=True)
+            if level != most
+            for name in item.names
+        ]
+        return replace(self.policy, linear=self.schemes[most], overrides=(*self.policy.overrides, *own))
+
+    def rows(self, levels: Sequence[int]) -> Iterator[FitRow]:
+        """What was chosen for a kind of module in a third of the layers."""
+        found: dict[tuple[str, str, str], tuple[int, int, float]] = {}
+        for item, sizes, level in zip(self.items, self.sizes, levels, strict=True):
+            key = item.kind, item.third, self.schemes[level]
+            modules, nbytes, loss = found.get(key, (0, 0, 0.0))
+            loss += item.loss * ERRORS[self.schemes[level]]
+            found[key] = modules + len(item.names), nbytes + sizes[level], loss
+        total = sum(loss for _, _, loss in found.values())
+        for key, (modules, nbytes, loss) in found.items():
+            yield FitRow(*key, modules, nbytes, loss / total if total else 0.0)
 
 
 @dataclass(frozen=True)
@@ -187,95 +276,55 @@ class _Step:
     saved: float
 
 
-def _steps(draft: Draft, items: Sequence[Item], options: LoadOptions) -> list[_Step]:
-    """All steps of all items, those first that save most for their bytes; of an item in the order of the ladder."""
+def _sizes(draft: Draft, items: Sequence[Item], schemes: Sequence[str]) -> list[list[int]]:
+    """The bytes of each item in each scheme; the draft has the first."""
     assigned = {assignment.name: assignment for assignment in draft.assignments}
-    more: list[list[int]] = [[0] for _ in items]
-    for scheme in [*LADDER][1:]:
-        factory = SchemeFactory(draft.schemes.device, options)
-        rules = draft.rules.with_scheme(scheme, factory)
-        for number, item in enumerate(items):
-            more[number].append(sum(bytes_more(draft, assigned[name], rules) for name in item.names))
-    errors = [*LADDER.values()]
-    found = [
-        _Step(number, level, more[number][level] - more[number][level - 1], item.loss * (errors[level - 1] - error))
-        for number, item in enumerate(items)
-        for level, error in enumerate(errors)
-        if level
-    ]
-    return sorted(found, key=lambda step: (-step.saved / max(step.nbytes, 1), step.item, step.level))
+    sizes = [[sum(bytes_now(draft, assigned[name]) for name in item.names)] for item in items]
+    for scheme in schemes[1:]:
+        rules = draft.rules.with_scheme(scheme, SchemeFactory(draft.schemes.device, LoadOptions()))
+        for item, own in zip(items, sizes, strict=True):
+            own.append(sum(bytes_with(draft, assigned[name], rules) for name in item.names))
+    return sizes
 
 
-def _chosen(items: Sequence[Item], steps: Sequence[_Step], room: int) -> list[int]:
-    """The level of each item, within so many bytes more than the smallest schemes take."""
-    levels, left, closed = [0] * len(items), room, set()
-    for step in steps:
-        if step.item in closed or step.level != levels[step.item] + 1:
-            continue
-        if step.nbytes > left:
-            closed.add(step.item)
-            continue
-        levels[step.item], left = step.level, left - step.nbytes
-    return levels
+def _fitted(choice: _Choice, plan: Plan, room: Room, final: int, nbytes: int) -> Fitted:
+    """What fits by a plan of its own: what is held beside the weights differs from scheme to scheme.
 
-
-def _fitted(
-    draft: Draft,
-    policy: QuantizationPolicy,
-    items: Sequence[Item],
-    steps: Sequence[_Step],
-    limit: int,
-    plan: Callable[[QuantizationPolicy], Draft],
-) -> Fitted:
-    """What fits by a plan of its own: what is held beside the weights differs from scheme to scheme."""
-    room = limit - draft.plan.memory.peak_bytes
+    With the smallest schemes the model has `final` bytes, and `nbytes` count against the room.
+    """
+    lowest = [0] * len(choice.items)
+    more = room.size - nbytes
     for _ in range(MOST_TRIES):
-        levels = _chosen(items, steps, room)
-        chosen = _as_policy(policy, items, levels)
-        memory = (plan(chosen) if any(levels) else draft).plan.memory
-        if memory.peak_bytes <= limit:
-            return Fitted(chosen, limit, memory.final_bytes, memory.peak_bytes, tuple(_rows(items, levels)))
-        room -= memory.peak_bytes - limit
-    levels, memory = [0] * len(items), draft.plan.memory
-    chosen = _as_policy(policy, items, levels)
-    return Fitted(chosen, limit, memory.final_bytes, memory.peak_bytes, tuple(_rows(items, levels)))
+        levels = choice.best(more)
+        found = _planned(choice, plan, levels) if any(levels) else (final, nbytes)
+        if found[1] <= room.size:
+            break
+        more -= found[1] - room.size
+    else:
+        levels, found = lowest, (final, nbytes)
+    for other in choice.uniform():
+        if choice.loss(other) >= choice.loss(levels):
+            break
+        if choice.more(other) > room.size - nbytes + LARGEST_DIFFERENCE:
+            continue
+        sizes = _planned(choice, plan, other)
+        if sizes[1] <= room.size:
+            levels, found = other, sizes
+            break
+    return Fitted(choice.as_policy(levels), room, *found, choice.loss(levels), tuple(choice.rows(levels)))
 
 
-def _as_policy(policy: QuantizationPolicy, items: Sequence[Item], levels: Sequence[int]) -> QuantizationPolicy:
-    schemes = [*LADDER]
-    most = max(range(len(schemes)), key=lambda level: sum(each == level for each in levels), default=0)
-    own = [
-        (name, schemes[level])
-        for item, level in zip(items, levels, strict=True)
-        if level != most
-        for name in item.names
-    ]
-    return replace(policy, linear=schemes[most], overrides=(*policy.overrides, *own))
+def _planned(choice: _Choice, plan: Plan, levels: Sequence[int]) -> tuple[int, int]:
+    """The bytes of a model in the end, and those that are to stay below the size; the plan is given back at once."""
+    planned = plan(choice.as_policy(levels))
+    sizes = planned.final_bytes, planned.nbytes
+    tensors = len(planned.draft.index.tensors)
+    del planned
+    _collect(tensors)
+    return sizes
 
 
-def _rows(items: Sequence[Item], levels: Sequence[int]) -> Iterator[FittedRow]:
-    schemes, errors = [*LADDER], [*LADDER.values()]
-    modules: dict[tuple[str, str, str], int] = {}
-    losses: dict[tuple[str, str, str], float] = {}
-    for item, level in zip(items, levels, strict=True):
-        key = item.kind, item.third, schemes[level]
-        modules[key] = modules.get(key, 0) + len(item.names)
-        losses[key] = losses.get(key, 0.0) + item.loss * errors[level]
-    total = sum(losses.values())
-    for key, count in modules.items():
-        yield FittedRow(*key, count, losses[key] / total if total else 0.0)
-
-
-def _kind(name: str) -> str:
-    last = name.rpartition(".")[2]
-    return next((kind for kind, names in KINDS.items() if last in names), "other")
-
-
-def _layer(name: str) -> tuple[str, int]:
-    """The stack of layers that a module is in, and the number of its layer; one of its own where there is none."""
-    found = re.match(r"(.*?)\.(\d+)(?:\.|$)", name)
-    return (found[1], int(found[2])) if found else (name, 0)
-
-
-def _third(number: int, count: int) -> str:
-    return (FIRST, MIDDLE, LAST)[3 * number // max(count, 1)] if count > 1 else MIDDLE
+def _collect(tensors: int) -> None:
+    """Let go of a draft: modules and closures are in cycles, and the load is about to make another one as large."""
+    if tensors >= MANY_TENSORS:
+        gc.collect()

@@ -38,23 +38,26 @@ def check_fits(draft: Draft, options: LoadOptions) -> Verdict:
 class BesidePeak:
     """What comes on top of the peak of a load, in bytes.
 
-    `process_bytes` is what this process holds already: Python, torch, transformers and the draft. Generating for one
-    sequence of `attention_cache_tokens`, the context of the model unless a number was given, takes
-    `attention_cache_bytes` more; both are `None` for a model that keeps no such cache, or of which it is not known.
+    `process_bytes` is what this process holds already: Python, torch, transformers and the draft. Generating for
+    `requests` sequences of `attention_cache_tokens`, the context of the model unless a number was given, takes
+    `attention_cache_bytes` more; that and the tokens are `None` for a model that keeps no such cache, or of which it is
+    not known.
     """
 
     process_bytes: int
     attention_cache_bytes: int | None
     attention_cache_tokens: int | None
+    requests: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def beside_peak(draft: Draft, tokens: int | None = None) -> BesidePeak:
-    """What a load and generating take beside what is planned; `tokens` is the length of the sequence."""
+def beside_peak(draft: Draft, tokens: int | None = None, requests: int = 1) -> BesidePeak:
+    """What a load and generating take beside what is planned; of `requests` sequences each has so many tokens."""
     config, model = draft.model.config, draft.model
     tokens = tokens or context_length(config) or DEFAULT_TOKENS
-    nbytes = attention_cache_bytes(config, tokens, model.dtype) if model.can_generate() else None
-    return BesidePeak(AnonymousRssProbe().current(), nbytes, None if nbytes is None else tokens)
+    one = attention_cache_bytes(config, tokens, model.dtype) if model.can_generate() else None
+    nbytes = None if one is None else one * requests
+    return BesidePeak(AnonymousRssProbe().current(), nbytes, None if one is None else tokens, requests)

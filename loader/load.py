@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import torch
 
 from .cache.session import NoCache, open_cache
+from .checkpoint.index import CheckpointIndex
 from .checkpoint.reader import PieceReader, ReadTotals
 from .checkpoint.resolve import Checkpoint, resolved
 from .digest import model_digest
 from .draft import FROM_CONFIG, Draft, draft_load
 from .dummy import DummyWeights, Weights, index_without_files
 from .errors import PolicyError
+from .fit_policy import Fitted, apply_fit
 from .fitting import check_fits
 from .interrupts import interrupt_first
 from .memory.budget import check_budget, memory_running_out
@@ -24,7 +26,7 @@ from .model import transformers_api
 from .model.building import Building
 from .model.kept_linears import use_kernel_for_kept
 from .online.storage import FinalStorage
-from .options import LoadOptions, QuantizationPolicy, check_kinds
+from .options import LoadOptions, QuantizationPolicy, check_kinds, with_fit
 from .plan import loaded_parameters
 from .progress import Progress, showing
 from .quantized_model import QuantizedModel
@@ -45,6 +47,7 @@ def load_quantized(
     model_id: str | Path | Checkpoint,
     quantization: SchemeName | str = "auto",
     *,
+    fit: int | str | None = None,
     device: str | torch.device = "auto",
     policy: QuantizationPolicy | None = None,
     options: LoadOptions | None = None,
@@ -66,6 +69,9 @@ def load_quantized(
     bar is shown in a terminal or a notebook, with True everywhere, with False nowhere. The model has `.load_report` and
     `.load_plan`. Raises a `QuantloadError`; afterwards threads, files and memory are as before.
 
+    With `fit`, a number of bytes, text such as "16GiB" or "auto" (what is free), the schemes are chosen that lose least
+    with a peak below that; `.load_report.fit` says which. It is `LoadOptions.fit`, and goes with `quantization="auto"`.
+
     With `weights="dummy"` no weight is read: the model has random numbers for weights, the same ones each time, and
     takes the memory and the kernels of the real one. A folder with a `config.json` and no weights is enough for that.
 
@@ -73,6 +79,8 @@ def load_quantized(
     by transformers' plan for it: every rank calls this and reads what is its own. With `expert_parallel` each has
     whole experts. A failure of one is a `RankError` on the others.
     """
+    check_kinds(policy, options)
+    options = with_fit(options, fit)
     together = ALONE
     if tp is not None or device_mesh is not None or expert_parallel:
         from .ranks.together import local_device, ranks_of
@@ -131,6 +139,9 @@ def load_into(
         recorder.begin("plan")
         is_dummy = weights == "dummy"
         index = index_without_files(checkpoint, trust_remote_code) if is_dummy else None
+        policy, options, fitted = _with_schemes_that_fit(
+            *(building, checkpoint, quantization, policy, options, place, trust_remote_code, ranks, index)
+        )
         cache = (
             DummyWeights(checkpoint, options, recorder.on_layer)
             if is_dummy
@@ -171,6 +182,7 @@ def load_into(
             (ranks.rank, ranks.ranks) if ranks.ranks > 1 else None,
         )
     checkpoint.files.tell(model.load_report.note_source)
+    model.load_report.fit = None if fitted is None else fitted.report()
     if all_sizes:
         model.load_report.note_ranks(all_sizes, draft.replicated_bytes)
     model.load_report.commit = checkpoint.commit
@@ -183,6 +195,27 @@ def load_into(
         model.load_report.digest, model.load_report.digest_seconds = found, seconds
         logger.info("Digest of the final tensors: %s, in %.1f s", found, seconds)
     return model
+
+
+def _with_schemes_that_fit(
+    building: Building,
+    checkpoint: Checkpoint,
+    quantization: str,
+    policy: QuantizationPolicy | None,
+    options: LoadOptions,
+    device: torch.device,
+    trust_remote_code: bool,
+    ranks: Alone,
+    index: CheckpointIndex | None,
+) -> tuple[QuantizationPolicy | None, LoadOptions, Fitted | None]:
+    """The policy to load with, where `options` ask for one that stays below a size, and options without that."""
+    if options.fit is not None and ranks.ranks > 1:
+        raise PolicyError("fit is for one process: plan with it alone, --save-policy, and give ranks --policy")
+    if options.fit is not None and building is not FROM_CONFIG:
+        raise PolicyError("fit is for load_quantized: plan with it, --save-policy, and give QuantloadConfig the policy")
+    return apply_fit(
+        *(checkpoint, quantization, policy, options), device=device, trust_remote_code=trust_remote_code, index=index
+    )
 
 
 def _stream(

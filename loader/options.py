@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar, get_args, overload
 
@@ -47,12 +47,35 @@ class Size(Generic[_SizeT]):
         return size
 
     def __set__(self, options: object, size: _SizeT | str) -> None:
-        if isinstance(size, str):
-            try:
-                size = parse_bytes(size)
-            except PolicyError as error:
-                raise PolicyError(f"{self._name}: {error}") from None
-        options.__dict__[self._name] = size
+        options.__dict__[self._name] = _in_bytes(self._name, size)
+
+
+class SizeOrAuto:
+    """A field of a dataclass that is a number of bytes, `auto` or None; text such as `16GiB` becomes a number."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, options: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, options: object, owner: type) -> int | Literal["auto"] | None: ...
+    def __get__(self, options: object | None, owner: type) -> int | Literal["auto"] | None:
+        size: int | Literal["auto"] | None = None if options is None else options.__dict__[self._name]
+        return size
+
+    def __set__(self, options: object, size: int | str | None) -> None:
+        options.__dict__[self._name] = size if size == "auto" else _in_bytes(self._name, size)
+
+
+def _in_bytes(name: str, size: Any) -> Any:
+    """A size that a field was given, as a number of bytes where it is text."""
+    if not isinstance(size, str):
+        return size
+    try:
+        return parse_bytes(size)
+    except PolicyError as error:
+        raise PolicyError(f"{name}: {error}") from None
 
 
 def _from_mapping(cls: type[Any], values: Mapping[str, Any]) -> Any:
@@ -73,7 +96,7 @@ def _said(options: Any) -> str:
 
 @dataclass(frozen=True, repr=False)
 class LoadOptions:
-    """How a load runs; nothing here changes the bytes of the quantized weights.
+    """How a load runs; nothing here but `fit` changes the bytes of the quantized weights.
 
     Sizes are numbers of bytes, or text with a unit, such as "16GiB" or "500MB". Raises `PolicyError` for values that
     are out of range or of another type.
@@ -95,6 +118,18 @@ class LoadOptions:
     memory_scope: MemoryScope = "rank"
     """What `max_memory` is the limit of, where several processes hold a model together: each of them, or all that run
     on one host."""
+
+    fit: SizeOrAuto = SizeOrAuto()
+    """Choose the schemes that lose least with a peak of at most so many bytes, instead of a quantization: what is
+    smallest where little fits, as stored where all does. `auto`: what the machine, or the device, has free, less a
+    reserve and an attention cache. Of a conversion it is the size of the files of weights. None: nothing is chosen."""
+
+    fit_context: int | None = None
+    """Tokens of a sequence that `fit="auto"` leaves room for in the attention cache. None: the context of the model, at
+    most 8192."""
+
+    fit_requests: int | None = None
+    """How many such sequences `fit="auto"` leaves room for. None: one."""
 
     force: bool = False
     """Load although the memory that is available is too little for the model. `max_memory` still counts."""
@@ -166,14 +201,18 @@ class LoadOptions:
             raise PolicyError(f"retries is {self.retries}; give 0 or more")
         if self.connections is not None and not 1 <= self.connections <= MOST_CONNECTIONS:
             raise PolicyError(f"connections is {self.connections}; give 1 to {MOST_CONNECTIONS}, or None for 8")
-        for name in ("staging_bytes", "max_memory", "cache_bytes"):
+        for name in ("fit_context", "fit_requests"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and (value < 1 or self.fit != "auto"):
+                raise PolicyError(f"{name} is {value}; give 1 or more, and fit='auto', which it is for")
+        for name in ("staging_bytes", "max_memory", "cache_bytes", "fit"):
+            value = getattr(self, name)
+            if value is not None and value != "auto" and value <= 0:
                 raise PolicyError(f"{name} is {value}; give a positive number of bytes")
 
     def _check_types(self) -> None:
         whole = ("chunk_bytes", "retries", "staging_bytes", "max_memory", "workers", "cache_bytes", "connections")
-        for name in whole:
+        for name in (*whole, "fit_context", "fit_requests", *(("fit",) if self.fit != "auto" else ())):
             value = getattr(self, name)
             may_be_none = name != "chunk_bytes"
             if not (isinstance(value, int) and not isinstance(value, bool)) and not (value is None and may_be_none):
@@ -286,6 +325,12 @@ class QuantizationPolicy:
         if not isinstance(values, dict):
             raise PolicyError(f"{path} is no policy: it has no fields of a QuantizationPolicy")
         return cls.from_mapping(values)
+
+
+def with_fit(options: LoadOptions | None, fit: int | str | None) -> LoadOptions:
+    """Options with the `fit` that a caller gave beside them, if any."""
+    options = options or LoadOptions()
+    return options if fit is None else replace(options, fit=fit)
 
 
 def check_kinds(policy: object, options: object) -> None:

@@ -39,23 +39,33 @@ def _peaks(draft: Draft, options: LoadOptions) -> Iterator[SchemePeak]:
         factory = SchemeFactory(draft.schemes.device, options, rules.policy.scale_mode)
         try:
             other = rules.with_scheme(entry.name, factory)
-            more = sum(bytes_more(draft, each, other) for each in draft.assignments if each.is_possible)
+            possible = [each for each in draft.assignments if each.is_possible]
+            more = sum(bytes_with(draft, each, other) - bytes_now(draft, each) for each in possible)
         except (PolicyError, NoKernelError, UnsupportedCheckpointError):
             continue
         name = AUTO if entry.name == AS_STORED else entry.name
         yield SchemePeak(name, plan.final_bytes + more, plan.peak_bytes + more)
 
 
-def bytes_more(draft: Draft, assignment: Assignment, other: Policy) -> int:
-    """What a module takes more by other rules, in bytes."""
-    loaded, weights = draft.loaders.sinks, _weights(assignment)
-    names = [name for name in weights if name in loaded and name not in draft.mapped.missing]
-    now = sum(sum(loaded[name].sizes) for name in names)
+def bytes_now(draft: Draft, assignment: Assignment) -> int:
+    """What the weights of a module take as they are planned, in bytes."""
+    return sum(sum(draft.loaders.sinks[name].sizes) for name in _loaded(draft, _weights(assignment)))
+
+
+def bytes_with(draft: Draft, assignment: Assignment, other: Policy) -> int:
+    """What the weights of a module would take by other rules, in bytes."""
+    weights = _weights(assignment)
+    names = _loaded(draft, weights)
     choice = _choice(draft, assignment, weights, other)
     if choice.scheme is None:
-        return sum(draft.mapped.shapes.tensors[name].nbytes for name in names) - now
+        return sum(draft.mapped.shapes.tensors[name].nbytes for name in names)
     layouts = _layouts(assignment, choice.scheme)
-    return sum(layouts[name.rpartition(".")[2]].nbytes for name in names) - now
+    return sum(layouts[name.rpartition(".")[2]].nbytes for name in names)
+
+
+def _loaded(draft: Draft, weights: list[str]) -> list[str]:
+    """Those of some parameters that the checkpoint has and the load fills."""
+    return [name for name in weights if name in draft.loaders.sinks and name not in draft.mapped.missing]
 
 
 def _choice(draft: Draft, assignment: Assignment, weights: list[str], other: Policy) -> Choice:

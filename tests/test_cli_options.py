@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import typer
 from quantload import cli
-from quantload.cli_load_options import CacheOptions, DigestOptions, ForwardOptions, RunOptions, StreamOptions
+from quantload.cli_load_options import (
+    CacheOptions,
+    DigestOptions,
+    FitOptions,
+    ForwardOptions,
+    RunOptions,
+    StreamOptions,
+)
 from quantload.cli_model_options import PolicyOptions, RankOptions, SourceOptions
 from quantload.cli_options import LogOptions, ModelOptions
 from quantload.errors import PolicyError
@@ -38,7 +45,7 @@ def test_every_option_shows_its_default_or_is_a_switch(parameter: Any) -> None:
     assert switch or parameter.required or parameter.default is not None or isinstance(parameter.show_default, str)
 
 
-@pytest.mark.parametrize("option", ["max_memory", "staging", "chunk", "cache_size", "max_shard_size"])
+@pytest.mark.parametrize("option", ["fit", "max_memory", "staging", "chunk", "cache_size", "max_shard_size"])
 def test_a_size_shows_a_size_with_its_unit(option: str) -> None:
     parameters = [each for command in COMMANDS.values() for each in command.params if each.name == option]
     assert parameters
@@ -71,14 +78,17 @@ def test_what_commands_have_in_common() -> None:
     assert names("load") - names("plan") == reading | cache | {
         *("report", "html", "digest", "expert_parallel", "load_format"),
     }
-    of_models = {"device", "fit", "activations", "threads", "digest", "html", "expert_parallel", "load_format"}
-    assert names("load") - names("convert") == of_models | cache
+    of_models = {"device", "activations", "threads", "digest", "html", "expert_parallel", "load_format"}
+    assert names("load") - names("convert") == of_models | cache | {"fit", "context", "requests"}
     assert names("convert") - names("load") == {"out", "checkpoint_format", "max_shard_size", "no_model_card"}
 
 
-def chosen(policy: PolicyOptions, run: RunOptions, digest: bool = False) -> dict[str, Any]:
+def chosen(
+    policy: PolicyOptions, run: RunOptions, digest: bool = False, fitting: FitOptions | None = None
+) -> dict[str, Any]:
     return ModelOptions(
         chosen=policy, run=run, source=SourceOptions(), logs=LogOptions(), forward=ForwardOptions(),
+        fitting=fitting or FitOptions(),
         stream=StreamOptions(), caching=CacheOptions(), ranks=RankOptions(), proof=DigestOptions(digest=digest),
     ).arguments()  # fmt: skip
 
@@ -119,6 +129,15 @@ def test_what_is_said_becomes_a_policy_and_options() -> None:
 def test_a_limit_says_what_it_is_of(given: str, limit: int, scope: Any) -> None:
     options = chosen(PolicyOptions(), RunOptions(max_memory=given))["options"]
     assert options == LoadOptions(max_memory=limit, memory_scope=scope)
+
+
+def test_what_auto_leaves_room_for_is_said_beside_it() -> None:
+    options = chosen(PolicyOptions(), RunOptions(), fitting=FitOptions(fit="auto", context=99, requests=2))["options"]
+    assert options == LoadOptions(fit="auto", fit_context=99, fit_requests=2)
+    assert chosen(PolicyOptions(), RunOptions(), fitting=FitOptions(fit="1GiB"))["options"].fit == 1 << 30
+    for alone in (FitOptions(context=9), FitOptions(fit="1GiB", requests=2)):
+        with pytest.raises(PolicyError, match="--context and --requests say what --fit auto leaves room for"):
+            chosen(PolicyOptions(), RunOptions(), fitting=alone)
 
 
 def test_a_limit_of_something_else_is_refused() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from quantload import LoadOptions, cli, convert_checkpoint, fitting, load_quantized
 from quantload.convert import flow
-from quantload.draft import plan_quantized
 from quantload.errors import MemoryBudgetError
 from quantload.memory.limits import MACHINE, MemoryLimit
+from quantload.planning import plan_quantized
 
 Checkpoint = Callable[[str], Path]
 KIB = 1 << 10
@@ -142,9 +142,11 @@ def test_what_comes_on_top_of_the_peak_is_said(
     sizes = beside()
     assert sizes["process_bytes"] > 50 << 20
     assert sizes["attention_cache_tokens"] == context
-    assert beside("--tokens", "10")["attention_cache_bytes"] == sizes["attention_cache_bytes"] * 10 // context
-    _, out, _ = run(monkeypatch, capsys, "plan", path, "--tokens", "1000")
+    assert beside("--context", "10")["attention_cache_bytes"] == sizes["attention_cache_bytes"] * 10 // context
+    assert beside("--requests", "3")["attention_cache_bytes"] == sizes["attention_cache_bytes"] * 3
+    _, out, _ = run(monkeypatch, capsys, "plan", path, "--context", "1000")
     assert "attention cache of one sequence of 1,000 tokens" in out
+    assert "of 2 sequences of" in run(monkeypatch, capsys, "plan", path, "--requests", "2")[1]
     path = checkpoint("bert")
     assert beside()["attention_cache_bytes"] is None
     assert "attention cache" not in run(monkeypatch, capsys, "plan", path)[1]

@@ -92,9 +92,15 @@ FLOORS: dict[str, Floor] = {
     "scheme_peaks": Floor(
         f"{GROUND} geometry memory schemes model draft", "what a draft would take with other schemes"
     ),
-    "fit_policy": Floor(
-        f"{GROUND} memory.amounts schemes draft scheme_peaks", "plans with other schemes until a load fits"
+    "expected_loss": Floor(
+        f"{GROUND} page schemes draft", "what a draft is expected to lose, by names and schemes alone"
     ),
+    "fit_room": Floor(f"{GROUND} memory model draft", "how large a model may be here"),
+    "fit_policy": Floor(
+        f"{GROUND} checkpoint memory schemes draft scheme_peaks expected_loss fit_room",
+        "plans with other schemes until a load fits",
+    ),
+    "planning": Floor(f"{GROUND} draft fit_policy", "a load asked for its plan alone"),
     "fitting": Floor(f"{GROUND} memory model draft scheme_peaks", "what a draft finds on this machine"),
     "phases": Floor("memory", "a clock"),
     "recording": Floor(f"{GROUND} checkpoint memory schemes model plan phases", "says what a load did"),
@@ -114,7 +120,7 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} checkpoint memory schemes model draft cache", "stands where a load has its cache: weights made up"
     ),
     "load": Floor(
-        f"{GROUND} threads checkpoint memory schemes online model plan ranks draft fitting recording cache "
+        f"{GROUND} threads checkpoint memory schemes online model plan ranks draft fit_policy fitting recording cache "
         "quantized_model digest dummy reload.remember",
         "the flow of a load",
     ),
@@ -146,9 +152,7 @@ FLOORS: dict[str, Floor] = {
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli_pages": Floor("errors memory page", "what a command leaves for a browser"),
     "cli_output": Floor("errors shortage memory", "what a command prints, whatever it did"),
-    "cli_preparing": Floor(
-        f"{GROUND} memory ranks.launch fit_policy cli_model_options cli_options", "what is said before a command begins"
-    ),
+    "cli_preparing": Floor(f"{GROUND} memory cli_model_options", "what is said before a command begins"),
     "cli_serve_options": Floor("cli_preparing", "imported before anything heavy is"),
     "cli_serve": Floor(
         "errors threads server ranks.launch cli_groups cli_options cli_preparing cli_serve_options",
@@ -159,13 +163,13 @@ FLOORS: dict[str, Floor] = {
         "a user of the package",
     ),
     "cli": Floor(
-        f"{GROUND} threads memory schemes draft fitting load convert ranks.launch cli_logging cli_options cli_groups "
-        "cli_pages cli_output cli_preparing cli_serve cli_generate",
+        f"{GROUND} threads memory schemes fitting planning load convert ranks.launch cli_logging cli_options "
+        "cli_groups cli_pages cli_output cli_preparing cli_serve cli_generate",
         "a user of the package",
     ),
     "__main__": Floor("cli", "python -m quantload"),
     "": Floor(
-        "errors options memory draft load reload convert engines quantized_model",
+        "errors options memory planning load reload convert engines quantized_model",
         "the public names, each imported when it is first used",
     ),
 }

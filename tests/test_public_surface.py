@@ -39,6 +39,7 @@ def signature(function: object) -> list[tuple[str, bool, object]]:
 COMMON = [
     ("model_id", False, inspect.Parameter.empty),
     ("quantization", False, "auto"),
+    ("fit", True, None),
     ("device", True, "auto"),
     ("policy", True, None),
     ("options", True, None),
@@ -110,12 +111,12 @@ def test_the_fields_of_a_report() -> None:
         "rank", "world_size", "state", "rank_bytes_read", "rank_final_bytes", "rank_peak_bytes",
         "replicated_bytes", "bytes_between",
         "source_requests", "source_retries", "source_bytes", "source_connections",
-            "limit_bytes", "available_bytes", "phases", "command", "commit", "versions",
+            "limit_bytes", "available_bytes", "phases", "command", "commit", "versions", "fit",
     ]  # fmt: skip
 
 
 def test_the_fields_of_its_parts() -> None:
-    from quantload.memory.report import KeptReport, LayerReport, NonFiniteReport, TimelinePoint
+    from quantload.memory.report import FitReport, FitRow, KeptReport, LayerReport, NonFiniteReport, TimelinePoint
 
     assert fields(LayerReport) == [
         "name", "kind", "scheme", "kernel", "bytes_in", "bytes_out", "numel", "sqnr_db", "max_abs_error", "amax",
@@ -123,6 +124,11 @@ def test_the_fields_of_its_parts() -> None:
     ]  # fmt: skip
     assert fields(NonFiniteReport) == ["name", "nan", "infinite", "overflowed", "first"]
     assert fields(KeptReport) == ["name", "reason", "bytes"]
+    assert fields(FitReport) == [
+        "size", "of", "final_bytes", "planned_bytes", "expected_loss", "available_bytes", "reserve_bytes",
+        "cache_bytes", "context", "requests", "rows", "policy",
+    ]  # fmt: skip
+    assert fields(FitRow) == ["kind", "third", "scheme", "modules", "bytes", "share_of_loss"]
     assert fields(TimelinePoint) == ["seconds", "bytes_read", "memory"]
 
 

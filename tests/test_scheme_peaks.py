@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from quantload.draft import plan_quantized
 from quantload.options import LoadOptions, QuantizationPolicy
+from quantload.planning import plan_quantized
 from quantload.scheme_peaks import scheme_peaks
 from quantload.schemes.registry import ENTRIES
 

@@ -148,6 +148,50 @@ class TimelinePoint:
 
 
 @dataclass(frozen=True)
+class FitRow:
+    """What was chosen for a kind of module in a third of the layers: how many modules have a scheme, the bytes of their
+    weights, and their share of the expected loss."""
+
+    kind: str
+    third: str
+    scheme: str
+    modules: int
+    bytes: int
+    share_of_loss: float
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """Which schemes were chosen to stay below `size` bytes, where that was asked for; sizes in bytes.
+
+    `of` is what was to stay below it, `planned_bytes` what that is planned to take. `expected_loss` is the divergence
+    of the output from that of the stored model, in nats a token, as far as it is known without data. Where the size
+    was `auto`: `available_bytes` were free, of which `reserve_bytes` were left, and `cache_bytes` for the attention
+    cache of `requests` sequences of `context` tokens. `policy` are the fields of a `QuantizationPolicy`.
+    """
+
+    size: int
+    of: str
+    final_bytes: int
+    planned_bytes: int
+    expected_loss: float
+    available_bytes: int | None = None
+    reserve_bytes: int = 0
+    cache_bytes: int = 0
+    context: int | None = None
+    requests: int | None = None
+    rows: list[FitRow] = field(default_factory=list)
+    policy: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """From JSON; an unknown or missing field raises `PolicyError`."""
+        values = dict(_checked(cls, values))
+        values["rows"] = [FitRow(**_checked(FitRow, row)) for row in values.get("rows", [])]
+        return cls(**values)
+
+
+@dataclass(frozen=True)
 class PhaseReport:
     """A part of a load and how long it took, in seconds; together, in their order, they are the whole load.
 
@@ -184,7 +228,7 @@ class LoadReport:
     `limit_bytes` is what the caller allowed (None: no limit), `available_bytes`
     what the machine had for the load before it (None: not known), `phases` what took how long. To do the same again:
     `command` is what was typed (None: called from Python), `commit` that of a checkpoint from the hub, `versions` are
-    those of the packages by name.
+    those of the packages by name. `fit` says which schemes were chosen, where a size was given instead of a scheme.
     """
 
     model: str
@@ -235,6 +279,7 @@ class LoadReport:
     command: str | None = None
     commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    fit: FitReport | None = None
 
     def note_ranks(self, sizes: Iterable[tuple[int, int, int]], replicated_bytes: int) -> None:
         """Say what each rank read, holds and took at most."""
@@ -298,6 +343,8 @@ class LoadReport:
         }
         for name, item in items.items():
             values[name] = [item(**_checked(item, entry)) for entry in values.get(name, [])]
+        if values.get("fit") is not None:
+            values["fit"] = FitReport.from_dict(values["fit"])
         return cls(**values)
 
     def records(self, table: ReportTable) -> list[dict[str, Any]]:
@@ -365,6 +412,8 @@ def _fits(value: Any, annotation: str) -> bool:
     if kind.startswith("list["):
         inner = kind[len("list[") : -1]
         return isinstance(value, list) and (inner not in _PLAIN or all(_fits(item, inner) for item in value))
+    if kind in ("dict[str, Any]", "FitReport"):
+        return isinstance(value, dict)
     if kind == "dict[str, str]":
         return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     return isinstance(value, _PLAIN.get(kind, str))

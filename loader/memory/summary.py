@@ -107,8 +107,9 @@ def _beside(sizes: Mapping[str, Any]) -> str:
     """What comes on top of the peak."""
     parts = [f"this process {format_bytes(sizes['process_bytes'])}"]
     if sizes["attention_cache_bytes"] is not None:
+        many = f"{sizes['requests']} sequences" if sizes["requests"] > 1 else "one sequence"
         parts.append(
-            f"attention cache of one sequence of {sizes['attention_cache_tokens']:,} tokens "
+            f"attention cache of {many} of {sizes['attention_cache_tokens']:,} tokens "
             f"{format_bytes(sizes['attention_cache_bytes'])}"
         )
     return f"on top of the peak: {'; '.join(parts)}"

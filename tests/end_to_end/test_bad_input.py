@@ -19,8 +19,8 @@ import torch
 from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
 from quantload import errors as e
 from quantload.checkpoint.reader import PieceReader
-from quantload.draft import plan_quantized
 from quantload.model import transformers_api
+from quantload.planning import plan_quantized
 from torch import Tensor
 
 Checkpoint = Callable[[str], Path]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import big_checkpoints
 import pytest
 from quantload import LoadOptions, plan_quantized
-from quantload.fit_policy import LADDER, fit_policy
+from quantload.expected_loss import ERRORS, ladder
+from quantload.fit_policy import fit_policy
 from test_memory_bound import measure
 
 SIZES = 5
@@ -24,13 +24,13 @@ def test_the_measured_peak_stays_below_the_size(tmp_path: Path) -> None:
     options = LoadOptions.from_mapping(OPTIONS)
     low, high = (
         plan_quantized(path, name, device="cpu", options=options).plan.memory.peak_bytes
-        for name in (next(iter(LADDER)), "none")
+        for name in (ladder(ERRORS)[0], "none")
     )
     finals = []
     for step in range(SIZES):
         size = low + (high - low) * step // (SIZES - 1)
         fitted = fit_policy(path, size, device="cpu", options=options)
-        measured = measure(path, "auto", {**OPTIONS, "policy": asdict(fitted.policy)})
+        measured = measure(path, "auto", {**OPTIONS, "fit": size})
         assert measured.peak <= size
         assert measured.report["final_bytes"] == fitted.final_bytes
         finals.append(fitted.final_bytes)

@@ -20,9 +20,9 @@ from quantized_copies import METHODS, quantized_copy
 from quantload import LoadOptions, convert_checkpoint, load_quantized
 from quantload.checkpoint.remote import requests as requests_module
 from quantload.checkpoint.remote import upload
-from quantload.draft import plan_quantized
 from quantload.errors import ChangedFileError, CheckpointError, OutputError, PolicyError
 from quantload.memory.report import LoadReport
+from quantload.planning import plan_quantized
 from range_server import Asked, Fault, RangeServer
 
 pytest.importorskip("obstore")

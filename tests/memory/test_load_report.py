@@ -67,6 +67,7 @@ REPORT_FIELDS = [
     "command",
     "commit",
     "versions",
+    "fit",
 ]
 LAYER_FIELDS = [
     "name",

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from quantload.checkpoint.headers import TensorEntry
-from quantload.draft import plan_quantized
 from quantload.errors import CheckpointError, UnsupportedCheckpointError
 from quantload.model.config_checks import MODULES_ANYWAY, check_counts, modules_limited, most_modules
+from quantload.planning import plan_quantized
 from torch import nn
 
 Checkpoint = Callable[[str], Path]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from quantload import LoadOptions, QuantizationPolicy, cli, convert_checkpoint, load_quantized
-from quantload.draft import plan_quantized
 from quantload.errors import UnappliedOptionError, UnmatchedPatternError
+from quantload.planning import plan_quantized
 
 Checkpoint = Callable[[str], Path]
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"

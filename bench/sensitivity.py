@@ -84,7 +84,8 @@ def measure_errors(folder: Path) -> list[Error]:
 
 def _relative_error(layers: Sequence[Any]) -> float:
     error: float = sum(10 ** (-layer.sqnr_db / 10) * layer.numel for layer in layers)
-    return error / sum(layer.numel for layer in layers)
+    weights: int = sum(layer.numel for layer in layers)
+    return error / weights
 
 
 def measure(folder: Path, text: str, windows: int) -> tuple[list[Row], list[Fit]]:

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from pathlib import Path
 
 import pytest
 import quantload
 import site_pages
-import typer.main
-from quantload import cli, errors
+from quantload import errors
 from quantload.memory.metrics import LoadMetrics
 from quantload.memory.report import LoadReport
-
-ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-BLOCKS = {path: re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE) for path in DOCUMENTS}
-COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -48,23 +40,3 @@ def test_references_have_everything_that_there_is() -> None:
     assert len(kinds) > 5
     assert all(f"## {kind.__name__}\n" in site_pages.troubleshooting() for kind in kinds[:5])
     assert all(f".{name}\n" in site_pages.api_reference() for name in quantload.__all__)
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_commands_that_are_shown_have_the_options_that_there_are(document: Path) -> None:
-    lines = "\n".join(BLOCKS[document]).replace("\\\n", " ").splitlines()
-    for line in lines:
-        found = re.search(r"(?:^|[ /])quantload (?P<command>[a-z]+)(?P<rest> .*)?$", line)
-        if found is None or found["command"] not in COMMANDS:
-            continue
-        options = {name for parameter in COMMANDS[found["command"]].params for name in parameter.opts}
-        used = set(re.findall(r"(?<= )--?[a-z][a-z-]*", (found["rest"] or "").partition("  #")[0]))
-        assert used <= options | {"--help", "-h"}, line
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_python_that_is_shown_compiles_and_imports_what_there_is(document: Path) -> None:
-    for block in re.findall(r"^```python\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE):
-        compile(block, str(document), "exec")
-        for line in re.findall(r"^from quantload import [\w, ]+$", block, re.MULTILINE):
-            exec(line, {})

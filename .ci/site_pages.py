@@ -69,8 +69,8 @@ def with_site_links(markdown: str, site: str) -> str:
 
 def _link(found: re.Match[str], source: str, site: str) -> str:
     target = os.path.normpath(os.path.join(os.path.dirname(source), found["path"]))
-    if target in DOCUMENTS:
-        place = DOCUMENTS[target]
+    if target in (*DOCUMENTS, "docs/README.md"):
+        place = DOCUMENTS.get(target, "index.md")
     elif target.startswith("docs/"):
         place = target.removeprefix("docs/")
     else:

@@ -1,4 +1,4 @@
-"""Every table of the documents: from the newest full-size result of each benchmark, and of the support matrix."""
+"""Every table of the documents: of the newest full-size results, of the support matrix, of golden bytes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import gpu_tables
 import kernels_cpu
 import load_tables
 import matmul_cpu
+import parity
 import pipeline_results
 import profile_load
 import quality_tables
@@ -29,7 +30,8 @@ BENCH = Path(__file__).resolve().parent
 DOCS = BENCH.parent / "docs"
 DOCUMENTS = (
     *(BENCH.parent / "README.md", BENCH / "README.md", BENCH / "NOTES.md"),
-    *(DOCS / "platforms.md", DOCS / "quantized-checkpoints.md", DOCS / "reliability.md", DOCS / "schemes.md"),
+    *(DOCS / "parity.md", DOCS / "platforms.md", DOCS / "quantized-checkpoints.md", DOCS / "reliability.md"),
+    DOCS / "schemes.md",
 )
 MISSING = "No full-size result yet."
 Result = dict[str, Any]
@@ -115,7 +117,7 @@ def render_support() -> dict[str, str]:
 
 def rendered(document: Path, folder: Path = RESULTS) -> str:
     """What a document reads when its tables are made from the results in `folder`."""
-    return fill(document.read_text(), {**render_all(folder), **render_support()})
+    return fill(document.read_text(), {**render_all(folder), **render_support(), **parity.render()})
 
 
 def write(documents: tuple[Path, ...] = DOCUMENTS, folder: Path = RESULTS) -> list[Path]:

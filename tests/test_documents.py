@@ -1,4 +1,4 @@
-"""The README is short and lists the documentation, and links in the documents lead somewhere."""
+"""The README is short and leads to a list of all pages, and links in the documents lead somewhere."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "bench").glob("*.md")), *PAGES]
-DOCUMENTS += [*sorted((ROOT / "docs").glob("*/*.md")), ROOT / "deploy" / "README.md"]
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.glob("**/*.md") if path != DOCS / "README.md")
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "bench").glob("*.md")), DOCS / "README.md", *PAGES]
+DOCUMENTS += [ROOT / "deploy" / "README.md"]
 _LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#]*)(?:#(?P<anchor>[^)]*))?\)")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
@@ -26,10 +27,14 @@ def test_the_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_readme_says_what_each_page_is_about(page: Path) -> None:
-    name = f"docs/{page.name}"
-    assert re.search(rf"^- \[{re.escape(name)}\]\({re.escape(name)}\): .+", README.read_text(), re.MULTILINE)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_the_list_of_pages_says_what_each_is_about(page: Path) -> None:
+    name = re.escape(str(page.relative_to(DOCS)))
+    assert re.search(rf"^- \[.+\]\({name}\): .+", (DOCS / "README.md").read_text(), re.MULTILINE)
+
+
+def test_the_readme_leads_to_the_list_of_pages() -> None:
+    assert re.search(r"^- \[docs/README.md\]\(docs/README.md\): .+", README.read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}-{path.name}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import gpu_tables
 import load_tables
+import parity
 import pytest
 import tables
 from goals import at_least, at_most
@@ -33,7 +34,7 @@ def test_the_documents_are_what_the_results_render(document: Path) -> None:
 
 def test_every_table_has_its_place() -> None:
     text = "".join(document.read_text() for document in tables.DOCUMENTS)
-    for name in (*tables.render_all(), *tables.render_support()):
+    for name in (*tables.render_all(), *tables.render_support(), *parity.render()):
         assert text.count(f"<!-- table: {name} -->") == 1
 
 

@@ -17,7 +17,7 @@ from quantload.cli import DEMO_MODEL
 from quantload.server import ServerState
 from quantload.server import command as server_command
 from quantload.server.load_progress import LoadProgress
-from quantload.server.processors import load_processor
+from quantload.tokenizer import load_processor
 from range_server import RangeServer
 from server_harness import running
 from shown_code import BLOCKS, Block, quantload_arguments

@@ -26,6 +26,7 @@ class MemoryLimit:
     """One limit in bytes: its name, what it allows, what counts against it now, and what could be swapped out.
 
     `is_virtual` says that memory counts once it is mapped; against others it counts when it is first written to.
+    `is_shared` says of the memory of a GPU that it is that of the machine.
     """
 
     name: str
@@ -33,6 +34,7 @@ class MemoryLimit:
     used: int
     is_virtual: bool
     swap: int = 0
+    is_shared: bool = False
 
     @property
     def is_machine(self) -> bool:
@@ -73,15 +75,23 @@ def check_room(nbytes: int, what: str) -> None:
             raise Shortage(f"{NO_MEMORY} {what}: it needs {format_bytes(nbytes)}")
 
 
-def device_limit(device: torch.device) -> MemoryLimit | None:
-    """The memory of a GPU; what torch's allocator holds and nobody uses counts as available. `None` for a CPU."""
+def device_limit(device: torch.device, proc: Path = PROC) -> MemoryLimit | None:
+    """The memory of a GPU; what torch's allocator holds and nobody uses counts as available. `None` for a CPU.
+
+    A GPU without memory of its own (DGX Spark, Strix Halo) has that of the machine. Its driver may count the page cache
+    as used, which the kernel gives up where memory is asked for: what the machine has available counts there.
+    """
     if device.type != "cuda":
         return None
     import torch
 
     free, total = torch.cuda.mem_get_info(device)
+    is_shared = bool(torch.cuda.get_device_properties(device).is_integrated)
+    if is_shared:
+        free = max(free, min(total, _machine(proc).available))
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return MemoryLimit(f"the memory of {device}", total, total - free - unused, is_virtual=False)
+    used = max(0, total - free - unused)
+    return MemoryLimit(f"the memory of {device}", total, used, is_virtual=False, is_shared=is_shared)
 
 
 def _machine(proc: Path) -> MemoryLimit:

@@ -127,7 +127,8 @@ def _changed(plan: MemoryPlan, scheme: SchemePeak) -> MemoryPlan:
 def _decisive(plan: MemoryPlan, limits: Iterable[MemoryLimit], device: MemoryLimit | None) -> Verdict:
     whole = Need(plan.peak_bytes, plan.final_bytes + plan.staging_bytes, plan.final_bytes)
     beside = Need(plan.staging_bytes + plan.slack_bytes, plan.staging_bytes, 0)
-    judged = [(whole if device is None else beside, limit) for limit in limits]
+    together = Need(whole.peak + beside.peak, whole.mapped + beside.mapped, whole.written)
+    judged = [(_needed_of(limit, device, whole, beside, together), limit) for limit in limits]
     if device is not None:
         judged.append((whole, device))
     if not judged:
@@ -136,6 +137,13 @@ def _decisive(plan: MemoryPlan, limits: Iterable[MemoryLimit], device: MemoryLim
         judged, key=lambda pair: (_WORST_FIRST.index(pair[0].state(pair[1])), pair[1].available - pair[0].peak)
     )
     return Verdict(need.state(limit), need.peak, limit)
+
+
+def _needed_of(limit: MemoryLimit, device: MemoryLimit | None, whole: Need, beside: Need, together: Need) -> Need:
+    """What a limit of the host has to hold: beside a GPU the arena; the model too where its memory is the machine's."""
+    if device is None:
+        return whole
+    return together if device.is_shared and limit.is_machine else beside
 
 
 def _of(needed: int, available: int) -> str:

@@ -134,11 +134,38 @@ def test_other_systems_say_what_they_have_through_psutil(
 
 def test_what_the_allocator_of_a_gpu_holds_and_nobody_uses_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_limit(torch.device("cpu")) is None
-    for name, value in (("mem_get_info", (400, 1000)), ("memory_reserved", 200), ("memory_allocated", 50)):
-        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    a_gpu(monkeypatch, free=400, total=1000, is_integrated=0)
     limit = device_limit(torch.device("cuda:0"))
     assert limit is not None
     assert (limit.name, limit.available, limit.left) == ("the memory of cuda:0", 550, 550)
+    assert not limit.is_shared
+
+
+def a_gpu(monkeypatch: pytest.MonkeyPatch, free: int, total: int, is_integrated: int) -> None:
+    """One of whose memory torch holds 200 bytes and uses 50."""
+    for name, value in (
+        ("mem_get_info", (free, total)), ("memory_reserved", 200), ("memory_allocated", 50),
+        ("get_device_properties", SimpleNamespace(is_integrated=is_integrated)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "available"),
+    [
+        (100, 1000 << 10, (300 << 10) + 150),  # the driver counts the page cache as used, the machine does not
+        (350 << 10, 1000 << 10, (350 << 10) + 150),
+        (100, 200 << 10, 200 << 10),  # no more than the driver lets be mapped
+    ],
+)
+def test_a_gpu_that_shares_the_memory_of_the_machine_has_what_that_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, total: int, available: int
+) -> None:
+    a_gpu(monkeypatch, free, total, is_integrated=1)
+    proc = written(tmp_path, {"meminfo": "MemTotal: 1000 kB\nMemAvailable: 300 kB\nSwapFree: 0 kB"})
+    limit = device_limit(torch.device("cuda:0"), proc)
+    assert limit is not None
+    assert (limit.available, limit.is_shared) == (available, True)
 
 
 @pytest.mark.parametrize("text", ["9223372036854771712", "max", ""])

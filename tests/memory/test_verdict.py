@@ -55,6 +55,15 @@ def test_of_a_load_onto_a_gpu_the_host_holds_the_arena_only(plan: MemoryPlan) ->
     assert str(verdict).startswith("does not fit: needs 184.0 MiB, 90.0 MiB available (the memory of cuda:0 allows")
 
 
+def test_a_machine_whose_gpu_shares_its_memory_holds_the_model_and_both_arenas(plan: MemoryPlan) -> None:
+    device = MemoryLimit("the memory of cuda:0", 500 * MIB, 100 * MIB, is_virtual=False, is_shared=True)
+    enough = limit(184 + 84, name=MACHINE)
+    assert judge(plan, [enough], device).state == "fits"
+    verdict = judge(plan, [limit(184 + 83, name=MACHINE)], device)
+    assert (verdict.state, verdict.needed) == ("tight", (184 + 84) * MIB)
+    assert judge(plan, [limit(84, name="a cgroup")], device).state == "fits"  # which does not count a GPU's memory
+
+
 @pytest.mark.parametrize(
     ("peak", "found", "said"),
     [

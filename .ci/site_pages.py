@@ -1,7 +1,7 @@
 """A hook of mkdocs: the pages of the site that are not in docs/, and links between documents as the site has them.
 
-README, CONTRIBUTING, CHANGELOG and the READMEs of folders are pages as they are; what is said of reports, metrics,
-errors and Python functions is made from the code.
+README, CONTRIBUTING, CHANGELOG and the READMEs of folders are pages as they are. What is said of Python functions is
+made from the code as the site is built; what docs/ says of reports, metrics and errors, by `python .ci/site_pages.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
     pages = {site: (ROOT / name).read_text(encoding="utf-8") for name, site in DOCUMENTS.items()}
-    made = {
-        "troubleshooting.md": troubleshooting(), "reference/report.md": report_reference(),
-        "reference/metrics.md": metrics_reference(), "reference/api.md": api_reference(),
-    }  # fmt: skip
-    for site, text in {**pages, **made}.items():
+    for site, text in {**pages, "reference/api.md": api_reference()}.items():
         files.append(File.generated(config, site, content=text))
     return files
 
@@ -81,19 +78,25 @@ def _link(found: re.Match[str], source: str, site: str) -> str:
 
 def troubleshooting() -> str:
     """Every error, what it means and what to do."""
-    from quantload import errors
+    from quantload import cli, errors
     from quantload.page.advice import ADVICE
 
     lines = [
         "# Troubleshooting", "",
         "Every message says what was given, what was expected and what to do. The page of a load that failed "
-        "([`--html`](load-page/README.md)) has the same advice.", "",
+        "([`--html`](load-page/README.md)) has the same advice. What a load logs with `-v` says how far it came.", "",
+        "| exit code | means |", "| --- | --- |", "| 0 | all went well |",
+        f"| {cli.EXIT_USAGE} | an option, or a pattern, that cannot be carried out |",
+        f"| {cli.EXIT_CHECKPOINT} | the checkpoint: a file of it, or what it has for the model |",
+        f"| {cli.EXIT_BUDGET} | memory: it does not fit, or a limit of yours says so |",
+        f"| {cli.EXIT_OTHER} | anything else; 130: interrupted |", "",
     ]  # fmt: skip
     for name, advice in ADVICE.items():
         kind = getattr(errors, name, None)
         lines += [f"## {name}", "", advice.means, ""]
-        if kind is not None and kind is not errors.QuantloadError:
-            lines += [f"A kind of `{kind.__base__.__name__}`.", ""]
+        if kind is not None:
+            of = "" if kind is errors.QuantloadError else f"A kind of `{kind.__base__.__name__}`. "
+            lines += [f"{of}Exit code {cli._exit_code(kind())}.", ""]
         lines += [*(f"{number}. {step}" for number, step in enumerate(advice.steps, 1)), ""]
     return "\n".join(lines)
 
@@ -125,17 +128,36 @@ def _field(field: dataclasses.Field[Any]) -> str:
 
 
 def metrics_reference() -> str:
-    """The metrics of a load, by name."""
+    """The metrics of loads and of a server, by name."""
     from quantload.memory.metrics import LoadMetrics
+    from quantload.memory.report import LoadReport
+    from quantload.server.serving_metrics import ServingMetrics
 
+    shown = LoadMetrics()
+    fields = dataclasses.fields(LoadReport)
+    needed = {each.name for each in fields if each.default is each.default_factory is dataclasses.MISSING}
+    ranks = {name: [0] for name in ("rank_bytes_read", "rank_final_bytes", "rank_peak_bytes")}
+    names = dict.fromkeys(("model", "quantization", "device"), "")
+    shown.on_report(LoadReport.from_dict({**dict.fromkeys(needed, 0), **names, **ranks}))
+    server = ServingMetrics("model")
+    loads, served = list(shown.collect()), list(server.registry.collect())
+    labels = {each._name: each._labelnames for each in vars(server).values() if hasattr(each, "_labelnames")}
+    labels |= {family.name: getattr(family, "_labelnames", ()) for family in loads}
     lines = [
-        "# Metrics of loads", "", "[The server](../server.md) has those of requests beside them.", "",
-        "| metric | type | what |", "| --- | --- | --- |",
+        "# Metrics", "",
+        "What `/metrics` of [the server](../server.md#metrics) shows. [deploy/](../../deploy/README.md) has alerts for "
+        "Prometheus and a dashboard for Grafana.", "",
     ]  # fmt: skip
-    for family in LoadMetrics().collect():
-        total = "_total" if family.type == "counter" else ""
-        lines.append(f"| `{family.name}{total}` | {family.type} | {family.documentation} |")
-    return "\n".join(lines) + "\n"
+    for title, families in (("Loads", loads), ("Requests, and the process", served)):
+        lines += [f"## {title}", "", "| metric | type | labels | what |", "| --- | --- | --- | --- |"]
+        lines += [*(_metric(family, labels.get(family.name, ())) for family in families), ""]
+    return "\n".join(lines)
+
+
+def _metric(family: Any, labels: Iterable[str]) -> str:
+    suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+    names = ", ".join(f"`{name}`" for name in labels)
+    return f"| `{family.name}{suffix}` | {family.type} | {names or '-'} | {family.documentation} |"
 
 
 def api_reference() -> str:
@@ -146,3 +168,27 @@ def api_reference() -> str:
     for name, home in sorted(quantload._HOMES.items()):
         lines += [f"::: quantload{home}.{name}", ""]
     return "\n".join(lines)
+
+
+MADE = {
+    "troubleshooting.md": troubleshooting,
+    "reference/report.md": report_reference,
+    "reference/metrics.md": metrics_reference,
+}
+"""The pages in docs/ that are made from the code."""
+
+
+def write() -> list[str]:
+    """Make the pages in docs/ anew; the names of those that changed."""
+    changed = []
+    for name, make in MADE.items():
+        path = ROOT / "docs" / name
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != make():
+            path.write_text(make(), encoding="utf-8")
+            changed.append(name)
+    return changed
+
+
+if __name__ == "__main__":
+    print("\n".join(write()) or "nothing changed")

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import memory_drawing
 from checkpoints import WORK_FOLDER
 from result_files import RESULTS
 from tables import write
@@ -132,7 +133,7 @@ def main() -> int:
         parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(RUNS)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = [] if options.tables_only else run_all(options)
-    for document in write():
+    for document in [*write(), *memory_drawing.write()]:
         print(f"written: {document}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

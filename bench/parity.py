@@ -147,14 +147,16 @@ def _minus_zero(fmt: str) -> int | None:
 
 
 def _bits(tensor: Tensor) -> np.ndarray:
-    return tensor.view(torch.uint8).numpy() if tensor.element_size() == 1 else tensor.float().numpy()
+    found: np.ndarray = (tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor.float()).numpy()
+    return found
 
 
 def _all_zero(source: Tensor, scales: np.ndarray) -> np.ndarray:
     """Which scales [n, k] belong to weights of [N, K] that are all zero."""
     rows, columns = source.shape[0] // scales.shape[0], source.shape[1] // scales.shape[1]
     blocks = source.float().unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
-    return (blocks == 0).all(-1).all(1).numpy()
+    found: np.ndarray = (blocks == 0).all(-1).all(1).numpy()
+    return found
 
 
 def _vectors() -> Iterator[Comparison]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from goals import columns
 from markdown import markdown
+from quantload.schemes.support import support_matrix
 
 BASELINE = "BF16 (transformers)"
 Result = Mapping[str, Any]
@@ -99,6 +100,24 @@ def _best(result: Result, table: Table) -> str:
     return table(cells, ("bits", "best", "bits/weight", "divergence", "perplexity", "then"))
 
 
+def _choice(result: Result, table: Table) -> str:
+    """Each scheme as it is made by default, the nearest to BF16 first; who else reads it."""
+    written = {row.name: list(row.written_as) for row in support_matrix()}
+    usual = [row for row in variants_of(result) if (row.scale_mode, row.activations) == ("default", "none")]
+    cells = [
+        [
+            f"`{row.scheme}`",
+            _number(row.bits_per_weight, ".2f"),
+            f"{1000 * row.divergence:.3f}",
+            f"{row.change:+.2%}",
+            ", ".join(written[row.scheme]) or "-",
+        ]
+        for row in sorted(usual, key=lambda row: (row.bits_per_weight or 0, row.divergence))
+        if row.bits_per_weight is not None
+    ]
+    return table(cells, ("scheme", "bits/weight", "divergence", "perplexity", "`convert` writes it as"))
+
+
 def _sqnr(result: Result, table: Table) -> str:
     rows = result["sqnr"]
     by_key = {(row["format"], row["scale_mode"], row["distribution"]): row for row in rows}
@@ -122,6 +141,11 @@ def render_variants(result: Result) -> str:
 def render_best(result: Result) -> str:
     """The best of each size as Markdown."""
     return _best(result, markdown)
+
+
+def render_choice(result: Result) -> str:
+    """Each scheme by its size as Markdown, with the checkpoints that can be written of it."""
+    return _choice(result, markdown)
 
 
 def render_sqnr(result: Result) -> str:

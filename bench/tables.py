@@ -13,6 +13,7 @@ import gpu_tables
 import kernels_cpu
 import load_tables
 import matmul_cpu
+import model_sizes
 import parity
 import pipeline_results
 import profile_load
@@ -31,7 +32,7 @@ DOCS = BENCH.parent / "docs"
 DOCUMENTS = (
     *(BENCH.parent / "README.md", BENCH / "README.md", BENCH / "NOTES.md"),
     *(DOCS / "parity.md", DOCS / "platforms.md", DOCS / "quantized-checkpoints.md", DOCS / "reliability.md"),
-    DOCS / "schemes.md",
+    *(DOCS / "schemes.md", DOCS / "your-model.md"),
 )
 MISSING = "No full-size result yet."
 Result = dict[str, Any]
@@ -96,6 +97,7 @@ def render_all(folder: Path = RESULTS) -> dict[str, str]:
         "stored": _section(_newest(results_of("stored", folder)), stored.render_all, stored.goals_of),
         "peers": load_tables.peers(loads) or MISSING,
         "quality": _section(_newest(qualities, "variants"), quality_tables.render_variants, _no_goals),
+        "quality_choice": _section(_newest(qualities, "variants"), quality_tables.render_choice, _no_goals),
         "quality_best": _section(_newest(qualities, "variants"), quality_tables.render_best, _no_goals),
         "quality_sqnr": _section(_newest(qualities, "variants"), quality_tables.render_sqnr, _no_goals),
         "profile": _section(_newest(results_of("profile_load", folder)), profile_load.render, _no_goals),
@@ -103,7 +105,7 @@ def render_all(folder: Path = RESULTS) -> dict[str, str]:
 
 
 def render_support() -> dict[str, str]:
-    """Markdown of what `quantload schemes` prints."""
+    """Markdown of what `quantload schemes` prints, and of the sizes that follow from it."""
     tables = support_tables()
     schemes, _, kernels = tables
     found = {
@@ -112,7 +114,7 @@ def render_support() -> dict[str, str]:
         "support_schemes": schemes,
         "support_kernels": kernels,
     }
-    return {name: support_markdown(table) for name, table in found.items()}
+    return {**{name: support_markdown(table) for name, table in found.items()}, "model_sizes": model_sizes.render()}
 
 
 def rendered(document: Path, folder: Path = RESULTS) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import quantload
@@ -34,9 +35,22 @@ def test_references_have_everything_that_there_is() -> None:
     assert all(f"| `{field.name}` |" in report for field in dataclasses.fields(LoadReport))
     metrics = site_pages.metrics_reference()
     assert all(f"`{family.name}" in metrics for family in LoadMetrics().collect())
-    kinds = [
-        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.CheckpointError)
-    ]
-    assert len(kinds) > 5
-    assert all(f"## {kind.__name__}\n" in site_pages.troubleshooting() for kind in kinds[:5])
+    assert "| `quantload_rank_bytes_read` | gauge | `rank` |" in metrics
+    assert "| `quantload_requests_total` | counter | `route`, `status` |" in metrics
     assert all(f".{name}\n" in site_pages.api_reference() for name in quantload.__all__)
+
+
+def test_every_error_is_in_the_list_of_what_to_do() -> None:
+    kinds = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, Exception)]
+    assert len(kinds) > 20
+    text = site_pages.troubleshooting()
+    for kind in kinds:
+        _, found, section = text.partition(f"\n## {kind.__name__}\n")
+        assert found, kind
+        assert re.search(r"Exit code \d\.\n\n1\. .{20,}", section.partition("\n## ")[0]), kind
+
+
+@pytest.mark.parametrize("name", site_pages.MADE)
+def test_the_pages_that_are_made_from_the_code_are_up_to_date(name: str) -> None:
+    stored = (site_pages.ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert site_pages.MADE[name]() == stored, "run: python .ci/site_pages.py"

@@ -11,11 +11,12 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-_FENCE = re.compile(r"^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\n(?P<text>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
 _MARK = re.compile(r"<!-- (?P<kind>not run|output): (?P<reason>[^>]+?) -->\s*\Z")
 _CONTINUED = re.compile(r"\\\n\s*")
 Kind = Literal["command", "python", "not run", "output"]
@@ -61,7 +62,7 @@ def _blocks(document: Path) -> Iterator[Block]:
         if mark is not None:
             kind, reason = ("output" if mark["kind"] == "output" else "not run"), mark["reason"]
         line = text[: found.start()].count("\n") + 1
-        yield Block(document, line, found["language"], found["text"], kind, reason)
+        yield Block(document, line, found["language"], dedent(found["text"]), kind, reason)
 
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]

@@ -71,3 +71,9 @@ def test_the_parts_of_a_command_line_are_taken_apart() -> None:
     block = Block(ROOT / "README.md", 1, "", text, "command")
     assert block.commands == [["pip", "install", ".[serve]"], ["quantload", "serve"], ["curl", "-d", "{}", "a"]]
     assert quantload_arguments(["torchrun", "--nproc-per-node", "2", "-m", "quantload", "load"]) == ["load"]
+
+
+def test_every_fence_belongs_to_a_block() -> None:
+    for document in DOCUMENTS:
+        fences = re.findall(r"^ *```", document.read_text(), re.MULTILINE)
+        assert len(fences) == 2 * len(blocks_of(document)), document

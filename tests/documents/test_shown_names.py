@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -41,6 +42,22 @@ def test_schemes_and_extras_that_others_are_given_exist(block: Block) -> None:
             assert scheme.removeprefix("quantload_") in SCHEME_NAMES
     for extras in re.findall(r"(?:quantload|\.)\[([a-z,]+)\]", block.text):
         assert set(extras.split(",")) <= set(EXTRAS)
+
+
+OPTIONS_OF_OTHERS = {"--help", "--tp-size", "--tables-only", "--minutes", "--out", "--readers"}
+"""Options in texts that are of all programs, of SGLang, and of scripts in bench/."""
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_options_in_texts_exist(document: Path) -> None:
+    text = re.sub(r"^ *```.*?^ *```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    named = {
+        option for code in re.findall(r"`([^`]+)`", text) for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)
+    }
+    ours = {
+        name for command in COMMANDS.values() for each in command.params for name in (*each.opts, *each.secondary_opts)
+    }
+    assert named - ours <= OPTIONS_OF_OTHERS
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)

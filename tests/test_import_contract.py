@@ -130,7 +130,8 @@ FLOORS: dict[str, Floor] = {
         "a flow of its own beside load: neither knows the other",
     ),
     "engines": Floor(
-        f"{GROUND} {KERNELS} cpu_kernels geometry checkpoint memory schemes online model pieces plan recording load",
+        f"{GROUND} {KERNELS} cpu_kernels geometry checkpoint memory schemes online model pieces plan ranks recording "
+        "load",
         "doors to a load, or to the closures, for those who have an engine",
     ),
     "tokenizer": Floor("errors checkpoint", "text becomes tokens, whoever generates behind them"),

@@ -18,7 +18,7 @@ from ..checkpoint.headers import TensorEntry
 from ..checkpoint.output import OutputFolder
 from ..checkpoint.writer import Extent, ShardPlan, ShardWriter
 from ..collector import collector_paused
-from ..errors import MissingWeightsError
+from ..geometry.regions import check_no_gaps
 from ..geometry.spans import Span
 from ..kernels.statistics import merge, new_statistics
 from ..model.routes import CheckpointTensor
@@ -30,7 +30,6 @@ from .tensors import KeptTensor, QuantizedTensor
 from .together import scale_groups
 
 PlannedTensor = QuantizedTensor | KeptTensor
-_NAMES_SHOWN = 8
 _STATISTICS, _NON_FINITE = "statistics", "non_finite"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -94,10 +93,7 @@ class OpenShards:
 
     def check_complete(self) -> None:
         """Raise `MissingWeightsError` naming every region that has not been written."""
-        gaps = [gap for sink in self.sinks.values() for gap in sink.missing()]
-        if gaps:
-            more = f" and {len(gaps) - _NAMES_SHOWN} more" if len(gaps) > _NAMES_SHOWN else ""
-            raise MissingWeightsError(f"parts that were never written: {'; '.join(gaps[:_NAMES_SHOWN])}{more}")
+        check_no_gaps((gap for sink in self.sinks.values() for gap in sink.missing()), "parts that were never written")
 
     def _prepare(self, plan: ShardPlan, tensors: Iterable[PlannedTensor]) -> None:
         tensors = list(tensors)

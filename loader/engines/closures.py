@@ -14,10 +14,11 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..errors import MissingWeightsError, RouteError
+from ..errors import RouteError
 from ..geometry.layout import Shards
+from ..geometry.regions import check_no_gaps
 from ..geometry.spans import Span
-from ..model.attach import NAMES_SHOWN, OnFinished, Process
+from ..model.attach import OnFinished, Process
 from ..online.moe import MoeOnlineWeightLoader
 from ..online.parameter import alive, held_by
 from ..online.quantizing import LayerProgress, linear_quantizer
@@ -30,6 +31,7 @@ from .experts_host import EngineExperts
 from .lazy import LazyTensor, Origin
 from .origin import CheckpointOrigin
 from .placing import Base, Place, Placements, Shadow
+from .rank_maxima import Division, scale_across_ranks
 
 DUMMY_SCALES = {torch.uint8: 120, torch.float8_e4m3fn: 0.5}
 """What stands for a scale near 1/100 where an engine makes weights up; floats are 0.01 themselves."""
@@ -159,15 +161,18 @@ def quantized_linear(
     base: Base,
     dtype: torch.dtype,
     attributes: Mapping[str, Any],
+    division: Division | None = None,
 ) -> EngineLayer:
     """Register codes and scales of a linear layer, `shards` from top to bottom, and put a closure on the codes.
 
-    `base` is the engine's loader, which is shown a weight of `dtype` with `attributes`.
+    `base` is the engine's loader, which is shown a weight of `dtype` with `attributes`; `division` says what of the
+    weight other ranks have.
     """
     scheme.create_weights(module, shards=shards, in_features=in_features)
     layout = scheme.layouts(module)["weight"]
     layer = EngineLayer(name, "linear", scheme)
     parameter = held_by(module, "weight", f"{name}.weight", layout, storage.device)
+    scale_across_ranks(parameter, division)
     process = functools.partial(_process, weakref.ref(module), scheme.process_weights_after_loading)
     layer.progress = LayerProgress({"weight": parameter}, lambda statistics: layer.finish(statistics, process))
     closure = OnlineWeightLoader("weight", linear_quantizer(scheme, layer.progress))
@@ -189,24 +194,20 @@ def quantized_experts(
     dtype: torch.dtype,
     local_expert: Callable[[int], int],
     attributes: Mapping[str, Any] | None = None,
+    divisions: Mapping[str, Division | None] | None = None,
 ) -> EngineLayer:
     """Register codes and scales of experts, up or gate-up first, and put closures on the codes.
 
-    `weights` are the shards and columns of each weight, `host` says what they compute besides; `base` and `attributes`
-    are as for linear layers, `local_expert` that of `Placements`.
+    `weights` are the shards and columns of each weight, `host` says what they compute besides; `base`, `attributes` and
+    `divisions`, one for each weight, are as for linear layers, `local_expert` that of `Placements`.
     """
     scheme.create_weights(module, num_experts=num_experts, host=host, **weights)
     layouts = scheme.layouts(module)
     layer = EngineLayer(name, "experts", scheme)
-    loader = MoeOnlineWeightLoader(
-        module,
-        scheme,
-        name=name,
-        parameters={
-            key: held_by(module, key, f"{name}.{key}", layout, storage.device) for key, layout in layouts.items()
-        },
-        on_finished=layer.finish,
-    )
+    parameters = {key: held_by(module, key, f"{name}.{key}", layout, storage.device) for key, layout in layouts.items()}
+    for key, parameter in parameters.items():
+        scale_across_ranks(parameter, (divisions or {}).get(key))
+    loader = MoeOnlineWeightLoader(module, scheme, name=name, parameters=parameters, on_finished=layer.finish)
     layer.progress = loader.progress
     for key, layout in layouts.items():
         shadow = Shadow((num_experts, layout.rows, layout.columns), dtype, layout.shard_borders(), attributes or {})
@@ -225,12 +226,8 @@ def engine_layers(model: nn.Module) -> Iterator[tuple[nn.Module, EngineLayer]]:
 
 def check_complete(layers: Iterable[EngineLayer]) -> None:
     """Raise `MissingWeightsError` naming what has not arrived of some layers."""
-    gaps = [gap for layer in layers for gap in layer.missing()]
-    if gaps:
-        more = f" and {len(gaps) - NAMES_SHOWN} more" if len(gaps) > NAMES_SHOWN else ""
-        raise MissingWeightsError(
-            f"parts that never arrived: {'; '.join(gaps[:NAMES_SHOWN])}{more}. A layer is loaded, and reloaded, whole"
-        )
+    gaps = (gap for layer in layers for gap in layer.missing())
+    check_no_gaps(gaps, hint=". A layer is loaded, and reloaded, whole")
 
 
 def weight_loader(layer: EngineLayer, closure: OnlineWeightLoader, placements: Placements) -> Callable[..., Any]:

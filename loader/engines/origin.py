@@ -32,6 +32,7 @@ from ..pieces.plain import plan_pieces
 from ..plan import plan_staging
 from .arrivals import Arrivals, incomplete
 from .lazy import LazyTensor, shape_of
+from .rank_maxima import expect_maxima, is_scaled_across_ranks
 from .view_sink import ViewSink
 
 READ_AT_ONCE = 256 << 20
@@ -97,8 +98,8 @@ class CheckpointOrigin:
     def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
         """Every tensor by name, in the order of files and offsets; what was asked for meanwhile is read between them.
 
-        After the last one everything that was asked for is there, but for what belongs to something that was not yet:
-        an engine may ask from several threads. `flush` is the end.
+        After the last one everything that was asked for is there, but for what belongs to something that was not yet,
+        as an engine may ask from several threads, and what other ranks decide the scales of. `flush` is the end.
         """
         layer = ""
         for number, entry in enumerate(self._entries):
@@ -109,8 +110,11 @@ class CheckpointOrigin:
         self._read_waiting()
 
     def flush(self) -> None:
-        """Read all that was asked for; raises `MissingWeightsError` where a part of what decides its scales is not."""
-        self._read_waiting()
+        """Read all that was asked for, also what other ranks decide the scales of; all of them have to flush alike.
+
+        Raises `MissingWeightsError` where a part of what decides its scales is not there.
+        """
+        self._read_waiting(with_other_ranks=True)
         self._waiting.check_nothing_left()
         self._arrivals.flush()
 
@@ -151,9 +155,9 @@ class CheckpointOrigin:
         for index in range(target.shape[0]):
             self.write(target[index], source.part(index))
 
-    def _read_waiting(self) -> None:
+    def _read_waiting(self, with_other_ranks: bool = False) -> None:
         with self._reading:  # so that what another thread has taken is there when this returns, too
-            spans, sinks = self._waiting.take_ready()
+            spans, sinks = self._waiting.take_ready(with_other_ranks)
             self._read(spans, sinks)
 
     def _read(self, spans: dict[str, list[Span]], sinks: dict[str, Sink]) -> None:
@@ -161,6 +165,7 @@ class CheckpointOrigin:
             return
         entries = sorted((self._index.tensors[name] for name in spans), key=lambda entry: (entry.shard, entry.offset))
         planned = plan_pieces(entries, spans, sinks, self._options.chunk_bytes)
+        expect_maxima(planned.observed, sinks)
         largest = max((piece.nbytes for piece in planned.pieces if piece.target is None), default=0)
         run = self._reader_for(largest).run(planned.pieces)
         before = self.totals.read
@@ -225,14 +230,17 @@ class _Waiting:
             self._wanted.append(_Wanted(entry, span, sink, group))
             self.nbytes += span.region.numel * entry.dtype.itemsize
 
-    def take_ready(self) -> tuple[dict[str, list[Span]], dict[str, Sink]]:
-        """Spans by checkpoint tensor, and sinks by parameter, of all that has to wait for nothing else."""
+    def take_ready(self, with_other_ranks: bool) -> tuple[dict[str, list[Span]], dict[str, Sink]]:
+        """Spans by checkpoint tensor, and sinks by parameter, of all that has to wait for nothing else.
+
+        What other ranks decide the scales of is among them only where that is asked for.
+        """
         spans: dict[str, list[Span]] = defaultdict(list)
         sinks: dict[str, Sink] = {}
         left = []
         with self._lock:
             for wanted in self._wanted:
-                if self._is_ready(wanted):
+                if self._is_ready(wanted) and (with_other_ranks or not is_scaled_across_ranks(wanted.sink)):
                     spans[wanted.entry.name].append(wanted.span)
                     sinks[wanted.span.parameter] = wanted.sink
                 else:

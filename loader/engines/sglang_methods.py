@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from sglang.srt.distributed.parallel_state import GroupCoordinator, get_moe_tp_group
 from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 from sglang.srt.layers import quantization as sglang_quantization
 from sglang.srt.layers.linear import LinearBase
@@ -23,7 +24,6 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_server_args
 from sglang.srt.utils import is_cpu, is_cuda, is_gfx95_supported, is_hip
-from torch import Tensor
 
 from ..errors import PolicyError
 from ..options import LoadOptions, QuantizationPolicy
@@ -31,10 +31,12 @@ from ..schemes.linear import QuantizedLinearScheme
 from ..schemes.moe import QuantizedMoEScheme
 from ..schemes.policy import HEAD
 from .choices import LayerChoices, read_options
-from .closures import EngineLayer, quantized_experts, quantized_linear
+from .closures import EngineLayer, quantized_experts
 from .engine_load import Kept
 from .experts_host import EngineExperts, Gate
+from .linear_method import LinearMethod
 from .names import PREFIX
+from .rank_maxima import RankMaxima, expert_divisions
 from .sglang_names import LOAD, NAMES, VERIFY, WEIGHTS
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # SGLang's cla
         self.is_loaded = False
         """Whether the model has all of its weights, so that what comes now is an update."""
         self._choices: LayerChoices | None = None
+        self._maxima: dict[str, RankMaxima] = {}
 
     @classmethod
     def get_name(cls) -> str:
@@ -107,14 +110,15 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # SGLang's cla
             choice = self._choices_now().linear(prefix, _values_wanted(prefix))
             linear: Any = choice.scheme
             if linear is not None:
-                return QuantizedLinear(self, linear, prefix)
+                return QuantizedLinear(self, linear, prefix, self._maxima_of(layer.tp_group))
             self.kept[prefix] = "linear", choice.reason
             return UnquantizedLinearMethod()
         if isinstance(layer, FusedMoE):
             choice = self._choices_now().experts(prefix)
             experts: Any = choice.scheme
             if experts is not None:
-                return QuantizedExperts(self, experts, prefix)
+                group = get_moe_tp_group() if layer.moe_tp_size > 1 else None
+                return QuantizedExperts(self, experts, prefix, self._maxima_of(group))
             self.kept[prefix] = "experts", choice.reason
         if isinstance(layer, ParallelLMHead):
             if self._choices_now().rules.linear(prefix, HEAD).scheme is not None:
@@ -130,6 +134,15 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # SGLang's cla
             }
             self._choices = LayerChoices(self.policy, self.options, merged)
         return self._choices
+
+    def _maxima_of(self, group: Any) -> RankMaxima | None:
+        """Those of a group of ranks; `None` for what is no group of processes, or of one."""
+        group = getattr(group, "group", group)  # of ranks that have the same part
+        if not isinstance(group, GroupCoordinator) or group.world_size == 1:
+            return None
+        if group.unique_name not in self._maxima:
+            self._maxima[group.unique_name] = RankMaxima(group.cpu_group)
+        return self._maxima[group.unique_name]
 
     @property
     def storage(self) -> Any:
@@ -216,49 +229,24 @@ class _Quantized:
         self.layer.check_complete(self.config.is_loaded or is_made_up)
 
 
-class QuantizedLinear(_Quantized, LinearMethodBase):  # type: ignore[misc]  # SGLang's classes are not typed for us
-    """A linear layer of SGLang, merged or cut among ranks as it may be, in a scheme of ours."""
+class QuantizedLinear(_Quantized, LinearMethod, LinearMethodBase):  # type: ignore[misc]  # SGLang's are not typed for us
+    """A linear layer of SGLang in a scheme of ours."""
 
-    def __init__(self, config: QuantloadConfig, scheme: QuantizedLinearScheme, prefix: str) -> None:
-        super().__init__()
-        self.config, self.scheme, self._prefix = config, scheme, prefix
-
-    def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
+    def __init__(
+        self, config: QuantloadConfig, scheme: QuantizedLinearScheme, prefix: str, maxima: RankMaxima | None
     ) -> None:
-        """Codes and scales of this rank's part; each part of a merged layer is a shard."""
-        base = extra_weight_attrs.pop("weight_loader")
-        attributes = {"output_dim": 0, "input_dim": 1, **extra_weight_attrs}
-        self.layer = quantized_linear(
-            layer,
-            self._prefix,
-            self.scheme,
-            tuple((str(number), rows) for number, rows in enumerate(output_partition_sizes)),
-            input_size_per_partition,
-            self.config.storage,
-            base,
-            params_dtype,
-            attributes,
-        )
-
-    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x` [..., K] times the weight, plus bias."""
-        return self.scheme.apply(layer, x, bias)
+        super().__init__(config.storage, scheme, prefix, maxima)
+        self.config = config
 
 
 class QuantizedExperts(_Quantized, FusedMoEMethodBase):  # type: ignore[misc]
     """The experts of a layer of SGLang in a scheme of ours, behind its standard dispatcher."""
 
-    def __init__(self, config: QuantloadConfig, scheme: QuantizedMoEScheme, prefix: str) -> None:
+    def __init__(
+        self, config: QuantloadConfig, scheme: QuantizedMoEScheme, prefix: str, maxima: RankMaxima | None
+    ) -> None:
         super().__init__()
-        self.config, self.scheme, self._prefix = config, scheme, prefix
+        self.config, self.scheme, self._prefix, self._maxima = config, scheme, prefix, maxima
 
     def create_weights(
         self,
@@ -290,6 +278,7 @@ class QuantizedExperts(_Quantized, FusedMoEMethodBase):  # type: ignore[misc]
             base,
             params_dtype,
             layer._map_global_expert_id_to_local_expert_id,
+            divisions=expert_divisions(self._maxima, layer.moe_tp_size > 1),
         )
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:

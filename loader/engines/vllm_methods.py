@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
@@ -20,13 +21,14 @@ from vllm.platforms import current_platform
 from ..errors import PolicyError
 from ..online.storage import FinalStorage
 from ..options import LoadOptions, QuantizationPolicy
-from ..schemes.linear import QuantizedLinearScheme
 from ..schemes.moe import QuantizedMoEScheme
 from ..schemes.policy import HEAD
 from .beside_llvmlite import let_llvmlite_be_looked_at
 from .choices import LayerChoices
-from .closures import EngineLayer, quantized_experts, quantized_linear
+from .closures import EngineLayer, quantized_experts
 from .experts_host import EngineExperts, Gate
+from .linear_method import LinearMethod
+from .rank_maxima import RankMaxima, expert_divisions
 
 FINAL_FORMATS = frozenset({"dummy", "sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache"})
 """Load formats of vLLM that fill in final tensors, or make them up: no checkpoint tensor comes to a closure."""
@@ -37,22 +39,24 @@ class Methods:
 
     def __init__(self, policy: QuantizationPolicy, options: LoadOptions, merged: Mapping[str, Sequence[str]]) -> None:
         self._choices = LayerChoices(policy, options, merged)
+        group = get_tp_group()
+        self._maxima = RankMaxima(group.cpu_group) if group.world_size > 1 else None
         let_llvmlite_be_looked_at()
         _be_quiet_about_codes()
 
     def of(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of a layer that is called `prefix`; `None` for one that is neither linear nor experts."""
-        storage = self._choices.storage
+        storage, maxima = self._choices.storage, self._maxima
         if isinstance(layer, LinearBase):
             choice = self._choices.linear(prefix)
             scheme: Any = choice.scheme
-            return KeptLinear(choice.reason) if scheme is None else QuantizedLinear(storage, scheme, prefix)
+            return KeptLinear(choice.reason) if scheme is None else QuantizedLinear(storage, scheme, prefix, maxima)
         if isinstance(layer, RoutedExperts):
             choice = self._choices.experts(prefix)
             scheme = choice.scheme
             if scheme is None:
                 return KeptExperts(layer.moe_config, choice.reason, prefix)
-            return QuantizedExperts(storage, scheme, prefix, layer.moe_config)
+            return QuantizedExperts(storage, scheme, prefix, layer.moe_config, maxima)
         if isinstance(layer, ParallelLMHead):
             if self._choices.linear(prefix, HEAD).scheme is not None:
                 raise PolicyError(f"{prefix} is an output head, which stays as stored in vLLM: leave it out")
@@ -65,8 +69,8 @@ class _Quantized:
 
     layer: EngineLayer
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         config = get_current_vllm_config_or_none()
         self._is_made_up = config is not None and config.load_config.load_format in FINAL_FORMATS
 
@@ -75,47 +79,18 @@ class _Quantized:
         self.layer.check_complete(self._is_made_up)
 
 
-class QuantizedLinear(_Quantized, LinearMethodBase):  # type: ignore[misc]  # vLLM's classes are not typed for us
-    """A linear layer of vLLM, merged or cut among ranks as it may be, in a scheme of ours."""
-
-    def __init__(self, storage: FinalStorage, scheme: QuantizedLinearScheme, prefix: str) -> None:
-        super().__init__()
-        self._storage, self.scheme, self._prefix = storage, scheme, prefix
-
-    def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """Codes and scales of this rank's part; each part of a merged layer is a shard."""
-        self.layer = quantized_linear(
-            layer,
-            self._prefix,
-            self.scheme,
-            tuple((str(number), rows) for number, rows in enumerate(output_partition_sizes)),
-            input_size_per_partition,
-            self._storage,
-            extra_weight_attrs.pop("weight_loader"),
-            params_dtype,
-            {"output_dim": 0, "input_dim": 1, **extra_weight_attrs},
-        )
-
-    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x` [..., K] times the weight, plus bias."""
-        return self.scheme.apply(layer, x, bias)
+class QuantizedLinear(_Quantized, LinearMethod, LinearMethodBase):  # type: ignore[misc]  # vLLM's are not typed for us
+    """A linear layer of vLLM in a scheme of ours."""
 
 
 class QuantizedExperts(_Quantized, FusedMoEMethodBase):  # type: ignore[misc]
     """The routed experts of a layer of vLLM in a scheme of ours."""
 
-    def __init__(self, storage: FinalStorage, scheme: QuantizedMoEScheme, prefix: str, moe: Any) -> None:
+    def __init__(
+        self, storage: FinalStorage, scheme: QuantizedMoEScheme, prefix: str, moe: Any, maxima: RankMaxima | None
+    ) -> None:
         super().__init__(moe)
-        self._storage, self.scheme, self._prefix = storage, scheme, prefix
+        self._storage, self.scheme, self._prefix, self._maxima = storage, scheme, prefix, maxima
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
         """No kernel of vLLM is used."""
@@ -150,6 +125,7 @@ class QuantizedExperts(_Quantized, FusedMoEMethodBase):  # type: ignore[misc]
             base,
             params_dtype,
             layer._map_global_expert_id_to_local_expert_id,
+            divisions=expert_divisions(self._maxima_of(self.moe), self.moe.tp_size > 1),
         )
 
     def apply(
@@ -163,6 +139,10 @@ class QuantizedExperts(_Quantized, FusedMoEMethodBase):  # type: ignore[misc]
     ) -> Tensor:
         """The weighted sum of what the chosen experts of this rank make of `x` [T, H]."""
         return self.scheme.apply(layer, x, topk_ids, topk_weights)
+
+    def _maxima_of(self, moe: Any) -> RankMaxima | None:
+        """Those of the ranks that divide an expert, who with data parallelism are more than a tensor-parallel group."""
+        return self._maxima if moe.tp_size == get_tp_group().world_size else None
 
 
 class KeptLinear(UnquantizedLinearMethod):  # type: ignore[misc]

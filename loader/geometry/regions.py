@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from ..errors import RepeatedRegionError
+from ..errors import MissingWeightsError, RepeatedRegionError
 
 Interval = tuple[int, int]
+_GAPS_SHOWN = 8
 
 
 class Region(NamedTuple):
@@ -191,3 +192,11 @@ class RegionTracker:
                 at = stop
             if at < self._columns:
                 yield Region(expert, (low, high), (at, self._columns))
+
+
+def check_no_gaps(gaps: Iterable[str], what: str = "parts that never arrived", hint: str = "") -> None:
+    """Raise `MissingWeightsError` where there are gaps, as `described_gaps` words them: `what` they are, and a hint."""
+    found = list(gaps)
+    if found:
+        more = f" and {len(found) - _GAPS_SHOWN} more" if len(found) > _GAPS_SHOWN else ""
+        raise MissingWeightsError(f"{what}: {'; '.join(found[:_GAPS_SHOWN])}{more}{hint}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import MissingWeightsError
+from ..geometry.regions import check_no_gaps
 from ..geometry.spans import Landing
 from ..online.as_stored import InputScaleLoader, StoredParameter, StoredProgress
 from ..online.moe import MoeOnlineWeightLoader
@@ -29,8 +29,6 @@ from .merged_modules import merged_modules
 from .quantized import CodedModule
 from .skeleton import Assignment
 from .stored_sources import ModuleWeights
-
-NAMES_SHOWN = 8
 
 DtypeOf = Callable[[str, torch.dtype], torch.dtype]
 Process = Callable[[], None]
@@ -67,10 +65,7 @@ class WeightLoaders:
 
     def check_complete(self, expected: Iterable[str]) -> None:
         """Raise `MissingWeightsError` naming every region of `expected` parameters that has not arrived."""
-        gaps = [gap for name in expected for gap in self.sinks[name].missing()]
-        if gaps:
-            more = f" and {len(gaps) - NAMES_SHOWN} more" if len(gaps) > NAMES_SHOWN else ""
-            raise MissingWeightsError(f"parts that never arrived: {'; '.join(gaps[:NAMES_SHOWN])}{more}")
+        check_no_gaps(gap for name in expected for gap in self.sinks[name].missing())
 
     def add(self, name: str, param: Tensor, loader: RestorableLoader, landing: Landing, stored: list[str]) -> None:
         """Attach a closure to a parameter and remember where it writes."""

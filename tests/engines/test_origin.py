@@ -265,8 +265,8 @@ def test_what_a_thread_asks_for_while_the_last_is_read_is_read_the_next_time(fol
         tensors = dict(origin.tensors())
         read = origin._read_waiting
 
-        def read_and_be_asked() -> None:
-            read()
+        def read_and_be_asked(with_other_ranks: bool = False) -> None:
+            read(with_other_ranks)
             for _ in late:
                 for shard in SHARDS:
                     fused.load(tensors[f"model.layers.0.{shard}"], shard)

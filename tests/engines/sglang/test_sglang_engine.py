@@ -78,7 +78,7 @@ def test_loading_and_updating(tmp_path: Path, python_path: str) -> None:
 
 def test_two_ranks_read_each_its_part(tmp_path: Path, python_path: str) -> None:
     model = save(tmp_path / "model", 1)
-    asked = asked_of(model, quantization="quantload_fp8_per_block", tp_size=2)
+    asked = asked_of(model, quantization="quantload_fp8_per_tensor", tp_size=2)
     reports = str(tmp_path / "report-{rank}.json")
     (answers,), _ = run(
         "run_sglang.py", asked, python_path, QUANTLOAD_REPORT=reports, SGLANG_CPU_OMP_THREADS_BIND="0|1"
@@ -86,5 +86,6 @@ def test_two_ranks_read_each_its_part(tmp_path: Path, python_path: str) -> None:
     for rank in range(2):
         report = LoadReport.load(tmp_path / f"report-{rank}.json")
         assert (report.rank, report.world_size, len(report.layers)) == (rank, 2, 6)
-        assert report.bytes_read < 0.75 * report.checkpoint_bytes
-    check_tokens(model, "fp8_per_block", answers, python_path)
+        first_pass = sum(layer.bytes_in for layer in report.layers)  # for scales of whole tensors
+        assert report.bytes_read - first_pass < 0.75 * report.checkpoint_bytes
+    check_tokens(model, "fp8_per_tensor", answers, python_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,8 +19,9 @@ from quantload.errors import MissingWeightsError, PolicyError, UnsupportedCheckp
 from quantload.memory.planner import SLACK_BYTES
 from quantload.memory.report import LoadReport
 from safetensors.torch import load_file
+from torch import Tensor
 from vllm_reference import ARCHITECTURES
-from vllm_running import ANSWER, log_probabilities, model_of, running
+from vllm_running import ANSWER, log_probabilities, model_of, quantized_tensors, running
 
 pytestmark = [
     pytest.mark.vllm,
@@ -60,9 +62,9 @@ def difference(one: list[float], other: list[float], passed_over: int = 0) -> fl
     return sorted(abs(a - b) for a, b in zip(one, other, strict=True))[-1 - passed_over]
 
 
-def in_other_processes(checkpoint: Path, **options: Any) -> list[float]:
+def in_other_processes(checkpoint: Path, scheme: str = "quark_mxfp4", **options: Any) -> list[float]:
     """What an engine with several ranks makes of a checkpoint."""
-    command = [sys.executable, str(HERE / "vllm_running.py"), str(checkpoint), "quark_mxfp4", json.dumps(options)]
+    command = [sys.executable, str(HERE / "vllm_running.py"), str(checkpoint), scheme, json.dumps(options)]
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -160,6 +162,36 @@ def test_two_ranks_read_their_own_parts(expert_parallel: bool, folder: Path, rep
     assert [(each.rank, each.world_size, len(each.layers)) for each in reports] == [(0, 2, 21), (1, 2, 21)]
     for each in reports:
         assert each.bytes_read < 0.7 * each.checkpoint_bytes
+
+
+def test_two_ranks_have_slices_of_the_codes_and_scales_of_one(folder: Path, tmp_path: Path) -> None:
+    """Whatever a scale reaches over: a tensor, a row, or blocks; after reloads, too."""
+    layers = {"o_proj": "fp8_per_channel", "0.self_attn.qkv_proj": "nvfp4", "1.self_attn.qkv_proj": "int8_per_channel"}
+    experts = {"mlp.experts": "fp8_per_channel", "1.mlp.experts": "nvfp4", "2.mlp.experts": "quark_int4fp8_moe"}
+    overrides = {f"*.{name}": scheme for name, scheme in {**layers, **experts}.items()}
+    fields = {"quant_method": "quantload_fp8_per_tensor", "overrides": overrides}
+    options = {"hf_overrides": {"quantization_config": fields}}
+    with running(folder / "demo", "quantload_fp8_per_tensor", **options) as engine:
+        whole = {name: tensor.clone() for name, tensor in quantized_tensors(model_of(engine)).items()}
+        sizes = {name: module.output_sizes for name, module in model_of(engine).named_modules() if "qkv" in name}
+    options |= {"quantized_tensors": str(tmp_path), "reloaded": [str(folder / "demo-b"), str(folder / "demo")]}
+    in_other_processes(folder / "demo", "quantload_fp8_per_tensor", tensor_parallel_size=2, **options)
+    for when, rank in itertools.product(("loaded", "reloaded"), range(2)):
+        own = load_file(tmp_path / when / f"rank{rank}.safetensors")
+        assert own.keys() == whole.keys()
+        for name, tensor in own.items():
+            assert torch.equal(tensor, part_of(whole[name], tensor, name, sizes, rank)), name
+
+
+def part_of(whole: Tensor, own: Tensor, name: str, sizes: dict[str, list[int]], rank: int) -> Tensor:
+    """What a rank of two has of a tensor: half of it, or of each of its parts, where it is not all of it."""
+    by_columns = "o_proj" in name or "w2_weight" in name
+    dim = whole.dim() - (1 if by_columns else 2)
+    if whole.shape[dim] == own.shape[dim]:
+        return whole
+    shares = sizes.get(name.rpartition(".")[0], [1, 1] if "w13_weight" in name else [1])
+    parts = whole.split([share * whole.shape[dim] // sum(shares) for share in shares], dim)
+    return torch.cat([part.chunk(2, dim)[rank] for part in parts], dim)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """vLLM with a model in this process; as a script, with one in processes of its own.
 
-python vllm_running.py CHECKPOINT SCHEME OPTIONS prints the log probabilities of the tokens of a text, as JSON.
+python vllm_running.py CHECKPOINT SCHEME OPTIONS prints the log probabilities of the tokens of a text, as JSON. With
+`quantized_tensors`, a folder, in the options each rank leaves its codes and scales in `loaded` there; with `reloaded`,
+other checkpoints, also in `reloaded`, after it has loaded these, one after the other.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ SMALL: dict[str, Any] = {
 def running(checkpoint: Path, scheme: str, **options: Any) -> Iterator[Any]:
     """An engine; in this process unless it has several ranks."""
     os.environ.update(ENVIRONMENT)
-    if options.get("tensor_parallel_size", 1) == 1:
+    if options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1) == 1:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         options["distributed_executor_backend"] = "uni"
     from vllm import LLM
@@ -64,6 +66,34 @@ def model_of(engine: Any) -> Any:
     return engine.llm_engine.model_executor.driver_worker.model_runner.get_model()
 
 
+def quantized_tensors(model: Any) -> dict[str, Any]:
+    """The codes and scales of a model, as bytes in the last dimension."""
+    import torch
+    from quantload.engines.closures import engine_layers
+
+    return {
+        f"{layer.name}.{name}": tensor.data.view(torch.uint8)
+        for module, layer in engine_layers(model)
+        for name, tensor in module.named_parameters(recurse=False)
+        if name.startswith(("weight", "w13_weight", "w2_weight"))
+    }
+
+
+def _leave_tensors(worker: Any, folder: str) -> None:
+    from safetensors.torch import save_file
+
+    Path(folder).mkdir(exist_ok=True)
+    save_file(quantized_tensors(worker.get_model()), f"{folder}/rank{worker.rank}.safetensors")
+
+
 if __name__ == "__main__":
-    with running(Path(sys.argv[1]), sys.argv[2], **json.loads(sys.argv[3])) as made:
+    given = json.loads(sys.argv[3])
+    left, others = given.pop("quantized_tensors", None), given.pop("reloaded", ())
+    with running(Path(sys.argv[1]), sys.argv[2], **given) as made:
+        if left is not None:
+            made.collective_rpc(_leave_tensors, args=(f"{left}/loaded",))
+        for other in others:
+            made.collective_rpc("reload_weights", kwargs={"weights_path": other})
+        if others:
+            made.collective_rpc(_leave_tensors, args=(f"{left}/reloaded",))
         print(f"{ANSWER}{json.dumps(log_probabilities(made))}", flush=True)

@@ -170,7 +170,7 @@ def test_two_ranks_have_slices_of_the_codes_and_scales_of_one(folder: Path, tmp_
     experts = {"mlp.experts": "fp8_per_channel", "1.mlp.experts": "nvfp4", "2.mlp.experts": "quark_int4fp8_moe"}
     overrides = {f"*.{name}": scheme for name, scheme in {**layers, **experts}.items()}
     fields = {"quant_method": "quantload_fp8_per_tensor", "overrides": overrides}
-    options = {"hf_overrides": {"quantization_config": fields}}
+    options: dict[str, Any] = {"hf_overrides": {"quantization_config": fields}}
     with running(folder / "demo", "quantload_fp8_per_tensor", **options) as engine:
         whole = {name: tensor.clone() for name, tensor in quantized_tensors(model_of(engine)).items()}
         sizes = {name: module.output_sizes for name, module in model_of(engine).named_modules() if "qkv" in name}

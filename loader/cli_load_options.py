@@ -92,23 +92,30 @@ class RunOptions:
         }
 
 
-Fit = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Choose the schemes that lose least within this size, such as 16GiB, instead of --quantization: that of "
-        "the peak of the load, or of the files of weights that convert writes. auto: what the machine, or the device, "
-        "has free, less a reserve and an attention cache.",
-        show_default="the scheme of --quantization",
-    ),
-]
+@dataclass(frozen=True)
+class SizeOptions:
+    """What it has to fit into."""
+
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Choose the schemes that lose least within this size, such as 16GiB, instead of --quantization: that "
+            "of the peak of the load, or of the files of weights that convert writes. auto: what the machine, or the "
+            "device, has free, less a reserve and an attention cache.",
+            show_default="the scheme of --quantization",
+        ),
+    ] = None
+
+    def values(self) -> dict[str, Any]:
+        """Fields of `LoadOptions`."""
+        return {"fit": self.fit}
 
 
 @dataclass(frozen=True)
-class FitOptions:
+class FitOptions(SizeOptions):
     """What it has to fit into."""
 
-    fit: Fit = None
     context: Annotated[
         int | None,
         typer.Option(
@@ -127,7 +134,7 @@ class FitOptions:
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`."""
         beside = {"fit_context": self.context, "fit_requests": self.requests} if self.fit == "auto" else {}
-        return {"fit": self.fit, **beside}
+        return {**super().values(), **beside}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .cli_load_options import (
     ForwardOptions,
     LoadOptionsGroup,
     RunOptions,
+    SizeOptions,
     StreamOptions,
 )
 from .cli_logging import LogFormat, LogLevel, quiet_libraries, set_up_logging, set_up_server_logging
@@ -120,11 +121,12 @@ class CheckpointOptions:
 class ConvertOptions(CheckpointOptions):
     """What `convert` takes, beside what only it has."""
 
+    fitting: SizeOptions
     stream: StreamOptions
 
     def groups(self) -> tuple[LoadOptionsGroup, ...]:
         """The groups that make the `LoadOptions`."""
-        return (*super().groups(), self.stream)
+        return (*super().groups(), self.fitting, self.stream)
 
 
 @dataclass(frozen=True, kw_only=True)

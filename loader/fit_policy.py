@@ -25,7 +25,7 @@ from .expected_loss import ERRORS, Item, items_of, ladder
 from .fit_room import Room, free_room
 from .memory.amounts import format_bytes
 from .memory.report import FitReport, FitRow
-from .options import LoadOptions, QuantizationPolicy
+from .options import LoadOptions, QuantizationPolicy, without_fit
 from .scheme_peaks import bytes_now, bytes_with
 from .schemes.registry import ENTRIES, SchemeFactory
 
@@ -114,9 +114,10 @@ def fit_policy(
     Raises `MemoryBudgetError` where not even the smallest schemes fit, and `PolicyError` for a checkpoint that is
     quantized already, or a policy that names schemes.
     """
+    check_choosable("auto", policy)
     policy = policy or QuantizationPolicy()
     options = replace(options or LoadOptions(), fit=size, max_memory=None)
-    told = replace(options, fit=None, fit_context=None, fit_requests=None)
+    told = without_fit(options)
 
     def plan(chosen: QuantizationPolicy) -> Planned:
         draft = plan_draft(
@@ -144,19 +145,23 @@ def apply_fit(
     """What `options.fit` asks for: the policy it comes to, and options without it. Tells the log what was chosen."""
     if options.fit is None:
         return policy, options, None
-    check_unnamed(quantization)
+    check_choosable(quantization, policy)
     found = fit_policy(
         *(model_id, options.fit), device=device, policy=policy, options=options, revision=revision,
         trust_remote_code=trust_remote_code, index=index,
     )  # fmt: skip
     tell(found)
-    return found.policy, replace(options, fit=None, fit_context=None, fit_requests=None), found
+    return found.policy, without_fit(options), found
 
 
-def check_unnamed(quantization: str) -> None:
-    """Raise `PolicyError` for a scheme that is named where schemes are to be chosen."""
+def check_choosable(quantization: str, policy: QuantizationPolicy | None, is_quantized: bool = False) -> None:
+    """Raise `PolicyError` where there is nothing to choose: schemes are named, or the checkpoint is quantized."""
     if quantization != "auto":
         raise PolicyError(f"fit chooses the schemes: leave out the quantization, which is {quantization!r}")
+    if policy is not None and (policy.linear != "auto" or policy.experts is not None):
+        raise PolicyError("fit chooses the schemes: give no scheme for linear layers or experts beside it")
+    if is_quantized:
+        raise PolicyError("fit chooses schemes for checkpoints in BF16, FP16 or FP32; this one is quantized already")
 
 
 def tell(fitted: Fitted) -> None:
@@ -167,11 +172,8 @@ def tell(fitted: Fitted) -> None:
 
 def choose(policy: QuantizationPolicy, schemes: Sequence[str], plan: Plan, room_of: Callable[[Draft], Room]) -> Fitted:
     """The policy of the least expected loss with some schemes, smallest first, whose plan stays below a size."""
-    if policy.linear != "auto" or policy.experts is not None:
-        raise PolicyError("fit chooses the schemes: give no scheme for linear layers or experts beside it")
     least = plan(replace(policy, linear=schemes[0]))
-    if least.draft.rules.is_quantized:
-        raise PolicyError("fit chooses schemes for checkpoints in BF16, FP16 or FP32; this one is quantized already")
+    check_choosable("auto", policy, least.draft.rules.is_quantized)
     room = room_of(least.draft)
     if least.nbytes > room.size:
         raise MemoryBudgetError(

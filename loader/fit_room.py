@@ -21,13 +21,14 @@ RESERVE = 20
 
 @dataclass(frozen=True)
 class Room:
-    """`size` bytes that `of` may take. Where they were not given: what was available, and what was taken off it.
+    """`size` bytes that `of` may take: a load at its peak, or a checkpoint in its files of weights.
 
-    `cache_bytes` are those of the attention cache of `requests` sequences of `context` tokens.
+    Where they were not given: what was available, and what was taken off it; `cache_bytes` are those of the attention
+    cache of `requests` sequences of `context` tokens.
     """
 
     size: int
-    of: Literal["the load", "the files of weights"] = "the load"
+    of: Literal["the load", "the checkpoint"] = "the load"
     available_bytes: int | None = None
     limited_by: str | None = None
     reserve_bytes: int = 0

@@ -333,6 +333,11 @@ def with_fit(options: LoadOptions | None, fit: int | str | None) -> LoadOptions:
     return options if fit is None else replace(options, fit=fit)
 
 
+def without_fit(options: LoadOptions) -> LoadOptions:
+    """Options for a load whose schemes are chosen."""
+    return replace(options, fit=None, fit_context=None, fit_requests=None)
+
+
 def check_kinds(policy: object, options: object) -> None:
     """Raise `PolicyError` for a policy or options that are something else, such as a mapping of their fields."""
     for name, given, wanted in (("policy", policy, QuantizationPolicy), ("options", options, LoadOptions)):

@@ -79,7 +79,7 @@ def test_what_commands_have_in_common() -> None:
         *("report", "html", "digest", "expert_parallel", "load_format"),
     }
     of_models = {"device", "activations", "threads", "digest", "html", "expert_parallel", "load_format"}
-    assert names("load") - names("convert") == of_models | cache | {"fit", "context", "requests"}
+    assert names("load") - names("convert") == of_models | cache | {"context", "requests"}
     assert names("convert") - names("load") == {"out", "checkpoint_format", "max_shard_size", "no_model_card"}
 
 

@@ -105,7 +105,8 @@ FLOORS: dict[str, Floor] = {
     "phases": Floor("memory", "a clock"),
     "recording": Floor(f"{GROUND} checkpoint memory schemes model plan phases", "says what a load did"),
     "convert": Floor(
-        f"{GROUND} {KERNELS} geometry checkpoint memory schemes online model pieces plan draft recording",
+        f"{GROUND} {KERNELS} geometry checkpoint memory schemes online model pieces plan draft recording "
+        "expected_loss fit_room fit_policy",
         "a flow of its own beside load: neither knows the other",
     ),
     "cache": Floor(

@@ -86,6 +86,7 @@ def test_convert_checkpoint() -> None:
         ("model_id", False, inspect.Parameter.empty),
         ("out", False, inspect.Parameter.empty),
         ("quantization", False, "auto"),
+        ("fit", True, None),
         ("format", True, "quark"),
         ("policy", True, None),
         ("options", True, None),

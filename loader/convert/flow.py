@@ -25,9 +25,9 @@ from ..checkpoint.resolve import CONFIG_NAME, SMALL_FILES, Checkpoint, resolved
 from ..checkpoint.source import Source, read_bytes
 from ..checkpoint.weight_map import INDEX_NAME
 from ..checkpoint.working_memory import CPU, slots_per_worker
-from ..checkpoint.writer import ShardPlan, plan_shards, weight_index
+from ..checkpoint.writer import ShardPlan, weight_index
 from ..collector import collector_paused
-from ..draft import Draft, draft_load
+from ..draft import Draft
 from ..errors import PolicyError
 from ..interrupts import interrupt_first
 from ..local_paths import local_path
@@ -41,11 +41,10 @@ from ..memory.verdict import judge
 from ..model import transformers_api
 from ..model.leftovers import some
 from ..model.modeling_code import layers_cast_to
-from ..online.storage import FinalStorage
-from ..options import LoadOptions, QuantizationPolicy, check_kinds
+from ..options import LoadOptions, QuantizationPolicy, check_kinds, with_fit, without_fit
 from ..pieces.plain import plan_pieces
 from ..pieces.stored import plan_stored
-from ..plan import MIN_CHUNK, LoadPlan, plan_staging, plan_without_pieces
+from ..plan import MIN_CHUNK, LoadPlan, plan_staging
 from ..progress import Progress, showing
 from ..recording import Recorder
 from ..schemes.exported.registry import get_export_format
@@ -61,9 +60,9 @@ from .model_card import (
 )
 from .model_card import model_card as make_card
 from .names import name_modules
+from .planned import FilePlanner
 from .shards import OpenShards, PlannedTensor
-from .tensors import QuantizedTensor, plan_tensors, to_buffers
-from .together import units
+from .tensors import QuantizedTensor, to_buffers
 
 MAX_SHARD_BYTES = 4 * 10**9
 logger = logging.getLogger("quantload")
@@ -75,6 +74,7 @@ def convert_checkpoint(
     out: str | Path,
     quantization: SchemeName | str = "auto",
     *,
+    fit: int | str | None = None,
     format: ExportName | str = "quark",
     policy: QuantizationPolicy | None = None,
     options: LoadOptions | None = None,
@@ -92,6 +92,8 @@ def convert_checkpoint(
     `format` is the checkpoint format: `quark`, `compressed-tensors`, `modelopt`, which holds NVFP4, or `mxfp4`, which
     holds the experts of gpt-oss and nothing else quantized. `max_shard_bytes` is the most bytes of tensors in a file,
     or text such as "4GB".
+    With `fit` the schemes are chosen that lose least in files of weights of at most so many bytes, or text such as
+    "16GiB", among those that the format holds.
     Everything else is as in `load_quantized`, and so are the codes and scales. Memory is bounded by the arena, not by
     the model. While it runs the files lie in `out` + `.unfinished`; a run that was interrupted is taken up there, shard
     by shard. With `model_card` license files are copied, and the model card with what was done; where there is none,
@@ -100,7 +102,7 @@ def convert_checkpoint(
     where nothing can be written.
     """
     check_kinds(policy, options)
-    options = options or LoadOptions()
+    options = with_fit(options, fit)
     export = get_export_format(format)
     max_shard_bytes = parse_bytes(max_shard_bytes)
     if options.digest:
@@ -120,21 +122,13 @@ def convert_checkpoint(
     ):
         small = _small_files(checkpoint)
         papers = documents(checkpoint, small) if model_card else []
-        storage = FinalStorage(CPU)
+        size, options, given = options.fit, without_fit(options), policy
+        planner = FilePlanner(checkpoint, export, options, max_shard_bytes, trust_remote_code)
+        fitted = None if size is None else planner.fit(quantization, policy, size)
+        policy = policy if fitted is None else fitted.policy
+        files = planner.plan(quantization, policy)
+        draft, tensors, shards = files.draft, files.tensors, files.shards
         with collector_paused():
-            draft = draft_load(
-                checkpoint,
-                quantization,
-                policy,
-                options,
-                storage,
-                lambda *_: None,
-                trust_remote_code,
-                plan=plan_without_pieces,
-            )
-            tensors = plan_tensors(draft.sources.entries, draft.routes, draft.loaders, draft.assignments, export)
-            specs = ([spec for tensor in unit for spec in tensor.specs()] for unit in units(tensors))
-            shards = plan_shards(specs, max_shard_bytes)
             config = _config(checkpoint, draft, tensors, export)
             _warn_of_experts(tensors, export)
             _warn_of_casts(draft, tensors, export)
@@ -166,7 +160,7 @@ def convert_checkpoint(
             _write_surroundings(folder, source, [*small, *(each for each in papers if each != CARD)], shards, config)
             read_by = _read_by(tensors, export)
             if model_card:
-                command = command_line(checkpoint, quantization, export.name, policy)
+                command = command_line(checkpoint, quantization, export.name, given, size)
                 said = Conversion(command, draft.rules.name, export.name, described(draft.assignments), read_by)
                 original = b"".join(_content(source, CARD)).decode(errors="replace") if CARD in papers else None
                 folder.write(CARD, [make_card(original, *base_model(checkpoint), said).encode()])
@@ -177,11 +171,12 @@ def convert_checkpoint(
         checkpoint.model_id,
         draft.rules.name,
         totals,
-        sum(shard.size for shard in shards),
+        files.nbytes,
         _meta_bytes,
         non_finite=draft.non_finite(),
     )
     checkpoint.files.tell(report.note_source)
+    report.fit = None if fitted is None else fitted.report()
     report.predicted_final_bytes = report.final_bytes
     report.output, report.read_by = shown(out) if isinstance(out, str) and is_url(out) else str(out), read_by
     report.output_bytes = output_bytes

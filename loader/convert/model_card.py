@@ -78,7 +78,11 @@ def base_model(checkpoint: Checkpoint) -> tuple[str, bool]:
 
 
 def command_line(
-    checkpoint: Checkpoint, quantization: str, checkpoint_format: str, policy: QuantizationPolicy | None
+    checkpoint: Checkpoint,
+    quantization: str,
+    checkpoint_format: str,
+    policy: QuantizationPolicy | None,
+    fit: int | str | None = None,
 ) -> str:
     """The command that converts so, policies as options; the folder by its name: where it lies is nobody's concern."""
     words = [
@@ -92,7 +96,9 @@ def command_line(
         checkpoint_format,
     ]
     policy = policy or QuantizationPolicy()
-    if quantization == "auto" and policy.linear != "auto":
+    if fit is not None:
+        words[4:6] = ["--fit", f"{fit}B"]
+    elif quantization == "auto" and policy.linear != "auto":
         words[5] = policy.linear
     if policy.experts is not None:
         words += ["--experts", policy.experts]

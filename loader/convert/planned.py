@@ -1,0 +1,114 @@
+"""What a conversion would write, file by file, and with which schemes that stays below a size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.working_memory import CPU
+from ..checkpoint.writer import ShardPlan, plan_shards
+from ..collector import collector_paused
+from ..draft import Draft, draft_load
+from ..errors import PolicyError
+from ..expected_loss import ERRORS, ladder
+from ..fit_policy import Fitted, Plan, Planned, check_choosable, choose, tell
+from ..fit_room import Room
+from ..online.storage import FinalStorage
+from ..options import LoadOptions, QuantizationPolicy
+from ..plan import plan_without_pieces
+from ..schemes.exported.registry import formats_of
+from ..schemes.exported.weights import ExportFormat
+from ..schemes.registry import AS_STORED, ENTRIES
+from .shards import PlannedTensor
+from .tensors import plan_tensors
+from .together import units
+
+logger = logging.getLogger("quantload")
+
+
+@dataclass(frozen=True)
+class PlannedFiles:
+    """A draft, what becomes of every tensor of the checkpoint, and the files of weights that are written."""
+
+    draft: Draft
+    tensors: Sequence[PlannedTensor]
+    shards: Sequence[ShardPlan]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of these files."""
+        return sum(shard.size for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class FilePlanner:
+    """Plans conversions of one checkpoint to one format, with one policy or another."""
+
+    checkpoint: Checkpoint
+    export: ExportFormat
+    options: LoadOptions
+    max_shard_bytes: int
+    trust_remote_code: bool
+
+    def plan(self, quantization: str, policy: QuantizationPolicy | None) -> PlannedFiles:
+        """Everything before the first weight. Raises `PolicyError` for what the format cannot hold."""
+        with collector_paused():
+            draft = draft_load(
+                *(self.checkpoint, quantization, policy, self.options, FinalStorage(CPU), lambda *_: None),
+                trust_remote_code=self.trust_remote_code,
+                plan=plan_without_pieces,
+            )
+            tensors = plan_tensors(draft.sources.entries, draft.routes, draft.loaders, draft.assignments, self.export)
+            specs = ([spec for tensor in unit for spec in tensor.specs()] for unit in units(tensors))
+            return PlannedFiles(draft, tensors, plan_shards(specs, self.max_shard_bytes))
+
+    def fit(self, quantization: str, policy: QuantizationPolicy | None, size: int | str) -> Fitted:
+        """The policy of the least expected loss whose files of weights have at most `size` bytes; the log is told.
+
+        Of schemes that the format holds. Raises `MemoryBudgetError` where not even the smallest of them fit.
+        """
+        check_choosable(quantization, policy, self.checkpoint.is_quantized)
+        if isinstance(size, str):
+            raise PolicyError(
+                "fit is auto, what this machine has free, and a conversion needs next to nothing of it: say how large "
+                "the files of weights may be"
+            )
+
+        def plan(chosen: QuantizationPolicy) -> Planned:
+            files = self.plan("auto", chosen)
+            return Planned(files.draft, files.nbytes, files.nbytes)
+
+        policy = policy or QuantizationPolicy()
+        room = Room(size, "the checkpoint")
+        found = choose(policy, [*self._schemes(policy, plan), AS_STORED], plan, lambda _: room)
+        tell(found)
+        return found
+
+    def _schemes(self, policy: QuantizationPolicy, plan: Plan) -> Iterator[str]:
+        """Those that the format holds and this model can be written in, the smallest first."""
+        held = [entry.name for entry in ENTRIES if self.export.name in formats_of(entry)]
+        in_mode = [
+            entry.name
+            for entry in ENTRIES
+            if entry.name in held and all(policy.scale_mode in fmt.scale_modes for fmt in entry.formats.values())
+        ]
+        first: PolicyError | None = None
+        found = False
+        for scheme in ladder([name for name in in_mode if name in ERRORS]):
+            if scheme == AS_STORED:
+                continue
+            try:
+                plan(replace(policy, linear=scheme, experts=None))
+            except PolicyError as error:
+                logger.info("Fit: without %s: %s", scheme, error)
+                first = first or error
+                continue
+            found = True
+            yield scheme
+        if not found:
+            raise first or PolicyError(
+                f"fit chooses among schemes, and {self.export.name} holds none for linear layers and experts alike: "
+                f"name one (-q)"
+            )

@@ -116,7 +116,7 @@ def nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
         raise SystemExit(0)
 
     monkeypatch.setattr("quantload.load.draft_load", end)
-    monkeypatch.setattr("quantload.convert.flow.draft_load", end)
+    monkeypatch.setattr("quantload.convert.planned.draft_load", end)
     monkeypatch.setattr("quantload.draft.draft_load", end)
 
     def bind(*_: object, host: str, port: int, **__: object) -> None:

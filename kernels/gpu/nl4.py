@@ -8,8 +8,9 @@ import torch
 
 from ..formats import SHORT, Tensors, WeightFormat
 from ..nl4_levels import BLOCK, CAPPED_FROM
-from .jit import nl4, scaled
+from .jit import nl4
 from .launch import EXACT, SCALES, TILE, bits, grid_of, new_partials, width_of
+from .scaled import observe, tile_of
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,7 @@ class Nl4Launches:
         return partials
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor, nonfinite: torch.Tensor) -> None:
-        rows, cols = source.shape
-        width = width_of(cols)
-        scaled.observe_scaled[grid_of(rows, cols, TILE // width, width)](
-            bits(source), amax.view(torch.int32), nonfinite, rows, cols, source.stride(0), amax.stride(0),
-            GROUP="row", R=TILE // width, C=width, num_warps=4, **EXACT,
-        )  # fmt: skip
+        observe(source, amax, nonfinite, "row", *tile_of(source.shape[1]))
 
     def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
         top, scale_2 = amax.view(-1), scales[1].view(-1)

@@ -55,12 +55,7 @@ class ScaledLaunches:
         return partials
 
     def observe(self, source: torch.Tensor, amax: torch.Tensor, nonfinite: torch.Tensor) -> None:
-        rows, cols = source.shape
-        tile, warps = self._tile(cols)
-        scaled.observe_scaled[grid_of(rows, cols, tile["R"], tile["C"])](
-            bits(source), amax.view(torch.int32), nonfinite, rows, cols, source.stride(0), amax.stride(0),
-            GROUP=self._group(), **tile, num_warps=warps, **EXACT,
-        )  # fmt: skip
+        observe(source, amax, nonfinite, self._group(), *self._tile(source.shape[1]))
 
     def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
         (scale,) = scales
@@ -89,5 +84,21 @@ class ScaledLaunches:
         """Rows and columns of a tile, and how many warps work on it: a scale block is one tile."""
         if self.format.block_rows > 1:
             return {"R": self.format.block_rows, "C": self.format.block_cols}, 8
-        width = width_of(cols)
-        return {"R": TILE // width, "C": width}, 4
+        return tile_of(cols)
+
+
+def observe(
+    source: torch.Tensor, amax: torch.Tensor, nonfinite: torch.Tensor, group: str, tile: dict[str, int], warps: int
+) -> None:
+    """Raise `amax` of each "row", "block" or "all" of a matrix; a program takes a tile of R rows and C columns."""
+    rows, cols = source.shape
+    scaled.observe_scaled[grid_of(rows, cols, tile["R"], tile["C"])](
+        bits(source), amax.view(torch.int32), nonfinite, rows, cols, source.stride(0), amax.stride(0),
+        GROUP=group, **tile, num_warps=warps, **EXACT,
+    )  # fmt: skip
+
+
+def tile_of(cols: int) -> tuple[dict[str, int], int]:
+    """Rows and columns of a tile that is no scale block, and how many warps work on it."""
+    width = width_of(cols)
+    return {"R": TILE // width, "C": width}, 4

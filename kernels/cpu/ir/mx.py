@@ -15,7 +15,7 @@ from numba.core import cgutils
 
 from ... import statistics as st
 from ...mx_elements import ELEMENTS, MxElement
-from .statistics import add_measured
+from .statistics import measured_run, start_measuring
 from .vector import (
     F32,
     F64,
@@ -28,9 +28,9 @@ from .vector import (
     Codegen,
     Vector,
     accumulate_product,
-    constant,
     count_to,
     emitted,
+    float32_bits,
     load,
     load_scalar,
     magnitudes,
@@ -43,8 +43,6 @@ from .vector import (
 
 RUN_BLOCKS = 128
 """Blocks a call may take: float32 sums stay accurate and 8-bit counters cannot overflow."""
-SUMMABLE = 127 - 30, 127 + 60
-"""Biased exponents between which a run's amax must lie for its squares to be summed in float32."""
 
 
 @emitted
@@ -90,7 +88,7 @@ class MxRun:
     ) -> ir.Value:
         b = self.b
         largest = cgutils.alloca_once_value(b, I32(0))
-        self._start_statistics()
+        start_measuring(self.acc, self.sums, (I32, 16))
         use_stored = b.icmp_unsigned("!=", known, I64(0))
         code_bytes = 4 * self.element.code_bits
         with count_to(b, blocks) as i:
@@ -108,7 +106,7 @@ class MxRun:
             even, odd = (code for code, _ in rounded)
             self._store(even, odd, signs, b.add(codes, b.mul(i, I64(code_bytes))))
             self._measure(values, ratios, rounded, byte)
-        return self._result(b.load(largest), out)
+        return measured_run(self.acc, self.sums, self.kind, b.load(largest), out)
 
     def _byte(self, amax: ir.Value, values: list[Vector]) -> ir.Value:
         """The scale byte by the rule of the mode, from magnitude bits of amax and the magnitudes of the block."""
@@ -155,18 +153,6 @@ class MxRun:
         else:
             store(pairs.trunc(I8 if n == 4 else I16), address)
 
-    # statistics
-
-    def _start_statistics(self) -> None:
-        if self.sums == "none":
-            return
-        b, acc = self.b, self.acc
-        for name in ("signal", "noise"):
-            acc.start(name, constant(b, *((F32, 16) if self.sums == "f32" else (F64, 8)), 0.0))
-        acc.start("error", constant(b, F32, 16, 0.0))
-        for name in ("zero", "saturated"):
-            acc.start(name, constant(b, I32, 16, 0))
-
     def _measure(
         self, values: list[Vector], ratios: list[Vector], rounded: list[tuple[Vector, Vector]], byte: ir.Value
     ) -> None:
@@ -198,23 +184,6 @@ class MxRun:
     def _add_product(self, name: str, x: Vector, y: Vector) -> None:
         self.acc.update(name, lambda a: accumulate_product(x, y, a))
 
-    def _result(self, largest: ir.Value, out: ir.Value) -> ir.Value:
-        b = self.b
-        result = b.zext(largest, I64)
-        if self.sums == "none":
-            return result
-        if self.sums == "f64":
-            add_measured(self.acc, out)
-            return result
-        bits = float32_bits(b, largest, self.kind)
-        outside = b.or_(
-            b.icmp_unsigned("<", bits, I32(SUMMABLE[0] << 23)), b.icmp_unsigned(">", bits, I32(SUMMABLE[1] << 23))
-        )
-        unfit = b.and_(outside, b.icmp_unsigned("!=", bits, I32(0)))
-        with b.if_then(b.not_(unfit)):
-            add_measured(self.acc, out)
-        return b.select(unfit, I64(-1), result)
-
 
 def scale_byte(b: ir.IRBuilder, amax: ir.Value, threshold: int, emax: int, mantissa_bits: int) -> ir.Value:
     """Scale bytes from i32 magnitude bits of amax (8 exponent bits above `mantissa_bits`), a scalar or a vector."""
@@ -237,11 +206,6 @@ def _like(value: ir.Value, number: int) -> ir.Constant:
     if isinstance(value.type, ir.VectorType):
         return ir.Constant(value.type, [number] * value.type.count)
     return value.type(number)
-
-
-def float32_bits(b: ir.IRBuilder, magnitude: ir.Value, kind: str) -> ir.Value:
-    """The i32 bits of the float32 that i32 magnitude bits of a kind of source stand for."""
-    return b.extract_element(widen(splat(b, magnitude, 1), kind).cast(I32).value, I32(0))
 
 
 def largest_bits(bits: Vector, kind: str) -> ir.Value:

@@ -13,8 +13,8 @@ from numba.core import cgutils
 
 from ... import statistics as st
 from ...mx_elements import E2M1
-from .mx import SUMMABLE, scale_byte, umax
-from .statistics import add_f64, max_f64
+from .mx import scale_byte, umax
+from .statistics import SUMMABLE, add_f64, max_f64
 from .vector import (
     F32,
     F64,

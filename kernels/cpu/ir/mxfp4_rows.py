@@ -14,7 +14,6 @@ from ...scale_rules import CANDIDATES
 from .mx import (
     MxRun,
     even_and_odd,
-    float32_bits,
     largest_bits,
     nearest,
     power_of_two,
@@ -34,6 +33,7 @@ from .vector import (
     constant,
     count_to,
     emitted,
+    float32_bits,
     load,
     source_element,
     splat,

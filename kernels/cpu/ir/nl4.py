@@ -25,12 +25,11 @@ from ...nl4_levels import (
     RECIPROCAL,
     STEPS,
 )
-from .mx import SUMMABLE, float32_bits, nearest, umax
+from .mx import nearest, umax
 from .nl4_bytes import CODE_OF_BYTE, SORTED, greater, index_of, less, level_of, looked_up, squares_of_fours, tables
-from .statistics import add_measured
+from .statistics import add_square, measured_run, start_measuring
 from .vector import (
     F32,
-    F64,
     I8,
     I16,
     I32,
@@ -39,7 +38,6 @@ from .vector import (
     Accumulators,
     Codegen,
     Vector,
-    accumulate_product,
     constant,
     count_to,
     emitted,
@@ -129,7 +127,7 @@ class _Run:
     ) -> ir.Value:
         b, width = self.b, ITEM_BYTES[self.kind]
         largest = cgutils.alloca_once_value(b, I32(0))
-        self._start_statistics()
+        start_measuring(self.acc, self.sums, (I8, PAIR))
         with count_to(b, groups) as i:
             start = b.add(source, b.mul(i, I64(LANES * BLOCK * width)))
             keys = _block_maxima([_key(self._load(start, I64(at)), self.kind) for at in range(LANES)])
@@ -147,7 +145,11 @@ class _Run:
             coded = b.add(codes, b.mul(i, I64(LANES * BLOCK // 2)))
             with count_to(b, I64(LANES // 2)) as pair:
                 self._encode(start, pair, b.add(coded, b.mul(pair, I64(BLOCK))))
-        return self._result(b.load(largest), out)
+        if self.sums != "none":
+            for name in ("zero", "saturated"):
+                counts = self.acc.get(name).zext(I32)
+                self.acc.start(name, counts)
+        return measured_run(self.acc, self.sums, self.kind, b.load(largest), out)
 
     def _load(self, start: ir.Value, block: ir.Value) -> Vector:
         address = self.b.add(start, self.b.mul(block, I64(BLOCK * ITEM_BYTES[self.kind])))
@@ -226,16 +228,6 @@ class _Run:
         if self.sums != "none":
             self._measure(start, pair, whole, code)
 
-    def _start_statistics(self) -> None:
-        if self.sums == "none":
-            return
-        b, acc = self.b, self.acc
-        for name in ("signal", "noise"):
-            acc.start(name, constant(b, *((F32, 16) if self.sums == "f32" else (F64, 8)), 0.0))
-        acc.start("error", constant(b, F32, 16, 0.0))
-        for name in ("zero", "saturated"):
-            acc.start(name, constant(b, I8, PAIR, 0))
-
     def _measure(self, start: ir.Value, pair: ir.Value, whole: Vector, code: Vector) -> None:
         acc, level = self.acc, level_of(code).sext(I16)
         for number, block in enumerate(_both(self.b, pair)):
@@ -244,37 +236,12 @@ class _Run:
             for x, nearby in zip(_signed_even_and_odd(self._load(start, block), self.kind), levels, strict=True):
                 error = (x - nearby.to_float(F32) * unit).call("llvm.fabs")
                 acc.update("error", lambda a, e=error: a.max(e))  # type: ignore[misc]
-                self._add_square("signal", x)
-                self._add_square("noise", error)
+                add_square(acc, self.sums, "signal", x)
+                add_square(acc, self.sums, "noise", error)
         far = greater(whole, SORTED[-1]).value, less(whole, SORTED[0]).value
         saturated, zero = whole.new(self.b.or_(*far)), code.eq(0)
         for name, mask in (("zero", zero), ("saturated", saturated)):
             acc.update(name, lambda a, m=mask: m.select(a + 1, a))  # type: ignore[misc]
-
-    def _add_square(self, name: str, x: Vector) -> None:
-        parts = [x] if self.sums == "f32" else [x.half(False).to_float(F64), x.half(True).to_float(F64)]
-        for part in parts:
-            self.acc.update(name, lambda a, p=part: accumulate_product(p, p, a))  # type: ignore[misc]
-
-    def _result(self, largest: ir.Value, out: ir.Value) -> ir.Value:
-        b = self.b
-        result = b.zext(largest, I64)
-        if self.sums == "none":
-            return result
-        for name in ("zero", "saturated"):
-            counts = self.acc.get(name).zext(I32)
-            self.acc.start(name, counts)
-        if self.sums == "f64":
-            add_measured(self.acc, out)
-            return result
-        bits = float32_bits(b, largest, self.kind)
-        outside = b.or_(
-            b.icmp_unsigned("<", bits, I32(SUMMABLE[0] << 23)), b.icmp_unsigned(">", bits, I32(SUMMABLE[1] << 23))
-        )
-        unfit = b.and_(outside, b.icmp_unsigned("!=", bits, I32(0)))
-        with b.if_then(b.not_(unfit)):
-            add_measured(self.acc, out)
-        return b.select(unfit, I64(-1), result)
 
 
 def _key(bits: Vector, kind: str) -> Vector:

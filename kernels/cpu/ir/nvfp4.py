@@ -17,11 +17,9 @@ from ... import statistics as st
 from ...mx_elements import E2M1, E4M3
 from ...nvfp4_scales import BLOCK, EMPTY_SCALE, LARGEST, LARGEST_FLOAT32
 from ..processor import has
-from .mx import SUMMABLE, even_and_odd, float32_bits, largest_bits, nearest, umax
-from .statistics import add_measured
+from .mx import even_and_odd, largest_bits, nearest, umax
+from .statistics import add_square, measured_run, start_measuring
 from .vector import (
-    F32,
-    F64,
     I8,
     I32,
     I64,
@@ -29,8 +27,6 @@ from .vector import (
     Accumulators,
     Codegen,
     Vector,
-    accumulate_product,
-    constant,
     count_to,
     emitted,
     fused,
@@ -102,7 +98,7 @@ class _Run:
     def emit(self, source: ir.Value, codes: ir.Value, scales: ir.Value, groups: ir.Value, out: ir.Value) -> ir.Value:
         b, width = self.b, ITEM_BYTES[self.kind]
         largest = cgutils.alloca_once_value(b, I32(0))
-        self._start_statistics()
+        start_measuring(self.acc, self.sums, (I32, 16))
         with count_to(b, groups) as i:
             start = b.add(source, b.mul(i, I64(GROUP * width)))
             pairs = [
@@ -120,7 +116,7 @@ class _Run:
                 lanes = _lanes_of(number)
                 own = [None if each is None else each.shuffle(lanes) for each in (step, inverse, unit)]
                 self._encode(bits, own, b.add(coded, I64(number * PAIR // 2)))
-        return self._result(b.load(largest), out)
+        return measured_run(self.acc, self.sums, self.kind, b.load(largest), out)
 
     def _scales(self, amax: Vector, pairs: list[Vector]) -> tuple[Vector, Vector]:
         """E4M3 codes (int32) and float32 values of sixteen scales."""
@@ -165,16 +161,6 @@ class _Run:
         if unit is not None:
             self._measure(values, ratios, rounded, unit)
 
-    def _start_statistics(self) -> None:
-        if self.sums == "none":
-            return
-        b, acc = self.b, self.acc
-        for name in ("signal", "noise"):
-            acc.start(name, constant(b, *((F32, 16) if self.sums == "f32" else (F64, 8)), 0.0))
-        acc.start("error", constant(b, F32, 16, 0.0))
-        for name in ("zero", "saturated"):
-            acc.start(name, constant(b, I32, 16, 0))
-
     def _measure(
         self, values: list[Vector], ratios: list[Vector], rounded: list[tuple[Vector, Vector]], unit: Vector
     ) -> None:
@@ -182,33 +168,11 @@ class _Run:
         for x, y, (code, nearby) in zip(values, ratios, rounded, strict=True):
             error = (x - nearby * unit).call("llvm.fabs")
             acc.update("error", lambda a, e=error: a.max(e))  # type: ignore[misc]
-            self._add_square("signal", x)
-            self._add_square("noise", error)
+            add_square(acc, self.sums, "signal", x)
+            add_square(acc, self.sums, "noise", error)
             zero, saturated = code.eq(0), y.gt(LARGEST * (1.0 + st.SATURATION_SLACK))
             acc.update("zero", lambda a, z=zero: z.select(a + 1, a))  # type: ignore[misc]
             acc.update("saturated", lambda a, s=saturated: s.select(a + 1, a))  # type: ignore[misc]
-
-    def _add_square(self, name: str, x: Vector) -> None:
-        parts = [x] if self.sums == "f32" else [x.half(False).to_float(F64), x.half(True).to_float(F64)]
-        for part in parts:
-            self.acc.update(name, lambda a, p=part: accumulate_product(p, p, a))  # type: ignore[misc]
-
-    def _result(self, largest: ir.Value, out: ir.Value) -> ir.Value:
-        b = self.b
-        result = b.zext(largest, I64)
-        if self.sums == "none":
-            return result
-        if self.sums == "f64":
-            add_measured(self.acc, out)
-            return result
-        bits = float32_bits(b, largest, self.kind)
-        outside = b.or_(
-            b.icmp_unsigned("<", bits, I32(SUMMABLE[0] << 23)), b.icmp_unsigned(">", bits, I32(SUMMABLE[1] << 23))
-        )
-        unfit = b.and_(outside, b.icmp_unsigned("!=", bits, I32(0)))
-        with b.if_then(b.not_(unfit)):
-            add_measured(self.acc, out)
-        return b.select(unfit, I64(-1), result)
 
 
 def _quotient(x: Vector, step: Vector, inverse: Vector | None) -> Vector:

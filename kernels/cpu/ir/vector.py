@@ -333,3 +333,8 @@ def widen(magnitude: Vector, kind: str) -> Vector:
     if kind == "f16":
         return (magnitude << 13).cast(F32) * 2.0**112
     return magnitude.cast(F32)
+
+
+def float32_bits(b: ir.IRBuilder, magnitude: ir.Value, kind: str) -> ir.Value:
+    """The i32 bits of the float32 that i32 magnitude bits of a kind of source stand for."""
+    return b.extract_element(widen(splat(b, magnitude, 1), kind).cast(I32).value, I32(0))

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from .elements import decode_float, encode_float, narrowed, power_of_two, six_bit_codes, widened, with_sign
-from .measure import count_nonfinite, store_partials
-from .tiles import block_place, tile_start
+from .measure import count_nonfinite, counted_in_blocks, store_partials
+from .tiles import block_place, blocks_inside, load_four_bits, store_four_bits
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def quantize_mx(
         count_nonfinite(bits, nonfinite)
 
     scale_at = scales + row[:, None] * scale_stride + block[None, :]
-    block_inside = (row < rows)[:, None] & (block * 32 < cols)[None, :]
+    block_inside = blocks_inside(rows, cols, row, block, 32)
     if KNOWN:
         byte = tl.load(scale_at, mask=block_inside, other=0).to(tl.int32)
     else:
@@ -68,13 +68,8 @@ def quantize_mx(
         signal = tl.sum(tl.sum(tl.sum(ratio * ratio, 2).to(tl.float64) * unit * unit, 1), 0)
         noise = tl.sum(tl.sum(tl.sum(error * error, 2).to(tl.float64) * unit * unit, 1), 0)
         max_error = tl.max(tl.max(tl.max(error, 2).to(tl.float64) * unit, 1), 0)
-        # Both counts in one sum: a tile has fewer than 2^15 elements, and those outside the matrix are zeros.
-        counts = ((ratio > LIMIT).to(tl.int32) << 16) + (code == 0).to(tl.int32)
-        counted = tl.sum(tl.sum(tl.sum(counts, 2), 1), 0)
-        first_row, first_col = tile_start(cols, R, B * 32)
-        seen = tl.minimum(rows - first_row, R) * tl.minimum(cols - first_col, B * 32)
-        zeros = (counted & 0xFFFF) - (R * B * 32 - seen)
-        store_partials(partials, signal, noise, max_error, largest, counted >> 16, zeros)
+        saturated, zeros = counted_in_blocks(ratio > LIMIT, code == 0, rows, cols)
+        store_partials(partials, signal, noise, max_error, largest, saturated, zeros)
 
 
 @triton.jit
@@ -87,7 +82,7 @@ def observe_mx(source, amax, nonfinite, rows, cols, source_stride, amax_stride, 
     if tl.max(tl.max(top, 1), 0) >= 0x7F800000:
         count_nonfinite(bits, nonfinite)
     at = amax + row[:, None] * amax_stride + block[None, :]
-    block_inside = (row < rows)[:, None] & (block * 32 < cols)[None, :]
+    block_inside = blocks_inside(rows, cols, row, block, 32)
     tl.store(at, tl.maximum(top, tl.load(at, mask=block_inside, other=0)), mask=block_inside)
 
 
@@ -121,7 +116,7 @@ def dequantize_mx(
 ):
     """The values of codes and scale bytes; NAN is the code (without sign) that is no number, -1 where there is none."""
     row, block, col, inside = block_place(rows, cols, R, B, 32)
-    block_inside = (row < rows)[:, None] & (block * 32 < cols)[None, :]
+    block_inside = blocks_inside(rows, cols, row, block, 32)
     byte = tl.load(scales + row[:, None] * scale_stride + block[None, :], mask=block_inside, other=0).to(tl.int32)
     code = _load_codes(codes, row, block, code_stride, block_inside, CODE_BITS, R, B)
     magnitude = code & ((1 << (CODE_BITS - 1)) - 1)
@@ -149,8 +144,7 @@ def _store_codes(codes, code, row, block, stride, inside, CODE_BITS: tl.constexp
     if CODE_BITS == 8:
         tl.store(at + tl.arange(0, 32)[None, None, :], code.to(tl.uint8), mask=inside[:, :, None])
     elif CODE_BITS == 4:
-        low, high = tl.split(tl.reshape(code, [R, B, 16, 2]))
-        tl.store(at + tl.arange(0, 16)[None, None, :], (low | (high << 4)).to(tl.uint8), mask=inside[:, :, None])
+        store_four_bits(codes, code, row, block, stride, inside)
     else:
         even, odd = tl.split(tl.reshape(code, [R, B, 8, 2, 2]))
         first, third = tl.split(even)
@@ -170,8 +164,7 @@ def _load_codes(codes, row, block, stride, inside, CODE_BITS: tl.constexpr, R: t
     if CODE_BITS == 8:
         code = tl.load(at + tl.arange(0, 32)[None, None, :], mask=inside[:, :, None], other=0).to(tl.int32)
     elif CODE_BITS == 4:
-        packed = tl.load(at + tl.arange(0, 16)[None, None, :], mask=inside[:, :, None], other=0).to(tl.int32)
-        code = tl.reshape(tl.join(packed & 15, packed >> 4), [R, B, 32])
+        code = load_four_bits(codes, row, block, stride, inside, R, B, 32)
     else:
         at += tl.arange(0, 8)[None, None, :] * 3
         word = tl.load(at, mask=inside[:, :, None], other=0).to(tl.int32)

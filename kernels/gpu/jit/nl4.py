@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from .elements import decode_float, e4m3, encode_float, narrowed, nl4_level, widened
-from .measure import count_nonfinite, store_partials
-from .tiles import block_place, tile_start
+from .measure import count_nonfinite, store_measured_blocks
+from .tiles import block_place, blocks_inside, load_four_bits, store_four_bits
 
 
 @triton.jit
@@ -41,8 +41,7 @@ def quantize_nl4(
     signed = widened(raw).to(tl.int32, bitcast=True)
     bits = signed & 0x7FFFFFFF
     top = tl.max(bits, 2)
-    largest = tl.max(tl.max(top, 1), 0)
-    if largest >= 0x7F800000:
+    if tl.max(tl.max(top, 1), 0) >= 0x7F800000:
         count_nonfinite(bits, nonfinite)
 
     scale_2 = tl.load(scales_of_rows + row * row_stride, mask=row < rows, other=1.0)[:, None]
@@ -64,30 +63,14 @@ def quantize_nl4(
     index = _index(tl.abs(whole))
     code = tl.where(whole < 0, 16 - tl.where(whole < -96, 8, index), index) & 15
 
-    block_inside = (row < rows)[:, None] & (block * 32 < cols)[None, :]
+    block_inside = blocks_inside(rows, cols, row, block, 32)
     signed_byte = byte | tl.where(positive, 0, 0x80)
     tl.store(scales + row[:, None] * scale_stride + block[None, :], signed_byte.to(tl.uint8), mask=block_inside)
-    low, high = tl.split(tl.reshape(code, [R, B, 16, 2]))
-    at = codes + row[:, None, None] * code_stride + (block * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
-    tl.store(at, (low | (high << 4)).to(tl.uint8), mask=block_inside[:, :, None])
+    store_four_bits(codes, code, row, block, code_stride, block_inside)
 
     if MEASURE:
         error = tl.abs(values - nl4_level(code) * tl.where(positive, unit, -unit)[:, :, None])
-        # In units of each block's maximum, so that no square leaves float32.
-        extent = tl.maximum(top.to(tl.float32, bitcast=True), 2.0**-126)
-        near = tl.div_rn(values, extent[:, :, None])
-        off = tl.div_rn(error, extent[:, :, None])
-        weight = extent.to(tl.float64) * extent.to(tl.float64)
-        signal = tl.sum(tl.sum(tl.sum(near * near, 2).to(tl.float64) * weight, 1), 0)
-        noise = tl.sum(tl.sum(tl.sum(off * off, 2).to(tl.float64) * weight, 1), 0)
-        max_error = tl.max(tl.max(tl.max(error, 2), 1), 0).to(tl.float64)
-        # Both counts in one sum: a tile has fewer than 2^15 elements, and those outside the matrix are zeros.
-        counts = (((whole > 87) | (whole < -106)).to(tl.int32) << 16) + (code == 0).to(tl.int32)
-        counted = tl.sum(tl.sum(tl.sum(counts, 2), 1), 0)
-        first_row, first_col = tile_start(cols, R, B * 32)
-        seen = tl.minimum(rows - first_row, R) * tl.minimum(cols - first_col, B * 32)
-        zeros = (counted & 0xFFFF) - (R * B * 32 - seen)
-        store_partials(partials, signal, noise, max_error, largest, counted >> 16, zeros)
+        store_measured_blocks(partials, values, error, top, (whole > 87) | (whole < -106), code == 0, rows, cols)
 
 
 @triton.jit
@@ -116,11 +99,9 @@ def dequantize_nl4(
 ):
     """The values of codes under both scales."""
     row, block, col, inside = block_place(rows, cols, R, B, 32)
-    block_inside = (row < rows)[:, None] & (block * 32 < cols)[None, :]
+    block_inside = blocks_inside(rows, cols, row, block, 32)
     byte = tl.load(scales + row[:, None] * scale_stride + block[None, :], mask=block_inside, other=0).to(tl.int32)
-    at = codes + row[:, None, None] * code_stride + (block * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
-    packed = tl.load(at, mask=block_inside[:, :, None], other=0).to(tl.int32)
-    code = tl.reshape(tl.join(packed & 15, packed >> 4), [R, B, 32])
+    code = load_four_bits(codes, row, block, code_stride, block_inside, R, B, 32)
     unit = e4m3(byte) * tl.load(scales_of_rows + row * row_stride, mask=row < rows, other=1.0)[:, None]
     values = nl4_level(code) * unit[:, :, None]
     tl.store(out + row[:, None, None] * out_stride + col[None, :, :], narrowed(values, out), mask=inside)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from .elements import decode_float, e4m3, encode_float, narrowed, widened, with_sign
-from .measure import count_nonfinite, store_partials
-from .tiles import block_place, tile_start
+from .measure import count_nonfinite, store_measured_blocks
+from .tiles import block_place, blocks_inside, load_four_bits, store_four_bits
 
 
 @triton.jit
@@ -41,17 +41,14 @@ def quantize_nvfp4(
     signed = widened(raw).to(tl.int32, bitcast=True)
     bits = signed & 0x7FFFFFFF
     top = tl.max(bits, 2)
-    largest = tl.max(tl.max(top, 1), 0)
-    if largest >= 0x7F800000:
+    if tl.max(tl.max(top, 1), 0) >= 0x7F800000:
         count_nonfinite(bits, nonfinite)
 
     scale_2 = tl.load(scale_of_tensor)
     code, byte = encode_blocks(signed, scale_2, SPREAD, MSE, R, B)
-    block_inside = (row < rows)[:, None] & (block * 16 < cols)[None, :]
+    block_inside = blocks_inside(rows, cols, row, block, 16)
     tl.store(scales + row[:, None] * scale_stride + block[None, :], byte.to(tl.uint8), mask=block_inside)
-    low, high = tl.split(tl.reshape(code, [R, B, 8, 2]))
-    at = codes + row[:, None, None] * code_stride + (block * 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
-    tl.store(at, (low | (high << 4)).to(tl.uint8), mask=block_inside[:, :, None])
+    store_four_bits(codes, code, row, block, code_stride, block_inside)
 
     if MEASURE:
         LIMIT: tl.constexpr = 6.0 * (1 + 2.0**-20)
@@ -60,21 +57,7 @@ def quantize_nvfp4(
         unit = scale * scale_2
         ratio = tl.div_rn(values, tl.div_rn(scale, multiplier_of(scale_2, SPREAD))[:, :, None])
         error = tl.abs(values - decode_float(code & 7, 1, 1) * unit[:, :, None])
-        # In units of each block's maximum, so that no square leaves float32.
-        extent = tl.maximum(top.to(tl.float32, bitcast=True), 2.0**-126)
-        near = tl.div_rn(values, extent[:, :, None])
-        off = tl.div_rn(error, extent[:, :, None])
-        weight = extent.to(tl.float64) * extent.to(tl.float64)
-        signal = tl.sum(tl.sum(tl.sum(near * near, 2).to(tl.float64) * weight, 1), 0)
-        noise = tl.sum(tl.sum(tl.sum(off * off, 2).to(tl.float64) * weight, 1), 0)
-        max_error = tl.max(tl.max(tl.max(error, 2), 1), 0).to(tl.float64)
-        # Both counts in one sum: a tile has fewer than 2^15 elements, and those outside the matrix are zeros.
-        counts = ((ratio > LIMIT).to(tl.int32) << 16) + ((code & 7) == 0).to(tl.int32)
-        counted = tl.sum(tl.sum(tl.sum(counts, 2), 1), 0)
-        first_row, first_col = tile_start(cols, R, B * 16)
-        seen = tl.minimum(rows - first_row, R) * tl.minimum(cols - first_col, B * 16)
-        zeros = (counted & 0xFFFF) - (R * B * 16 - seen)
-        store_partials(partials, signal, noise, max_error, largest, counted >> 16, zeros)
+        store_measured_blocks(partials, values, error, top, ratio > LIMIT, (code & 7) == 0, rows, cols)
 
 
 @triton.jit
@@ -130,11 +113,9 @@ def dequantize_nvfp4(
 ):
     """The values of codes under both scales."""
     row, block, col, inside = block_place(rows, cols, R, B, 16)
-    block_inside = (row < rows)[:, None] & (block * 16 < cols)[None, :]
+    block_inside = blocks_inside(rows, cols, row, block, 16)
     byte = tl.load(scales + row[:, None] * scale_stride + block[None, :], mask=block_inside, other=0).to(tl.int32)
-    at = codes + row[:, None, None] * code_stride + (block * 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
-    packed = tl.load(at, mask=block_inside[:, :, None], other=0).to(tl.int32)
-    code = tl.reshape(tl.join(packed & 15, packed >> 4), [R, B, 16])
+    code = load_four_bits(codes, row, block, code_stride, block_inside, R, B, 16)
     unit = e4m3(byte) * tl.load(scale_of_tensor)
     values = with_sign(decode_float(code & 7, 1, 1), code, 3) * unit[:, :, None]
     tl.store(out + row[:, None, None] * out_stride + col[None, :, :], narrowed(values, out), mask=inside)

@@ -31,3 +31,29 @@ def block_place(rows, cols, R: tl.constexpr, B: tl.constexpr, W: tl.constexpr):
     block = first_col // W + tl.arange(0, B)
     col = block[:, None] * W + tl.arange(0, W)[None, :]
     return row, block, col, (row < rows)[:, None, None] & (col < cols)[None, :, :]
+
+
+@triton.jit
+def blocks_inside(rows, cols, row, block, W: tl.constexpr):
+    """Which of the blocks of W columns [R, B] of this program begin inside of the matrix."""
+    return (row < rows)[:, None] & (block * W < cols)[None, :]
+
+
+@triton.jit
+def store_four_bits(codes, code, row, block, stride, inside):
+    """Write int32 codes [R, B, W] of blocks that are `inside`: two to a byte, the first in the lowest bits."""
+    R: tl.constexpr = code.shape[0]
+    B: tl.constexpr = code.shape[1]
+    BYTES: tl.constexpr = code.shape[2] // 2
+    low, high = tl.split(tl.reshape(code, [R, B, BYTES, 2]))
+    at = codes + row[:, None, None] * stride + (block * BYTES)[None, :, None] + tl.arange(0, BYTES)[None, None, :]
+    tl.store(at, (low | (high << 4)).to(tl.uint8), mask=inside[:, :, None])
+
+
+@triton.jit
+def load_four_bits(codes, row, block, stride, inside, R: tl.constexpr, B: tl.constexpr, W: tl.constexpr):
+    """int32 codes [R, B, W], the inverse of `store_four_bits`."""
+    BYTES: tl.constexpr = W // 2
+    at = codes + row[:, None, None] * stride + (block * BYTES)[None, :, None] + tl.arange(0, BYTES)[None, None, :]
+    packed = tl.load(at, mask=inside[:, :, None], other=0).to(tl.int32)
+    return tl.reshape(tl.join(packed & 15, packed >> 4), [R, B, W])

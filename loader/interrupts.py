@@ -9,6 +9,9 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+_noted: list[list[int]] = []
+"""Of each `interrupt_kept` that the main thread is in."""
+
 
 @contextlib.contextmanager
 def interrupt_held() -> Iterator[None]:
@@ -47,6 +50,53 @@ def interrupt_first() -> Iterator[None]:
         if _was_interrupted(error, already):
             raise KeyboardInterrupt from error
         raise
+
+
+@contextlib.contextmanager
+def interrupt_kept() -> Iterator[None]:
+    """`interrupt_first`, and one that Python prints and forgets is raised in the end, or by `raise_forgotten`.
+
+    It does so where an interrupt falls into a destructor, a callback of a weak reference or of the garbage collector.
+    """
+    with interrupt_first(), _noting() as noted:
+        try:
+            yield
+        except Exception as error:
+            if noted:
+                raise KeyboardInterrupt from error
+            raise
+        if noted:
+            raise KeyboardInterrupt
+
+
+def raise_forgotten() -> None:
+    """Raise the `KeyboardInterrupt` that Python forgot within `interrupt_kept`: for who waits there."""
+    if _noted and _noted[-1] and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _noting() -> Iterator[list[int]]:
+    """The interrupts that the handler of SIGINT makes an exception of, in this thread."""
+    before, noted = signal.getsignal(signal.SIGINT), list[int]()
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield noted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        try:
+            before(number, frame)
+        except KeyboardInterrupt:
+            noted.append(number)
+            raise
+
+    signal.signal(signal.SIGINT, note)
+    _noted.append(noted)
+    try:
+        yield noted
+    finally:
+        _noted.pop()
+        signal.signal(signal.SIGINT, before)
 
 
 def _was_interrupted(error: BaseException, already: BaseException | None) -> bool:

@@ -19,7 +19,7 @@ from .dummy import DummyWeights, Weights, index_without_files
 from .errors import PolicyError
 from .fit_policy import Fitted, apply_fit
 from .fitting import check_fits
-from .interrupts import interrupt_first
+from .interrupts import interrupt_kept
 from .memory.budget import check_budget, memory_running_out
 from .memory.planner import MemoryPlan
 from .model import transformers_api
@@ -128,7 +128,7 @@ def load_into(
     with (
         torch.inference_mode(False),
         transformers_api.on_cpu(),
-        interrupt_first(),
+        interrupt_kept(),
         ranks.quiet(),
         ranks.loading(),
         memory_running_out(planned),

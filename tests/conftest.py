@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 # Read when torch is imported, in child processes too: threads that have nothing to do give way to other processes of
 # the run, instead of keeping a core busy until there is something.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A shell starts what runs in its background with SIGINT ignored, which child processes inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from gpu_kernel_table import TABLE

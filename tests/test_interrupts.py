@@ -6,19 +6,21 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from quantload import load_quantized
 from quantload.cli import DEMO_MODEL
 from quantload.cli_preparing import libraries
-from quantload.interrupts import interrupt_first, interrupt_held
+from quantload.interrupts import interrupt_first, interrupt_held, interrupt_kept, raise_forgotten
+from quantload.recording import Recorder
 from transformers import PreTrainedModel
 
 
 @pytest.fixture(autouse=True)
 def python_handler() -> Iterator[None]:
-    """A shell starts what runs in its background with SIGINT ignored."""
+    """Python's own, whatever a test before left; that one is put back."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -143,3 +145,55 @@ def test_an_interrupted_load_leaves_torch_as_it_was(where: str, monkeypatch: pyt
     assert torch.empty(0).device.type == "cpu"
     assert torch.get_default_dtype() == torch.float32
     assert load_quantized(DEMO_MODEL, "quark_mxfp4", progress=False).load_report.layers
+
+
+class Interrupted:
+    """Its destructor is interrupted: Python prints the `KeyboardInterrupt` there and goes on."""
+
+    def __del__(self) -> None:
+        interrupt()
+
+
+def forget_one(done: list[str], *, look: bool = False, error: Exception | None = None) -> None:
+    with interrupt_kept():
+        Interrupted()
+        done.append("went on")
+        if error is not None:
+            raise error
+        if look:
+            raise_forgotten()
+            done.append("did not see it")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("given", [{}, {"look": True}, {"error": ValueError("of what went on")}], ids=str)
+def test_an_interrupt_that_python_forgets_is_kept(given: dict[str, Any]) -> None:
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        forget_one(done, **given)
+    assert done == ["went on"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    raise_forgotten()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_load_ends_with_an_interrupt_that_python_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Recorder.begin
+
+    def begin(recorder: Recorder, phase: str) -> None:
+        if phase == "stream":
+            Interrupted()
+        original(recorder, phase)
+
+    monkeypatch.setattr(Recorder, "begin", begin)
+    with pytest.raises(KeyboardInterrupt):
+        load_quantized(DEMO_MODEL, "quark_mxfp4", progress=False)
+
+
+def test_a_handler_that_raises_nothing_ends_nothing() -> None:
+    called: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _frame: called.append(number))
+    with interrupt_kept():
+        interrupt()
+        raise_forgotten()
+    assert called == [signal.SIGINT]

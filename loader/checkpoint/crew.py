@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..errors import LoadCancelledError
+from ..interrupts import raise_forgotten
 from ..shortage import start
 
 _TICK = 0.1
@@ -71,6 +72,7 @@ class Crew:
                 for _ in self._threads:
                     self._ready.acquire()
             while not self._finished.wait(_TICK):
+                raise_forgotten()
                 if on_tick is not None:
                     on_tick()
         finally:

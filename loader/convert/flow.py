@@ -29,7 +29,7 @@ from ..checkpoint.writer import ShardPlan, weight_index
 from ..collector import collector_paused
 from ..draft import Draft
 from ..errors import PolicyError
-from ..interrupts import interrupt_first
+from ..interrupts import interrupt_kept
 from ..local_paths import local_path
 from ..memory.amounts import parse_bytes
 from ..memory.budget import check_budget, memory_running_out
@@ -114,7 +114,7 @@ def convert_checkpoint(
     with (
         torch.inference_mode(False),
         transformers_api.on_cpu(),
-        interrupt_first(),
+        interrupt_kept(),
         memory_running_out(planned),
         showing(progress, "converting") as told,
         Recorder(CPU, options.stats, told) as recorder,

@@ -18,7 +18,7 @@ from ..checkpoint.reader import PieceReader, ReadTotals
 from ..checkpoint.resolve import Checkpoint, resolved
 from ..digest import model_digest
 from ..draft import Draft, draft_load
-from ..interrupts import interrupt_first
+from ..interrupts import interrupt_kept
 from ..memory.budget import check_budget, memory_running_out
 from ..memory.planner import MemoryPlan
 from ..memory.report import LoadReport
@@ -91,7 +91,7 @@ def surroundings(
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(transformers_api.on_cpu())
-        stack.enter_context(interrupt_first())
+        stack.enter_context(interrupt_kept())
         stack.enter_context(memory_running_out(planned))
         told = stack.enter_context(showing(progress, "reloading"))
         yield stack.enter_context(Recorder(device, options_stats, told))

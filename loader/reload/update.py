@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint.reader import ReadTotals
 from ..errors import MissingWeightsError, PolicyError
 from ..geometry.regions import RegionTracker
-from ..interrupts import interrupt_first
+from ..interrupts import interrupt_kept
 from ..memory.budget import memory_running_out
 from ..memory.report import LayerReport, LoadReport
 from ..model import transformers_api
@@ -239,7 +239,7 @@ def _calm() -> Iterator[None]:
         torch.inference_mode(False),
         torch.no_grad(),
         transformers_api.on_cpu(),
-        interrupt_first(),
+        interrupt_kept(),
         memory_running_out([]),
     ):
         yield

@@ -179,7 +179,7 @@ def load_into(
             tensor_bytes,
             cache.result,
             draft.non_finite(),
-            (ranks.rank, ranks.ranks) if ranks.ranks > 1 else None,
+            ranks.numbers,
         )
     checkpoint.files.tell(model.load_report.note_source)
     model.load_report.fit = None if fitted is None else fitted.report()
@@ -187,8 +187,7 @@ def load_into(
         model.load_report.note_ranks(all_sizes, draft.replicated_bytes)
     model.load_report.commit = checkpoint.commit
     model.load_plan = draft.plan.memory
-    if ranks.ranks == 1:  # a part of a model cannot be loaded again in place
-        remember(model, draft, options, trust_remote_code)
+    remember(model, draft, options, trust_remote_code, ranks)
     if options.digest:
         with memory_running_out(planned):
             found, seconds = model_digest(model, options.worker_count())

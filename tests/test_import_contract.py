@@ -113,8 +113,8 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} kernels.system_calls checkpoint memory schemes online model plan ranks draft",
         "a load calls it at three places",
     ),
-    "reload.settings": Floor("options checkpoint", "what a model remembers of its load: plain values"),
-    "reload.remember": Floor("options draft reload.settings", "a load leaves it on its model"),
+    "reload.settings": Floor("options checkpoint ranks", "what a model remembers of its load: plain values"),
+    "reload.remember": Floor("options draft ranks reload.settings", "a load leaves it on its model"),
     "quantized_model": Floor("memory reload.settings", "a type"),
     "digest": Floor("checkpoint schemes", "what a model holds in the end, whoever loaded it"),
     "dummy": Floor(
@@ -127,7 +127,7 @@ FLOORS: dict[str, Floor] = {
     ),
     "reload": Floor(
         f"{GROUND} kernels.statistics geometry checkpoint memory schemes online model pieces plan draft recording "
-        "cache quantized_model digest reload.settings reload.remember",
+        "cache quantized_model digest ranks reload.settings reload.remember",
         "a flow of its own beside load: neither knows the other",
     ),
     "engines": Floor(

@@ -32,6 +32,22 @@ class Alone:
     cancel: threading.Event | None = None
     """Set where a load is to end because another rank failed."""
 
+    @property
+    def numbers(self) -> tuple[int, int] | None:
+        """The own rank and how many there are, for a report; `None` where there is one."""
+        return (self.rank, self.ranks) if self.ranks > 1 else None
+
+    def again(self) -> Alone:
+        """The ranks as a reload of the model asks them; where there is one, nothing is asked."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Alone:
+        """Itself: it says where a process is, whatever model it has."""
+        return self
+
+    def check(self) -> None:
+        """Raise `RankError` if another rank failed."""
+
     def loading(self) -> contextlib.AbstractContextManager[Any]:
         """Around a load: what fails inside on another rank ends it here."""
         return contextlib.nullcontext()
@@ -75,6 +91,10 @@ class Alone:
 
     def loaded(self, plan: RankPlan, model: Any, sizes: RankSizes) -> list[RankSizes]:
         """All weights are there: let the model compute with the other ranks; the sizes of all of them."""
+        return []
+
+    def reloaded(self, plan: RankPlan, model: Any, sizes: RankSizes) -> list[RankSizes]:
+        """As `loaded`, of a model that got new weights and computes with the other ranks already."""
         return []
 
 

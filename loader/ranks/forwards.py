@@ -38,6 +38,7 @@ class _Sum(torch.autograd.Function):
 
 def install_forwards(model: PreTrainedModel, plan: RankPlan, mesh: DeviceMesh) -> None:
     """Give the modules of a loaded model the forwards that a plan wants of them."""
+    leave_biases_to_first(model, plan)
     modules = dict(model.named_modules())
     for name, style in plan.styles.items():
         module: Any = modules[name]
@@ -45,7 +46,6 @@ def install_forwards(model: PreTrainedModel, plan: RankPlan, mesh: DeviceMesh) -
         if style == DEALT_OUT:
             _sum_experts(module, mesh, plan.first_experts[name])
         elif style == SUMMED:
-            _add_bias_once(module, plan.rank)
             _sum_experts(module, mesh, None)
         elif style == "embedding_rowwise":
             _sum_embeddings(module, mesh, plan.shares[f"{name}.weight"].intervals[0])
@@ -54,6 +54,16 @@ def install_forwards(model: PreTrainedModel, plan: RankPlan, mesh: DeviceMesh) -
             parallel_style(style).install_forward(module, mesh)
             if plan.is_divided_by_columns(name) and not isinstance(module, nn.Linear):
                 _add_bias_after(module)
+
+
+def leave_biases_to_first(model: PreTrainedModel, plan: RankPlan) -> None:
+    """Let one rank alone have what is added to the outputs of experts, which are summed."""
+    if plan.rank == 0:
+        return
+    for name, style in plan.styles.items():
+        bias = model.get_submodule(name)._parameters.get("down_proj_bias") if style == SUMMED else None
+        if bias is not None:
+            bias.data.zero_()
 
 
 def _keep_whole_sizes(module: Any, name: str, plan: RankPlan) -> None:
@@ -96,13 +106,6 @@ def _sum_experts(module: Any, mesh: DeviceMesh, first: int | None) -> None:
         return out
 
     module.forward = summed
-
-
-def _add_bias_once(module: Any, rank: int) -> None:
-    """Let one rank alone have what is added to the outputs of experts, which are summed."""
-    bias = module._parameters.get("down_proj_bias")
-    if bias is not None and rank > 0:
-        bias.data.zero_()
 
 
 def _sum_embeddings(module: Any, mesh: DeviceMesh, rows: tuple[int, int]) -> None:

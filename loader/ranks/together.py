@@ -3,121 +3,53 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store
 
-from ..checkpoint.index import Shard
-from ..checkpoint.source import FileSource, Source
-from ..errors import PolicyError, RankError
-from ..memory.planner import MemoryPlan
+from ..errors import PolicyError
 from ..model.parallel_plan import RankPlan
-from ..options import LoadOptions
+from .again import Again
 from .alone import ALONE, Alone, RankSizes
-from .divided import Divided
 from .exchange import MaximaExchange
 from .forwards import install_forwards
-from .watch import Watch
-
-logger = logging.getLogger("quantload")
-
-_loads: Counter[str] = Counter()
-"""Loads of this process, by the ranks that took part in them: each has keys of its own in the store."""
+from .watched import Watched
 
 
-class Together(Divided):
+class Together(Watched):
     """The ranks of a mesh of one dimension; see `Alone` for what a load asks."""
 
     def __init__(self, mesh: DeviceMesh, expert_parallel: bool = False) -> None:
-        self.mesh, self._group = mesh, mesh.get_group()
-        self._maxima = MaximaExchange(self._group)
-        self._watch: Watch | None = None
-        super().__init__(mesh.get_local_rank(), mesh.size(), expert_parallel, self._maxima)
+        self.mesh = mesh
+        group = mesh.get_group()
+        self._maxima = MaximaExchange(group)
+        members = "-".join(map(str, dist.get_process_group_ranks(group)))
+        rank, ranks = mesh.get_local_rank(), mesh.size()
+        super().__init__(rank, ranks, expert_parallel, self._maxima, _get_default_store, members)
 
-    @property
-    def watch(self) -> Watch:
-        """Who watches the load that is going on."""
-        assert self._watch is not None
-        return self._watch
+    def again(self) -> Alone:
+        return Again(self.rank, self.ranks, self._expert_parallel, _get_default_store, self._members)
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        members = "-".join(map(str, dist.get_process_group_ranks(self._group)))
-        _loads[members] += 1
-        store = PrefixStore(f"quantload/{members}/{_loads[members]}", _get_default_store())
-        watch = Watch(store, self.rank, self.ranks)
-        self.cancel, self._watch = watch.cancel, watch
         try:
-            with watch.explaining(), watch:
+            with super().loading():
                 yield
         finally:
-            self._watch = None
             self._maxima.expect(())
 
-    @contextlib.contextmanager
-    def reading(
-        self, source: Callable[[LoadOptions], Source], options: LoadOptions, shards: Sequence[Shard]
-    ) -> Iterator[Source]:
-        """As alone; ranks of one machine share its page cache, which the first clears up behind all of them."""
-        is_first = self.rank == self.watch.local_ranks[0]
-        own = source(options if is_first else replace(options, page_cache="keep"))
-        with contextlib.ExitStack() as kept:
-            if is_first and isinstance(own, FileSource):
-                kept.enter_context(own.keeping())
-                for shard in shards:  # now, as nobody could tell later what was cold
-                    own.size(shard.path)
-            self.watch.gather("begun", True)
-            yield own
-            self.watch.gather("read", True)
-
-    def any(self, what: str, here: bool) -> bool:
-        return any(self.watch.gather(what, here))
-
-    @property
-    def part(self) -> tuple[int, int, bool]:
-        return self.rank, self.ranks, self._expert_parallel
-
     def expect(self, observed: Sequence[Hashable]) -> None:
-        matrices = self.exchanged(observed)
-        digest = hashlib.sha256("\n".join(self.called(matrices)).encode()).hexdigest()
-        if len({*self.watch.gather("observed", digest)}) > 1:
-            raise RankError("the ranks would read the weights in different orders, so that no scale would be common")
-        self._maxima.expect(matrices)
-
-    def of_host(self, plan: MemoryPlan) -> MemoryPlan:
-        named = ("final_bytes", "staging_bytes", "slack_bytes", "peak_bytes")
-        found = self.watch.gather("memory", {name: getattr(plan, name) for name in named})
-        here = [found[rank] for rank in self.watch.local_ranks]
-        return replace(plan, **{name: sum(each[name] for each in here) for name in named})
-
-    @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
-        if self.rank == 0:
-            yield
-            return
-        logger.addFilter(_is_error)
-        try:
-            yield
-        finally:
-            logger.removeFilter(_is_error)
+        self._maxima.expect(self.agree(observed))
 
     def loaded(self, plan: RankPlan, model: Any, sizes: RankSizes) -> list[RankSizes]:
-        found = [RankSizes(*each) for each in self.watch.gather("loaded", sizes)]
+        found = super().loaded(plan, model, sizes)
         install_forwards(model, plan, self.mesh)
         return found
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
 
 
 def ranks_of(tp: str | None, device_mesh: DeviceMesh | None, device: torch.device, expert_parallel: bool) -> Alone:

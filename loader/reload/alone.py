@@ -22,7 +22,7 @@ def alone(model: Any) -> Iterator[LoadSettings]:
     if not isinstance(settings, LoadSettings):
         raise PolicyError(
             f"{type(model).__name__} does not say how it was loaded; give the model that load_quantized returned, "
-            f"without what was put around it. One that is divided among ranks is loaded anew"
+            f"without what was put around it"
         )
     with _lock:
         if model in _reloading:

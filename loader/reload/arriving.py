@@ -24,7 +24,7 @@ from .buffered import Buffered, check_dtype, check_part
 from .parts import Landed, landed, pieces
 from .settings import TensorNames
 from .shared import Twins
-from .values import own_routes
+from .values import own_routes, own_shape
 
 Start = Sequence[int]
 Call = Callable[[], None]
@@ -55,7 +55,7 @@ class Arrivals:
         self._held: dict[Hashable, list[tuple[TensorEntry, Landed]]] = {}
         self._buffers: dict[str, Buffered] = {}
         self.arrived: dict[str, int] = {}
-        """Elements of each tensor that came."""
+        """Elements of each tensor that came, of those that this rank has; see `_needed`."""
         self.bytes = 0
 
     def take(self, name: str, tensor: Tensor, start: Start | None = None) -> None:
@@ -67,16 +67,17 @@ class Arrivals:
         entry = self._known(name, tensor, start)
         if entry is None or not tensor.numel():
             return
-        total = math.prod(entry.shape)
-        if self.arrived.get(name) == total:
+        self.bytes += tensor.nbytes
+        needed, parts = self._needed(name), None
+        if name not in self._buffers and name not in self._whole:
+            parts = landed(tensor, entry.shape, start or (), self._spans.get(name, ()), self._sinks)
+            if parts is not None and not parts:  # all of it is of other ranks
+                return
+        if self.arrived.get(name) == needed:
             self._again(entry)
         before = self.arrived.get(name, 0)
-        self.arrived[name] = before + tensor.numel()
-        self.bytes += tensor.nbytes
-        parts = None
-        if name not in self._buffers and name not in self._whole:
-            parts = landed(tensor, entry.shape, start or (), self._spans[name], self._sinks)
         if parts is not None:
+            self.arrived[name] = before + _numel(parts)
             self._deliver(entry._replace(dtype=tensor.dtype), parts)
             return
         if before and name not in self._buffers:
@@ -84,9 +85,17 @@ class Arrivals:
                 f"{name}: a part of shape {tuple(tensor.shape)} at {start} cuts through rows or codes, those before it "
                 f"did not; hand over whole rows, or the whole tensor"
             )
-        self._buffers.setdefault(name, Buffered(entry, tensor)).put(tensor, start)
-        if self.arrived[name] == total:
+        buffered = self._buffers.setdefault(name, Buffered(entry, tensor))
+        buffered.put(tensor, start)
+        if buffered.is_complete:
+            self.arrived[name] = needed
             self._complete(entry._replace(dtype=tensor.dtype))
+
+    def _needed(self, name: str) -> int:
+        """Elements of a tensor that this rank has, each counted for every place that it goes to."""
+        if name in self._whole:
+            return math.prod(self._entries[name].shape)
+        return sum(span.region.numel for span in self._spans.get(name, ()))
 
     def first_pass(self, given: Iterable[tuple[str, Tensor, Start | None]]) -> None:
         """Look at tensors that will come again, where their scales depend on what else comes.
@@ -100,13 +109,13 @@ class Arrivals:
             entry = self._known(name, tensor, start)
             if entry is None or not tensor.numel() or name in self._whole:
                 continue
-            counts[name] = counts.get(name, self.arrived.get(name, 0)) + tensor.numel()
-            parts = landed(tensor, entry.shape, start or (), self._spans[name], self._sinks) or ()
+            parts = landed(tensor, entry.shape, start or (), self._spans.get(name, ()), self._sinks) or ()
+            counts[name] = counts.get(name, self.arrived.get(name, 0)) + _numel(parts)
             for part in parts:
                 if isinstance(part.sink, DirectWeightLoader) or self._is_local(part):
                     continue
                 key = _scales(part)
-                if counts[name] > math.prod(entry.shape):
+                if counts[name] > self._needed(name):
                     left.add(key)
                 elif key not in left:
                     self._observe(entry, [part])
@@ -125,20 +134,24 @@ class Arrivals:
 
     def missing(self) -> list[str]:
         """Tensors that came in part, and those that wait for others which get their scales with them."""
-        partial = [name for name, count in self.arrived.items() if count < math.prod(self._entries[name].shape)]
+        partial = [name for name, count in self.arrived.items() if count < self._needed(name)]
+        partial += [name for name, buffered in self._buffers.items() if not buffered.is_complete]
+        together = [name for name, buffered in self._buffers.items() if buffered.is_complete]
         waiting = [entry.name for held in self._held.values() for entry, _ in held]
-        return [f"the rest of {name}" for name in partial] + [
-            f"what has one scale with {name}" for name in dict.fromkeys(waiting)
+        return [
+            *(f"the rest of {name}" for name in partial),
+            *(f"what is computed together with {name}" for name in together),
+            *(f"what has one scale with {name}" for name in dict.fromkeys(waiting)),
         ]
 
     def absent(self, names: Iterable[TensorEntry]) -> list[str]:
         """Those of some tensors that did not come."""
-        return [entry.name for entry in names if self.arrived.get(entry.name, 0) < math.prod(entry.shape)]
+        return [entry.name for entry in names if self.arrived.get(entry.name, 0) < self._needed(entry.name)]
 
     def regions(self) -> dict[str, list[Region]]:
         """What was written, or begun to be."""
         touched: dict[str, list[Region]] = {}
-        for name in self.arrived:
+        for name in (name for name, count in self.arrived.items() if count):
             for span in self._spans.get(name, ()):
                 touched.setdefault(span.parameter, []).append(span.region)
             for target in targets(self._draft.mapped, self._whole[name]) if name in self._whole else ():
@@ -169,7 +182,9 @@ class Arrivals:
                 f"{name} is neither a tensor of the checkpoint that the model was loaded from nor a parameter of it"
             )
         self._spans[name] = routes.spans.get(name, [])
-        self._entries[name] = TensorEntry(name, parameter.dtype, tuple(parameter.shape), 0, 0, parameter.nbytes)
+        shape = own_shape(self._draft, name)
+        nbytes = math.prod(shape) * parameter.dtype.itemsize
+        self._entries[name] = TensorEntry(name, parameter.dtype, shape, 0, 0, nbytes)
 
     def _complete(self, entry: TensorEntry) -> None:
         """All of a tensor that had to be gathered is there."""
@@ -181,7 +196,7 @@ class Arrivals:
             self._deliver(entry, parts)
             return
         names = conversion.names()
-        if any(self.arrived.get(name) != math.prod(self._entries[name].shape) for name in names):
+        if any(self.arrived.get(name) != self._needed(name) for name in names):
             return
         tensors = {name: self._buffers.pop(name).tensor for name in names}
         entries = [self._entries[name]._replace(dtype=tensors[name].dtype) for name in names]
@@ -219,7 +234,17 @@ class Arrivals:
         return all(piece.sink.scales_are_local(piece.region) for piece in pieces(part, self._chunk_bytes))
 
     def _observe(self, entry: TensorEntry, parts: Iterable[Landed]) -> None:
-        self._run([_call(entry, piece, observe=True) for part in parts for piece in pieces(part, self._chunk_bytes)])
+        """See the maxima of parts: matrix after matrix, as the ranks exchange those that they divide in one order."""
+        for of_matrix in self._by_matrix(parts):
+            self._run([_call(entry, each, observe=True) for each in of_matrix])
+
+    def _by_matrix(self, parts: Iterable[Landed]) -> Iterable[list[Landed]]:
+        """The pieces of parts, those that get their scales together in one list where ranks divide the model."""
+        found: dict[Hashable, list[Landed]] = {}
+        for part in parts:
+            key = _scales(part) if self._draft.rank_plan.ranks > 1 else None
+            found.setdefault(key, []).extend(pieces(part, self._chunk_bytes))
+        return found.values()
 
     def _load(self, entry: TensorEntry, parts: Iterable[Landed]) -> None:
         self._run([_call(entry, piece, observe=False) for part in parts for piece in pieces(part, self._chunk_bytes)])
@@ -263,6 +288,10 @@ class Arrivals:
             self._held[key] = [(held, part) for held, part in self._held[key] if held.name != entry.name]
             for held, part in self._held[key]:
                 self._observe(held, [part])
+
+
+def _numel(parts: Iterable[Landed]) -> int:
+    return sum(part.region.numel for part in parts)
 
 
 def _scales(part: Landed) -> Hashable:

@@ -22,6 +22,12 @@ class Buffered:
         self.name = entry.name
         self.tensor = torch.empty(entry.shape, dtype=first.dtype)
         self._boxes: list[_Box] = []
+        self._left = self.tensor.numel()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it came."""
+        return self._left == 0
 
     def put(self, part: Tensor, start: Sequence[int] | None) -> None:
         """Take a part; raises `RepeatedRegionError` where it overlaps with another."""
@@ -31,6 +37,7 @@ class Buffered:
             raise RepeatedRegionError(f"{self.name}: a part of shape {tuple(part.shape)} at {start} came twice")
         self._boxes.append(box)
         self.tensor[tuple(slice(*interval) for interval in box)].copy_(part)
+        self._left -= part.numel()
 
 
 def _meet(one: _Box, two: _Box) -> bool:

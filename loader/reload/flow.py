@@ -29,6 +29,7 @@ from ..pieces.plain import plan_pieces
 from ..plan import LoadPlan, loaded_parameters, plan_load
 from ..progress import Progress, showing
 from ..quantized_model import QuantizedModel
+from ..ranks.alone import Alone, RankSizes
 from ..recording import Recorder, tensor_bytes
 from .adapters import LoraAdapter, merge_adapter
 from .alone import alone
@@ -64,6 +65,9 @@ def reload_weights(
     meanwhile. Raises a `QuantloadError`: `PolicyError` where the new weights would not be what the model has memory
     for, before anything is written. Where something was, `model.load_report.state` is `incomplete` and the forward of
     the model raises `IncompleteModelError` until another reload has brought what is missing.
+
+    A model that is divided among ranks is reloaded by all of them at once: each calls this with the same arguments, and
+    reads, or takes of the tensors, what is its own. What fails on one is a `RankError` on the others.
     """
     if adapter is not None and not isinstance(adapter, LoraAdapter):
         adapter = LoraAdapter.read(adapter)
@@ -78,7 +82,12 @@ def reload_weights(
         ):
             update.load(TensorsOf(checkpoint, update.chunk_bytes))
             return update.finish()
-    with alone(model) as settings, resolved(source, revision) as checkpoint:
+    with (
+        alone(model) as settings,
+        settings.ranks.quiet(),
+        settings.ranks.loading(),
+        resolved(source, revision) as checkpoint,
+    ):
         return _from_checkpoint(model, checkpoint, settings, adapter, progress)
 
 
@@ -105,7 +114,7 @@ def _from_checkpoint(
     progress: Progress | bool | None,
 ) -> LoadReport:
     planned: list[MemoryPlan] = []
-    options = replace(settings.options, cache=None)
+    options, ranks = replace(settings.options, cache=None), settings.ranks
     with surroundings(model, options.stats, progress, planned) as recorder:
         recorder.begin("plan")
         storage = HeldStorage(next(model.parameters()).device)
@@ -120,16 +129,20 @@ def _from_checkpoint(
             settings.trust_remote_code,
             plan=planner,
             building=LivingModel(model),
+            ranks=ranks,
             begin=recorder.begin,
         )
         recorder.begin("check")
-        planned.append(draft.plan.memory)
-        check_budget(draft.plan.memory, options.max_memory)
+        memory = draft.plan.memory
+        planned.append(memory)
+        of_host = ranks.of_host(memory)
+        check_budget(of_host if options.memory_scope == "host" else memory, options.max_memory)
         bind(draft.model, model, draft.loaders)
         _warn_of_config(model, checkpoint)
+        ranks.expect(draft.plan.observed)
+        ranks.any("planned", True)  # nobody begins to write before all of them can
         refuse_forward(model, f"the reload of {checkpoint.model_id} did not come to its end", None)
-        totals = _read(draft, checkpoint, planner.compared, recorder, options)
-        recorder.begin("finish")
+        totals = _read(draft, checkpoint, planner.compared, recorder, options, ranks)
         recorder.begin("finish")
         fill_tied(draft.model, model, draft.mapped.missing)
         report = recorder.report(
@@ -140,12 +153,17 @@ def _from_checkpoint(
             tensor_bytes,
             None,
             draft.non_finite(),
+            ranks.numbers,
         )
+        sizes = RankSizes(totals.bytes_read, report.final_bytes, report.peak_bytes)
+        all_sizes = ranks.reloaded(draft.rank_plan, model, sizes)
+        if all_sizes:
+            report.note_ranks(all_sizes, draft.replicated_bytes)
         if options.digest:
             report.digest, report.digest_seconds = model_digest(model, options.worker_count())
     allow_forward(model)
     model.load_report, model.load_plan = report, draft.plan.memory
-    remember(model, draft, settings.options, settings.trust_remote_code)
+    remember(model, draft, settings.options, settings.trust_remote_code, ranks)
     return report
 
 
@@ -196,10 +214,15 @@ class _Planner:
 
 
 def _read(
-    draft: Draft, checkpoint: Checkpoint, compared: list[Piece], recorder: Recorder, options: LoadOptions
+    draft: Draft,
+    checkpoint: Checkpoint,
+    compared: list[Piece],
+    recorder: Recorder,
+    options: LoadOptions,
+    ranks: Alone,
 ) -> ReadTotals:
     """Fill the model behind a draft."""
-    with NoCache(checkpoint, options, recorder.on_layer).reading(draft) as reading:
+    with NoCache(checkpoint, options, recorder.on_layer, ranks).reading(draft) as reading:
         recorder.expect(draft.plan, draft.assignments)
         reader = PieceReader(
             reading.source,
@@ -208,6 +231,7 @@ def _read(
             chunk_bytes=draft.plan.chunk_bytes,
             staging_bytes=draft.plan.memory.staging_bytes,
             device=draft.schemes.device,
+            cancel=ranks.cancel,
             on_progress=recorder.on_bytes,
         )
         with reader:

@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoint.headers import TensorEntry
 from ..options import LoadOptions, QuantizationPolicy
+from ..ranks.alone import ALONE, Alone
 
 _Kind = tuple[torch.dtype, tuple[int, ...]]
 
@@ -68,3 +69,5 @@ class LoadSettings:
     tensors: TensorNames
     unused: TensorNames
     is_kept_as_stored: bool
+    ranks: Alone = ALONE
+    """Those that the model is divided among, as a reload asks them."""

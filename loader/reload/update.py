@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.reader import ReadTotals
-from ..errors import MissingWeightsError, PolicyError
+from ..errors import LoadCancelledError, MissingWeightsError, PolicyError, RankError
 from ..geometry.regions import RegionTracker
 from ..interrupts import interrupt_kept
 from ..memory.budget import memory_running_out
@@ -22,6 +22,7 @@ from ..model.leftovers import some
 from ..online.weight_loader import OnlineWeightLoader
 from ..plan import loaded_parameters
 from ..quantized_model import QuantizedModel
+from ..ranks.alone import RankSizes
 from ..recording import Recorder, tensor_bytes
 from .adapters import LoraAdapter, merge_adapter
 from .alone import alone
@@ -36,6 +37,9 @@ Given = tuple[str, Tensor] | tuple[str, Tensor, Sequence[int]]
 index of its first element."""
 
 
+GIVEN_UP = "an update was given up before it was finished"
+
+
 class WeightUpdate:
     """An update of a model's weights that is announced, brought in any number of steps, and finished.
 
@@ -43,6 +47,10 @@ class WeightUpdate:
     added. From the first tensor on until `finish`, `model.load_report.state` is `incomplete` and the model's forward
     raises. Used as a context manager, it is given up where `finish` was not called. Not thread-safe, but its calls may
     come from different threads.
+
+    The ranks of a model that is divided among them announce, bring and finish an update together: each gets the same
+    tensors, of which those that are not its own may be left out, and for scales that ranks share in the same order.
+    An update of theirs that fails leaves the model incomplete on all ranks, as none knows what others have written.
     """
 
     def __init__(
@@ -56,16 +64,19 @@ class WeightUpdate:
         self._model: Any = model
         self._adapter, self._adapted = adapter, set[str]()
         self._partial, self._label = partial, label
-        self._held = contextlib.ExitStack()
+        self._held, self._is_open = contextlib.ExitStack(), False
         with contextlib.ExitStack() as held:
             self._settings = held.enter_context(alone(model))
+            self._ranks = self._settings.ranks
             if self._settings.is_kept_as_stored:
                 raise PolicyError(
                     "the model has weights as its quantized checkpoint stores them, which are not made of values; "
                     "reload it from a checkpoint like that one"
                 )
+            held.enter_context(self._ranks.loading())
             self._begin(held)
-            self._held = held.pop_all()
+            self._ranks.any("planned", True)  # nobody begins to write before all of them can
+            self._held, self._is_open = held.pop_all(), True
 
     def _begin(self, held: contextlib.ExitStack) -> None:
         model, settings = self._model, self._settings
@@ -97,10 +108,13 @@ class WeightUpdate:
         What is handed over may be overwritten once the next is asked for. Whatever is raised gives the update up.
         """
         given: Iterable[Given] = tensors.items() if isinstance(tensors, Mapping) else tensors
+        self._check_open()
         with self._giving_up(), _calm():
+            self._ranks.check()
             if iter(given) is not given and scales_reach_over_rows(self._draft.loaders.sinks.values()):
                 self._arrivals.first_pass(_parts(given))
             for name, tensor, start in _parts(given):
+                self._ranks.check()
                 self._arrivals.take(name, tensor, start)
                 self._recorder.on_bytes(self._arrivals.bytes)
 
@@ -110,18 +124,21 @@ class WeightUpdate:
         Raises `MissingWeightsError` for what has not come: of tensors that came in part, of those that get one scale
         with one that came, and of all others unless the update is partial.
         """
-        with self._giving_up(), _calm():
+        self._check_open()
+        with self._giving_up(), _calm(), self._ranks.quiet():
             self._twins.fill()
             self._check()
             self._layers.close()
             report = self._report()
-        self._held.close()
+            broken = self._still_broken()
+            is_broken = self._ranks.any("broken", broken is None or bool(broken))
+            self._is_open = False
+            self._held.close()
         self._is_marked = False
-        broken = self._still_broken()
         allow_forward(self._model)
         self._model.load_report = report
-        if broken is None or broken:
-            left = "all of it" if broken is None else some(broken)
+        if is_broken:
+            left = "all of it" if broken is None else some(broken) if broken else "what another rank lacks"
             refuse_forward(
                 self._model, f"an update before this one had failed, and this one did not bring {left}", broken
             )
@@ -129,9 +146,9 @@ class WeightUpdate:
 
     def abort(self) -> None:
         """Give the update up: what was written stays, and the model is incomplete."""
-        self._held.close()
-        if self._is_marked:
-            self._mark("an update was given up before it was finished")
+        if self._is_open:
+            with contextlib.suppress(LoadCancelledError, RankError), self._giving_up():
+                raise LoadCancelledError(GIVEN_UP)
 
     def __enter__(self) -> Self:
         return self
@@ -140,6 +157,11 @@ class WeightUpdate:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+
+    def _check_open(self) -> None:
+        """Raise `PolicyError` for an update that has come to its end."""
+        if not self._is_open:
+            raise PolicyError("this update of weights was finished, has failed or was given up: begin another one")
 
     def _touch(self, parameter: str) -> None:
         """Something is about to be written to a parameter."""
@@ -151,7 +173,7 @@ class WeightUpdate:
     def _mark(self, reason: str) -> None:
         before = self._broken_before
         broken: Regions | None = None
-        if self._partial and before is not None:
+        if before is not None and (self._partial or not self._is_marked):
             broken = {name: list(regions) for name, regions in before.items()}
             for name, regions in self._arrivals.regions().items():
                 broken.setdefault(name, []).extend(regions)
@@ -159,15 +181,25 @@ class WeightUpdate:
 
     @contextlib.contextmanager
     def _giving_up(self) -> Iterator[None]:
-        """What fails inside is the end of the update."""
+        """What fails inside is the end of the update, also for other ranks, or because of one."""
         try:
-            yield
+            with self._ending():
+                yield
         except BaseException as error:
-            self._held.close()
-            if self._is_marked:
-                self._mark(f"an update failed: {error}")
+            if self._is_marked or self._ranks.ranks > 1:
+                self._mark(str(error) if isinstance(error, LoadCancelledError) else f"an update failed: {error}")
                 self._is_marked = False
             raise
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """What fails inside ends what the update runs in."""
+        try:
+            yield
+        except BaseException:
+            self._is_open = False
+            with self._held:
+                raise
 
     def _check(self) -> None:
         """Raise `MissingWeightsError` for what has to come and has not."""
@@ -192,8 +224,13 @@ class WeightUpdate:
         fill_tied(draft.model, model, draft.mapped.missing)
         totals = ReadTotals(self._arrivals.bytes, 0.0, 0)
         report = self._recorder.report(
-            self._label, draft.rules.name, totals, tensor_bytes(model), tensor_bytes, None, draft.non_finite()
-        )
+            self._label, draft.rules.name, totals, tensor_bytes(model), tensor_bytes, None, draft.non_finite(),
+            self._ranks.numbers,
+        )  # fmt: skip
+        sizes = RankSizes(totals.bytes_read, report.final_bytes, report.peak_bytes)
+        all_sizes = self._ranks.reloaded(draft.rank_plan, model, sizes)
+        if all_sizes:
+            report.note_ranks(all_sizes, draft.replicated_bytes)
         if not self._partial:
             return report
         new = {layer.name: layer for layer in report.layers if layer.name in self._layers.finished}

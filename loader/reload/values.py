@@ -48,6 +48,7 @@ def draft_values(model: Any, settings: LoadSettings, storage: HeldStorage, on_la
         settings.trust_remote_code,
         plan=_plan,
         building=living,
+        ranks=settings.ranks,
         index=CheckpointIndex((), entries, total, {}),
     )
 
@@ -58,10 +59,24 @@ def _plan(*drafted: Any) -> LoadPlan:
 
 
 def own_routes(draft: Draft, parameter: str) -> Routes:
-    """The routes of a tensor that is called as the parameter it goes to, and shaped as it is without quantization."""
+    """The routes of a tensor that is called as the parameter it goes to, and shaped as it is without quantization.
+
+    Of a parameter that ranks divide that is the whole of it.
+    """
     tensor = draft.mapped.shapes.tensors[parameter]
     conversion = Conversion(parameter, None)
     conversion.add(None, [parameter])
-    coordinates = Coordinates.of(0, tensor.shape, tensor.dtype)
+    coordinates: Any = Coordinates.of(0, own_shape(draft, parameter), tensor.dtype)
+    share = draft.rank_plan.shares.get(parameter)
+    if share is not None:
+        coordinates = share.of(coordinates)
     alone = replace(draft.mapped, coordinates={parameter: (coordinates, conversion)}, not_expressible=[])
     return build_routes(alone, draft.loaders.landing)
+
+
+def own_shape(draft: Draft, parameter: str) -> tuple[int, ...]:
+    """The shape of a parameter without quantization, of all ranks together."""
+    shape, share = tuple(draft.mapped.shapes.tensors[parameter].shape), draft.rank_plan.shares.get(parameter)
+    if share is None:
+        return shape
+    return (*shape[: share.dim], share.size, *shape[share.dim + 1 :])

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from quantload import LoadOptions, QuantizationPolicy
+from quantload import LoadOptions, QuantizationPolicy, QuantloadError
 from quantload.checkpoint.crew import leave_if_stopping
 from quantload.draft import FROM_CONFIG
 from quantload.geometry.shares import Share
 from quantload.load import load_into
 from quantload.model.parallel_plan import RankPlan
+from quantload.ranks.again import Again
 from quantload.ranks.alone import RankSizes
 from quantload.ranks.divided import Divided
 from quantload.schemes.opaque import plain
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 
 class Meeting:
@@ -27,6 +29,7 @@ class Meeting:
 
     def __init__(self, ranks: int) -> None:
         self._ranks, self._failed = ranks, False
+        self.store = HashStore()
         self._seen: dict[str, list[list[Tensor]]] = {}
         self._came = threading.Condition()
 
@@ -50,11 +53,13 @@ class Meeting:
 
 
 class Pretended(Divided):
-    """One of them."""
+    """One of them; new weights of its model are given to all at once, as to ranks that are processes."""
 
     plan: RankPlan
 
     def __init__(self, rank: int, ranks: int, expert_parallel: bool, meeting: Meeting) -> None:
+        self._meeting = meeting
+
         def exchange(key: Hashable, maxima: Sequence[Tensor]) -> None:
             meeting.exchange(self.called([key])[0], maxima)  # type: ignore[list-item]
 
@@ -63,6 +68,10 @@ class Pretended(Divided):
     def loaded(self, plan: RankPlan, model: Any, sizes: RankSizes) -> list[RankSizes]:
         self.plan = plan
         return [sizes]
+
+    def again(self) -> Again:
+        meeting = self._meeting
+        return Again(self.rank, self.ranks, self._expert_parallel, lambda: meeting.store, f"pretended {id(meeting)}")
 
 
 def load_ranks(
@@ -85,6 +94,19 @@ def load_ranks(
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(load, range(ranks)))
+
+
+def on_all(parts: Sequence[tuple[Any, RankPlan]], body: Callable[[Any, int], Any]) -> list[Any]:
+    """What each rank makes of its model and its number, or the error that it raises."""
+
+    def run(rank: int) -> Any:
+        try:
+            return body(parts[rank][0], rank)
+        except QuantloadError as error:
+            return error
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(run, range(len(parts))))
 
 
 def assert_slices(whole: Any, parts: Sequence[tuple[Any, RankPlan]]) -> None:

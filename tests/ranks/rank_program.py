@@ -1,11 +1,13 @@
 """One rank of a test: loads its part of a model, computes with the others, and writes down what it found.
 
 The arguments are the rank, how many there are, a file to meet at, a file to write, and a JSON object with `path`,
-`scheme`, `expert_parallel`, a prompt (`ids`), and what is to go wrong (`fails`: on the second rank).
+`scheme`, `expert_parallel`, a prompt (`ids`), other weights to be given to the model (`reloads`), and what is to go
+wrong (`fails`: on the second rank).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from quantload import LoadOptions, QuantloadError, load_quantized
+from quantload import LoadOptions, QuantloadError, load_quantized, reload_weights
 
 DIES_AFTER = 2 << 20
 
@@ -45,6 +47,9 @@ def main() -> dict[str, Any]:
         model = _load(said, rank)
     except QuantloadError as error:
         return {"error": type(error).__name__, "message": str(error)}
+    for path in said.get("reloads", ()):
+        with contextlib.suppress(QuantloadError):  # the first of them may be damaged
+            reload_weights(model, path, progress=False)
     ids = torch.tensor(said["ids"])
     with torch.no_grad():
         made = model.generate(ids, max_new_tokens=said["tokens"], do_sample=False, eos_token_id=None, pad_token_id=0)

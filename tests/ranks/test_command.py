@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
+import re
 import subprocess
 import sys
 import time
@@ -71,15 +71,11 @@ def test_one_rank_prints_what_both_generate() -> None:
 
 
 def test_one_rank_answers_for_both(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [*TORCHRUN, "-m", "quantload", "serve", "-q", "quark_mxfp4", "--port", str(port)]
-    with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+    command = [*TORCHRUN, "-m", "quantload", "serve", "-q", "quark_mxfp4", "--port", "0"]
+    path = tmp_path / "log"
+    with path.open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
-            while server.poll() is None and not _is_ready(url):
-                time.sleep(0.5)
+            url = _url(server, path)
             answer = httpx.post(
                 f"{url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 12, "temperature": 0}, timeout=300
             )
@@ -87,17 +83,17 @@ def test_one_rank_answers_for_both(tmp_path: Path) -> None:
         finally:
             server.terminate()
             server.wait(300)
-        log.seek(0)
-        assert log.read().count("Serving quantload-demo at") == 1
+    assert path.read_text().count("Serving quantload-demo at") == 1
     assert answer.json()["choices"][0]["text"] == _text_of_one_process()
     assert 'quantload_rank_bytes_read{rank="1"}' in metrics
 
 
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=300).status_code == 200
-    except httpx.ConnectError:
-        return False
+def _url(server: subprocess.Popen[bytes], log: Path) -> str:
+    """Where a server answers, as soon as its log says so."""
+    while (said := re.search(r"Serving quantload-demo at (\S+)", log.read_text())) is None:
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.2)
+    return said[1]
 
 
 def _text_of_one_process() -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from new_weights import changed_copy
 from processes import run_ranks
 from quantload import load_quantized
 from quantload.cli import DEMO_MODEL
@@ -44,6 +45,22 @@ def test_two_ranks_generate_what_one_process_does_and_read_their_own_parts(tmp_p
     reports = [each["report"] for each in found if each]
     assert [report["rank"] for report in reports] == [0, 1]
     assert reports[0]["rank_bytes_read"] == [report["bytes_read"] for report in reports]
+
+
+@pytest.mark.slow
+def test_ranks_compute_with_new_weights_also_after_a_reload_that_failed(tmp_path: Path) -> None:
+    old, scheme = folder("gpt_oss", tmp_path), "fp8_per_channel"
+
+    def with_nan(each: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        if each == "model.layers.0.self_attn.o_proj.weight":
+            tensor[1, -1] = torch.nan  # a column of the second rank
+        return tensor
+
+    bad, new = changed_copy(old, tmp_path / "bad", with_nan), changed_copy(old, tmp_path / "new")
+    ids = [list(range(8, 20))]
+    found = run_ranks(2, tmp_path, path=str(old), scheme=scheme, ids=ids, tokens=4, reloads=[str(bad), str(new)])
+    assert_same_model(load_quantized(new, scheme, progress=False), found, ids, tokens=4)
 
 
 @pytest.mark.slow

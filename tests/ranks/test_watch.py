@@ -5,17 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import pytest
 from quantload.errors import LoadCancelledError, RankError
+from quantload.ranks import watch as watch_module
 from quantload.ranks.watch import Watch
 from torch._C._distributed_c10d import HashStore
 
 
-def together(first: object, second: object) -> list[BaseException | None]:
+def together(first: object, second: object, store: HashStore | None = None) -> list[BaseException | None]:
     """What two ranks that do these things raise."""
-    store = HashStore()
+    store = store or HashStore()
 
     def rank(number: int, body: object) -> BaseException | None:
         try:
@@ -69,6 +72,52 @@ def test_an_error_of_its_own_is_no_other_rank_s() -> None:
         raise ValueError("mine")
 
     assert [str(error) for error in together(fail, fail)] == ["mine", "mine"]
+
+
+def test_an_error_of_its_own_stays_what_it_is_whatever_happened_elsewhere() -> None:
+    def fail(watch: Watch) -> None:
+        assert watch.cancel.wait(60)
+        raise ValueError("mine")
+
+    def fail_first(_: Watch) -> None:
+        raise OSError("the disk is gone")
+
+    assert [str(error) for error in together(fail, fail_first)] == ["mine", "the disk is gone"]
+
+
+class SlowToFail:
+    """A store in which what is said of a failure can be read long before whoever said it goes on."""
+
+    def __init__(self) -> None:
+        self._real = HashStore()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def set(self, key: str, value: str) -> None:
+        self._real.set(key, value)
+        if key == "failed":
+            time.sleep(0.1)
+
+
+def test_a_rank_does_not_take_its_own_failure_for_another_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "POLL_SECONDS", 0.001)
+    watch = Watch(cast(Any, SlowToFail()), 0, 1)
+    with pytest.raises(LoadCancelledError, match="mine"), watch.explaining(), watch:
+        raise LoadCancelledError("mine")
+    assert watch.trouble is None
+
+
+def test_what_is_exchanged_and_said_is_not_kept() -> None:
+    heard, store = {}, HashStore()
+
+    def say(watch: Watch) -> None:
+        rank = watch._rank
+        heard[rank] = [watch.exchange("maxima", bytes([rank, 0, 255])), watch.gather("read", rank)]
+
+    assert together(say, say, store) == [None, None]
+    assert heard == {0: [[bytes([1, 0, 255])], [0, 1]], 1: [[bytes([0, 0, 255])], [0, 1]]}
+    assert store.num_keys() == 0
 
 
 def test_a_rank_that_was_killed_is_noticed() -> None:

@@ -137,6 +137,7 @@ def load_into(
         resolved(model_id, revision) as checkpoint,
     ):
         recorder.begin("plan")
+        recorder.name(checkpoint.model_id, str(quantization))
         is_dummy = weights == "dummy"
         index = index_without_files(checkpoint, trust_remote_code) if is_dummy else None
         policy, options, fitted = _with_schemes_that_fit(

@@ -27,6 +27,7 @@ from .phases import Phases
 from .plan import LoadPlan
 from .progress import Moment, Progress, watcher_of
 from .schemes.registry import PREQUANTIZED
+from .spans import LoadSpans
 
 logger = logging.getLogger("quantload")
 SECONDS_A_LINE = 10.0
@@ -59,10 +60,11 @@ class Expected:
 class Recorder:
     """Follows the memory of one load, collects its layers, writes its log lines and its report.
 
-    `progress(bytes_read, bytes_total)` is called in the caller's thread about ten times a second.
+    `progress(bytes_read, bytes_total)` is called in the caller's thread about ten times a second. `doing` is what the
+    load is called in traces: `load`, `reload` or `convert`.
     """
 
-    def __init__(self, device: torch.device, stats: bool, progress: Progress | None) -> None:
+    def __init__(self, device: torch.device, stats: bool, progress: Progress | None, doing: str = "load") -> None:
         self._device = device
         self._stats = stats
         self._progress = progress
@@ -76,6 +78,7 @@ class Recorder:
         self._allowed: tuple[int | None, int | None] = None, None
         self._predicted_peak = 0
         self._phases = Phases()
+        self._spans = LoadSpans(doing)
         self._shown = bool(getattr(progress, "shown", False))
         self._next_line = SECONDS_A_LINE
         _check_usable(device)
@@ -86,8 +89,9 @@ class Recorder:
         self.ledger.start()
         try:
             self.begin("resolve")
-        except BaseException:  # who watches may cancel a load before it has begun
+        except BaseException as error:  # who watches may cancel a load before it has begun
             self.ledger.stop()
+            self._spans.end(error)
             raise
         return self
 
@@ -96,6 +100,11 @@ class Recorder:
     ) -> None:
         self.ledger.stop()
         self._phases.end()
+        self._spans.say(
+            device=str(self._device), bytes_read=self.ledger.bytes_read, peak_bytes=self.ledger.peak_bytes,
+            predicted_peak_bytes=self._predicted_peak,
+        )  # fmt: skip
+        self._spans.end(error)
         if error is not None:
             if isinstance(error, QuantloadError):
                 error.attempt = Attempt(
@@ -106,9 +115,14 @@ class Recorder:
     def begin(self, phase: str) -> None:
         """Another part of the load begins, one of `PhaseReport`."""
         self._phases.begin(phase)
+        self._spans.begin(phase)
         self.ledger.record(self.ledger.bytes_read)
         if self._watcher is not None:
             self._watcher.watch(self.moment())
+
+    def name(self, model: str, quantization: str) -> None:
+        """What is loaded, as traces call it."""
+        self._spans.say(model=model, quantization=quantization)
 
     def allow(self, predicted_peak: int, limit_bytes: int | None, available_bytes: int | None = None) -> None:
         """What the load was predicted to take, what the caller allows it, and what the machine has for it."""

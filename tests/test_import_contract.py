@@ -103,7 +103,8 @@ FLOORS: dict[str, Floor] = {
     "planning": Floor(f"{GROUND} draft fit_policy", "a load asked for its plan alone"),
     "fitting": Floor(f"{GROUND} memory model draft scheme_peaks", "what a draft finds on this machine"),
     "phases": Floor("memory", "a clock"),
-    "recording": Floor(f"{GROUND} checkpoint memory schemes model plan phases", "says what a load did"),
+    "spans": Floor("memory", "tells a tracer that others have imported"),
+    "recording": Floor(f"{GROUND} checkpoint memory schemes model plan phases spans", "says what a load did"),
     "convert": Floor(
         f"{GROUND} {KERNELS} geometry checkpoint memory schemes online model pieces plan draft recording "
         "expected_loss fit_room fit_policy",

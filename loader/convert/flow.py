@@ -117,7 +117,7 @@ def convert_checkpoint(
         interrupt_kept(),
         memory_running_out(planned),
         showing(progress, "converting") as told,
-        Recorder(CPU, options.stats, told) as recorder,
+        Recorder(CPU, options.stats, told, "convert") as recorder,
         resolved(model_id, revision) as checkpoint,
     ):
         small = _small_files(checkpoint)

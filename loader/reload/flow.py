@@ -103,7 +103,7 @@ def surroundings(
         stack.enter_context(interrupt_kept())
         stack.enter_context(memory_running_out(planned))
         told = stack.enter_context(showing(progress, "reloading"))
-        yield stack.enter_context(Recorder(device, options_stats, told))
+        yield stack.enter_context(Recorder(device, options_stats, told, "reload"))
 
 
 def _from_checkpoint(

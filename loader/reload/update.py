@@ -81,7 +81,7 @@ class WeightUpdate:
     def _begin(self, held: contextlib.ExitStack) -> None:
         model, settings = self._model, self._settings
         device = next(model.parameters()).device
-        self._recorder = held.enter_context(Recorder(device, settings.options.stats, None))
+        self._recorder = held.enter_context(Recorder(device, settings.options.stats, None, "reload"))
         self._layers = OpenLayers(self._recorder.on_layer, self._partial)
         with _calm():
             draft = draft_values(model, settings, HeldStorage(device), self._layers.on_layer, self._label)

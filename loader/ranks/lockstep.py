@@ -1,27 +1,29 @@
 """A model of several ranks behind one that is asked: every call of its forward is made by all of them.
 
 The first rank generates as one process would, and tells the others each call before it makes it. They hold a cache of
-attention for each one that the first has, which their own calls fill with what is theirs.
+attention for each one that the first has, which their own calls fill with what is theirs; what is done to a cache
+between two calls, as beams do, is told too. So is a task that is no forward, such as a reload of the weights.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import weakref
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from transformers import Cache
 
-from ..errors import RankError, UnsupportedCheckpointError
+from ..errors import QuantloadError, RankError, UnsupportedCheckpointError
 
-_Call = tuple[dict[str, Any], list[int]]
-"""Arguments of a forward, and the numbers of caches that are needed no longer."""
+logger = logging.getLogger("quantload")
 
-
+T = TypeVar("T")
 PASSED_ON = frozenset({"tokenizer"})
 """What `generate` hands on to a forward, which makes nothing of it."""
 
@@ -38,12 +40,36 @@ class _CacheNumber(int):
     """Stands for a cache that the other ranks know."""
 
 
+class _Forward(NamedTuple):
+    """A forward with these arguments; the caches of the numbers in `gone` are needed no longer."""
+
+    kwargs: dict[str, Any]
+    gone: list[int]
+
+
+class _Change(NamedTuple):
+    """What is done to a cache between forwards."""
+
+    number: int
+    method: str
+    args: tuple[Any, ...]
+
+
+class _Task(NamedTuple):
+    """What all ranks do at the same time."""
+
+    asked: Any
+
+
+_Told = _Forward | _Change | _Task | None
+_CHANGES = ("reorder_cache", "crop")
+"""Methods that `generate` calls on a cache."""
+
+
 def check_can_follow(model: Any) -> None:
     """Raise `UnsupportedCheckpointError` for a model that does more between its forwards than one rank can say."""
-    config = model.generation_config
-    beams = (getattr(config, "num_beams", None) or 1) > 1
-    if model.config.is_encoder_decoder or beams or model.device.type != "cpu":
-        what = "searches with beams" if beams else "is on a GPU" if model.device.type != "cpu" else "has an encoder"
+    if model.config.is_encoder_decoder or model.device.type != "cpu":
+        what = "is on a GPU" if model.device.type != "cpu" else "has an encoder"
         raise UnsupportedCheckpointError(
             f"this {type(model).__name__} {what}, which cannot be served by several ranks: serve it in one process, or "
             f"with an engine"
@@ -73,21 +99,53 @@ class Leader:
             if self._failure is None:
                 _tell(None)
 
+    def together(self, asked: Any, own: Callable[[], T]) -> T:
+        """What `own` returns, while the other ranks do what they make of `asked`."""
+        with self._lock:
+            self._check_same_point()
+            _tell(_Task(asked))
+            return own()
+
+    def _check_same_point(self) -> None:
+        if self._failure is not None:
+            raise RankError(f"the ranks are no longer at the same point: {self._failure}; start them again")
+
     def _lead(self, *args: Any, **kwargs: Any) -> Any:
         if args:
             raise TypeError("the forward of a model of several ranks takes its arguments by name")
         with self._lock:
-            if self._failure is not None:
-                raise RankError(f"the ranks are no longer at the same point: {self._failure}; start them again")
+            self._check_same_point()
             gone = [self._gone.popleft() for _ in range(len(self._gone))]
-            _tell(({name: self._told(name, value) for name, value in kwargs.items() if name not in PASSED_ON}, gone))
-            try:
-                return self._forward(**kwargs)
-            except BaseException as error:
-                self._failure = str(error) or type(error).__name__
-                raise
+            new: list[Cache] = []
+            said = {name: self._said(name, value, new) for name, value in kwargs.items() if name not in PASSED_ON}
+            _tell(_Forward(said, gone))
+            for cache in new:  # now that it was told as it is
+                self._follow_changes(cache)
+            return self._run(lambda: self._forward(**kwargs))
 
-    def _told(self, name: str, value: Any) -> Any:
+    def _run(self, work: Callable[[], T]) -> T:
+        """What the others do, too; where it fails here, the ranks are no longer at the same point."""
+        try:
+            return work()
+        except BaseException as error:
+            self._failure = str(error) or type(error).__name__
+            raise
+
+    def _follow_changes(self, cache: Cache) -> None:
+        """Have a cache tell what is done to it; it must not hold itself that way, as nobody would count it as gone."""
+        for method in _CHANGES:
+            if hasattr(cache, method):
+                setattr(cache, method, functools.partial(self._change, weakref.ref(cache), method))
+
+    def _change(self, reference: weakref.ref[Cache], method: str, *args: Any) -> None:
+        cache = reference()
+        assert cache is not None
+        with self._lock:
+            self._check_same_point()
+            _tell(_Change(self._numbers[cache], method, args))
+            self._run(lambda: getattr(type(cache), method)(cache, *args))
+
+    def _said(self, name: str, value: Any, new: list[Cache]) -> Any:
         if not isinstance(value, Cache):
             if not _is_plain(value):
                 raise RankError(f"a {type(value).__name__}, given as {name}, cannot be told to the other ranks")
@@ -97,18 +155,32 @@ class Leader:
             return _CacheNumber(number)
         self._known += 1
         self._numbers[value] = self._known
+        new.append(value)
         weakref.finalize(value, self._gone.append, self._known)
         return value
 
 
-def follow(model: Any) -> None:
-    """Make every call that the first rank makes, until it stops. Raises `RankError` where that is gone."""
+def follow(model: Any, do: Callable[[Any], None]) -> None:
+    """Make every call that the first rank makes, and `do` what else it asks, until it stops.
+
+    Raises `RankError` where that is gone. A `QuantloadError` of what else it asks is logged: the first rank has one
+    too, and answers with it.
+    """
     check_can_follow(model)
     caches: dict[int, Cache] = {}
     known = 0
     with torch.inference_mode():
-        while (call := _hear()) is not None:
-            kwargs, gone = call
+        while (told := _hear()) is not None:
+            if isinstance(told, _Task):
+                try:
+                    do(told.asked)
+                except QuantloadError as error:
+                    logger.error("What rank 0 asked of this rank failed: %s", error)
+                continue
+            if isinstance(told, _Change):
+                getattr(caches[told.number], told.method)(*told.args)
+                continue
+            kwargs, gone = told
             for number in gone:
                 caches.pop(number, None)
             for name, value in kwargs.items():
@@ -120,12 +192,12 @@ def follow(model: Any) -> None:
             model(**kwargs)
 
 
-def _tell(call: _Call | None) -> None:
-    dist.broadcast_object_list([call], src=0)
+def _tell(told: _Told) -> None:
+    dist.broadcast_object_list([told], src=0)
 
 
-def _hear() -> _Call | None:
-    heard: list[_Call | None] = [None]
+def _hear() -> _Told:
+    heard: list[_Told] = [None]
     try:
         dist.broadcast_object_list(heard, src=0)
     except RuntimeError as error:

@@ -20,6 +20,7 @@ from ..model.leftovers import some
 from ..model.routes import Routes
 from ..online.sink import InPlace
 from ..online.weight_loader import DirectWeightLoader, OnlineWeightLoader
+from ..ranks.alone import Alone
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:(?:\.[^.]+)?\.weight)?")
@@ -94,6 +95,15 @@ class LoraAdapter:
                 if re.match(rf"(.*\.)?({pattern})$", name):
                     scales[name] *= float(alpha) / float(config.get("lora_alpha", 8))
         return cls(adapter.pairs, scales)
+
+
+def check_undivided(adapter: object, ranks: Alone) -> None:
+    """Raise `PolicyError` where an adapter is to be added to a model that ranks divide."""
+    if adapter is not None and ranks.ranks > 1:
+        raise PolicyError(
+            f"an adapter is added to weights in one process, and this model is divided among {ranks.ranks}: reload it "
+            f"from weights that have the adapter in them"
+        )
 
 
 Index = tuple[slice, slice]

@@ -15,15 +15,21 @@ _reloading: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-@contextmanager
-def alone(model: Any) -> Iterator[LoadSettings]:
-    """What is remembered of a model's load, while nobody else reloads it; raises `PolicyError` where somebody does."""
+def settings_of(model: Any) -> LoadSettings:
+    """What is remembered of a model's load; raises `PolicyError` where nothing is."""
     settings = getattr(model, "load_settings", None)
     if not isinstance(settings, LoadSettings):
         raise PolicyError(
             f"{type(model).__name__} does not say how it was loaded; give the model that load_quantized returned, "
             f"without what was put around it"
         )
+    return settings
+
+
+@contextmanager
+def alone(model: Any) -> Iterator[LoadSettings]:
+    """What is remembered of a model's load, while nobody else reloads it; raises `PolicyError` where somebody does."""
+    settings = settings_of(model)
     with _lock:
         if model in _reloading:
             raise PolicyError("the model is being reloaded already; wait until that is finished")

@@ -31,8 +31,8 @@ from ..progress import Progress, showing
 from ..quantized_model import QuantizedModel
 from ..ranks.alone import Alone, RankSizes
 from ..recording import Recorder, tensor_bytes
-from .adapters import LoraAdapter, merge_adapter
-from .alone import alone
+from .adapters import LoraAdapter, check_undivided, merge_adapter
+from .alone import alone, settings_of
 from .folder import TensorsOf
 from .living import HeldStorage, LivingModel, allow_forward, bind, refuse_forward
 from .remember import remember
@@ -69,6 +69,8 @@ def reload_weights(
     A model that is divided among ranks is reloaded by all of them at once: each calls this with the same arguments, and
     reads, or takes of the tensors, what is its own. What fails on one is a `RankError` on the others.
     """
+    ranks = settings_of(model).ranks
+    check_undivided(adapter, ranks)
     if adapter is not None and not isinstance(adapter, LoraAdapter):
         adapter = LoraAdapter.read(adapter)
     if not isinstance(source, (str, Path, Checkpoint)):
@@ -76,12 +78,14 @@ def reload_weights(
             update.load(source)
             return update.finish()
     if partial:
-        with (
-            resolved(source, revision) as checkpoint,
-            WeightUpdate(model, partial=True, adapter=adapter, label=checkpoint.model_id) as update,
-        ):
-            update.load(TensorsOf(checkpoint, update.chunk_bytes))
-            return update.finish()
+        with ExitStack() as held:
+            with ranks.loading():  # a rank that cannot read it must not leave others in the update
+                checkpoint = held.enter_context(resolved(source, revision))
+                tensors = TensorsOf(checkpoint, settings_of(model).options.chunk_bytes)
+            update = WeightUpdate(model, partial=True, adapter=adapter, label=checkpoint.model_id)
+            with update:
+                update.load(tensors)
+                return update.finish()
     with (
         alone(model) as settings,
         settings.ranks.quiet(),

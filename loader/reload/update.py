@@ -24,7 +24,7 @@ from ..plan import loaded_parameters
 from ..quantized_model import QuantizedModel
 from ..ranks.alone import RankSizes
 from ..recording import Recorder, tensor_bytes
-from .adapters import LoraAdapter, merge_adapter
+from .adapters import LoraAdapter, check_undivided, merge_adapter
 from .alone import alone
 from .arriving import Arrivals
 from .layers import OpenLayers, scales_reach_over_rows
@@ -68,6 +68,7 @@ class WeightUpdate:
         with contextlib.ExitStack() as held:
             self._settings = held.enter_context(alone(model))
             self._ranks = self._settings.ranks
+            check_undivided(adapter, self._ranks)
             if self._settings.is_kept_as_stored:
                 raise PolicyError(
                     "the model has weights as its quantized checkpoint stores them, which are not made of values; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from .processors import check_processor
 from .request_log import RequestLogMode
 from .serve import serve
 from .served_kinds import why_not_served
-from .weights import WeightRoutes
+from .weights import WeightRoutes, reload_as_told
 
 logger = logging.getLogger("quantload")
 
@@ -81,7 +82,7 @@ def serve_model(
             )
         routes = WeightRoutes(reload_root, weight_updates, metrics)
     if tp is not None:
-        _check_ranks(continuous_batching is True, routes is not None)
+        _check_ranks(continuous_batching is True, weight_updates)
     if tp is not None or routes is not None:
         continuous_batching = False  # neither new weights nor other ranks can follow a batch
     checkpoint = resolve(model_id, revision)
@@ -104,7 +105,8 @@ def serve_model(
         )  # fmt: skip
 
     if launched().rank > 0:
-        follow(load_model(None))
+        model = load_model(None)
+        follow(model, functools.partial(reload_as_told, model))
         return
     leaders: list[Leader] = []
 
@@ -113,6 +115,8 @@ def serve_model(
             model = load_model(_Told(progress, metrics, cancel))
             if tp is not None:
                 leaders.append(Leader(model))
+                if routes is not None:
+                    routes.reload_together(leaders[0])
         except BaseException:
             metrics.on_failure(cancelled=cancel.is_set())
             raise
@@ -149,12 +153,12 @@ def serve_model(
             leader.stop()
 
 
-def _check_ranks(continuous_batching: bool, weights: bool) -> None:
+def _check_ranks(continuous_batching: bool, weight_updates: bool) -> None:
     """Raise `PolicyError` for what a model of several ranks cannot do."""
     here = launched()
-    if continuous_batching or weights:
-        option = "--continuous-batching" if continuous_batching else "--reload-root and --weight-updates"
-        raise PolicyError(f"{option} are for servers of one process; serve several ranks without, or use an engine")
+    if continuous_batching or weight_updates:
+        option = "--continuous-batching" if continuous_batching else "--weight-updates"
+        raise PolicyError(f"{option} is for servers of one process; serve several ranks without, or use an engine")
     if here.local_ranks < here.ranks:
         raise PolicyError(
             f"{here.ranks} ranks run on several hosts, {here.local_ranks} of them here; quantload serves with those of "

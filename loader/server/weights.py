@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -22,6 +23,9 @@ from starlette.routing import Route
 from ..errors import LoadCancelledError, PolicyError, QuantloadError
 from ..local_paths import local_path
 from ..memory.metrics import LoadMetrics
+from ..memory.report import LoadReport
+from ..progress import Progress
+from ..ranks.lockstep import Leader
 from ..reload.flow import reload_weights
 from ..reload.living import refusal
 from ..reload.packed import PackedTensors
@@ -46,6 +50,17 @@ _SHARED_NAME = re.compile(r"/?[A-Za-z0-9_.-]{1,200}")
 T = TypeVar("T")
 
 
+class Wanted(NamedTuple):
+    """What a request to `/reload` asks for."""
+
+    folder: Path
+    partial: bool
+    adapter: Path | None
+
+
+Reload = Callable[[Any, Wanted, Progress | bool], LoadReport]
+
+
 class WeightRoutes:
     """Which of the routes there are: `/reload` for checkpoints below `reload_root`, and with `updates` a trainer's.
 
@@ -59,11 +74,16 @@ class WeightRoutes:
             self.root = local_path(reload_root, "--reload-root", PolicyError).resolve()
             if not self.root.is_dir():
                 raise PolicyError(f"--reload-root is {str(reload_root)!r}, which is no folder")
+        self.reload: Reload = _reload
         self._exchange: _Exchange | None = None
+
+    def reload_together(self, leader: Leader) -> None:
+        """Have the other ranks of the model reload it, too."""
+        self.reload = functools.partial(_reload_together, leader)
 
     def routes(self, state: ServerState) -> list[Route]:
         """The routes, over the model of a server."""
-        exchange = self._exchange = _Exchange(state, self.root, self.metrics)
+        exchange = self._exchange = _Exchange(state, self)
         found = [] if self.root is None else [Route(RELOAD, exchange.reload, methods=["POST"])]
         if self.updates:
             found += [
@@ -82,8 +102,8 @@ class WeightRoutes:
 class _Exchange:
     """What the routes do."""
 
-    def __init__(self, state: ServerState, root: Path | None, metrics: LoadMetrics | None) -> None:
-        self._state, self._root, self._metrics = state, root, metrics
+    def __init__(self, state: ServerState, given: WeightRoutes) -> None:
+        self._state, self._given, self._root, self._metrics = state, given, given.root, given.metrics
         self._bodies = Bodies(2 * MOST_BYTES)
         self._update: WeightUpdate | None = None
         self._held = contextlib.AsyncExitStack()
@@ -108,11 +128,8 @@ class _Exchange:
 
         async with self._state.admission.drained():
             self._begin()
-            report = await self._do(
-                lambda: reload_weights(
-                    model, folder, partial=asked.get("partial", False), adapter=adapter, progress=progress
-                )
-            )
+            wanted = Wanted(folder, asked.get("partial", False), adapter)
+            report = await self._do(lambda: self._given.reload(model, wanted, progress))
             self._end("success")
         return JSONResponse({"message": "Weights reloaded", **_told(report, self._began)})
 
@@ -247,6 +264,21 @@ class _Exchange:
         except (OSError, RuntimeError, ValueError) as error:
             raise refused from error
         return folder
+
+
+def _reload(model: Any, wanted: Wanted, progress: Progress | bool) -> LoadReport:
+    return reload_weights(
+        model, wanted.folder, partial=wanted.partial, adapter=wanted.adapter, progress=progress
+    )  # fmt: skip
+
+
+def _reload_together(leader: Leader, model: Any, wanted: Wanted, progress: Progress | bool) -> LoadReport:
+    return leader.together(wanted, lambda: _reload(model, wanted, progress))
+
+
+def reload_as_told(model: Any, wanted: Wanted) -> None:
+    """What another rank than the first does with its part, when that reloads its own."""
+    _reload(model, wanted, False)
 
 
 def _from_shared(update: WeightUpdate, name: str) -> None:

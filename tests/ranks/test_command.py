@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import transformers
+from new_weights import changed_copy
 from quantload import load_quantized
 from quantload.cli import DEMO_MODEL
 from quantload.memory.report import LoadReport
@@ -70,36 +71,54 @@ def test_one_rank_prints_what_both_generate() -> None:
     assert stdout.endswith("\n")
 
 
-def test_one_rank_answers_for_both(tmp_path: Path) -> None:
-    command = [*TORCHRUN, "-m", "quantload", "serve", "-q", "quark_mxfp4", "--port", "0"]
+def test_one_rank_answers_for_both_with_beams_and_new_weights(tmp_path: Path) -> None:
+    model = changed_copy(DEMO_MODEL, tmp_path / "model", lambda _, tensor: tensor)
+    (model / "generation_config.json").write_text('{"eos_token_id": 0, "pad_token_id": 0, "num_beams": 2}')
+    changed_copy(DEMO_MODEL, tmp_path / "new")
+    changed_copy(DEMO_MODEL, tmp_path / "bad", lambda name, tensor: tensor * float("nan"))
+    (tmp_path / "key").write_text("secret")
+    command = [*TORCHRUN, "-m", "quantload", "serve", str(model), "-q", "fp8_per_tensor", "--port", "0"]
+    command += ["--reload-root", str(tmp_path), "--api-key-file", str(tmp_path / "key")]
     path = tmp_path / "log"
     with path.open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
             url = _url(server, path)
-            answer = httpx.post(
-                f"{url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 12, "temperature": 0}, timeout=300
-            )
-            metrics = httpx.get(f"{url}/metrics", timeout=300).text
+            with httpx.Client(base_url=url, timeout=300, headers={"authorization": "Bearer secret"}) as client:
+                texts = [_text(client)]
+                metrics = client.get("/metrics").text
+                bad = client.post("/reload", json={"checkpoint": "bad"})
+                refused = client.post("/v1/completions", json={"prompt": PROMPT})
+                new = client.post("/reload", json={"checkpoint": "new"})
+                texts.append(_text(client))
         finally:
             server.terminate()
             server.wait(300)
-    assert path.read_text().count("Serving quantload-demo at") == 1
-    assert answer.json()["choices"][0]["text"] == _text_of_one_process()
+    assert path.read_text().count("Serving ") == 1
+    folders = (model, tmp_path / "new")
+    assert texts == [_text_of_one_process(folder, "fp8_per_tensor", num_beams=2) for folder in folders]
+    assert [bad.status_code, refused.status_code, new.status_code] == [400, 503, 200]
     assert 'quantload_rank_bytes_read{rank="1"}' in metrics
 
 
 def _url(server: subprocess.Popen[bytes], log: Path) -> str:
     """Where a server answers, as soon as its log says so."""
-    while (said := re.search(r"Serving quantload-demo at (\S+)", log.read_text())) is None:
+    while (said := re.search(r"Serving \S+ at (\S+)", log.read_text())) is None:
         assert server.poll() is None, log.read_text()
         time.sleep(0.2)
     return said[1]
 
 
-def _text_of_one_process() -> str:
-    model: Any = load_quantized(DEMO_MODEL, "quark_mxfp4", progress=False)
+def _text(client: httpx.Client) -> str:
+    answer = client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 12, "temperature": 0})
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["text"]
+    return text
+
+
+def _text_of_one_process(folder: Path = DEMO_MODEL, scheme: str = "quark_mxfp4", **more: Any) -> str:
+    model: Any = load_quantized(folder, scheme, progress=False)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    made = model.generate(ids, max_new_tokens=12, do_sample=False)
+    made = model.generate(ids, max_new_tokens=12, do_sample=False, **more)
     text: str = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
     return text

@@ -144,7 +144,7 @@ def test_other_orders_are_an_error_where_scales_are_of_all_ranks(moe: tuple[Path
     assert incomplete(parts) == [True, True]
 
 
-def test_an_update_that_one_rank_gives_up_ends_that_of_all(moe: tuple[Path, Path]) -> None:
+def test_an_update_that_one_rank_gives_up_ends_that_of_all(moe: tuple[Path, Path], tmp_path: Path) -> None:
     from quantload.reload.update import WeightUpdate
 
     parts, tensors = load_ranks(moe[0], "quark_mxfp4", 2), tensors_of(moe[1])
@@ -155,6 +155,8 @@ def test_an_update_that_one_rank_gives_up_ends_that_of_all(moe: tuple[Path, Path
             if rank == 0:
                 update.finish()
 
+    with pytest.raises(PolicyError, match="an adapter is added to weights in one process"):
+        reload_weights(parts[0][0], tensors, adapter=tmp_path)
     found = on_all(parts, update)
     assert str(found[0]) == "rank 1 failed: an update was given up before it was finished"
     assert incomplete(parts) == [True, True]

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_compare import compare
 from .cli_generate import generate
 from .cli_groups import command_with_groups
 from .cli_logging import console, log_as_json, set_up_logging
@@ -117,6 +118,7 @@ def plan(
     with libraries():
         from .fitting import beside_peak, judge_draft
         from .planning import plan_fitted
+        from .scheme_warning import scheme_warning
 
     draft, fitted = plan_fitted(model_address(model, chosen.source), **arguments)
     modules = [
@@ -138,6 +140,7 @@ def plan(
         "verdict": verdict.to_dict(),
         "beside_the_peak": beside_peak(draft, chosen.fitting.context, chosen.fitting.requests or 1).to_dict(),
         "fit": None if fitted is None else fitted.to_dict(),
+        "scheme_warning": scheme_warning(draft),
     }
     if save_policy is not None:
         save_policy.write_text(json.dumps(asdict(draft.rules.policy), indent=1) + "\n")
@@ -152,6 +155,7 @@ def plan(
         raise typer.Exit(EXIT_BUDGET)
 
 
+app.command()(compare)
 app.command()(serve)
 app.command()(generate)
 

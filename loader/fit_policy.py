@@ -11,7 +11,6 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ from .checkpoint.index import CheckpointIndex
 from .checkpoint.resolve import Checkpoint
 from .draft import Draft, plan_draft
 from .errors import MemoryBudgetError, PolicyError
-from .expected_loss import ERRORS, Item, items_of, ladder
+from .expected_loss import ladder
+from .fit_choice import Choice, choice_of
 from .fit_room import Room, free_room
 from .memory.amounts import format_bytes
 from .memory.report import FitReport, FitRow
 from .options import LoadOptions, QuantizationPolicy, without_fit
-from .scheme_peaks import bytes_now, bytes_with
-from .schemes.registry import ENTRIES, SchemeFactory
+from .schemes.registry import ENTRIES
 
 logger = logging.getLogger("quantload")
 MOST_TRIES = 4
@@ -180,8 +179,7 @@ def choose(policy: QuantizationPolicy, schemes: Sequence[str], plan: Plan, room_
             f"nothing fits: with all modules in {schemes[0]}, the smallest, {room.of} is predicted to take "
             f"{format_bytes(least.nbytes)}, and fit is {format_bytes(room.size)}{room.because}"
         )
-    items = items_of(least.draft, policy)
-    choice = _Choice(policy, schemes, items, _sizes(least.draft, items, schemes))
+    choice = choice_of(least.draft, policy, schemes)
     final, nbytes = least.final_bytes, least.nbytes
     tensors = len(least.draft.index.tensors)
     del least
@@ -200,96 +198,7 @@ def _has_mode(formats: Any, policy: QuantizationPolicy) -> bool:
     return all(policy.scale_mode in fmt.scale_modes for fmt in formats)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What there is to choose from: `sizes` has the bytes of each item in each scheme."""
-
-    policy: QuantizationPolicy
-    schemes: Sequence[str]
-    items: Sequence[Item]
-    sizes: Sequence[Sequence[int]]
-
-    def loss(self, levels: Sequence[int]) -> float:
-        """What is expected to be lost with so high a scheme for each item."""
-        return sum(item.loss * ERRORS[self.schemes[level]] for item, level in zip(self.items, levels, strict=True))
-
-    def more(self, levels: Sequence[int]) -> int:
-        """What items take more than with the smallest schemes, in bytes."""
-        return sum(sizes[level] - sizes[0] for sizes, level in zip(self.sizes, levels, strict=True))
-
-    def uniform(self) -> Iterator[list[int]]:
-        """One scheme for all items, the one that loses least first."""
-        for level in reversed(range(len(self.schemes))):
-            yield [level] * len(self.items)
-
-    def best(self, room: int) -> list[int]:
-        """The level of each item, within so many bytes more than the smallest schemes take."""
-        levels, left, closed = [0] * len(self.items), room, set()
-        for step in self._steps():
-            if step.item in closed or step.level != levels[step.item] + 1:
-                continue
-            if step.nbytes > left:
-                closed.add(step.item)
-                continue
-            levels[step.item], left = step.level, left - step.nbytes
-        return levels
-
-    def _steps(self) -> list[_Step]:
-        """All steps of all items, those first that save most for their bytes; of an item in the order of the ladder."""
-        found = []
-        for number, (item, sizes) in enumerate(zip(self.items, self.sizes, strict=True)):
-            for level, (below, above) in enumerate(pairwise(self.schemes), start=1):
-                saved = item.loss * (ERRORS[below] - ERRORS[above])
-                found.append(_Step(number, level, sizes[level] - sizes[level - 1], saved))
-        return sorted(found, key=lambda step: (-step.saved / max(step.nbytes, 1), step.item, step.level))
-
-    def as_policy(self, levels: Sequence[int]) -> QuantizationPolicy:
-        """The scheme of most modules, and overrides for the others."""
-        counts = [sum(each == level for each in levels) for level in range(len(self.schemes))]
-        most = max(range(len(self.schemes)), key=counts.__getitem__)
-        own = [
-            (name, self.schemes[level])
-            for item, level in zip(self.items, levels, strict=True)
-            if level != most
-            for name in item.names
-        ]
-        return replace(self.policy, linear=self.schemes[most], overrides=(*self.policy.overrides, *own))
-
-    def rows(self, levels: Sequence[int]) -> Iterator[FitRow]:
-        """What was chosen for a kind of module in a third of the layers."""
-        found: dict[tuple[str, str, str], tuple[int, int, float]] = {}
-        for item, sizes, level in zip(self.items, self.sizes, levels, strict=True):
-            key = item.kind, item.third, self.schemes[level]
-            modules, nbytes, loss = found.get(key, (0, 0, 0.0))
-            loss += item.loss * ERRORS[self.schemes[level]]
-            found[key] = modules + len(item.names), nbytes + sizes[level], loss
-        total = sum(loss for _, _, loss in found.values())
-        for key, (modules, nbytes, loss) in found.items():
-            yield FitRow(*key, modules, nbytes, loss / total if total else 0.0)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Another scheme for an item, the next one up: what it takes more, and what it is expected to save."""
-
-    item: int
-    level: int
-    nbytes: int
-    saved: float
-
-
-def _sizes(draft: Draft, items: Sequence[Item], schemes: Sequence[str]) -> list[list[int]]:
-    """The bytes of each item in each scheme; the draft has the first."""
-    assigned = {assignment.name: assignment for assignment in draft.assignments}
-    sizes = [[sum(bytes_now(draft, assigned[name]) for name in item.names)] for item in items]
-    for scheme in schemes[1:]:
-        rules = draft.rules.with_scheme(scheme, SchemeFactory(draft.schemes.device, LoadOptions()))
-        for item, own in zip(items, sizes, strict=True):
-            own.append(sum(bytes_with(draft, assigned[name], rules) for name in item.names))
-    return sizes
-
-
-def _fitted(choice: _Choice, plan: Plan, room: Room, final: int, nbytes: int) -> Fitted:
+def _fitted(choice: Choice, plan: Plan, room: Room, final: int, nbytes: int) -> Fitted:
     """What fits by a plan of its own: what is held beside the weights differs from scheme to scheme.
 
     With the smallest schemes the model has `final` bytes, and `nbytes` count against the room.
@@ -316,7 +225,7 @@ def _fitted(choice: _Choice, plan: Plan, room: Room, final: int, nbytes: int) ->
     return Fitted(choice.as_policy(levels), room, *found, choice.loss(levels), tuple(choice.rows(levels)))
 
 
-def _planned(choice: _Choice, plan: Plan, levels: Sequence[int]) -> tuple[int, int]:
+def _planned(choice: Choice, plan: Plan, levels: Sequence[int]) -> tuple[int, int]:
     """The bytes of a model in the end, and those that are to stay below the size; the plan is given back at once."""
     planned = plan(choice.as_policy(levels))
     sizes = planned.final_bytes, planned.nbytes

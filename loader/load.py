@@ -33,6 +33,7 @@ from .quantized_model import QuantizedModel
 from .ranks.alone import ALONE, Alone, RankSizes
 from .recording import Recorder, tensor_bytes
 from .reload.remember import remember
+from .scheme_warning import warn_of_schemes
 from .schemes.names import SchemeName
 from .schemes.registry import choose_device
 from .threads import warn_of_threads
@@ -165,6 +166,7 @@ def load_into(
                     begin=recorder.begin,
                 )
                 planned.append(draft.plan.memory)
+                warn_of_schemes(draft)
                 return draft, _stream(draft, building, cache, recorder, options, storage, ranks)
 
         draft, totals = cache.attempt(load)

@@ -10,6 +10,7 @@ import torch
 from .draft import Draft, plan_draft
 from .fit_policy import Fitted, apply_fit
 from .options import LoadOptions, QuantizationPolicy, check_kinds, with_fit
+from .scheme_warning import warn_of_schemes
 from .schemes.names import SchemeName
 
 
@@ -53,4 +54,6 @@ def plan_fitted(
     """`plan_quantized`, and what was chosen where schemes were to be."""
     where: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     policy, options, fitted = apply_fit(model_id, quantization, policy, options, **where)
-    return plan_draft(model_id, quantization, policy=policy, options=options, **where), fitted
+    draft = plan_draft(model_id, quantization, policy=policy, options=options, **where)
+    warn_of_schemes(draft)
+    return draft, fitted

@@ -22,19 +22,21 @@ from .schemes.policy import Choice, Policy
 from .schemes.registry import AS_STORED, ENTRIES, SchemeFactory
 
 
-def scheme_peaks(draft: Draft, options: LoadOptions) -> list[SchemePeak]:
+def scheme_peaks(draft: Draft, options: LoadOptions, stored: bool = False) -> list[SchemePeak]:
     """The peaks with every other scheme in place of those of linear layers and experts; the other rules stay.
+
+    `stored`: also with none, of a checkpoint that is not quantized.
 
     The bytes of the model are exact, what is held beside it is taken to be the same. Schemes that the load could not
     be done with are left out.
     """
-    return list(_peaks(draft, options))
+    return list(_peaks(draft, options, stored))
 
 
-def _peaks(draft: Draft, options: LoadOptions) -> Iterator[SchemePeak]:
+def _peaks(draft: Draft, options: LoadOptions, stored: bool) -> Iterator[SchemePeak]:
     rules, plan = draft.rules, draft.plan.memory
     for entry in ENTRIES:
-        if (entry.name == AS_STORED and not rules.is_quantized) or entry.name == rules.policy.linear:
+        if entry.name == rules.policy.linear or (entry.name == AS_STORED and not (stored or rules.is_quantized)):
             continue
         factory = SchemeFactory(draft.schemes.device, options, rules.policy.scale_mode)
         try:
@@ -43,7 +45,7 @@ def _peaks(draft: Draft, options: LoadOptions) -> Iterator[SchemePeak]:
             more = sum(bytes_with(draft, each, other) - bytes_now(draft, each) for each in possible)
         except (PolicyError, NoKernelError, UnsupportedCheckpointError):
             continue
-        name = AUTO if entry.name == AS_STORED else entry.name
+        name = AUTO if entry.name == AS_STORED and rules.is_quantized else entry.name
         yield SchemePeak(name, plan.final_bytes + more, plan.peak_bytes + more)
 
 

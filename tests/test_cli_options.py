@@ -29,7 +29,7 @@ PARAMETERS = [
 
 
 def test_all_commands_are_looked_at() -> None:
-    assert {"load", "plan", "serve", "generate", "convert", "schemes", "report"} == set(COMMANDS)
+    assert {"load", "plan", "serve", "generate", "compare", "convert", "schemes", "report"} == set(COMMANDS)
     assert len(PARAMETERS) > 80
 
 
@@ -56,7 +56,7 @@ def test_a_size_shows_a_size_with_its_unit(option: str) -> None:
 
 def test_an_option_is_the_same_in_every_command_that_reads_a_checkpoint() -> None:
     seen: dict[str, tuple[Any, ...]] = {}
-    for command in ("load", "plan", "serve", "generate", "convert"):
+    for command in ("load", "plan", "serve", "generate", "compare", "convert"):
         for each in COMMANDS[command].params:
             if each.param_type_name == "option":
                 facts = (each.opts, each.help, each.default, each.show_default, each.metavar, each.rich_help_panel)

@@ -95,12 +95,21 @@ FLOORS: dict[str, Floor] = {
     "expected_loss": Floor(
         f"{GROUND} page schemes draft", "what a draft is expected to lose, by names and schemes alone"
     ),
+    "scheme_warning": Floor(f"{GROUND} page schemes draft expected_loss", "what a draft is warned of"),
     "fit_room": Floor(f"{GROUND} memory model draft", "how large a model may be here"),
+    "fit_choice": Floor(f"{GROUND} memory schemes draft scheme_peaks expected_loss", "bytes and losses to choose from"),
+    "weight_samples": Floor(
+        f"{GROUND} geometry checkpoint memory schemes draft expected_loss", "a look at some weights"
+    ),
     "fit_policy": Floor(
-        f"{GROUND} checkpoint memory schemes draft scheme_peaks expected_loss fit_room",
+        f"{GROUND} checkpoint memory schemes draft expected_loss fit_room fit_choice",
         "plans with other schemes until a load fits",
     ),
-    "planning": Floor(f"{GROUND} draft fit_policy", "a load asked for its plan alone"),
+    "comparing": Floor(
+        f"{GROUND} checkpoint memory schemes draft scheme_peaks expected_loss fit_choice weight_samples",
+        "what one could choose, side by side",
+    ),
+    "planning": Floor(f"{GROUND} draft fit_policy scheme_warning", "a load asked for its plan alone"),
     "fitting": Floor(f"{GROUND} memory model draft scheme_peaks", "what a draft finds on this machine"),
     "phases": Floor("memory", "a clock"),
     "spans": Floor("memory", "tells a tracer that others have imported"),
@@ -122,8 +131,8 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} checkpoint memory schemes model draft cache", "stands where a load has its cache: weights made up"
     ),
     "load": Floor(
-        f"{GROUND} threads checkpoint memory schemes online model plan ranks draft fit_policy fitting recording cache "
-        "quantized_model digest dummy reload.remember",
+        f"{GROUND} threads checkpoint memory schemes online model plan ranks draft fit_policy fitting scheme_warning "
+        "recording cache quantized_model digest dummy reload.remember",
         "the flow of a load",
     ),
     "reload": Floor(
@@ -156,6 +165,10 @@ FLOORS: dict[str, Floor] = {
     "cli_pages": Floor("errors memory page", "what a command leaves for a browser"),
     "cli_output": Floor("errors shortage memory", "what a command prints, whatever it did"),
     "cli_preparing": Floor(f"{GROUND} memory cli_model_options", "what is said before a command begins"),
+    "cli_compare": Floor(
+        "memory.amounts comparing cli_groups cli_model_options cli_options cli_output cli_preparing",
+        "a user of the package",
+    ),
     "cli_serve_options": Floor("cli_preparing", "imported before anything heavy is"),
     "cli_serve": Floor(
         "errors threads server ranks.launch cli_groups cli_options cli_preparing cli_serve_options",
@@ -166,8 +179,8 @@ FLOORS: dict[str, Floor] = {
         "a user of the package",
     ),
     "cli": Floor(
-        f"{GROUND} threads memory schemes fitting planning load convert ranks.launch cli_logging cli_options "
-        "cli_groups cli_pages cli_output cli_preparing cli_serve cli_generate",
+        f"{GROUND} threads memory schemes fitting planning scheme_warning load convert ranks.launch cli_logging "
+        "cli_options cli_groups cli_pages cli_output cli_preparing cli_compare cli_serve cli_generate",
         "a user of the package",
     ),
     "__main__": Floor("cli", "python -m quantload"),

@@ -12,8 +12,8 @@ from .schemes.registry import ENTRIES
 
 logger = logging.getLogger("quantload")
 HURTS = 1e-2
-"""Relative squared error of weights from which on small dense models are known to lose: Llama-3.1-8B-Instruct is said to
-fall from 0.708 to 0.621 on average over several benchmarks with weights that were rounded to MXFP4, uncalibrated."""
+"""Relative squared error of weights from which on small dense models are known to lose: Llama-3.1-8B-Instruct is said
+to fall from 0.708 to 0.621 on average over several benchmarks with weights rounded to MXFP4, uncalibrated."""
 FEWEST, MOST = 50_000_000, 15_000_000_000
 """So many quantized weights have the dense models that it is said of: larger ones bear it, smaller ones are toys."""
 

@@ -99,7 +99,7 @@ FLOORS: dict[str, Floor] = {
     "fit_room": Floor(f"{GROUND} memory model draft", "how large a model may be here"),
     "fit_choice": Floor(f"{GROUND} memory schemes draft scheme_peaks expected_loss", "bytes and losses to choose from"),
     "weight_samples": Floor(
-        f"{GROUND} geometry checkpoint memory schemes draft expected_loss", "a look at some weights"
+        f"{GROUND} kernels.statistics geometry checkpoint schemes draft expected_loss", "a look at some weights"
     ),
     "fit_policy": Floor(
         f"{GROUND} checkpoint memory schemes draft expected_loss fit_room fit_choice",

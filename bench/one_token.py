@@ -159,7 +159,7 @@ def main() -> None:
             records += [{"threads": threads, **each} for each in measured]
             print(table(records[-len(measured) :]), flush=True)
     torch.set_num_threads(1)
-    calls = {name: measure_calls(name, 2000, arguments.turns) for name in (*SCHEMES,)}
+    calls = {name: measure_calls(name, 200, 300) for name in (*SCHEMES,)}
     print(table(records), f"\nPython of a call, us: {calls}\n\n{headline(machine)}")
     result = {"machine": machine, "shape": arguments.shape, "records": records, "call_us": calls}
     result["goals"] = {"of_read": READ_GOAL, "call_us": CALL_GOAL_US}

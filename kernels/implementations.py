@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from .arrangement import Arrangement
-from .formats import FORMATS, RowMultiplied
+from .formats import FORMATS, RowMultiplied, WeightFormat
 from .gpu.matmuls import GpuMatmul, gpu_matmuls
 from .gpu.quantizers import GpuQuantize, gpu_quantizers
 from .gpu.target import GpuTarget
@@ -45,6 +45,8 @@ class Kernel:
     """Whether a matmul rounds its activations to what goes with the format, dynamically."""
     needs: str = ""
     """A package that installing quantload does not bring."""
+    prepare: Callable[..., Any] | None = None
+    """(tensors, n_rows, k, dtype) -> `Prepared` or None, of a `linear` that is faster for what is known before."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -59,14 +61,17 @@ def implementations(operation: str, format_name: str, scale_mode: str) -> tuple[
     on_cpu = _numba_function(operation, format_name, scale_mode)
     return (
         *_gpu_kernels(operation, format_name, scale_mode),
-        Kernel("numba", operation, format_name, "cpu", on_cpu, _numba_reason(format_name), _numba_lacks(format_name)),
+        Kernel(
+            *("numba", operation, format_name, "cpu", on_cpu, _numba_reason(format_name), _numba_lacks(format_name)),
+            prepare=partial(_prepare_numba, fmt) if operation == "linear" else None,
+        ),
         _torch_kernel(operation, format_name, scale_mode),
     )
 
 
 def _multiplied(kernel: Kernel, fmt: RowMultiplied) -> Kernel:
     """A kernel of the blocks of a format, with the multipliers; arranged scales have no place for them."""
-    made = replace(kernel, format=fmt.name, function=MULTIPLIED[kernel.operation](fmt, kernel.function))
+    made = replace(kernel, format=fmt.name, function=MULTIPLIED[kernel.operation](fmt, kernel.function), prepare=None)
     if kernel.arrangement is None:
         return made
     return replace(made, unavailable=_arranged, lacks=_arranged, arrangement=None)
@@ -115,6 +120,12 @@ class _Numba:
 
             self.function = getattr(numba_kernels(self.format_name, self.scale_mode), self.operation)
         return self.function(*args, **kwargs)
+
+
+def _prepare_numba(fmt: WeightFormat, *weight: Any) -> Any:
+    from .cpu.linear import prepare
+
+    return prepare(fmt, *weight)
 
 
 def _torch_kernel(operation: str, format_name: str, scale_mode: str) -> Kernel:

@@ -33,12 +33,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from .arrangement import Arrangement
-from .formats import FORMATS, WeightFormat
+from .formats import FORMATS, Tensors, WeightFormat
 from .formats import SCALE_MODES as SCALE_MODES
 from .gpu.quantizers import TRITON_MISSING, format_on, stored_format
 from .gpu.target import GpuTarget
@@ -74,6 +74,21 @@ class PlainLinear:
     """With more tokens, torch is faster."""
 
 
+class Prepared(Protocol):
+    """`linear` of one weight for a few tokens, as long as the tensors that it was prepared with stay where they are."""
+
+    dtype: torch.dtype
+    """Of x, and of the product."""
+    columns: int
+    most: int
+    """Tokens that it can take."""
+
+    def __call__(
+        self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        """x [..., K] of 1 to `most` tokens, times the transposed weight, plus bias: of `shape` [..., N], contiguous."""
+
+
 class NoKernel(LookupError):
     """No kernel can serve; the message gives every candidate with its reason."""
 
@@ -92,6 +107,8 @@ class KernelSet:
     names: Mapping[str, str] = field(default_factory=dict)
     """Kernel name by operation."""
     scale_mode: str = "default"
+    prepare: Callable[..., Prepared | None] | None = None
+    """(tensors, n_rows, k, dtype of x): `linear` of one weight, where what is known before saves time in a call."""
     arrangements: Mapping[str, Arrangement] = field(default_factory=dict)
     """What loaded weights go through, by operation; the canonical ones need nothing."""
 
@@ -188,7 +205,12 @@ def kernel_set(
     functions["linear"] = Linear(fmt, functions["linear"], functions["dequantize"], arranged)
     functions["experts"] = Experts(functions["experts"], functions["linear"])
     return KernelSet(
-        format=fmt, names=names, scale_mode=scale_mode, arrangements=MappingProxyType(arrangements), **functions
+        format=fmt,
+        names=names,
+        scale_mode=scale_mode,
+        prepare=chosen["linear"].prepare,
+        arrangements=MappingProxyType(arrangements),
+        **functions,
     )
 
 

@@ -14,19 +14,19 @@ import torch
 from ..formats import Tensors, WeightFormat
 from ..reference.arguments import check_linear
 from ..reference.operations import tensor_rows, tile_rows, times_tile
+from . import few_tokens
 from .build import linear as linear_build
 from .build.panel import CHUNK, PAD, panel_task
 from .compiled import CFunction, Needed
 from .dequantize import ALONE_ELEMENTS, address, dequantize, run_task
 from .dequantize import needed as needed_to_dequantize
+from .few_tokens import FewTokens, finished, needed
 from .ir.dot import BLOCK, DECODERS
 from .ir.panel import ROWS, TOKENS
 from .processor import has
 
 DECODES = 5
 """Times that decoding the weights anew, for `linear_build.most_tokens` each, beats torch's product with a tile."""
-ROW_STEP = 8
-"""Threads take rows in multiples of it: of the rows that are worked on together, inside blocks of rows."""
 PANEL_TOKENS = 128
 """Tokens up to which rows that one core dequantizes and multiplies are faster than torch's product with a tile."""
 PANEL_ROWS = 64
@@ -49,26 +49,31 @@ def linear(
     if not x.shape[0] or not n_rows or not k:
         return times_tile(x, x.new_zeros(n_rows, k), bias).to(x.dtype)
     tokens, together = x.shape[0], linear_build.most_tokens()
-    filled = fmt.pads_cols and tensors[0].shape[1] * 8 // fmt.code_bits % BLOCK == 0
-    whole = filled or k % BLOCK == 0
-    in_registers = whole and DECODERS[_decoder(fmt, x.dtype)].serves(fmt.block_cols)
+    whole = _has_whole_blocks(fmt, tensors, k)
+    in_registers = whole and _in_registers(fmt, x.dtype)
     if in_registers and tokens <= together:
-        return _few_tokens(fmt, x, tensors, bias, n_rows, k)
+        return FewTokens(fmt, tensors, n_rows, k, x.dtype)(x, tensors, bias, (tokens, n_rows))
     if whole and tokens <= most_in_panels(fmt, x.dtype):
         return _in_panels(fmt, x, tensors, bias, n_rows, k)
     if in_registers and tokens <= DECODES * together:
-        return torch.cat([_few_tokens(fmt, part, tensors, bias, n_rows, k) for part in torch.split(x, together)])
+        weight = FewTokens(fmt, tensors, n_rows, k, x.dtype)
+        return torch.cat([weight(part, tensors, bias, (len(part), n_rows)) for part in torch.split(x, together)])
     return _many_tokens(fmt, x, tensors, bias, n_rows, k)
 
 
-def needed(fmt: WeightFormat, dtype: torch.dtype, tokens: int) -> Needed[CFunction]:
-    """The compiled task that multiplies up to `tokens` tokens of `dtype`."""
-    return linear_build.dot_task.needed(_decoder(fmt, dtype), _slots(tokens))
+def prepare(fmt: WeightFormat, tensors: Tensors, n_rows: int, k: int, dtype: torch.dtype) -> FewTokens | None:
+    """`linear` of this weight for a few tokens of a dtype, checked, or None where that has no kernel of its own.
+
+    Raises ValueError where `linear` would.
+    """
+    check_linear(fmt, torch.empty(1, k, dtype=dtype), tensors, None, n_rows, k)
+    serves = n_rows and k and _has_whole_blocks(fmt, tensors, k) and _in_registers(fmt, dtype)
+    return FewTokens(fmt, tensors, n_rows, k, dtype) if serves else None
 
 
 def most_in_panels(fmt: WeightFormat, dtype: torch.dtype) -> int:
     """Tokens up to which `_in_panels` serves: none without products of BF16, few where torch has those of tiles."""
-    if not _decoder(fmt, dtype).endswith("_bf16"):
+    if not few_tokens.decoder_of(fmt, dtype).endswith("_bf16"):
         return 0
     return DECODES * linear_build.most_tokens() if has("amx-bf16") else PANEL_TOKENS
 
@@ -80,31 +85,21 @@ def needed_for(fmt: WeightFormat, dtype: torch.dtype) -> list[Needed[CFunction]]
 
 def needed_for_any(fmt: WeightFormat, dtype: torch.dtype) -> list[Needed[CFunction]]:
     """What any number of tokens of a type will call."""
-    slots = {_slots(tokens) for tokens in range(1, linear_build.most_tokens() + 1)}
-    found = [needed(fmt, dtype, tokens) for tokens in sorted(slots)]
-    if not DECODERS[_decoder(fmt, dtype)].serves(fmt.block_cols):
+    found = [needed(fmt, dtype, tokens) for tokens in range(1, linear_build.most_tokens() + 1)]
+    found = list(dict.fromkeys(found))
+    if not _in_registers(fmt, dtype):
         found = []
     found += [panel_task.needed()] if most_in_panels(fmt, dtype) else []
     return [*found, linear_build.dequantize_task.needed(), needed_to_dequantize(fmt, dtype)]
 
 
-def _few_tokens(
-    fmt: WeightFormat,
-    x: torch.Tensor,
-    tensors: Tensors,
-    bias: torch.Tensor | None,
-    n_rows: int,
-    k: int,
-) -> torch.Tensor:
-    tokens, slots = x.shape[0], _slots(x.shape[0])
-    prepared = _activations(x, slots, _decoder(fmt, x.dtype))
-    out = torch.empty(slots, n_rows, dtype=torch.float32)
-    threads = torch.get_num_threads() if n_rows * k >= ALONE_ELEMENTS else 1
-    step = max(1, n_rows // (8 * threads * ROW_STEP)) * ROW_STEP
-    cols = -(-k // BLOCK) * BLOCK
-    task = needed(fmt, x.dtype, tokens).get()
-    run_task(task, fmt, tensors, out, n_rows, cols, step, threads, *address(prepared), 0)
-    return _finished(out[:tokens], tensors, bias).to(x.dtype)
+def _has_whole_blocks(fmt: WeightFormat, tensors: Tensors, k: int) -> bool:
+    filled = fmt.pads_cols and tensors[0].shape[1] * 8 // fmt.code_bits % BLOCK == 0
+    return filled or k % BLOCK == 0
+
+
+def _in_registers(fmt: WeightFormat, dtype: torch.dtype) -> bool:
+    return DECODERS[few_tokens.decoder_of(fmt, dtype)].serves(fmt.block_cols)
 
 
 def _in_panels(
@@ -130,14 +125,7 @@ def _in_panels(
         *(_one().expand_as(each) for each in tensors[2:]),
     )  # what BF16 holds exactly; `_finished` has the rest
     run_task(panel_task(), fmt, of_blocks, out, n_rows, cols, step, threads, *rest)
-    return _finished(out[:tokens, :n_rows], tensors, bias).to(x.dtype)
-
-
-def _finished(product: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
-    """float32 sums of codes times their scales, times those of the tensor or its rows where it has such, plus bias."""
-    for scale_2 in tensors[2:]:
-        product *= scale_2.view(-1)
-    return product if bias is None else product.add_(bias)
+    return finished(out[:tokens, :n_rows], tensors, bias).to(x.dtype)
 
 
 @cache
@@ -167,39 +155,12 @@ def _many_tokens(
     return out
 
 
-def _activations(x: torch.Tensor, slots: int, decoder: str) -> torch.Tensor:
-    """`x` as the kernel reads it: [slots, K'] with rows of zeros for the slots that no token has, K' whole blocks."""
-    tokens, k = x.shape
-    cols = -(-k // BLOCK) * BLOCK
-    dtype = torch.bfloat16 if decoder.endswith("_bf16") else torch.float32
-    if (tokens, k) != (slots, cols):
-        padded = x.new_zeros(slots, cols, dtype=dtype)
-        padded[:tokens, :k] = x
-        x = padded
-    if DECODERS[decoder].even_first:
-        x = x.view(slots, cols // BLOCK, BLOCK // 2, 2).transpose(2, 3).reshape(slots, cols)
-    return x.to(dtype).contiguous()
-
-
 def _in_chunks(x: torch.Tensor, slots: int) -> torch.Tensor:
     """x [T, K] as `panel_build` reads it: [chunks, slots, CHUNK], filled up with zeros."""
     tokens, k = x.shape
     padded = x.new_zeros(slots, -(-k // CHUNK) * CHUNK)
     padded[:tokens, :k] = x
     return padded.view(slots, -1, CHUNK).transpose(0, 1).contiguous()
-
-
-def _decoder(fmt: WeightFormat, dtype: torch.dtype) -> str:
-    """The best of `dot_ir.DECODERS` for this processor."""
-    kind = fmt.decoder
-    if dtype == torch.bfloat16 and has("avx512bw") and has("avx512bf16"):
-        return f"{kind}_bf16"
-    return f"{kind}_f16c" if has("f16c") and f"{kind}_f16c" in DECODERS else f"{kind}_f32"
-
-
-def _slots(tokens: int) -> int:
-    """Tokens a compiled kernel takes: the next power of two."""
-    return 1 << (tokens - 1).bit_length()
 
 
 def _scratch(dtype: torch.dtype, rows: int, cols: int) -> torch.Tensor:

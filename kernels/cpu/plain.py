@@ -15,8 +15,8 @@ from . import team
 from .build import linear as linear_build
 from .compiled import CFunction, Needed
 from .dequantize import ALONE_ELEMENTS
+from .few_tokens import ROW_STEP
 from .ir.dot import BLOCK
-from .linear import ROW_STEP
 from .operations import KINDS
 from .processor import has
 
@@ -52,11 +52,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     if slots != tokens:
         wide = torch.cat([wide, wide.new_zeros(slots - tokens, k)])
     wide = wide.contiguous()
-    out = torch.empty(slots, n_rows, dtype=torch.float32)
+    narrow = x.dtype == torch.bfloat16 and bias is None
+    out = torch.empty(slots, n_rows, dtype=torch.bfloat16 if narrow else torch.float32)
     threads = torch.get_num_threads() if n_rows * k >= ALONE_ELEMENTS else 1
     step = max(1, n_rows // (8 * threads * ROW_STEP)) * ROW_STEP
     of_weight = weight.data_ptr(), k * weight.element_size(), _scale_of_one().buffer_info()[0]
-    arguments = array("q", (0, n_rows, step, *of_weight, out.data_ptr(), 4 * n_rows, k, wide.data_ptr(), 4 * k))
+    of_out = out.data_ptr(), n_rows * out.element_size()
+    rest = k, wide.data_ptr(), 4 * k, 0, 0, 0, 0, int(narrow)
+    arguments = array("q", (0, n_rows, step, *of_weight, *of_out, *rest))
     team.run(needed(x.dtype, tokens).get(), arguments.buffer_info()[0], threads)
     out = out[:tokens]
     return (out if bias is None else out.add_(bias)).to(x.dtype)

@@ -18,6 +18,7 @@ import torch
 logger = logging.getLogger("quantload")
 RUNTIMES = ("libgomp", "libiomp", "libomp")
 """File names of OpenMP runtimes; all of them offer `GOMP_parallel` on Linux."""
+_TASK = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 
 
 def run(task: Any, data: int, threads: int) -> None:
@@ -26,11 +27,17 @@ def run(task: Any, data: int, threads: int) -> None:
     On this thread alone where one is enough, or where torch's threads cannot be reached (logged once). The GIL is
     released meanwhile.
     """
+    runner(task, threads)(data)
+
+
+def runner(task: Any, threads: int) -> Callable[[int], object]:
+    """`run` of a task on so many threads, to be called with the address alone; for a task that is run often."""
     parallel = _parallel() if threads > 1 else None
     if parallel is None:
-        task.ctypes(data)
-    else:
-        parallel(task.address, data, threads, 0)
+        alone: Callable[[int], object] = _TASK(task.address)
+        return alone
+    address = task.address
+    return lambda data: parallel(address, data, threads, 0)
 
 
 @cache

@@ -29,7 +29,11 @@ class KeptLinear(nn.Linear):
         if kernel is not None and is_eager():
             weight, bias = self.weight, self.bias
             operands = (input, weight) if bias is None else (input, weight, bias)
-            if is_plain(*operands) and {each.dtype for each in operands} == {weight.dtype} and kernel.serves(weight):
+            if (
+                all(map(is_plain, operands))
+                and {each.dtype for each in operands} == {weight.dtype}
+                and kernel.serves(weight)
+            ):
                 rows, columns = weight.shape
                 if input.dim() and input.shape[-1] == columns and 0 < input.numel() // columns <= kernel.most_tokens:
                     return kernel.linear(input.reshape(-1, columns), weight, bias).view(*input.shape[:-1], rows)

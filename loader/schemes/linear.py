@@ -12,6 +12,11 @@ from ..kernels.arrangement import Arrangement
 from ..kernels.formats import Tensors
 from . import operators
 from .base import LinearScheme
+from .eager import is_eager, is_plain
+from .prepared import PreparedProduct
+
+PREPARED = "prepared_product"
+"""Where a layer keeps its `PreparedProduct`."""
 
 
 class QuantizedLinearScheme(LinearScheme):
@@ -51,14 +56,32 @@ class QuantizedLinearScheme(LinearScheme):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [..., K] times the layer's weight, plus bias; [..., N] in the dtype of `x`."""
+        if is_eager() and is_plain(x) and (bias is None or is_plain(bias)):
+            kept: PreparedProduct | None = layer.__dict__.get(PREPARED)
+            out = None if kept is None else kept(x, layer._parameters, bias)
+            if out is not None:
+                return out
         layout = cast("WeightLayout", layer.weight_layout)
         tensors = self.weight(layer, layout, "weight")
         flat = self.activations(layer, x.reshape(-1, layout.columns), "weight")
         if len(layout.shards) == 1:
+            self._prepare(layer, layout, tensors, x)
             out = self._product(flat, tensors, bias, layout.rows, layout.columns)
         else:
             out = self._of_shards(flat, tensors, bias, layout)
         return out.view(*x.shape[:-1], layout.rows)
+
+    def _prepare(self, layer: nn.Module, layout: WeightLayout, tensors: Tensors, x: Tensor) -> None:
+        """Have the layer keep what its next products with a few tokens will call, unless it does or has no such."""
+        if not (is_eager() and is_plain(x)) or self.kernels.prepare is None or self.activation is not None:
+            return
+        kept: PreparedProduct | None = layer.__dict__.get(PREPARED)
+        if kept is None or not kept.is_for(x.dtype, layer._parameters):
+            run, names = (
+                self.kernels.prepare(tensors, layout.rows, layout.columns, x.dtype),
+                layout.format.names("weight"),
+            )
+            layer.__dict__[PREPARED] = PreparedProduct(run, x.dtype, names, tensors, layout.rows)
 
     def _of_shards(self, x: Tensor, tensors: Tensors, bias: Tensor | None, layout: WeightLayout) -> Tensor:
         parts = []

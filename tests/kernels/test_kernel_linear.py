@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantload.kernels.cpu import dequantize as cpu_dequantize
+from quantload.kernels.cpu import few_tokens, processor, team
 from quantload.kernels.cpu import linear as cpu_linear
-from quantload.kernels.cpu import processor, team
 from quantload.kernels.cpu.build import linear as linear_build
 from quantload.kernels.formats import Tensors
 from quantload.kernels.registry import KernelSet, kernel_set
@@ -197,7 +197,7 @@ OTHERS = {
 def test_decoders_of_other_processors(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if decoder.endswith("f16c") and not processor.has("f16c"):
         pytest.skip("this processor has no f16c")
-    monkeypatch.setattr(cpu_linear, "_decoder", lambda fmt, dtype: decoder)
+    monkeypatch.setattr(few_tokens, "decoder_of", lambda fmt, dtype: decoder)
     kernels = kernel_set(OTHERS[decoder], "cpu")
     tensors = quantized(kernels, 261, 224)
     dequantized = torch.empty(261, 224)

@@ -47,9 +47,11 @@ ARGUMENTS = (
     "tokens",
     "panels",
     "next_panel",
+    "narrow",
 )
 """The arguments of a task in order, of which it uses those it needs; strides are bytes between rows.
 
+`narrow`: whether products are stored in BF16, instead of float32.
 `scales` is the address of `SCALE_ARGUMENTS` of each scale tensor of the format, in its order.
 """
 SCALE_ARGUMENTS = ("address", "stride", "block_rows", "block_cols")
@@ -277,7 +279,7 @@ def _dequantize_task() -> Recipe[CFunction]:
 
 
 def _dot_task(decoder: str, tokens: int) -> Recipe[CFunction]:
-    """The products of all rows, under their first scale tensor alone, with `tokens` tokens: out[t][row], float32."""
+    """The products of all rows, under their first scale tensor alone, with `tokens` tokens: out[t][row]."""
     fingerprint, group = FINGERPRINT, _group_rows(tokens)
 
     def task(data: int) -> None:
@@ -287,21 +289,38 @@ def _dot_task(decoder: str, tokens: int) -> Recipe[CFunction]:
         scales, scales_stride = argument(given, 0), argument(given, 1)
         block_rows, segment = argument(given, 2), argument(given, 3) // 32
         out, out_stride = argument(data, 6), argument(data, 7)
-        x, x_stride = argument(data, 9), argument(data, 10)
+        x, x_stride, narrow = argument(data, 9), argument(data, 10), argument(data, 15)
+        width = 2 if narrow else 4
         stride = scales_stride if block_rows == 1 else 0
         start = take(data, step)
         while start < rows:
             stop = min(start + step, rows)
             row = start
             while row + group <= stop:
-                c, s, o = codes + row * codes_stride, scales + row // block_rows * scales_stride, out + row * 4
+                c, s, o = codes + row * codes_stride, scales + row // block_rows * scales_stride, out + row * width
                 dot_rows(
-                    c, codes_stride, s, stride, x, x_stride, blocks, segment, o, out_stride, group, tokens, decoder
+                    c,
+                    codes_stride,
+                    s,
+                    stride,
+                    x,
+                    x_stride,
+                    blocks,
+                    segment,
+                    o,
+                    out_stride,
+                    narrow,
+                    group,
+                    tokens,
+                    decoder,
                 )
                 row += group
             while row < stop:
-                c, s, o = codes + row * codes_stride, scales + row // block_rows * scales_stride, out + row * 4
-                dot_rows(c, codes_stride, s, stride, x, x_stride, blocks, segment, o, out_stride, 1, tokens, decoder)
+                c, s, o = codes + row * codes_stride, scales + row // block_rows * scales_stride, out + row * width
+                dot_rows(
+                    c, codes_stride, s, stride, x, x_stride, blocks, segment, o, out_stride, narrow,
+                    1, tokens, decoder,
+                )  # fmt: skip
                 row += 1
             start = take(data, step)
 

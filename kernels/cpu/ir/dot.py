@@ -34,6 +34,7 @@ from .vector import (
     emitted,
     load,
     load_scalar,
+    nearest_bf16,
     prefetch,
     splat,
     store_scalar,
@@ -225,6 +226,10 @@ DECODERS: Mapping[str, Decoder] = {
 """
 
 
+def _as_it_is(_: ir.IRBuilder, total: ir.Value) -> ir.Value:
+    return total
+
+
 @emitted
 def dot_rows(
     typing: Any,
@@ -238,11 +243,14 @@ def dot_rows(
     segment_blocks: Any,
     out: Any,
     out_stride: Any,
+    narrow: Any,
     rows: Any,
     tokens: Any,
     decoder: Any,
 ) -> tuple[Any, Codegen]:
-    """out[t][r] = sum over k of weight[r][k] * x[t][k], float32, for `rows` rows and `tokens` tokens (literals).
+    """out[t][r] = sum over k of weight[r][k] * x[t][k], for `rows` rows and `tokens` tokens (literals).
+
+    Sums are float32, and so is `out`, or where `narrow` is not 0 it is the nearest BF16.
 
     Addresses and strides in bytes; `segment_blocks` blocks share a float32 scale where blocks have no scale bytes.
     """
@@ -250,7 +258,9 @@ def dot_rows(
     kind = DECODERS[str(decoder.literal_value)]
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        codes, codes_stride, scales, scales_stride, x, x_stride, blocks, segment_blocks, out, out_stride, *_ = args
+        codes, codes_stride, scales, scales_stride, x, x_stride, blocks, segment_blocks, out, out_stride, narrow, *_ = (
+            args
+        )
         acc = Accumulators(b)
         cells = [(row, token) for row in range(n_rows) for token in range(n_tokens)]
         for row, token in cells:
@@ -294,10 +304,14 @@ def dot_rows(
                     for token in range(n_tokens):
                         part = acc.get(f"part {row} {token}")
                         acc.update(f"sum {row} {token}", lambda a, p=part, s=scale: accumulate_product(p, s, a))  # type: ignore[misc]
-        for row, token in cells:
-            address = b.add(b.add(out, b.mul(out_stride, I64(token))), I64(4 * row))
-            store_scalar(b, acc.get(f"sum {row} {token}").sum(), address)
+        sums = {(row, token): acc.get(f"sum {row} {token}").sum() for row, token in cells}
+        with b.if_else(b.icmp_unsigned("!=", narrow, I64(0))) as branches:
+            for branch, width, stored in zip(branches, (2, 4), (nearest_bf16, _as_it_is), strict=True):
+                with branch:
+                    for (row, token), total in sums.items():
+                        address = b.add(b.add(out, b.mul(out_stride, I64(token))), I64(width * row))
+                        store_scalar(b, stored(b, total), address)
         return context.get_dummy_value()
 
     addresses = (codes, codes_stride, scales, scales_stride, x, x_stride, blocks, segment_blocks, out, out_stride)
-    return types.void(*addresses, rows, tokens, decoder), codegen
+    return types.void(*addresses, narrow, rows, tokens, decoder), codegen

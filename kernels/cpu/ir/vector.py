@@ -274,6 +274,15 @@ def load_scalar(b: ir.IRBuilder, address: ir.Value, element: ir.Type) -> ir.Valu
     return b.load(b.inttoptr(address, element.as_pointer()), align=1)
 
 
+def nearest_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The bits of the BF16 nearest to a float32, ties to even."""
+    bits = b.bitcast(value, I32)
+    odd = b.and_(b.lshr(bits, I32(16)), I32(1))
+    rounded = b.lshr(b.add(bits, b.add(odd, I32(0x7FFF))), I32(16))
+    is_nan = b.fcmp_unordered("uno", value, value)
+    return b.trunc(b.select(is_nan, I32(0x7FC0), rounded), I16)
+
+
 def prefetch(b: ir.IRBuilder, base: ir.Value, step: ir.Value, step_bytes: int) -> None:
     """Ask for the cache lines in which the bytes of a step begin; `base` is where those of step 0 lie."""
     pointer = I8.as_pointer()

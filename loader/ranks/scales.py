@@ -20,9 +20,10 @@ def scales_span_ranks(name: str, layout: WeightLayout, share: Share, transposed:
     along_rows = axis == (1 if transposed else 0)
     fmt = layout.format
     if fmt.whole_rows and not along_rows:
-        raise PolicyError(
-            f"{name}: {fmt.name} chooses the scales of a row by all of its {share.size} columns, which ranks divide: "
-            f"leave the layer as stored with an ignore pattern, or give it another scheme"
+        own = " and ".join(f"{low} to {high}" for low, high in share.intervals)
+        raise PolicyError(  # no maxima of parts tell which of its multipliers has the least error over a row
+            f"{name}: {fmt.name} chooses the scales of a row by the error of all of its {share.size} columns, and a "
+            f"rank has {own} of them: leave the layer as stored with an ignore pattern, or give it another scheme"
         )
     blocks = [scale.block_rows if along_rows else scale.block_cols for scale in fmt.scales]
     step = math.lcm(*(block for block in blocks if block), 1 if along_rows else fmt.packed)

@@ -85,7 +85,7 @@ def test_checkpoints_that_are_quantized_already(name: str, quantization: str, go
 @pytest.mark.parametrize(
     ("scheme", "expected"),
     [
-        ("mxfp4_rows", "chooses the scales of a row by all of its 256 columns"),
+        ("mxfp4_rows", "by the error of all of its 256 columns, and a rank has 0 to 128 of them"),
         ("int4_per_group", "a rank has columns 0 to 64 of 128, and 128 of them share a scale"),
         ("fp8_per_block", "a rank has rows 0 to 64 of 128, and 128 of them share a scale"),
     ],

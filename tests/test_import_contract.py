@@ -28,7 +28,7 @@ GROUND = "errors options local_paths collector interrupts shortage memory.amount
 FLOORS: dict[str, Floor] = {
     "errors": Floor("", "everybody raises them"),
     "progress": Floor("", "who is told how far a load is"),
-    "interrupts": Floor("", "a context manager around signals"),
+    "interrupts": Floor("", "context managers around signals, and what asks them while it waits"),
     "local_paths": Floor("errors", "what people write for files and folders"),
     "collector": Floor("", "a context manager around Python's own collector"),
     "kernels.system_calls": Floor("", "what systems differ in, for kernels/ and the loader alike"),
@@ -59,7 +59,8 @@ FLOORS: dict[str, Floor] = {
     ),
     "geometry": Floor("errors kernels.formats", "where a piece lies: no files, no modules"),
     "checkpoint": Floor(
-        "errors options local_paths shortage kernels.system_calls", "files of any model: nothing about quantization"
+        "errors options interrupts local_paths shortage kernels.system_calls",
+        "files of any model: nothing about quantization",
     ),
     "page": Floor("memory.amounts", "shows the JSON of a report, whoever made it"),
     "memory": Floor(

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -40,6 +40,8 @@ class LayerReport:
 
     `sqnr_db` may be infinite (exact) or NaN (all zeros); both are null in JSON. `saturated_fraction` and
     `zero_fraction` are shares of its elements that were clamped to the largest code, or have a zero for a code.
+    `divergence` is how far the model's predictions are, in nats a token, from those with this module as it was stored:
+    None unless somebody has measured that (`LoadReport.note_divergence`).
     """
 
     name: str
@@ -55,6 +57,7 @@ class LayerReport:
     saturated_fraction: float | None = None
     zero_fraction: float | None = None
     format: str | None = None
+    divergence: float | None = None
 
     @classmethod
     def from_statistics(
@@ -291,6 +294,19 @@ class LoadReport:
         """Say what was asked of a server, and what came."""
         self.source_requests = [RequestsReport(result, count) for result, count in sorted(requests.items())]
         self.source_retries, self.source_bytes, self.source_connections = retries, nbytes, connections
+
+    def note_divergence(self, divergences: Mapping[str, float]) -> None:
+        """What quantizing a module alone does to the model's predictions, by its name, in nats a token.
+
+        Raises `PolicyError` for a name that is no quantized layer, and for what is not finite or below 0.
+        """
+        names = {layer.name for layer in self.layers}
+        for name, value in divergences.items():
+            if name not in names:
+                raise PolicyError(f"the report has no quantized layer {name!r}; names are those of `layers`")
+            if not (math.isfinite(value) and value >= 0):
+                raise PolicyError(f"the divergence of {name} is {value}; give nats a token, 0 or more")
+        self.layers = [replace(each, divergence=divergences.get(each.name, each.divergence)) for each in self.layers]
 
     @property
     def bytes_per_second(self) -> float:

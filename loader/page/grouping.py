@@ -41,7 +41,8 @@ def place_of(name: str) -> Place:
 class Group:
     """What several layers have in common: sums of sizes (bytes, elements), the worst of their errors.
 
-    `worst` is the name of the layer with the lowest SQNR; the mean is of those whose SQNR is a number.
+    `worst` is the name of the layer with the lowest SQNR; the mean is of those whose SQNR is a number. `divergence` is
+    the largest in nats a token, that of `most_divergent`; None where it was not measured.
     """
 
     layers: int = 0
@@ -52,6 +53,8 @@ class Group:
     worst: str | None = None
     saturated: float | None = None
     zero: float | None = None
+    divergence: float | None = None
+    most_divergent: str | None = None
     schemes: set[str] = field(default_factory=set)
     _sum: float = 0.0
     _known: int = 0
@@ -70,6 +73,9 @@ class Group:
             self._sum, self._known = self._sum + sqnr, self._known + 1
             if self.lowest is None or sqnr < self.lowest:
                 self.lowest, self.worst = sqnr, layer["name"]
+        divergence = finite(layer.get("divergence"))
+        if divergence is not None and (self.divergence is None or divergence > self.divergence):
+            self.divergence, self.most_divergent = divergence, layer["name"]
 
     @property
     def mean(self) -> float | None:
@@ -108,6 +114,12 @@ def worst(layers: Iterable[Layer], number: int) -> list[Layer]:
     """The layers with the lowest SQNR, the worst first."""
     known = [layer for layer in layers if finite(layer.get("sqnr_db")) is not None]
     return sorted(known, key=lambda layer: (layer["sqnr_db"], layer["name"]))[:number]
+
+
+def most_divergent(layers: Iterable[Layer], number: int) -> list[Layer]:
+    """The layers whose quantization moves the predictions most, where it was measured, the worst first."""
+    known = [layer for layer in layers if finite(layer.get("divergence")) is not None]
+    return sorted(known, key=lambda layer: (-layer["divergence"], layer["name"]))[:number]
 
 
 def heatmap(layers: Sequence[Layer]) -> Heatmap:

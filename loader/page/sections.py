@@ -8,7 +8,7 @@ from typing import Any
 
 from .costs import costs
 from .elements import Markup, dotted, element, joined, prose, table
-from .grouping import MOST_ROWS, Group, Layer, by_kind_and_scheme, by_module, finite, worst
+from .grouping import MOST_ROWS, Group, Layer, by_kind_and_scheme, by_module, finite, most_divergent, worst
 from .notices import notices
 from .numbers import NOT_MEASURED, count, decibels, duration, several, share, size
 
@@ -122,7 +122,15 @@ def worst_layers(report: Report) -> Markup:
         for layer in worst(report["layers"], WORST_LAYERS)
     ]  # fmt: skip
     head = ("module", "SQNR", "largest error", "largest weight", "at the largest code", "zero")
-    return table(f"The {len(rows)} modules that lost the most", head, rows)
+    lost = table(f"The {len(rows)} modules that lost the most", head, rows)
+    moved = [
+        (dotted(layer["name"]), f"{1000 * layer['divergence']:.3g}", decibels(layer["sqnr_db"]))
+        for layer in most_divergent(report["layers"], WORST_LAYERS)
+    ]
+    if not moved:
+        return lost
+    caption = f"The {len(moved)} modules that move the predictions most, in thousandths of a nat a token"
+    return joined([lost, table(caption, ("module", "divergence", "SQNR"), moved)])
 
 
 def kept(report: Report) -> Markup:

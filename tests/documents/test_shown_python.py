@@ -36,6 +36,7 @@ def given(tensors: dict[str, Tensor]) -> Mapping[str, Any]:
         "trainer": types.SimpleNamespace(state_dict=lambda: tensors),
         "norm": tensors["model.norm.weight"],
         "buckets": list(halves(tensors)),
+        "tokens": torch.arange(1, 33).view(1, -1),
     }
 
 

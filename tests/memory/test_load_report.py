@@ -83,6 +83,7 @@ LAYER_FIELDS = [
     "saturated_fraction",
     "zero_fraction",
     "format",
+    "divergence",
 ]
 
 
@@ -288,3 +289,16 @@ def test_tables_are_records_that_a_data_frame_takes() -> None:
     assert [list(row) for row in made.records("kept")] == [["name", "reason", "bytes"]] * len(made.kept)
     with pytest.raises(PolicyError, match="no table 'sizes'; it has layers, kept, timeline, phases"):
         made.records("sizes")  # type: ignore[arg-type]
+
+
+def test_a_measured_divergence_is_noted_at_its_layer(tmp_path: Path) -> None:
+    found = report([layer("a"), layer("b")])
+    found.note_divergence({"b": 0.002})
+    found.note_divergence({})
+    assert [each.divergence for each in found.layers] == [None, 0.002]
+    found.save(tmp_path / "report.json")
+    assert LoadReport.load(tmp_path / "report.json") == found
+    for wrong, said in (({"c": 0.1}, "no quantized layer 'c'"), ({"a": -1.0}, "nats"), ({"a": math.nan}, "nats")):
+        with pytest.raises(PolicyError, match=said):
+            found.note_divergence(wrong)
+    assert [each.divergence for each in found.layers] == [None, 0.002]

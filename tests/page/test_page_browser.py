@@ -77,9 +77,10 @@ def failed() -> str:
     return failure_page(said)
 
 
+ATTENTION = [layer("m.1.up", 3.0, divergence=0.02), layer("m.2.up", None, divergence=2e-6)]
 PAGES: dict[str, Callable[[], str]] = {
     "good": lambda: report_page(report(command="quantload load org/model -q quark_mxfp4")),
-    "attention": lambda: report_page(report([layer("m.1.up", 3.0), layer("m.2.up", None)], limit_bytes=1 << 20)),
+    "attention": lambda: report_page(report(ATTENTION, limit_bytes=1 << 20)),
     "failed": failed,
     "30000": lambda: report_page(report(layers_with_single_experts(30_000))),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -21,6 +22,7 @@ from quantload.page.costs import BITS, costs
 from quantload.page.document import as_data, report_body, report_page
 from quantload.page.elements import VOID, element, prose
 from quantload.page.failure import failure_page
+from quantload.page.heatmap import divergence_colour
 from quantload.page.notices import notices
 from quantload.page.sections import headline
 from quantload.progress import Moment
@@ -194,3 +196,22 @@ def test_a_table_of_very_many_layers_is_put_together() -> None:
 
 def test_backticks_are_code() -> None:
     assert prose("say `a <b>` to it") == "say <code>a &lt;b&gt;</code> to it"
+
+
+def test_a_measured_divergence_has_a_heatmap_of_its_own_and_names_the_worst() -> None:
+    layers = plain_layers(4)
+    assert "Divergence" not in report_page(report(layers))
+    layers[7] = dataclasses.replace(layers[7], divergence=0.0125)
+    layers[8] = dataclasses.replace(layers[8], divergence=2e-6)
+    text = report_page(report(layers))
+    Page(text)
+    assert text.count('class="scroll heatmap"') == 2
+    assert f"{layers[7].name}: 12.5 thousandths of a nat a token, quark_mxfp4" in text
+    assert '<td class="q0" title="' in text
+    assert "The 2 modules that move the predictions most" in text
+    unknown = [dataclasses.replace(each, sqnr_db=None) for each in layers]
+    assert report_page(report(unknown)).count('class="scroll heatmap"') == 1
+
+
+def test_the_colour_of_a_divergence_is_that_of_its_size() -> None:
+    assert [divergence_colour(each) for each in (0.0, 1e-5, 9e-4, 1e-3, 0.01, 3.0)] == [6, 5, 3, 2, 0, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from quantload.page.grouping import MOST_CELLS, Place, by_module, heatmap, place_of
+from quantload.page.grouping import MOST_CELLS, Place, by_module, heatmap, most_divergent, place_of
 from reports import layer, layers_with_single_experts, plain_layers
 
 
@@ -63,3 +63,11 @@ def test_every_layer_is_in_exactly_one_cell(given: list[tuple[str, float | None]
     map = heatmap([vars(layer(name, sqnr)) for name, sqnr in given])
     assert sum(cell.layers for cell in map.cells.values()) == len(given)
     assert all(row < len(map.rows) and column < len(map.columns) for row, column in map.cells)
+
+
+def test_of_depths_that_share_a_row_the_largest_divergence_counts() -> None:
+    layers = [vars(each) for each in plain_layers(1000)]
+    layers[5 * 501]["divergence"], layers[5 * 502]["divergence"] = 0.1, 0.2
+    found = [cell for cell in heatmap(layers).cells.values() if cell.divergence is not None]
+    assert max((cell.divergence, cell.most_divergent) for cell in found) == (0.2, "model.layers.502.self_attn.q_proj")
+    assert [each["divergence"] for each in most_divergent(layers, 10)] == [0.2, 0.1]

@@ -41,6 +41,8 @@ def test_commands_end_well(
         arguments = quantload_arguments(words)
         assert arguments
         arguments = [str(in_named_files) if argument == "/checkpoints" else argument for argument in arguments]
+        if arguments[0] == "convert":  # the demo model has 16 MB, and a size above that leaves nothing to convert
+            arguments = ["8MiB" if argument == "16GiB" else argument for argument in arguments]
         if server is not None:
             arguments = from_here(arguments, server)
             shutil.rmtree(server.root / "quantized", ignore_errors=True)

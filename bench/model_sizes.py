@@ -33,8 +33,8 @@ def render() -> str:
     for name, each in sorted(bits.items(), key=lambda pair: pair[1]):
         by_bits.setdefault(f"{each:.2f}", []).append(name)
     cells = [[", ".join(names), number, *_sizes(float(number))] for number, names in by_bits.items()]
-    return markdown(cells, ("scheme", "bits/weight", *(f"{number} billion" for number in BILLIONS)))
+    return markdown(cells, ("scheme", "bits/weight", *(f"{number}B: GiB" for number in BILLIONS)))
 
 
 def _sizes(bits: float) -> list[str]:
-    return [f"{number * 1e9 * bits / 8 / _GIB:.1f} GiB" for number in BILLIONS]
+    return [f"{number * 1e9 * bits / 8 / _GIB:.1f}" for number in BILLIONS]

@@ -13,8 +13,9 @@ def group_folders(controller: str, proc: Path = PROC) -> Iterator[tuple[Path, in
 
     All of them, from the group itself up to what is mounted: each has a limit of its own.
     """
+    mounts = [*_mounts(proc)]
     for controllers, group in _own_groups(proc):
-        for kind, options, root, mount in _mounts(proc):
+        for kind, options, root, mount in mounts:
             if kind == "cgroup2" and not controllers:
                 version = 2
             elif kind == "cgroup" and controller in controllers and controller in options:
@@ -45,9 +46,9 @@ def _own_groups(proc: Path) -> Iterator[tuple[list[str], str]]:
 
 
 def _mounts(proc: Path) -> Iterator[tuple[str, list[str], str, Path]]:
-    """Kind, options, root and place of each mounted file system."""
+    """Kind, options, root and place of each file system of control groups that is mounted."""
     for line in lines(proc / "self/mountinfo"):
         before, _, after = line.partition(" - ")
         fields, last = before.split(), after.split()
-        if len(fields) > 4 and len(last) > 2:
+        if len(fields) > 4 and len(last) > 2 and last[0] in ("cgroup", "cgroup2"):
             yield last[0], last[2].split(","), fields[3], Path(fields[4])

@@ -3,7 +3,8 @@
 For every format, and for weights in BF16, float16 and float32, `linear` of one to four tokens is called in turns with a
 plain read of as many bytes: each call takes the next of several equal weights, together more than the last-level cache
 holds, as a model that decodes goes from layer to layer. For weights that are no codes torch's own product takes turns,
-too. `read` is the largest of all 32-bit words. Then a call of a module with so small a weight that all of it is
+too. `read` is the largest of all 32-bit words. With one thread it is processor time that is measured, which other
+processes take less from. Then a call of a module with so small a weight that all of it is
 Python, for every scheme.
 
     python bench/one_token.py
@@ -73,14 +74,15 @@ def sides_of(name: str, weights: list[tuple[Tensor, ...]], x: Tensor, rows: int)
 def take_turns(sides: dict[str, Callable[[int], object]], count: int, turns: int) -> dict[str, list[float]]:
     """Seconds of each side's turns, of which each goes once through `count` weights."""
     seconds: dict[str, list[float]] = {side: [] for side in sides}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for side in sides:
         sides[side](0)
     for _ in range(turns):
         for side, run in sides.items():
-            start = time.perf_counter()
+            start = clock()
             for number in range(count):
                 run(number)
-            seconds[side].append(time.perf_counter() - start)
+            seconds[side].append(clock() - start)
     return seconds
 
 

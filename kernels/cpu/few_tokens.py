@@ -7,6 +7,7 @@ the weight stay where they are.
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable
 from functools import cache
@@ -19,11 +20,13 @@ from .build import linear as linear_build
 from .compiled import CFunction, Needed
 from .dequantize import ALONE_ELEMENTS, address, scale_arguments
 from .ir.dot import BLOCK, DECODERS
+from .ir.quads import QUADS
 from .processor import has
 
 ROW_STEP = 8
 """Threads take rows in multiples of it: of the rows that are worked on together, inside blocks of rows."""
 _X, _OUT, _OUT_STRIDE, _NARROW = map(linear_build.ARGUMENTS.index, ("x", "out", "out_stride", "narrow"))
+_reused = threading.local()
 Run = Callable[[int], object]
 
 
@@ -38,6 +41,7 @@ class FewTokens:
         self._narrows = dtype == torch.bfloat16 and len(tensors) == 2
         self._of_weight = address(tensors[0])
         self._scales = scale_arguments(fmt, tensors, n_rows, k)
+        self._arranges = _arrange() if self._decoder in QUADS else None
         self._alone = n_rows * k < ALONE_ELEMENTS
         self._calls: dict[tuple[int, int], tuple[Run, array[int]]] = {}
 
@@ -57,7 +61,7 @@ class FewTokens:
         slots = _slots(tokens)
         if not self._takes_as_it_is or slots != tokens or not x.is_contiguous():
             x = _activations(x.reshape(tokens, self.columns), slots, self._decoder)
-        arguments[_X] = x.data_ptr()
+        arguments[_X] = x.data_ptr() if self._arranges is None else self._arranged(x, slots)
         if self._narrows and bias is None and slots == tokens:
             out = torch.empty(shape, dtype=self.dtype)
             arguments[_OUT], arguments[_OUT_STRIDE], arguments[_NARROW] = out.data_ptr(), 2 * self._rows, 1
@@ -67,6 +71,14 @@ class FewTokens:
         arguments[_OUT] = sums.data_ptr()
         run(arguments.buffer_info()[0])
         return finished(sums[:tokens], tensors, bias).to(self.dtype).view(shape)
+
+    def _arranged(self, x: torch.Tensor, slots: int) -> int:
+        """Where activations stand in the order of `ir.quads`, in memory that this thread uses for the next, too."""
+        assert self._arranges is not None
+        blocks = -(-self.columns // BLOCK)
+        place = _place(slots * blocks * 2 * BLOCK)
+        self._arranges(x.data_ptr(), place, slots, blocks)
+        return place
 
     def _prepared(self, tokens: int, threads: int) -> tuple[Run, array[int]]:
         """What runs so many tokens on so many threads, and its arguments as far as they are the same in all calls."""
@@ -81,9 +93,27 @@ class FewTokens:
         return made
 
 
+def _place(nbytes: int) -> int:
+    """The address of so many bytes that this thread reuses."""
+    found: array[int] | None = _reused.__dict__.get("activations")
+    if found is None or 8 * len(found) < nbytes:
+        found = _reused.activations = array("q", bytes(-(-nbytes // 8) * 8))
+    return found.buffer_info()[0]
+
+
+@cache
+def _arrange() -> Callable[..., int]:
+    return linear_build.arrange_activations().ctypes
+
+
 def needed(fmt: WeightFormat, dtype: torch.dtype, tokens: int) -> Needed[CFunction]:
     """The compiled task that multiplies up to `tokens` tokens of `dtype`."""
     return linear_build.dot_task.needed(decoder_of(fmt, dtype), _slots(tokens))
+
+
+def needed_besides(fmt: WeightFormat, dtype: torch.dtype) -> list[Needed[CFunction]]:
+    """What any number of tokens up to a few calls besides."""
+    return [linear_build.arrange_activations.needed()] if decoder_of(fmt, dtype) in QUADS else []
 
 
 def decoder_of(fmt: WeightFormat, dtype: torch.dtype) -> str:

@@ -80,13 +80,14 @@ def most_in_panels(fmt: WeightFormat, dtype: torch.dtype) -> int:
 
 def needed_for(fmt: WeightFormat, dtype: torch.dtype) -> list[Needed[CFunction]]:
     """What one token of a type, or many, will call beside what dequantizes."""
-    return [needed(fmt, dtype, 1), *([panel_task.needed()] if most_in_panels(fmt, dtype) else [])]
+    besides = few_tokens.needed_besides(fmt, dtype)
+    return [needed(fmt, dtype, 1), *besides, *([panel_task.needed()] if most_in_panels(fmt, dtype) else [])]
 
 
 def needed_for_any(fmt: WeightFormat, dtype: torch.dtype) -> list[Needed[CFunction]]:
     """What any number of tokens of a type will call."""
     found = [needed(fmt, dtype, tokens) for tokens in range(1, linear_build.most_tokens() + 1)]
-    found = list(dict.fromkeys(found))
+    found = [*dict.fromkeys(found), *few_tokens.needed_besides(fmt, dtype)]
     if not _in_registers(fmt, dtype):
         found = []
     found += [panel_task.needed()] if most_in_panels(fmt, dtype) else []

@@ -23,6 +23,7 @@ from ..ir.integer_decode import LANES, dequantize_group
 from ..ir.mx_decode import block_bytes, dequantize_run
 from ..ir.nl4_decode import dequantize_blocks
 from ..ir.nvfp4_decode import dequantize_pairs
+from ..ir.quads import arrange
 from ..ir.scaled_decode import dequantize_tile
 from ..ir.vector import I64, ITEM_BYTES, load_scalar
 from ..processor import has
@@ -31,6 +32,7 @@ from .scaled import STRIP_ROWS
 _i64 = types.int64
 DEQUANTIZE = types.int64(*[_i64] * 8)
 TASK = types.void(_i64)
+ARRANGE = types.void(*[_i64] * 4)
 ARGUMENTS = (
     "next_row",
     "rows",
@@ -327,6 +329,19 @@ def _dot_task(decoder: str, tokens: int) -> Recipe[CFunction]:
     return c_function(task, TASK)
 
 
+def _arrange() -> Recipe[CFunction]:
+    """C function (x, out, rows, blocks): BF16 activations [rows, 32 * blocks], in the order of `ir.quads`."""
+    fingerprint = FINGERPRINT
+
+    def arrange_rows(x: int, out: int, rows: int, blocks: int) -> None:
+        len(fingerprint)
+        for row in range(rows):
+            arrange(x + row * blocks * 64, out + row * blocks * 64, blocks)
+
+    return c_function(arrange_rows, ARRANGE)
+
+
+arrange_activations = Compiled(_arrange)
 dequantize = Compiled(_dequantize)
 dequantize_task = Compiled(_dequantize_task)
 dot_task = Compiled(_dot_task)

@@ -17,6 +17,7 @@ from . import nl4_decode, nvfp4_decode, plain_decode
 from .integer_decode import even_and_odd, look_up, scale_and_zero, table_of_codes
 from .mx_decode import look_up_mxfp6, values
 from .mxfp4_decode import decode_block, look_up_block
+from .quads import BLOCKS, CODE_BYTES, QUADS, X_BYTES, Quads, look_ups
 from .scaled_decode import HALF_UNIT, decode, decode_with_halves, signed_pairs
 from .vector import (
     F32,
@@ -40,6 +41,8 @@ from .vector import (
     store_scalar,
 )
 
+CODES_AHEAD, SCALES_AHEAD = 4096, 512
+"""Bytes that are asked for ahead, at least: what memory gives while it makes one of them wait."""
 BLOCK = 32
 """Weights that are decoded together; the K of a call is a multiple of it."""
 
@@ -222,8 +225,15 @@ DECODERS: Mapping[str, Decoder] = {
 }
 """`_bf16`: activations in BF16, needs avx512bw and avx512bf16. Others: activations in float32; `_f16c` needs f16c.
 
-`plain_`: weights that are no codes, of that kind, with activations in float32; `plain_f16` needs f16c.
+Those of `quads.QUADS` want activations in another order (`quads.arrange`). `plain_`: weights that are no codes, of that
+kind, with activations in float32; `plain_f16` needs f16c.
 """
+
+
+def _ahead(b: ir.IRBuilder, stride: ir.Value, rows: int, least: int) -> ir.Value:
+    """Bytes from rows that are worked on to those that are asked for meanwhile: the next ones, or further on."""
+    next_rows = b.mul(stride, I64(rows))
+    return b.select(b.icmp_unsigned("<", next_rows, I64(least)), I64(least), next_rows)
 
 
 def _as_it_is(_: ir.IRBuilder, total: ir.Value) -> ir.Value:
@@ -255,7 +265,7 @@ def dot_rows(
     Addresses and strides in bytes; `segment_blocks` blocks share a float32 scale where blocks have no scale bytes.
     """
     n_rows, n_tokens = int(rows.literal_value), int(tokens.literal_value)
-    kind = DECODERS[str(decoder.literal_value)]
+    kind, quads = DECODERS[str(decoder.literal_value)], QUADS.get(str(decoder.literal_value))
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         codes, codes_stride, scales, scales_stride, x, x_stride, blocks, segment_blocks, out, out_stride, narrow, *_ = (
@@ -269,8 +279,8 @@ def dot_rows(
         scale_rows = [b.add(scales, b.mul(scales_stride, I64(row))) for row in range(n_rows)]
         x_rows = [b.add(x, b.mul(x_stride, I64(token))) for token in range(n_tokens)]
 
-        next_codes = b.add(codes, b.mul(codes_stride, I64(n_rows)))
-        next_scales = b.add(scales, b.mul(scales_stride, I64(n_rows)))
+        next_codes = b.add(codes, _ahead(b, codes_stride, n_rows, CODES_AHEAD))
+        next_scales = b.add(scales, _ahead(b, scales_stride, n_rows, SCALES_AHEAD))
 
         def add_block(block: ir.Value, sums: str, segments: list[Any]) -> None:
             prefetch(b, next_codes, block, kind.code_bytes * n_rows)
@@ -285,7 +295,29 @@ def dot_rows(
                     address = b.add(x_rows[token], x_at)
                     acc.update(f"{sums} {row} {token}", lambda a, f=factors, x=address: kind.accumulate(a, f, x))  # type: ignore[misc]
 
-        if kind.block_scales:
+        def add_quad(quads: Quads, quad: ir.Value) -> None:
+            prefetch(b, next_codes, quad, CODE_BYTES * n_rows)
+            prefetch(b, next_scales, quad, kind.block_scales * BLOCKS * n_rows)
+            at, x_at = b.mul(quad, I64(CODE_BYTES)), b.mul(quad, I64(X_BYTES))
+            scales_at = b.mul(quad, I64(kind.block_scales * BLOCKS))
+            for row in range(n_rows):
+                factors = look_ups(table, b.add(code_rows[row], at))
+                scale = quads.scales(b, b.add(scale_rows[row], scales_at))
+                for token in range(n_tokens):
+                    part = constant(b, F32, 16, 0.0)
+                    for number, factor in enumerate(factors):
+                        part = _bf16_products(part, [factor], b.add(b.add(x_rows[token], x_at), I64(64 * number)))
+                    acc.update(f"sum {row} {token}", lambda a, p=part, s=scale: accumulate_product(p, s, a))  # type: ignore[misc]
+
+        if quads is not None:
+            table = quads.table(b)
+            count = b.lshr(blocks, I64(2))
+            done = b.mul(count, I64(BLOCKS))
+            with count_to(b, count) as quad:
+                add_quad(quads, quad)
+            with count_to(b, b.sub(blocks, done)) as block:
+                add_block(b.add(done, block), "sum", [])
+        elif kind.block_scales:
             with count_to(b, blocks) as block:
                 add_block(block, "sum", [])
         else:

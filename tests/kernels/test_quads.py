@@ -1,0 +1,68 @@
+"""Products with codes of four bits that are looked up four blocks at a time: each in its place, under its scale."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantload.kernels.cpu import few_tokens
+from quantload.kernels.cpu.ir.quads import QUADS
+from quantload.kernels.formats import FORMATS
+from quantload.kernels.registry import kernel_set
+from torch import Tensor
+
+NAMES = ("mxfp4", "nvfp4", "nl4")
+pytestmark = pytest.mark.skipif(
+    few_tokens.decoder_of(FORMATS["mxfp4"], torch.bfloat16) not in QUADS,
+    reason="this processor has no products of BF16",
+)
+
+
+def weight(name: str, rows: int, cols: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The tensors of a weight whose blocks differ in size, and the float32 values they stand for."""
+    kernels = kernel_set(name, "cpu")
+    generator = torch.Generator().manual_seed(cols)
+    sizes = torch.exp2(torch.randint(-6, 6, (rows, -(-cols // 16)), generator=generator).float())
+    source = torch.randn(rows, cols, generator=generator) * sizes.repeat_interleave(16, 1)[:, :cols]
+    tensors, values = kernels.format.empty(rows, cols), torch.empty(rows, cols)
+    assert kernels.quantize(source.bfloat16(), tensors) == 0
+    kernels.dequantize(tensors, values)
+    return tensors, values
+
+
+def test_every_format_is_one_of_those() -> None:
+    assert {few_tokens.decoder_of(FORMATS[name], torch.bfloat16) for name in NAMES} == set(QUADS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cols", [128, 416])
+def test_a_product_with_the_identity_gives_the_values(name: str, cols: int) -> None:
+    tensors, values = weight(name, 6, cols)
+    linear = kernel_set(name, "cpu").linear
+    rows = [linear(part, tensors, None, 6, cols) for part in torch.eye(cols).bfloat16().split(1)]
+    assert torch.equal(torch.cat(rows), values.T.bfloat16())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
+def test_sums_of_small_whole_numbers_are_exact(tokens: int) -> None:
+    kernels, generator = kernel_set("mxfp4", "cpu"), torch.Generator().manual_seed(tokens)
+    codes = torch.randint(0, 256, (70, 272), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(125, 130, (70, 17), generator=generator, dtype=torch.uint8)
+    values = torch.empty(70, 544)
+    kernels.dequantize((codes, scales), values)
+    x = torch.randint(-4, 5, (tokens, 544), generator=generator).bfloat16()
+    exact = x.double() @ values.double().T
+    assert torch.equal(kernels.linear(x, (codes, scales), torch.zeros(70), 70, 544), exact.float().bfloat16())
+    assert torch.equal(kernels.linear(x, (codes, scales), None, 70, 544), exact.float().bfloat16())
+
+
+def test_the_smallest_and_the_largest_scales_count() -> None:
+    codes = torch.full((4, 64), 0x77, dtype=torch.uint8)  # 6 everywhere
+    scales = torch.tensor([0, 1, 127, 240], dtype=torch.uint8)[:, None].repeat(1, 4)
+    out = kernel_set("mxfp4", "cpu").linear(torch.ones(1, 128).bfloat16(), (codes, scales), None, 4, 128)
+    assert out[0].tolist() == [768 * 2.0 ** (int(byte) - 127) for byte in scales[:, 0]]
+
+
+def test_a_place_for_activations_is_used_again_and_grows() -> None:
+    small = few_tokens._place(64)
+    assert few_tokens._place(32) == small
+    assert few_tokens._place(1 << 16) == few_tokens._place(1 << 10)

@@ -240,6 +240,10 @@ def _read(
         )
         with reader:
             totals = reader.run(draft.plan.pieces)
-            again = reader.run(compared)
+            if compared:
+                again = reader.run(compared)
+                totals = replace(
+                    totals, bytes_read=totals.bytes_read + again.bytes_read, seconds=totals.seconds + again.seconds
+                )
         draft.loaders.check_complete(loaded_parameters(draft.mapped, draft.loaders))
-    return replace(totals, bytes_read=totals.bytes_read + again.bytes_read, seconds=totals.seconds + again.seconds)
+    return totals

@@ -73,7 +73,7 @@ def check(folders: tuple[Path, Path], scheme: str, expert_parallel: bool, give: 
     [
         ("fp8_per_tensor", False, None),
         ("fp8_per_tensor", False, in_halves),
-        ("quark_mxfp4", False, in_another_order),
+        pytest.param("quark_mxfp4", False, in_another_order, marks=pytest.mark.slow),
         ("quark_mxfp4", True, own_experts),
     ],
 )
@@ -110,7 +110,7 @@ def incomplete(parts: Any) -> list[bool]:
     return found
 
 
-@pytest.mark.parametrize("is_read", [True, False])
+@pytest.mark.parametrize("is_read", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_fails_on_one_rank_leaves_the_model_incomplete_on_all(
     moe: tuple[Path, Path], tmp_path: Path, is_read: bool
 ) -> None:
@@ -144,6 +144,7 @@ def test_other_orders_are_an_error_where_scales_are_of_all_ranks(moe: tuple[Path
     assert incomplete(parts) == [True, True]
 
 
+@pytest.mark.slow
 def test_an_update_that_one_rank_gives_up_ends_that_of_all(moe: tuple[Path, Path], tmp_path: Path) -> None:
     from quantload.reload.update import WeightUpdate
 

@@ -14,6 +14,7 @@ from ..online.storage import FinalStorage
 from ..options import LoadOptions, QuantizationPolicy
 from ..schemes.policy import Choice, Policy, matches, name_reason
 from ..schemes.registry import SchemeFactory
+from ..schemes.stored.read import READERS
 from .names import PREFIX as PREFIX
 from .names import SCHEMES as SCHEMES
 
@@ -52,6 +53,11 @@ def read_options(
         taken = ", ".join(sorted(POLICY_FIELDS | OPTION_FIELDS))
         raise PolicyError(f"quantization_config has {', '.join(sorted(given))}; {name} takes {taken}")
     return QuantizationPolicy.from_mapping({"linear": scheme, **policy}), LoadOptions.from_mapping(options)
+
+
+def is_stored(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a `quantization_config` is that of a tool whose checkpoints are read here, and no options for `name`."""
+    return config.get("quant_method") in READERS and config["quant_method"] != name
 
 
 class LayerChoices:

@@ -13,15 +13,19 @@ from typing import Literal, Self
 import torch
 from torch import nn
 
-from ..checkpoint.index import read_index
+from ..checkpoint.index import CheckpointIndex, read_index
 from ..checkpoint.reader import ReadTotals
-from ..checkpoint.resolve import resolve
+from ..checkpoint.resolve import CONFIG_NAME, Checkpoint, resolve
+from ..checkpoint.small_tensors import SmallTensors
 from ..memory.amounts import format_bytes
 from ..memory.planner import SLACK_BYTES
 from ..memory.report import LoadReport, NonFiniteReport
 from ..model.skeleton import Assignment
 from ..options import LoadOptions
 from ..recording import Expected, Recorder, tensor_bytes
+from ..schemes.registry import SchemeFactory
+from ..schemes.stored.read import read_stored
+from ..schemes.stored.weights import StoredCheckpoint
 from .closures import EngineLayer, engine_layers
 from .engine_metrics import publish
 from .lazy import LazyTensor
@@ -72,7 +76,11 @@ class EngineLoad:
         self._recorder.__exit__(kind, error, trace)
 
     def tensors(self, folder: str, files: Iterable[str]) -> Iterator[tuple[str, LazyTensor]]:
-        """Names and tensors of those `files` of a checkpoint, in the order of its files; none of them is read yet."""
+        """Names and tensors of those `files` of a checkpoint, in the order of its files; none of them is read yet.
+
+        Those of a quantized one are what its codes stand for. Raises `UnsupportedCheckpointError` for one that is not
+        read here.
+        """
         checkpoint = resolve(folder)
         index = read_index(checkpoint)
         wanted = {Path(file).name for file in files}
@@ -80,10 +88,19 @@ class EngineLoad:
         self._expect()
         source = checkpoint.files.source(self._options)
         self._open.callback(source.close)
-        origin = CheckpointOrigin(index, source, self._options, self._device, on_bytes=self._recorder.on_bytes)
+        factory = SchemeFactory(self._device, self._options)
+        origin = CheckpointOrigin(
+            index,
+            source,
+            self._options,
+            self._device,
+            on_bytes=self._recorder.on_bytes,
+            stored=_stored(checkpoint, index, factory),
+            dequantizer=factory.dequantizer,
+        )
         self._origins.append(self._open.enter_context(origin))
         for name, tensor in origin.tensors():
-            if Path(index.shards[index.tensors[name].shard].path).name in wanted:
+            if Path(origin.file_of(name)).name in wanted:
                 self.names.add(name)
                 yield name, tensor
 
@@ -120,6 +137,18 @@ class EngineLoad:
         read_whole = len(self.materialized)
         expected = Expected(self._checkpoint_bytes, self._checkpoint_bytes, final, final + SLACK_BYTES, read_whole)
         self._recorder.expect_layers(expected, self._assignments, lambda name: self._layers[name].bytes_in)
+
+
+def _stored(checkpoint: Checkpoint, index: CheckpointIndex, factory: SchemeFactory) -> StoredCheckpoint | None:
+    """What a checkpoint stores quantized, whose kernels are ready then; `None` where it is not quantized."""
+    if not (checkpoint.root / CONFIG_NAME).exists() or not checkpoint.is_quantized:
+        return None
+    with SmallTensors(checkpoint, index) as read:
+        stored = read_stored(checkpoint.config(), index.tensors, read)
+    with factory.compiling(torch.float32):
+        for name in {weight.format.name for weight in stored.weights.values()}:
+            factory.dequantizer(name)
+    return stored
 
 
 def tell(report: LoadReport, materialized: int, logger: logging.Logger) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.index import CheckpointIndex
+from ..checkpoint.pieces import Piece
 from ..checkpoint.reader import PieceReader, ReadTotals
 from ..checkpoint.source import Source
 from ..checkpoint.working_memory import slots_per_worker
@@ -28,13 +29,18 @@ from ..online.non_finite import NonFiniteValues
 from ..online.sink import Sink
 from ..online.weight_loader import OnlineWeightLoader
 from ..options import LoadOptions
+from ..pieces.decoded import Dequantize
 from ..pieces.plain import plan_pieces
+from ..pieces.stored import plan_stored
 from ..plan import plan_staging
+from ..schemes.stored.weights import StoredCheckpoint, StoredWeight
 from .arrivals import Arrivals, incomplete
 from .lazy import LazyTensor, shape_of
 from .rank_maxima import expect_maxima, is_scaled_across_ranks
 from .view_sink import ViewSink
 
+Entry = TensorEntry | StoredWeight
+"""A tensor of a checkpoint, or several that stand for a quantized one."""
 READ_AT_ONCE = 256 << 20
 """Bytes that wait at most before they are read, where the layer is not at its end."""
 
@@ -45,6 +51,10 @@ class Materialized(NamedTuple):
     why: str
     shape: tuple[int, ...]
     nbytes: int
+
+
+def _no_codes(format_name: str) -> Dequantize:
+    raise LookupError(f"no kernel was given that decodes {format_name}")
 
 
 @dataclass
@@ -61,7 +71,8 @@ class CheckpointOrigin:
 
     A context manager: inside, its buffers and open files stay from one read to the next. `on_bytes` gets the bytes read
     so far. With `immediate`, what is handed to closures is read at once, too: for engines that copy what closures wrote
-    away before they ask for the next tensor.
+    away before they ask for the next tensor. Of a quantized checkpoint, `stored`, the tensors are those that its codes
+    stand for, which are decoded as they are read, by the kernels that `dequantizer` gives for the names of formats.
     """
 
     def __init__(
@@ -73,6 +84,8 @@ class CheckpointOrigin:
         *,
         on_bytes: Callable[[int], None] | None = None,
         immediate: bool = False,
+        stored: StoredCheckpoint | None = None,
+        dequantizer: Callable[[str], Dequantize] = _no_codes,
     ) -> None:
         self.totals = OriginTotals()
         self.non_finite = NonFiniteValues(options.strict)
@@ -80,7 +93,9 @@ class CheckpointOrigin:
         self.immediate = immediate
         self._index, self._source, self._options, self._device = index, source, options, device
         self._on_bytes = on_bytes
-        self._entries = sorted(index.tensors.values(), key=lambda entry: (entry.shard, entry.offset))
+        tensors: Mapping[str, Entry] = index.tensors if stored is None else stored.entries
+        self._entries = sorted(tensors.values(), key=_place)
+        self._by_name, self._dequantizer = tensors, dequantizer
         self._reader: PieceReader | None = None
         self._chunk_bytes = 0
         self._reading = threading.RLock()
@@ -147,8 +162,13 @@ class CheckpointOrigin:
         self.write(tensor, source)
         return tensor
 
-    def _lazy(self, number: int, entry: TensorEntry) -> LazyTensor:
-        return LazyTensor.of_source(self, number, entry.shape, entry.dtype, self._arrivals.wrap)
+    def file_of(self, name: str) -> str:
+        """The file that a tensor is in, or the codes that stand for it."""
+        return self._index.shards[self._by_name[name].shard].path
+
+    def _lazy(self, number: int, entry: Entry) -> LazyTensor:
+        strides = entry.strides if isinstance(entry, StoredWeight) else None
+        return LazyTensor.of_source(self, number, entry.shape, entry.dtype, self._arrivals.wrap, strides)
 
     def _write_parts(self, target: Tensor, source: LazyTensor) -> None:
         """Into a target that is no matrix in memory: one index of its first dimension after the other."""
@@ -163,11 +183,8 @@ class CheckpointOrigin:
     def _read(self, spans: dict[str, list[Span]], sinks: dict[str, Sink]) -> None:
         if not spans:
             return
-        entries = sorted((self._index.tensors[name] for name in spans), key=lambda entry: (entry.shard, entry.offset))
-        planned = plan_pieces(entries, spans, sinks, self._options.chunk_bytes)
-        expect_maxima(planned.observed, sinks)
-        largest = max((piece.nbytes for piece in planned.pieces if piece.target is None), default=0)
-        run = self._reader_for(largest).run(planned.pieces)
+        pieces, largest = self._plan(spans, sinks)
+        run = self._reader_for(largest).run(pieces)
         before = self.totals.read
         self.totals.read = ReadTotals(
             before.bytes_read + run.bytes_read,
@@ -177,6 +194,18 @@ class CheckpointOrigin:
         self.totals.runs += 1
         if self._on_bytes is not None:
             self._on_bytes(self.totals.read.bytes_read)
+
+    def _plan(self, spans: dict[str, list[Span]], sinks: dict[str, Sink]) -> tuple[list[Piece], int]:
+        """What is read, and the size of the largest buffer that it takes."""
+        entries = sorted((self._by_name[name] for name in spans), key=_place)
+        limit = self._options.chunk_bytes
+        plain = plan_pieces([entry for entry in entries if isinstance(entry, TensorEntry)], spans, sinks, limit)
+        weights = [entry for entry in entries if isinstance(entry, StoredWeight)]
+        decoded = plan_stored(weights, spans, sinks, {}, limit, self._dequantizer)
+        expect_maxima([*plain.observed, *decoded.observed], sinks)
+        pieces = [*plain.pieces, *decoded.pieces]
+        buffers = (piece.nbytes for piece in pieces if piece.target is None)
+        return pieces, max(decoded.scratch_bytes, max(buffers, default=0))
 
     def _reader_for(self, nbytes: int) -> PieceReader:
         """A reader whose buffers hold pieces of so many bytes: scale blocks that are larger than a chunk need more."""
@@ -205,7 +234,7 @@ class CheckpointOrigin:
 class _Wanted(NamedTuple):
     """A span that a closure waits for, and what it waits with: None for nothing."""
 
-    entry: TensorEntry
+    entry: Entry
     span: Span
     sink: OnlineWeightLoader
     group: Hashable
@@ -221,7 +250,7 @@ class _Waiting:
         self._seen: dict[Hashable, int] = defaultdict(int)
         self._lock = threading.Lock()
 
-    def add(self, entry: TensorEntry, span: Span, sink: OnlineWeightLoader) -> None:
+    def add(self, entry: Entry, span: Span, sink: OnlineWeightLoader) -> None:
         local = sink.scales_are_local(span.region)
         group: Hashable = None if local else sink.scale_group(span.region.expert)
         with self._lock:
@@ -277,6 +306,10 @@ def layer_of(name: str) -> str:
         if part.isdecimal():
             return ".".join(parts[: position + 1])
     return ""
+
+
+def _place(entry: Entry) -> tuple[int, int]:
+    return entry.shard, entry.offset
 
 
 def _as_matrix(target: Tensor) -> Tensor | None:

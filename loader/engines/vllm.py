@@ -6,10 +6,9 @@ from vllm.model_executor import model_loader
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 
 from .beside_llvmlite import let_llvmlite_be_looked_at
+from .names import LOAD_FORMAT
 from .vllm_config import CLASSES
 from .vllm_loader import QuantloadModelLoader
-
-LOAD_FORMAT = "quantload"
 
 
 def register() -> None:

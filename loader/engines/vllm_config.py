@@ -10,11 +10,16 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from ..errors import PolicyError
 from ..options import LoadOptions, QuantizationPolicy
-from .choices import read_options
+from .choices import is_stored, read_options
 from .names import PREFIX, SCHEMES
+
+DECODED = "decoded_from"
+"""The field of a `quantization_config` of ours that says which tool has quantized the checkpoint already."""
 
 
 class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes are not typed for us
@@ -30,6 +35,8 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's class
         super().__init__()
         self.policy = policy or QuantizationPolicy(self.scheme)
         self.options = options or LoadOptions()
+        self.stored: str | None = None
+        """The tool that has quantized the checkpoint already."""
         self._methods: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,16 +62,40 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's class
         return []
 
     @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: Any, hf_config: Any = None) -> str | None:
+        """Our name where it is asked for and the checkpoint is quantized by a tool: it is decoded and quantized anew.
+
+        The config of the model says so from then on, as vLLM's models ask it how their weights are stored. Raises
+        `PolicyError` for what is not read here.
+        """
+        method = hf_quant_cfg.get("quant_method")
+        if user_quant != cls.name or method == cls.name:
+            return None
+        if not is_stored(hf_quant_cfg, cls.name):
+            theirs = f"leave the option out, and vLLM loads it as it is ({method})"
+            other = "name a checkpoint that is not quantized"
+            raise PolicyError(
+                f"--quantization {cls.name}: the checkpoint is quantized already, by {method}, which is not read here: "
+                f"{theirs if method in QUANTIZATION_METHODS else other}"
+            )
+        for config in (hf_config, getattr(hf_config, "text_config", None)):
+            if getattr(config, "quantization_config", None) is not None:
+                config.quantization_config = {"quant_method": cls.name, DECODED: method}
+        return cls.name
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> QuantloadConfig:
         """What `--hf-overrides '{"quantization_config": {...}}'` says; `PolicyError` for a field that means nothing."""
-        return cls(*read_options(config, cls.scheme, cls.name))
+        found = cls(*read_options(config, cls.scheme, cls.name, (DECODED,)))
+        found.stored = config.get(DECODED)
+        return found
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer is quantized, or kept; `None` for one that is neither linear nor experts."""
         if self._methods is None:
             from .vllm_methods import Methods
 
-            self._methods = Methods(self.policy, self.options, self.packed_modules_mapping)
+            self._methods = Methods(self.policy, self.options, self.packed_modules_mapping, self.stored)
         return self._methods.of(layer, prefix)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.lora.utils import is_in_target_modules
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
@@ -28,6 +29,7 @@ from .choices import LayerChoices
 from .closures import EngineLayer, quantized_experts
 from .experts_host import EngineExperts, Gate
 from .linear_method import LinearMethod
+from .names import LOAD_FORMAT
 from .rank_maxima import RankMaxima, expert_divisions
 
 FINAL_FORMATS = frozenset({"dummy", "sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache"})
@@ -37,7 +39,15 @@ FINAL_FORMATS = frozenset({"dummy", "sharded_state", "runai_streamer_sharded", "
 class Methods:
     """The methods for the layers of one model."""
 
-    def __init__(self, policy: QuantizationPolicy, options: LoadOptions, merged: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        policy: QuantizationPolicy,
+        options: LoadOptions,
+        merged: Mapping[str, Sequence[str]],
+        stored: str | None = None,
+    ) -> None:
+        """`stored` is the tool that has quantized the checkpoint, if one has."""
+        _check_can_decode(stored)
         self._choices = LayerChoices(policy, options, merged)
         group = get_tp_group()
         self._maxima = RankMaxima(group.cpu_group) if group.world_size > 1 else None
@@ -107,6 +117,7 @@ class QuantizedExperts(_Quantized, FusedMoEMethodBase):  # type: ignore[misc]
     ) -> None:
         """Codes and scales of this rank's experts, or parts of them; biases as they are stored."""
         _check_unpadded(self.moe, self._prefix)
+        _check_no_adapters(self._prefix)
         base = extra_weight_attrs["weight_loader"]
         gate = gate_of(layer, self._prefix)
         rows = intermediate_size_per_partition * (2 if gate.gated else 1)
@@ -203,6 +214,7 @@ class KeptExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         """As vLLM does."""
         if current_platform.is_cpu():
             self._gate = gate_of(layer, self._prefix)
+            _check_no_adapters(self._prefix)
         super().create_weights(layer, *arguments, **named)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -224,6 +236,16 @@ class KeptExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             made: Tensor = super().apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
             return made
         return _weighted_experts(layer, self._gate, x, topk_weights, topk_ids)
+
+
+def _check_can_decode(stored: str | None) -> None:
+    """Raise `PolicyError` where a checkpoint is quantized and somebody else reads it."""
+    config = get_current_vllm_config_or_none()
+    if stored is not None and config is not None and config.load_config.load_format not in (LOAD_FORMAT, "dummy"):
+        raise PolicyError(
+            f"the checkpoint is quantized already ({stored}), and only --load-format {LOAD_FORMAT} decodes it on its "
+            f"way; leave --quantization out, and vLLM loads it as it is"
+        )
 
 
 def gate_of(layer: Any, prefix: str) -> Gate:
@@ -278,6 +300,17 @@ def _check_unpadded(moe: Any, prefix: str) -> None:
         raise PolicyError(
             f"{prefix}: vLLM pads these experts from {stored} to {sizes} here, and padding is not quantized; ignore "
             f"them, or choose another way of spreading experts over ranks"
+        )
+
+
+def _check_no_adapters(prefix: str) -> None:
+    """Raise `PolicyError` where vLLM would put LoRA adapters on experts: it does so inside of kernels of its own."""
+    config = get_current_vllm_config_or_none()
+    lora = None if config is None else config.lora_config
+    if lora is not None and is_in_target_modules(prefix, lora.target_modules):
+        raise PolicyError(
+            f"{prefix}: vLLM puts LoRA adapters on experts inside of kernels of its own, on which these experts do not "
+            f"run: say which other modules get adapters (--lora-target-modules qkv_proj o_proj)"
         )
 
 

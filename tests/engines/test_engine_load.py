@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -75,6 +76,31 @@ def test_what_the_engine_asks_for_behind_the_last_tensor_is_read_in_the_end(fold
     model, _, report = loaded(folder)  # `list` has taken all tensors before the first one is copied
     assert int(model.up.get_parameter("weight").count_nonzero()) > 1000
     assert len(report.layers) == 1
+
+
+def test_a_checkpoint_that_is_quantized_is_decoded_on_its_way(folder: Path, tmp_path: Path) -> None:
+    """Into layers that quantize it anew, and into those that keep values."""
+    stored: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    for name, shape in {"up": (32, 64), "head": (8, 64)}.items():
+        codes, scale = torch.randn(shape).to(torch.float8_e4m3fn), torch.tensor(0.5)
+        stored |= {f"{name}.weight": codes, f"{name}.weight_scale": scale}
+        values[f"{name}.weight"] = codes.float() * scale
+    quantized, plain = tmp_path / "quantized", tmp_path / "plain"
+    for path, tensors, config in (
+        (quantized, stored, {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}),
+        (plain, values, {}),
+    ):
+        path.mkdir()
+        save_file(tensors, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps({"dtype": "bfloat16", **config}))
+    (model, load, report), (other, *_) = loaded(quantized), loaded(plain)
+    assert load.names == {"up.weight", "head.weight"}
+    assert load.materialized == []
+    assert torch.equal(model.head.weight, values["head.weight"].to(torch.bfloat16))
+    for name in ("weight", "weight_scale"):
+        assert torch.equal(model.up.get_parameter(name).data, other.up.get_parameter(name).data)
+    assert report.bytes_read == 40 * 64 + 2 * 4
 
 
 def test_a_line_in_the_log_and_a_file(

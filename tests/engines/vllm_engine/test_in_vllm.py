@@ -20,7 +20,7 @@ from quantload.memory.planner import SLACK_BYTES
 from quantload.memory.report import LoadReport
 from safetensors.torch import load_file
 from torch import Tensor
-from vllm_reference import ARCHITECTURES
+from vllm_reference import ARCHITECTURES, QUANTIZED, make
 from vllm_running import ANSWER, log_probabilities, model_of, quantized_tensors, running
 
 pytestmark = [
@@ -36,14 +36,32 @@ OWN_NAMES = {"fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "mxfp8", "exp
 """What vLLM has methods of its own for: ours have a prefix."""
 
 
+DECODED = ("awq", "fp8", "mxfp4")
+"""Those of the checkpoints that tools have quantized with which an engine is run."""
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All checkpoints, and what `load_quantized` makes of them."""
     found = tmp_path_factory.mktemp("checkpoints")
     asked = [f"demo={scheme}" for scheme in SCHEMES]
-    asked += ["demo=none", "demo-b=", "large=", *(f"{name}=quark_mxfp4" for name in ARCHITECTURES if name != "large")]
+    asked += [
+        "demo=none",
+        "demo=quark_mxfp4+lora",
+        "demo-b=",
+        "large=",
+        *(f"{name}=int8_per_channel" for name in DECODED),
+        *(f"{name}=quark_mxfp4" for name in ARCHITECTURES if name != "large"),
+    ]
     subprocess.run([sys.executable, HERE / "vllm_reference.py", found, *asked], check=True, timeout=800)
     return found
+
+
+@pytest.fixture
+def _registered() -> None:
+    from quantload.engines.vllm import register
+
+    register()  # vLLM does when it parses arguments
 
 
 @pytest.fixture
@@ -70,6 +88,48 @@ def in_other_processes(checkpoint: Path, scheme: str = "quark_mxfp4", **options:
     assert run.returncode == 0, run.stderr[-4000:]
     (answer,) = (line.removeprefix(ANSWER) for line in run.stdout.splitlines() if line.startswith(ANSWER))
     return json.loads(answer)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", DECODED)
+def test_a_checkpoint_that_is_quantized_is_quantized_anew(method: str, folder: Path, report: Path) -> None:
+    with running(folder / method / "model", "int8_per_channel") as engine:
+        assert difference(log_probabilities(engine), expected(folder, method, "int8_per_channel"), 3) < CLOSE
+    found = LoadReport.load(report)
+    assert {layer.scheme for layer in found.layers} == {"int8_per_channel"}
+    assert found.fallback_conversions == 0  # nothing was decoded whole
+
+
+@pytest.mark.usefixtures("_registered")
+@pytest.mark.parametrize("method", sorted(QUANTIZED))
+def test_who_reads_a_checkpoint_that_is_quantized(method: str, tmp_path: Path) -> None:
+    """We do, where a scheme of ours is asked for; else vLLM, whatever it makes of it here."""
+    from quantload.engines.vllm_config import CLASSES
+    from vllm.config import ModelConfig
+
+    model = make(tmp_path, method)
+    config = ModelConfig(model=str(model), quantization="quark_mxfp4", skip_tokenizer_init=True)
+    assert config.quantization == "quark_mxfp4"
+    theirs = ModelConfig(model=str(model), skip_tokenizer_init=True).quantization
+    assert theirs is not None
+    assert theirs not in CLASSES
+
+
+@pytest.mark.usefixtures("_registered")
+def test_what_is_not_read_here_is_refused_with_the_name_of_who_reads_it(folder: Path, tmp_path: Path) -> None:
+    from vllm.config import ModelConfig
+
+    described = json.loads((folder / "demo" / "config.json").read_text())
+    for method, told in {"torchao": "leave the option out, and vLLM", "eetq": "name a checkpoint that is not"}.items():
+        said = {**described, "quantization_config": {"quant_method": method}}
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        with pytest.raises(PolicyError, match=f"quantized already, by {method}, which is not read here: {told}"):
+            ModelConfig(model=str(tmp_path), quantization="quark_mxfp4", skip_tokenizer_init=True)
+
+
+def test_only_our_load_format_decodes(folder: Path) -> None:
+    with pytest.raises(PolicyError, match=r"quantized already \(awq\), and only --load-format quantload"):  # noqa: SIM117
+        with running(folder / "awq" / "model", "quark_mxfp4", load_format="auto"):
+            pass
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -192,6 +252,33 @@ def part_of(whole: Tensor, own: Tensor, name: str, sizes: dict[str, list[int]], 
     shares = sizes.get(name.rpartition(".")[0], [1, 1] if "w13_weight" in name else [1])
     parts = whole.split([share * whole.shape[dim] // sum(shares) for share in shares], dim)
     return torch.cat([part.chunk(2, dim)[rank] for part in parts], dim)
+
+
+def test_stages_of_a_pipeline_read_their_own_layers(folder: Path, report: Path) -> None:
+    # vLLM 0.32 itself runs no second stage on a CPU without compiling it.
+    found = in_other_processes(folder / "demo", pipeline_parallel_size=2, enforce_eager=False)
+    assert difference(found, expected(folder, "demo")) < CLOSE
+    reports = [LoadReport.load(f"{report}.rank{rank}") for rank in range(2)]
+    assert sum(len(each.layers) for each in reports) == 21
+    for each in reports:
+        assert each.bytes_read < 0.75 * each.checkpoint_bytes
+
+
+def test_lora_adapters_add_to_quantized_layers(folder: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    options = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["qkv_proj", "o_proj"]}
+    with running(folder / "demo", "quark_mxfp4", **options) as engine:
+        with_adapter = log_probabilities(engine, lora_request=LoRARequest("one", 1, str(folder / "demo.lora")))
+        assert difference(with_adapter, expected(folder, "demo", "quark_mxfp4+lora")) < CLOSE
+        assert difference(with_adapter, expected(folder, "demo")) > 4 * CLOSE
+        assert difference(log_probabilities(engine), expected(folder, "demo")) < CLOSE
+
+
+def test_lora_adapters_on_quantized_experts_are_refused(folder: Path) -> None:
+    with pytest.raises(PolicyError, match=r"mlp\.experts: vLLM puts LoRA adapters on experts"):  # noqa: SIM117
+        with running(folder / "demo", "quark_mxfp4", enable_lora=True):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Small checkpoints, and what `load_quantized` makes of them, in a process of its own, as vLLM changes transformers.
 
 python vllm_reference.py FOLDER NAME=SCHEME... writes FOLDER/NAME for each, and FOLDER/NAME.SCHEME.json with the log
-probabilities of the tokens of a text.
+probabilities of the tokens of a text. With `+lora` behind the scheme they are those with the adapter that is in
+FOLDER/NAME.lora.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from quantload import load_quantized
+from quantload import QuantizationPolicy, convert_checkpoint, load_quantized
 from quantload.cli import DEMO_MODEL
 from safetensors.torch import load_file, save_file
 from vllm_running import TOKENS
@@ -24,6 +26,7 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
     "tie_word_embeddings": False, "initializer_range": 0.08,
 }  # fmt: skip
+LORA_MODULES = ("q_proj", "o_proj")
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", COMMON),
@@ -75,7 +78,7 @@ def make(folder: Path, name: str) -> Path:
     """A checkpoint of that name; `demo` is the model of the package, `demo-b` the same with other weights."""
     target = folder / name
     if target.exists():
-        return target
+        return target / "model" if name in QUANTIZED else target
     if name in ("demo", "demo-b"):
         shutil.copytree(DEMO_MODEL, target)
         torch.manual_seed(1)
@@ -83,6 +86,9 @@ def make(folder: Path, name: str) -> Path:
             noisy = {key: _noisy(tensor) for key, tensor in load_file(file).items()}
             save_file(noisy, file, metadata={"format": "pt"})
         return target
+    if name in QUANTIZED:
+        target.mkdir()
+        return QUANTIZED[name](folder, target)
     kind, fields = ARCHITECTURES[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**fields)
@@ -93,14 +99,74 @@ def make(folder: Path, name: str) -> Path:
     return target
 
 
+def _copied(method: str) -> Callable[[Path, Path], Path]:
+    """Makes a checkpoint of the demo model as a tool stores it."""
+
+    def copy(folder: Path, target: Path) -> Path:
+        sys.path.insert(0, str(Path(__file__).parents[2] / "end_to_end"))
+        from quantized_copies import METHODS, quantized_copy
+
+        quantized, _ = quantized_copy(target / "copies", make(folder, "demo"), *METHODS[method])
+        return quantized.rename(target / "model")
+
+    return copy
+
+
+def _converted(original: str, policy: QuantizationPolicy, format: str) -> Callable[[Path, Path], Path]:
+    def convert(folder: Path, target: Path) -> Path:
+        convert_checkpoint(make(folder, original), target / "model", policy=policy, format=format, progress=False)
+        return target / "model"
+
+    return convert
+
+
+QUANTIZED = {
+    "awq": _copied("awq"),
+    "gptq": _copied("gptq"),
+    "fp8": _copied("fp8 blocks"),
+    "quark": _converted("demo", QuantizationPolicy("quark_mxfp4"), "quark"),
+    "compressed-tensors": _converted("demo", QuantizationPolicy("int8_per_channel"), "compressed-tensors"),
+    "modelopt": _converted("demo", QuantizationPolicy("nvfp4"), "modelopt"),
+    "mxfp4": _converted("gpt_oss", QuantizationPolicy("none", experts="quark_mxfp4"), "mxfp4"),
+}
+"""Checkpoints that are quantized already, by their `quant_method`."""
+
+
 def _noisy(tensor: torch.Tensor) -> torch.Tensor:
     values = tensor.float()
     return (values + 0.1 * values.std() * torch.randn_like(values)).to(tensor.dtype)
 
 
+def make_adapter(target: Path, model: Any) -> dict[str, torch.Tensor]:
+    """An adapter of rank 4 on the queries and outputs of attention, as PEFT writes it; its tensors."""
+    torch.manual_seed(2)
+    found = {}
+    for name, module in model.named_modules():
+        if name.endswith(LORA_MODULES):
+            down, up = torch.randn(4, module.in_features), torch.randn(module.out_features, 4)
+            found[f"base_model.model.{name}.lora_A.weight"] = (down / module.in_features**0.5).to(torch.bfloat16)
+            found[f"base_model.model.{name}.lora_B.weight"] = up.to(torch.bfloat16) / 4
+    target.mkdir()
+    save_file(found, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": [*LORA_MODULES], "bias": "none"}
+    (target / "adapter_config.json").write_text(json.dumps(settings))
+    return found
+
+
+def put_on(model: Any, adapter: dict[str, torch.Tensor]) -> None:
+    """Have modules add what the adapter makes of their inputs."""
+    for name, module in model.named_modules():
+        down, up = (adapter.get(f"base_model.model.{name}.lora_{each}.weight") for each in "AB")
+        if down is not None and up is not None:
+            module.register_forward_hook(lambda _, x, out, a=down, b=up: out + 2 * (x[0] @ a.T) @ b.T)
+
+
 def log_probabilities(folder: Path, scheme: str) -> list[float]:
     """Of each token after the first, given those before it."""
+    scheme, _, with_lora = scheme.partition("+")
     model = load_quantized(folder, scheme, progress=False)
+    if with_lora:
+        put_on(model, make_adapter(folder.with_suffix(".lora"), model))
     with torch.inference_mode():
         logits = model(torch.tensor([TOKENS])).logits[0].float()
     return torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0].tolist()

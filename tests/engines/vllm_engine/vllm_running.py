@@ -51,12 +51,12 @@ def running(checkpoint: Path, scheme: str, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def log_probabilities(engine: Any) -> list[float]:
-    """Of each token of the text after the first, given those before it."""
+def log_probabilities(engine: Any, **options: Any) -> list[float]:
+    """Of each token of the text after the first, given those before it; `options` are those of `generate`."""
     from vllm import SamplingParams
 
     wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    (answer,) = engine.generate([{"prompt_token_ids": TOKENS}], wanted, use_tqdm=False)
+    (answer,) = engine.generate([{"prompt_token_ids": TOKENS}], wanted, use_tqdm=False, **options)
     told = zip(answer.prompt_logprobs[1:], TOKENS[1:], strict=True)
     return [float(of_token[token].logprob) for of_token, token in told]
 

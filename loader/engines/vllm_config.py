@@ -79,7 +79,7 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's class
                 f"{theirs if method in QUANTIZATION_METHODS else other}"
             )
         for config in (hf_config, getattr(hf_config, "text_config", None)):
-            if getattr(config, "quantization_config", None) is not None:
+            if config is not None and getattr(config, "quantization_config", None) is not None:
                 config.quantization_config = {"quant_method": cls.name, DECODED: method}
         return cls.name
 

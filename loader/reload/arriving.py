@@ -91,6 +91,10 @@ class Arrivals:
             self.arrived[name] = needed
             self._complete(entry._replace(dtype=tensor.dtype))
 
+    def wants(self, name: str) -> bool:
+        """Whether something of a tensor is to be taken; also of one that is not known, which is an error."""
+        return name not in self._entries or self._needed(name) > 0
+
     def _needed(self, name: str) -> int:
         """Elements of a tensor that this rank has, each counted for every place that it goes to."""
         if name in self._whole:

@@ -84,6 +84,7 @@ def reload_weights(
                 tensors = TensorsOf(checkpoint, settings_of(model).options.chunk_bytes)
             update = WeightUpdate(model, partial=True, adapter=adapter, label=checkpoint.model_id)
             with update:
+                tensors.wants = update.wants
                 update.load(tensors)
                 return update.finish()
     with (

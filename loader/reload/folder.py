@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,12 +28,14 @@ class TensorsOf:
             )
         self._checkpoint, self._chunk_bytes = checkpoint, chunk_bytes
         self._index = read_index(checkpoint)
+        self.wants: Callable[[str], bool] = lambda _: True
+        """Whether a tensor of a name is read."""
 
     def __iter__(self) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
         files = self._checkpoint.files.source(LoadOptions())
         buffer = torch.empty(0, dtype=torch.uint8)
         try:
-            for entry in self._index.tensors.values():
+            for entry in (entry for entry in self._index.tensors.values() if self.wants(entry.name)):
                 for first, count in self._parts(entry):
                     row = entry.nbytes // entry.shape[0] if entry.shape else entry.nbytes
                     nbytes = count * row

@@ -102,6 +102,10 @@ class WeightUpdate:
         """Bytes of the largest piece that is quantized at once."""
         return self._settings.options.chunk_bytes
 
+    def wants(self, name: str) -> bool:
+        """Whether this rank has something of a tensor of the checkpoint."""
+        return self._arrivals.wants(name)
+
     def load(self, tensors: Iterable[Given] | Mapping[str, Tensor]) -> None:
         """Quantize tensors as they come; those that came before are replaced.
 

@@ -88,6 +88,10 @@ def test_each_rank_reads_its_own_part(moe: tuple[Path, Path]) -> None:
     for report in on_all(parts, lambda model, _: reload_weights(model, moe[1], progress=False)):
         most = (report.checkpoint_bytes - report.replicated_bytes) / 2 + report.replicated_bytes
         assert report.bytes_read <= 1.05 * most
+    parts = load_ranks(moe[0], "quark_mxfp4", 2, expert_parallel=True)
+    for report in on_all(parts, lambda model, _: reload_weights(model, moe[1], partial=True)):
+        assert report.bytes_read <= 0.8 * sum(tensor.nbytes for tensor in tensors_of(moe[1]).values())
+    assert_slices(load(moe[1]), parts)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from .cli_options import ConvertOptions, Html, Json, Model, ModelOptions, PlanOp
 from .cli_output import print_json, show, tables, tell, to_stdout
 from .cli_pages import failure_written, typed, write_report_page
 from .cli_preparing import DEMO_MODEL as DEMO_MODEL
-from .cli_preparing import LoadFormat, libraries, model_address, weights_kind, writable
+from .cli_preparing import LoadFormat, libraries, model_address, sensitivity_measured, weights_kind, writable
 from .cli_serve import serve
 from .errors import (
     CheckpointError,
@@ -83,6 +83,7 @@ def load(
     report, html = writable(report), writable(html, "--html")
     given = model_address(model, chosen.source)
     with failure_written(html if launched().rank == 0 else None, given, arguments["quantization"], arguments["device"]):
+        sensitivity_measured(model, chosen, arguments)
         with libraries():
             from .load import load_quantized
 
@@ -115,6 +116,7 @@ def plan(
     chosen.logs.set_up()
     settle_threads(chosen.forward.threads)
     arguments, save_policy = chosen.arguments(), writable(save_policy, "--save-policy")
+    sensitivity_measured(model, chosen, arguments)
     with libraries():
         from .fitting import beside_peak, judge_draft
         from .planning import plan_fitted
@@ -185,6 +187,7 @@ def convert(
     chosen.logs.set_up()
     arguments = chosen.arguments()
     report = writable(report)
+    sensitivity_measured(model, chosen, arguments)
     with libraries():
         from .convert.flow import convert_checkpoint
 

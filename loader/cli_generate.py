@@ -11,7 +11,7 @@ import typer
 from .cli_groups import command_with_groups
 from .cli_options import Json, Model, ModelOptions
 from .cli_output import print_json, to_stdout
-from .cli_preparing import LoadFormat, libraries, model_address, weights_kind
+from .cli_preparing import LoadFormat, libraries, model_address, sensitivity_measured, weights_kind
 from .ranks.launch import launched, of_first, process_group
 from .threads import settle_threads
 
@@ -69,6 +69,7 @@ def generate(
     chosen.logs.set_up()
     settle_threads(chosen.forward.threads)
     arguments = chosen.arguments()
+    sensitivity_measured(model, chosen, arguments)
     with libraries():
         from .checkpoint.resolve import resolved
         from .generating import answer, read_prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import typer
@@ -106,9 +107,21 @@ class SizeOptions:
             show_default="the scheme of --quantization",
         ),
     ] = None
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text of what the model is for, a few thousand tokens: measure on it how much the output feels each "
+            "kind of module by depth, for --fit to choose by. It loads the model once more, in nl4, and leaves what "
+            "was measured beside the file.",
+            show_default="as measured on the demo model",
+        ),
+    ] = None
 
     def values(self) -> dict[str, Any]:
-        """Fields of `LoadOptions`."""
+        """Fields of `LoadOptions`, but for what `sensitivity` is to be measured on."""
+        if self.sensitivity is not None and self.fit is None:
+            raise PolicyError("--sensitivity says what --fit is to choose by: give a size, too")
         return {"fit": self.fit}
 
 

@@ -6,15 +6,18 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .cli_model_options import SourceOptions
+from .cli_options import ConvertOptions, PlanOptions
 from .errors import PolicyError
 from .interrupts import interrupt_held
 from .local_paths import local_path
+from .ranks.launch import launched
 from .shortage import importing
 
 LoadFormat = Annotated[
@@ -47,6 +50,23 @@ def libraries() -> Iterator[None]:
         check_room(ROOM_FOR_LIBRARIES, LIBRARIES)
     with interrupt_held(), importing(LIBRARIES):
         yield
+
+
+def sensitivity_measured(model: str | None, chosen: ConvertOptions | PlanOptions, arguments: dict[str, Any]) -> None:
+    """Put into the options what --sensitivity asks for."""
+    text = chosen.fitting.sensitivity
+    if text is None:
+        return
+    if launched().ranks > 1:
+        raise PolicyError("--sensitivity is for one process: plan with it, --save-policy, and give ranks --policy")
+    with libraries():
+        from .sensitivity import measure_sensitivity
+
+    found = measure_sensitivity(
+        *(model_address(model, chosen.source), text), device=arguments.get("device", "cpu"),
+        progress=chosen.logs.progress(), **chosen.source.values(),
+    )  # fmt: skip
+    arguments["options"] = replace(arguments["options"], fit_sensitivity=found)
 
 
 def model_address(model: str | None, source: SourceOptions) -> str | Path:

@@ -8,7 +8,7 @@ import sys
 
 from .cli_groups import command_with_groups
 from .cli_options import Model, ModelOptions
-from .cli_preparing import display_name, libraries, model_address, weights_kind
+from .cli_preparing import display_name, libraries, model_address, sensitivity_measured, weights_kind
 from .cli_serve_options import ServeOptions
 from .errors import PolicyError
 from .ranks.launch import process_group
@@ -31,6 +31,7 @@ def serve(*, model: Model = None, serving: ServeOptions, chosen: ModelOptions) -
             from .server.command import serve_model
     except ImportError as error:
         raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
+    sensitivity_measured(model, chosen, arguments)
     chosen.logs.set_up_server()
     with process_group(arguments["device"]):
         serve_model(

@@ -8,7 +8,7 @@ projections to queries, keys and values of a layer, the one from attention, gate
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -27,6 +27,7 @@ ERRORS: Mapping[str, float] = MappingProxyType(
 )  # fmt: skip
 """The relative squared error of weights in a scheme, of all weights of the demo model, by `bench/sensitivity.py`. Those
 schemes are left out that bring linear layers and experts into formats of different sizes."""
+NOTHING: Mapping[str, float] = MappingProxyType({})
 FIRST, MIDDLE, LAST = "first", "middle", "last"
 KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -73,10 +74,13 @@ def ladder(schemes: Collection[str]) -> tuple[str, ...]:
     return (*found, AS_STORED)
 
 
-def items_of(draft: Draft, policy: QuantizationPolicy | None = None) -> list[Item]:
+def items_of(
+    draft: Draft, policy: QuantizationPolicy | None = None, measured: Mapping[str, float] = NOTHING
+) -> list[Item]:
     """The modules that schemes can be chosen for, together with those that must have the same.
 
-    Those that an override of `policy` names keep what it gives them, and are left out.
+    Those that an override of `policy` names keep what it gives them, and are left out. `measured` has sensitivities by
+    `group_name`, where they are known better than from the demo model.
     """
     given = [pattern for pattern, _ in policy.overrides] if policy is not None else []
     names = [
@@ -84,7 +88,11 @@ def items_of(draft: Draft, policy: QuantizationPolicy | None = None) -> list[Ite
         for assignment in draft.assignments
         if assignment.scheme is not None and not any(matches(pattern, assignment.name) for pattern in given)
     ]
-    experts = {each.name for each in draft.assignments if each.kind == "experts"}
+    return grouped(names, {each.name for each in draft.assignments if each.kind == "experts"}, measured)
+
+
+def grouped(names: Sequence[str], experts: Collection[str], measured: Mapping[str, float] = NOTHING) -> list[Item]:
+    """Modules together with those that must have the same scheme; `measured` has sensitivities by `group_name`."""
     found: dict[tuple[str, str], list[str]] = {}
     count: dict[str, int] = {}
     for name in names:
@@ -98,8 +106,14 @@ def items_of(draft: Draft, policy: QuantizationPolicy | None = None) -> list[Ite
         stack, number = _layer(members[0])
         third = _third(number, count[stack])
         alike = sum(1 for each in range(count[stack]) if _third(each, count[stack]) == third)
-        items.append(Item(place, kind, third, tuple(members), sensitivity(kind, third) / max(alike, 1)))
+        loss = measured.get(group_name(kind, third), sensitivity(kind, third)) / max(alike, 1)
+        items.append(Item(place, kind, third, tuple(members), loss))
     return items
+
+
+def group_name(kind: str, third: str) -> str:
+    """What a kind of module in a third of the layers is called where its sensitivity is measured."""
+    return f"{kind} {third}"
 
 
 def sensitivity(kind: str, third: str) -> float:

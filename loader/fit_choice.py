@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .draft import Draft
-from .expected_loss import ERRORS, Item, items_of
+from .expected_loss import ERRORS, NOTHING, Item, items_of
 from .memory.report import FitRow
 from .options import LoadOptions, QuantizationPolicy
 from .scheme_peaks import bytes_now, bytes_with
@@ -23,9 +23,13 @@ def choice_of(
     policy: QuantizationPolicy,
     schemes: Sequence[str],
     error: Callable[[Item, str], float] = known_error,
+    measured: Mapping[str, float] = NOTHING,
 ) -> Choice:
-    """What there is to choose from; the draft has the first of the schemes. `error` is that of an item in a scheme."""
-    items = items_of(draft, policy)
+    """What there is to choose from; the draft has the first of the schemes.
+
+    `error` is that of an item in a scheme, `measured` are sensitivities as `items_of` takes them.
+    """
+    items = items_of(draft, policy, measured)
     losses = [[item.loss * error(item, scheme) for scheme in schemes] for item in items]
     return Choice(policy, schemes, items, _sizes(draft, items, schemes), losses)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .checkpoint.index import CheckpointIndex
 from .checkpoint.resolve import Checkpoint
 from .draft import Draft, plan_draft
 from .errors import MemoryBudgetError, PolicyError
-from .expected_loss import ladder
+from .expected_loss import NOTHING, ladder
 from .fit_choice import Choice, choice_of
 from .fit_room import Room, free_room
 from .memory.amounts import format_bytes
@@ -49,6 +49,7 @@ class Fitted:
     planned_bytes: int
     expected_loss: float
     rows: tuple[FitRow, ...]
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def report(self) -> FitReport:
         """For a report; `policy` alone, in a file, is what `QuantizationPolicy.from_file` reads."""
@@ -64,6 +65,7 @@ class Fitted:
             context=self.room.context,
             requests=self.room.requests,
             rows=[*self.rows],
+            sensitivity=dict(self.measured),
             policy=asdict(self.policy)
             | {"ignore": [*self.policy.ignore], "overrides": [[*pair] for pair in self.policy.overrides]},
         )
@@ -127,7 +129,7 @@ def fit_policy(
         return Planned(draft, memory.final_bytes, memory.peak_bytes)
 
     names = [entry.name for entry in ENTRIES if _has_mode(entry.formats.values(), policy)]
-    return choose(policy, ladder(names), plan, lambda draft: _room(draft, options))
+    return choose(policy, ladder(names), plan, lambda draft: _room(draft, options), options.fit_sensitivity)
 
 
 def apply_fit(
@@ -169,8 +171,17 @@ def tell(fitted: Fitted) -> None:
         logger.info("%s", line)
 
 
-def choose(policy: QuantizationPolicy, schemes: Sequence[str], plan: Plan, room_of: Callable[[Draft], Room]) -> Fitted:
-    """The policy of the least expected loss with some schemes, smallest first, whose plan stays below a size."""
+def choose(
+    policy: QuantizationPolicy,
+    schemes: Sequence[str],
+    plan: Plan,
+    room_of: Callable[[Draft], Room],
+    measured: Mapping[str, float] = NOTHING,
+) -> Fitted:
+    """The policy of the least expected loss with some schemes, smallest first, whose plan stays below a size.
+
+    `measured` are sensitivities as `items_of` takes them.
+    """
     least = plan(replace(policy, linear=schemes[0]))
     check_choosable("auto", policy, least.draft.rules.is_quantized)
     room = room_of(least.draft)
@@ -179,12 +190,12 @@ def choose(policy: QuantizationPolicy, schemes: Sequence[str], plan: Plan, room_
             f"nothing fits: with all modules in {schemes[0]}, the smallest, {room.of} is predicted to take "
             f"{format_bytes(least.nbytes)}, and fit is {format_bytes(room.size)}{room.because}"
         )
-    choice = choice_of(least.draft, policy, schemes)
+    choice = choice_of(least.draft, policy, schemes, measured=measured)
     final, nbytes = least.final_bytes, least.nbytes
     tensors = len(least.draft.index.tensors)
     del least
     _collect(tensors)
-    return _fitted(choice, plan, room, final, nbytes)
+    return _fitted(choice, plan, room, final, nbytes, measured)
 
 
 def _room(draft: Draft, options: LoadOptions) -> Room:
@@ -198,7 +209,7 @@ def _has_mode(formats: Any, policy: QuantizationPolicy) -> bool:
     return all(policy.scale_mode in fmt.scale_modes for fmt in formats)
 
 
-def _fitted(choice: Choice, plan: Plan, room: Room, final: int, nbytes: int) -> Fitted:
+def _fitted(choice: Choice, plan: Plan, room: Room, final: int, nbytes: int, measured: Mapping[str, float]) -> Fitted:
     """What fits by a plan of its own: what is held beside the weights differs from scheme to scheme.
 
     With the smallest schemes the model has `final` bytes, and `nbytes` count against the room.
@@ -222,7 +233,7 @@ def _fitted(choice: Choice, plan: Plan, room: Room, final: int, nbytes: int) -> 
         if sizes[1] <= room.size:
             levels, found = other, sizes
             break
-    return Fitted(choice.as_policy(levels), room, *found, choice.loss(levels), tuple(choice.rows(levels)))
+    return Fitted(choice.as_policy(levels), room, *found, choice.loss(levels), tuple(choice.rows(levels)), measured)
 
 
 def _planned(choice: Choice, plan: Plan, levels: Sequence[int]) -> tuple[int, int]:

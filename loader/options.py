@@ -131,6 +131,10 @@ class LoadOptions:
     fit_requests: int | None = None
     """How many such sequences `fit="auto"` leaves room for. None: one."""
 
+    fit_sensitivity: Mapping[str, float] = field(default_factory=dict)
+    """How much the output feels kinds of modules by depth, for `fit`, as `quantload.sensitivity.measure_sensitivity`
+    measures it; others are as on the demo model."""
+
     force: bool = False
     """Load although the memory that is available is too little for the model. `max_memory` still counts."""
 
@@ -229,6 +233,12 @@ class LoadOptions:
                 "cache: this system has no locks that several processes hold together (flock), which keep an entry in "
                 "its place while it is read; load without a cache"
             )
+        if not isinstance(self.fit_sensitivity, Mapping) or not all(
+            isinstance(value, int | float) and 0 <= value < float("inf") for value in self.fit_sensitivity.values()
+        ):
+            raise PolicyError(f"fit_sensitivity is {self.fit_sensitivity!r}; give what was measured, numbers by name")
+        if self.fit_sensitivity and self.fit is None:
+            raise PolicyError("fit_sensitivity says what fit is to choose by: give a size, too")
         if not isinstance(self.kernels, Mapping):
             raise PolicyError(f"kernels is {self.kernels!r}; give a mapping of operation to kernel name")
         for operation, kernel in self.kernels.items():
@@ -335,7 +345,7 @@ def with_fit(options: LoadOptions | None, fit: int | str | None) -> LoadOptions:
 
 def without_fit(options: LoadOptions) -> LoadOptions:
     """Options for a load whose schemes are chosen."""
-    return replace(options, fit=None, fit_context=None, fit_requests=None)
+    return replace(options, fit=None, fit_context=None, fit_requests=None, fit_sensitivity={})
 
 
 def check_kinds(policy: object, options: object) -> None:

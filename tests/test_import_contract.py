@@ -148,6 +148,10 @@ FLOORS: dict[str, Floor] = {
     ),
     "tokenizer": Floor("errors checkpoint", "text becomes tokens, whoever generates behind them"),
     "generating": Floor("errors shortage checkpoint model tokenizer", "answers a prompt with the model it is given"),
+    "sensitivity": Floor(
+        f"{GROUND} checkpoint schemes model cache tokenizer kernels.nl4_levels expected_loss load",
+        "a user of load like any other",
+    ),
     "server": Floor(
         "errors shortage progress options local_paths kernels.system_calls page checkpoint memory memory.amounts "
         "schemes.names schemes.ahead model dummy load reload ranks ranks.launch tokenizer",
@@ -165,7 +169,10 @@ FLOORS: dict[str, Floor] = {
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli_pages": Floor("errors memory page", "what a command leaves for a browser"),
     "cli_output": Floor("errors shortage memory", "what a command prints, whatever it did"),
-    "cli_preparing": Floor(f"{GROUND} memory cli_model_options", "what is said before a command begins"),
+    "cli_preparing": Floor(
+        f"{GROUND} memory ranks.launch sensitivity cli_model_options cli_options",
+        "what is said before a command begins",
+    ),
     "cli_compare": Floor(
         "memory.amounts comparing cli_groups cli_model_options cli_options cli_output cli_preparing",
         "a user of the package",

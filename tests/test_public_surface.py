@@ -127,7 +127,7 @@ def test_the_fields_of_its_parts() -> None:
     assert fields(KeptReport) == ["name", "reason", "bytes"]
     assert fields(FitReport) == [
         "size", "of", "final_bytes", "planned_bytes", "expected_loss", "available_bytes", "reserve_bytes",
-        "cache_bytes", "context", "requests", "rows", "policy",
+        "cache_bytes", "context", "requests", "rows", "policy", "sensitivity",
     ]  # fmt: skip
     assert fields(FitRow) == ["kind", "third", "scheme", "modules", "bytes", "share_of_loss"]
     assert fields(TimelinePoint) == ["seconds", "bytes_read", "memory"]

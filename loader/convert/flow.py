@@ -122,9 +122,9 @@ def convert_checkpoint(
     ):
         small = _small_files(checkpoint)
         papers = documents(checkpoint, small) if model_card else []
-        size, options, given = options.fit, without_fit(options), policy
+        size, measured, given, options = options.fit, options.fit_sensitivity, policy, without_fit(options)
         planner = FilePlanner(checkpoint, export, options, max_shard_bytes, trust_remote_code)
-        fitted = None if size is None else planner.fit(quantization, policy, size)
+        fitted = None if size is None else planner.fit(quantization, policy, size, measured)
         policy = policy if fitted is None else fitted.policy
         files = planner.plan(quantization, policy)
         draft, tensors, shards = files.draft, files.tensors, files.shards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..checkpoint.resolve import Checkpoint
@@ -12,7 +12,7 @@ from ..checkpoint.writer import ShardPlan, plan_shards
 from ..collector import collector_paused
 from ..draft import Draft, draft_load
 from ..errors import PolicyError
-from ..expected_loss import ERRORS, ladder
+from ..expected_loss import ERRORS, NOTHING, ladder
 from ..fit_policy import Fitted, Plan, Planned, check_choosable, choose, tell
 from ..fit_room import Room
 from ..online.storage import FinalStorage
@@ -64,9 +64,16 @@ class FilePlanner:
             specs = ([spec for tensor in unit for spec in tensor.specs()] for unit in units(tensors))
             return PlannedFiles(draft, tensors, plan_shards(specs, self.max_shard_bytes))
 
-    def fit(self, quantization: str, policy: QuantizationPolicy | None, size: int | str) -> Fitted:
+    def fit(
+        self,
+        quantization: str,
+        policy: QuantizationPolicy | None,
+        size: int | str,
+        measured: Mapping[str, float] = NOTHING,
+    ) -> Fitted:
         """The policy of the least expected loss whose files of weights have at most `size` bytes; the log is told.
 
+        `measured` are sensitivities as `items_of` takes them.
         Of schemes that the format holds. Raises `MemoryBudgetError` where not even the smallest of them fit.
         """
         check_choosable(quantization, policy, self.checkpoint.is_quantized)
@@ -82,7 +89,7 @@ class FilePlanner:
 
         policy = policy or QuantizationPolicy()
         room = Room(size, "the checkpoint")
-        found = choose(policy, [*self._schemes(policy, plan), AS_STORED], plan, lambda _: room)
+        found = choose(policy, [*self._schemes(policy, plan), AS_STORED], plan, lambda _: room, measured)
         tell(found)
         return found
 

@@ -170,7 +170,8 @@ class FitReport:
     `of` is what was to stay below it, `planned_bytes` what that is planned to take. `expected_loss` is the divergence
     of the output from that of the stored model, in nats a token, as far as it is known without data. Where the size
     was `auto`: `available_bytes` were free, of which `reserve_bytes` were left, and `cache_bytes` for the attention
-    cache of `requests` sequences of `context` tokens. `policy` are the fields of a `QuantizationPolicy`.
+    cache of `requests` sequences of `context` tokens. `policy` are the fields of a `QuantizationPolicy`, `sensitivity`
+    is what was measured of kinds of modules by depth, where it was.
     """
 
     size: int
@@ -185,6 +186,7 @@ class FitReport:
     requests: int | None = None
     rows: list[FitRow] = field(default_factory=list)
     policy: dict[str, Any] = field(default_factory=dict)
+    sensitivity: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:

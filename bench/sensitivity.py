@@ -11,12 +11,14 @@ would have in MXFP4 of more and more bits, beside that of each scheme for all mo
 
     python bench/sensitivity.py
     python bench/sensitivity.py --only errors
+    python bench/sensitivity.py --only exchanged  # what `--sensitivity` measures, without the stored model
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,6 +84,18 @@ def measure_errors(folder: Path) -> list[Error]:
     return found
 
 
+def measure_exchanged(text: Path, folder: Path) -> dict[str, float]:
+    """What `--sensitivity` finds, by exchanging codes of the model in NL4."""
+    module = importlib.import_module("quantload.sensitivity")
+    with tempfile.TemporaryDirectory() as place:
+        copied = Path(place) / text.name
+        copied.write_text(text.read_text())
+        found: dict[str, float] = module.measure_sensitivity(str(folder), copied, device="cpu", progress=False)
+    for group, value in found.items():
+        print(f"{group:16} {value:.3f}", flush=True)
+    return found
+
+
 def _relative_error(layers: Sequence[Any]) -> float:
     error: float = sum(10 ** (-layer.sqnr_db / 10) * layer.numel for layer in layers)
     weights: int = sum(layer.numel for layer in layers)
@@ -139,12 +153,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "loader" / "demo_model", help="folder of the demo model")
     parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "stdlib_validation.txt")
     parser.add_argument("--windows", type=int, default=20, help="of 512 tokens, evenly over the text")
-    parser.add_argument("--only", choices=("errors",), help="the errors of weights alone, which takes seconds")
+    parser.add_argument(
+        "--only", choices=("errors", "exchanged"), help="the errors of weights alone, or exchanged codes"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     machine = describe_machine()
     print(headline(machine))
-    result: dict[str, Any] = {"machine": machine, "errors": [asdict(each) for each in measure_errors(options.model)]}
+    result: dict[str, Any] = {"machine": machine}
+    if options.only != "exchanged":
+        result["errors"] = [asdict(each) for each in measure_errors(options.model)]
+    if options.only != "errors":
+        result["exchanged"] = measure_exchanged(options.text, options.model)
     if options.only is None:
         rows, fits = measure(options.model, options.text.read_text(), options.windows)
         result |= {

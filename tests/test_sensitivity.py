@@ -67,7 +67,7 @@ def test_the_error_is_that_of_the_weights_with_their_scales(model: Any) -> None:
     with sensitivity._exchanged([layer]) as error:
         changed = values()
     assert torch.equal(values(), before)
-    assert error == pytest.approx(float((changed - before).square().sum() / before.square().sum()), rel=0.1)
+    assert error == pytest.approx(float((changed - before).square().sum() / before.square().sum()), rel=0.15)
 
 
 def test_every_kind_is_measured_and_the_model_is_as_before(model: Any) -> None:
@@ -93,7 +93,7 @@ def test_predictions_that_are_kept_in_part_give_the_divergence_of_all(
             exact = (whole.exp() * (whole - now)).sum(-1)
             for base in bases.values():
                 found = sensitivity._divergence(model, window, base)
-                assert float(found.mean()) == pytest.approx(float(exact.mean()), rel=0.1, abs=1e-5)
+                assert float(found.mean()) == pytest.approx(float(exact.mean()), rel=0.2)
 
 
 def test_what_was_measured_is_read_the_next_time(

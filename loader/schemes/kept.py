@@ -1,7 +1,7 @@
 """Linear layers that are kept, on a CPU: their products of a few tokens are made by a kernel that streams the weight.
 
-The output head is the largest matrix of many models, and what a token waits for longest: torch reads it at half of what
-the memory gives, with two to four tokens at a tenth.
+The output head is the largest matrix of many models, and what a token waits for longest: torch reads it at about half
+of what the memory gives.
 """
 
 from __future__ import annotations

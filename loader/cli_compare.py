@@ -80,8 +80,9 @@ def _modules(schemes: Any) -> str:
 
 def _below(found: Comparison) -> tuple[str, ...]:
     """What the numbers mean."""
-    sampled = f"{found.sampled:.0%} of the weights are of a kind that was sampled"
+    others = "" if found.sampled > 0.999 else ", others have that of the demo model"
     return (
-        f"error: relative squared error of weights; {sampled}, others have that of the demo model",
+        f"error: relative squared error of weights; {found.sampled:.0%} of them are of a kind of which some were "
+        f"read{others}",
         "expected loss: divergence of the output in nats a token, a rule of thumb (docs/schemes.md)",
     )

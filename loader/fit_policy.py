@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from .fit_room import Room, free_room
 from .memory.amounts import format_bytes
 from .memory.report import FitReport, FitRow
 from .options import LoadOptions, QuantizationPolicy, without_fit
-from .schemes.registry import ENTRIES
+from .schemes.registry import AS_STORED, ENTRIES
 
 logger = logging.getLogger("quantload")
 MOST_TRIES = 4
@@ -80,6 +82,9 @@ class Fitted:
             yield f"Fit: {format_bytes(self.room.size)}: {self.room}"
         planned, size = format_bytes(self.planned_bytes), format_bytes(self.room.size)
         yield f"Fit: {self.room.of} is planned to take {planned} of {size}"
+        if all(row.scheme == AS_STORED for row in self.rows):
+            yield "Fit: all modules stay as they are stored"
+            return
         for row in self.rows:
             where = f"{row.kind}, {row.third} third of the layers"
             yield f"Fit: {where}: {row.modules} {row.scheme}, {row.share_of_loss:.0%} of the expected loss"
@@ -95,6 +100,21 @@ class Planned:
 
 
 Plan = Callable[[QuantizationPolicy], Planned]
+
+
+@contextmanager
+def candidate() -> Iterator[None]:
+    """Plan without a word in the log: what is to be said of a plan is said when it is made of what was chosen."""
+    thread = threading.get_ident()
+
+    def is_heard(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno >= logging.ERROR
+
+    logger.addFilter(is_heard)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_heard)
 
 
 def fit_policy(
@@ -121,10 +141,11 @@ def fit_policy(
     told = without_fit(options)
 
     def plan(chosen: QuantizationPolicy) -> Planned:
-        draft = plan_draft(
-            *(model_id, "auto"), device=device, policy=chosen, options=told, revision=revision,
-            trust_remote_code=trust_remote_code, index=index,
-        )  # fmt: skip
+        with candidate():
+            draft = plan_draft(
+                *(model_id, "auto"), device=device, policy=chosen, options=told, revision=revision,
+                trust_remote_code=trust_remote_code, index=index,
+            )  # fmt: skip
         memory = draft.plan.memory
         return Planned(draft, memory.final_bytes, memory.peak_bytes)
 

@@ -73,6 +73,7 @@ def test_everything_stays_as_stored_where_it_fits(peaks: Mapping[str, int]) -> N
     fitted = fit_policy(DEMO_MODEL, peaks["none"] + (1 << 20), device="cpu")
     assert fitted.policy == QuantizationPolicy(linear="none")
     assert {row.scheme for row in fitted.rows} == {"none"}
+    assert [*fitted.lines()][-1] == "Fit: all modules stay as they are stored"
     assert [row.share_of_loss for row in fitted.rows] == [0.0] * len(fitted.rows)
 
 
@@ -83,13 +84,18 @@ def test_what_cannot_fit_is_refused_with_both_numbers() -> None:
         fit_policy(DEMO_MODEL, "1GiB", policy=QuantizationPolicy(experts="mxfp8"), device="cpu")
 
 
-def test_a_model_is_loaded_as_fitted_twice_the_same(peaks: Mapping[str, int]) -> None:
-    given = QuantizationPolicy(ignore=("*.layers.0.*.o_proj",), overrides=(("*.layers.3.*.o_proj", "mxfp8"),))
+def test_a_model_is_loaded_as_fitted_twice_the_same(peaks: Mapping[str, int], caplog: pytest.LogCaptureFixture) -> None:
+    given = QuantizationPolicy(
+        ignore=("*.layers.0.*.o_proj",), overrides=(("*.layers.3.*.o_proj", "mxfp8"), ("*.layers.3.*.o_proj", "nl4"))
+    )
     size = (peaks[SCHEMES[0]] + peaks["none"]) // 2
+    caplog.clear()
     fitted = fit_policy(DEMO_MODEL, size, policy=given, device="cpu")
+    assert not [record for record in caplog.records if "changes nothing" in record.message]
     assert fitted == fit_policy(DEMO_MODEL, size, policy=given, device="cpu")
     assert fitted.policy.overrides[0] == ("*.layers.3.*.o_proj", "mxfp8")
     report = load_quantized(DEMO_MODEL, policy=fitted.policy, device="cpu", progress=False).load_report
+    assert len([record for record in caplog.records if "another --override comes first" in record.message]) == 1
     schemes = {layer["name"]: layer["scheme"] for layer in report.to_dict()["layers"]}
     assert report.final_bytes == fitted.final_bytes
     assert report.peak_bytes <= report.predicted_peak_bytes == fitted.planned_bytes <= size

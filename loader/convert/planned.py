@@ -13,7 +13,7 @@ from ..collector import collector_paused
 from ..draft import Draft, draft_load
 from ..errors import PolicyError
 from ..expected_loss import ERRORS, NOTHING, ladder
-from ..fit_policy import Fitted, Plan, Planned, check_choosable, choose, tell
+from ..fit_policy import Fitted, Plan, Planned, candidate, check_choosable, choose, tell
 from ..fit_room import Room
 from ..online.storage import FinalStorage
 from ..options import LoadOptions, QuantizationPolicy
@@ -84,7 +84,8 @@ class FilePlanner:
             )
 
         def plan(chosen: QuantizationPolicy) -> Planned:
-            files = self.plan("auto", chosen)
+            with candidate():
+                files = self.plan("auto", chosen)
             return Planned(files.draft, files.nbytes, files.nbytes)
 
         policy = policy or QuantizationPolicy()

@@ -21,7 +21,15 @@ from quantload.memory.report import LoadReport
 from safetensors.torch import load_file
 from torch import Tensor
 from vllm_reference import ARCHITECTURES, QUANTIZED, make
-from vllm_running import ANSWER, log_probabilities, model_of, quantized_tensors, running
+from vllm_running import (
+    ANSWER,
+    log_probabilities,
+    log_probabilities_beside,
+    model_of,
+    picture,
+    quantized_tensors,
+    running,
+)
 
 pytestmark = [
     pytest.mark.vllm,
@@ -50,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "demo=quark_mxfp4+lora",
         "demo-b=",
         "large=",
+        "idefics3=quark_mxfp4",
         *(f"{name}=int8_per_channel" for name in DECODED),
         *(f"{name}=quark_mxfp4" for name in ARCHITECTURES if name != "large"),
     ]
@@ -88,6 +97,20 @@ def in_other_processes(checkpoint: Path, scheme: str = "quark_mxfp4", **options:
     assert run.returncode == 0, run.stderr[-4000:]
     (answer,) = (line.removeprefix(ANSWER) for line in run.stdout.splitlines() if line.startswith(ANSWER))
     return json.loads(answer)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_sees_keeps_what_it_sees_with(folder: Path, report: Path) -> None:
+    options = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"image": 1}}
+    with running(folder / "idefics3", "quark_mxfp4", **options) as engine:
+        found = log_probabilities_beside(engine, picture())
+        other = log_probabilities_beside(engine, picture().rotate(90))
+    assert difference(found, expected(folder, "idefics3")) < CLOSE
+    assert found != other
+    told = LoadReport.load(report)
+    kept = {each.name for each in told.kept if each.reason == "of a tower or projector for images or sound"}
+    assert len(kept) == 9  # of two layers, and what projects
+    assert len(told.layers) == 8
+    assert not any("vision_model" in layer.name or "connector" in layer.name for layer in told.layers)
 
 
 @pytest.mark.parametrize("method", DECODED)

@@ -19,7 +19,7 @@ import transformers
 from quantload import QuantizationPolicy, convert_checkpoint, load_quantized
 from quantload.cli import DEMO_MODEL
 from safetensors.torch import load_file, save_file
-from vllm_running import TOKENS
+from vllm_running import SEEN, TOKENS, picture
 
 COMMON: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -89,6 +89,8 @@ def make(folder: Path, name: str) -> Path:
     if name in QUANTIZED:
         target.mkdir()
         return QUANTIZED[name](folder, target)
+    if name == "idefics3":
+        return _make_seeing(make(folder, "demo"), target)
     kind, fields = ARCHITECTURES[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**fields)
@@ -96,6 +98,34 @@ def make(folder: Path, name: str) -> Path:
     classes = {"Llama4Text": "Llama4ForCausalLM", "GPT2": "GPT2LMHeadModel"}
     model = getattr(transformers, classes.get(kind, f"{kind}ForCausalLM"))(config).to(torch.bfloat16)
     model.save_pretrained(target)
+    return target
+
+
+def _make_seeing(demo: Path, target: Path) -> Path:
+    """A model of text and pictures whose processor, and vLLM's class for it, need no torchvision."""
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo)
+    special = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    size = {"longest_edge": 56}
+    images = Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
+    transformers.Idefics3Processor(images, tokenizer, image_seq_len=4).save_pretrained(target)
+    tower = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 56, "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Idefics3Config(
+        vision_config=tower,
+        text_config=transformers.LlamaConfig(**{**COMMON, "vocab_size": len(tokenizer) + 64}),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        tie_word_embeddings=False,
+        pad_token_id=2,
+    )
+    config.dtype = torch.bfloat16
+    torch.manual_seed(0)
+    transformers.Idefics3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(target)
     return target
 
 
@@ -167,9 +197,13 @@ def log_probabilities(folder: Path, scheme: str) -> list[float]:
     model = load_quantized(folder, scheme, progress=False)
     if with_lora:
         put_on(model, make_adapter(folder.with_suffix(".lora"), model))
+    inputs = {"input_ids": torch.tensor([TOKENS])}
+    if (folder / "processor_config.json").exists():
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        inputs = dict(processor(images=picture(), text=SEEN, return_tensors="pt"))
     with torch.inference_mode():
-        logits = model(torch.tensor([TOKENS])).logits[0].float()
-    return torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0].tolist()
+        logits = model(**inputs).logits[0].float()
+    return torch.log_softmax(logits[:-1], -1).gather(1, inputs["input_ids"][0, 1:, None])[:, 0].tolist()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 TOKENS = [7, 61, 130, 5, 88, 240, 17, 33, 201, 9, 77, 150, 42, 3, 99, 180]
+SEEN = "def draw(<image>): return"
+"""A prompt with a picture."""
 ANSWER = "log probabilities: "
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -58,6 +60,24 @@ def log_probabilities(engine: Any, **options: Any) -> list[float]:
     wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     (answer,) = engine.generate([{"prompt_token_ids": TOKENS}], wanted, use_tqdm=False, **options)
     told = zip(answer.prompt_logprobs[1:], TOKENS[1:], strict=True)
+    return [float(of_token[token].logprob) for of_token, token in told]
+
+
+def picture() -> Any:
+    """A picture of 56 x 56."""
+    from PIL import Image  # type: ignore[import-not-found,unused-ignore]
+
+    return Image.linear_gradient("L").resize((56, 56)).convert("RGB")
+
+
+def log_probabilities_beside(engine: Any, image: Any) -> list[float]:
+    """Of each token of a prompt with a picture, given those before it."""
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    prompt = {"prompt": SEEN, "multi_modal_data": {"image": image}}
+    (answer,) = engine.generate([prompt], wanted, use_tqdm=False)
+    told = zip(answer.prompt_logprobs[1:], answer.prompt_token_ids[1:], strict=True)
     return [float(of_token[token].logprob) for of_token, token in told]
 
 

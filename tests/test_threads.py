@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quantload import cli, threads
+from quantload import cli, cli_generate, cli_serve, threads
 
 Files = dict[str, str]
 
@@ -105,11 +105,15 @@ def test_too_many_threads_for_the_quota_are_said_once(
     threads.warn_of_threads.cache_clear()
 
 
-@pytest.mark.parametrize("command", ["load", "plan", "serve"])
+@pytest.mark.parametrize("command", ["load", "plan", "serve", "generate"])
 def test_the_option_of_a_command_is_what_is_settled(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     told: list[int | None] = []
-    monkeypatch.setattr(cli, "settle_threads", lambda count=None: told.append(count))
-    monkeypatch.setattr(sys, "argv", ["quantload", command, "/nowhere", "--threads", "3", "-q", "no such scheme"])
+    for module in (cli, cli_generate, cli_serve):
+        monkeypatch.setattr(module, "settle_threads", lambda count=None: told.append(count))
+    given = ["--prompt", "hello"] if command == "generate" else []
+    monkeypatch.setattr(
+        sys, "argv", ["quantload", command, "/nowhere", "--threads", "3", "-q", "no such scheme", *given]
+    )
     with pytest.raises(SystemExit):
         cli.main()
     assert told == [None, 3]

@@ -19,8 +19,8 @@ from . import team
 from .build import linear as linear_build
 from .compiled import CFunction, Needed
 from .dequantize import ALONE_ELEMENTS, address, scale_arguments
-from .ir.dot import BLOCK, DECODERS
-from .ir.quads import QUADS
+from .ir.decoders import BLOCK, DECODERS, arranges
+from .ir.quads import WEIGHTS
 from .processor import has
 
 ROW_STEP = 8
@@ -41,7 +41,7 @@ class FewTokens:
         self._narrows = dtype == torch.bfloat16 and len(tensors) == 2
         self._of_weight = address(tensors[0])
         self._scales = scale_arguments(fmt, tensors, n_rows, k)
-        self._arranges = _arrange() if self._decoder in QUADS else None
+        self._arranges = _arrange() if arranges(self._decoder) else None
         self._alone = n_rows * k < ALONE_ELEMENTS
         self._calls: dict[tuple[int, int], tuple[Run, array[int]]] = {}
 
@@ -113,14 +113,15 @@ def needed(fmt: WeightFormat, dtype: torch.dtype, tokens: int) -> Needed[CFuncti
 
 def needed_besides(fmt: WeightFormat, dtype: torch.dtype) -> list[Needed[CFunction]]:
     """What any number of tokens up to a few calls besides."""
-    return [linear_build.arrange_activations.needed()] if decoder_of(fmt, dtype) in QUADS else []
+    return [linear_build.arrange_activations.needed()] if arranges(decoder_of(fmt, dtype)) else []
 
 
 def decoder_of(fmt: WeightFormat, dtype: torch.dtype) -> str:
-    """The best of `dot_ir.DECODERS` for this processor."""
+    """The best of `ir.decoders.DECODERS` for this processor."""
     kind = fmt.decoder
     if dtype == torch.bfloat16 and has("avx512bw") and has("avx512bf16"):
-        return f"{kind}_bf16"
+        quads = f"{kind}_quads_bf16"
+        return quads if quads in DECODERS and fmt.block_cols % WEIGHTS == 0 else f"{kind}_bf16"
     return f"{kind}_f16c" if has("f16c") and f"{kind}_f16c" in DECODERS else f"{kind}_f32"
 
 

@@ -21,7 +21,7 @@ from .compiled import CFunction, Needed
 from .dequantize import ALONE_ELEMENTS, address, dequantize, run_task
 from .dequantize import needed as needed_to_dequantize
 from .few_tokens import FewTokens, finished, needed
-from .ir.dot import BLOCK, DECODERS
+from .ir.decoders import BLOCK, DECODERS
 from .ir.panel import ROWS, TOKENS
 from .processor import has
 

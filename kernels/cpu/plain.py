@@ -16,7 +16,7 @@ from .build import linear as linear_build
 from .compiled import CFunction, Needed
 from .dequantize import ALONE_ELEMENTS
 from .few_tokens import ROW_STEP
-from .ir.dot import BLOCK
+from .ir.decoders import BLOCK
 from .operations import KINDS
 from .processor import has
 

@@ -11,6 +11,7 @@ from quantload.kernels.registry import kernel_set
 from torch import Tensor
 
 NAMES = ("mxfp4", "nvfp4", "nl4")
+INTEGERS = ("int4_group128_f16",)
 pytestmark = pytest.mark.skipif(
     few_tokens.decoder_of(FORMATS["mxfp4"], torch.bfloat16) not in QUADS,
     reason="this processor has no products of BF16",
@@ -33,7 +34,7 @@ def test_every_format_is_one_of_those() -> None:
     assert {few_tokens.decoder_of(FORMATS[name], torch.bfloat16) for name in NAMES} == set(QUADS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *INTEGERS])
 @pytest.mark.parametrize("cols", [128, 416])
 def test_a_product_with_the_identity_gives_the_values(name: str, cols: int) -> None:
     tensors, values = weight(name, 6, cols)

@@ -21,6 +21,7 @@ from .nvfp4_decode import e4m3_value
 from .vector import F32, I8, I16, I32, I64, Codegen, Vector, count_to, emitted, load, store
 
 BLOCKS = 4
+WEIGHTS = 128
 WORDS = 32
 CODE_BYTES = 2 * WORDS
 """Of 128 weights."""
@@ -78,7 +79,7 @@ QUADS: Mapping[str, Quads] = {
     "nvfp4_bf16": Quads(E2M1_BITS, lambda b, address: _e4m3(b, address, 8)),
     "nl4_bf16": Quads(tuple(map(_bf16_bits, LEVELS)), lambda b, address: _e4m3(b, address, 4)),
 }
-"""By the name of the decoder in `dot_ir.DECODERS` that serves what is left over."""
+"""By the name of the decoder in `decoders.DECODERS` that serves what is left over."""
 
 
 @emitted

@@ -64,9 +64,13 @@ class Item:
     loss: float
 
 
-def ladder(schemes: Collection[str]) -> tuple[str, ...]:
-    """Of some schemes those that no other beats in size and in error, the smallest first, and `none` as the last."""
-    sized = sorted((BITS[name][0], ERRORS[name], name) for name in schemes if name in ERRORS and name != AS_STORED)
+def ladder(schemes: Collection[str], sizes: Mapping[str, float] | None = None) -> tuple[str, ...]:
+    """Of some schemes those that no other beats in size and in error, the smallest first, and `none` as the last.
+
+    `sizes` are those of the model in each, where they are not as the bits of a weight.
+    """
+    known = {name: bits for name, (bits, _) in BITS.items()} if sizes is None else sizes
+    sized = sorted((known[name], ERRORS[name], name) for name in schemes if name in ERRORS and name != AS_STORED)
     found: list[str] = []
     for _, error, name in sized:
         if not found or error < ERRORS[found[-1]]:

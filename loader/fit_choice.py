@@ -10,7 +10,10 @@ from .expected_loss import ERRORS, NOTHING, Item, items_of
 from .memory.report import FitRow
 from .options import LoadOptions, QuantizationPolicy
 from .scheme_peaks import bytes_now, bytes_with
-from .schemes.registry import SchemeFactory
+from .schemes.registry import AS_STORED, SchemeFactory
+
+Sizes = Mapping[str, Mapping[str, int]]
+"""Bytes of modules by scheme, then by name."""
 
 
 def known_error(item: Item, scheme: str) -> float:
@@ -24,14 +27,22 @@ def choice_of(
     schemes: Sequence[str],
     error: Callable[[Item, str], float] = known_error,
     measured: Mapping[str, float] = NOTHING,
+    sizes: Sizes | None = None,
 ) -> Choice:
     """What there is to choose from; the draft has the first of the schemes.
 
-    `error` is that of an item in a scheme, `measured` are sensitivities as `items_of` takes them.
+    `error` is that of an item in a scheme, `measured` are sensitivities as `items_of` takes them. `sizes` has the bytes
+    of each module by scheme, where they are not those that it has in memory; one that a scheme leaves as stored is not
+    among them.
     """
     items = items_of(draft, policy, measured)
     losses = [[item.loss * error(item, scheme) for scheme in schemes] for item in items]
-    return Choice(policy, schemes, items, _sizes(draft, items, schemes), losses)
+    nbytes = (
+        _sizes(draft, items, schemes)
+        if sizes is None
+        else [[sum(_size(sizes, scheme, name) for name in item.names) for scheme in schemes] for item in items]
+    )
+    return Choice(policy, schemes, items, nbytes, losses)
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,10 @@ class _Step:
     def worth(self) -> float:
         """What it saves for a byte; one that takes no more is worth most."""
         return self.saved / max(self.nbytes, 1)
+
+
+def _size(sizes: Sizes, scheme: str, name: str) -> int:
+    return sizes[scheme].get(name, sizes[AS_STORED].get(name, 0))
 
 
 def _sizes(draft: Draft, items: Sequence[Item], schemes: Sequence[str]) -> list[list[int]]:

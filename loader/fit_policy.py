@@ -23,7 +23,7 @@ from .checkpoint.resolve import Checkpoint
 from .draft import Draft, plan_draft
 from .errors import MemoryBudgetError, PolicyError
 from .expected_loss import NOTHING, ladder
-from .fit_choice import Choice, choice_of
+from .fit_choice import Choice, Sizes, choice_of
 from .fit_room import Room, free_room
 from .memory.amounts import format_bytes
 from .memory.report import FitReport, FitRow
@@ -198,10 +198,11 @@ def choose(
     plan: Plan,
     room_of: Callable[[Draft], Room],
     measured: Mapping[str, float] = NOTHING,
+    sizes: Sizes | None = None,
 ) -> Fitted:
     """The policy of the least expected loss with some schemes, smallest first, whose plan stays below a size.
 
-    `measured` are sensitivities as `items_of` takes them.
+    `measured` and `sizes` are as in `choice_of`.
     """
     least = plan(replace(policy, linear=schemes[0]))
     check_choosable("auto", policy, least.draft.rules.is_quantized)
@@ -211,7 +212,7 @@ def choose(
             f"nothing fits: with all modules in {schemes[0]}, the smallest, {room.of} is predicted to take "
             f"{format_bytes(least.nbytes)}, and fit is {format_bytes(room.size)}{room.because}"
         )
-    choice = choice_of(least.draft, policy, schemes, measured=measured)
+    choice = choice_of(least.draft, policy, schemes, measured=measured, sizes=sizes)
     final, nbytes = least.final_bytes, least.nbytes
     tensors = len(least.draft.index.tensors)
     del least

@@ -13,7 +13,7 @@ from ..collector import collector_paused
 from ..draft import Draft, draft_load
 from ..errors import PolicyError
 from ..expected_loss import ERRORS, NOTHING, ladder
-from ..fit_policy import Fitted, Plan, Planned, candidate, check_choosable, choose, tell
+from ..fit_policy import Fitted, Planned, candidate, check_choosable, choose, tell
 from ..fit_room import Room
 from ..online.storage import FinalStorage
 from ..options import LoadOptions, QuantizationPolicy
@@ -22,7 +22,7 @@ from ..schemes.exported.registry import formats_of
 from ..schemes.exported.weights import ExportFormat
 from ..schemes.registry import AS_STORED, ENTRIES
 from .shards import PlannedTensor
-from .tensors import plan_tensors
+from .tensors import QuantizedTensor, plan_tensors
 from .together import units
 
 logger = logging.getLogger("quantload")
@@ -40,6 +40,24 @@ class PlannedFiles:
     def nbytes(self) -> int:
         """Bytes of all of these files."""
         return sum(shard.size for shard in self.shards)
+
+    def module_bytes(self) -> dict[str, int]:
+        """Bytes of the weights of each module that is quantized, as they are written."""
+        found: dict[str, int] = {}
+        for tensor in self._quantized():
+            name = tensor.assignment.name
+            found[name] = found.get(name, 0) + sum(spec.nbytes for spec in tensor.specs())
+        return found
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of the same weights as they are stored."""
+        found: dict[str, int] = {}
+        for tensor in self._quantized():
+            found[tensor.assignment.name] = found.get(tensor.assignment.name, 0) + tensor.entry.nbytes
+        return found
+
+    def _quantized(self) -> Iterator[QuantizedTensor]:
+        return (tensor for tensor in self.tensors if isinstance(tensor, QuantizedTensor))
 
 
 @dataclass(frozen=True)
@@ -90,33 +108,33 @@ class FilePlanner:
 
         policy = policy or QuantizationPolicy()
         room = Room(size, "the checkpoint")
-        found = choose(policy, [*self._schemes(policy, plan), AS_STORED], plan, lambda _: room, measured)
+        totals, sizes = self._uniform(policy)
+        found = choose(policy, ladder(totals, totals), plan, lambda _: room, measured, sizes)
         tell(found)
         return found
 
-    def _schemes(self, policy: QuantizationPolicy, plan: Plan) -> Iterator[str]:
-        """Those that the format holds and this model can be written in, the smallest first."""
-        held = [entry.name for entry in ENTRIES if self.export.name in formats_of(entry)]
-        in_mode = [
-            entry.name
-            for entry in ENTRIES
-            if entry.name in held and all(policy.scale_mode in fmt.scale_modes for fmt in entry.formats.values())
-        ]
+    def _uniform(self, policy: QuantizationPolicy) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+        """Bytes of the files by scheme, and of each module in them, of those that this model can be written in."""
+        totals: dict[str, int] = {}
+        sizes: dict[str, dict[str, int]] = {}
         first: PolicyError | None = None
-        found = False
-        for scheme in ladder([name for name in in_mode if name in ERRORS]):
-            if scheme == AS_STORED:
+        for entry in ENTRIES:
+            in_mode = all(policy.scale_mode in fmt.scale_modes for fmt in entry.formats.values())
+            if entry.name not in ERRORS or self.export.name not in formats_of(entry) or not in_mode:
                 continue
             try:
-                plan(replace(policy, linear=scheme, experts=None))
+                with candidate():
+                    files = self.plan("auto", replace(policy, linear=entry.name, experts=None))
             except PolicyError as error:
-                logger.info("Fit: without %s: %s", scheme, error)
+                logger.info("Fit: without %s: %s", entry.name, error)
                 first = first or error
                 continue
-            found = True
-            yield scheme
-        if not found:
+            totals[entry.name] = files.nbytes
+            sizes[entry.name] = files.module_bytes()
+            sizes.setdefault(AS_STORED, {}).update(files.stored_bytes())
+        if not totals:
             raise first or PolicyError(
                 f"fit chooses among schemes, and {self.export.name} holds none for linear layers and experts alike: "
                 f"name one (-q)"
             )
+        return totals, sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -89,6 +90,7 @@ def test_a_model_is_loaded_as_fitted_twice_the_same(peaks: Mapping[str, int], ca
         ignore=("*.layers.0.*.o_proj",), overrides=(("*.layers.3.*.o_proj", "mxfp8"), ("*.layers.3.*.o_proj", "nl4"))
     )
     size = (peaks[SCHEMES[0]] + peaks["none"]) // 2
+    caplog.set_level(logging.INFO, "quantload")
     caplog.clear()
     fitted = fit_policy(DEMO_MODEL, size, policy=given, device="cpu")
     assert not [record for record in caplog.records if "changes nothing" in record.message]

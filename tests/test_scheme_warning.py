@@ -29,6 +29,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_a_load_and_a_plan_say_it_once(dense: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "quantload")
     load_quantized(dense, "quark_mxfp4", device="cpu", progress=False)
     (said,) = warnings(caplog)
     assert said.startswith("quark_mxfp4 is expected to hurt a dense model of 0.0")

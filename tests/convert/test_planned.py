@@ -81,7 +81,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_takes_a_size(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = CliRunner().invoke(app, ["convert", str(DEMO_MODEL), str(out), "--fit", "7MiB", "--json", "--quiet"])
+    done = CliRunner().invoke(app, ["convert", str(DEMO_MODEL), str(out), "--fit", "7MiB", "--json"])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["fit"]["size"] == 7 << 20 >= report["final_bytes"]

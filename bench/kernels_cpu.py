@@ -61,15 +61,14 @@ def piece(dtype: torch.dtype) -> torch.Tensor:
 def subjects(name: str, source: torch.Tensor) -> dict[str, Callable[[], object]]:
     """What is timed for one format and source type, by column."""
     kernels, shape = kernel_set(name, "cpu"), tuple(source.shape)
-    codes = torch.empty(kernels.format.code_shape(*shape), dtype=kernels.format.code_dtype)
-    scales = torch.empty(kernels.format.scale_shape(*shape), dtype=kernels.format.scale_dtype)
-    amax, vector, copy = torch.zeros(scales.shape), stats.new_statistics(), torch.empty_like(source)
+    tensors, amax = kernels.format.empty(*shape), torch.zeros(kernels.format.amax_shape(*shape))
+    vector, copy = stats.new_statistics(), torch.empty_like(source)
     return {
         "memcpy": lambda: copy.copy_(source),
-        "quantize": lambda: kernels.quantize(source, (codes, scales)),
-        "+ stats": lambda: kernels.quantize(source, (codes, scales), vector),
+        "quantize": lambda: kernels.quantize(source, tensors),
+        "+ stats": lambda: kernels.quantize(source, tensors, vector),
         "amax": lambda: kernels.observe(source, amax),
-        "dequantize": lambda: kernels.dequantize((codes, scales), copy),
+        "dequantize": lambda: kernels.dequantize(tensors, copy),
     }
 
 
@@ -90,13 +89,12 @@ def call_microseconds(name: str) -> float:
     """Best mean time of a call on a 2 x 128 matrix."""
     kernels = kernel_set(name, "cpu")
     source = torch.randn(2, 128).bfloat16()
-    codes = torch.empty(kernels.format.code_shape(2, 128), dtype=kernels.format.code_dtype)
-    scales = torch.empty(kernels.format.scale_shape(2, 128), dtype=kernels.format.scale_dtype)
+    tensors = kernels.format.empty(2, 128)
     vector, best = stats.new_statistics(), float("inf")
     for _ in range(20):
         start = time.perf_counter()
         for _ in range(500):
-            kernels.quantize(source, (codes, scales), vector)
+            kernels.quantize(source, tensors, vector)
         best = min(best, (time.perf_counter() - start) / 500)
     return best * 1e6
 

@@ -57,13 +57,11 @@ def quantize_alone(size: int, format_name: str = FORMAT) -> float:
         try:
             kernels, shape = kernel_set(format_name, "cpu"), (PIECE_BYTES // (2 * COLUMNS), COLUMNS)
             source = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02).bfloat16()
-            codes = torch.empty(kernels.format.code_shape(*shape), dtype=kernels.format.code_dtype)
-            scales = torch.empty(kernels.format.scale_shape(*shape), dtype=kernels.format.scale_dtype)
-            vector = stats.new_statistics()
-            kernels.quantize(source, (codes, scales), vector)
+            tensors, vector = kernels.format.empty(*shape), stats.new_statistics()
+            kernels.quantize(source, tensors, vector)
             gate.wait()
             for _ in range(rounds):
-                kernels.quantize(source, (codes, scales), vector)
+                kernels.quantize(source, tensors, vector)
         except BaseException as error:
             failures.append(error)
             gate.abort()

@@ -84,13 +84,12 @@ def _sqnr(name: str, mode: str, distribution: str, weights: Tensor) -> Sqnr:
     registry = importlib.import_module("quantload.kernels.registry")
     statistics_module = importlib.import_module("quantload.kernels.statistics")
     kernels = registry.kernel_set(name, "cpu", scale_mode=mode)
-    codes = torch.empty(kernels.format.code_shape(*weights.shape), dtype=kernels.format.code_dtype)
-    scales = torch.empty(kernels.format.scale_shape(*weights.shape), dtype=kernels.format.scale_dtype)
+    tensors = kernels.format.empty(*weights.shape)
     statistics = statistics_module.new_statistics()
-    if kernels.quantize(weights, (codes, scales), statistics):
+    if kernels.quantize(weights, tensors, statistics):
         raise ValueError(f"{name} found NaN or infinity in finite {distribution} weights")
     out = torch.empty(weights.shape, dtype=torch.float32)
-    kernels.dequantize((codes, scales), out)
+    kernels.dequantize(tensors, out)
     signal = weights.double().square_().sum()
     noise = (weights.double() - out).square_().sum()
     return Sqnr(

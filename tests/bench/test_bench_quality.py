@@ -84,13 +84,14 @@ def test_the_sqnr_table_says_what_the_least_error_adds() -> None:
 def test_sqnr_of_a_small_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality_sqnr, "ROWS", 64)
     monkeypatch.setattr(quality_sqnr, "COLUMNS", 256)
-    monkeypatch.setattr(quality_sqnr, "MEASURED", ("mxfp4", "fp8_channel", "fp8_channel_fnuz"))
+    monkeypatch.setattr(quality_sqnr, "MEASURED", ("mxfp4", "nvfp4", "fp8_channel", "fp8_channel_fnuz"))
     monkeypatch.setattr(quality_sqnr, "DISTRIBUTIONS", {"gauss": quality_sqnr.DISTRIBUTIONS["gauss"]})
     found = quality_sqnr.measure_sqnr(0)
     assert [(row.format, row.scale_mode) for row in found] == [
-        ("mxfp4", "default"), ("mxfp4", "mse"), ("fp8_channel", "default"),
+        ("mxfp4", "default"), ("mxfp4", "mse"), ("nvfp4", "default"), ("nvfp4", "mse"), ("fp8_channel", "default"),
     ]  # fmt: skip
-    assert [row.bits_per_weight for row in found] == [4.25, 4.25, 8.125]
+    of_tensor = 32 / (64 * 256)
+    assert [row.bits_per_weight for row in found] == [4.25, 4.25, 4.5 + of_tensor, 4.5 + of_tensor, 8.125]
     assert found[0].db == pytest.approx(19.0, abs=0.3)
     assert found[1].db > found[0].db
     assert all(row.db == pytest.approx(row.kernel_db, abs=0.01) for row in found)

@@ -107,6 +107,6 @@ def plan_alone(folder: Path, scheme: str = SCHEME) -> dict[str, Any]:
     gc.collect()
     with Stopwatch(*((draft_module, name) for name in PLAN_STEPS)) as watch:
         start = time.perf_counter()
-        draft = draft_module.plan_quantized(str(folder), quantization=scheme, device="cpu")
+        draft = draft_module.plan_draft(str(folder), quantization=scheme, device="cpu")
         total = time.perf_counter() - start
     return {"total": total, "tensors": len(draft.index.tensors), **watch.seconds}

@@ -9,12 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .addresses import shown_address, without_credentials
 from .errors import QuantloadError
+
+SECRETS = ("--api-key",)
+"""Options whose values are shown to nobody."""
+HIDDEN = "KEY"
+"""What stands in their places: a word that a shell takes as it is."""
 
 
 def typed() -> str:
-    """What was typed, as a shell takes it."""
-    return shlex.join(["quantload", *sys.argv[1:]])
+    """What was typed, as a shell takes it, without what may let somebody in."""
+    shown, before = ["quantload"], ""
+    for argument in sys.argv[1:]:
+        option, given, _ = argument.partition("=")
+        if before in SECRETS:
+            shown.append(HIDDEN)
+        elif option in SECRETS and given:
+            shown.append(f"{option}={HIDDEN}")
+        else:
+            shown.append(without_credentials(argument))
+        before = argument
+    return shlex.join(shown)
 
 
 def write_page(page: str, path: Path) -> None:
@@ -44,7 +60,7 @@ def failure_written(path: Path | None, model: str | Path, quantization: str, dev
             from .page.failure import failure_page
 
             said = describe_failure(
-                error, model=str(model), quantization=quantization, device=str(device), command=typed()
+                error, model=shown_address(str(model)), quantization=quantization, device=str(device), command=typed()
             )
             write_page(failure_page(said), path)
         raise

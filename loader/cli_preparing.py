@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .addresses import shown_address
 from .cli_model_options import SourceOptions
 from .cli_options import ConvertOptions, PlanOptions
 from .errors import PolicyError
@@ -82,7 +83,7 @@ def model_address(model: str | None, source: SourceOptions) -> str | Path:
 
 
 def display_name(model: str | None) -> str:
-    return "quantload-demo" if model is None else model
+    return "quantload-demo" if model is None else shown_address(model)
 
 
 def writable(path: Path | None, option: str = "--report") -> Path | None:

@@ -54,12 +54,13 @@ def read_prompt(
     why = why_no_text(recipe.cls, recipe.config)
     if why is not None:
         raise UnsupportedCheckpointError(f"{checkpoint.model_id!r}, a {recipe.cls.__name__}, {why}")
+    checkpoint.note_small_files()  # fetched where they are elsewhere; the load sees that they are still of this model
     processor = load_processor(checkpoint, trust_remote_code)
     tokenizer, is_chat = tokenizer_of(processor), not raw and bool(chat_templates(processor))
     try:
         if is_chat:
             text = _as_message(processor, text)
-        ids = tokenizer(text, add_special_tokens=not is_chat, return_tensors="pt").input_ids
+        ids = tokenizer(text, add_special_tokens=not is_chat, return_tensors="pt", verbose=False).input_ids
     except TemplateError as error:
         raise PolicyError(f"the chat template refused the prompt: {error}; --raw takes it as it is") from error
     except BaseException as error:

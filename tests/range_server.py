@@ -56,6 +56,8 @@ class RangeServer:
     latency: float = 0.0
     lists: bool = True
     etags: bool = True
+    of_times: bool = False
+    """Whether ETags are made of times and sizes alone, as those of many web servers are, and not of inodes, too."""
     redirects: bool = False
     asked: list[Asked] = field(default_factory=list)
 
@@ -170,7 +172,7 @@ class RangeServer:
             return self._send(connection, fault.status, fault.body)
         if status is None:
             return self._send(connection, 404, b"")
-        etag = f'"{status.st_ino:x}-{status.st_mtime_ns:x}-{size:x}"'
+        etag = f'"{0 if self.of_times else status.st_ino:x}-{status.st_mtime_ns:x}-{size:x}"'
         if headers.get("if-match", etag) != etag:
             return self._send(connection, 412, b"")
         if start >= size:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from quantload import cli
+from quantload.cli_pages import typed
+from quantload.cli_preparing import display_name
 from quantload.errors import (
     CheckpointError,
     LoadCancelledError,
@@ -28,6 +30,7 @@ from quantload.errors import (
 from quantload.memory import logs
 from quantload.memory.report import LoadReport
 from quantload.schemes.support_tables import support_tables
+from range_server import RangeServer
 
 
 class CheckpointErrorForMemory(CheckpointError):
@@ -104,6 +107,42 @@ def test_a_load_leaves_a_page_whether_it_comes_to_its_end_or_not(
     assert "MemoryBudgetError: the load needs" in page.read_text()
     assert "phase &#x27;check&#x27;" in page.read_text()
     assert quantload("load", checkpoint("llama"), "--html", tmp_path)[0] == 2
+
+
+@pytest.mark.parametrize("command", ["load", "plan", "compare", "generate"])
+def test_a_password_in_an_address_is_shown_nowhere(
+    command: str, quantload: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    with RangeServer(cli.DEMO_MODEL.parent) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        model = f"{server.url}/{cli.DEMO_MODEL.name}?sig=hunter2".replace("://", "://me:hunter2@")
+        files = [tmp_path / name for name in ("page.html", "report.json")] if command == "load" else []
+        written = [part for path in files for part in (f"--{path.stem.replace('page', 'html')}", path)]
+        given = ["--prompt", "x", "--max-new-tokens", "1"] if command == "generate" else []
+        code, out, err = quantload(command, model, *written, *given, "--json", "-v")
+        assert code == 0, err
+        told = [out, err, *(path.read_text() for path in files)]
+        if command == "load":
+            assert quantload(command, model, *written, "--max-memory", "1MiB")[0] == 4
+            told.append(files[0].read_text())
+            assert all(f"{server.url}/{cli.DEMO_MODEL.name}" in text for text in told if text is not err)
+    assert all("hunter2" not in text for text in told)
+
+
+@pytest.mark.parametrize("given", [["--api-key", "hunter2"], ["--api-key=hunter2"]])
+def test_what_was_typed_is_shown_without_keys(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["quantload", "serve", "s3://bucket/m", *given, "--port", "80"])
+    shown = typed()
+    assert shown.startswith("quantload serve s3://bucket/m --api-key")
+    assert shown.endswith(" --port 80")
+    assert "hunter2" not in shown
+
+
+def test_a_model_is_served_under_an_address_without_credentials() -> None:
+    assert display_name("https://me:hunter2@host/m?sig=hunter2") == "https://host/m"
+    assert display_name("org/model") == "org/model"
 
 
 # convert

@@ -24,12 +24,13 @@ class Floor:
 
 
 KERNELS = "kernels kernels.reference"
-GROUND = "errors options local_paths collector interrupts shortage memory.amounts schemes.names progress"
+GROUND = "errors options local_paths addresses collector interrupts shortage memory.amounts schemes.names progress"
 FLOORS: dict[str, Floor] = {
     "errors": Floor("", "everybody raises them"),
     "progress": Floor("", "who is told how far a load is"),
     "interrupts": Floor("", "context managers around signals, and what asks them while it waits"),
     "local_paths": Floor("errors", "what people write for files and folders"),
+    "addresses": Floor("", "what people write for URLs, and what of it may be shown"),
     "collector": Floor("", "a context manager around Python's own collector"),
     "kernels.system_calls": Floor("", "what systems differ in, for kernels/ and the loader alike"),
     "control_groups": Floor("", "files of the system that say what a process may take"),
@@ -59,7 +60,7 @@ FLOORS: dict[str, Floor] = {
     ),
     "geometry": Floor("errors kernels.formats", "where a piece lies: no files, no modules"),
     "checkpoint": Floor(
-        "errors options interrupts local_paths shortage kernels.system_calls",
+        "errors options interrupts local_paths addresses shortage kernels.system_calls",
         "files of any model: nothing about quantization",
     ),
     "page": Floor("memory.amounts", "shows the JSON of a report, whoever made it"),
@@ -167,7 +168,7 @@ FLOORS: dict[str, Floor] = {
         "imported before anything heavy is",
     ),
     "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
-    "cli_pages": Floor("errors memory page", "what a command leaves for a browser"),
+    "cli_pages": Floor("errors addresses memory page", "what a command leaves for a browser"),
     "cli_output": Floor("errors shortage memory", "what a command prints, whatever it did"),
     "cli_preparing": Floor(
         f"{GROUND} memory ranks.launch sensitivity cli_model_options cli_options",

@@ -39,11 +39,11 @@ def entry_key(
     `assignments` are what the policy made of the model on the device it goes to.
     The files of the checkpoint count with their headers, sizes, times of change (ns) and samples of their weights:
     times alone are equal where they were set, as in archives and images made to be reproducible. Those that are
-    elsewhere count with what their server says of their versions. With `verify` full
-    they count with all of their content, and not with their times. The folder they lie in does not count. How a load
-    runs, which kernels, pieces and workers it uses and what it measures,
-    does not change a byte, and does not count either. `part` says which part of the model it is of, where several ranks
-    have one each. Raises `CheckpointError` as `read_index` would.
+    elsewhere count with their address and what their server says of their versions, which are versions of that address.
+    With `verify` full all count with all of their content, and with neither times nor addresses. The folder of local
+    ones does not count. How a load runs, which kernels, pieces and workers it uses and what it measures, does not
+    change a byte, and does not count either. `part` says which part of the model it is of, where several ranks have one
+    each. Raises `CheckpointError` as `read_index` would.
     """
     facts = {
         "versions": [STORED_VERSION, QUANTIZATION_VERSION, transformers.__version__],  # that one says what is fused how

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from quantload.addresses import parse_address
 from quantload.checkpoint import resolve
-from quantload.checkpoint.remote.address import parse_address
 from quantload.checkpoint.remote.client import (
     ChangedError,
     MissingError,

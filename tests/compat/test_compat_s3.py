@@ -68,7 +68,7 @@ def test_a_conversion_into_a_bucket(bucket: Any, golden: Path, tmp_path: Path) -
 
 
 def test_an_object_in_parts(bucket: Any, tmp_path: Path) -> None:
-    from quantload.checkpoint.remote.address import parse_address
+    from quantload.addresses import parse_address
     from quantload.checkpoint.remote.objects import open_store
 
     content = bytes(range(256)) * (2 * PART_BYTES // 256 + 1000)

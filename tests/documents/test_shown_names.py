@@ -44,8 +44,11 @@ def test_schemes_and_extras_that_others_are_given_exist(block: Block) -> None:
         assert set(extras.split(",")) <= set(EXTRAS)
 
 
-OPTIONS_OF_OTHERS = {"--help", "--tp-size", "--tables-only", "--minutes", "--out", "--readers"}
-"""Options in texts that are of all programs, of SGLang, and of scripts in bench/."""
+OPTIONS_OF_OTHERS = {
+    *("--help", "--tp-size", "--enable-lora", "--lora-target-modules"),
+    *("--tables-only", "--minutes", "--out", "--readers", "--only"),
+}
+"""Options in texts that are of all programs and of engines, and of scripts in bench/."""
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -229,6 +229,24 @@ def test_a_cached_load_is_found_again_by_the_version_that_the_server_tells(
     assert again.cache == "written"
 
 
+def test_versions_that_are_told_alike_of_two_addresses_are_two_entries(
+    checkpoint: Checkpoint, server: RangeServer, tmp_path: Path
+) -> None:
+    """An ETag, or a date and a size, tell versions of one address apart: another may have the same."""
+    server.of_times = True
+    first = serve(server, checkpoint("llama"))
+    second = Path(shutil.copytree(first, server.root / "twin"))
+    weights = second / "model.safetensors"
+    before, data = weights.stat(), bytearray(weights.read_bytes())
+    data[-4096:] = bytes(4096)
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    options = LoadOptions(digest=True, cache=tmp_path / "cache")
+    found = [load_quantized(f"{server.url}/{name}", "quark_mxfp4", options=options) for name in ("model", "twin")]
+    assert [each.load_report.cache for each in found] == ["written", "written"]
+    assert found[0].load_report.digest != found[1].load_report.digest
+
+
 def test_a_conversion_from_a_server_writes_the_files_of_a_local_one(
     checkpoint: Checkpoint, server: RangeServer, tmp_path: Path
 ) -> None:

@@ -105,7 +105,10 @@ class RemoteFiles:
         return tuple(tag)
 
     def fingerprint(self, name: str) -> tuple[str | int | None, ...]:
-        """What the server says of it; raises `CheckpointError` where that does not tell two versions apart."""
+        """Where it is, and what the server says of it, which tells its versions apart but not other files from it.
+
+        Raises `CheckpointError` where it does not tell them apart.
+        """
         self.note([name])
         tag = self._known[name]
         if tag is None or (tag.etag is None and tag.modified is None and tag.version is None):
@@ -113,7 +116,7 @@ class RemoteFiles:
                 f"{name}: {self.shown} says neither an ETag nor a date of it, by which an entry of the cache could be "
                 f"found again; load it without a cache, or with cache_verify full"
             )
-        return tuple(tag)
+        return self.shown, *tag
 
     def check_unchanged(self) -> None:
         """Raise `ChangedFileError` unless all files are what they were when they were first looked at."""

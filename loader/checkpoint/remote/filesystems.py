@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from ...addresses import scheme_of, without_credentials
 from ...errors import UnsupportedCheckpointError
-from .address import scheme_of, without_credentials
 from .blocks import REQUEST_BYTES
 from .client import Answer, MissingError, PassingError, RefusedError, RemoteError, Tag
 

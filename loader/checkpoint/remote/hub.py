@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
+from ...addresses import without_credentials
 from ...errors import CheckpointError
-from .address import without_credentials
 from .client import STALL_SECONDS, Answer, MissingError, PassingError, RefusedError, RemoteError, Tag
 
 _CHUNK = 256 << 10

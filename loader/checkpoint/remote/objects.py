@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+from ...addresses import Address, without_credentials
 from ...errors import UnsupportedCheckpointError
-from .address import Address, without_credentials
 from .client import (
     CONNECT_SECONDS,
     STALL_SECONDS,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 
+from ...addresses import HUB, OBJECT_STORES, parse_address, scheme_of
 from ...errors import CheckpointError, UnsupportedCheckpointError
-from .address import HUB, OBJECT_STORES, parse_address, scheme_of
 from .client import Client
 from .files import RemoteFiles
 from .filesystems import FilesystemClient, known_schemes

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...addresses import OBJECT_STORES, Address, parse_address, scheme_of, without_credentials
 from ...errors import OutputError, PolicyError
 from ..output import OutputFolder
 from ..writer import Extent, ShardPlan
-from .address import OBJECT_STORES, Address, parse_address, scheme_of, without_credentials
 from .objects import open_store
 
 _LAST = "config.json"

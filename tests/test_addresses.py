@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from quantload.checkpoint.remote.address import parse_address, scheme_of, without_credentials
+from quantload.addresses import parse_address, scheme_of, shown_address, without_credentials
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,14 @@ def test_an_address_is_taken_apart(given: str, url: str, shown: str, user: str |
 @pytest.mark.parametrize("given", ["org/model", "/folder", "C:\\folder", "model", "", "://x"])
 def test_what_is_no_url_has_no_scheme(given: str) -> None:
     assert scheme_of(given) is None
+    assert shown_address(given) == given
+
+
+@pytest.mark.parametrize(
+    "given", ["https://me:hunter2@host/m?sig=hunter2", "https://me:hunter2@[host/m", "s3://a:hunter2@b"]
+)
+def test_a_url_is_shown_without_what_lets_somebody_in(given: str) -> None:
+    assert "hunter2" not in shown_address(given)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,16 @@ def parse_address(given: str) -> Address:
     return Address(parts.scheme.lower(), url, bare, user, password)
 
 
+def shown_address(given: str) -> str:
+    """A model as somebody typed it, to be shown: a URL without user, password and query; all else as it is."""
+    if scheme_of(given) is None:
+        return given
+    try:
+        return parse_address(given).shown
+    except ValueError:
+        return "***"
+
+
 def without_credentials(text: str) -> str:
     """A text without what may let somebody in: users, passwords and queries of URLs, and what looks like a key."""
     return _SIGNED.sub(r"\1***", _IN_TEXT.sub(_bare, text))

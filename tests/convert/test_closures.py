@@ -47,18 +47,12 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TABLES = {"quark": QUARK, "compressed-tensors": COMPRESSED_TENSORS, "modelopt": MODELOPT}
-NVFP4_OF_MODELOPT = {("modelopt", "nvfp4")}
-NVFP4 = {*NVFP4_OF_MODELOPT, ("compressed-tensors", "nvfp4")}
-
-
-def cases(slow: set[tuple[str, str]]) -> list[Any]:
-    """All formats of all tools; NVFP4 takes longest, in two passes over pieces of a few bytes."""
-    named = [(tool, name) for tool, table in TABLES.items() for name in table]
-    return [pytest.param(*each, marks=[pytest.mark.slow] if each in slow else []) for each in named]
-
-
-CASES = cases(NVFP4_OF_MODELOPT)
-CASES_OF_EXPERTS = cases(NVFP4)
+CASES = [
+    pytest.param(tool, name, marks=[pytest.mark.slow] if name == "nvfp4" else [])
+    for tool, table in TABLES.items()
+    for name in table
+]
+"""All formats of all tools; NVFP4 takes longest, in two passes over pieces of a few bytes."""
 SCHEMES = {entry.linear.name: entry.name for entry in ENTRIES if entry.linear is not None}
 
 
@@ -313,7 +307,7 @@ def plan_of_experts(entries: dict[str, TensorEntry], scheme: Any, exported: Expo
     return planned
 
 
-@pytest.mark.parametrize(("tool", "format_name"), CASES_OF_EXPERTS)
+@pytest.mark.parametrize(("tool", "format_name"), CASES)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     experts=st.integers(2, 7),

@@ -249,6 +249,7 @@ HALVES = [["-k", half] for half in ("mx or int4", "not (mx or int4)")]
 """Arguments for two processes, with about half of the formats each."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(interpreter_trouble() is not None, reason=interpreter_trouble() or "")
 def test_interpreted_bits() -> None:
     """Tests of every kernel, on the Triton ones in the interpreter: those marked for it, which take seconds."""

@@ -9,6 +9,15 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 OBJECT_STORES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "http", "https")
 """Schemes that `obstore` knows."""
 HUB = "hf"
+_BUCKET, _CONTAINER, _HOST = ("bucket", "BUCKET/PREFIX"), ("container", "CONTAINER/PREFIX"), ("host", "HOST/PATH")
+_ACCOUNT = ("account", "CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX")
+_FORMS = {
+    **dict.fromkeys(("s3", "s3a", "gs"), _BUCKET),
+    **dict.fromkeys(("az", "azure", "adl"), _CONTAINER),
+    **dict.fromkeys(("abfs", "abfss"), _ACCOUNT),
+    **dict.fromkeys(("http", "https"), _HOST),
+}
+"""What an address names first, by its scheme, and how all of it goes on."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 _SIGNED = re.compile(
@@ -30,6 +39,14 @@ class Address(NamedTuple):
     user: str | None
     password: str | None
 
+    @property
+    def fault(self) -> str | None:
+        """Why it is none of an object store or a web server, and which form it should have; None for one that is."""
+        if self.scheme not in _FORMS or urlsplit(self.url).hostname:
+            return None
+        place, form = _FORMS[self.scheme]
+        return f"{self.shown} names no {place}; give an address of the form {self.scheme}://{form}"
+
 
 def scheme_of(given: str) -> str | None:
     """The scheme of a URL in lower case; None for what is none."""
@@ -42,7 +59,7 @@ def parse_address(given: str) -> Address:
     parts = urlsplit(given.strip())
     host = parts.netloc.rpartition("@")[2]
     path = parts.path.rstrip("/")
-    bare = urlunsplit((parts.scheme.lower(), host, path, "", ""))
+    bare = f"{parts.scheme.lower()}://{host}{path}"
     user = None if parts.username is None else unquote(parts.username)
     password = None if parts.password is None else unquote(parts.password)
     if user is not None and parts.scheme.lower() in ("abfs", "abfss"):  # the container, no user

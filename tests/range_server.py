@@ -149,7 +149,7 @@ class RangeServer:
         path = unquote(parts.path).removeprefix("/")
         query = parse_qs(parts.query)
         if "list-type" in query:
-            return self._list(connection, query)
+            return self._list(connection, path.rstrip("/"), query)
         if path.startswith("api/models/org/"):
             return self._repository(connection, path)
         of_hub = re.fullmatch(rf"(?:org|signed)/([^/]+)/resolve/{COMMIT}/(.+)", path)
@@ -248,7 +248,9 @@ class RangeServer:
         said = {"id": f"org/{name}", "sha": COMMIT, "siblings": [{"rfilename": each} for each in names]}
         return self._send(connection, 200, json.dumps(said).encode())
 
-    def _list(self, connection: socket.socket, query: dict[str, list[str]]) -> bool:
+    def _list(self, connection: socket.socket, bucket: str, query: dict[str, list[str]]) -> bool:
+        if bucket != self.bucket:
+            return self._send(connection, 404, b"<Error><Code>NoSuchBucket</Code><Message>hunter2</Message></Error>")
         if not self.lists:
             return self._send(connection, 403, b"<Error><Code>AccessDenied</Code></Error>")
         prefix = query.get("prefix", [""])[0]

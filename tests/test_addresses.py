@@ -20,6 +20,24 @@ def test_an_address_is_taken_apart(given: str, url: str, shown: str, user: str |
     assert address[1:] == (url, shown, user, password)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        *((f"{scheme}://{rest}", f"{scheme}:// names no bucket; give an address of the form {scheme}://BUCKET/PREFIX")
+          for scheme in ("s3", "s3a", "gs") for rest in ("", "/", "//", "?x=hunter2", "#a")),
+        ("s3:///m", "s3:///m names no bucket; give an address of the form s3://BUCKET/PREFIX"),
+        ("az://", "az:// names no container; give an address of the form az://CONTAINER/PREFIX"),
+        ("abfss://c@/m", "abfss://c@/m names no account; give an address of the form "
+                         "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX"),
+        ("http://me:hunter2@:80/m", "http://:80/m names no host; give an address of the form http://HOST/PATH"),
+        ("HTTPS:///m", "https:///m names no host; give an address of the form https://HOST/PATH"),
+        ("s3://bucket", None), ("http://[::1]:80", None), ("abfss://container/m", None), ("memory://", None),
+    ],
+)  # fmt: skip
+def test_an_address_without_a_place_says_which_form_it_should_have(given: str, said: str | None) -> None:
+    assert parse_address(given).fault == said
+
+
 @pytest.mark.parametrize("given", ["org/model", "/folder", "C:\\folder", "model", "", "://x"])
 def test_what_is_no_url_has_no_scheme(given: str) -> None:
     assert scheme_of(given) is None

@@ -26,7 +26,7 @@ class MemoryClient:
 
     def get(self, name: str, start: int, stop: int, tag: Tag | None) -> Answer:
         if name not in self.files:
-            raise MissingError("no such file")
+            raise MissingError
         content = self.files[name]
         now = Tag(len(content), str(hash(content)))
         if tag not in (None, now):

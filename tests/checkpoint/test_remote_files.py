@@ -78,7 +78,7 @@ def test_names_that_lead_out_of_the_folder_are_refused() -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (MissingError("HTTP 404, NoSuchBucket"), "test://files: no such folder"),
+        (MissingError("HTTP 404, NoSuchBucket"), r"test://files: no such folder \(HTTP 404, NoSuchBucket\)"),
         (PassingError("throttled", "HTTP 503"), "test://files cannot be read after 3 tries: HTTP 503"),
         (RefusedError("HTTP 400, ExpiredToken"), "test://files cannot be read: HTTP 400, ExpiredToken; log in"),
     ],
@@ -96,6 +96,30 @@ def test_a_server_that_does_not_say_which_files_it_has(
     files = RemoteFiles(Failing(FILES))
     with pytest.raises(CheckpointError, match=said):
         files.gather(("*.json",))
+    files.close()
+
+
+LOST = {"config.json": b"{}", "model-1.safetensors": b"", "model-2.safetensors": b""}
+
+
+@pytest.mark.parametrize(
+    ("kind", "present", "has_config", "said"),
+    [
+        (MemoryClient, LOST, True, r"but model-1.safetensors, .* restore the missing model.safetensors.index.json"),
+        (Unlisted, LOST, True, r"test://files has a config\.json, but neither .* nor .*index\.json; restore the one"),
+        (MemoryClient, {"config.json": b""}, True, r"has a config\.json, but neither .* nor .*, nor other weights"),
+        (MemoryClient, {"a/config.json": b"", "a/model.safetensors": b""}, False, "the model: test://files/a$"),
+        (MemoryClient, {}, False, r"has no config\.json; give the address of the folder that has the config\.json"),
+        (Unlisted, {}, False, r"has no config\.json; give the address of the folder that has the config\.json"),
+    ],
+)
+def test_what_a_folder_lacks_is_said(
+    kind: type[MemoryClient], present: dict[str, bytes], has_config: bool, said: str
+) -> None:
+    files = RemoteFiles(kind(present))
+    files.gather(("*.json",))
+    with pytest.raises(CheckpointError, match=said):
+        raise files.no_model(has_config=has_config)
     files.close()
 
 

@@ -17,11 +17,12 @@ from quantload.checkpoint.remote.client import (
     RefusedError,
     Tag,
 )
-from quantload.errors import CheckpointError, UnsupportedCheckpointError
+from quantload.errors import CheckpointError, PolicyError, UnsupportedCheckpointError
 from range_server import Fault, RangeServer
 
 pytest.importorskip("obstore")
 from quantload.checkpoint.remote.objects import ObjectClient
+from quantload.checkpoint.remote.upload import upload_to
 
 CONTENT = bytes(range(256)) * 4000
 SECRET = "hunter2"
@@ -107,6 +108,42 @@ def test_what_will_not_pass(server: RangeServer, fault: Fault, said: str, creden
     assert caught.value.credentials == credentials
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("http://HOST/model", "give a user and a password in the URL, or a signed URL"),
+        ("http://me:hunter2@HOST/model", "what the URL gave: the user and the password; check"),
+        ("http://hunter2@HOST/model", "what the URL gave: the user; check"),
+        ("http://HOST/model?sig=hunter2", "what the URL gave: the query, which may be a signature that has expired; c"),
+        ("s3://bucket/model", r"AWS_SKIP_SIGNATURE=true .* \(what AWS_ACCESS_KEY_ID gave was refused\)"),
+    ],
+)
+@pytest.mark.parametrize("status", [401, 403])
+def test_credentials_that_were_given_and_refused_are_not_asked_for(
+    server: RangeServer, given: str, said: str, status: int
+) -> None:
+    server.fault = lambda asked: Fault(status=status)
+    server.lists = False
+    with pytest.raises(CheckpointError, match=f"HTTP {status}.*; .*{said}") as caught:
+        resolve(given.replace("HOST", f"127.0.0.1:{server.port}"))
+    assert SECRET not in str(caught.value)
+    assert ("give a user" in str(caught.value)) == (given == "http://HOST/model")
+
+
+def test_a_bucket_that_is_not_there_is_named_by_the_code_of_s3(server: RangeServer) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        resolve("s3://bucket9/m/ok")
+    assert str(caught.value) == "s3://bucket9/m/ok: no such folder (HTTP 404, NoSuchBucket); check the address"
+
+
+@pytest.mark.parametrize("given", ["s3://", "gs:///", "az://", "http://", "https:///m", "abfss://c@"])
+def test_an_address_without_a_place_is_not_asked_for(given: str) -> None:
+    with pytest.raises(CheckpointError, match=r"names no .*; give an address of the form"):
+        resolve(given)
+    with pytest.raises(PolicyError, match=r"give an address of the form|cannot be written to"):
+        upload_to(given)
 
 
 def test_a_slow_server_is_not_given_up(server: RangeServer) -> None:

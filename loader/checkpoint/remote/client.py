@@ -21,6 +21,38 @@ class Tag(NamedTuple):
     modified: str | None = None
     version: str | None = None
 
+    def is_another(self, other: Tag) -> bool:
+        """Whether another answer is of another version of the file.
+
+        Sizes decide, then strong ETags where both have one, else whatever both have: a server need not say everything
+        with every answer.
+        """
+        if self.size != other.size:
+            return True
+        if _is_strong(self.etag) and _is_strong(other.etag):
+            return self.etag != other.etag
+        return (
+            _differ(_opaque(self.etag), _opaque(other.etag))
+            or _differ(self.modified, other.modified)
+            or _differ(self.version, other.version)
+        )
+
+    def with_what(self, other: Tag) -> Tag:
+        """This one, with what only the other answer of the same version says."""
+        return Tag(self.size, self.etag or other.etag, self.modified or other.modified, self.version or other.version)
+
+
+def _is_strong(etag: str | None) -> bool:
+    return etag is not None and not etag.startswith("W/")
+
+
+def _opaque(etag: str | None) -> str | None:
+    return None if etag is None else etag.removeprefix("W/")
+
+
+def _differ(one: str | None, another: str | None) -> bool:
+    return one is not None and another is not None and one != another
+
 
 class Answer(NamedTuple):
     """What came back for a range: the version it is of, and its bytes as they arrive."""
@@ -42,7 +74,7 @@ class PassingError(RemoteError):
 
 
 class MissingError(RemoteError):
-    """There is no such file."""
+    """There is no such file; the text is what the server answered beside that, if anything."""
 
 
 class EmptyError(RemoteError):

@@ -14,7 +14,7 @@ from ...errors import CheckpointError, MissingShardError, QuantloadError
 from ...options import LoadOptions
 from ..files import Fetches, NoteSource, ReadAhead
 from ..identity import FileIdentities
-from ..other_kinds import names_error
+from ..other_kinds import names_error, some
 from ..paths import locate
 from ..small_files import largest_allowed
 from ..source import Reads
@@ -138,9 +138,31 @@ class RemoteFiles:
 
     def no_model(self, *, has_config: bool) -> QuantloadError:
         """The error for where there is no model, or a config without weights."""
-        where, lacking = self._client.shown, "model.safetensors or its index" if has_config else "config.json"
-        return names_error(where, [*(self._names or ())], has_config=has_config) or CheckpointError(
-            f"{where} has no {lacking}; give the address of the folder that has the config.json of a model"
+        where = self._client.shown
+        names = [name for name in self._names or () if "/" not in name]
+        found = names_error(where, names, has_config=has_config)
+        if found is not None:
+            return found
+        if has_config and self._names is None:
+            return CheckpointError(
+                f"{where} has a config.json, but neither model.safetensors nor model.safetensors.index.json; restore "
+                f"the one that is missing, or set transformers_weights in config.json to the name of a single file "
+                f"(this server does not say which files it has)"
+            )
+        if has_config:
+            return CheckpointError(
+                f"{where} has a config.json, but neither model.safetensors nor model.safetensors.index.json, nor other "
+                f"weights; give the address of the folder the model was saved to"
+            )
+        inner = sorted(
+            f"{where}/{name.removesuffix('/config.json')}"
+            for name in self._names or ()
+            if name.endswith("/config.json")
+        )
+        if inner:
+            return CheckpointError(f"{where} has no config.json; give the address of the model: {some(inner)}")
+        return CheckpointError(
+            f"{where} has no config.json; give the address of the folder that has the config.json of a model"
         )
 
     def close(self) -> None:

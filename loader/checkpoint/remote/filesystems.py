@@ -77,7 +77,7 @@ def _version(said: dict[str, Any]) -> tuple[str | None]:
 
 def _told(error: Exception) -> RemoteError:
     if isinstance(error, FileNotFoundError):
-        return MissingError("no such file")
+        return MissingError()
     if isinstance(error, PermissionError):
         return RefusedError("access is refused", credentials=True)
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):

@@ -74,7 +74,7 @@ class HubClient:
     def get(self, name: str, start: int, stop: int, tag: Tag | None) -> Answer:
         """Bytes [start, stop) of a file of the commit; another version of it there cannot be."""
         if name not in self._names:
-            raise MissingError("no such file")
+            raise MissingError
         location = self._locations.get(name)
         url = location or hf_hub_url(self._repo, name, revision=self._commit)
         credentials = {} if location else build_hf_headers()
@@ -149,7 +149,7 @@ def _told(error: Exception) -> RemoteError:
     if isinstance(error, GatedRepoError):
         return RefusedError("it is gated", credentials=True)
     if isinstance(error, (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)):
-        return MissingError("no such file")
+        return MissingError()
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         said = f"HTTP {status}"

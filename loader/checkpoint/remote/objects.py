@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from ...addresses import Address, without_credentials
 from ...errors import UnsupportedCheckpointError
@@ -47,6 +48,29 @@ _LOGIN = {
     "principal",
     "http": "give a user and a password in the URL, or a signed URL of the folder",
 }
+
+_GIVEN = {
+    "s3": ("AWS_ACCESS_KEY_ID",),
+    "gs": ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_APPLICATION_CREDENTIALS"),
+    "az": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_CLIENT_SECRET"),
+    "http": (),
+}
+"""Where credentials are that were given."""
+
+
+def _login(address: Address) -> str:
+    """How credentials are given, and which were, so that they are what was refused."""
+    kind = _KINDS.get(address.scheme, address.scheme)
+    given = [name for name in _GIVEN[kind] if os.environ.get(name)]
+    if given:
+        return f"{_LOGIN[kind]} (what {' and '.join(given)} gave was refused)"
+    if kind != "http":
+        return _LOGIN[kind]
+    user = [] if address.user is None else ["the user"] if address.password is None else ["the user", "the password"]
+    query = ["the query, which may be a signature that has expired"] if urlsplit(address.url).query else []
+    if not (user or query):
+        return _LOGIN[kind]
+    return f"the server refused the request with what the URL gave: {' and '.join(user + query)}; check that"
 
 
 def _from_environment(address: Address) -> ClientConfig:
@@ -99,7 +123,7 @@ class ObjectClient:
 
     def __init__(self, address: Address, stall_seconds: float = STALL_SECONDS) -> None:
         self.shown = address.shown
-        self.login = _LOGIN[_KINDS.get(address.scheme, address.scheme)]
+        self.login = _login(address)
         self.store = open_store(address, stall_seconds, {"max_retries": 0})  # Requests counts what is tried again
         self._lists = type(self.store).__name__ != "HTTPStore"  # web servers rarely speak WebDAV
         self._reads_blindly = False
@@ -114,12 +138,12 @@ class ObjectClient:
         try:
             found = self.store.get(name, options=options)
         except Exception as error:  # of its own classes and some of Python's
-            said = self._told(error)
+            said = told(error, self._stall_seconds)
             if isinstance(said, EmptyError):
                 return Answer(Tag(0), ())
             if tag is None and self._reads_blindly and isinstance(said, RefusedError) and said.credentials:
                 # Who may not list a bucket is told 403 of what is not there.
-                raise MissingError("no such file, or no access to it") from None
+                raise MissingError(str(said)) from None
             raise said from None
         self._reads_blindly = not self._lists
         meta = found.meta
@@ -134,7 +158,7 @@ class ObjectClient:
         try:
             return [meta["path"] for page in self.store.list() for meta in page]
         except Exception as error:
-            said = self._told(error)
+            said = told(error, self._stall_seconds)
             if isinstance(said, RefusedError):
                 self._lists = False
                 return None
@@ -148,32 +172,33 @@ class ObjectClient:
             except StopIteration:
                 return
             except Exception as error:
-                raise self._told(error) from None
+                raise told(error, self._stall_seconds) from None
             yield chunk
 
-    def _told(self, error: Exception) -> RemoteError:
-        """The error that an error of obstore stands for, by its class and by the status in its text."""
-        name, text = type(error).__name__, str(error)
-        if isinstance(error, FileNotFoundError):
-            return MissingError("no such file")
-        if name == "PreconditionError":
-            return ChangedError("another version")
-        if name in ("PermissionDeniedError", "UnauthenticatedError"):
-            return RefusedError(_answered(text, "access is refused"), credentials=True)
-        if name == "NotSupportedError" or "non-partial response" in text:
-            return RefusedError("the server does not send parts of a file (no byte ranges), which a load needs")
-        status = _STATUS.search(text)
-        if status is not None:
-            return _by_status(int(status[1]), text)
-        if "UnexpectedRange" in text:
-            return PassingError("wrong_range", "the server sent another range than was asked for")
-        kind = _KIND.search(text)
-        if kind is not None and kind[1] == "Timeout":
-            return PassingError("stalled", f"nothing came for {self._stall_seconds:g} s")
-        if kind is not None:
-            what = "cannot be reached" if kind[1] == "Connect" else "the connection broke off"
-            return PassingError("connection", what)
-        return RefusedError(without_credentials(_first_line(error)), credentials=True)
+
+def told(error: Exception, stall_seconds: float = STALL_SECONDS) -> RemoteError:
+    """The error that an error of obstore stands for, by its class and by the status in its text."""
+    name, text = type(error).__name__, str(error)
+    if isinstance(error, FileNotFoundError):
+        return MissingError(_answered(text, ""))
+    if name == "PreconditionError":
+        return ChangedError("another version")
+    if name in ("PermissionDeniedError", "UnauthenticatedError"):
+        return RefusedError(_answered(text, "access is refused"), credentials=True)
+    if name == "NotSupportedError" or "non-partial response" in text:
+        return RefusedError("the server does not send parts of a file (no byte ranges), which a load needs")
+    status = _STATUS.search(text)
+    if status is not None:
+        return _by_status(int(status[1]), text)
+    if "UnexpectedRange" in text:
+        return PassingError("wrong_range", "the server sent another range than was asked for")
+    kind = _KIND.search(text)
+    if kind is not None and kind[1] == "Timeout":
+        return PassingError("stalled", f"nothing came for {stall_seconds:g} s")
+    if kind is not None:
+        what = "cannot be reached" if kind[1] == "Connect" else "the connection broke off"
+        return PassingError("connection", what)
+    return RefusedError(without_credentials(_first_line(error)), credentials=True)
 
 
 def _by_status(status: int, text: str) -> RemoteError:

@@ -36,6 +36,8 @@ def _client(given: str, scheme: str, revision: str | None) -> Client:
         raise CheckpointError(f"the model is a URL that cannot be read: {error}") from None
     if revision is not None:
         logger.warning("%s has no revisions: %r is not looked at", address.shown, revision)
+    if address.fault is not None:
+        raise CheckpointError(address.fault)
     if scheme in OBJECT_STORES:
         return ObjectClient(address)
     others = known_schemes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -26,7 +27,10 @@ from .client import (
 RETRIES = 10
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
 """Seconds; each pause is twice as long as the one before, and between half and all of that."""
+SECONDS_BETWEEN_WARNINGS = 1.0
+"""How often at most it is said that something is asked again."""
 _TICK = 0.05
+logger = logging.getLogger("quantload")
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -45,6 +49,7 @@ class Requests:
         self.known: dict[str, Tag | None] = {} if known is None else known
         self._retries = RETRIES if retries is None else retries
         self._lock = threading.Lock()
+        self._said_at = -SECONDS_BETWEEN_WARNINGS
 
     def beginning(self, name: str, nbytes: int, stopping: Callable[[], bool]) -> bytes:
         """The first `nbytes` bytes of a file, or all of a smaller one; the version of the file is known then."""
@@ -140,12 +145,13 @@ class Requests:
                         f"{self.client.shown} cannot be read after {failures} tries: {error}; check the network and "
                         f"the server"
                     ) from None
-                with self._lock:
-                    self.counters.retries += 1
+                self._asks_again("", failures, error)
                 _pause(failures, stopping)
-            except MissingError:
+            except MissingError as error:
                 self._count("missing")
-                raise CheckpointError(f"{self.client.shown}: no such folder; check the address") from None
+                raise CheckpointError(
+                    f"{self.client.shown}: no such folder{_answer(error)}; check the address"
+                ) from None
             except RemoteError as error:
                 self._count("refused")
                 raise CheckpointError(f"{self.client.shown} cannot be read: {error}; {self.client.login}") from None
@@ -173,8 +179,7 @@ class Requests:
                 self._count(error.kind)
                 if failures > self._retries:
                     raise self._gave_up(name, span()[0], failures, error) from None
-                with self._lock:
-                    self.counters.retries += 1
+                self._asks_again(f"/{name}", failures, error)
                 _pause(max(failures, 1), stopping)
             except RemoteError as error:
                 raise self._final(name, error) from None  # what the library says may have credentials in it
@@ -185,7 +190,9 @@ class Requests:
             self._count("missing")
             if self.known.get(name) is not None:
                 return _changed(name, where, "it is no longer there")
-            return MissingShardError(f"{name}: no such file at {where}; check the address, or upload it again")
+            return MissingShardError(
+                f"{name}: no such file at {where}{_answer(error)}; check the address, or upload it again"
+            )
         if isinstance(error, ChangedError):
             self._count("changed")
             return _changed(name, where, "another version is in its place")
@@ -203,9 +210,25 @@ class Requests:
     def _compare(self, name: str, found: Tag | None) -> None:
         with self._lock:
             known = self.known.setdefault(name, found)
-        if known != found:
+            same = known == found
+            if known is not None and found is not None:
+                same = not known.is_another(found)
+                if same:
+                    self.known[name] = known.with_what(found)
+        if not same:
             self._count("changed")
             raise _changed(name, self.client.shown, _difference(known, found))
+
+    def _asks_again(self, where: str, failures: int, error: PassingError) -> None:
+        with self._lock:
+            self.counters.retries += 1
+            now = time.monotonic()
+            says = now - self._said_at >= SECONDS_BETWEEN_WARNINGS
+            if says:
+                self._said_at = now
+        if says:
+            tries = f" ({failures} of at most {self._retries} times in a row)" if failures else ""
+            logger.warning("%s%s: %s; asked again%s", self.client.shown, where, error, tries)
 
     def _arrived(self, chunk: bytes, stopping: Callable[[], bool]) -> None:
         if stopping():
@@ -216,6 +239,10 @@ class Requests:
     def _count(self, result: str) -> None:
         with self._lock:
             self.counters.requests[result] = self.counters.requests.get(result, 0) + 1
+
+
+def _answer(error: MissingError) -> str:
+    return f" ({error})" if str(error) else ""
 
 
 def _changed(name: str, where: str, how: str) -> ChangedFileError:

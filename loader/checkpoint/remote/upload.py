@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...addresses import OBJECT_STORES, Address, parse_address, scheme_of, without_credentials
+from ...addresses import OBJECT_STORES, Address, parse_address, scheme_of
 from ...errors import OutputError, PolicyError
 from ..output import OutputFolder
 from ..writer import Extent, ShardPlan
-from .objects import open_store
+from .objects import open_store, told
 
 _LAST = "config.json"
 """What a checkpoint is not one without."""
@@ -90,7 +90,7 @@ class UploadFolder(OutputFolder):
         return [meta["size"], meta["e_tag"], meta["version"]]
 
     def _refused(self, name: str, done: str, error: Exception) -> OutputError:
-        said = without_credentials(str(error).partition("\n")[0][:300])
+        said = str(told(error)) or "it is not there"
         return OutputError(
             f"{self._shown}/{name} cannot be {done}: {said}; check credentials and network, and run it again"
         )
@@ -101,6 +101,8 @@ def upload_to(out: str) -> Callable[[str], UploadFolder]:
     address = parse_address(out)
     if address.scheme in ("http", "https") or address.scheme not in OBJECT_STORES:
         raise PolicyError(f"{address.shown} cannot be written to; give a folder, or one of s3://, gs:// and az://")
+    if address.fault is not None:
+        raise PolicyError(address.fault)
     store = open_store(address)
     return lambda key: UploadFolder(address, store, key)
 

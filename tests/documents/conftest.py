@@ -36,6 +36,7 @@ def named_files(tmp_path_factory: pytest.TempPathFactory, golden: Path) -> Path:
     (folder / "org" / "model-FP8").symlink_to(folder / "MODEL-FP8")
     (folder / "gpt-oss-BF16").symlink_to(golden / "bf16_gptoss")
     (folder / "FILE").write_text("a-key-of-this-test\n")
+    (folder / "TEXT.txt").write_text(Path(shutil.__file__).read_text()[:2000])
     _save_adapter(folder / "runs" / "7" / "adapter")
     return folder
 

@@ -111,7 +111,7 @@ async def leaving(client: httpx.AsyncClient, port: int, tries: int) -> list[Row]
         _, first = await post(port, {**LONG, "stream": True})
         await _running(client, 1)
         others = [await post(port, {**LONG, "stream": False}) for _ in range(8)]
-        await _waiting(client, 8)
+        await _under_way(client, 9)
         start = time.monotonic()
         for _, writer in (*others, (None, first)):
             abort(writer)
@@ -122,13 +122,26 @@ async def leaving(client: httpx.AsyncClient, port: int, tries: int) -> list[Row]
 
 
 async def full_queue(client: httpx.AsyncClient, port: int, places: int) -> list[Row]:
-    """Rows of requests that find a queue of `places` full: refused at once, and taken again when there is room."""
+    """Rows of requests that find a queue of `places` full: refused at once, and taken again when there is room.
+
+    A batch may end those that hold it meanwhile: then others take the room.
+    """
     refused, again = Row("a full queue", f"a request more than {places} that wait"), Row("a full queue", "room again")
-    held = [await post(port, {**LONG, "stream": True}) for _ in range(places + 1)]
-    await _waiting(client, places)
-    for path, said in (("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": HELLO})) * 8:
+    held: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    await _fill(client, port, places + 1, held)
+    asked = [("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": HELLO})] * 8
+    end = time.monotonic() + STUCK_SECONDS
+    while asked and time.monotonic() < end:
+        path, said = asked[-1]
         start = time.monotonic()
-        reply = await client.post(path, json={**said, "max_tokens": 1})
+        try:
+            reply = await client.post(path, json={**said, "max_tokens": 1}, timeout=SLOT_SECONDS)
+        except httpx.ReadTimeout:
+            reply = None
+        if reply is None or reply.status_code == 200:  # there was room
+            await _fill(client, port, places + 1, held)
+            continue
+        asked.pop()
         right = reply.status_code == 429 and int(reply.headers.get("retry-after", 0)) >= 1
         right = right and reply.json()["error"]["code"] is not None
         refused.add(str(reply.status_code), time.monotonic() - start, None if right else reply.text[:200])
@@ -214,21 +227,39 @@ async def crowd(client: httpx.AsyncClient, port: int, connections: int) -> Row:
     return row
 
 
-async def _gauge(client: httpx.AsyncClient, name: str, least: int) -> None:
+async def _until(client: httpx.AsyncClient, least: int, *names: str) -> None:
     end = time.monotonic() + STUCK_SECONDS
     while time.monotonic() < end:
-        if await gauge(client, name) >= least:
+        if sum([await gauge(client, name) for name in names]) >= least:
             return
         await asyncio.sleep(0.02)
-    raise RuntimeError(f"{name} never was {least}")
+    raise RuntimeError(f"{' and '.join(names)} never were {least}")
 
 
 async def _running(client: httpx.AsyncClient, least: int) -> None:
-    await _gauge(client, "quantload_requests_running", least)
+    await _until(client, least, "quantload_requests_running")
 
 
-async def _waiting(client: httpx.AsyncClient, least: int) -> None:
-    await _gauge(client, "quantload_requests_waiting", least)
+UNDER_WAY = ("quantload_requests_running", "quantload_requests_waiting")
+"""Gauges whose sum it is: a batch runs many, and those that wait are few then."""
+
+
+async def _under_way(client: httpx.AsyncClient, least: int) -> None:
+    await _until(client, least, *UNDER_WAY)
+
+
+async def _fill(
+    client: httpx.AsyncClient, port: int, most: int, held: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+) -> None:
+    """Begin long answers until `most` are under way: some of before may just be ending, and then some are refused."""
+    end = time.monotonic() + STUCK_SECONDS
+    while time.monotonic() < end:
+        lacking = most - round(sum([await gauge(client, name) for name in UNDER_WAY]))
+        if lacking <= 0:
+            return
+        held += [await post(port, {**LONG, "stream": True}) for _ in range(lacking)]
+        await asyncio.sleep(0.1)
+    raise RuntimeError(f"never were {most} requests under way")
 
 
 async def gauge(client: httpx.AsyncClient, name: str) -> float:

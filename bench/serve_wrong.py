@@ -66,7 +66,7 @@ def wrong_requests() -> Iterator[Wrong]:
         yield Wrong(f"a prompt of {tokens:,} tokens", CHAT, {"messages": long})
     for messages in (None, [], "x", [7], [{"role": 1}], [{"role": "user", "content": {"a": 1}}], [{"content": "x"}]):
         yield Wrong("messages that are none", CHAT, {"messages": messages})
-    for path in ("/", "/v1", "/v1/completions/", "/docs", "/v1/files", "/../../etc/passwd", "/v1/models/%2e%2e%2fetc"):
+    for path in ("/v1", "/v1/completions/", "/docs", "/v1/files", "/../../etc/passwd", "/v1/models/%2e%2e%2fetc"):
         yield Wrong("paths that are none", path, None, "GET")
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
-from .ending import Ending
+from .ending import Ending, RequestCancelled
 
 
 class BatchedAnswer:
@@ -50,11 +51,6 @@ class BatchedAnswer:
         self._length = len(prompt)
 
     @property
-    def wanted(self) -> bool:
-        """Whether somebody still waits for it."""
-        return not self._ending.request.cancelled.is_set()
-
-    @property
     def takes_the_likeliest(self) -> bool:
         """Whether nothing but the logits decides, and nobody asks how likely they were."""
         return not (self._samples or len(self._processors) or self._ending.notes)
@@ -80,19 +76,19 @@ class BatchedAnswer:
 
 
 class PerRequestSampling(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
-    """Stands where a continuous batch has its logits processors; `answers` are by the ids of their requests."""
+    """Stands where a continuous batch has its logits processors.
+
+    Answers are kept for as long as whoever waits for them holds them; a request without one ends with its next token.
+    """
 
     def __init__(self) -> None:
         super().__init__(LogitsProcessorList())
         self.do_processing = True
-        self._answers: dict[str, BatchedAnswer] = {}
+        self._answers: WeakValueDictionary[str, BatchedAnswer] = WeakValueDictionary()
         self._rows: list[Any] = []
 
     def add(self, request_id: str, answer: BatchedAnswer) -> None:
         """Let a request that will be queued choose its tokens so."""
-        for other, held in list(self._answers.items()):
-            if not held.wanted:
-                self._answers.pop(other, None)
         self._answers[request_id] = answer
 
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Tensor) -> Tensor:
@@ -105,7 +101,9 @@ class PerRequestSampling(ContinuousBatchingLogitsProcessorList):  # type: ignore
         likeliest = scores.argmax(-1).tolist()
         for row, state in enumerate(self._rows):
             answer = self._answers.get(state.request_id)
-            if answer is not None and answer.error is None:
+            if answer is None:
+                _end(state, RequestCancelled())
+            elif answer.error is None:
                 self._choose(answer, state, scores[row], likeliest[row])
         return scores
 
@@ -121,10 +119,17 @@ class PerRequestSampling(ContinuousBatchingLogitsProcessorList):  # type: ignore
             ended = answer.take(token)
         except Exception as error:
             answer.error = error
-            state.error = str(error) or type(error).__name__
-            ended = True
-        if ended:
-            state._new_tokens_limit = state.generated_len() + 1
+            _end(state, error)
+        else:
+            if ended:
+                _end(state)
+
+
+def _end(state: Any, error: Exception | None = None) -> None:
+    """Let the token that comes now be the last one of a request."""
+    if error is not None:
+        state.error = str(error) or type(error).__name__
+    state._new_tokens_limit = state.generated_len() + 1
 
 
 def plain_config(config: GenerationConfig) -> GenerationConfig:

@@ -336,7 +336,7 @@ class ServedModel:
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """The token ids of a text, as a completion has them. Raises `ApiError` (400)."""
         self.limits.check({"prompt": text}, self.tokenizer)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
         return ids
 
     def encode_chat(

@@ -60,8 +60,8 @@ def piece(dtype: torch.dtype) -> torch.Tensor:
 
 def subjects(name: str, source: torch.Tensor) -> dict[str, Callable[[], object]]:
     """What is timed for one format and source type, by column."""
-    kernels, shape = kernel_set(name, "cpu"), tuple(source.shape)
-    tensors, amax = kernels.format.empty(*shape), torch.zeros(kernels.format.amax_shape(*shape))
+    kernels, (rows, cols) = kernel_set(name, "cpu"), source.shape
+    tensors, amax = kernels.format.empty(rows, cols), torch.zeros(kernels.format.amax_shape(rows, cols))
     vector, copy = stats.new_statistics(), torch.empty_like(source)
     return {
         "memcpy": lambda: copy.copy_(source),

@@ -129,16 +129,20 @@ async def full_queue(client: httpx.AsyncClient, port: int, places: int) -> list[
     refused, again = Row("a full queue", f"a request more than {places} that wait"), Row("a full queue", "room again")
     held: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
     await _fill(client, port, places + 1, held)
-    asked = [("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": HELLO})] * 8
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": HELLO}),
+    ] * 8
     end = time.monotonic() + STUCK_SECONDS
     while asked and time.monotonic() < end:
         path, said = asked[-1]
         start = time.monotonic()
         try:
             reply = await client.post(path, json={**said, "max_tokens": 1}, timeout=SLOT_SECONDS)
+            there_was_room = reply.status_code == 200
         except httpx.ReadTimeout:
-            reply = None
-        if reply is None or reply.status_code == 200:  # there was room
+            there_was_room = True
+        if there_was_room:
             await _fill(client, port, places + 1, held)
             continue
         asked.pop()
@@ -148,10 +152,9 @@ async def full_queue(client: httpx.AsyncClient, port: int, places: int) -> list[
     for _, writer in held:
         abort(writer)
     start = time.monotonic()
-    while time.monotonic() < start + 5 * SLOT_SECONDS:
+    reply = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+    while reply.status_code != 200 and time.monotonic() < start + 5 * SLOT_SECONDS:
         reply = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
-        if reply.status_code == 200:
-            break
     again.add(str(reply.status_code), time.monotonic() - start, None if reply.status_code == 200 else reply.text[:200])
     return [refused, again]
 

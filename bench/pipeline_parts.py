@@ -18,6 +18,7 @@ from quantload.checkpoint.source import FileSource
 from quantload.kernels import statistics as stats
 from quantload.kernels.registry import kernel_set
 from quantload.options import LoadOptions
+from quantload.planning import plan_quantized
 from quantload.reload.flow import reload_weights
 from stopwatch import Stopwatch
 
@@ -107,6 +108,6 @@ def plan_alone(folder: Path, scheme: str = SCHEME) -> dict[str, Any]:
     gc.collect()
     with Stopwatch(*((draft_module, name) for name in PLAN_STEPS)) as watch:
         start = time.perf_counter()
-        draft = draft_module.plan_draft(str(folder), quantization=scheme, device="cpu")
+        draft = plan_quantized(str(folder), scheme, device="cpu")
         total = time.perf_counter() - start
     return {"total": total, "tensors": len(draft.index.tensors), **watch.seconds}

@@ -16,6 +16,8 @@ from serve_process import KEY
 
 LONG = {"prompt": "def f(", "max_tokens": 900, "temperature": 0, "logit_bias": {"0": -100}}
 HELLO = [{"role": "user", "content": "x"}]
+UNDER_WAY = ("quantload_requests_running", "quantload_requests_waiting")
+"""Gauges whose sum it is: a batch runs many, and those that wait are few then."""
 SLOT_SECONDS = 3.0  # in which a slot is free again: a look at the connection each 0.25 s, a token, a prompt
 HEALTH_SECONDS = 5.0
 CLOSE_SECONDS = 90.0
@@ -127,7 +129,7 @@ async def full_queue(client: httpx.AsyncClient, port: int, places: int) -> list[
     A batch may end those that hold it meanwhile: then others take the room.
     """
     refused, again = Row("a full queue", f"a request more than {places} that wait"), Row("a full queue", "room again")
-    held: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    held: list[Stream] = []
     await _fill(client, port, places + 1, held)
     asked: list[tuple[str, dict[str, Any]]] = [
         ("/v1/completions", {"prompt": "x"}),
@@ -243,17 +245,11 @@ async def _running(client: httpx.AsyncClient, least: int) -> None:
     await _until(client, least, "quantload_requests_running")
 
 
-UNDER_WAY = ("quantload_requests_running", "quantload_requests_waiting")
-"""Gauges whose sum it is: a batch runs many, and those that wait are few then."""
-
-
 async def _under_way(client: httpx.AsyncClient, least: int) -> None:
     await _until(client, least, *UNDER_WAY)
 
 
-async def _fill(
-    client: httpx.AsyncClient, port: int, most: int, held: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
-) -> None:
+async def _fill(client: httpx.AsyncClient, port: int, most: int, held: list[Stream]) -> None:
     """Begin long answers until `most` are under way: some of before may just be ending, and then some are refused."""
     end = time.monotonic() + STUCK_SECONDS
     while time.monotonic() < end:

@@ -91,8 +91,7 @@ def compare_schemes(
 
 
 def _ladder(policy: QuantizationPolicy) -> tuple[str, ...]:
-    formats = {entry.name: entry.formats.values() for entry in ENTRIES}
-    return ladder([name for name in ERRORS if all(policy.scale_mode in fmt.scale_modes for fmt in formats[name])])
+    return ladder([entry.name for entry in ENTRIES if entry.has_mode(policy.scale_mode)])
 
 
 def _peaks(draft: Draft, options: LoadOptions, base: str) -> dict[str, SchemePeak]:

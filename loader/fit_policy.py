@@ -149,7 +149,7 @@ def fit_policy(
         memory = draft.plan.memory
         return Planned(draft, memory.final_bytes, memory.peak_bytes)
 
-    names = [entry.name for entry in ENTRIES if _has_mode(entry.formats.values(), policy)]
+    names = [entry.name for entry in ENTRIES if entry.has_mode(policy.scale_mode)]
     return choose(policy, ladder(names), plan, lambda draft: _room(draft, options), options.fit_sensitivity)
 
 
@@ -225,10 +225,6 @@ def _room(draft: Draft, options: LoadOptions) -> Room:
         return free_room(draft, options)
     assert options.fit is not None
     return Room(options.fit)
-
-
-def _has_mode(formats: Any, policy: QuantizationPolicy) -> bool:
-    return all(policy.scale_mode in fmt.scale_modes for fmt in formats)
 
 
 def _fitted(choice: Choice, plan: Plan, room: Room, final: int, nbytes: int, measured: Mapping[str, float]) -> Fitted:

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 
 from .draft import Draft
-from .expected_loss import ERRORS, ladder
+from .expected_loss import ERRORS
 from .page.costs import BITS
 from .schemes.registry import ENTRIES
 
@@ -53,13 +53,7 @@ def warn_of_schemes(draft: Draft) -> None:
 
 
 def _better(scheme: str, scale_mode: str) -> str:
-    """The scheme of the least error that takes no more."""
-    formats = {entry.name: entry.formats.values() for entry in ENTRIES}
-    names = [
-        name
-        for name in ERRORS
-        if formats[name]
-        and BITS[name][0] <= BITS[scheme][0]
-        and all(scale_mode in fmt.scale_modes for fmt in formats[name])
-    ]
-    return ladder(names)[-2]
+    """The scheme of the least error that takes no more bits."""
+    names = [entry.name for entry in ENTRIES if entry.name in ERRORS and entry.formats and entry.has_mode(scale_mode)]
+    no_larger = [name for name in names if BITS[name][0] <= BITS[scheme][0]]
+    return min(no_larger, key=ERRORS.__getitem__)

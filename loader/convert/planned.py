@@ -119,8 +119,8 @@ class FilePlanner:
         sizes: dict[str, dict[str, int]] = {}
         first: PolicyError | None = None
         for entry in ENTRIES:
-            in_mode = all(policy.scale_mode in fmt.scale_modes for fmt in entry.formats.values())
-            if entry.name not in ERRORS or self.export.name not in formats_of(entry) or not in_mode:
+            is_held = self.export.name in formats_of(entry) and entry.has_mode(policy.scale_mode)
+            if entry.name not in ERRORS or not is_held:
                 continue
             try:
                 with candidate():

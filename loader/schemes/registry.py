@@ -66,6 +66,10 @@ class SchemeEntry:
             return f"experts {labels['experts']}, linears {labels['linear']}"
         return next(iter(labels.values()), "as stored")
 
+    def has_mode(self, scale_mode: str) -> bool:
+        """Whether all of its formats have a scale mode."""
+        return all(scale_mode in fmt.scale_modes for fmt in self.formats.values())
+
     def called(self, name: str) -> str:
         """What messages call it where a user gave that name: both, for an alias."""
         return f"{name} ({self.name})" if name in self.aliases else self.name

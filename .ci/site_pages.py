@@ -78,7 +78,8 @@ def _link(found: re.Match[str], source: str, site: str) -> str:
 
 def troubleshooting() -> str:
     """Every error, what it means and what to do."""
-    from quantload import cli, errors
+    from quantload import errors
+    from quantload.cli import exit_codes
     from quantload.page.advice import ADVICE
 
     lines = [
@@ -86,17 +87,17 @@ def troubleshooting() -> str:
         "Every message says what was given, what was expected and what to do. The page of a load that failed "
         "([`--html`](load-page/README.md)) has the same advice. What a load logs with `-v` says how far it came.", "",
         "| exit code | means |", "| --- | --- |", "| 0 | all went well |",
-        f"| {cli.EXIT_USAGE} | an option, or a pattern, that cannot be carried out |",
-        f"| {cli.EXIT_CHECKPOINT} | the checkpoint: a file of it, or what it has for the model |",
-        f"| {cli.EXIT_BUDGET} | memory: it does not fit, or a limit of yours says so |",
-        f"| {cli.EXIT_OTHER} | anything else; 130: interrupted |", "",
+        f"| {exit_codes.EXIT_USAGE} | an option, or a pattern, that cannot be carried out |",
+        f"| {exit_codes.EXIT_CHECKPOINT} | the checkpoint: a file of it, or what it has for the model |",
+        f"| {exit_codes.EXIT_BUDGET} | memory: it does not fit, or a limit of yours says so |",
+        f"| {exit_codes.EXIT_OTHER} | anything else; 130: interrupted |", "",
     ]  # fmt: skip
     for name, advice in ADVICE.items():
         kind = getattr(errors, name, None)
         lines += [f"## {name}", "", advice.means, ""]
         if kind is not None:
             of = "" if kind is errors.QuantloadError else f"A kind of `{kind.__base__.__name__}`. "
-            lines += [f"{of}Exit code {cli._exit_code(kind())}.", ""]
+            lines += [f"{of}Exit code {exit_codes.exit_code(kind())}.", ""]
         lines += [*(f"{number}. {step}" for number, step in enumerate(advice.steps, 1)), ""]
     return "\n".join(lines)
 

@@ -72,7 +72,7 @@ class Fit:
 
 def measure_errors(folder: Path) -> list[Error]:
     """Of every scheme that quantizes all layers."""
-    quantload, loss = importlib.import_module("quantload"), importlib.import_module("quantload.expected_loss")
+    quantload, loss = importlib.import_module("quantload"), importlib.import_module("quantload.fit.expected_loss")
     found = []
     for scheme in loss.ERRORS:
         report = quantload.load_quantized(str(folder), scheme, device="cpu", progress=False).load_report
@@ -86,7 +86,7 @@ def measure_errors(folder: Path) -> list[Error]:
 
 def measure_exchanged(text: Path, folder: Path) -> dict[str, float]:
     """What `--sensitivity` finds, by exchanging codes of the model in NL4."""
-    module = importlib.import_module("quantload.sensitivity")
+    module = importlib.import_module("quantload.fit.sensitivity")
     with tempfile.TemporaryDirectory() as place:
         copied = Path(place) / text.name
         copied.write_text(text.read_text())
@@ -104,7 +104,7 @@ def _relative_error(layers: Sequence[Any]) -> float:
 
 def measure(folder: Path, text: str, windows: int) -> tuple[list[Row], list[Fit]]:
     """Every kind in every third, then what is chosen by `--fit`."""
-    transformers, fit = importlib.import_module("transformers"), importlib.import_module("quantload.fit_policy")
+    transformers, fit = importlib.import_module("transformers"), importlib.import_module("quantload.fit.policy")
     quantload = importlib.import_module("quantload")
     ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", verbose=False)["input_ids"][0]
     step = (len(ids) - WINDOW) // max(windows - 1, 1)
@@ -124,7 +124,7 @@ def measure(folder: Path, text: str, windows: int) -> tuple[list[Row], list[Fit]
 
     draft = quantload.plan_quantized(str(folder), SCHEME, device="cpu")
     groups: dict[tuple[str, str], list[str]] = {}
-    for item in importlib.import_module("quantload.expected_loss").items_of(draft):
+    for item in importlib.import_module("quantload.fit.expected_loss").items_of(draft):
         groups.setdefault((item.kind, item.third), []).extend(item.names)
     rows = []
     for (kind, third), names in groups.items():

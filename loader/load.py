@@ -17,8 +17,9 @@ from .digest import model_digest
 from .draft import FROM_CONFIG, Draft, draft_load
 from .dummy import DummyWeights, Weights, index_without_files
 from .errors import PolicyError
-from .fit_policy import Fitted, apply_fit
-from .fitting import check_fits
+from .fit.check import check_fits
+from .fit.policy import Fitted, apply_fit
+from .fit.warning import warn_of_schemes
 from .interrupts import interrupt_kept
 from .memory.budget import check_budget, memory_running_out
 from .memory.planner import MemoryPlan
@@ -33,7 +34,6 @@ from .quantized_model import QuantizedModel
 from .ranks.alone import ALONE, Alone, RankSizes
 from .recording import Recorder, tensor_bytes
 from .reload.remember import remember
-from .scheme_warning import warn_of_schemes
 from .schemes.names import SchemeName
 from .schemes.registry import choose_device
 from .threads import warn_of_threads

@@ -132,8 +132,8 @@ class LoadOptions:
     """How many such sequences `fit="auto"` leaves room for. None: one."""
 
     fit_sensitivity: Mapping[str, float] = field(default_factory=dict)
-    """How much the output feels kinds of modules by depth, for `fit`, as `quantload.sensitivity.measure_sensitivity`
-    measures it; others are as on the demo model."""
+    """How much the output feels kinds of modules by depth, for `fit`, as
+    `quantload.fit.sensitivity.measure_sensitivity` measures it; others are as on the demo model."""
 
     force: bool = False
     """Load although the memory that is available is too little for the model. `max_memory` still counts."""

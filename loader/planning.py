@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from .draft import Draft, plan_draft
-from .fit_policy import Fitted, apply_fit
+from .fit.policy import Fitted, apply_fit
+from .fit.warning import warn_of_schemes
 from .options import LoadOptions, QuantizationPolicy, check_kinds, with_fit
-from .scheme_warning import warn_of_schemes
 from .schemes.names import SchemeName
 
 

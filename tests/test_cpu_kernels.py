@@ -26,7 +26,7 @@ def test_others_are_numbas_to_judge(given: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_the_command_says_so_and_ends_with_2() -> None:
-    command = [sys.executable, "-m", "quantload.cli", "plan"]
+    command = [sys.executable, "-m", "quantload", "plan"]
     done = subprocess.run(command, env={**os.environ, "NUMBA_NUM_THREADS": "0"}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: NUMBA_NUM_THREADS is '0'")

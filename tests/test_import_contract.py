@@ -91,34 +91,35 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} cpu_kernels checkpoint memory schemes online model plan ranks",
         "is shared by load, convert and cache",
     ),
-    "scheme_peaks": Floor(
-        f"{GROUND} geometry memory schemes model draft", "what a draft would take with other schemes"
-    ),
-    "expected_loss": Floor(
+    "fit": Floor("", "a folder"),
+    "fit.peaks": Floor(f"{GROUND} geometry memory schemes model draft", "what a draft would take with other schemes"),
+    "fit.expected_loss": Floor(
         f"{GROUND} page schemes draft", "what a draft is expected to lose, by names and schemes alone"
     ),
-    "scheme_warning": Floor(f"{GROUND} page schemes draft expected_loss", "what a draft is warned of"),
-    "fit_room": Floor(f"{GROUND} memory model draft", "how large a model may be here"),
-    "fit_choice": Floor(f"{GROUND} memory schemes draft scheme_peaks expected_loss", "bytes and losses to choose from"),
-    "weight_samples": Floor(
-        f"{GROUND} kernels.statistics geometry checkpoint schemes draft expected_loss", "a look at some weights"
+    "fit.warning": Floor(f"{GROUND} page schemes draft fit.expected_loss", "what a draft is warned of"),
+    "fit.room": Floor(f"{GROUND} memory model draft", "how large a model may be here"),
+    "fit.choice": Floor(
+        f"{GROUND} memory schemes draft fit.peaks fit.expected_loss", "bytes and losses to choose from"
     ),
-    "fit_policy": Floor(
-        f"{GROUND} checkpoint memory schemes draft expected_loss fit_room fit_choice",
+    "fit.samples": Floor(
+        f"{GROUND} kernels.statistics geometry checkpoint schemes draft fit.expected_loss", "a look at some weights"
+    ),
+    "fit.policy": Floor(
+        f"{GROUND} checkpoint memory schemes draft fit.expected_loss fit.room fit.choice",
         "plans with other schemes until a load fits",
     ),
-    "comparing": Floor(
-        f"{GROUND} checkpoint memory schemes draft scheme_peaks expected_loss fit_choice weight_samples",
+    "fit.comparing": Floor(
+        f"{GROUND} checkpoint memory schemes draft fit.peaks fit.expected_loss fit.choice fit.samples",
         "what one could choose, side by side",
     ),
-    "planning": Floor(f"{GROUND} draft fit_policy scheme_warning", "a load asked for its plan alone"),
-    "fitting": Floor(f"{GROUND} memory model draft scheme_peaks", "what a draft finds on this machine"),
+    "planning": Floor(f"{GROUND} draft fit.policy fit.warning", "a load asked for its plan alone"),
+    "fit.check": Floor(f"{GROUND} memory model draft fit.peaks", "what a draft finds on this machine"),
     "phases": Floor("memory", "a clock"),
     "spans": Floor("memory", "tells a tracer that others have imported"),
     "recording": Floor(f"{GROUND} checkpoint memory schemes model plan phases spans", "says what a load did"),
     "convert": Floor(
         f"{GROUND} {KERNELS} geometry checkpoint memory schemes online model pieces plan draft recording "
-        "expected_loss fit_room fit_policy",
+        "fit.expected_loss fit.room fit.policy",
         "a flow of its own beside load: neither knows the other",
     ),
     "cache": Floor(
@@ -133,7 +134,7 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} checkpoint memory schemes model draft cache", "stands where a load has its cache: weights made up"
     ),
     "load": Floor(
-        f"{GROUND} threads checkpoint memory schemes online model plan ranks draft fit_policy fitting scheme_warning "
+        f"{GROUND} threads checkpoint memory schemes online model plan ranks draft fit.policy fit.check fit.warning "
         "recording cache quantized_model digest dummy reload.remember",
         "the flow of a load",
     ),
@@ -149,8 +150,8 @@ FLOORS: dict[str, Floor] = {
     ),
     "tokenizer": Floor("errors checkpoint", "text becomes tokens, whoever generates behind them"),
     "generating": Floor("errors shortage checkpoint model tokenizer", "answers a prompt with the model it is given"),
-    "sensitivity": Floor(
-        f"{GROUND} checkpoint schemes model cache tokenizer kernels.nl4_levels expected_loss load",
+    "fit.sensitivity": Floor(
+        f"{GROUND} checkpoint schemes model cache tokenizer kernels.nl4_levels fit.expected_loss load",
         "a user of load like any other",
     ),
     "server": Floor(
@@ -158,40 +159,42 @@ FLOORS: dict[str, Floor] = {
         "schemes.names schemes.ahead model dummy load reload ranks ranks.launch tokenizer",
         "a user of load like any other",
     ),
-    "cli_logging": Floor("", "log lines and the console they go to"),
-    "cli_load_options": Floor("errors options memory.amounts", "imported before anything heavy is"),
-    "cli_model_options": Floor(
-        "errors options schemes.names ranks.launch cli_load_options", "imported before anything heavy is"
+    "cli.logs": Floor("", "log lines and the console they go to"),
+    "cli.load_options": Floor("errors options memory.amounts", "imported before anything heavy is"),
+    "cli.model_options": Floor(
+        "errors options schemes.names ranks.launch cli.load_options", "imported before anything heavy is"
     ),
-    "cli_options": Floor(
-        "errors options schemes.names ranks.launch cli_logging cli_load_options cli_model_options",
+    "cli.options": Floor(
+        "errors options schemes.names ranks.launch cli.logs cli.load_options cli.model_options",
         "imported before anything heavy is",
     ),
-    "cli_groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
-    "cli_pages": Floor("errors addresses memory page", "what a command leaves for a browser"),
-    "cli_output": Floor("errors shortage memory", "what a command prints, whatever it did"),
-    "cli_preparing": Floor(
-        f"{GROUND} memory ranks.launch sensitivity cli_model_options cli_options",
+    "cli.exit_codes": Floor("errors shortage", "what a number says"),
+    "cli.groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
+    "cli.pages": Floor("errors addresses memory page", "what a command leaves for a browser"),
+    "cli.output": Floor("errors shortage memory", "what a command prints, whatever it did"),
+    "cli.preparing": Floor(
+        f"{GROUND} memory ranks.launch fit.sensitivity cli.model_options cli.options",
         "what is said before a command begins",
     ),
-    "cli_compare": Floor(
-        "memory.amounts comparing cli_groups cli_model_options cli_options cli_output cli_preparing",
+    "cli.compare": Floor(
+        "memory.amounts fit.comparing cli.groups cli.model_options cli.options cli.output cli.preparing",
         "a user of the package",
     ),
-    "cli_serve_options": Floor("cli_preparing", "imported before anything heavy is"),
-    "cli_serve": Floor(
-        "errors threads server ranks.launch cli_groups cli_options cli_preparing cli_serve_options",
+    "cli.serve_options": Floor("cli.preparing", "imported before anything heavy is"),
+    "cli.serve": Floor(
+        "errors threads server ranks.launch cli.groups cli.options cli.preparing cli.serve_options",
         "a user of the package",
     ),
-    "cli_generate": Floor(
-        "threads checkpoint generating load ranks.launch cli_groups cli_options cli_output cli_preparing",
+    "cli.generate": Floor(
+        "threads checkpoint generating load ranks.launch cli.groups cli.options cli.output cli.preparing",
         "a user of the package",
     ),
-    "cli": Floor(
-        f"{GROUND} threads memory schemes fitting planning scheme_warning load convert ranks.launch cli_logging "
-        "cli_options cli_groups cli_pages cli_output cli_preparing cli_compare cli_serve cli_generate",
+    "cli.commands": Floor(
+        f"{GROUND} threads memory schemes fit.check planning fit.warning load convert ranks.launch cli.logs "
+        "cli.options cli.exit_codes cli.groups cli.pages cli.output cli.preparing cli.compare cli.serve cli.generate",
         "a user of the package",
     ),
+    "cli": Floor("cli.commands cli.preparing", "names of the command line"),
     "__main__": Floor("cli", "python -m quantload"),
     "": Floor(
         "errors options memory planning load reload convert engines quantized_model",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from quantload import load_quantized
 from quantload.cli import DEMO_MODEL
-from quantload.cli_preparing import libraries
+from quantload.cli.preparing import libraries
 from quantload.interrupts import interrupt_first, interrupt_held, interrupt_kept, raise_forgotten
 from quantload.recording import Recorder
 from transformers import PreTrainedModel

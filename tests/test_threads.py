@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quantload import cli, cli_generate, cli_serve, threads
+from quantload import threads
+from quantload.cli import commands, generate, serve
 
 Files = dict[str, str]
 
@@ -108,12 +109,12 @@ def test_too_many_threads_for_the_quota_are_said_once(
 @pytest.mark.parametrize("command", ["load", "plan", "serve", "generate"])
 def test_the_option_of_a_command_is_what_is_settled(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     told: list[int | None] = []
-    for module in (cli, cli_generate, cli_serve):
+    for module in (commands, generate, serve):
         monkeypatch.setattr(module, "settle_threads", lambda count=None: told.append(count))
     given = ["--prompt", "hello"] if command == "generate" else []
     monkeypatch.setattr(
         sys, "argv", ["quantload", command, "/nowhere", "--threads", "3", "-q", "no such scheme", *given]
     )
     with pytest.raises(SystemExit):
-        cli.main()
+        commands.main()
     assert told == [None, 3]

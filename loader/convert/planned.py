@@ -12,9 +12,9 @@ from ..checkpoint.writer import ShardPlan, plan_shards
 from ..collector import collector_paused
 from ..draft import Draft, draft_load
 from ..errors import PolicyError
-from ..expected_loss import ERRORS, NOTHING, ladder
-from ..fit_policy import Fitted, Planned, candidate, check_choosable, choose, tell
-from ..fit_room import Room
+from ..fit.expected_loss import ERRORS, NOTHING, ladder
+from ..fit.policy import Fitted, Planned, candidate, check_choosable, choose, tell
+from ..fit.room import Room
 from ..online.storage import FinalStorage
 from ..options import LoadOptions, QuantizationPolicy
 from ..plan import plan_without_pieces

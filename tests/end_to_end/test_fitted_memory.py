@@ -7,8 +7,8 @@ from pathlib import Path
 import big_checkpoints
 import pytest
 from quantload import LoadOptions, plan_quantized
-from quantload.expected_loss import ERRORS, ladder
-from quantload.fit_policy import fit_policy
+from quantload.fit.expected_loss import ERRORS, ladder
+from quantload.fit.policy import fit_policy
 from test_memory_bound import measure
 
 SIZES = 5

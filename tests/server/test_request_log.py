@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from quantload.cli_logging import _JsonFormatter, _StampedFormatter
+from quantload.cli.logs import _JsonFormatter, _StampedFormatter
 from quantload.server import ServerState
 from server_harness import Client, running, wait_for
 

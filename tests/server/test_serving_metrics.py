@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from quantload import cli_serve_options
+from quantload.cli import serve_options
 from quantload.memory import metrics as load_metrics
 from quantload.server import ServerState, request_log
 from quantload.server.serving_metrics import ServingMetrics
@@ -131,5 +131,5 @@ def test_a_continuous_batch_counts_its_tokens(model: Any, tokenizer: Any) -> Non
 
 
 def test_the_choices_of_the_command_line_are_those_of_the_server() -> None:
-    assert get_args(cli_serve_options.RequestLogMode) == get_args(request_log.RequestLogMode)
-    assert get_args(cli_serve_options.LayerMetrics) == get_args(load_metrics.LayerMetrics)
+    assert get_args(serve_options.RequestLogMode) == get_args(request_log.RequestLogMode)
+    assert get_args(serve_options.LayerMetrics) == get_args(load_metrics.LayerMetrics)

@@ -1,0 +1,98 @@
+"""What every command does before it does its own: names, files, libraries."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..addresses import shown_address
+from ..errors import PolicyError
+from ..interrupts import interrupt_held
+from ..local_paths import local_path
+from ..ranks.launch import launched
+from ..shortage import importing
+from .model_options import SourceOptions
+from .options import ConvertOptions, PlanOptions
+
+LoadFormat = Annotated[
+    Literal["auto", "dummy"],
+    typer.Option(
+        help="Where weights come from; dummy: random numbers, without reading any, for planning and benchmarks. A "
+        "config.json is enough then."
+    ),
+]
+LIBRARIES = "the libraries that are imported first: torch, transformers, numba"
+ROOM_FOR_LIBRARIES = 1088 << 20
+"""Bytes of address space that they need in builds for CPUs, which are the smallest; some of them end the process, or
+crash it, where they find less."""
+DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
+
+
+def weights_kind(load_format: str) -> Literal["checkpoint", "dummy"]:
+    return "dummy" if load_format == "dummy" else "checkpoint"
+
+
+@contextmanager
+def libraries() -> Iterator[None]:
+    """Import what a command is made of inside. Raises `MemoryBudgetError` where there is no memory for it.
+
+    Ctrl-C waits for the end: torch imports numpy in C++, swallows an interrupt of that and goes on with half of it.
+    """
+    from ..memory.limits import check_room
+
+    if "torch" not in sys.modules:
+        check_room(ROOM_FOR_LIBRARIES, LIBRARIES)
+    with interrupt_held(), importing(LIBRARIES):
+        yield
+
+
+def sensitivity_measured(model: str | None, chosen: ConvertOptions | PlanOptions, arguments: dict[str, Any]) -> None:
+    """Put into the options what --sensitivity asks for."""
+    text = chosen.fitting.sensitivity
+    if text is None:
+        return
+    if launched().ranks > 1:
+        raise PolicyError("--sensitivity is for one process: plan with it, --save-policy, and give ranks --policy")
+    with libraries():
+        from ..fit.sensitivity import measure_sensitivity
+
+    found = measure_sensitivity(
+        *(model_address(model, chosen.source), text), device=arguments.get("device", "cpu"),
+        progress=chosen.logs.progress(), **chosen.source.values(),
+    )  # fmt: skip
+    arguments["options"] = replace(arguments["options"], fit_sensitivity=found)
+
+
+def model_address(model: str | None, source: SourceOptions) -> str | Path:
+    revision = source.revision
+    if model is None and revision is not None:
+        raise PolicyError(
+            f"--revision {revision} is given without MODEL, and the bundled demo model has no revisions: name the hub "
+            f"id it is of"
+        )
+    if model is None and source.stream:
+        raise PolicyError("--stream is given without MODEL: name the hub id")
+    return DEMO_MODEL if model is None else source.address(model)
+
+
+def display_name(model: str | None) -> str:
+    return "quantload-demo" if model is None else shown_address(model)
+
+
+def writable(path: Path | None, option: str = "--report") -> Path | None:
+    """The file for a report; raises before a load whose report could not be written after it."""
+    if path is None:
+        return None
+    path = local_path(path, option, PolicyError)
+    path = Path(os.path.realpath(path))  # a link is left where it leads nowhere
+    place = path if path.exists() else path.parent
+    if path.is_symlink() or path.is_dir() or not path.parent.is_dir() or not os.access(place, os.W_OK):
+        raise PolicyError(f"{path} cannot be written: give {option} a file in a folder that you may write to")
+    return path

@@ -1,0 +1,152 @@
+"""What there is to choose for the modules of a model: bytes and expected loss of each in each scheme of a ladder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..draft import Draft
+from ..memory.report import FitRow
+from ..options import LoadOptions, QuantizationPolicy
+from ..schemes.registry import AS_STORED, SchemeFactory
+from .expected_loss import ERRORS, NOTHING, Item, items_of
+from .peaks import bytes_now, bytes_with
+
+Sizes = Mapping[str, Mapping[str, int]]
+"""Bytes of modules by scheme, then by name."""
+
+
+def known_error(item: Item, scheme: str) -> float:
+    """The relative squared error of weights in a scheme, whatever they are."""
+    return ERRORS[scheme]
+
+
+def choice_of(
+    draft: Draft,
+    policy: QuantizationPolicy,
+    schemes: Sequence[str],
+    error: Callable[[Item, str], float] = known_error,
+    measured: Mapping[str, float] = NOTHING,
+    sizes: Sizes | None = None,
+) -> Choice:
+    """What there is to choose from; the draft has the first of the schemes.
+
+    `error` is that of an item in a scheme, `measured` are sensitivities as `items_of` takes them. `sizes` has the bytes
+    of each module by scheme, where they are not those that it has in memory; one that a scheme leaves as stored is not
+    among them.
+    """
+    items = items_of(draft, policy, measured)
+    losses = [[item.loss * error(item, scheme) for scheme in schemes] for item in items]
+    nbytes = (
+        _sizes(draft, items, schemes)
+        if sizes is None
+        else [[sum(_size(sizes, scheme, name) for name in item.names) for scheme in schemes] for item in items]
+    )
+    return Choice(policy, schemes, items, nbytes, losses)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Items and schemes; `sizes` has the bytes of each item in each of them, `losses` the expected loss."""
+
+    policy: QuantizationPolicy
+    schemes: Sequence[str]
+    items: Sequence[Item]
+    sizes: Sequence[Sequence[int]]
+    losses: Sequence[Sequence[float]]
+
+    def loss(self, levels: Sequence[int]) -> float:
+        """What is expected to be lost with so high a scheme for each item."""
+        return sum(own[level] for own, level in zip(self.losses, levels, strict=True))
+
+    def more(self, levels: Sequence[int]) -> int:
+        """What items take more than with the smallest schemes, in bytes."""
+        return sum(sizes[level] - sizes[0] for sizes, level in zip(self.sizes, levels, strict=True))
+
+    def uniform(self) -> Iterator[list[int]]:
+        """One scheme for all items, the one that loses least first."""
+        for level in reversed(range(len(self.schemes))):
+            yield [level] * len(self.items)
+
+    def best(self, room: int) -> list[int]:
+        """The level of each item, within so many bytes more than the smallest schemes take."""
+        levels, left, closed = [0] * len(self.items), room, set()
+        for step in self._steps():
+            if step.item in closed:
+                continue
+            if step.nbytes > left:
+                closed.add(step.item)
+                continue
+            levels[step.item], left = step.level, left - step.nbytes
+        return levels
+
+    def _steps(self) -> list[_Step]:
+        """All steps of all items, those first that save most for their bytes.
+
+        A step that saves less for its bytes than it does together with the next is none of its own: so those of an item
+        come in the order of the ladder.
+        """
+        found = []
+        for number, (sizes, losses) in enumerate(zip(self.sizes, self.losses, strict=True)):
+            level = 0
+            while level < len(self.schemes) - 1:
+                further = [
+                    _Step(number, above, sizes[above] - sizes[level], losses[level] - losses[above])
+                    for above in range(level + 1, len(self.schemes))
+                ]
+                found.append(max(further, key=lambda step: (step.worth, step.level)))
+                level = found[-1].level
+        return sorted(found, key=lambda step: (-step.worth, step.item, step.level))
+
+    def as_policy(self, levels: Sequence[int]) -> QuantizationPolicy:
+        """The scheme of most modules, and overrides for the others."""
+        counts = [sum(each == level for each in levels) for level in range(len(self.schemes))]
+        most = max(range(len(self.schemes)), key=counts.__getitem__)
+        own = [
+            (name, self.schemes[level])
+            for item, level in zip(self.items, levels, strict=True)
+            if level != most
+            for name in item.names
+        ]
+        return replace(self.policy, linear=self.schemes[most], overrides=(*self.policy.overrides, *own))
+
+    def rows(self, levels: Sequence[int]) -> Iterator[FitRow]:
+        """What was chosen for a kind of module in a third of the layers."""
+        found: dict[tuple[str, str, str], tuple[int, int, float]] = {}
+        for item, sizes, losses, level in zip(self.items, self.sizes, self.losses, levels, strict=True):
+            key = item.kind, item.third, self.schemes[level]
+            modules, nbytes, loss = found.get(key, (0, 0, 0.0))
+            found[key] = modules + len(item.names), nbytes + sizes[level], loss + losses[level]
+        total = sum(loss for _, _, loss in found.values())
+        for key, (modules, nbytes, loss) in found.items():
+            yield FitRow(*key, modules, nbytes, loss / total if total else 0.0)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Another scheme for an item, a larger one: what it takes more, and what it is expected to save."""
+
+    item: int
+    level: int
+    nbytes: int
+    saved: float
+
+    @property
+    def worth(self) -> float:
+        """What it saves for a byte; one that takes no more is worth most."""
+        return self.saved / max(self.nbytes, 1)
+
+
+def _size(sizes: Sizes, scheme: str, name: str) -> int:
+    return sizes[scheme].get(name, sizes[AS_STORED].get(name, 0))
+
+
+def _sizes(draft: Draft, items: Sequence[Item], schemes: Sequence[str]) -> list[list[int]]:
+    """The bytes of each item in each scheme; the draft has the first."""
+    assigned = {assignment.name: assignment for assignment in draft.assignments}
+    sizes = [[sum(bytes_now(draft, assigned[name]) for name in item.names)] for item in items]
+    for scheme in schemes[1:]:
+        rules = draft.rules.with_scheme(scheme, SchemeFactory(draft.schemes.device, LoadOptions()))
+        for item, own in zip(items, sizes, strict=True):
+            own.append(sum(bytes_with(draft, assigned[name], rules) for name in item.names))
+    return sizes

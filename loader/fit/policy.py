@@ -1,0 +1,270 @@
+"""Choose a scheme for every module, so that least is lost of a model that stays below a size.
+
+All modules begin with the smallest scheme of a ladder. Then that step up is taken, again and again, which saves most
+expected loss for its bytes, among those that still fit; one scheme for all modules is taken where that is expected to
+lose less. The model is planned once more with what was chosen: that plan's size is what counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.index import CheckpointIndex
+from ..checkpoint.resolve import Checkpoint
+from ..draft import Draft, plan_draft
+from ..errors import MemoryBudgetError, PolicyError
+from ..memory.amounts import format_bytes
+from ..memory.report import FitReport, FitRow
+from ..options import LoadOptions, QuantizationPolicy, without_fit
+from ..schemes.registry import AS_STORED, ENTRIES
+from .choice import Choice, Sizes, choice_of
+from .expected_loss import NOTHING, ladder
+from .room import Room, free_room
+
+logger = logging.getLogger("quantload")
+MOST_TRIES = 4
+LARGEST_DIFFERENCE = 1 << 20
+"""By so many bytes, at most, what is held beside the weights differs from scheme to scheme."""
+MANY_TENSORS = 2000
+"""A draft of so many takes some MiB, and collecting it a tenth of a second."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A policy whose load stays below `room.size` bytes, by its plan; of a conversion, its files of weights do.
+
+    `planned_bytes` is what counts against that, `expected_loss` the divergence of the output in nats a token.
+    """
+
+    policy: QuantizationPolicy
+    room: Room
+    final_bytes: int
+    planned_bytes: int
+    expected_loss: float
+    rows: tuple[FitRow, ...]
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+    def report(self) -> FitReport:
+        """For a report; `policy` alone, in a file, is what `QuantizationPolicy.from_file` reads."""
+        return FitReport(
+            size=self.room.size,
+            of=self.room.of,
+            final_bytes=self.final_bytes,
+            planned_bytes=self.planned_bytes,
+            expected_loss=self.expected_loss,
+            available_bytes=self.room.available_bytes,
+            reserve_bytes=self.room.reserve_bytes,
+            cache_bytes=self.room.cache_bytes,
+            context=self.room.context,
+            requests=self.room.requests,
+            rows=[*self.rows],
+            sensitivity=dict(self.measured),
+            policy=asdict(self.policy)
+            | {"ignore": [*self.policy.ignore], "overrides": [[*pair] for pair in self.policy.overrides]},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """`report`, for JSON."""
+        return asdict(self.report())
+
+    def lines(self) -> Iterator[str]:
+        """What was chosen, for people."""
+        if self.room.available_bytes is not None:
+            yield f"Fit: {format_bytes(self.room.size)}: {self.room}"
+        planned, size = format_bytes(self.planned_bytes), format_bytes(self.room.size)
+        yield f"Fit: {self.room.of} is planned to take {planned} of {size}"
+        if all(row.scheme == AS_STORED for row in self.rows):
+            yield "Fit: all modules stay as they are stored"
+            return
+        for row in self.rows:
+            where = f"{row.kind}, {row.third} third of the layers"
+            yield f"Fit: {where}: {row.modules} {row.scheme}, {row.share_of_loss:.0%} of the expected loss"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A draft with some policy, its final bytes, and those that are to stay below the size."""
+
+    draft: Draft
+    final_bytes: int
+    nbytes: int
+
+
+Plan = Callable[[QuantizationPolicy], Planned]
+
+
+@contextmanager
+def candidate() -> Iterator[None]:
+    """Plan without a word in the log: what is to be said of a plan is said when it is made of what was chosen."""
+    thread = threading.get_ident()
+
+    def is_heard(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno >= logging.ERROR
+
+    logger.addFilter(is_heard)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_heard)
+
+
+def fit_policy(
+    model_id: str | Path | Checkpoint,
+    size: str | int,
+    *,
+    device: str | torch.device = "auto",
+    policy: QuantizationPolicy | None = None,
+    options: LoadOptions | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    index: CheckpointIndex | None = None,
+) -> Fitted:
+    """The policy of the least expected loss whose load is planned to peak below `size`, such as "16GiB" or "auto".
+
+    "auto" is what the machine, or the device, has free, less what `fit_context` and `fit_requests` of `options` say.
+    Ignore patterns and overrides of `policy` count as they are. `index` has the tensors where they are known already.
+    Raises `MemoryBudgetError` where not even the smallest schemes fit, and `PolicyError` for a checkpoint that is
+    quantized already, or a policy that names schemes.
+    """
+    check_choosable("auto", policy)
+    policy = policy or QuantizationPolicy()
+    options = replace(options or LoadOptions(), fit=size, max_memory=None)
+    told = without_fit(options)
+
+    def plan(chosen: QuantizationPolicy) -> Planned:
+        with candidate():
+            draft = plan_draft(
+                *(model_id, "auto"), device=device, policy=chosen, options=told, revision=revision,
+                trust_remote_code=trust_remote_code, index=index,
+            )  # fmt: skip
+        memory = draft.plan.memory
+        return Planned(draft, memory.final_bytes, memory.peak_bytes)
+
+    names = [entry.name for entry in ENTRIES if entry.has_mode(policy.scale_mode)]
+    return choose(policy, ladder(names), plan, lambda draft: _room(draft, options), options.fit_sensitivity)
+
+
+def apply_fit(
+    model_id: str | Path | Checkpoint,
+    quantization: str,
+    policy: QuantizationPolicy | None,
+    options: LoadOptions,
+    *,
+    device: str | torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    index: CheckpointIndex | None = None,
+) -> tuple[QuantizationPolicy | None, LoadOptions, Fitted | None]:
+    """What `options.fit` asks for: the policy it comes to, and options without it. Tells the log what was chosen."""
+    if options.fit is None:
+        return policy, options, None
+    check_choosable(quantization, policy)
+    found = fit_policy(
+        *(model_id, options.fit), device=device, policy=policy, options=options, revision=revision,
+        trust_remote_code=trust_remote_code, index=index,
+    )  # fmt: skip
+    tell(found)
+    return found.policy, without_fit(options), found
+
+
+def check_choosable(quantization: str, policy: QuantizationPolicy | None, is_quantized: bool = False) -> None:
+    """Raise `PolicyError` where there is nothing to choose: schemes are named, or the checkpoint is quantized."""
+    if quantization != "auto":
+        raise PolicyError(f"fit chooses the schemes: leave out the quantization, which is {quantization!r}")
+    if policy is not None and (policy.linear != "auto" or policy.experts is not None):
+        raise PolicyError("fit chooses the schemes: give no scheme for linear layers or experts beside it")
+    if is_quantized:
+        raise PolicyError("fit chooses schemes for checkpoints in BF16, FP16 or FP32; this one is quantized already")
+
+
+def tell(fitted: Fitted) -> None:
+    """Say in the log what was chosen."""
+    for line in fitted.lines():
+        logger.info("%s", line)
+
+
+def choose(
+    policy: QuantizationPolicy,
+    schemes: Sequence[str],
+    plan: Plan,
+    room_of: Callable[[Draft], Room],
+    measured: Mapping[str, float] = NOTHING,
+    sizes: Sizes | None = None,
+) -> Fitted:
+    """The policy of the least expected loss with some schemes, smallest first, whose plan stays below a size.
+
+    `measured` and `sizes` are as in `choice_of`.
+    """
+    least = plan(replace(policy, linear=schemes[0]))
+    check_choosable("auto", policy, least.draft.rules.is_quantized)
+    room = room_of(least.draft)
+    if least.nbytes > room.size:
+        raise MemoryBudgetError(
+            f"nothing fits: with all modules in {schemes[0]}, the smallest, {room.of} is predicted to take "
+            f"{format_bytes(least.nbytes)}, and fit is {format_bytes(room.size)}{room.because}"
+        )
+    choice = choice_of(least.draft, policy, schemes, measured=measured, sizes=sizes)
+    final, nbytes = least.final_bytes, least.nbytes
+    tensors = len(least.draft.index.tensors)
+    del least
+    _collect(tensors)
+    return _fitted(choice, plan, room, final, nbytes, measured)
+
+
+def _room(draft: Draft, options: LoadOptions) -> Room:
+    if options.fit == "auto":
+        return free_room(draft, options)
+    assert options.fit is not None
+    return Room(options.fit)
+
+
+def _fitted(choice: Choice, plan: Plan, room: Room, final: int, nbytes: int, measured: Mapping[str, float]) -> Fitted:
+    """What fits by a plan of its own: what is held beside the weights differs from scheme to scheme.
+
+    With the smallest schemes the model has `final` bytes, and `nbytes` count against the room.
+    """
+    lowest = [0] * len(choice.items)
+    more = room.size - nbytes
+    for _ in range(MOST_TRIES):
+        levels = choice.best(more)
+        found = _planned(choice, plan, levels) if any(levels) else (final, nbytes)
+        if found[1] <= room.size:
+            break
+        more -= found[1] - room.size
+    else:
+        levels, found = lowest, (final, nbytes)
+    for other in choice.uniform():
+        if choice.loss(other) >= choice.loss(levels):
+            break
+        if choice.more(other) > room.size - nbytes + LARGEST_DIFFERENCE:
+            continue
+        sizes = _planned(choice, plan, other)
+        if sizes[1] <= room.size:
+            levels, found = other, sizes
+            break
+    return Fitted(choice.as_policy(levels), room, *found, choice.loss(levels), tuple(choice.rows(levels)), measured)
+
+
+def _planned(choice: Choice, plan: Plan, levels: Sequence[int]) -> tuple[int, int]:
+    """The bytes of a model in the end, and those that are to stay below the size; the plan is given back at once."""
+    planned = plan(choice.as_policy(levels))
+    sizes = planned.final_bytes, planned.nbytes
+    tensors = len(planned.draft.index.tensors)
+    del planned
+    _collect(tensors)
+    return sizes
+
+
+def _collect(tensors: int) -> None:
+    """Let go of a draft: modules and closures are in cycles, and the load is about to make another one as large."""
+    if tensors >= MANY_TENSORS:
+        gc.collect()

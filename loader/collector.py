@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector, out of the way while a load is planned."""
+"""Python's cyclic garbage collector, out of the way while libraries are imported and a load is planned."""
 
 from __future__ import annotations
 

@@ -194,10 +194,11 @@ FLOORS: dict[str, Floor] = {
         "cli.options cli.exit_codes cli.groups cli.pages cli.output cli.preparing cli.compare cli.serve cli.generate",
         "a user of the package",
     ),
-    "cli": Floor("cli.commands cli.preparing", "names of the command line"),
+    "cli.process": Floor("cli.commands", "how its process ends"),
+    "cli": Floor("cli.commands cli.preparing cli.process", "names of the command line"),
     "__main__": Floor("cli", "python -m quantload"),
     "": Floor(
-        "errors options memory planning load reload convert engines quantized_model",
+        "errors options collector memory planning load reload convert engines quantized_model",
         "the public names, each imported when it is first used",
     ),
 }

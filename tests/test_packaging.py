@@ -78,7 +78,7 @@ def test_package_data_is_there_and_small_enough(project: dict[str, Any]) -> None
 
 
 def test_the_command_and_the_plugin(project: dict[str, Any]) -> None:
-    assert project["project"]["scripts"] == {"quantload": "quantload.cli:main"}
+    assert project["project"]["scripts"] == {"quantload": "quantload.cli:program"}
     assert project["project"]["entry-points"]["pytest11"] == {"quantload": "quantload.memory.pytest_plugin"}
 
 

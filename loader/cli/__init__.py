@@ -6,3 +6,4 @@ Nothing here imports torch or transformers before a command needs them.
 from .commands import app as app
 from .commands import main as main
 from .preparing import DEMO_MODEL as DEMO_MODEL
+from .process import program as program

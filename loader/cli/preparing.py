@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..addresses import shown_address
+from ..collector import collector_paused
 from ..errors import PolicyError
 from ..interrupts import interrupt_held
 from ..local_paths import local_path
@@ -44,12 +45,13 @@ def libraries() -> Iterator[None]:
     """Import what a command is made of inside. Raises `MemoryBudgetError` where there is no memory for it.
 
     Ctrl-C waits for the end: torch imports numpy in C++, swallows an interrupt of that and goes on with half of it.
+    Python's collector stays out of the way: it would walk hundreds of thousands of new objects again and again.
     """
     from ..memory.limits import check_room
 
     if "torch" not in sys.modules:
         check_room(ROOM_FOR_LIBRARIES, LIBRARIES)
-    with interrupt_held(), importing(LIBRARIES):
+    with interrupt_held(), importing(LIBRARIES), collector_paused():
         yield
 
 

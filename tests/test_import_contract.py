@@ -150,8 +150,14 @@ FLOORS: dict[str, Floor] = {
     ),
     "tokenizer": Floor("errors checkpoint", "text becomes tokens, whoever generates behind them"),
     "generating": Floor("errors shortage checkpoint model tokenizer", "answers a prompt with the model it is given"),
+    "fit.text_windows": Floor("errors checkpoint model tokenizer", "parts of a text, whoever measures on them"),
+    "fit.kept_predictions": Floor("errors memory.amounts", "a file of numbers"),
     "fit.sensitivity": Floor(
-        f"{GROUND} checkpoint schemes model cache tokenizer kernels.nl4_levels fit.expected_loss load",
+        f"{GROUND} checkpoint schemes model cache kernels.nl4_levels fit.expected_loss fit.text_windows load",
+        "a user of load like any other",
+    ),
+    "fit.evaluating": Floor(
+        f"{GROUND} checkpoint schemes draft fit.policy fit.kept_predictions fit.text_windows load",
         "a user of load like any other",
     ),
     "server": Floor(
@@ -180,6 +186,11 @@ FLOORS: dict[str, Floor] = {
         "memory.amounts fit.comparing cli.groups cli.model_options cli.options cli.output cli.preparing",
         "a user of the package",
     ),
+    "cli.evaluate": Floor(
+        "threads memory.amounts fit.evaluating cli.groups cli.load_options cli.model_options cli.options cli.output "
+        "cli.preparing",
+        "a user of the package",
+    ),
     "cli.serve_options": Floor("cli.preparing", "imported before anything heavy is"),
     "cli.serve": Floor(
         "errors threads server ranks.launch cli.groups cli.options cli.preparing cli.serve_options",
@@ -191,7 +202,8 @@ FLOORS: dict[str, Floor] = {
     ),
     "cli.commands": Floor(
         f"{GROUND} threads memory schemes fit.check planning fit.warning load convert ranks.launch cli.logs "
-        "cli.options cli.exit_codes cli.groups cli.pages cli.output cli.preparing cli.compare cli.serve cli.generate",
+        "cli.options cli.exit_codes cli.groups cli.pages cli.output cli.preparing cli.compare cli.evaluate cli.serve "
+        "cli.generate",
         "a user of the package",
     ),
     "cli.process": Floor("cli.commands", "how its process ends"),

@@ -48,7 +48,7 @@ WORDS = (
     "\n",
     "%s{}",
 )
-SLOW = {"load", "convert", "compare"}
+SLOW = {"load", "convert", "compare", "eval"}
 """Commands that do work where an argument is not refused; the quick test gives them only what is their own."""
 
 

@@ -24,6 +24,7 @@ from ..schemes.names import ExportName
 from ..shortage import is_shortage, refused
 from ..threads import settle_threads
 from .compare import compare
+from .evaluate import evaluate
 from .exit_codes import EXIT_BUDGET, EXIT_OTHER, exit_code
 from .generate import generate
 from .groups import command_with_groups
@@ -154,6 +155,7 @@ def plan(
 
 
 app.command()(compare)
+app.command("eval")(evaluate)
 app.command()(serve)
 app.command()(generate)
 

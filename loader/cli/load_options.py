@@ -117,11 +117,21 @@ class SizeOptions:
             show_default="as measured on the demo model",
         ),
     ] = None
+    sensitivity_each: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity-each",
+            help="Measure each module for itself with --sensitivity, or those of a layer that get one scheme together: "
+            "finer, and one pass over the text for each.",
+        ),
+    ] = False
 
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`, but for what `sensitivity` is to be measured on."""
         if self.sensitivity is not None and self.fit is None:
             raise PolicyError("--sensitivity says what --fit is to choose by: give a size, too")
+        if self.sensitivity_each and self.sensitivity is None:
+            raise PolicyError("--sensitivity-each says how --sensitivity FILE measures: give a text, too")
         return {"fit": self.fit}
 
 

@@ -66,8 +66,8 @@ def sensitivity_measured(model: str | None, chosen: ConvertOptions | PlanOptions
         from ..fit.sensitivity import measure_sensitivity
 
     found = measure_sensitivity(
-        *(model_address(model, chosen.source), text), device=arguments.get("device", "cpu"),
-        progress=chosen.logs.progress(), **chosen.source.values(),
+        *(model_address(model, chosen.source), text), each=chosen.fitting.sensitivity_each,
+        device=arguments.get("device", "cpu"), progress=chosen.logs.progress(), **chosen.source.values(),
     )  # fmt: skip
     arguments["options"] = replace(arguments["options"], fit_sensitivity=found)
 

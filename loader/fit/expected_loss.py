@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from ..draft import Draft
@@ -61,7 +61,17 @@ class Item:
     kind: str
     third: str
     names: tuple[str, ...]
-    loss: float
+    loss: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What it is called where its own sensitivity is measured."""
+        return f"{self.place} {self.kind}"
+
+    @property
+    def group(self) -> str:
+        """What its kind in its third of the layers is called where the sensitivity of that is measured."""
+        return group_name(self.kind, self.third)
 
 
 def ladder(schemes: Collection[str], sizes: Mapping[str, float] | None = None) -> tuple[str, ...]:
@@ -84,7 +94,7 @@ def items_of(
     """The modules that schemes can be chosen for, together with those that must have the same.
 
     Those that an override of `policy` names keep what it gives them, and are left out. `measured` has sensitivities by
-    `group_name`, where they are known better than from the demo model.
+    `Item.name` or `Item.group`, where they are known better than from the demo model.
     """
     given = [pattern for pattern, _ in policy.overrides] if policy is not None else []
     names = [
@@ -96,7 +106,7 @@ def items_of(
 
 
 def grouped(names: Sequence[str], experts: Collection[str], measured: Mapping[str, float] = NOTHING) -> list[Item]:
-    """Modules together with those that must have the same scheme; `measured` has sensitivities by `group_name`."""
+    """Modules together with those that must have the same scheme; `measured` is as in `items_of`."""
     found: dict[tuple[str, str], list[str]] = {}
     count: dict[str, int] = {}
     for name in names:
@@ -110,8 +120,9 @@ def grouped(names: Sequence[str], experts: Collection[str], measured: Mapping[st
         stack, number = _layer(members[0])
         third = _third(number, count[stack])
         alike = sum(1 for each in range(count[stack]) if _third(each, count[stack]) == third)
-        loss = measured.get(group_name(kind, third), sensitivity(kind, third)) / max(alike, 1)
-        items.append(Item(place, kind, third, tuple(members), loss))
+        item = Item(place, kind, third, tuple(members))
+        shared = measured.get(item.group, sensitivity(kind, third)) / max(alike, 1)
+        items.append(replace(item, loss=measured.get(item.name, shared)))
     return items
 
 

@@ -33,7 +33,7 @@ from .room import Room, free_room
 logger = logging.getLogger("quantload")
 MOST_TRIES = 4
 LARGEST_DIFFERENCE = 1 << 20
-"""By so many bytes, at most, what is held beside the weights differs from scheme to scheme."""
+"""By so many bytes, at most, what is held beside weights and arena differs from scheme to scheme."""
 MANY_TENSORS = 2000
 """A draft of so many takes some MiB, and collecting it a tenth of a second."""
 
@@ -214,10 +214,11 @@ def choose(
         )
     choice = choice_of(least.draft, policy, schemes, measured=measured, sizes=sizes)
     final, nbytes = least.final_bytes, least.nbytes
+    beside = least.draft.plan.memory.staging_bytes + LARGEST_DIFFERENCE
     tensors = len(least.draft.index.tensors)
     del least
     _collect(tensors)
-    return _fitted(choice, plan, room, final, nbytes, measured)
+    return _fitted(choice, plan, room, final, nbytes, beside, measured)
 
 
 def _room(draft: Draft, options: LoadOptions) -> Room:
@@ -227,10 +228,13 @@ def _room(draft: Draft, options: LoadOptions) -> Room:
     return Room(options.fit)
 
 
-def _fitted(choice: Choice, plan: Plan, room: Room, final: int, nbytes: int, measured: Mapping[str, float]) -> Fitted:
+def _fitted(
+    choice: Choice, plan: Plan, room: Room, final: int, nbytes: int, beside: int, measured: Mapping[str, float]
+) -> Fitted:
     """What fits by a plan of its own: what is held beside the weights differs from scheme to scheme.
 
-    With the smallest schemes the model has `final` bytes, and `nbytes` count against the room.
+    With the smallest schemes the model has `final` bytes, and `nbytes` count against the room; others may hold `beside`
+    bytes less than they do, as what is read in place needs a small arena only.
     """
     lowest = [0] * len(choice.items)
     more = room.size - nbytes
@@ -245,7 +249,7 @@ def _fitted(choice: Choice, plan: Plan, room: Room, final: int, nbytes: int, mea
     for other in choice.uniform():
         if choice.loss(other) >= choice.loss(levels):
             break
-        if choice.more(other) > room.size - nbytes + LARGEST_DIFFERENCE:
+        if choice.more(other) > room.size - nbytes + beside:
             continue
         sizes = _planned(choice, plan, other)
         if sizes[1] <= room.size:

@@ -24,29 +24,24 @@ from torch import Tensor
 
 from ..cache.key import entry_key
 from ..checkpoint.resolve import Checkpoint, resolved
-from ..errors import PolicyError, UnsupportedCheckpointError
+from ..errors import PolicyError
 from ..kernels.nl4_levels import LEVELS
 from ..load import load_quantized
 from ..local_paths import local_path
-from ..model.attention_cache import context_length
 from ..model.quantized import quantized_modules
-from ..model.skeleton import find_model
-from ..model.text_kinds import is_encoder_decoder, why_no_text
 from ..options import QuantizationPolicy
 from ..progress import Progress
 from ..schemes.base import MoEScheme
-from ..tokenizer import is_of_library, load_processor, said, tokenizer_of
-from .expected_loss import group_name, grouped
+from .expected_loss import grouped
+from .text_windows import WINDOW, read_text, text_windows
 
 logger = logging.getLogger("quantload")
 SCHEME = "nl4"
 VERSION = 1
 """Of what is measured; raise it with every change after which a model has other sensitivities."""
-WINDOW, MOST_WINDOWS, FEWEST_TOKENS = 512, 4, 64
+MOST_WINDOWS = 4
 KEPT = 256
 """Of the predictions for a token: of all others together the sum is kept."""
-MOST_CHARACTERS = 1 << 20
-"""Of the text; a few thousand tokens are looked at."""
 EXCHANGED = 20
 """Of 256 codes: so many that the error is near to that of rounding to NL4."""
 CHUNK = 1 << 22
@@ -65,6 +60,7 @@ def measure_sensitivity(
     model_id: str | Path | Checkpoint,
     text: str | Path,
     *,
+    each: bool = False,
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -72,24 +68,26 @@ def measure_sensitivity(
 ) -> dict[str, float]:
     """The divergence in nats a token for a relative squared error of 1, by kind and third, such as `"qkv first"`.
 
-    For `LoadOptions.fit_sensitivity`. `text` is a file of what the model is for, a few thousand tokens of it; what was
-    measured is left beside it in a file whose name has a key of model and text, and is read from there the next time.
-    The log says how long it will take. Raises `PolicyError` for a text that is too short, and
-    `UnsupportedCheckpointError` and `CheckpointError` for models that do not predict tokens of a text.
+    With `each` it is that of each module, or of those that get one scheme together, such as `"model.layers.3 qkv"`, for
+    which each takes a pass over the text of its own. For `LoadOptions.fit_sensitivity`. `text` is a file of what the
+    model is for, a few thousand tokens of it; what was measured is left beside it in a file whose name has a key of
+    model and text, and is read from there the next time. The log says how long it will take. Raises `PolicyError` for a
+    text that is too short, and `UnsupportedCheckpointError` and `CheckpointError` for models that do not predict tokens
+    of a text.
     """
     path = local_path(text, "the text", PolicyError)
-    content = _read(path)
+    content = read_text(path)
     with resolved(model_id, revision) as checkpoint:
         if checkpoint.is_quantized:
             raise PolicyError("sensitivity is for checkpoints in BF16, FP16 or FP32; this one is quantized already")
-        kept = path.with_name(f"{path.name}.{_key(checkpoint, content, trust_remote_code)[:16]}.json")
+        kept = path.with_name(f"{path.name}.{_key(checkpoint, content, trust_remote_code, each)[:16]}.json")
         if kept.exists():
             return read_sensitivity(kept)
-        windows = _windows(checkpoint, content, trust_remote_code)
+        windows = text_windows(checkpoint, content, trust_remote_code, "sensitivity", WINDOW, MOST_WINDOWS)
         model: Any = load_quantized(
             checkpoint, SCHEME, device=device, trust_remote_code=trust_remote_code, progress=progress
         )
-    found = _measured(model, windows)
+    found = _measured(model, windows, each)
     del model
     gc.collect()  # before the load that it is for
     try:
@@ -110,57 +108,25 @@ def read_sensitivity(path: Path) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-def _read(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return file.read(MOST_CHARACTERS)
-    except OSError as error:
-        raise PolicyError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _key(checkpoint: Checkpoint, text: str, trust_remote_code: bool) -> str:
+def _key(checkpoint: Checkpoint, text: str, trust_remote_code: bool, each: bool) -> str:
     model = entry_key(checkpoint, QuantizationPolicy(SCHEME), (), trust_remote_code)
-    return hashlib.sha256(f"{VERSION} {model} {text}".encode()).hexdigest()
-
-
-def _windows(checkpoint: Checkpoint, text: str, trust_remote_code: bool) -> list[Tensor]:
-    """Token ids [1, n] of parts of the text, from all over it."""
-    recipe = find_model(checkpoint, trust_remote_code)
-    why = why_no_text(recipe.cls, recipe.config)
-    if why is not None or is_encoder_decoder(recipe.config):
-        why = why or "has an encoder"
-        raise UnsupportedCheckpointError(
-            f"{checkpoint.model_id!r}, a {recipe.cls.__name__}, {why}; sensitivity is measured on texts that go on"
-        )
-    tokenizer = tokenizer_of(load_processor(checkpoint, trust_remote_code))
-    try:
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    except BaseException as error:
-        if not is_of_library(error) or isinstance(error, MemoryError):
-            raise
-        raise PolicyError(f"the tokenizer cannot use the text: {said(error)}") from error
-    if len(ids) < FEWEST_TOKENS:
-        raise PolicyError(f"the text has {len(ids)} tokens; sensitivity needs {FEWEST_TOKENS}, better a few thousand")
-    length = min(WINDOW, context_length(recipe.config) or WINDOW, len(ids))
-    count = min(MOST_WINDOWS, len(ids) // length)
-    step = (len(ids) - length) // max(count - 1, 1)
-    return [ids[None, number * step : number * step + length] for number in range(count)]
+    return hashlib.sha256(f"{VERSION} {'each ' if each else ''}{model} {text}".encode()).hexdigest()
 
 
 @torch.inference_mode()
-def _measured(model: Any, windows: Sequence[Tensor]) -> dict[str, float]:
-    """The sensitivity of each kind in each third of the layers of a model in NL4."""
+def _measured(model: Any, windows: Sequence[Tensor], each: bool = False) -> dict[str, float]:
+    """The sensitivity of each kind in each third of the layers of a model in NL4, or of each item."""
     modules = {name: module for name, module in quantized_modules(model) if module.scheme.name == SCHEME}
     items = grouped(list(modules), {name for name, module in modules.items() if isinstance(module.scheme, MoEScheme)})
     groups: dict[str, list[str]] = {}
     for item in items:
-        groups.setdefault(group_name(item.kind, item.third), []).extend(item.names)
+        groups.setdefault(item.name if each else item.group, []).extend(item.names)
     begin = time.perf_counter()
     before = [_predicted(model, window) for window in windows]
     seconds, tokens = time.perf_counter() - begin, sum(window.shape[1] for window in windows)
     logger.info(
-        "Sensitivity: %d kinds of modules by depth, on %d tokens: about %.0f s",
-        *(len(groups), tokens, seconds * len(groups)),
+        "Sensitivity: %d %s, on %d tokens: about %.0f s",
+        *(len(groups), "modules" if each else "kinds of modules by depth", tokens, seconds * len(groups)),
     )
     found = {}
     for number, (group, names) in enumerate(groups.items(), start=1):
@@ -169,7 +135,7 @@ def _measured(model: Any, windows: Sequence[Tensor]) -> dict[str, float]:
         found[group] = float(torch.cat(lost).mean()) / error if error else 0.0
         left = (time.perf_counter() - begin) / (number + 1) * (len(groups) - number)
         logger.info(
-            "Sensitivity: %s third: %.3f; %d of %d, about %.0f s left",
+            "Sensitivity: %s: %.3f; %d of %d, about %.0f s left",
             *(group, found[group], number, len(groups), left),
         )
     return found

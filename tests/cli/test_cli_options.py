@@ -29,7 +29,7 @@ PARAMETERS = [
 
 
 def test_all_commands_are_looked_at() -> None:
-    assert {"load", "plan", "serve", "generate", "compare", "convert", "schemes", "report"} == set(COMMANDS)
+    assert {"load", "plan", "serve", "generate", "compare", "eval", "convert", "schemes", "report"} == set(COMMANDS)
     assert len(PARAMETERS) > 80
 
 

@@ -80,6 +80,17 @@ def test_every_kind_is_measured_and_the_model_is_as_before(model: Any) -> None:
         assert torch.equal(tensor.view(torch.uint8), state[name].view(torch.uint8)), name
 
 
+def test_each_module_is_measured_and_counts_before_its_kind(model: Any) -> None:
+    found = sensitivity._measured(model, [torch.arange(2, 66)[None]], each=True)
+    assert set(found) == {f"model.layers.{layer} {kind}" for layer in range(7) for kind in ("qkv", "o", "experts")}
+    assert all(value > 0 for value in found.values())
+    draft = plan_draft(DEMO_MODEL, "nl4", device="cpu", policy=QuantizationPolicy(), options=LoadOptions())
+    given = {"model.layers.0 qkv": 7.0, "qkv first": 3.0}
+    losses = {item.name: item.loss for item in items_of(draft, None, given)}
+    assert set(losses) == set(found)
+    assert [losses[f"model.layers.{layer} qkv"] for layer in range(3)] == [7.0, 1.0, 1.0]
+
+
 def test_predictions_that_are_kept_in_part_give_the_divergence_of_all(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +121,8 @@ def test_what_was_measured_is_read_the_next_time(
 
     monkeypatch.setattr(sensitivity, "load_quantized", load)
     assert measure_sensitivity(DEMO_MODEL, text) == found
+    with pytest.raises(AssertionError):  # for each module it was not
+        measure_sensitivity(DEMO_MODEL, text, each=True)
     other = tmp_path / "text.txt"
     other.write_text(text.read_text() + "x")
     shutil.copy(kept, tmp_path)
@@ -142,6 +155,7 @@ def test_the_command_measures_for_the_size(measured: tuple[Path, dict[str, float
     text, found = measured
     arguments = ["plan", "--device", "cpu", "--json", "--sensitivity", str(text)]
     assert CliRunner().invoke(app, arguments).exit_code != 0
+    assert CliRunner().invoke(app, ["plan", "--fit", "1GiB", "--sensitivity-each"]).exit_code != 0
     size = plan_quantized(DEMO_MODEL, "mxfp6_e2m3", device="cpu").plan.memory.peak_bytes
     told = json.loads(CliRunner().invoke(app, [*arguments, "--fit", f"{size}B"]).stdout)
     assert told["fit"]["sensitivity"] == found

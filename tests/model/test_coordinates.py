@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantload.model.boxes import Box
-from quantload.model.coordinates import Coordinates, NotExpressible
+from quantload.model.coordinates import Box, Coordinates, NotExpressible
 
 Operation = Callable[..., torch.Tensor]
 

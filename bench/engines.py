@@ -4,7 +4,8 @@
     python bench/engines.py --vllm-python .vllm/bin/python --scale 0.05 --repeats 1
 
 Each load is a process of its own; loads take turns, and a row is the median of its repeats. Peak memory is that above
-what the process held when the load of the weights began: anonymous memory, and pages of files beside it.
+what the process held when the load of the weights began: anonymous memory, and pages of files beside it. Tokens are
+generated in the first round only, and only where they are compared.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ BENCH = Path(__file__).resolve().parent
 MIB = 1 << 20
 CHECKPOINTS = ("huge", "moe")
 REPEATS = 3
+TOKENS = 16
 LOAD_SECONDS = 1800
 STAGING_AND_SLACK = 32 * MIB + 64 * MIB
 """What a load may take above its parameters: the staging arena of two cores, and the allowance of a load."""
@@ -61,9 +63,10 @@ WAYS = (
 HEADER = ("way", "peak MiB", "parameters MiB", "file pages MiB", "s", "CPU s", "quantized", "tokens")
 
 
-def run(way: Way, folder: Path, python: str) -> dict[str, Any]:
-    """One load in a process of its own; `error` says why there is nothing else."""
-    command = [python, str(BENCH / "engines_child.py"), way.kind, str(folder), json.dumps(way.settings), str(way.bits)]
+def run(way: Way, folder: Path, python: str, tokens: int = TOKENS) -> dict[str, Any]:
+    """One load in a process of its own, and so many tokens; `error` says why there is nothing else."""
+    settings = [json.dumps(way.settings), str(way.bits), str(tokens)]
+    command = [python, str(BENCH / "engines_child.py"), way.kind, str(folder), *settings]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_SECONDS)
     except subprocess.TimeoutExpired:
@@ -141,10 +144,13 @@ def main() -> None:
     for checkpoint in arguments.checkpoints:
         folder = make(checkpoint, arguments.scale)
         runs: dict[str, list[dict[str, Any]]] = {way.name: [] for way in WAYS}
-        for _ in range(arguments.repeats):
+        compared = {name for way in WAYS if way.like for name in (way.name, way.like)}
+        for round_ in range(arguments.repeats):
             for way in WAYS:
                 python = arguments.vllm_python if way.kind == "vllm" else sys.executable
-                runs[way.name].append(run(way, folder, python))
+                tokens = TOKENS if round_ == 0 and way.name in compared else 0
+                runs[way.name].append(run(way, folder, python, tokens))
+                print(f"{checkpoint}, round {round_ + 1}: {way.name}", file=sys.stderr, flush=True)
         results[checkpoint] = {name: summary(each) for name, each in runs.items()}
         print(f"\n{checkpoint}\n{columns(table(results[checkpoint]), HEADER)}")
     goals = goals_of(results)

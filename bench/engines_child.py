@@ -1,7 +1,9 @@
 """One load for `engines.py`, in a process of its own and with the interpreter of the engine: prints one line of JSON.
 
-    python bench/engines_child.py vllm FOLDER '{"quantization": "quark_mxfp4", "load_format": "quantload"}' 4
-    python bench/engines_child.py quantload FOLDER '{"quantization": "quark_mxfp4"}' 4
+    python bench/engines_child.py vllm FOLDER '{"quantization": "quark_mxfp4", "load_format": "quantload"}' 4 16
+    python bench/engines_child.py quantload FOLDER '{"quantization": "quark_mxfp4"}' 4 16
+
+The numbers are the bits of a code, and how many tokens follow each prompt (0: nothing is generated).
 
 Memory is that above what the process held when the load of the weights began, sampled every two milliseconds.
 """
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Any, Self
 
 PROMPTS = ([5, 9, 23, 54, 8, 40], [7, 11, 100, 3])
-TOKENS = 16
 SAMPLE_SECONDS = 0.002
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
@@ -99,7 +100,7 @@ def weights(model: Any, folder: Path, bits: int) -> dict[str, float]:
     }
 
 
-def with_vllm(folder: Path, settings: dict[str, Any], bits: int) -> dict[str, Any]:
+def with_vllm(folder: Path, settings: dict[str, Any], bits: int, count: int) -> dict[str, Any]:
     """Load and generate with vLLM's offline engine in this process."""
     os.environ |= {name: os.environ.get(name, value) for name, value in SETTINGS.items()}
     from vllm import LLM, SamplingParams
@@ -125,13 +126,15 @@ def with_vllm(folder: Path, settings: dict[str, Any], bits: int) -> dict[str, An
         max_num_batched_tokens=256,
         **settings,
     )
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    if not count:
+        return facts | {"tokens": []}
+    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     answers = engine.generate(prompts, sampling, use_tqdm=False)
     return facts | {"tokens": [list(answer.outputs[0].token_ids) for answer in answers]}
 
 
-def with_quantload(folder: Path, settings: dict[str, Any], bits: int) -> dict[str, Any]:
+def with_quantload(folder: Path, settings: dict[str, Any], bits: int, count: int) -> dict[str, Any]:
     """Load and generate with quantload alone."""
     import torch
     from quantload import load_quantized
@@ -139,9 +142,9 @@ def with_quantload(folder: Path, settings: dict[str, Any], bits: int) -> dict[st
     with Sampled() as sampled:
         model: Any = load_quantized(folder, settings["quantization"], progress=False)
     tokens = []
-    for prompt in PROMPTS:
+    for prompt in PROMPTS if count else ():
         ids = torch.tensor([prompt])
-        made = model.generate(ids, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+        made = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count)
         tokens.append(made[0, len(prompt) :].tolist())
     return {"engine": "quantload", "tokens": tokens, **sampled.facts(), **weights(model, folder, bits)}
 
@@ -157,10 +160,11 @@ def _version(*names: str) -> str:
 
 def main() -> None:
     """Run what the arguments say."""
-    kind, folder, settings, bits = sys.argv[1], Path(sys.argv[2]).resolve(), json.loads(sys.argv[3]), int(sys.argv[4])
+    kind, folder, settings = sys.argv[1], Path(sys.argv[2]).resolve(), json.loads(sys.argv[3])
+    bits, count = map(int, sys.argv[4:])
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the engine prints is no result
-    facts = {"vllm": with_vllm, "quantload": with_quantload}[kind](folder, settings, bits)
+    facts = {"vllm": with_vllm, "quantload": with_quantload}[kind](folder, settings, bits, count)
     stream.write(json.dumps(facts) + "\n")
     stream.flush()
     os._exit(0)  # an engine's own threads may hold the process

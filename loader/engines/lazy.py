@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import RouteError
 from ..geometry.spans import Span
-from ..model.coordinates import MOVEMENTS, QUESTIONS, Box, Coordinates, NotExpressible
+from ..model.boxes import Box
+from ..model.coordinates import MOVEMENTS, QUESTIONS, Coordinates, NotExpressible
 from ..online.weight_loader import OnlineWeightLoader
 
 _state = threading.local()

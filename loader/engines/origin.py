@@ -24,7 +24,7 @@ from ..checkpoint.reader import PieceReader, ReadTotals
 from ..checkpoint.source import Source
 from ..checkpoint.working_memory import slots_per_worker
 from ..geometry.spans import Span
-from ..model.coordinates import as_matrix, region_of
+from ..model.boxes import as_matrix, region_of
 from ..online.non_finite import NonFiniteValues
 from ..online.sink import Sink
 from ..online.weight_loader import OnlineWeightLoader

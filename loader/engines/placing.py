@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import RouteError
 from ..geometry.regions import Region
 from ..geometry.spans import Span
-from ..model.coordinates import Box
+from ..model.boxes import Box
 from ..online.weight_loader import OnlineWeightLoader
 from .lazy import Copy, LazyTensor, Origin, capturing, shape_of
 

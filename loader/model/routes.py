@@ -19,7 +19,8 @@ from ..geometry.regions import Region
 from ..geometry.spans import Landing, Span
 from ..schemes.stored.weights import StoredWeight
 from . import transformers_api
-from .coordinates import Box, Coordinates, NotExpressible, as_matrix
+from .boxes import Box, as_matrix
+from .coordinates import Coordinates, NotExpressible
 from .leftovers import NAMES_SHOWN, Leftovers, some
 from .transformers_api import Conversion
 from .unexplained_codes import check_scales

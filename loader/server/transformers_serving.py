@@ -39,8 +39,9 @@ from .api_errors import ApiError, bad_request
 from .batching import Batch, batch_config, batch_tokens, disagreement, say_how_much, why_not_batched
 from .embeddings import EmbeddingRequest, Pooling, embed, first_position, told
 from .ending import RequestCancelled
-from .generation import GuardedManager, context_length
+from .generation import GuardedManager
 from .generation_request import GenerationRequest
+from .generation_settings import context_length
 from .grammar import Grammars
 from .logprobs import TokenTexts
 from .messages import has_media

@@ -24,7 +24,7 @@ from quantload.checkpoint.remote.client import (
     RefusedError,
     Tag,
 )
-from quantload.checkpoint.remote.requests import Requests, nothing_stops, side_by_side
+from quantload.checkpoint.remote.requests import Requests, nothing_stops
 from quantload.errors import ChangedFileError, CheckpointError, MissingShardError, TruncatedShardError
 
 CONTENT = random.Random(1).randbytes(100_000)
@@ -203,17 +203,3 @@ def test_a_pause_ends_when_all_does(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Stopped):
         Requests(client).fill("a", 0, memoryview(bytearray(5)), stop.is_set)
     assert time.monotonic() - before < 10
-
-
-def test_side_by_side_keeps_the_order_and_the_first_error() -> None:
-    assert side_by_side(lambda item, _: item * 2, range(50), 4) == [item * 2 for item in range(50)]
-    with pytest.raises(ZeroDivisionError):
-        side_by_side(lambda item, _: 1 // item, [1, 0, 1], 2)
-
-
-def test_nobody_waits_for_a_server_that_says_nothing() -> None:
-    said_nothing, stop = threading.Event(), threading.Event()
-    threading.Timer(0.05, stop.set).start()
-    with pytest.raises(Stopped):
-        side_by_side(lambda item, _: said_nothing.wait(30), [1], 1, stop.is_set)
-    said_nothing.set()

@@ -19,7 +19,7 @@ from quantload.errors import MissingWeightsError, NonFiniteWeightError
 from quantload.geometry.regions import Region
 from quantload.geometry.spans import Span
 from quantload.kernels.formats import Tensors
-from quantload.model.coordinates import region_of
+from quantload.model.boxes import region_of
 from quantload.online.parameter import held_by
 from quantload.online.quantizing import LayerProgress, linear_quantizer
 from quantload.online.weight_loader import OnlineWeightLoader

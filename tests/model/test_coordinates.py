@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantload.model.coordinates import Box, Coordinates, NotExpressible
+from quantload.model.boxes import Box
+from quantload.model.coordinates import Coordinates, NotExpressible
 
 Operation = Callable[..., torch.Tensor]
 

@@ -122,3 +122,15 @@ class Counters:
     retries: int = 0
     nbytes: int = 0
     connections: int = 0
+
+
+def total(counters: Iterable[Counters]) -> Counters:
+    """The sums of several."""
+    summed = Counters()
+    for each in counters:
+        for result, count in each.requests.items():
+            summed.requests[result] = summed.requests.get(result, 0) + count
+        summed.retries += each.retries
+        summed.nbytes += each.nbytes
+        summed.connections = max(summed.connections, each.connections)
+    return summed

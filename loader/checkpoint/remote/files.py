@@ -19,9 +19,10 @@ from ..paths import locate
 from ..small_files import largest_allowed
 from ..source import Reads
 from .blocks import Blocks, schedule
-from .client import Client, Counters, Tag
+from .client import Client, Counters, Tag, total
 from .modeling_code import modeling_code
-from .requests import Requests, side_by_side, total
+from .requests import Requests
+from .side_by_side import side_by_side
 from .source import RemoteSource, held_for_later, read_bytes
 from .window import CONNECTIONS, Sizes, choose_sizes
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from ...errors import MissingShardError
 from ..source import Reads, Source, Turn
 from .blocks import Blocks, schedule
-from .requests import Requests, nothing_stops, side_by_side
+from .requests import Requests, nothing_stops
+from .side_by_side import side_by_side
 from .window import Sizes, Window
 
 HEAD_BYTES = 64 << 10

@@ -323,6 +323,10 @@ FP8_FNUZ = Family("fp8_fnuz", "fp8:make", None, "scaled:ScaledLaunches")
 INT8 = Family("int8", "int8:make", "operations:NumbaScaled", "scaled:ScaledLaunches")
 INTEGER = Family("integer", "integer:make", "integer:NumbaIntegers", "integer:IntegerLaunches")
 """Integers with a zero point for each group of a row."""
+INT4_GROUPS = replace(
+    INTEGER, name="int4_groups", reference="integer_mse:make", scale_modes=MX.scale_modes, gpu_modes=MX.scale_modes
+)
+"""Those of four bits, in groups that are parts of a row: their scales and zero points can be searched together."""
 TENSOR_SCALED = Family(
     "tensor_scaled", "nvfp4:make", "nvfp4:NumbaNvfp4", "nvfp4:Nvfp4Launches", MX.scale_modes, MX.scale_modes
 )
@@ -359,9 +363,10 @@ def _fnuz(ocp: WeightFormat) -> WeightFormat:
 def _integer(
     name: str, bits: int, dtype: torch.dtype, group: int, rule: str, activations: tuple[str, ...] = ()
 ) -> WeightFormat:
+    family = INT4_GROUPS if bits == 4 and group and rule == "asymmetric" else INTEGER
     return WeightFormat(
         *(name, torch.uint8, dtype, 1, group, bits),
-        scale_words=2, family=INTEGER, element=f"uint{bits}", label=f"INT{bits}", rule=rule,
+        scale_words=2, family=family, element=f"uint{bits}", label=f"INT{bits}", rule=rule,
         largest=float((1 << bits) - 1),  # the difference of a code and a zero point
         decoder=f"uint{bits}_{SHORT[dtype]}", activations=activations,
     )  # fmt: skip

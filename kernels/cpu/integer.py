@@ -16,8 +16,8 @@ class NumbaIntegers(NumbaKernels):
 
     def _quantize(self, kind: str, measure: bool) -> Needed[KernelFunction]:
         fmt = self.format
-        rule = fmt.code_bits, SHORT[fmt.scale_dtype], fmt.rule == "symmetric"
-        return integer_build.quantize.needed(*rule, self._lanes, kind, measure)
+        rule = "searched" if self.scale_mode == "mse" else fmt.rule
+        return integer_build.quantize.needed(fmt.code_bits, SHORT[fmt.scale_dtype], rule, self._lanes, kind, measure)
 
     def _observe(self, kind: str) -> Needed[KernelFunction]:
         return integer_build.observe.needed(self._lanes, kind)

@@ -40,7 +40,8 @@ class IntegerLaunches:
         integer.quantize_integers[grid](
             bits(source), codes, bits(scales), partials, nonfinite, rows, cols,
             source.stride(0), codes.stride(0), scales.stride(0),
-            GROUP=self.format.block_cols, **self._rule(), KNOWN=known, MEASURE=measured, **tile, num_warps=4, **EXACT,
+            GROUP=self.format.block_cols, **self._rule(), SEARCHED=self._searched, KNOWN=known, MEASURE=measured,
+            **tile, num_warps=4, **EXACT,
         )  # fmt: skip
         return partials
 
@@ -53,6 +54,11 @@ class IntegerLaunches:
         )  # fmt: skip
 
     def finish_scales(self, amax: torch.Tensor, scales: Tensors) -> None:
+        if self._searched:
+            raise ValueError(
+                f"{self.format.name}: scales and zero points of the least squared error cannot be told from extremes "
+                f"alone; quantize pieces that hold whole groups of {self.format.block_cols} columns"
+            )
         (scale,) = scales
         rows, groups = amax.shape[0], amax.shape[1] // 2
         integer.scales_integers[grid_of(1, rows * groups, 1, SCALES)](
@@ -69,6 +75,10 @@ class IntegerLaunches:
             CODE=self.format.element, GROUP=self.format.block_cols, R=TILE // width, C=width,
             num_warps=4, **EXACT,
         )  # fmt: skip
+
+    @property
+    def _searched(self) -> bool:
+        return self.scale_mode == "mse"
 
     def _rule(self) -> dict[str, Any]:
         return {"BITS": self.format.code_bits, "SYMMETRIC": self.format.rule == "symmetric"}

@@ -11,7 +11,19 @@ from typing import Any
 import torch
 
 from ..arrangement import Arrangement
-from ..formats import FORMATS, FP8, FP8_FNUZ, INT8, INTEGER, MX, NON_LINEAR, TENSOR_SCALED, Family, WeightFormat
+from ..formats import (
+    FORMATS,
+    FP8,
+    FP8_FNUZ,
+    INT4_GROUPS,
+    INT8,
+    INTEGER,
+    MX,
+    NON_LINEAR,
+    TENSOR_SCALED,
+    Family,
+    WeightFormat,
+)
 from . import aiter
 from .quantizers import triton_lacks, triton_unavailable
 from .target import GpuTarget, gpu_target
@@ -158,7 +170,10 @@ ROWS = (
     Row("triton", {MX: ("e2m1",)}, _triton("mx"), _lacks_nothing),
     Row(
         "triton",
-        {MX: ("e2m3", "e3m2", "e4m3"), TENSOR_SCALED: None, NON_LINEAR: None, INTEGER: None},
+        {
+            MX: ("e2m3", "e3m2", "e4m3"),
+            **dict.fromkeys((TENSOR_SCALED, NON_LINEAR, INTEGER, INT4_GROUPS)),
+        },
         _triton("decoded"),
         _lacks_nothing,
     ),

@@ -61,10 +61,14 @@ class IntegerCodec:
             scale = divided(torch.maximum(high, low), SYMMETRIC_LARGEST)
         else:  # of half the range, because the range itself may not be a finite float32
             scale = divided(high * 0.5 + low * 0.5, self.largest / 2)
-        dtype = self.format.scale_dtype
-        scale = scale.to(dtype).clamp(SMALLEST_SCALE, torch.finfo(dtype).max)
+        scale = self.stored(scale)
         zero = torch.full_like(high, 8.0) if self.is_symmetric else (low / scale.float()).round().clamp(0, self.largest)
-        return torch.stack((scale, zero.to(dtype)), 2).flatten(1)
+        return torch.stack((scale, zero.to(scale.dtype)), 2).flatten(1)
+
+    def stored(self, scale: torch.Tensor) -> torch.Tensor:
+        """float32 scales in the dtype of the scales, within what that holds and the format takes."""
+        dtype = self.format.scale_dtype
+        return scale.to(dtype).clamp(SMALLEST_SCALE, torch.finfo(dtype).max)
 
     def ratio(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """values / scales, before the zero points are added."""

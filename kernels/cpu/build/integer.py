@@ -2,10 +2,11 @@
 
 The loop nest is rows, then batches of whole groups of a row, then vectors of `lanes` elements. A batch is gone through
 twice while it is in the nearest cache: for the extremes of each group, from which scales and zero points of the whole
-batch are made at once, and for the codes. `at` is the first column of the row that has no code yet, always a multiple
-of `group`. Elements behind the last whole vector go through a padded copy, whose codes beyond them are thrown away and
-whose zeros are taken out of the statistics. NaN and infinities show in the extremes: such a batch gets no codes, and
-the elements are counted in the end.
+batch are made at once, and for the codes; in between once more for each scale that is tried, where they are `searched`.
+`at` is the first column of the row that has no code yet, always a multiple of `group`. Elements behind the last whole
+vector go through a padded copy, whose codes beyond them are thrown away and whose zeros are taken out of the
+statistics. NaN and infinities show in the extremes: such a batch gets no codes, and the elements are counted in the
+end.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..compiled import (
     write_u8,
 )
 from ..ir.integer import BATCH, FAR, group_extremes, quantize_groups, scales_of_extremes, split_words
+from ..ir.integer_search import PAIRS, ROWS, add_errors, choose_words, try_scales
 from ..ir.magnitude import count_above, magnitude_to_f32
 from ..ir.vector import INFINITY_BITS, ITEM_BYTES, LARGEST_FINITE
 from .scaled import OBSERVE, QUANTIZE, add_count_and_amax
@@ -35,12 +37,12 @@ RUN = 8192
 """Elements whose squares are summed in float32."""
 
 
-def _quantize(
-    bits: int, scale_kind: str, symmetric: bool, lanes: int, kind: str, measure: bool
-) -> Recipe[KernelFunction]:
+def _quantize(bits: int, scale_kind: str, rule: str, lanes: int, kind: str, measure: bool) -> Recipe[KernelFunction]:
     fingerprint, width, infinity = FINGERPRINT, ITEM_BYTES[kind], INFINITY_BITS[kind]
     finite, far, word = np.float32(LARGEST_FINITE[kind]), np.float32(FAR), 2 * ITEM_BYTES[scale_kind]
+    symmetric, searched = rule == "symmetric", rule == "searched"
     batch, run, levels, smallest = BATCH, RUN, (1 << bits) - 1, int(symmetric)
+    rows_tried, pairs = ROWS, PAIRS
 
     def quantize(source, source_stride, codes, codes_stride, scales, scales_stride, rows, cols, known, out, _, group):  # type: ignore[no-untyped-def]
         len(fingerprint)
@@ -52,6 +54,8 @@ def _quantize(
         )
         high, low = np.int64(extremes.ctypes.data), np.int64(extremes.ctypes.data) + 4 * batch
         scale, zero = np.int64(steps.ctypes.data), np.int64(steps.ctypes.data) + 4 * batch
+        tried, errors = np.zeros(rows_tried * batch, np.float32), np.zeros(pairs * batch, np.int32)
+        tried_at, errors_at = np.int64(tried.ctypes.data), np.int64(errors.ctypes.data)
         word_at, pad, pad_codes = np.int64(words.ctypes.data), np.int64(padded.ctypes.data), np.int64(coded.ctypes.data)
         largest, padding = 0, 0
         for row in range(rows):
@@ -79,7 +83,15 @@ def _quantize(
                 words_here = e + at // group * word
                 if found < infinity:
                     if known == 0:
-                        scales_of_extremes(high, low, word_at, levels, symmetric, kind, scale_kind)
+                        if searched:
+                            errors[:] = 0
+                            try_scales(high, low, tried_at, kind, scale_kind)
+                            add_errors(here, length, count, tried_at, errors_at, lanes, kind)
+                            if extra:
+                                add_errors(pad, lanes, 1, tried_at, errors_at, lanes, kind)
+                            choose_words(tried_at, errors_at, word_at, scale_kind)
+                        else:
+                            scales_of_extremes(high, low, word_at, levels, symmetric, kind, scale_kind)
                         for i in range(count * word):
                             write_u8(words_here + i, words[i])
                     else:

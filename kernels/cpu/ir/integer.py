@@ -100,11 +100,11 @@ def scales_of_extremes(
         above, below = (load(b, address, F32, BATCH).min(followed) for address in args[:2])
         half_range = above * 0.5 + below * 0.5
         scale = above.max(below) / SYMMETRIC_LARGEST if is_symmetric else half_range / (largest / 2)
-        stored = _rounded(scale.max(SMALLEST_SCALE), scale_kind)
-        zero = (below / _widened(stored, scale_kind)).min(float(largest)) + MAGIC - MAGIC
+        stored = rounded_scale(scale.max(SMALLEST_SCALE), scale_kind)
+        zero = (below / widened_scale(stored, scale_kind)).min(float(largest)) + MAGIC - MAGIC
         zero = constant(b, F32, BATCH, 8.0) if is_symmetric else zero
         pairs = [lane for i in range(BATCH) for lane in (i, i + BATCH)]
-        store(stored.shuffle(pairs, _rounded(zero, scale_kind)), args[2])
+        store(stored.shuffle(pairs, rounded_scale(zero, scale_kind)), args[2])
         return context.get_dummy_value()
 
     return types.void(high, low, words, levels, symmetric, kind, dtype), codegen
@@ -116,7 +116,7 @@ def split_words(typing: Any, words: Any, scales: Any, zeros: Any, dtype: Any) ->
     scale_kind = str(dtype.literal_value)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        values = _widened(load(b, args[0], source_element(scale_kind), 2 * BATCH), scale_kind)
+        values = widened_scale(load(b, args[0], source_element(scale_kind), 2 * BATCH), scale_kind)
         store(values.shuffle(range(0, 2 * BATCH, 2)), args[1])
         store(values.shuffle(range(1, 2 * BATCH, 2)), args[2])
         return context.get_dummy_value()
@@ -124,12 +124,12 @@ def split_words(typing: Any, words: Any, scales: Any, zeros: Any, dtype: Any) ->
     return types.void(words, scales, zeros, dtype), codegen
 
 
-def _widened(bits: Vector, kind: str) -> Vector:
+def widened_scale(bits: Vector, kind: str) -> Vector:
     """float32 of the bits of positive numbers."""
     return widen(bits if kind == "f32" else bits.zext(I32), kind)
 
 
-def _rounded(value: Vector, kind: str) -> Vector:
+def rounded_scale(value: Vector, kind: str) -> Vector:
     """Bits nearest to positive float32 numbers, ties to even; the largest float16 where that cannot hold them."""
     if kind == "f32":
         return value.cast(I32)
@@ -183,7 +183,7 @@ def quantize_groups(
     return types.void(*arguments), codegen
 
 
-def _even_and_odd(bits: Vector, kind: str) -> list[Vector]:
+def values_even_and_odd(bits: Vector, kind: str) -> list[Vector]:
     """float32 of the elements in even places and in odd ones."""
     if kind != "f32":
         return floats(bits, kind, True)
@@ -265,7 +265,7 @@ class _Groups:
 
     def _step(self, source: ir.Value, codes: ir.Value) -> None:
         bits = load(self.b, source, source_element(self.kind), self.lanes)
-        even, odd = (self._codes(x) for x in _even_and_odd(bits, self.kind))
+        even, odd = (self._codes(x) for x in values_even_and_odd(bits, self.kind))
         store((even | (odd << self.bits)).trunc(ir.IntType(2 * self.bits)), codes)
 
     def _codes(self, x: Vector) -> Vector:

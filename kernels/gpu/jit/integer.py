@@ -31,6 +31,7 @@ def quantize_integers(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    SEARCHED: tl.constexpr,
     KNOWN: tl.constexpr,
     MEASURE: tl.constexpr,
     R: tl.constexpr,
@@ -54,7 +55,10 @@ def quantize_integers(
         zero = widened(tl.load(scale_at + 1, mask=block_inside, other=0)).to(tl.int32)
     else:
         TOP: tl.constexpr = 15 if raw.dtype == tl.float16 else 127
-        scale, zero = _scale_and_zero(high, low, scales, BITS, SYMMETRIC, TOP)
+        if SEARCHED:
+            scale, zero = _least_error(values, high, low, scales, TOP)
+        else:
+            scale, zero = _scale_and_zero(high, low, scales, BITS, SYMMETRIC, TOP)
         tl.store(scale_at, narrowed(scale, scales), mask=block_inside)
         tl.store(scale_at + 1, narrowed(zero.to(tl.float32), scales), mask=block_inside)
 
@@ -183,12 +187,68 @@ def _scale_and_zero(high, low, scales, BITS: tl.constexpr, SYMMETRIC: tl.constex
     below = tl.minimum(low.to(tl.float32, bitcast=True), FOLLOWED)
     STEPS: tl.constexpr = 7.0 if SYMMETRIC else LARGEST / 2
     extent = tl.maximum(above, below) if SYMMETRIC else above * 0.5 + below * 0.5
-    scale = widened(narrowed(tl.div_rn(extent, STEPS), scales))
-    if scales.dtype.element_ty == tl.float16:
-        scale = tl.minimum(scale, 65504.0)
-    scale = tl.maximum(scale, 2.0**-24)
+    scale = _stored(tl.div_rn(extent, STEPS), scales)
     zero = tl.full(high.shape, 8, tl.int32) if SYMMETRIC else encode_int(tl.div_rn(below, scale), LARGEST)
     return scale, zero
+
+
+@triton.jit
+def _stored(scale, scales):
+    """Scales rounded to the type of `scales`, within what that holds and the formats take."""
+    scale = widened(narrowed(scale, scales))
+    if scales.dtype.element_ty == tl.float16:
+        scale = tl.minimum(scale, 65504.0)
+    return tl.maximum(scale, 2.0**-24)
+
+
+@triton.jit
+def _least_error(values, high, low, scales, TOP: tl.constexpr):
+    """float32 scales and int32 zero points of the least squared error (see `reference.integer_mse`)."""
+    FOLLOWED: tl.constexpr = 1.75 * 2.0**TOP
+    above = tl.minimum(high.to(tl.float32, bitcast=True), FOLLOWED)
+    below = tl.minimum(low.to(tl.float32, bitcast=True), FOLLOWED)
+    whole = tl.div_rn(above * 0.5 + below * 0.5, 7.5)
+    first = _stored(whole, scales)
+    scale, zero = first, tl.zeros(first.shape, tl.int32)
+    least = tl.full(first.shape, float("inf"), tl.float32)
+    for i in tl.static_range(8):
+        tried, lowest, error, next_error = _tried(values, whole, below, first, scales, 1.0 - i * 0.0234375)
+        scale = tl.where(error < least, tried, scale)
+        zero = tl.where(error < least, lowest, zero)
+        least = tl.minimum(error, least)
+        scale = tl.where(next_error < least, tried, scale)
+        zero = tl.where(next_error < least, lowest + 1, zero)
+        least = tl.minimum(next_error, least)
+    return scale, tl.minimum(tl.maximum(zero, 0), 15)
+
+
+@triton.jit
+def _tried(values, whole, below, first, scales, FACTOR: tl.constexpr):
+    """The scale of a factor, the lower of its zero points, which may be -1 or less, and the errors of both."""
+    SHIFT: tl.constexpr = 7.5 * (1.0 / FACTOR - 1.0) + 0.5
+    scale = _stored(whole * FACTOR, scales)
+    lowest = _nearest(tl.minimum(tl.div_rn(below, scale), 64.0) - SHIFT)
+    y = values * tl.div_rn(1.0, scale)[:, :, None]
+    steps = _nearest(tl.minimum(tl.maximum(y, -32.0), 32.0) * 32.0)
+    ratio = tl.div_rn(scale, first)
+    error = _squares(steps, tl.minimum(tl.maximum(lowest, 0), 15)) * (ratio * ratio)
+    next_error = _squares(steps, tl.minimum(tl.maximum(lowest + 1, 0), 15)) * (ratio * ratio)
+    return scale, lowest, error, next_error
+
+
+@triton.jit
+def _nearest(y):
+    """int32 of float32 of at most 2^22, ties to even."""
+    return (y + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def _squares(steps, zero):
+    """float32 [R, B]: the squared errors of blocks, of int32 values [R, B, W] in 32nds of their scales."""
+    nearest = (steps + 16) & -32
+    lowest = (zero * -32)[:, :, None]
+    off = steps - tl.minimum(tl.maximum(nearest, lowest), lowest + 15 * 32)
+    return tl.sum(off * off, 2).to(tl.float32)
 
 
 @triton.jit

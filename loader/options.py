@@ -296,7 +296,7 @@ class QuantizationPolicy:
 
     scale_mode: ScaleMode = "default"
     """How scales are chosen. `default`: by the rule of each scheme; `mse`: by the least squared error of each block,
-    which only the MX schemes offer."""
+    which the MX schemes, nvfp4 and int4_per_group offer."""
 
     def __post_init__(self) -> None:
         if self.scale_mode not in ("default", "mse"):

@@ -66,7 +66,7 @@ class PolicyOptions:
         ScaleMode,
         typer.Option(
             help="How scales are chosen. default: by the rule of the scheme. mse: for the least squared error of each "
-            "block, for MX schemes and nvfp4 only.",
+            "block, for MX schemes, nvfp4 and int4_per_group only.",
         ),
     ] = "default"
 

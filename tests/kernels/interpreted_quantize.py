@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from quantload.kernels import statistics as st
 from quantload.kernels.formats import FORMATS, INTEGERS, Tensors, WeightFormat
 from quantload.kernels.gpu.quantize import triton_quantize
+from quantload.kernels.reference.choose import reference
 from quantload.kernels.reference.operations import tensor_rows
 from quantload.kernels.registry import KernelSet, kernel_set
 from tested_formats import TRITON, filled
@@ -135,3 +137,23 @@ def test_integers_of_every_group(fmt: WeightFormat, record_property: Callable[..
         kernels.dequantize(got, values)
         plain(fmt.name).dequantize(want, expected)
         assert same(values, expected)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["int4_group128_f16", "int4_group16_bf16"])
+def test_integers_of_the_least_error(name: str, record_property: Callable[..., Any]) -> None:
+    record_property("kernel", f"quantize {name} mse")
+    source = torch.randn(5, 331, generator=torch.Generator().manual_seed(1))
+    source[0].abs_()
+    source[1] *= 1e30
+    source[2] = torch.tensor([0.0, -0.0, 0.0]).repeat(111)[:331]
+    source[3, ::2] = 0.5 * torch.arange(166).clamp(max=30)
+    for dtype in (torch.float32, torch.bfloat16):
+        got, want = (filled(FORMATS[name], *source.shape) for _ in range(2))
+        measured, expected = st.new_statistics(), st.new_statistics()
+        assert triton_quantize(name, "mse").quantize(source.to(dtype), got, measured) == 0
+        assert reference(name, "mse").quantize(source.to(dtype), want, expected) == 0
+        assert all(same(one, other) for one, other in zip(got, want, strict=True))
+        torch.testing.assert_close(measured, expected, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="cannot be told from extremes alone"):
+        triton_quantize(name, "mse").finish_scales(torch.ones(FORMATS[name].amax_shape(5, 331)), got[1:])

@@ -154,6 +154,16 @@ def test_quantize_compiles(launches: list[Launch], name: str, target: str) -> No
 
 
 @pytest.mark.parametrize(
+    "target", [pytest.param(target, marks=[] if target == "sm_90" else [pytest.mark.slow]) for target in TARGETS]
+)
+def test_the_search_for_scales_compiles(launches: list[Launch], target: str) -> None:
+    source, name = torch.zeros(64, 4096, dtype=torch.bfloat16), "int4_group128_f16"
+    kernels = triton_quantize.triton_quantize(name, "mse")
+    assert kernels.quantize(source, outputs(name, 64, 4096), st.new_statistics()) == 0
+    compile_all(launches, "quantize", target, f"{name} mse")
+
+
+@pytest.mark.parametrize(
     ("name", "target"),
     pairs(
         *(

@@ -17,7 +17,7 @@ DEMO_MODEL = Path(quantload.__file__).parent / "demo_model"
 LEAST_ERROR = QuantizationPolicy(scale_mode="mse")
 
 
-@pytest.mark.parametrize("scheme", ["quark_mxfp4", "mxfp6_e2m3"])
+@pytest.mark.parametrize("scheme", ["quark_mxfp4", "mxfp6_e2m3", "int4_per_group"])
 def test_a_load_with_the_least_error(scheme: str) -> None:
     name = "model.layers.0.self_attn.q_proj"
     usual, least = load_quantized(DEMO_MODEL, scheme), load_quantized(DEMO_MODEL, scheme, policy=LEAST_ERROR)
@@ -43,7 +43,7 @@ def test_schemes_without_the_mode_are_refused_by_name(policy: dict[str, str]) ->
         load_quantized(DEMO_MODEL, policy=QuantizationPolicy(**policy, scale_mode="mse"))  # type: ignore[arg-type]
     message = str(caught.value)
     assert message.startswith(f"{list(policy.values())[-1]} has no scale mode 'mse'")
-    assert message.endswith("choose one of quark_mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8, nvfp4")
+    assert message.endswith("choose one of quark_mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8, nvfp4, int4_per_group")
 
 
 def test_what_is_left_as_stored_has_no_scales_to_choose() -> None:

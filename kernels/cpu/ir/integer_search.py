@@ -93,7 +93,7 @@ def add_errors(
         run = b.mul(length, I64(ITEM_BYTES[settings[1]]))
         with count_to(b, groups) as group:
             start, lane = b.add(source, b.mul(group, run)), b.mul(group, I64(4))
-            for number in range(len(FACTORS)):
+            with count_to(b, I64(len(FACTORS))) as number:
                 _add_errors_under(b, start, length, b.add(tried, lane), b.add(sums, lane), number, *settings)
         return context.get_dummy_value()
 
@@ -106,15 +106,17 @@ def _add_errors_under(
     length: ir.Value,
     tried: ir.Value,
     sums: ir.Value,
-    number: int,
+    number: ir.Value,
     lanes: int,
     kind: str,
 ) -> None:
     """Those of one group under one scale and its zero points."""
-    acc, half = Accumulators(b), lanes // 2
-    inverse = splat(b, load_scalar(b, _row(b, tried, len(FACTORS) + number), F32), half)
-    steps = range(len(ZERO_POINTS))
-    lowest = [splat(b, load_scalar(b, _row(b, tried, _lowest_row(number, step)), F32), half) for step in steps]
+    acc, half, steps = Accumulators(b), lanes // 2, range(len(ZERO_POINTS))
+    inverses = b.add(_row(b, tried, len(FACTORS)), b.mul(number, I64(4 * BATCH)))
+    of_pairs = b.mul(number, I64(4 * BATCH * len(ZERO_POINTS)))
+    zeros, sums = b.add(_row(b, tried, 2 * len(FACTORS)), of_pairs), b.add(sums, of_pairs)
+    inverse = splat(b, load_scalar(b, inverses, F32), half)
+    lowest = [splat(b, load_scalar(b, _row(b, zeros, step), F32), half) for step in steps]
     highest = [least + float(LARGEST) for least in lowest]
     for step in steps:
         acc.start(f"{step}", constant(b, F32, half, 0.0))
@@ -129,7 +131,7 @@ def _add_errors_under(
     for step in steps:
         total = acc.get(f"{step}") * (1.0 / (UNIT * UNIT))
         counted = Vector(b, b.fptosi(total.value, ir.VectorType(I32, half))).reduce("add")
-        place = _row(b, sums, number * len(ZERO_POINTS) + step)
+        place = _row(b, sums, step)
         store_scalar(b, b.add(load_scalar(b, place, I32), counted), place)
 
 

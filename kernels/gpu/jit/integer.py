@@ -211,23 +211,25 @@ def _least_error(values, high, low, scales, TOP: tl.constexpr):
     first = _stored(whole, scales)
     scale, zero = first, tl.zeros(first.shape, tl.int32)
     least = tl.full(first.shape, float("inf"), tl.float32)
-    for i in tl.static_range(8):
-        tried, lowest, error, next_error = _tried(values, whole, below, first, scales, 1.0 - i * 0.0234375)
+    factor = tl.full([1, 1], 1.0, tl.float32)
+    for _ in range(8):
+        tried, lowest, error, next_error = _tried(values, whole, below, first, scales, factor)
         scale = tl.where(error < least, tried, scale)
         zero = tl.where(error < least, lowest, zero)
         least = tl.minimum(error, least)
         scale = tl.where(next_error < least, tried, scale)
         zero = tl.where(next_error < least, lowest + 1, zero)
         least = tl.minimum(next_error, least)
+        factor -= 0.0234375
     return scale, tl.minimum(tl.maximum(zero, 0), 15)
 
 
 @triton.jit
-def _tried(values, whole, below, first, scales, FACTOR: tl.constexpr):
+def _tried(values, whole, below, first, scales, factor):
     """The scale of a factor, the lower of its zero points, which may be -1 or less, and the errors of both."""
-    SHIFT: tl.constexpr = 7.5 * (1.0 / FACTOR - 1.0) + 0.5
-    scale = _stored(whole * FACTOR, scales)
-    lowest = _nearest(tl.minimum(tl.div_rn(below, scale), 64.0) - SHIFT)
+    shift = tl.div_rn(7.5, factor) - 7.0
+    scale = _stored(whole * factor, scales)
+    lowest = _nearest(tl.minimum(tl.div_rn(below, scale), 64.0) - shift)
     y = values * tl.div_rn(1.0, scale)[:, :, None]
     steps = _nearest(tl.minimum(tl.maximum(y, -32.0), 32.0) * 32.0)
     ratio = tl.div_rn(scale, first)

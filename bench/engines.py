@@ -4,7 +4,8 @@
     python bench/engines.py --vllm-python .vllm/bin/python --scale 0.05 --repeats 1
 
 Each load is a process of its own; loads take turns, and a row is the median of its repeats. Peak memory is that above
-what the process held when the load of the weights began: anonymous memory, and pages of files beside it. Tokens are
+what the process held when the load of the weights began: anonymous memory, and pages of files beside it.
+"Packed" are the copies that vLLM itself makes of kept weights, in oneDNN's layout, beside the parameters. Tokens are
 generated in the first round only, and only where they are compared.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -60,7 +62,8 @@ WAYS = (
     Way("quantload, quark_mxfp4", "quantload", {"quantization": "quark_mxfp4"}, 4),
 )  # fmt: skip
 
-HEADER = ("way", "peak MiB", "parameters MiB", "file pages MiB", "s", "CPU s", "quantized", "tokens")
+HEADER = ("way", "peak MiB", "parameters MiB", "packed MiB", "file pages MiB", "s", "CPU s", "quantized", "tokens")
+SAYS_WHY = re.compile(r"\b\w*(?:Error|Exception): .+")
 
 
 def run(way: Way, folder: Path, python: str, tokens: int = TOKENS) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def run(way: Way, folder: Path, python: str, tokens: int = TOKENS) -> dict[str, 
         return {"error": f"no end after {LOAD_SECONDS} s"}
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
+        said = SAYS_WHY.findall(done.stderr)
         return {"error": said[-1] if said else f"ended with {done.returncode}"}
     facts: dict[str, Any] = json.loads(lines[-1])
     return facts
@@ -108,9 +111,11 @@ def table(rows: dict[str, dict[str, Any]]) -> list[list[str]]:
         if row is None:
             continue
         if "error" in row:
-            lines.append([way.name, "failed: " + row["error"][:60], *[""] * (len(HEADER) - 2)])
+            lines.append([way.name, "failed", *[""] * (len(HEADER) - 2)])
             continue
-        sizes = [f"{row[name] / MIB:.0f}" for name in ("peak_anon_bytes", "final_bytes", "peak_file_bytes")]
+        sizes = [
+            f"{row[name] / MIB:.0f}" for name in ("peak_anon_bytes", "final_bytes", "packed_bytes", "peak_file_bytes")
+        ]
         times = [f"{row[name]:.1f}" for name in ("seconds", "cpu_seconds")]
         lines.append([way.name, *sizes, *times, f"{row['quantized_share']:.1%}", same_tokens(way, rows)])
     return lines
@@ -123,8 +128,9 @@ def goals_of(results: dict[str, dict[str, dict[str, Any]]]) -> list[Goal]:
         for way in WAYS:
             row = rows.get(way.name)
             if way.bounded and row is not None:
-                over = None if "error" in row else (row["peak_anon_bytes"] - row["final_bytes"]) / MIB
-                found.append(at_most(f"{way.name}: peak above the parameters", checkpoint, over,
+                held = "final_bytes", "packed_bytes"
+                over = None if "error" in row else (row["peak_anon_bytes"] - sum(row[name] for name in held)) / MIB
+                found.append(at_most(f"{way.name}: peak above what is held", checkpoint, over,
                                      STAGING_AND_SLACK / MIB, " MiB"))  # fmt: skip
     return found
 
@@ -153,6 +159,9 @@ def main() -> None:
                 print(f"{checkpoint}, round {round_ + 1}: {way.name}", file=sys.stderr, flush=True)
         results[checkpoint] = {name: summary(each) for name, each in runs.items()}
         print(f"\n{checkpoint}\n{columns(table(results[checkpoint]), HEADER)}")
+        for name, row in results[checkpoint].items():
+            if "error" in row:
+                print(f"{name}: {row['error']}")
     goals = goals_of(results)
     print_goals(goals)
     settings = {"scale": arguments.scale, "repeats": arguments.repeats, "ways": [asdict(way) for way in WAYS]}

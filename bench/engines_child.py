@@ -100,6 +100,21 @@ def weights(model: Any, folder: Path, bits: int) -> dict[str, float]:
     }
 
 
+def _count_packed(facts: dict[str, Any]) -> None:
+    """Note in `packed_bytes` what vLLM's CPU backend takes for copies of kept weights in oneDNN's own layout."""
+    from vllm import _custom_ops
+
+    create, facts["packed_bytes"] = _custom_ops.create_onednn_mm, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        before = _status()["RssAnon"]
+        handler = create(*args, **kwargs)
+        facts["packed_bytes"] += _status()["RssAnon"] - before
+        return handler
+
+    _custom_ops.create_onednn_mm = counted
+
+
 def with_vllm(folder: Path, settings: dict[str, Any], bits: int, count: int) -> dict[str, Any]:
     """Load and generate with vLLM's offline engine in this process."""
     os.environ |= {name: os.environ.get(name, value) for name, value in SETTINGS.items()}
@@ -116,6 +131,7 @@ def with_vllm(folder: Path, settings: dict[str, Any], bits: int, count: int) -> 
         return model
 
     BaseModelLoader.load_model = measured
+    _count_packed(facts)
     engine = LLM(
         model=str(folder),
         skip_tokenizer_init=True,
@@ -146,7 +162,13 @@ def with_quantload(folder: Path, settings: dict[str, Any], bits: int, count: int
         ids = torch.tensor([prompt])
         made = model.generate(ids, do_sample=False, max_new_tokens=count, min_new_tokens=count)
         tokens.append(made[0, len(prompt) :].tolist())
-    return {"engine": "quantload", "tokens": tokens, **sampled.facts(), **weights(model, folder, bits)}
+    return {
+        "engine": "quantload",
+        "tokens": tokens,
+        "packed_bytes": 0,
+        **sampled.facts(),
+        **weights(model, folder, bits),
+    }
 
 
 def _version(*names: str) -> str:

@@ -13,7 +13,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-BATCHES, PROMPT = (1, 8), 512
+BATCHES, PROMPT = (1, 8, 32), 512
+PROMPT_BEFORE = 8
+"""Tokens of each sequence that are there when those begin that are decoded."""
 _DENSE = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 _ALL = {"max_position_embeddings": 4096, "dtype": "bfloat16", "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -57,7 +59,7 @@ def work(model: Any, what: str, tokens: int) -> dict[str, float]:
     import torch
 
     kind, number = what.split()
-    sequences, length = (1, int(number)) if kind == "prefill" else (int(number), 8)
+    sequences, length = (1, int(number)) if kind == "prefill" else (int(number), PROMPT_BEFORE)
     ids = torch.arange(sequences * length).remainder(500).view(sequences, length)
     count = 1 if kind == "prefill" else tokens
     with torch.inference_mode():

@@ -20,12 +20,19 @@ def found(seconds: dict[str, float]) -> dict[str, dict[str, list[dict[str, float
     return dict.fromkeys(decode_cpu.WORKS, turns)
 
 
-def test_figures_are_medians_and_ratios_are_those_to_transformers() -> None:
-    records = decode_cpu.records_of(found({"quantload quark_mxfp4": 2.0, "transformers BF16": 4.0}), 1)
+def test_figures_are_medians_and_ratios_are_to_the_others_of_a_group() -> None:
+    seconds = {"quantload quark_mxfp4": 2.0, "llama.cpp MXFP4": 1.0, "transformers BF16": 4.0}
+    records = decode_cpu.records_of(found(seconds), "quark_mxfp4", 1)
+    records += decode_cpu.records_of(found({"quantload none": 8.0, "transformers BF16": 8.0}), "none", 1)
     assert {each["tokens/processor"] for each in records if each["side"] == "quantload quark_mxfp4"} == {6.0}
-    ratios = {side: of for side, _, *of in decode_cpu.ratios(records)}
-    assert ratios == {"quantload quark_mxfp4": ["2.00"] * 3, "transformers BF16": ["1.00"] * 3}
-    assert "| transformers BF16 | 1 | 3.0 | 3.0 | 3.0 |" in decode_cpu.table(records, "processor")
+    works = len(decode_cpu.WORKS)
+    assert {name: of for name, _, *of in decode_cpu.ratios(records)} == {
+        "quantload quark_mxfp4 / llama.cpp MXFP4": ["0.50"] * works,
+        "quantload quark_mxfp4 / transformers BF16": ["2.00"] * works,
+        "quantload none / transformers BF16": ["1.00"] * works,
+    }
+    rows = [line for line in decode_cpu.table(records, "processor").splitlines() if "transformers" in line]
+    assert rows == ["| transformers BF16 | 1 |" + f" {each} |" * works for each in (3.0, 1.5)]
 
 
 @pytest.mark.parametrize("name", ["plain_f32", "mxfp4"])

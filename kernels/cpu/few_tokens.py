@@ -19,8 +19,7 @@ from . import team
 from .build import linear as linear_build
 from .compiled import CFunction, Needed
 from .dequantize import ALONE_ELEMENTS, address, scale_arguments
-from .ir.decoders import BLOCK, DECODERS, arranges
-from .ir.quads import WEIGHTS
+from .ir.decoders import BLOCK, DECODERS, order_of
 from .processor import has
 
 ROW_STEP = 8
@@ -41,7 +40,8 @@ class FewTokens:
         self._narrows = dtype == torch.bfloat16 and len(tensors) == 2
         self._of_weight = address(tensors[0])
         self._scales = scale_arguments(fmt, tensors, n_rows, k)
-        self._arranges = _arrange() if arranges(self._decoder) else None
+        order = order_of(self._decoder)
+        self._arranges = None if order is None else _arrange(order)
         self._alone = n_rows * k < ALONE_ELEMENTS
         self._calls: dict[tuple[int, int], tuple[Run, array[int]]] = {}
 
@@ -73,7 +73,7 @@ class FewTokens:
         return finished(sums[:tokens], tensors, bias).to(self.dtype).view(shape)
 
     def _arranged(self, x: torch.Tensor, slots: int) -> int:
-        """Where activations stand in the order of `ir.quads`, in memory that this thread uses for the next, too."""
+        """Where activations stand in the order of `ir.wide`, in memory that this thread uses for the next, too."""
         assert self._arranges is not None
         blocks = -(-self.columns // BLOCK)
         place = _place(slots * blocks * 2 * BLOCK)
@@ -102,8 +102,8 @@ def _place(nbytes: int) -> int:
 
 
 @cache
-def _arrange() -> Callable[..., int]:
-    return linear_build.arrange_activations().ctypes
+def _arrange(order: str) -> Callable[..., int]:
+    return linear_build.arrange_activations(order).ctypes
 
 
 def needed(fmt: WeightFormat, dtype: torch.dtype, tokens: int) -> Needed[CFunction]:
@@ -113,16 +113,25 @@ def needed(fmt: WeightFormat, dtype: torch.dtype, tokens: int) -> Needed[CFuncti
 
 def needed_besides(fmt: WeightFormat, dtype: torch.dtype) -> list[Needed[CFunction]]:
     """What any number of tokens up to a few calls besides."""
-    return [linear_build.arrange_activations.needed()] if arranges(decoder_of(fmt, dtype)) else []
+    order = order_of(decoder_of(fmt, dtype))
+    return [] if order is None else [linear_build.arrange_activations.needed(order)]
 
 
 def decoder_of(fmt: WeightFormat, dtype: torch.dtype) -> str:
     """The best of `ir.decoders.DECODERS` for this processor."""
     kind = fmt.decoder
     if dtype == torch.bfloat16 and has("avx512bw") and has("avx512bf16"):
-        quads = f"{kind}_quads_bf16"
-        return quads if quads in DECODERS and fmt.block_cols % WEIGHTS == 0 else f"{kind}_bf16"
+        others = f"{kind}_quads_bf16", *([f"{kind}_vbmi_bf16"] if has("avx512vbmi") else [])
+        return next((name for name in others if _suits(name, fmt)), f"{kind}_bf16")
     return f"{kind}_f16c" if has("f16c") and f"{kind}_f16c" in DECODERS else f"{kind}_f32"
+
+
+def _suits(name: str, fmt: WeightFormat) -> bool:
+    """Whether there is a decoder of that name, and segments of the format are whole numbers of what it takes."""
+    decoder = DECODERS.get(name)
+    if decoder is None:
+        return False
+    return bool(decoder.block_scales) or decoder.wide is None or fmt.block_cols % (BLOCK * decoder.wide.blocks) == 0
 
 
 def finished(product: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,19 +1,19 @@
-"""Products with codes of four bits that are looked up four blocks at a time: each in its place, under its scale."""
+"""Products with codes of which several blocks are decoded together: each in its place, under its scale."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from quantload.kernels.cpu import few_tokens
-from quantload.kernels.cpu.ir.quads import QUADS
+from quantload.kernels.cpu import few_tokens, processor
+from quantload.kernels.cpu.ir.decoders import BLOCK, DECODERS, order_of
 from quantload.kernels.formats import FORMATS
 from quantload.kernels.registry import kernel_set
 from torch import Tensor
 
-NAMES = ("mxfp4", "nvfp4", "nl4")
-INTEGERS = ("int4_group128_f16",)
+NAMES = ("mxfp4", "nvfp4", "nl4", "int4_group128_f16")
+OF_BYTES = ("mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8_channel", "fp8_block")
 pytestmark = pytest.mark.skipif(
-    few_tokens.decoder_of(FORMATS["mxfp4"], torch.bfloat16) not in QUADS,
+    not few_tokens.decoder_of(FORMATS["mxfp4"], torch.bfloat16).endswith("_bf16"),
     reason="this processor has no products of BF16",
 )
 
@@ -30,11 +30,22 @@ def weight(name: str, rows: int, cols: int) -> tuple[tuple[Tensor, ...], Tensor]
     return tensors, values
 
 
-def test_every_format_is_one_of_those() -> None:
-    assert {few_tokens.decoder_of(FORMATS[name], torch.bfloat16) for name in NAMES} == set(QUADS)
+@pytest.mark.parametrize("name", [*NAMES, *OF_BYTES])
+def test_the_best_decoder_takes_several_blocks(name: str) -> None:
+    if name in OF_BYTES and not processor.has("avx512vbmi"):
+        pytest.skip("this processor looks up no bytes")
+    assert order_of(few_tokens.decoder_of(FORMATS[name], torch.bfloat16)) is not None
 
 
-@pytest.mark.parametrize("name", [*NAMES, *INTEGERS])
+def test_segments_are_whole_numbers_of_what_is_taken_together() -> None:
+    for fmt in FORMATS.values():
+        if fmt.decoder:
+            decoder = DECODERS[few_tokens.decoder_of(fmt, torch.bfloat16)]
+            together = BLOCK * decoder.wide.blocks if decoder.wide and not decoder.block_scales else 1
+            assert fmt.block_cols % together == 0, fmt.name
+
+
+@pytest.mark.parametrize("name", [*NAMES, *OF_BYTES])
 @pytest.mark.parametrize("cols", [128, 416])
 def test_a_product_with_the_identity_gives_the_values(name: str, cols: int) -> None:
     tensors, values = weight(name, 6, cols)

@@ -23,9 +23,9 @@ from ..ir.integer_decode import LANES, dequantize_group
 from ..ir.mx_decode import block_bytes, dequantize_run
 from ..ir.nl4_decode import dequantize_blocks
 from ..ir.nvfp4_decode import dequantize_pairs
-from ..ir.quads import arrange
 from ..ir.scaled_decode import dequantize_tile
 from ..ir.vector import I64, ITEM_BYTES, load_scalar
+from ..ir.wide import arrange
 from ..processor import has
 from .scaled import STRIP_ROWS
 
@@ -329,14 +329,14 @@ def _dot_task(decoder: str, tokens: int) -> Recipe[CFunction]:
     return c_function(task, TASK)
 
 
-def _arrange() -> Recipe[CFunction]:
-    """C function (x, out, rows, blocks): BF16 activations [rows, 32 * blocks], in the order of `ir.quads`."""
+def _arrange(order: str) -> Recipe[CFunction]:
+    """C function (x, out, rows, blocks): BF16 activations [rows, 32 * blocks], in an order of `ir.wide`."""
     fingerprint = FINGERPRINT
 
     def arrange_rows(x: int, out: int, rows: int, blocks: int) -> None:
         len(fingerprint)
         for row in range(rows):
-            arrange(x + row * blocks * 64, out + row * blocks * 64, blocks)
+            arrange(x + row * blocks * 64, out + row * blocks * 64, blocks, order)
 
     return c_function(arrange_rows, ARRANGE)
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from llvmlite import ir
 
-from . import nl4_decode, nvfp4_decode, plain_decode
+from . import byte_codes, nl4_decode, nvfp4_decode, plain_decode
 from .integer_decode import even_and_odd, look_up, scale_and_zero, table_of_codes
 from .mx_decode import look_up_mxfp6, values
 from .mxfp4_decode import decode_block, look_up_block
-from .quads import QUADS
+from .quads import OF_SEGMENTS, QUADS
 from .scaled_decode import HALF_UNIT, decode, decode_with_halves, signed_pairs
 from .vector import F32, I8, I16, I32, I64, ITEM_BYTES, Vector, accumulate_product, load, load_scalar, splat
+from .wide import Wide
 
 BLOCK = 32
 """Weights that are decoded together; the K of a call is a multiple of it."""
@@ -48,8 +49,8 @@ class Decoder:
     """(builder, address of the scale of a segment) -> float32 scale, what its codes are decoded with."""
     scale_bytes: int = 4
     """Bytes from the scale of a segment to that of the next."""
-    segment_quads: bool = False
-    """Whether codes are looked up `quads.BLOCKS` at a time in what `segment` made; all but the last have whole ones."""
+    wide: Wide | None = None
+    """How several blocks are decoded together, if they are; all segments but the last have a whole number of such."""
 
     def serves(self, block_cols: int) -> bool:
         """Whether a scale for every `block_cols` weights of a row (0: for all of them) is one that it reads."""
@@ -130,7 +131,7 @@ def _interleave(even: Vector, odd: Vector) -> Vector:
     return ((even.cast(I32) >> 16) | (odd.cast(I32) & 0xFFFF0000)).cast(I16)
 
 
-def _integer_decoder(bits: int, scale_kind: str, x_kind: str, segment_quads: bool = False) -> Decoder:
+def _integer_decoder(bits: int, scale_kind: str, x_kind: str, wide: Wide | None = None) -> Decoder:
     """Codes with a zero point, which the factors have behind them."""
 
     def with_table(b: ir.IRBuilder, words: ir.Value) -> tuple[ir.Value, Vector]:
@@ -154,7 +155,7 @@ def _integer_decoder(bits: int, scale_kind: str, x_kind: str, segment_quads: boo
         segment=with_table if tables else with_zero,
         scale_bytes=2 * ITEM_BYTES[scale_kind],
         even_first=x_kind == "f32",
-        segment_quads=segment_quads,
+        wide=wide,
     )
 
 
@@ -169,24 +170,27 @@ def _plain_decoder(kind: str) -> Decoder:
 
 
 DECODERS: Mapping[str, Decoder] = {
-    "mxfp4_bf16": Decoder(16, 64, _mxfp4_bits, bf16_products, block_scales=1),
+    "mxfp4_bf16": Decoder(16, 64, _mxfp4_bits, bf16_products, block_scales=1, wide=QUADS["mxfp4"]),
     "mxfp4_f32": Decoder(16, 128, _mxfp4_values, _f32_products, block_scales=1, even_first=True),
     **{
         decoder: made
         for name in ("mxfp6_e2m3", "mxfp6_e3m2")
         for decoder, made in (
             (f"{name}_bf16", Decoder(24, 64, _mxfp6_bits(name), bf16_products, block_scales=1)),
+            (f"{name}_vbmi_bf16", Decoder(24, 64, _mxfp6_bits(name), bf16_products, block_scales=1, wide=QUADS[name])),
             (f"{name}_f32", Decoder(24, 128, _mx_values(name), _f32_products, block_scales=1, even_first=True)),
         )
     },
     "mxfp8_bf16": Decoder(32, 64, _mxfp8_bits, bf16_products, block_scales=1),
+    "mxfp8_vbmi_bf16": Decoder(32, 64, _mxfp8_bits, bf16_products, block_scales=1, wide=byte_codes.MXFP8),
     "mxfp8_f16c": Decoder(32, 128, _mx_values("mxfp8_f16c"), _f32_products, block_scales=1, even_first=True),
     "mxfp8_f32": Decoder(32, 128, _mx_values("mxfp8"), _f32_products, block_scales=1, even_first=True),
-    "nvfp4_bf16": Decoder(16, 64, _nvfp4_bits, bf16_products, block_scales=2),
+    "nvfp4_bf16": Decoder(16, 64, _nvfp4_bits, bf16_products, block_scales=2, wide=QUADS["nvfp4"]),
     "nvfp4_f32": Decoder(16, 128, _nvfp4_values, _f32_products, block_scales=2, even_first=True),
-    "nl4_bf16": Decoder(16, 64, _nl4_bits, bf16_products, block_scales=1),
+    "nl4_bf16": Decoder(16, 64, _nl4_bits, bf16_products, block_scales=1, wide=QUADS["nl4"]),
     "nl4_f32": Decoder(16, 128, _nl4_values, _f32_products, block_scales=1, even_first=True),
     "fp8_bf16": Decoder(32, 64, _fp8_bits, bf16_products, segment=_scale_of_halves),
+    "fp8_vbmi_bf16": Decoder(32, 64, _fp8_bits, bf16_products, segment=_scale_of_halves, wide=byte_codes.FP8),
     "fp8_f16c": Decoder(32, 128, _fp8_halves, _f32_products, segment=_scale_of_halves),
     "fp8_f32": Decoder(32, 128, _scaled_values("fp8"), _f32_products),
     "int8_bf16": Decoder(32, 64, _int8_bits, bf16_products),
@@ -197,16 +201,21 @@ DECODERS: Mapping[str, Decoder] = {
         for scale_kind in ITEM_BYTES
         for x_kind in ("bf16", "f32")
     },
-    **{f"uint4_{scale_kind}_quads_bf16": _integer_decoder(4, scale_kind, "bf16", True) for scale_kind in ITEM_BYTES},
+    **{
+        f"uint4_{scale_kind}_quads_bf16": _integer_decoder(4, scale_kind, "bf16", OF_SEGMENTS)
+        for scale_kind in ITEM_BYTES
+    },
     **{f"plain_{kind}": _plain_decoder(kind) for kind in ITEM_BYTES},
 }
-"""`_bf16`: activations in BF16, needs avx512bw and avx512bf16. Others: activations in float32; `_f16c` needs f16c.
+"""`_bf16`: activations in BF16, needs avx512bw and avx512bf16; `_vbmi_bf16` needs avx512vbmi, too. Others: activations
+in float32; `_f16c` needs f16c.
 
-Those of `quads.QUADS` want activations in another order (`quads.arrange`). `plain_`: weights that are no codes, of that
+Those with a `wide` want activations in another order (`wide.arrange`). `plain_`: weights that are no codes, of that
 kind, with activations in float32; `plain_f16` needs f16c.
 """
 
 
-def arranges(decoder: str) -> bool:
-    """Whether activations must stand in the order of `quads.arrange`."""
-    return decoder in QUADS or DECODERS[decoder].segment_quads
+def order_of(decoder: str) -> str | None:
+    """The order in which activations must stand (see `wide`), if it is not their own."""
+    wide = DECODERS[decoder].wide
+    return None if wide is None else wide.order

@@ -1,19 +1,17 @@
 """Dot products of rows of quantized weights with a few vectors of activations, in vector IR.
 
-Weights are decoded in registers, used for all tokens, and never stored: 32 at a time by a `decoders.Decoder`, or 128 as
-`quads` has it. Meanwhile the cache is asked for what comes next.
+Weights are decoded in registers, used for all tokens, and never stored: 32 at a time by a `decoders.Decoder`, or as
+many as its `wide` takes together. Meanwhile the cache is asked for what comes next.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 
 from .decoders import DECODERS, bf16_products
-from .quads import BLOCKS, CODE_BYTES, QUADS, X_BYTES, Quads, look_ups
 from .vector import (
     F32,
     I64,
@@ -28,6 +26,7 @@ from .vector import (
     splat,
     store_scalar,
 )
+from .wide import X_BYTES
 
 CODES_AHEAD, SCALES_AHEAD = 4096, 512
 """Bytes that are asked for ahead, at least: what memory gives while it makes one of them wait."""
@@ -68,7 +67,8 @@ def dot_rows(
     Addresses and strides in bytes; `segment_blocks` blocks share a float32 scale where blocks have no scale bytes.
     """
     n_rows, n_tokens = int(rows.literal_value), int(tokens.literal_value)
-    kind, quads = DECODERS[str(decoder.literal_value)], QUADS.get(str(decoder.literal_value))
+    kind = DECODERS[str(decoder.literal_value)]
+    wide = kind.wide
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         codes, codes_stride, scales, scales_stride, x, x_stride, blocks, segment_blocks, out, out_stride, narrow, *_ = (
@@ -98,35 +98,32 @@ def dot_rows(
                     address = b.add(x_rows[token], x_at)
                     acc.update(f"{sums} {row} {token}", lambda a, f=factors, x=address: kind.accumulate(a, f, x))  # type: ignore[misc]
 
-        def add_quad(quads: Quads, quad: ir.Value) -> None:
-            prefetch(b, next_codes, quad, CODE_BYTES * n_rows)
-            prefetch(b, next_scales, quad, kind.block_scales * BLOCKS * n_rows)
-            at, x_at = b.mul(quad, I64(CODE_BYTES)), b.mul(quad, I64(X_BYTES))
-            scales_at = b.mul(quad, I64(kind.block_scales * BLOCKS))
+        def add_wide(number: ir.Value, tables: list[Any]) -> None:
+            assert wide is not None
+            scale_bytes = kind.block_scales * wide.blocks
+            prefetch(b, next_codes, number, wide.code_bytes * n_rows)
+            if scale_bytes:
+                prefetch(b, next_scales, number, scale_bytes * n_rows)
+            at, x_at = b.mul(number, I64(wide.code_bytes)), b.mul(number, I64(X_BYTES * wide.blocks))
             for row in range(n_rows):
-                factors = look_ups(table, b.add(code_rows[row], at))
-                scale = quads.scales(b, b.add(scale_rows[row], scales_at))
+                factors = wide.factors(b, tables[row], b.add(code_rows[row], at))
+                scale = wide.scales and wide.scales(b, b.add(scale_rows[row], b.mul(number, I64(scale_bytes))))
                 for token in range(n_tokens):
-                    part = constant(b, F32, 16, 0.0)
-                    for number, factor in enumerate(factors):
-                        part = bf16_products(part, [factor], b.add(b.add(x_rows[token], x_at), I64(64 * number)))
-                    acc.update(f"sum {row} {token}", lambda a, p=part, s=scale: accumulate_product(p, s, a))  # type: ignore[misc]
+                    part = acc.get(f"part {row} {token}") if scale is None else constant(b, F32, 16, 0.0)
+                    for place, factor in enumerate(factors):
+                        part = bf16_products(part, [factor], b.add(b.add(x_rows[token], x_at), I64(X_BYTES * place)))
+                    if scale is None:
+                        acc.set(f"part {row} {token}", part)
+                    else:
+                        acc.update(f"sum {row} {token}", lambda a, p=part, s=scale: accumulate_product(p, s, a))  # type: ignore[misc]
 
-        def add_quad_of_segment(quad: ir.Value, tables: list[Any]) -> None:
-            prefetch(b, next_codes, quad, CODE_BYTES * n_rows)
-            at, x_at = b.mul(quad, I64(CODE_BYTES)), b.mul(quad, I64(X_BYTES))
-            for row in range(n_rows):
-                factors = look_ups(tables[row], b.add(code_rows[row], at))
-                for token, (number, factor) in itertools.product(range(n_tokens), enumerate(factors)):
-                    address = b.add(b.add(x_rows[token], x_at), I64(64 * number))
-                    acc.update(f"part {row} {token}", lambda a, f=factor, x=address: bf16_products(a, [f], x))  # type: ignore[misc]
-
-        if quads is not None:
-            table = quads.table(b)
-            count = b.lshr(blocks, I64(2))
-            done = b.mul(count, I64(BLOCKS))
-            with count_to(b, count) as quad:
-                add_quad(quads, quad)
+        tables = [wide.table(b)] * n_rows if wide is not None and wide.table is not None else None
+        if wide is not None and wide.scales is not None:
+            assert tables is not None
+            count = b.udiv(blocks, I64(wide.blocks))
+            done = b.mul(count, I64(wide.blocks))
+            with count_to(b, count) as number:
+                add_wide(number, tables)
             with count_to(b, b.sub(blocks, done)) as block:
                 add_block(b.add(done, block), "sum", [])
         elif kind.block_scales:
@@ -142,11 +139,11 @@ def dot_rows(
                 at = b.mul(segment, I64(kind.scale_bytes))
                 scales, states = zip(*(kind.segment(b, b.add(row, at)) for row in scale_rows), strict=True)
                 count = b.select(b.icmp_unsigned("<", left, segment_blocks), left, segment_blocks)
-                if kind.segment_quads:
-                    whole = b.lshr(count, I64(2))
+                if wide is not None:
+                    whole = b.udiv(count, I64(wide.blocks))
                     with count_to(b, whole) as i:
-                        add_quad_of_segment(b.add(b.lshr(first, I64(2)), i), list(states))
-                    whole = b.mul(whole, I64(BLOCKS))
+                        add_wide(b.add(b.udiv(first, I64(wide.blocks)), i), tables or list(states))
+                    whole = b.mul(whole, I64(wide.blocks))
                     first, count = b.add(first, whole), b.sub(count, whole)
                 with count_to(b, count) as i:
                     add_block(b.add(first, i), "part", list(states))

@@ -24,7 +24,10 @@ from .processor import has
 
 ROW_STEP = 8
 """Threads take rows in multiples of it: of the rows that are worked on together, inside blocks of rows."""
-_X, _OUT, _OUT_STRIDE, _NARROW = map(linear_build.ARGUMENTS.index, ("x", "out", "out_stride", "narrow"))
+_X, _OUT, _OUT_STRIDE, _NARROW, _ROW_SCALES = map(
+    linear_build.ARGUMENTS.index, ("x", "out", "out_stride", "narrow", "row_scales")
+)
+NO_SCALES = 0, 0
 _reused = threading.local()
 Run = Callable[[int], object]
 
@@ -37,7 +40,9 @@ class FewTokens:
         self._format, self._rows = fmt, n_rows
         self._decoder = decoder_of(fmt, dtype)
         self._takes_as_it_is = self._decoder.endswith("_bf16") and k % BLOCK == 0
-        self._narrows = dtype == torch.bfloat16 and len(tensors) == 2
+        self._row_scales = _row_scales(fmt, tensors)
+        self._unscaled = 2 if self._row_scales == NO_SCALES else 3  # the first tensor that the kernel does not apply
+        self._narrows = dtype == torch.bfloat16 and len(tensors) <= self._unscaled
         self._of_weight = address(tensors[0])
         self._scales = scale_arguments(fmt, tensors, n_rows, k)
         order = order_of(self._decoder)
@@ -70,7 +75,7 @@ class FewTokens:
         sums = torch.empty(slots, self._rows, dtype=torch.float32)
         arguments[_OUT] = sums.data_ptr()
         run(arguments.buffer_info()[0])
-        return finished(sums[:tokens], tensors, bias).to(self.dtype).view(shape)
+        return finished(sums[:tokens], tensors[self._unscaled :], bias).to(self.dtype).view(shape)
 
     def _arranged(self, x: torch.Tensor, slots: int) -> int:
         """Where activations stand in the order of `ir.wide`, in memory that this thread uses for the next, too."""
@@ -86,9 +91,10 @@ class FewTokens:
         step = max(1, self._rows // (8 * threads * ROW_STEP)) * ROW_STEP
         x_stride = cols * (2 if self._decoder.endswith("_bf16") else 4)
         of_weight = *self._of_weight, self._scales.buffer_info()[0]
-        values = (0, self._rows, step, *of_weight, 0, 4 * self._rows, cols, 0, x_stride)
+        values = [0, self._rows, step, *of_weight, 0, 4 * self._rows, cols, 0, x_stride]
+        values += [0] * (_ROW_SCALES - len(values))
         task = linear_build.dot_task.needed(self._decoder, _slots(tokens)).get()
-        made = team.runner(task, threads), array("q", (*values, *[0] * (_NARROW + 1 - len(values))))
+        made = team.runner(task, threads), array("q", (*values, *self._row_scales))
         self._calls[tokens, threads] = made
         return made
 
@@ -134,9 +140,17 @@ def _suits(name: str, fmt: WeightFormat) -> bool:
     return bool(decoder.block_scales) or decoder.wide is None or fmt.block_cols % (BLOCK * decoder.wide.blocks) == 0
 
 
-def finished(product: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
-    """float32 sums of codes times their scales, times those of the tensor or its rows where it has such, plus bias."""
-    for scale_2 in tensors[2:]:
+def _row_scales(fmt: WeightFormat, tensors: Tensors) -> tuple[int, int]:
+    """`row_scales` and their stride in `linear_build.ARGUMENTS`: the scale of all rows, or one for each of them."""
+    if len(tensors) < 3 or fmt.scales[1].block_rows > 1 or tensors[2].dtype != torch.float32:
+        return NO_SCALES
+    place, stride = address(tensors[2])
+    return place, stride * fmt.scales[1].block_rows
+
+
+def finished(product: torch.Tensor, scales: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
+    """float32 sums of codes times their scales, times further `scales` of the tensor or of its rows, plus bias."""
+    for scale_2 in scales:
         product *= scale_2.view(-1)
     return product if bias is None else product.add_(bias)
 

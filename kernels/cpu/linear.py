@@ -126,7 +126,7 @@ def _in_panels(
         *(_one().expand_as(each) for each in tensors[2:]),
     )  # what BF16 holds exactly; `_finished` has the rest
     run_task(panel_task(), fmt, of_blocks, out, n_rows, cols, step, threads, *rest)
-    return finished(out[:tokens, :n_rows], tensors, bias).to(x.dtype)
+    return finished(out[:tokens, :n_rows], tensors[2:], bias).to(x.dtype)
 
 
 @cache

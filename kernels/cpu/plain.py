@@ -58,7 +58,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     step = max(1, n_rows // (8 * threads * ROW_STEP)) * ROW_STEP
     of_weight = weight.data_ptr(), k * weight.element_size(), _scale_of_one().buffer_info()[0]
     of_out = out.data_ptr(), n_rows * out.element_size()
-    rest = k, wide.data_ptr(), 4 * k, 0, 0, 0, 0, int(narrow)
+    rest = k, wide.data_ptr(), 4 * k, 0, 0, 0, 0, int(narrow), 0, 0
     arguments = array("q", (0, n_rows, step, *of_weight, *of_out, *rest))
     team.run(needed(x.dtype, tokens).get(), arguments.buffer_info()[0], threads)
     out = out[:tokens]

@@ -74,6 +74,27 @@ def test_the_smallest_and_the_largest_scales_count() -> None:
     assert out[0].tolist() == [768 * 2.0 ** (int(byte) - 127) for byte in scales[:, 0]]
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "nl4"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_scales_of_all_blocks_of_a_row_count_once(name: str, with_bias: bool) -> None:
+    tensors, _ = weight(name, 70, 160)
+    tensors[2].copy_(torch.exp2(torch.arange(tensors[2].numel()).remainder(5).float()).view_as(tensors[2]))
+    values = torch.empty(70, 160)
+    kernels = kernel_set(name, "cpu")
+    kernels.dequantize(tensors, values)
+    bias = torch.arange(70.0) if with_bias else None
+    x = torch.eye(160)[:5].bfloat16()
+    wanted = values.T[:5].double() + (0 if bias is None else bias.double())
+    assert torch.equal(kernels.linear(x, tensors, bias, 70, 160), wanted.float().bfloat16())
+
+
+def test_a_nan_among_scales_is_one_in_the_sums() -> None:
+    tensors, _ = weight("nvfp4", 6, 128)
+    tensors[1].view(torch.uint8)[2, 3] = 0x7F
+    out = kernel_set("nvfp4", "cpu").linear(torch.ones(1, 128).bfloat16(), tensors, None, 6, 128)
+    assert out.isnan().tolist() == [[row == 2 for row in range(6)]]
+
+
 def test_a_place_for_activations_is_used_again_and_grows() -> None:
     small = few_tokens._place(64)
     assert few_tokens._place(32) == small

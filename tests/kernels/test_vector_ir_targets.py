@@ -66,11 +66,11 @@ EMITTED: dict[str, tuple[Any, list[Any], list[Any], int]] = {
     },
     "dequantize_fp8": (scaled_decode_ir.dequantize_tile, [ADDRESS] * 6 + [types.float32], ["fp8", "bf16"], 0),
     **{
-        f"dot_{decoder}": (dot_ir.dot_rows, [ADDRESS] * 11, [2, 4, decoder], 0)
+        f"dot_{decoder}": (dot_ir.dot_rows, [ADDRESS] * 13, [2, 4, decoder], 0)
         for decoder in ("mxfp4_f32", "nl4_f32", "mxfp6_e2m3_f32", "mxfp6_e3m2_f32", "mxfp8_f32", "fp8_f32", "int8_f32")
     },
     **{
-        f"dot_{decoder}": (dot_ir.dot_rows, [ADDRESS] * 11, [2, 4, decoder], 0)
+        f"dot_{decoder}": (dot_ir.dot_rows, [ADDRESS] * 13, [2, 4, decoder], 0)
         for decoder in ("uint4_f32_f32", "uint8_bf16_f32", "plain_bf16", "plain_f32")
     },
     "extremes": (integer_ir.group_extremes, [ADDRESS] * 5, [32, "bf16"], 0),

@@ -50,10 +50,13 @@ ARGUMENTS = (
     "panels",
     "next_panel",
     "narrow",
+    "row_scales",
+    "row_scales_stride",
 )
 """The arguments of a task in order, of which it uses those it needs; strides are bytes between rows.
 
-`narrow`: whether products are stored in BF16, instead of float32.
+`narrow`: whether products are stored in BF16, instead of float32. `row_scales`: where the float32 stands that the
+products of the first row are multiplied by besides, or 0.
 `scales` is the address of `SCALE_ARGUMENTS` of each scale tensor of the format, in its order.
 """
 SCALE_ARGUMENTS = ("address", "stride", "block_rows", "block_cols")
@@ -292,6 +295,7 @@ def _dot_task(decoder: str, tokens: int) -> Recipe[CFunction]:
         block_rows, segment = argument(given, 2), argument(given, 3) // 32
         out, out_stride = argument(data, 6), argument(data, 7)
         x, x_stride, narrow = argument(data, 9), argument(data, 10), argument(data, 15)
+        given_rows, row_stride = argument(data, 16), argument(data, 17)
         width = 2 if narrow else 4
         stride = scales_stride if block_rows == 1 else 0
         start = take(data, step)
@@ -301,27 +305,15 @@ def _dot_task(decoder: str, tokens: int) -> Recipe[CFunction]:
             while row + group <= stop:
                 c, s, o = codes + row * codes_stride, scales + row // block_rows * scales_stride, out + row * width
                 dot_rows(
-                    c,
-                    codes_stride,
-                    s,
-                    stride,
-                    x,
-                    x_stride,
-                    blocks,
-                    segment,
-                    o,
-                    out_stride,
-                    narrow,
-                    group,
-                    tokens,
-                    decoder,
-                )
+                    c, codes_stride, s, stride, x, x_stride, blocks, segment, o, out_stride, narrow,
+                    given_rows + row * row_stride, row_stride, group, tokens, decoder,
+                )  # fmt: skip
                 row += group
             while row < stop:
                 c, s, o = codes + row * codes_stride, scales + row // block_rows * scales_stride, out + row * width
                 dot_rows(
                     c, codes_stride, s, stride, x, x_stride, blocks, segment, o, out_stride, narrow,
-                    1, tokens, decoder,
+                    given_rows + row * row_stride, row_stride, 1, tokens, decoder,
                 )  # fmt: skip
                 row += 1
             start = take(data, step)

@@ -21,6 +21,7 @@ from .vector import (
     constant,
     count_to,
     emitted,
+    load_scalar,
     nearest_bf16,
     prefetch,
     splat,
@@ -36,6 +37,23 @@ def _ahead(b: ir.IRBuilder, stride: ir.Value, rows: int, least: int) -> ir.Value
     """Bytes from rows that are worked on to those that are asked for meanwhile: the next ones, or further on."""
     next_rows = b.mul(stride, I64(rows))
     return b.select(b.icmp_unsigned("<", next_rows, I64(least)), I64(least), next_rows)
+
+
+def _factors(b: ir.IRBuilder, scales: ir.Value, stride: ir.Value, rows: int) -> list[ir.Value]:
+    """float32 at the address of each row, or 1 where the address is 0: no sum changes for that."""
+    with b.if_else(b.icmp_unsigned("!=", scales, I64(0))) as (given, otherwise):
+        with given:
+            found = [load_scalar(b, b.add(scales, b.mul(stride, I64(row))), F32) for row in range(rows)]
+            here = b.block
+        with otherwise:
+            there = b.block
+    factors = []
+    for value in found:
+        phi = b.phi(F32)
+        phi.add_incoming(value, here)
+        phi.add_incoming(F32(1.0), there)
+        factors.append(phi)
+    return factors
 
 
 def _as_it_is(_: ir.IRBuilder, total: ir.Value) -> ir.Value:
@@ -56,13 +74,16 @@ def dot_rows(
     out: Any,
     out_stride: Any,
     narrow: Any,
+    row_scales: Any,
+    row_scales_stride: Any,
     rows: Any,
     tokens: Any,
     decoder: Any,
 ) -> tuple[Any, Codegen]:
     """out[t][r] = sum over k of weight[r][k] * x[t][k], for `rows` rows and `tokens` tokens (literals).
 
-    Sums are float32, and so is `out`, or where `narrow` is not 0 it is the nearest BF16.
+    Sums are float32, multiplied by the one at `row_scales` if that is not 0; so is `out`, or where `narrow` is not 0 it
+    is the nearest BF16.
 
     Addresses and strides in bytes; `segment_blocks` blocks share a float32 scale where blocks have no scale bytes.
     """
@@ -71,9 +92,8 @@ def dot_rows(
     wide = kind.wide
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        codes, codes_stride, scales, scales_stride, x, x_stride, blocks, segment_blocks, out, out_stride, narrow, *_ = (
-            args
-        )
+        codes, codes_stride, scales, scales_stride, x, x_stride, blocks, segment_blocks, out, out_stride, *rest = args
+        narrow, row_scales, row_scales_stride, *_ = rest
         acc = Accumulators(b)
         cells = [(row, token) for row in range(n_rows) for token in range(n_tokens)]
         for row, token in cells:
@@ -153,6 +173,8 @@ def dot_rows(
                         part = acc.get(f"part {row} {token}")
                         acc.update(f"sum {row} {token}", lambda a, p=part, s=scale: accumulate_product(p, s, a))  # type: ignore[misc]
         sums = {(row, token): acc.get(f"sum {row} {token}").sum() for row, token in cells}
+        factors = _factors(b, row_scales, row_scales_stride, n_rows)
+        sums = {(row, token): b.fmul(total, factors[row]) for (row, token), total in sums.items()}
         with b.if_else(b.icmp_unsigned("!=", narrow, I64(0))) as branches:
             for branch, width, stored in zip(branches, (2, 4), (nearest_bf16, _as_it_is), strict=True):
                 with branch:
@@ -162,4 +184,4 @@ def dot_rows(
         return context.get_dummy_value()
 
     addresses = (codes, codes_stride, scales, scales_stride, x, x_stride, blocks, segment_blocks, out, out_stride)
-    return types.void(*addresses, narrow, rows, tokens, decoder), codegen
+    return types.void(*addresses, narrow, row_scales, row_scales_stride, rows, tokens, decoder), codegen

@@ -23,7 +23,6 @@ from .vector import (
     count_to,
     emitted,
     load,
-    load_scalar,
     source_element,
     splat,
     store,
@@ -96,14 +95,15 @@ def _codes(b: ir.IRBuilder, address: ir.Value, bits: int) -> Vector:
 
 def scale_and_zero(b: ir.IRBuilder, words: ir.Value, kind: str) -> tuple[ir.Value, ir.Value]:
     """float32 scale and zero point from the two words of a group."""
+    if kind == "f16" and has("f16c"):
+        both = load(b, words, F16, 2).to_float(F32)
+        return b.extract_element(both.value, I32(0)), b.extract_element(both.value, I32(1))
     width = ITEM_BYTES[kind]
     scale, zero = (_word(b, b.add(words, I64(at)), kind) for at in (0, width))
     return scale, zero
 
 
 def _word(b: ir.IRBuilder, address: ir.Value, kind: str) -> ir.Value:
-    if kind == "f16" and has("f16c"):
-        return b.fpext(load_scalar(b, address, F16), F32)
     bits = load(b, address, source_element(kind), 1)
     if kind == "f16":
         magnitude = widen((bits & 0x7FFF).zext(I32), kind).cast(I32)
@@ -116,7 +116,8 @@ def _word(b: ir.IRBuilder, address: ir.Value, kind: str) -> ir.Value:
 def table_of_codes(b: ir.IRBuilder, zero: ir.Value) -> Vector:
     """BF16 bits of code - zero for the sixteen codes of four bits, twice."""
     codes = Vector(b, ir.Constant(ir.VectorType(F32, 16), [float(code) for code in range(16)]))
-    return _twice(((codes - splat(b, zero, 16)).cast(I32) >> 16).trunc(I16))
+    values = codes - splat(b, zero, 16)
+    return values.narrowed_with(values) if has("avx512bf16") else _twice((values.cast(I32) >> 16).trunc(I16))
 
 
 def _twice(table: Vector) -> Vector:

@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--llama", help="Python of an environment with llama-cpp-python and gguf")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    machine, about, records = describe_machine(), {}, list[dict[str, Any]]()
+    machine, about, records = describe_machine(), dict[str, dict[str, str]](), list[dict[str, Any]]()
     for threads in arguments.threads:
         for scheme in arguments.schemes:
             sides = sides_of(scheme, arguments, threads)

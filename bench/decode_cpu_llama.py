@@ -7,6 +7,7 @@ be. TYPE is that of GGUF for the matrices; embeddings and the output head are in
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
@@ -31,9 +32,9 @@ class Weights:
 
     def add(self, name: str, *dims: int, kind: str = "", copies: int = 0) -> None:
         """A tensor `dims`, or as many copies of it as there are experts, in one."""
-        import gguf
         import numpy as np
 
+        gguf = importlib.import_module("gguf")
         own = gguf.GGMLQuantizationType[kind or self._kind]
         if (dims, own, copies) not in self._made:
             values = self._generator.standard_normal(dims, dtype=np.float32) * np.float32(0.02)
@@ -44,9 +45,7 @@ class Weights:
 
 def write(path: Path, shape: dict[str, Any], kind: str) -> None:
     """A model of that shape, its matrices in `kind`, norms and routers in float32."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, shape["model_type"].replace("_", ""))
+    writer = importlib.import_module("gguf").GGUFWriter(path, shape["model_type"].replace("_", ""))
     _write_config(writer, shape)
     weights = Weights(writer, kind)
     width, size = shape["hidden_size"], shape["head_dim"]
@@ -128,9 +127,7 @@ class Llama:
     """A model of llama.cpp; it has a context for each number of sequences, which is what it is fastest with."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        import llama_cpp
-
-        self._lib: Any = llama_cpp
+        self._lib: Any = importlib.import_module("llama_cpp")
         self._threads, self._contexts = threads, dict[tuple[int, int], Context]()
         self._lib.llama_backend_init()
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())

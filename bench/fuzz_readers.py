@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import safetensors
 import torch
 from fuzz_mutations import mutate_bytes, mutate_json, places
-from quantload.checkpoint import FileSource, read_header, read_index, resolve
+from quantload.checkpoint import FileSource, read_header, read_index
 from quantload.checkpoint.headers import DTYPES, TensorEntry
+from quantload.checkpoint.resolve import resolve
 from quantload.checkpoint.weight_map import parse_weight_map
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fuzz_mutations import mutate_json
 from fuzz_readers import CONFIG, DEMO, Wrong
-from quantload.checkpoint import resolve
+from quantload.checkpoint.resolve import resolve
 
 
 class TokenizerReader:

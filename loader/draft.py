@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from .checkpoint.folder import Checkpoint
 from .checkpoint.index import CheckpointIndex, read_index
-from .checkpoint.resolve import Checkpoint, resolved
+from .checkpoint.resolve import resolved
 from .checkpoint.small_tensors import SmallTensors
 from .collector import collector_paused
 from .cpu_kernels import import_cpu_kernels

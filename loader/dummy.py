@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .cache.session import NoCache, Reading
+from .checkpoint.folder import Checkpoint
 from .checkpoint.headers import TensorEntry
 from .checkpoint.index import CheckpointIndex, Shard
-from .checkpoint.resolve import Checkpoint
 from .checkpoint.source import Source
 from .model import transformers_api
 from .model.skeleton import find_model

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, ProcessorMixin, TextStreamer
 
-from .checkpoint.resolve import Checkpoint
+from .checkpoint.folder import Checkpoint
 from .errors import PolicyError, UnsupportedCheckpointError
 from .model.attention_cache import context_length
 from .model.skeleton import find_model

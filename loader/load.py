@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import torch
 
 from .cache.session import NoCache, open_cache
+from .checkpoint.folder import Checkpoint
 from .checkpoint.index import CheckpointIndex
 from .checkpoint.reader import PieceReader, ReadTotals
-from .checkpoint.resolve import Checkpoint, resolved
+from .checkpoint.resolve import resolved
 from .digest import model_digest
 from .draft import FROM_CONFIG, Draft, draft_load
 from .dummy import DummyWeights, Weights, index_without_files

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
 
-from .checkpoint.resolve import Checkpoint
+from .checkpoint.folder import Checkpoint
 from .checkpoint.small_files import PROCESSOR_FILES, check_small_files
 from .errors import CheckpointError
 

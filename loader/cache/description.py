@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.folder import Checkpoint
 from ..model.meaning import meaning
 from ..model.skeleton import Assignment
 from ..model.untying import Untied

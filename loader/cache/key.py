@@ -12,8 +12,8 @@ from typing import Any
 
 import transformers
 
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.index import shard_names
-from ..checkpoint.resolve import Checkpoint
 from ..checkpoint.small_files import MAX_CODE_BYTES, read_small_file
 from ..model.skeleton import Assignment
 from ..options import CacheVerify, LoadOptions, QuantizationPolicy

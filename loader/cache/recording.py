@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weight_map import INDEX_NAME
 from ..checkpoint.writer import plan_shards, weight_index
 from ..plan import loaded_parameters

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.index import Shard, read_index
-from ..checkpoint.resolve import Checkpoint
 from ..checkpoint.source import Source
 from ..errors import CheckpointError, DamagedEntryError, NonFiniteWeightError, PolicyError, RouteError
 from ..memory.amounts import format_bytes

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from ..errors import CheckpointError, MissingShardError, TruncatedShardError
 from ..options import LoadOptions
+from .folder import CONFIG_NAME, Checkpoint
 from .headers import TensorEntry, read_header
 from .other_kinds import some, unfinished
-from .resolve import CONFIG_NAME, Checkpoint
 from .small_files import MAX_CONFIG_BYTES, check_small_file, count_values
 from .source import Source, read_bytes
 from .weight_map import INDEX_NAME, MAX_INDEX_BYTES, SINGLE_NAME, explicit_name, parse_weight_map

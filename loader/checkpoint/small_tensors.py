@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..options import LoadOptions
+from .folder import Checkpoint
 from .headers import TensorEntry
 from .index import CheckpointIndex
-from .resolve import Checkpoint
 from .source import read_bytes
 
 MAX_BYTES = 1 << 20

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.folder import CONFIG_NAME, SMALL_FILES, Checkpoint
 from ..checkpoint.index import CheckpointIndex
 from ..checkpoint.output import UNFINISHED, OutputFolder
 from ..checkpoint.paths import locate
 from ..checkpoint.quantization_config import FILES as QUANTIZATION_FILES
 from ..checkpoint.reader import PieceReader
 from ..checkpoint.remote.upload import LIBRARY_BYTES, is_url, shown, upload_to
-from ..checkpoint.resolve import CONFIG_NAME, SMALL_FILES, Checkpoint, resolved
+from ..checkpoint.resolve import resolved
 from ..checkpoint.source import Source, read_bytes
 from ..checkpoint.weight_map import INDEX_NAME
 from ..checkpoint.working_memory import CPU, slots_per_worker

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from ..checkpoint.folder import DOCUMENTS, Checkpoint
 from ..checkpoint.paths import locate
-from ..checkpoint.resolve import DOCUMENTS, Checkpoint
 from ..memory.amounts import format_bytes
 from ..model.skeleton import Assignment
 from ..options import QuantizationPolicy

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.working_memory import CPU
 from ..checkpoint.writer import ShardPlan, plan_shards
 from ..collector import collector_paused

@@ -13,9 +13,10 @@ from typing import Literal, Self
 import torch
 from torch import nn
 
+from ..checkpoint.folder import CONFIG_NAME, Checkpoint
 from ..checkpoint.index import CheckpointIndex, read_index
 from ..checkpoint.reader import ReadTotals
-from ..checkpoint.resolve import CONFIG_NAME, Checkpoint, resolve
+from ..checkpoint.resolve import resolve
 from ..checkpoint.small_tensors import SmallTensors
 from ..memory.amounts import format_bytes
 from ..memory.planner import SLACK_BYTES

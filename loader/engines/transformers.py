@@ -18,8 +18,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..checkpoint.folder import Checkpoint, shard_names
 from ..checkpoint.headers import TensorEntry
-from ..checkpoint.resolve import Checkpoint, shard_names
 from ..errors import PolicyError, UnsupportedCheckpointError
 from ..load import load_into
 from ..model import transformers_api

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.index import CheckpointIndex
-from ..checkpoint.resolve import Checkpoint
 from ..draft import Draft, plan_draft
 from ..errors import MemoryBudgetError, PolicyError
 from ..memory.amounts import format_bytes

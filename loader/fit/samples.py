@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.source import Source, read_bytes
 from ..draft import Draft
 from ..geometry.layout import WeightLayout

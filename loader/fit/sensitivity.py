@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ..cache.key import entry_key
-from ..checkpoint.resolve import Checkpoint, resolved
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.resolve import resolved
 from ..errors import PolicyError
 from ..kernels.nl4_levels import LEVELS
 from ..load import load_quantized

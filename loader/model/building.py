@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.headers import TensorEntry
-from ..checkpoint.resolve import Checkpoint
 from . import transformers_api
 from .quantized import GivenMethod, quantized_modules, refuse_to_save
 from .routes import CheckpointMap

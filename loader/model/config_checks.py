@@ -13,8 +13,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from ..checkpoint.folder import CONFIG_NAME
 from ..checkpoint.headers import TensorEntry
-from ..checkpoint.resolve import CONFIG_NAME
 from ..errors import CheckpointError, UnsupportedCheckpointError
 
 COUNTS_ANYWAY = 1 << 17

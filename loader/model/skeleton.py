@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint.folder import CONFIG_NAME, Checkpoint
 from ..checkpoint.headers import TensorEntry
-from ..checkpoint.resolve import CONFIG_NAME, Checkpoint
 from ..checkpoint.small_files import MODEL_FILES, check_small_files
 from ..errors import CheckpointError
 from ..schemes.base import LinearScheme, MoEScheme

@@ -33,7 +33,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 from transformers.monkey_patching import patch_output_recorders
 
-from ..checkpoint.resolve import CONFIG_NAME, GENERATION_CONFIG_NAME
+from ..checkpoint.folder import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ..checkpoint.small_files import MODEL_FILES, check_values, read_small_file
 from ..errors import CheckpointError, QuantloadError, UnsupportedCheckpointError
 from ..interrupts import interrupt_held

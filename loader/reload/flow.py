@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..cache.session import NoCache
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.pieces import Piece
 from ..checkpoint.reader import PieceReader, ReadTotals
-from ..checkpoint.resolve import Checkpoint, resolved
+from ..checkpoint.resolve import resolved
 from ..digest import model_digest
 from ..draft import Draft, draft_load
 from ..interrupts import interrupt_kept

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.index import read_index
-from ..checkpoint.resolve import Checkpoint
 from ..errors import PolicyError
 from ..options import LoadOptions
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.headers import TensorEntry
-from ..checkpoint.resolve import Checkpoint
 from ..errors import IncompleteModelError, PolicyError, QuantloadError
 from ..geometry.regions import Region
 from ..model import transformers_api

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.index import CheckpointIndex
-from ..checkpoint.resolve import Checkpoint
 from ..draft import Draft, draft_load
 from ..model.attach import OnFinished
 from ..model.coordinates import Coordinates

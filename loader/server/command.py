@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checkpoint.resolve import Checkpoint, resolve
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.resolve import resolve
 from ..dummy import Weights
 from ..errors import LoadCancelledError, PolicyError, UnsupportedCheckpointError
 from ..load import load_quantized

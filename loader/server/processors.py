@@ -23,7 +23,7 @@ from typing import Any
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.folder import Checkpoint
 from ..errors import CheckpointError
 from ..tokenizer import WHAT_TO_DO, chat_templates, is_of_library, load_processor, processor_files, said
 from .transformers_serving import try_response_template

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantload.checkpoint import FileSource, Piece, PieceReader, read_index, resolve
+from quantload.checkpoint import FileSource, Piece, PieceReader, read_index
 from quantload.checkpoint import device as device_module
 from quantload.checkpoint.device import DeviceMemory, DeviceWorkspace
 from quantload.checkpoint.index import CheckpointIndex
 from quantload.checkpoint.reader import ReadTotals
+from quantload.checkpoint.resolve import resolve
 from quantload.checkpoint.workspace import Workspace
 from quantload.errors import MemoryBudgetError, PolicyError
 from safetensors.torch import save_file

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from quantload.checkpoint import Checkpoint, read_index, resolve
+from quantload.checkpoint import Checkpoint, read_index
+from quantload.checkpoint.resolve import resolve
 from quantload.errors import (
     CheckpointError,
     CorruptHeaderError,

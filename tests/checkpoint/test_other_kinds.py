@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantload.checkpoint import read_index, resolve
+from quantload.checkpoint import read_index
+from quantload.checkpoint.resolve import resolve
 from quantload.errors import CheckpointError, MissingShardError, QuantloadError, UnsupportedCheckpointError
 from shard_files import shard_bytes
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantload.checkpoint import Barrier, FileSource, Piece, PieceReader, Shard, Workspace, read_index, resolve
+from quantload.checkpoint import Barrier, FileSource, Piece, PieceReader, Shard, Workspace, read_index
 from quantload.checkpoint.pieces import Lines
+from quantload.checkpoint.resolve import resolve
 from quantload.errors import LoadCancelledError, PolicyError, TruncatedShardError
 from shard_files import MemorySource, write_sharded
 from torch import Tensor

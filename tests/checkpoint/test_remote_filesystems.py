@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from quantload.checkpoint import resolve
 from quantload.checkpoint.remote.client import ChangedError, MissingError, PassingError, RefusedError
 from quantload.checkpoint.remote.filesystems import FilesystemClient, known_schemes
 from quantload.checkpoint.remote.requests import Requests, nothing_stops
+from quantload.checkpoint.resolve import resolve
 from quantload.errors import ChangedFileError, UnsupportedCheckpointError
 
 fsspec = pytest.importorskip("fsspec")

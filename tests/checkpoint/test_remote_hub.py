@@ -7,9 +7,9 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from quantload.checkpoint import resolve
 from quantload.checkpoint.remote.client import MissingError, PassingError, PassingKind, RefusedError, Tag
 from quantload.checkpoint.remote.hub import HubClient
+from quantload.checkpoint.resolve import resolve
 from quantload.errors import CheckpointError
 from range_server import COMMIT, Fault, RangeServer
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from quantload.addresses import parse_address
-from quantload.checkpoint import resolve
 from quantload.checkpoint.remote.client import (
     ChangedError,
     MissingError,
@@ -17,6 +16,7 @@ from quantload.checkpoint.remote.client import (
     RefusedError,
     Tag,
 )
+from quantload.checkpoint.resolve import resolve
 from quantload.errors import CheckpointError, PolicyError, UnsupportedCheckpointError
 from range_server import Fault, RangeServer
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from quantload.checkpoint import resolve
+from quantload.checkpoint.resolve import resolve
 from quantload.errors import CheckpointError, QuantloadError
 from shard_files import shard_bytes
 
@@ -45,7 +45,7 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    module = sys.modules[resolve.__module__]  # the package's attribute of that name is the function
+    module = sys.modules[resolve.__module__]
     stand_in = Hub(tmp_path)
     monkeypatch.setattr(module, "snapshot_download", stand_in.download)
     return stand_in

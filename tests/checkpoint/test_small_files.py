@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from quantload.checkpoint import resolve
+from quantload.checkpoint.resolve import resolve
 from quantload.checkpoint.small_files import (
     MAX_CONFIG_BYTES,
     MIB,

@@ -14,7 +14,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]  # what transformers and the hub read cards with
 from huggingface_hub import ModelCard
 from quantload import LoadOptions, QuantizationPolicy, cli, convert_checkpoint
-from quantload.checkpoint.resolve import Checkpoint
+from quantload.checkpoint.folder import Checkpoint
 from quantload.convert.model_card import Conversion, base_model, command_line, license_files, model_card
 from quantload.errors import UnsafePathError
 from quantload.memory.report import LoadReport

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from quantload import cli, load_quantized
-from quantload.checkpoint import resolve
+from quantload.checkpoint.resolve import resolve
 from quantload.cli import DEMO_MODEL
 from quantload.server import ServerState
 from quantload.server import command as server_command

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantload.checkpoint import FileSource, read_index, resolve
+from quantload.checkpoint import FileSource, read_index
+from quantload.checkpoint.resolve import resolve
 from quantload.engines.arrivals import Arrivals
 from quantload.engines.closures import (
     EngineLayer,

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from quantload.checkpoint import FileSource, read_index, resolve
+from quantload.checkpoint import FileSource, read_index
+from quantload.checkpoint.resolve import resolve
 from quantload.engines import origin as origins
 from quantload.engines.arrivals import Arrivals
 from quantload.engines.lazy import LazyTensor

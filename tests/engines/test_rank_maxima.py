@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import torch.distributed as dist
-from quantload.checkpoint import FileSource, read_index, resolve
+from quantload.checkpoint import FileSource, read_index
+from quantload.checkpoint.resolve import resolve
 from quantload.engines.closures import EngineLayer, quantized_experts, quantized_linear
 from quantload.engines.experts_host import EngineExperts
 from quantload.engines.origin import CheckpointOrigin

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from quantload import LoadOptions, LoadReport, QuantizationPolicy, cli, load_quantized, plan_quantized
-from quantload.checkpoint import resolve
+from quantload.checkpoint.resolve import resolve
 
 
 @pytest.fixture(scope="module")

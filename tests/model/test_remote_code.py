@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from quantload.checkpoint.resolve import Checkpoint
+from quantload.checkpoint.folder import Checkpoint
 from quantload.errors import QuantloadError
 from quantload.model.remote_code import code_of, warn_of_code
 from quantload.model.skeleton import find_model

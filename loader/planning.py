@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .checkpoint.folder import Checkpoint
 from .draft import Draft, plan_draft
 from .fit.policy import Fitted, apply_fit
 from .fit.warning import warn_of_schemes
@@ -15,7 +16,7 @@ from .schemes.names import SchemeName
 
 
 def plan_quantized(
-    model_id: str | Path,
+    model_id: str | Path | Checkpoint,
     quantization: SchemeName | str = "auto",
     *,
     fit: int | str | None = None,
@@ -42,7 +43,7 @@ def plan_quantized(
 
 
 def plan_fitted(
-    model_id: str | Path,
+    model_id: str | Path | Checkpoint,
     quantization: str,
     *,
     device: str | torch.device,

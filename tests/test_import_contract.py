@@ -112,7 +112,7 @@ FLOORS: dict[str, Floor] = {
         f"{GROUND} checkpoint memory schemes draft fit.peaks fit.expected_loss fit.choice fit.samples",
         "what one could choose, side by side",
     ),
-    "planning": Floor(f"{GROUND} draft fit.policy fit.warning", "a load asked for its plan alone"),
+    "planning": Floor(f"{GROUND} checkpoint draft fit.policy fit.warning", "a load asked for its plan alone"),
     "fit.check": Floor(f"{GROUND} memory model draft fit.peaks", "what a draft finds on this machine"),
     "phases": Floor("memory", "a clock"),
     "spans": Floor("memory", "tells a tracer that others have imported"),
@@ -179,7 +179,7 @@ FLOORS: dict[str, Floor] = {
     "cli.pages": Floor("errors addresses memory page", "what a command leaves for a browser"),
     "cli.output": Floor("errors shortage memory", "what a command prints, whatever it did"),
     "cli.preparing": Floor(
-        f"{GROUND} memory ranks.launch fit.sensitivity cli.model_options cli.options",
+        f"{GROUND} checkpoint memory ranks.launch fit.sensitivity cli.model_options cli.options",
         "what is said before a command begins",
     ),
     "cli.compare": Floor(

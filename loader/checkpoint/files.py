@@ -14,7 +14,7 @@ from .identity import FileIdentities
 from .other_kinds import folder_error
 from .paths import locate
 from .samples import sampled
-from .source import FileSource, Reads, Source
+from .source import ColdBefore, FileSource, Reads, Source
 
 
 class ReadAhead(NamedTuple):
@@ -84,13 +84,16 @@ class FolderFiles:
     def __init__(self, root: Path) -> None:
         self._root = root
         self.identities = FileIdentities(root)
+        self.cold_before: dict[str, ColdBefore] = {}
+        """What was not in the page cache before it was brought in, by the name of the file."""
 
     def source(self, options: LoadOptions | None = None) -> Source:
         """The files as they lie there."""
         options = options or LoadOptions()
         return FileSource(
-            self._root, page_cache=options.page_cache, retries=options.retries, identities=self.identities
-        )
+            self._root, page_cache=options.page_cache, retries=options.retries, identities=self.identities,
+            cold_before=self.cold_before,
+        )  # fmt: skip
 
     def read_ahead(self, options: LoadOptions, total_bytes: int) -> ReadAhead:
         """Nothing: the page cache is the system's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from ..kernels.system_calls import DONTNEED, NORMAL, RANDOM, SEQUENTIAL, WILLNEED
@@ -36,21 +36,37 @@ class CacheWindows:
 
     `keep` calls every window warm and `drop` every window cold. `auto` asks the kernel with `RWF_NOWAIT`: a window is
     warm when both of its sampled pages answer. The samples are random, because a probe that misses makes the kernel
-    read that very page, and the next load must not take it for a warm window.
+    read that very page, and the next load must not take it for a warm window. `before` is what `cold` was for somebody
+    who asked the kernel earlier, and counts instead: the file may have been brought in since.
     """
 
     __slots__ = ("_ask_ahead", "_cold", "_size", "_window", "any_cold", "used")
 
-    def __init__(self, size: int, policy: PageCache, fd: int, calls: ProbeCalls, device: int | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        policy: PageCache,
+        fd: int,
+        calls: ProbeCalls,
+        device: int | None = None,
+        before: Sequence[bool] | None = None,
+    ) -> None:
         self._ask_ahead = kernel_readahead(device) < _ENOUGH_READAHEAD
         self._size = size
         self._window = max(_MIN_WINDOW, -(-size // _MAX_WINDOWS))
         count = -(-size // self._window)
         self._cold = [policy == "drop"] * count
-        if policy == "auto":
+        if policy == "auto" and before is not None:
+            self._cold = [*before]
+        elif policy == "auto":
             self._probe(fd, calls)
         self.any_cold = any(self._cold)
         self.used = False
+
+    @property
+    def cold(self) -> tuple[bool, ...]:
+        """Of each window, whether it was cold."""
+        return tuple(self._cold)
 
     def _probe(self, fd: int, calls: ProbeCalls) -> None:
         nowait = getattr(os, "RWF_NOWAIT", 0)

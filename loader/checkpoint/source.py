@@ -7,15 +7,15 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from ..errors import CheckpointError, MissingShardError, TruncatedShardError
 from ..kernels import system_calls
 from ..options import PageCache
-from .identity import FileIdentities
+from .identity import FileIdentities, FileIdentity
 from .pagecache import CacheWindows
 from .paths import locate
 from .retry import RETRIES, may_retry
@@ -115,6 +115,13 @@ class FileCalls:
         system_calls.advise(fd, offset, length, advice)
 
 
+class ColdBefore(NamedTuple):
+    """Which windows of a file were cold when somebody looked, and which file that was."""
+
+    file: FileIdentity
+    windows: tuple[bool, ...]
+
+
 @dataclass(slots=True)
 class _File:
     path: str
@@ -132,7 +139,7 @@ class FileSource(Source):
     from 10 ms on; then `CheckpointError`. A file that is not the one it was when it was first opened, by this source or
     another one with the same `identities`, is a `ChangedFileError`. At most `max_open` files stay open. `page_cache`:
     `auto` leaves what was in the page cache before and drops the rest behind the reader, `keep` drops nothing, `drop`
-    everything.
+    everything. What was in the page cache is what `cold_before` says of files that somebody looked at earlier.
     """
 
     read_bytes = 2 << 20
@@ -146,6 +153,7 @@ class FileSource(Source):
         max_open: int = 64,
         calls: FileCalls | None = None,
         identities: FileIdentities | None = None,
+        cold_before: Mapping[str, ColdBefore] | None = None,
     ) -> None:
         self._root = Path(root)
         self._policy: PageCache = page_cache
@@ -153,6 +161,7 @@ class FileSource(Source):
         self._max_open = max_open
         self._calls = calls or FileCalls()
         self._identities = identities or FileIdentities(self._root)
+        self._cold_before = cold_before or {}
         self._files: dict[str, _File] = {}
         self._lock = threading.Lock()
         self._keeps = False
@@ -282,7 +291,9 @@ class FileSource(Source):
             self._identities.compare(file.path, status)
             if file.cache is None:
                 # Here, because after the first read nobody can tell what was warm before.
-                file.cache = CacheWindows(status.st_size, self._policy, fd, self._calls, status.st_dev)
+                known = self._cold_before.get(file.path)
+                before = known.windows if known is not None and known.file == FileIdentity.of(status) else None
+                file.cache = CacheWindows(status.st_size, self._policy, fd, self._calls, status.st_dev, before)
         except BaseException:
             self._calls.close(fd)
             raise

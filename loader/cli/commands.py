@@ -33,7 +33,16 @@ from .options import ConvertOptions, Html, Json, Model, ModelOptions, PlanOption
 from .output import print_json, show, tables, tell, to_stdout
 from .pages import failure_written, typed, write_report_page
 from .preparing import DEMO_MODEL as DEMO_MODEL
-from .preparing import LoadFormat, libraries, model_address, sensitivity_measured, weights_kind, writable
+from .preparing import (
+    LoadFormat,
+    found_here,
+    libraries,
+    libraries_while_reading,
+    model_address,
+    sensitivity_measured,
+    weights_kind,
+    writable,
+)
 from .serve import serve
 
 app = typer.Typer(
@@ -78,10 +87,12 @@ def load(
     settle_threads(chosen.forward.threads)
     arguments = chosen.arguments()
     report, html = writable(report), writable(html, "--html")
-    given = model_address(model, chosen.source)
-    with failure_written(html if launched().rank == 0 else None, given, arguments["quantization"], arguments["device"]):
+    address = model_address(model, chosen.source)
+    page = html if launched().rank == 0 else None
+    with failure_written(page, address, arguments["quantization"], arguments["device"]):
+        given = found_here(model, chosen.source)
         sensitivity_measured(model, chosen, arguments)
-        with libraries():
+        with libraries_while_reading(given, load_format, arguments["options"]):
             from ..load import load_quantized
 
         with process_group(arguments["device"]):
@@ -113,13 +124,14 @@ def plan(
     chosen.logs.set_up()
     settle_threads(chosen.forward.threads)
     arguments, save_policy = chosen.arguments(), writable(save_policy, "--save-policy")
+    given = found_here(model, chosen.source)
     sensitivity_measured(model, chosen, arguments)
     with libraries():
         from ..fit.check import beside_peak, judge_draft
         from ..fit.warning import scheme_warning
         from ..planning import plan_fitted
 
-    draft, fitted = plan_fitted(model_address(model, chosen.source), **arguments)
+    draft, fitted = plan_fitted(given, **arguments)
     modules = [
         {"name": a.name, "kind": a.kind, "scheme": a.scheme.name if a.scheme is not None else None, "reason": a.reason}
         for a in draft.assignments
@@ -185,12 +197,13 @@ def convert(
     chosen.logs.set_up()
     arguments = chosen.arguments()
     report = writable(report)
+    given = found_here(model, chosen.source)
     sensitivity_measured(model, chosen, arguments)
-    with libraries():
+    with libraries_while_reading(given, "auto", arguments["options"]):
         from ..convert.flow import convert_checkpoint
 
     made = convert_checkpoint(
-        chosen.source.address(model), out, format=checkpoint_format, max_shard_bytes=max_shard_size,
+        given, out, format=checkpoint_format, max_shard_bytes=max_shard_size,
         progress=chosen.logs.progress(), model_card=not no_model_card, **arguments,
     )  # fmt: skip
     tell(made, report, as_json)
@@ -204,7 +217,8 @@ def schemes(
     as_json: Json = False,
 ) -> None:
     """Say what there is for each scheme and format: layers, checkpoints read and written, activations, kernels."""
-    from ..schemes.listing import list_read_only, list_schemes, print_schemes
+    with libraries():
+        from ..schemes.listing import list_read_only, list_schemes, print_schemes
 
     if as_json:
         print_json({"device": device, "schemes": list_schemes(device), "read_only": list_read_only()})

@@ -14,7 +14,7 @@ from .groups import command_with_groups
 from .model_options import PolicyOptions, SourceOptions
 from .options import Device, Json, LogOptions, Model
 from .output import print_json, tables, to_stdout
-from .preparing import libraries, model_address
+from .preparing import found_here, libraries
 
 if TYPE_CHECKING:
     from ..fit.comparing import Comparison
@@ -45,11 +45,12 @@ def compare(
     """Say what each scheme would take and is expected to lose, from the headers and a few weights."""
     chosen.logs.set_up()
     names = [] if schemes is None else [name.strip() for name in schemes.split(",")]
+    given = found_here(model, chosen.source)
     with libraries():
         from ..fit.comparing import compare_schemes
 
     found = compare_schemes(
-        *(model_address(model, chosen.source), names), device=chosen.device, policy=chosen.chosen.policy(),
+        *(given, names), device=chosen.device, policy=chosen.chosen.policy(),
         **chosen.source.values(),
     )  # fmt: skip
     if as_json:

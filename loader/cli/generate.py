@@ -13,7 +13,7 @@ from ..threads import settle_threads
 from .groups import command_with_groups
 from .options import Json, Model, ModelOptions
 from .output import print_json, to_stdout
-from .preparing import LoadFormat, libraries, model_address, sensitivity_measured, weights_kind
+from .preparing import LoadFormat, found_here, libraries_while_reading, sensitivity_measured, weights_kind
 
 SEED_BITS = 32
 
@@ -69,14 +69,14 @@ def generate(
     chosen.logs.set_up()
     settle_threads(chosen.forward.threads)
     arguments = chosen.arguments()
+    given, is_first = found_here(model, chosen.source), launched().rank == 0
     sensitivity_measured(model, chosen, arguments)
-    with libraries():
+    with libraries_while_reading(given, load_format, arguments["options"]):
         from ..checkpoint.resolve import resolved
         from ..generating import answer, read_prompt
         from ..load import load_quantized
 
-    address, is_first = model_address(model, chosen.source), launched().rank == 0
-    with resolved(address, arguments.pop("revision")) as checkpoint, process_group(arguments["device"]):
+    with resolved(given, arguments.pop("revision")) as checkpoint, process_group(arguments["device"]):
         asked = read_prompt(
             checkpoint, prompt, raw=raw, max_new_tokens=max_new_tokens,
             trust_remote_code=arguments["trust_remote_code"],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,10 @@ from ..ranks.launch import launched
 from ..shortage import importing
 from .model_options import SourceOptions
 from .options import ConvertOptions, PlanOptions
+
+if TYPE_CHECKING:
+    from ..checkpoint.folder import Checkpoint
+    from ..options import LoadOptions
 
 LoadFormat = Annotated[
     Literal["auto", "dummy"],
@@ -55,6 +59,26 @@ def libraries() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def libraries_while_reading(model: str | Path | Checkpoint, load_format: str, options: LoadOptions) -> Iterator[None]:
+    """`libraries`, and meanwhile the kernel reads weights that the load will read, where they are in a folder here.
+
+    It reads a quarter at most of the memory that is free, and nothing where the process is limited in what it may map.
+    """
+    from ..checkpoint.folder import Checkpoint
+
+    with ExitStack() as meanwhile:
+        if isinstance(model, Checkpoint) and load_format != "dummy" and options.cache is None:
+            from ..checkpoint.bringing_in import bringing_in
+            from ..memory.limits import memory_limits
+
+            limits = memory_limits()
+            room = 0 if any(limit.is_virtual for limit in limits) else min(limit.available for limit in limits)
+            meanwhile.enter_context(bringing_in(model, room // 4))
+        meanwhile.enter_context(libraries())
+        yield
+
+
 def sensitivity_measured(model: str | None, chosen: ConvertOptions | PlanOptions, arguments: dict[str, Any]) -> None:
     """Put into the options what --sensitivity asks for."""
     text = chosen.fitting.sensitivity
@@ -70,6 +94,23 @@ def sensitivity_measured(model: str | None, chosen: ConvertOptions | PlanOptions
         device=arguments.get("device", "cpu"), progress=chosen.logs.progress(), **chosen.source.values(),
     )  # fmt: skip
     arguments["options"] = replace(arguments["options"], fit_sensitivity=found)
+
+
+def found_here(model: str | None, source: SourceOptions) -> str | Path | Checkpoint:
+    """The checkpoint in a folder here, looked at before anything is imported; the address of what is elsewhere.
+
+    Raises `CheckpointError` for what is neither, and for a folder without a config.
+    """
+    address = model_address(model, source)
+    if launched().ranks > 1:
+        return address  # ranks tell each other of errors, once they have a process group
+    from ..checkpoint.folder import resolve_folder
+
+    here = resolve_folder(address, source.revision)
+    if here is None:
+        return address
+    here.config()
+    return here
 
 
 def model_address(model: str | None, source: SourceOptions) -> str | Path:

@@ -11,7 +11,7 @@ from ..ranks.launch import process_group
 from ..threads import settle_threads
 from .groups import command_with_groups
 from .options import Model, ModelOptions
-from .preparing import display_name, libraries, model_address, sensitivity_measured, weights_kind
+from .preparing import display_name, found_here, libraries_while_reading, sensitivity_measured, weights_kind
 from .serve_options import ServeOptions
 
 logger = logging.getLogger("quantload")
@@ -26,8 +26,9 @@ def serve(*, model: Model = None, serving: ServeOptions, chosen: ModelOptions) -
         logger.warning("Other users see --api-key in the process list; use QUANTLOAD_API_KEY or --api-key-file instead")
     settle_threads(chosen.forward.threads)
     arguments = chosen.arguments()
+    given = found_here(model, chosen.source)
     try:
-        with libraries():
+        with libraries_while_reading(given, serving.load_format, arguments["options"]):
             from ..server.command import serve_model
     except ImportError as error:
         raise PolicyError(f"serving needs more packages ({error.name}): pip install 'quantload[serve]'") from error
@@ -35,7 +36,7 @@ def serve(*, model: Model = None, serving: ServeOptions, chosen: ModelOptions) -
     chosen.logs.set_up_server()
     with process_group(arguments["device"]):
         serve_model(
-            model_address(model, chosen.source), host=serving.host, port=serving.port, api_key=serving.api_key,
+            given, host=serving.host, port=serving.port, api_key=serving.api_key,
             api_key_file=serving.api_key_file, allowed_hosts=serving.allowed_host or (),
             served_model_name=serving.served_model_name or display_name(model),
             continuous_batching=serving.continuous_batching, max_queue=serving.max_queue,

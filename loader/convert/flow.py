@@ -71,7 +71,7 @@ _KEY_VERSION = 4
 
 
 def convert_checkpoint(
-    model_id: str | Path,
+    model_id: str | Path | Checkpoint,
     out: str | Path,
     quantization: SchemeName | str = "auto",
     *,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.resolve import resolved
 from ..draft import Draft, plan_draft
 from ..errors import PolicyError
@@ -55,7 +56,7 @@ class Comparison:
 
 
 def compare_schemes(
-    model_id: str | Path,
+    model_id: str | Path | Checkpoint,
     schemes: Collection[str] = (),
     *,
     device: str | torch.device = "auto",

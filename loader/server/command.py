@@ -41,7 +41,7 @@ SHUTDOWN_SECONDS = 5.0
 
 
 def serve_model(
-    model_id: str | Path,
+    model_id: str | Path | Checkpoint,
     quantization: SchemeName | str,
     *,
     device: str,

@@ -685,10 +685,58 @@ def test_a_command_without_address_space_for_its_libraries_or_its_load_is_out_of
 # Startup
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, quantload.cli; print(sorted({'torch', 'transformers', 'numba'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout == "[]\n"
+WITHOUT_TORCH = """
+import json, sys
+for name in ("torch", "transformers", "numba", "numpy", "huggingface_hub"):
+    sys.modules[name] = None  # whoever imports it fails
+from quantload.cli import main
+codes = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["quantload", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        codes.append(ended.code or 0)
+print("codes", codes)
+"""
+
+
+def without_torch(*commands: list[str]) -> tuple[list[int], str, str]:
+    """Exit codes, stdout and stderr of commands that can import nothing large."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)],
+        capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    out, codes = done.stdout.rsplit("codes ", 1)
+    return json.loads(codes), out, done.stderr
+
+
+def test_what_needs_no_torch_does_not_import_it(tmp_path: Path) -> None:
+    numbers = dict.fromkeys(
+        ("seconds", "bytes_read", "checkpoint_bytes", "final_bytes", "peak_bytes", "staging_peak_bytes",
+         "baseline_bytes", "predicted_final_bytes", "predicted_peak_bytes"), 1,
+    )  # fmt: skip
+    saved = tmp_path / "report.json"
+    saved.write_text(json.dumps({"model": "m", "quantization": "none", "device": "cpu", **numbers}))
+    page = str(tmp_path / "page.html")
+    codes, out, err = without_torch(
+        ["--version"], ["--help"], ["load", "--help"], ["report", str(saved)], ["report", str(saved), "--html", page]
+    )
+    assert (codes, err) == ([0] * 5, "")
+    assert "--max-memory" in out
+
+
+def test_a_model_that_is_not_there_is_told_before_anything_is_imported(tmp_path: Path) -> None:
+    missing, empty = f"{tmp_path}/missing", tmp_path / "empty"
+    empty.mkdir()
+    more = {"generate": ["--prompt", "x"], "convert": [str(tmp_path / "out")]}
+    commands = ("load", "plan", "compare", "serve", "generate", "convert")
+    codes, out, err = without_torch(
+        *([command, model, *more.get(command, [])] for command in commands for model in (missing, str(empty)))
+    )
+    assert (codes, out) == ([3] * 12, "")
+    assert err.count(f"{missing!r} is no folder here") == 6
+    assert err.count("has no config.json") == 6
 
 
 def test_help_lists_every_command() -> None:

@@ -17,7 +17,7 @@ from .load_options import LoadOptionsGroup, StreamOptions
 from .model_options import PolicyOptions
 from .options import Json, Model, PlanOptions
 from .output import print_json, tables, to_stdout
-from .preparing import libraries, model_address, sensitivity_measured
+from .preparing import found_here, libraries_while_reading, sensitivity_measured
 
 if TYPE_CHECKING:
     from ..fit.evaluating import Evaluated, Evaluation
@@ -81,12 +81,13 @@ def evaluate(
     chosen.logs.set_up()
     settle_threads(chosen.forward.threads)
     arguments = chosen.arguments()
+    given = found_here(model, chosen.source)
     sensitivity_measured(model, chosen, arguments)
-    with libraries():
+    with libraries_while_reading(given, "auto", arguments["options"]):
         from ..fit.evaluating import evaluate_schemes
 
     found = evaluate_schemes(
-        *(model_address(model, chosen.source), text), reference=reference, tokens=tokens,
+        *(given, text), reference=reference, tokens=tokens,
         progress=chosen.logs.progress(), **arguments,
     )  # fmt: skip
     if as_json:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..checkpoint.resolve import Checkpoint, resolved
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.resolve import resolved
 from ..draft import plan_draft
 from ..errors import PolicyError
 from ..load import load_quantized

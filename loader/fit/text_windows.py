@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint.resolve import Checkpoint
+from ..checkpoint.folder import Checkpoint
 from ..errors import PolicyError, UnsupportedCheckpointError
 from ..model.attention_cache import context_length
 from ..model.skeleton import find_model

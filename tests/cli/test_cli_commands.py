@@ -729,14 +729,16 @@ def test_what_needs_no_torch_does_not_import_it(tmp_path: Path) -> None:
 def test_a_model_that_is_not_there_is_told_before_anything_is_imported(tmp_path: Path) -> None:
     missing, empty = f"{tmp_path}/missing", tmp_path / "empty"
     empty.mkdir()
-    more = {"generate": ["--prompt", "x"], "convert": [str(tmp_path / "out")]}
-    commands = ("load", "plan", "compare", "serve", "generate", "convert")
+    text = tmp_path / "text"
+    text.write_text("words " * 4096)
+    more = {"generate": ["--prompt", "x"], "convert": [str(tmp_path / "out")], "eval": ["--text", str(text)]}
+    commands = ("load", "plan", "compare", "serve", "generate", "convert", "eval")
     codes, out, err = without_torch(
         *([command, model, *more.get(command, [])] for command in commands for model in (missing, str(empty)))
     )
-    assert (codes, out) == ([3] * 12, "")
-    assert err.count(f"{missing!r} is no folder here") == 6
-    assert err.count("has no config.json") == 6
+    assert (codes, out) == ([3] * 14, "")
+    assert err.count(f"{missing!r} is no folder here") == 7
+    assert err.count("has no config.json") == 7
 
 
 def test_help_lists_every_command() -> None:

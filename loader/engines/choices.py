@@ -22,6 +22,9 @@ POLICY_FIELDS = frozenset(field.name for field in fields(QuantizationPolicy)) - 
 OPTION_FIELDS = frozenset({"activations", "chunk_bytes", "kernels", "staging_bytes", "stats", "workers", "page_cache"})
 """The options of a load that mean something where an engine drives it."""
 
+DECODED = "decoded_from"
+"""The field of a `quantization_config` of ours that says which tool has quantized the checkpoint already."""
+
 MERGED: Mapping[str, Sequence[str]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -58,6 +61,25 @@ def read_options(
 def is_stored(config: Mapping[str, Any], name: str) -> bool:
     """Whether a `quantization_config` is that of a tool whose checkpoints are read here, and no options for `name`."""
     return config.get("quant_method") in READERS and config["quant_method"] != name
+
+
+def are_options(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a `quantization_config` has nothing but options for `name`, or for it without our prefix."""
+    others = set(config) - {"quant_method"}
+    return config.get("quant_method") in (name, name.removeprefix(PREFIX)) and others <= POLICY_FIELDS | OPTION_FIELDS
+
+
+def say_decoded(hf_config: Any, name: str, method: str) -> None:
+    """Have the config of a model say that it is quantized to `name`, and decoded from what tool `method` has stored.
+
+    An engine's models ask it how their weights are stored, and they get values.
+    """
+    hf_config.quantization_config = said = {"quant_method": name, DECODED: method}
+    if getattr(hf_config, "compression_config", None) is not None:
+        hf_config.compression_config = None
+    text: Any = getattr(hf_config, "text_config", None)
+    if getattr(text, "quantization_config", None) is not None:
+        text.quantization_config = said
 
 
 class LayerChoices:

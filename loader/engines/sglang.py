@@ -2,7 +2,7 @@
 
 `register` is the entry point `sglang.srt.plugins`, which SGLang calls in each of its processes before it parses
 arguments: names are made known, and hooks are put where it looks a name up, reads a checkpoint and loads a model. What
-has to do with layers cannot be imported yet; the first hook that runs does it (`sglang_methods`).
+has to do with layers cannot be imported yet; the first hook that runs does it (`sglang_verify`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .sglang_names import LOAD, NAMES, VERIFY, WEIGHTS
 
 def verify_quantization(original: Callable[[Any], None], model_config: Any) -> None:
     """Around `ModelConfig._verify_quantization`: our names, and those whose own implementation cannot run here."""
-    from .sglang_methods import verify
+    from .sglang_verify import verify
 
     verify(original, model_config)
 

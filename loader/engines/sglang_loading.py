@@ -13,7 +13,9 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
 from torch import nn
 
+from ..checkpoint.quantization_config import FIELD
 from ..errors import UnsupportedCheckpointError
+from .choices import DECODED
 from .closures import check_complete, engine_layers
 from .engine_load import EngineLoad, tell
 from .sglang_methods import QuantloadConfig
@@ -59,6 +61,9 @@ def _lazy(original: Callable[..., Any], loader: Any, source: Any, named: dict[st
     folder, files, is_safetensors = _files(loader, source, named.get("resolved_source"))
     load = _running.get()
     if not is_safetensors or load is None:
+        tool = (getattr(source.model_config.hf_config, FIELD, None) or {}).get(DECODED)
+        if tool is not None:
+            raise UnsupportedCheckpointError(f"{folder}: of checkpoints by {tool} only safetensors files are read")
         yield from original(loader, source, **named)
         return
     tensors = load.tensors(folder, files)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from sglang.srt.distributed.parallel_state import GroupCoordinator, get_moe_tp_group
 from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
-from sglang.srt.layers import quantization as sglang_quantization
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
@@ -21,34 +19,26 @@ from sglang.srt.layers.quantization.base_config import (
 )
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
-from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_server_args
-from sglang.srt.utils import is_cpu, is_cuda, is_gfx95_supported, is_hip
+from sglang.srt.utils import is_cuda
 
 from ..errors import PolicyError
 from ..options import LoadOptions, QuantizationPolicy
 from ..schemes.linear import QuantizedLinearScheme
 from ..schemes.moe import QuantizedMoEScheme
 from ..schemes.policy import HEAD
-from .choices import LayerChoices, read_options
+from .choices import DECODED, LayerChoices, read_options
 from .closures import EngineLayer, quantized_experts
 from .engine_load import Kept
 from .experts_host import EngineExperts, Gate
 from .linear_method import LinearMethod
-from .names import PREFIX
 from .rank_maxima import RankMaxima, expert_divisions
-from .sglang_names import LOAD, NAMES, VERIFY, WEIGHTS
+from .sglang_names import NAMES
 
-logger = logging.getLogger(__name__)
-
-OWN: Mapping[str, Callable[[], bool]] = {
-    "quark_mxfp4": is_gfx95_supported,
-    "quark_int4fp8_moe": is_hip,
-    "mxfp8": lambda: not is_cpu(),
-}
-"""The schemes that SGLang has by the same name, and where its own can run."""
 VALUES_WANTED = frozenset({"kv_b_proj"})
 """Linear layers whose weights SGLang computes with itself, when they are loaded."""
+DECODED_FORMATS = ("auto", "safetensors")
+"""Load formats whose tensors are read here, so that those of a quantized checkpoint come decoded."""
 FINAL_FORMATS = frozenset({"dummy", "sharded_state", "remote", "remote_instance"})
 """Load formats that fill in final tensors, or make them up: no checkpoint tensor comes to a closure."""
 
@@ -66,6 +56,8 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # SGLang's cla
         super().__init__()
         self.policy = policy or QuantizationPolicy(self.scheme)
         self.options = options or LoadOptions()
+        self.stored: str | None = None
+        """The tool that has quantized the checkpoint already."""
         self.kept: dict[str, Kept] = {}
         """The layers that stay as stored, and why."""
         self.is_loaded = False
@@ -99,8 +91,9 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # SGLang's cla
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantloadConfig:
         """What `--json-model-override-args` says; `PolicyError` for a field that means nothing."""
-        known = ("packed_modules_mapping", "hf_config", "requantization_method")
+        known = ("packed_modules_mapping", "hf_config", "requantization_method", DECODED)
         found = cls(*read_options(config, cls.scheme, cls.name, known))
+        found.stored = config.get(DECODED)
         found.packed_modules_mapping = config.get("packed_modules_mapping") or {}
         return found
 
@@ -129,6 +122,7 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # SGLang's cla
     def _choices_now(self) -> LayerChoices:
         """Made when the first layer is, on the device that the model is built on."""
         if self._choices is None:
+            _check_can_decode(self.stored, get_server_args().load_format)
             merged: Mapping[str, Sequence[str]] = {
                 name: parts for name, parts in self.packed_modules_mapping.items() if isinstance(parts, (list, tuple))
             }
@@ -158,54 +152,13 @@ def _config_class(scheme: str, name: str) -> type[QuantloadConfig]:
 CLASSES = {name: _config_class(scheme, name) for name, scheme in NAMES.items()}
 
 
-def ours(name: str | None) -> str | None:
-    """Our name for what `--quantization` says, where we answer to it here."""
-    if name is None or name in NAMES:
-        return name
-    own = OWN.get(name)
-    if f"{PREFIX}{name}" not in NAMES or (own is not None and own()):
-        return None
-    return f"{PREFIX}{name}"
-
-
-def verify(original: Callable[[Any], None], model_config: Any) -> None:
-    """Check what a model is to be quantized to; SGLang's own check where that is not for us."""
-    _make_known()
-    stored = model_config._parse_quant_hf_config() or {}
-    asked = model_config.quantization or _with_prefix(stored.get("quant_method"))
-    name = ours(None if asked is None else asked.lower())
-    if name is None:
-        original(model_config)
-        return
-    check_hooks()
-    if ours(stored.get("quant_method", name)) != name:
+def _check_can_decode(stored: str | None, load_format: Any) -> None:
+    """Raise `PolicyError` where a checkpoint is quantized and its tensors come by a way that does not decode them."""
+    if stored is not None and load_format not in (*DECODED_FORMATS, *FINAL_FORMATS):
         raise PolicyError(
-            f"--quantization {asked}: the checkpoint is quantized already ({stored['quant_method']}); leave the option "
-            f"out, and SGLang loads it as it is, or name a checkpoint that is not"
+            f"the checkpoint is quantized already ({stored}), and only --load-format {' or '.join(DECODED_FORMATS)} "
+            f"decodes it on its way; leave --quantization out, and SGLang loads it as it is if it can"
         )
-    if asked != name:
-        logger.info("--quantization %s is quantload's here: SGLang's own cannot run on this platform", asked)
-    model_config.quantization = name
-
-
-def check_hooks() -> None:
-    """Raise `PolicyError` where SGLang did not put our hooks in place, of which it only writes a line in its log."""
-    for target in (VERIFY, WEIGHTS, LOAD):
-        if target not in HookRegistry._patched:
-            raise PolicyError(
-                f"SGLang has not put quantload's hook on {target}: see 'Failed to apply hooks' in its log; "
-                f"docs/engines.md has the versions that were run"
-            )
-
-
-def _with_prefix(method: Any) -> str | None:
-    """A method that a config names, where it is ours beyond doubt: others may be what a checkpoint is stored in."""
-    return method if isinstance(method, str) and method.startswith(PREFIX) else None
-
-
-def _make_known() -> None:
-    for table in (sglang_quantization.QUANTIZATION_METHODS, sglang_quantization.CPU_QUANTIZATION_METHODS):
-        table.update(CLASSES)
 
 
 def _values_wanted(prefix: str) -> str | None:

@@ -15,11 +15,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from ..errors import PolicyError
 from ..options import LoadOptions, QuantizationPolicy
-from .choices import is_stored, read_options
+from .choices import DECODED, is_stored, read_options, say_decoded
 from .names import PREFIX, SCHEMES
-
-DECODED = "decoded_from"
-"""The field of a `quantization_config` of ours that says which tool has quantized the checkpoint already."""
 
 
 class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's classes are not typed for us
@@ -78,9 +75,8 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's class
                 f"--quantization {cls.name}: the checkpoint is quantized already, by {method}, which is not read here: "
                 f"{theirs if method in QUANTIZATION_METHODS else other}"
             )
-        for config in (hf_config, getattr(hf_config, "text_config", None)):
-            if config is not None and getattr(config, "quantization_config", None) is not None:
-                config.quantization_config = {"quant_method": cls.name, DECODED: method}
+        if hf_config is not None:
+            say_decoded(hf_config, cls.name, method)
         return cls.name
 
     @classmethod

@@ -53,7 +53,7 @@ def test_what_takes_weights_for_numbers_is_refused(model: Any) -> None:
     with pytest.raises(QuantizedWeightError, match=r"q_proj\.weight holds codes of a quantized weight"):
         accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(QuantizedWeightError, match="as when accelerate offloads a module.*load the model anew"):
+    with pytest.raises(QuantizedWeightError, match=r"as when accelerate offloads a module.*load the model anew"):
         model(IDS)
 
 

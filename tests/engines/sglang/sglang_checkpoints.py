@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -31,3 +32,12 @@ def save(folder: Path, seed: int) -> Path:
     model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="2MB")
     return folder
+
+
+def quantized(folder: Path, original: Path, method: str) -> Path:
+    """The checkpoint as a tool stores it, by the names of `quantized_copies`."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "end_to_end"))
+    from quantized_copies import METHODS, quantized_copy
+
+    copy, _ = quantized_copy(folder / "copies", original, *METHODS[method])
+    return copy

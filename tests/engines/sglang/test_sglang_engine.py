@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from quantload import LoadReport
-from sglang_checkpoints import PROMPTS, save
+from sglang_checkpoints import PROMPTS, quantized, save
 
 pytestmark = pytest.mark.sglang
 HERE = Path(__file__).parent
@@ -56,8 +56,11 @@ def asked_of(model: Path, update: Path | None = None, **options: Any) -> dict[st
 
 
 def test_loading_and_updating(tmp_path: Path, python_path: str) -> None:
-    """By SGLang's own name for the scheme, which SGLang runs on another GPU only, and with options."""
-    first, other = save(tmp_path / "first", 1), save(tmp_path / "other", 2)
+    """By SGLang's own name for the scheme, which SGLang runs on another GPU only, and with options.
+
+    The update is from a checkpoint that is quantized already.
+    """
+    first, other = save(tmp_path / "first", 1), quantized(tmp_path, save(tmp_path / "other", 2), "awq")
     override = {"quantization_config": {"quant_method": "quark_mxfp4", "ignore": [IGNORED]}}
     asked = asked_of(first, other, quantization="quark_mxfp4", json_model_override_args=json.dumps(override))
     report_file = tmp_path / "report.json"
@@ -70,10 +73,21 @@ def test_loading_and_updating(tmp_path: Path, python_path: str) -> None:
         "lm_head": "output head",
         "model.layers.0.self_attn.o_proj": f"ignored by pattern '{IGNORED}'",
     }
-    assert report.bytes_read == report.checkpoint_bytes
     for model, answers in ((first, before), (other, after)):
         check_tokens(model, "quark_mxfp4", answers, python_path, (IGNORED,))
     assert again == before  # tensors that were handed over, q apart from k and v, as the files were read
+
+
+def test_a_quantized_checkpoint_is_quantized_anew(tmp_path: Path, python_path: str) -> None:
+    model = quantized(tmp_path, save(tmp_path / "original", 3), "fp8 blocks")
+    asked = asked_of(model, quantization="quantload_int8_per_channel")
+    report_file = tmp_path / "report.json"
+    (answers,), _ = run("run_sglang.py", asked, python_path, QUANTLOAD_REPORT=str(report_file))
+    report = LoadReport.load(report_file)
+    assert ({layer.scheme for layer in report.layers}, len(report.layers)) == ({"int8_per_channel"}, 6)
+    assert report.fallback_conversions == 0  # nothing was decoded whole
+    assert report.bytes_read < 1.01 * report.checkpoint_bytes  # some scales twice, where a piece ends in their block
+    check_tokens(model, "int8_per_channel", answers, python_path)
 
 
 def test_two_ranks_read_each_its_part(tmp_path: Path, python_path: str) -> None:

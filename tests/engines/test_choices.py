@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from quantload.engines.choices import SCHEMES, TOWER, LayerChoices, read_options
+from quantload.engines.choices import (
+    DECODED,
+    SCHEMES,
+    TOWER,
+    LayerChoices,
+    are_options,
+    is_stored,
+    read_options,
+    say_decoded,
+)
 from quantload.errors import PolicyError
 from quantload.options import LoadOptions
 from quantload.schemes.registry import ENTRIES
 
 QKV = "model.layers.0.self_attn.qkv_proj"
+
+
+NAME = "quantload_mxfp8"
+
+
+@pytest.mark.parametrize(
+    ("said", "stored", "options"),
+    [
+        ({"quant_method": "mxfp8", "weight_block_size": [1, 32]}, True, False),  # by a tool
+        ({"quant_method": "mxfp8", "ignore": ["*.o_proj"], "workers": 2}, True, True),
+        ({"quant_method": NAME, "ignore": ["*.o_proj"]}, False, True),
+        ({"quant_method": "awq", "bits": 4}, True, False),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, False, False),
+        ({}, False, False),
+    ],
+)
+def test_options_are_told_from_what_a_tool_says(said: dict[str, Any], stored: bool, options: bool) -> None:
+    assert (is_stored(said, NAME), are_options(said, NAME)) == (stored, options)
+
+
+@pytest.mark.parametrize("where", ["quantization_config", "compression_config", "text_config", ""])
+def test_a_config_says_that_its_checkpoint_is_decoded_wherever_it_said_how_it_is_stored(where: str) -> None:
+    tool = {"quant_method": "awq"}
+    text = SimpleNamespace(quantization_config=tool)
+    config = SimpleNamespace(**{where: text if where == "text_config" else tool} if where else {})
+    say_decoded(config, NAME, "awq")
+    assert config.quantization_config == {"quant_method": NAME, DECODED: "awq"}
+    assert getattr(config, "compression_config", None) is None
+    assert text.quantization_config == (config.quantization_config if where == "text_config" else tool)
 
 
 def choices(merged: Any = None, **fields: Any) -> LayerChoices:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..draft import Draft
 from ..memory.report import FitRow
+from ..memory.verdict import SchemePeak
 from ..options import LoadOptions, QuantizationPolicy
 from ..schemes.registry import AS_STORED, SchemeFactory
-from .expected_loss import ERRORS, NOTHING, Item, items_of
-from .peaks import bytes_now, bytes_with
+from .expected_loss import ERRORS, NOTHING, Item, items_of, ladder
+from .peaks import bytes_now, bytes_with, scheme_peaks
 
 Sizes = Mapping[str, Mapping[str, int]]
 """Bytes of modules by scheme, then by name."""
@@ -21,6 +22,19 @@ def known_error(item: Item, scheme: str) -> float:
     return ERRORS[scheme]
 
 
+def ladder_of(draft: Draft, options: LoadOptions) -> tuple[str, ...]:
+    """The schemes that none beats of those that a load could be done with, by the bytes that the model has in each."""
+    memory = draft.plan.memory
+    own = SchemePeak(draft.rules.policy.linear, memory.final_bytes, memory.peak_bytes)
+    return ladder_by_size((own, *scheme_peaks(draft, options, stored=True)))
+
+
+def ladder_by_size(peaks: Iterable[SchemePeak]) -> tuple[str, ...]:
+    """The schemes that none beats of those with some bytes in the end."""
+    sizes = {each.scheme: each.final_bytes for each in peaks}
+    return ladder(sizes, sizes)
+
+
 def choice_of(
     draft: Draft,
     policy: QuantizationPolicy,
@@ -29,7 +43,7 @@ def choice_of(
     measured: Mapping[str, float] = NOTHING,
     sizes: Sizes | None = None,
 ) -> Choice:
-    """What there is to choose from; the draft has the first of the schemes.
+    """What there is to choose from; the draft has one of the schemes.
 
     `error` is that of an item in a scheme, `measured` are sensitivities as `items_of` takes them. `sizes` has the bytes
     of each module by scheme, where they are not those that it has in memory; one that a scheme leaves as stored is not
@@ -42,26 +56,35 @@ def choice_of(
         if sizes is None
         else [[sum(_size(sizes, scheme, name) for name in item.names) for scheme in schemes] for item in items]
     )
-    return Choice(policy, schemes, items, nbytes, losses)
+    return Choice(policy, schemes, items, nbytes, losses, schemes.index(draft.rules.policy.linear))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Items and schemes; `sizes` has the bytes of each item in each of them, `losses` the expected loss."""
+    """Items and schemes; `sizes` has the bytes of each item in each of them, `losses` the expected loss.
+
+    `planned` is the scheme of the draft, by its place: sizes of others are told from the size that it has.
+    """
 
     policy: QuantizationPolicy
     schemes: Sequence[str]
     items: Sequence[Item]
     sizes: Sequence[Sequence[int]]
     losses: Sequence[Sequence[float]]
+    planned: int = 0
 
     def loss(self, levels: Sequence[int]) -> float:
         """What is expected to be lost with so high a scheme for each item."""
         return sum(own[level] for own, level in zip(self.losses, levels, strict=True))
 
     def more(self, levels: Sequence[int]) -> int:
-        """What items take more than with the smallest schemes, in bytes."""
-        return sum(sizes[level] - sizes[0] for sizes, level in zip(self.sizes, levels, strict=True))
+        """What items take more than in the scheme of the draft, in bytes; below 0 where it is less."""
+        return sum(sizes[level] - sizes[self.planned] for sizes, level in zip(self.sizes, levels, strict=True))
+
+    @property
+    def least(self) -> list[int]:
+        """The smallest scheme for all items."""
+        return [0] * len(self.items)
 
     def uniform(self) -> Iterator[list[int]]:
         """One scheme for all items, the one that loses least first."""
@@ -69,8 +92,9 @@ class Choice:
             yield [level] * len(self.items)
 
     def best(self, room: int) -> list[int]:
-        """The level of each item, within so many bytes more than the smallest schemes take."""
-        levels, left, closed = [0] * len(self.items), room, set()
+        """The level of each item, within so many bytes more than in the scheme of the draft; the least, if none are."""
+        levels = self.least
+        left, closed = room - self.more(levels), set()
         for step in self._steps():
             if step.item in closed:
                 continue
@@ -142,11 +166,16 @@ def _size(sizes: Sizes, scheme: str, name: str) -> int:
 
 
 def _sizes(draft: Draft, items: Sequence[Item], schemes: Sequence[str]) -> list[list[int]]:
-    """The bytes of each item in each scheme; the draft has the first."""
+    """The bytes of each item in each scheme; the draft has one of them."""
     assigned = {assignment.name: assignment for assignment in draft.assignments}
-    sizes = [[sum(bytes_now(draft, assigned[name]) for name in item.names)] for item in items]
-    for scheme in schemes[1:]:
-        rules = draft.rules.with_scheme(scheme, SchemeFactory(draft.schemes.device, LoadOptions()))
+    sizes: list[list[int]] = [[] for _ in items]
+    for scheme in schemes:
+        factory = SchemeFactory(draft.schemes.device, LoadOptions())
+        is_planned = scheme == draft.rules.policy.linear
+        rules = draft.rules if is_planned else draft.rules.with_scheme(scheme, factory)
         for item, own in zip(items, sizes, strict=True):
-            own.append(sum(bytes_with(draft, assigned[name], rules) for name in item.names))
+            modules = [assigned[name] for name in item.names]
+            own.append(
+                sum(bytes_now(draft, each) if is_planned else bytes_with(draft, each, rules) for each in modules)
+            )
     return sizes

@@ -17,7 +17,7 @@ from ..memory.verdict import SchemePeak
 from ..options import LoadOptions, QuantizationPolicy, check_kinds
 from ..schemes.names import known_name
 from ..schemes.registry import AS_STORED, ENTRIES, get_entry
-from .choice import Choice, choice_of
+from .choice import Choice, choice_of, ladder_by_size
 from .expected_loss import ERRORS, Item, items_of, ladder
 from .peaks import scheme_peaks
 from .samples import Group, sampled_errors
@@ -74,7 +74,7 @@ def compare_schemes(
     policy, options = policy or QuantizationPolicy(), options or LoadOptions()
     if policy.linear != "auto" or policy.experts is not None:
         raise PolicyError("compare gives each scheme to linear layers and experts: name no other one for them")
-    base = _ladder(policy)[0]
+    base = ladder([entry.name for entry in ENTRIES if entry.has_mode(policy.scale_mode)])[0]
     with resolved(model_id, revision) as checkpoint:
         if checkpoint.is_quantized:
             raise PolicyError("compare is for checkpoints in BF16, FP16 or FP32; this one is quantized already")
@@ -85,14 +85,11 @@ def compare_schemes(
         peaks = _peaks(draft, options, base)
         wanted = _wanted(schemes, peaks)
         items = items_of(draft, policy)
-        errors = sampled_errors(draft, checkpoint, items, {*wanted, *_ladder(policy)}, policy)
-    model = _Model(draft, policy, items, errors)
+        schemes_to_mix = ladder_by_size(peaks.values())
+        errors = sampled_errors(draft, checkpoint, items, {*wanted, *schemes_to_mix}, policy)
+    model = _Model(draft, policy, items, schemes_to_mix, errors)
     found = sorted((peaks[name] for name in wanted), key=lambda each: (each.final_bytes, each.scheme))
     return Comparison(checkpoint.model_id, tuple(model.compared(each) for each in found), model.sampled)
-
-
-def _ladder(policy: QuantizationPolicy) -> tuple[str, ...]:
-    return ladder([entry.name for entry in ENTRIES if entry.has_mode(policy.scale_mode)])
 
 
 def _peaks(draft: Draft, options: LoadOptions, base: str) -> dict[str, SchemePeak]:
@@ -119,12 +116,13 @@ class _Model:
         draft: Draft,
         policy: QuantizationPolicy,
         items: Sequence[Item],
+        schemes: Sequence[str],
         errors: Mapping[str, Mapping[Group, float]],
     ) -> None:
         self._items = items
         self._errors = errors
         self._peak = draft.plan.memory.peak_bytes
-        self._choice: Choice = choice_of(draft, policy, _ladder(policy), self._error)
+        self._choice: Choice = choice_of(draft, policy, schemes, self._error)
         stored = [sizes[-1] for sizes in self._choice.sizes]
         self._weights = [size / max(sum(stored), 1) for size in stored]
 
@@ -151,9 +149,9 @@ class _Model:
 
     def _fit(self, peak: int) -> tuple[float, dict[str, int]] | None:
         choice, more = self._choice, peak - self._peak
-        if more < 0:
+        fitting = [levels for levels in (choice.best(more), *choice.uniform()) if choice.more(levels) <= more]
+        if not fitting:
             return None
-        fitting = (levels for levels in (choice.best(more), *choice.uniform()) if choice.more(levels) <= more)
         levels = min(fitting, key=choice.loss)
         modules: dict[str, int] = {}
         for item, level in zip(self._items, levels, strict=True):

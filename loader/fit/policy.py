@@ -26,14 +26,15 @@ from ..memory.amounts import format_bytes
 from ..memory.report import FitReport, FitRow
 from ..options import LoadOptions, QuantizationPolicy, without_fit
 from ..schemes.registry import AS_STORED, ENTRIES
-from .choice import Choice, Sizes, choice_of
+from .choice import Choice, Sizes, choice_of, ladder_of
 from .expected_loss import NOTHING, ladder
 from .room import Room, free_room
 
 logger = logging.getLogger("quantload")
 MOST_TRIES = 4
 LARGEST_DIFFERENCE = 1 << 20
-"""By so many bytes, at most, what is held beside weights and arena differs from scheme to scheme."""
+"""By so many bytes, at most, what is held beside weights and arena differs from scheme to scheme; what is read in place
+needs a small arena only."""
 MANY_TENSORS = 2000
 """A draft of so many takes some MiB, and collecting it a tenth of a second."""
 
@@ -150,7 +151,10 @@ def fit_policy(
         return Planned(draft, memory.final_bytes, memory.peak_bytes)
 
     names = [entry.name for entry in ENTRIES if entry.has_mode(policy.scale_mode)]
-    return choose(policy, ladder(names), plan, lambda draft: _room(draft, options), options.fit_sensitivity)
+    first = plan(replace(policy, linear=ladder(names)[0]))
+    check_choosable("auto", policy, first.draft.rules.is_quantized)
+    schemes = ladder_of(first.draft, told)
+    return choose(policy, schemes, plan, lambda draft: _room(draft, options), options.fit_sensitivity, first=first)
 
 
 def apply_fit(
@@ -199,26 +203,23 @@ def choose(
     room_of: Callable[[Draft], Room],
     measured: Mapping[str, float] = NOTHING,
     sizes: Sizes | None = None,
+    first: Planned | None = None,
 ) -> Fitted:
     """The policy of the least expected loss with some schemes, smallest first, whose plan stays below a size.
 
-    `measured` and `sizes` are as in `choice_of`.
+    `measured` and `sizes` are as in `choice_of`. `first` is planned with one of the schemes; where there is none, that
+    is done with the smallest.
     """
-    least = plan(replace(policy, linear=schemes[0]))
-    check_choosable("auto", policy, least.draft.rules.is_quantized)
-    room = room_of(least.draft)
-    if least.nbytes > room.size:
-        raise MemoryBudgetError(
-            f"nothing fits: with all modules in {schemes[0]}, the smallest, {room.of} is predicted to take "
-            f"{format_bytes(least.nbytes)}, and fit is {format_bytes(room.size)}{room.because}"
-        )
-    choice = choice_of(least.draft, policy, schemes, measured=measured, sizes=sizes)
-    final, nbytes = least.final_bytes, least.nbytes
-    beside = least.draft.plan.memory.staging_bytes + LARGEST_DIFFERENCE
-    tensors = len(least.draft.index.tensors)
-    del least
+    if first is None:
+        first = plan(replace(policy, linear=schemes[0]))
+        check_choosable("auto", policy, first.draft.rules.is_quantized)
+    room = room_of(first.draft)
+    choice = choice_of(first.draft, policy, schemes, measured=measured, sizes=sizes)
+    chooser = _Chooser(choice, plan, room, first)
+    tensors = len(first.draft.index.tensors)
+    del first
     _collect(tensors)
-    return _fitted(choice, plan, room, final, nbytes, beside, measured)
+    return chooser.chosen(measured)
 
 
 def _room(draft: Draft, options: LoadOptions) -> Room:
@@ -228,44 +229,64 @@ def _room(draft: Draft, options: LoadOptions) -> Room:
     return Room(options.fit)
 
 
-def _fitted(
-    choice: Choice, plan: Plan, room: Room, final: int, nbytes: int, beside: int, measured: Mapping[str, float]
-) -> Fitted:
-    """What fits by a plan of its own: what is held beside the weights differs from scheme to scheme.
+class _Chooser:
+    """Plans what is chosen, as what is held beside the weights differs from scheme to scheme: the plan is what counts.
 
-    With the smallest schemes the model has `final` bytes, and `nbytes` count against the room; others may hold `beside`
-    bytes less than they do, as what is read in place needs a small arena only.
+    `first` is planned with one scheme for all modules.
     """
-    lowest = [0] * len(choice.items)
-    more = room.size - nbytes
-    for _ in range(MOST_TRIES):
-        levels = choice.best(more)
-        found = _planned(choice, plan, levels) if any(levels) else (final, nbytes)
-        if found[1] <= room.size:
-            break
-        more -= found[1] - room.size
-    else:
-        levels, found = lowest, (final, nbytes)
-    for other in choice.uniform():
-        if choice.loss(other) >= choice.loss(levels):
-            break
-        if choice.more(other) > room.size - nbytes + beside:
-            continue
-        sizes = _planned(choice, plan, other)
-        if sizes[1] <= room.size:
-            levels, found = other, sizes
-            break
-    return Fitted(choice.as_policy(levels), room, *found, choice.loss(levels), tuple(choice.rows(levels)), measured)
 
+    def __init__(self, choice: Choice, plan: Plan, room: Room, first: Planned) -> None:
+        self._choice, self._plan, self._room = choice, plan, room
+        self._more = room.size - first.nbytes
+        self._beside = first.draft.plan.memory.staging_bytes + LARGEST_DIFFERENCE
+        self._known = {tuple([choice.planned] * len(choice.items)): (first.final_bytes, first.nbytes)}
 
-def _planned(choice: Choice, plan: Plan, levels: Sequence[int]) -> tuple[int, int]:
-    """The bytes of a model in the end, and those that are to stay below the size; the plan is given back at once."""
-    planned = plan(choice.as_policy(levels))
-    sizes = planned.final_bytes, planned.nbytes
-    tensors = len(planned.draft.index.tensors)
-    del planned
-    _collect(tensors)
-    return sizes
+    def chosen(self, measured: Mapping[str, float]) -> Fitted:
+        """What is expected to lose least. Raises `MemoryBudgetError` where nothing fits."""
+        choice = self._choice
+        levels = self._best()
+        for other in choice.uniform():
+            if choice.loss(other) >= choice.loss(levels):
+                break
+            if choice.more(other) <= self._more + self._beside and self._planned(other)[1] <= self._room.size:
+                levels = other
+                break
+        sizes = self._planned(levels)
+        return Fitted(
+            choice.as_policy(levels), self._room, *sizes, choice.loss(levels), tuple(choice.rows(levels)), measured
+        )
+
+    def _best(self) -> list[int]:
+        """By steps; the smallest scheme for all, if no others are found that fit."""
+        more = self._more
+        for _ in range(MOST_TRIES):
+            levels = self._choice.best(more)
+            over = self._planned(levels)[1] - self._room.size
+            if over <= 0:
+                return levels
+            if not any(levels):
+                break
+            more -= over
+        least = self._choice.least
+        nbytes, room = self._planned(least)[1], self._room
+        if nbytes > room.size:
+            raise MemoryBudgetError(
+                f"nothing fits: with all modules in {self._choice.schemes[0]}, the smallest, {room.of} is predicted to "
+                f"take {format_bytes(nbytes)}, and fit is {format_bytes(room.size)}{room.because}"
+            )
+        return least
+
+    def _planned(self, levels: Sequence[int]) -> tuple[int, int]:
+        """The bytes of a model in the end, and those that count against the size; the plan is let go of at once."""
+        known = self._known.get(tuple(levels))
+        if known is not None:
+            return known
+        planned = self._plan(self._choice.as_policy(levels))
+        sizes = self._known[tuple(levels)] = planned.final_bytes, planned.nbytes
+        tensors = len(planned.draft.index.tensors)
+        del planned
+        _collect(tensors)
+        return sizes
 
 
 def _collect(tensors: int) -> None:

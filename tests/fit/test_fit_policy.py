@@ -54,7 +54,7 @@ def expected_loss(policy: QuantizationPolicy) -> float:
 def test_sizes_are_kept_to_lose_less_and_less_and_no_more_than_one_scheme_would(
     sizes: int, peaks: Mapping[str, int]
 ) -> None:
-    low, high = peaks[SCHEMES[0]], peaks["none"]
+    low, high = min(peaks.values()), peaks["none"]
     before = total = expected_loss(QuantizationPolicy(SCHEMES[0])) / ERRORS[SCHEMES[0]]
     for step in range(sizes):
         size = low + (high - low) * step // (sizes - 1)

@@ -43,5 +43,5 @@ def test_schemes_that_the_load_could_not_be_done_with_are_left_out(checkpoint: C
     policy = QuantizationPolicy(scale_mode="mse")
     draft = plan_quantized(checkpoint("llama"), "quark_mxfp4", policy=policy)
     assert {each.scheme for each in scheme_peaks(draft, LoadOptions())} == {
-        "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "nvfp4",
+        "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "nvfp4", "int4_per_group",
     }  # fmt: skip

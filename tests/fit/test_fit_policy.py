@@ -80,7 +80,7 @@ def test_everything_stays_as_stored_where_it_fits(peaks: Mapping[str, int]) -> N
 
 
 def test_what_cannot_fit_is_refused_with_both_numbers() -> None:
-    with pytest.raises(MemoryBudgetError, match=r"nothing fits: with all modules in int4_per_group, .*MiB, and fit is 64.000 MiB"):
+    with pytest.raises(MemoryBudgetError, match=r"nothing fits: .* in int4_per_group, .*MiB, and fit is 64.000 MiB"):
         fit_policy(DEMO_MODEL, "64MiB", device="cpu")
     with pytest.raises(PolicyError, match="fit chooses the schemes"):
         fit_policy(DEMO_MODEL, "1GiB", policy=QuantizationPolicy(experts="mxfp8"), device="cpu")

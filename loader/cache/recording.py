@@ -74,12 +74,19 @@ class EntryRecording:
             self._statistics[name] = statistics.tolist()
         self._writer.take(tensors, then)
 
-    def finish(self) -> None:
-        """All parameters are complete: write what was kept as stored, wait for the disk, and publish the entry."""
+    def wait(self) -> None:
+        """All parameters are complete: write what was kept as stored, and wait until every `then` was called.
+
+        Raises what one of them raised: that is an error of the load, whatever becomes of the entry.
+        """
         for name in self._parameters:
             loader = self._loaders.restorable[name]
             if loader.values_dtype is not None:
                 self._writer.take(dict(zip(self._loaders.stored_names(name), loader.tensors(), strict=True)), _nothing)
+        self._writer.wait()
+
+    def finish(self) -> None:
+        """Wait for the disk, and publish the entry; comes after `wait`."""
         checksums = self._writer.finish()
         small = self._small | {STATISTICS: json.dumps(self._statistics, sort_keys=True).encode()}
         self._unfinished.publish(small, checksums)

@@ -225,6 +225,7 @@ class FolderCache(NoCache):
         return None
 
     def _publish(self, recording: EntryRecording) -> None:
+        recording.wait()  # what a layer raises after it was written is no trouble of the cache, an `OSError` included
         try:
             recording.finish()
         except OSError as error:

@@ -106,13 +106,17 @@ class TensorWriter:
         self._raise_after()
         self._jobs.put(_Job(tensors, then, _computed(tensors.values())))
 
+    def wait(self) -> None:
+        """Wait until everything was handed to the system and every `then` was called; raises what one raised."""
+        self._join()
+        self._raise_after()
+
     def finish(self) -> dict[str, Checksums]:
         """Wait until everything is on disk; the checksums of each file.
 
         Raises what a `then` raised, and the `OSError` that ended the writing.
         """
-        self._join()
-        self._raise_after()
+        self.wait()
         if self._faults.writing is not None:
             raise self._faults.writing
         if self._missing:

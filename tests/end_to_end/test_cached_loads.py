@@ -270,6 +270,23 @@ def test_a_full_disk_is_a_warning_and_leaves_nothing(
     assert len(entries(cache)) == 1
 
 
+def test_what_the_last_layer_raises_after_it_was_written_is_no_trouble_of_the_cache(
+    checkpoint: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = len(load_quantized(checkpoint("llama")).load_report.layers)
+    calls: list[torch.nn.Module] = []
+
+    def fail(scheme: QuantizedLinearScheme, layer: torch.nn.Module) -> None:
+        calls.append(layer)
+        if len(calls) == layers:
+            raise OSError(errno.EIO, "no kernel for this layer")
+
+    monkeypatch.setattr(QuantizedLinearScheme, "process_weights_after_loading", fail)
+    with pytest.raises(OSError, match="no kernel for this layer"):
+        load(checkpoint("llama"), cache)
+    assert entries(cache) == []
+
+
 def test_a_file_is_no_cache(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PolicyError, match=r"the cache '.*file' is a file; give a folder"):

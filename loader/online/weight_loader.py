@@ -181,6 +181,11 @@ class DirectWeightLoader(RestorableLoader):
         return self.tracker.name
 
     @property
+    def module(self) -> nn.Module:
+        """The one that holds the parameter; raises `ReferenceError` if it is gone."""
+        return alive(self._module)
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         return (self.rows * self.columns * self.values_dtype.itemsize,)
 
@@ -207,7 +212,7 @@ class DirectWeightLoader(RestorableLoader):
 
     def tensors(self) -> tuple[Tensor, ...]:
         with self._lock:
-            return (materialize(alive(self._module), self._attribute, self._storage, self.values_dtype).data,)
+            return (materialize(self.module, self._attribute, self._storage, self.values_dtype).data,)
 
     @property
     def final_tensors(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:

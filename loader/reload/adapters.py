@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.small_files import read_json_object
 from ..errors import CheckpointError, PolicyError, ShapeMismatchError, UnsupportedCheckpointError
@@ -25,13 +26,13 @@ from ..ranks.alone import Alone
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:(?:\.[^.]+)?\.weight)?")
 _REFUSED = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "target_parameters",
-    "megatron_config",
-    "trainable_token_indices",
+    *("use_dora", "use_bdlora", "use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
+    *("monteclora_config", "lora_bias", "modules_to_save", "target_parameters", "megatron_config"),
+    *("trainable_token_indices", "layer_replication"),
 )
+"""Fields of PEFT's config with which an adapter is more, or something else, than B @ A times a scale."""
+_ALPHA = 8.0
+"""What PEFT takes where a config has no `lora_alpha`."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,18 @@ class LoraAdapter:
             raise UnsupportedCheckpointError(
                 f"{root / CONFIG}: {said}; only plain LoRA can be added to weights on their way"
             )
-        patterns = config.get("alpha_pattern") or {}
         with safe_open(root / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        adapter = cls.of(tensors, float(config.get("lora_alpha", 8)), rslora=bool(config.get("use_rslora")))
-        scales = dict(adapter.scales)
-        for pattern, alpha in patterns.items():
-            for name in scales:
-                if re.match(rf"(.*\.)?({pattern})$", name):
-                    scales[name] *= float(alpha) / float(config.get("lora_alpha", 8))
-        return cls(adapter.pairs, scales)
+        one = cls.of(tensors, 1.0, rslora=bool(config.get("use_rslora")))
+        return cls(one.pairs, {name: scale * _alpha_of(name, config) for name, scale in one.scales.items()})
+
+
+def _alpha_of(name: str, config: Mapping[str, Any]) -> float:
+    """The alpha of a module: that of the first pattern that fits the end of its name, as in PEFT, or that of all."""
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return float(alpha)
+    return float(config.get("lora_alpha", _ALPHA))
 
 
 def check_undivided(adapter: object, ranks: Alone) -> None:
@@ -174,10 +177,13 @@ def merge_adapter(adapter: LoraAdapter, loaders: WeightLoaders, routes: Routes, 
     additions: dict[str, list[_Addition]] = {}
     for name, (a, b) in adapter.pairs.items():
         parameter, region = _place(name, loaders, routes)
+        turned = _is_turned(loaders.sinks[parameter])
+        left, right = (a.T, b.T) if turned else (b, a)
         shape = [region.rows[1] - region.rows[0], region.columns[1] - region.columns[0]]
-        if [b.shape[0], a.shape[1]] != shape:
-            raise ShapeMismatchError(f"{name}: B @ A is {[b.shape[0], a.shape[1]]}, and the weight {shape}")
-        additions.setdefault(parameter, []).append(_Addition(region, a, b * adapter.scales[name]))
+        if [left.shape[0], right.shape[1]] != shape:
+            weight = shape[::-1] if turned else shape
+            raise ShapeMismatchError(f"{name}: B @ A is {[b.shape[0], a.shape[1]]}, and the weight {weight}")
+        additions.setdefault(parameter, []).append(_Addition(region, right, left * adapter.scales[name]))
     shared = [name for name in additions if name in tied or name in tied.values()]
     if shared:
         raise PolicyError(f"an adapter changes weights that are tied to others: {some(shared)}")
@@ -187,7 +193,7 @@ def merge_adapter(adapter: LoraAdapter, loaders: WeightLoaders, routes: Routes, 
 
 
 def _place(name: str, loaders: WeightLoaders, routes: Routes) -> tuple[str, Region]:
-    """Parameter and region that the weight of a module fills, in the orientation of the module."""
+    """Parameter and region that the weight of a module fills, as the closure there counts rows and columns."""
     weight = name if name.endswith(".weight") else f"{name}.weight"
     if weight in loaders.sinks and loaders.landing(weight).experts is None:
         landing = loaders.landing(weight)
@@ -196,6 +202,11 @@ def _place(name: str, loaders: WeightLoaders, routes: Routes) -> tuple[str, Regi
     if len(spans) != 1 or spans[0].column_stride != 1:
         raise PolicyError(f"the model has no weight that the LoRA pair {name} could be added to")
     return spans[0].parameter, spans[0].region
+
+
+def _is_turned(sink: object) -> bool:
+    """Whether a closure writes a weight as its module has it, and that is [K, N]; those that quantize have [N, K]."""
+    return isinstance(sink, DirectWeightLoader) and isinstance(sink.module, Conv1D)
 
 
 def _merging(sink: Any, additions: Sequence[_Addition]) -> Any:

@@ -91,8 +91,30 @@ def test_scales_of_peft(tmp_path: Path) -> None:
     assert LoraAdapter.read(saved(tmp_path / "rs", pairs, use_rslora=True)).scales == {"a.x": 3.0, "b.y": 3.0}
     patterned = saved(tmp_path / "patterned", pairs, alpha_pattern={"y": 12})
     assert LoraAdapter.read(patterned).scales == {"a.x": 1.5, "b.y": 3.0}
-    with pytest.raises(UnsupportedCheckpointError, match="use_dora; only plain LoRA"):
-        LoraAdapter.read(saved(tmp_path / "dora", pairs, use_dora=True))
+    several = saved(tmp_path / "several", pairs, alpha_pattern={"a.x": 12, ".*": 24})
+    assert LoraAdapter.read(several).scales == {"a.x": 3.0, "b.y": 6.0}  # the first that fits
+    without = saved(tmp_path / "without", pairs, lora_alpha=0, alpha_pattern={"y": 12})
+    assert LoraAdapter.read(without).scales == {"a.x": 0.0, "b.y": 3.0}
+
+
+@pytest.mark.parametrize(
+    "field", [{"use_dora": True}, {"alora_invocation_tokens": [3, 4]}, {"layer_replication": [[0, 2], [1, 3]]}]
+)
+def test_what_is_no_plain_lora_is_refused(tmp_path: Path, field: dict[str, Any]) -> None:
+    pairs = {f"base_model.model.a.x.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}
+    with pytest.raises(UnsupportedCheckpointError, match=f"{next(iter(field))}; only plain LoRA"):
+        LoraAdapter.read(saved(tmp_path / "adapter", pairs, **field))
+
+
+@pytest.mark.parametrize("module", ["attn.c_attn", "attn.c_proj"])  # one is square
+def test_an_adapter_is_turned_where_a_kept_weight_is(checkpoint: Checkpoints, module: str) -> None:
+    folder, name = checkpoint("gpt2"), f"transformer.h.0.{module}"
+    model, before = load(folder, "none"), tensors_of(folder)[f"{name}.weight"]
+    pairs = adapter_for({f"{name}.weight": before.T}, [name])
+    reload_weights(model, folder, adapter=LoraAdapter.of(pairs, ALPHA), progress=False)
+    a, b = pairs.values()
+    expected = before.float() + (b * (ALPHA / RANK) @ a).T
+    torch.testing.assert_close(model.state_dict()[f"{name}.weight"], expected.to(before.dtype))
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,9 @@ class Arrivals:
     def _again(self, entry: TensorEntry) -> None:
         """A tensor that came completely comes once more."""
         conversion = self._whole.get(entry.name)
+        if conversion is not None and entry.name in self._buffers:  # nothing was computed of it yet
+            del self._buffers[entry.name], self.arrived[entry.name]
+            return
         if conversion is not None:
             for target in targets(self._draft.mapped, conversion):
                 self._on_touch(target)

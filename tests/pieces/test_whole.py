@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import BY_NAME, logits, reference
-from quantload import LoadOptions, load_quantized, plan_quantized
+from quantload import LoadOptions, load_quantized, plan_quantized, reload_weights
 from quantload.errors import CheckpointError, NonFiniteWeightError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -92,6 +92,19 @@ def test_the_plan_knows_and_its_peak_has_room_for_the_group(checkpoint: Checkpoi
     assert with_groups.whole_conversions == GROUPS
     gate_up = 4 * 2 * 32 * 64 * 2
     assert with_groups.memory.slack_bytes >= (64 << 20) + 2 * gate_up
+
+
+@pytest.mark.usefixtures("halving")
+def test_tensors_that_come_again_before_or_after_they_are_converted_are_replaced(checkpoint: Checkpoint) -> None:
+    path = checkpoint("qwen3_moe")
+    want, got = load_quantized(path), load_quantized(path)
+    new = load_file(path / "model.safetensors")
+    old = {name: tensor * 3 for name, tensor in new.items()}
+    one = "model.layers.0.mlp.experts.2.up_proj.weight"
+    for before in ({one: old[one]}, old):
+        reload_weights(got, iter([*before.items(), *new.items()]))
+        for name, tensor in want.state_dict().items():
+            assert torch.equal(got.state_dict()[name], tensor), name
 
 
 def test_without_such_a_conversion_there_is_no_fallback(checkpoint: Checkpoint) -> None:

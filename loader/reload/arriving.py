@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -159,11 +160,14 @@ class Arrivals:
             for span in self._spans.get(name, ()):
                 touched.setdefault(span.parameter, []).append(span.region)
             for target in targets(self._draft.mapped, self._whole[name]) if name in self._whole else ():
-                landing = self._draft.loaders.landing(target)
-                experts = (None,) if landing.experts is None else range(landing.experts)
-                whole = (0, landing.rows), (0, landing.columns)
-                touched.setdefault(target, []).extend(Region(expert, *whole) for expert in experts)
+                touched.setdefault(target, []).extend(self._matrices(target))
         return touched
+
+    def _matrices(self, parameter: str) -> Iterator[Region]:
+        """All of a parameter, each of its matrices as one region."""
+        landing = self._draft.loaders.landing(parameter)
+        for expert in (None,) if landing.experts is None else range(landing.experts):
+            yield Region(expert, (0, landing.rows), (0, landing.columns))
 
     def _known(self, name: str, tensor: Tensor, start: Start | None = None) -> TensorEntry | None:
         """What is known of a tensor of this name; `None`: the model has no use for it."""
@@ -278,7 +282,9 @@ class Arrivals:
         if conversion is not None:
             for target in targets(self._draft.mapped, conversion):
                 self._on_touch(target)
-                self._sinks[target].reset()
+                sink: Any = self._sinks[target]
+                for region in self._matrices(target):  # and nothing else of its layer, which may have come already
+                    sink.reset(region)
             for name in conversion.names():
                 self.arrived.pop(name, None)
             return

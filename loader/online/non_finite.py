@@ -43,6 +43,8 @@ _WITHOUT_INFINITY = {torch.float8_e4m3fn: 0x7F}
 """Types whose largest magnitude is NaN, with its bits."""
 _NO_MAGNITUDE = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
 """Types whose NaN is not the largest magnitude."""
+_FINITE = (torch.float4_e2m1fn_x2,)
+"""Types without NaN and infinity, whose values torch may not be able to look at."""
 
 
 @dataclass(slots=True)
@@ -174,7 +176,7 @@ def look_at_codes(
 def is_finite(values: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether all values are finite, and stay so where they become `dtype`."""
     kind = values.dtype
-    if not kind.is_floating_point or not values.numel():
+    if not kind.is_floating_point or kind in _FINITE or not values.numel():
         return True
     if values.device.type != "cpu" or kind in _NO_MAGNITUDE:
         largest = float(torch.linalg.vector_norm(values if kind.itemsize > 1 else values.float(), float("inf")))

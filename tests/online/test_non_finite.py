@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from quantload.checkpoint.headers import DTYPES
 from quantload.errors import NonFiniteWeightError
 from quantload.geometry.regions import Region
 from quantload.online.non_finite import NonFiniteValues, is_finite
@@ -73,6 +74,11 @@ class Layer(nn.Module):
 def loader(name: str, found: NonFiniteValues, dtype: torch.dtype = torch.float32) -> tuple[Layer, DirectWeightLoader]:
     layer = Layer()
     return layer, DirectWeightLoader(layer, name, name, dtype, FinalStorage(torch.device("cpu")), found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_zeros_of_every_dtype_a_checkpoint_may_hold_are_finite(dtype: torch.dtype) -> None:
+    assert is_finite(torch.zeros(1, 16, dtype=torch.uint8).view(dtype), dtype)
 
 
 def test_everything_in_a_weight_is_counted_and_the_first_is_named() -> None:

@@ -182,7 +182,8 @@ def convert(
         ExportName,
         typer.Option(
             "--format",
-            help="Whose form of a checkpoint; modelopt is for nvfp4, mxfp4 that of gpt-oss.",
+            help="Whose form of a checkpoint; modelopt is for nvfp4, mxfp4 that of gpt-oss, quantload for nl4 and all "
+            "others, read by quantload alone.",
         ),
     ] = "quark",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 4GB.")] = "4GB",

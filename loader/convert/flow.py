@@ -48,6 +48,7 @@ from ..pieces.stored import plan_stored
 from ..plan import MIN_CHUNK, LoadPlan, plan_staging
 from ..progress import Progress, showing
 from ..recording import Recorder
+from ..schemes.exported.own import OWN
 from ..schemes.exported.registry import get_export_format
 from ..schemes.exported.weights import ExportFormat
 from ..schemes.names import ExportName, SchemeName
@@ -90,8 +91,9 @@ def convert_checkpoint(
     `out` may be the URL of a folder in an object store (s3, gs, az): each shard is uploaded when it is finished, and
     `config.json` last.
 
-    `format` is the checkpoint format: `quark`, `compressed-tensors`, `modelopt`, which holds NVFP4, or `mxfp4`, which
-    holds the experts of gpt-oss and nothing else quantized. `max_shard_bytes` is the most bytes of tensors in a file,
+    `format` is the checkpoint format: `quark`, `compressed-tensors`, `modelopt`, which holds NVFP4, `mxfp4`, which
+    holds the experts of gpt-oss and nothing else quantized, or `quantload`, which no other tool reads, and which holds
+    what no other does: NL4, for one. `max_shard_bytes` is the most bytes of tensors in a file,
     or text such as "4GB".
     With `fit` the schemes are chosen that lose least in files of weights of at most so many bytes, or text such as
     "16GiB", among those that the format holds.
@@ -251,7 +253,7 @@ def _config(
     config.pop("transformers_weights", None)  # the shards have the usual names
     config.pop("quantization_config", None)
     named = name_modules(draft.model, tensors, draft.routes)
-    config["quantization_config"] = export.quantization_config(named.formats, named.kept, named.heads)
+    config["quantization_config"] = export.quantization_config(named)
     return config
 
 
@@ -274,6 +276,8 @@ def _warn_of_experts(tensors: Sequence[PlannedTensor], export: ExportFormat) -> 
 
 def _warn_of_casts(draft: Draft, tensors: Sequence[PlannedTensor], export: ExportFormat) -> None:
     """Say where modeling code of transformers would cast the input of a layer to what another tool keeps as weight."""
+    if export is OWN:  # read by quantload, whose layers say of their weights what the model computes in
+        return
     codes = {
         tensor.assignment.name: tensor.layout.format.code_dtype
         for tensor in tensors

@@ -7,10 +7,8 @@ it has built, quantload for those of the files, vLLM for its own, into which it 
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -19,25 +17,12 @@ from ..kernels.formats import WeightFormat
 from ..model.experts import is_fused_experts
 from ..model.routes import Routes
 from ..model.transformers_api import output_heads
+from ..schemes.exported.weights import NamedModules
 from ..schemes.policy import name_reason
+from ..schemes.stored.quantload import EXPERT_NUMBER, alike
 from .tensors import KeptTensor, QuantizedTensor
 
 _SUFFIX = ".weight"
-_EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
-
-
-@dataclass
-class NamedModules:
-    """The modules of a checkpoint by all names they have, in the order of the files and of the model.
-
-    Experts that are alike are one name with a `*` for their number; those that the files have in one tensor are that of
-    their module, and the same with `.*`. `heads` are those of `formats` that turn hidden states into logits, and
-    embeddings.
-    """
-
-    formats: dict[str, WeightFormat] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)
-    heads: list[str] = field(default_factory=list)
 
 
 def name_modules(model: nn.Module, planned: Sequence[QuantizedTensor | KeptTensor], routes: Routes) -> NamedModules:
@@ -57,7 +42,7 @@ def name_modules(model: nn.Module, planned: Sequence[QuantizedTensor | KeptTenso
                 raise _ambiguous(name, found[name], fmt)
             if id(tensor.assignment.module) in of_the_model or tensor.assignment.kind == "embedding":
                 heads[name] = None
-    named = NamedModules(heads=[*heads])
+    named = NamedModules(heads=[*heads], weights={tensor.entry.name: tensor.layout for tensor in quantized})
     for name, fmt_or_none in _experts_together(found).items():
         if fmt_or_none is None:
             named.kept.append(name)
@@ -74,9 +59,9 @@ def _modules(routes: Routes, tensor: str) -> list[str]:
 def _names(stored: str, modules: Iterable[str]) -> Iterator[str]:
     """What a module is called: in the files, and in the model, an expert as if its module had a child for each."""
     yield stored
-    number = _EXPERT_NUMBER.search(stored)
+    number = EXPERT_NUMBER.search(stored)
     for module in modules:
-        yield module if number is None or _EXPERT_NUMBER.search(module) else f"{module}.{stored[number.start() :]}"
+        yield module if number is None or EXPERT_NUMBER.search(module) else f"{module}.{stored[number.start() :]}"
 
 
 def _kept(model: nn.Module, planned: Iterable[QuantizedTensor | KeptTensor], routes: Routes) -> Iterator[str]:
@@ -114,7 +99,7 @@ def _kept(model: nn.Module, planned: Iterable[QuantizedTensor | KeptTensor], rou
 def _experts_together(found: Mapping[str, WeightFormat | None]) -> dict[str, WeightFormat | None]:
     """The same with one name for all experts of a module, where all of them are quantized alike or kept."""
     kinds: dict[str, set[WeightFormat | None]] = defaultdict(set)
-    together = {name: _EXPERT_NUMBER.sub("*", name) for name in found}
+    together = {name: alike(name) for name in found}
     for name, fmt in found.items():
         kinds[together[name]].add(fmt)
     return {together[name] if len(kinds[together[name]]) == 1 else name: fmt for name, fmt in found.items()}

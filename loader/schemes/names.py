@@ -16,7 +16,7 @@ SchemeName = Literal[
 ]  # fmt: skip
 """Every name that `quantization` takes; see `aliases_of` for those that are other names of a scheme."""
 
-ExportName = Literal["quark", "compressed-tensors", "modelopt", "mxfp4"]
+ExportName = Literal["quark", "compressed-tensors", "modelopt", "mxfp4", "quantload"]
 """The formats of checkpoints that `convert` writes."""
 
 SCHEME_NAMES: tuple[str, ...] = get_args(SchemeName)

@@ -37,22 +37,28 @@ from quantload.schemes.base import meta_parameter
 from quantload.schemes.exported.compressed_tensors import WEIGHTS as COMPRESSED_TENSORS
 from quantload.schemes.exported.gpt_oss import WEIGHTS as GPT_OSS
 from quantload.schemes.exported.modelopt import WEIGHTS as MODELOPT
+from quantload.schemes.exported.own import WEIGHTS as OWN
 from quantload.schemes.exported.quark import WEIGHTS as QUARK
 from quantload.schemes.exported.registry import EXPORT_FORMATS
-from quantload.schemes.exported.weights import ExportedWeight
+from quantload.schemes.exported.weights import ExportedWeight, NamedModules
 from quantload.schemes.registry import ENTRIES, SchemeFactory
 from quantload.schemes.stored.read import read_stored
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TABLES = {"quark": QUARK, "compressed-tensors": COMPRESSED_TENSORS, "modelopt": MODELOPT}
+TABLES = {
+    "quark": QUARK,
+    "compressed-tensors": COMPRESSED_TENSORS,
+    "modelopt": MODELOPT,
+    "quantload": {name: OWN[name] for name in ("nl4",)},
+}
 CASES = [
-    pytest.param(tool, name, marks=[pytest.mark.slow] if name == "nvfp4" else [])
+    pytest.param(tool, name, marks=[pytest.mark.slow] if name in ("nvfp4", "nl4") else [])
     for tool, table in TABLES.items()
     for name in table
 ]
-"""All formats of all tools; NVFP4 takes longest, in two passes over pieces of a few bytes."""
+"""All formats of all tools, and those of quantload alone; two passes over pieces of a few bytes take longest."""
 SCHEMES = {entry.linear.name: entry.name for entry in ENTRIES if entry.linear is not None}
 
 
@@ -215,7 +221,7 @@ def test_what_is_written_is_read_back(
     layout = WeightLayout(fmt, None, (("", rows),), columns, (multiple, multiple))
     with tempfile.TemporaryDirectory() as folder:
         convert({"a.weight": weight}, planned, Path(folder), written, workers)
-        config = EXPORT_FORMATS[tool].quantization_config({"a": fmt}, [], [])
+        config = EXPORT_FORMATS[tool].quantization_config(NamedModules({"a": fmt}, weights={"a.weight": plain}))
         padded = read_back(Path(folder) / "out", config, layout, spans, read, workers)
     (part,) = layout.shard_indices()
     tensors, wanted = tuple(each[index] for each, index in zip(padded, part.index, strict=True)), whole(weight, scheme)
@@ -248,7 +254,7 @@ def test_blocks_of_rows_that_come_apart_are_refused(tmp_path: Path) -> None:
         Span("a.weight", Region(None, (128 * half, 128 * (half + 1)), (0, columns)), half * columns, 2 * columns, 1)
         for half in range(2)
     ]
-    config = EXPORT_FORMATS["compressed-tensors"].quantization_config({"a": fmt}, [], [])
+    config = EXPORT_FORMATS["compressed-tensors"].quantization_config(NamedModules({"a": fmt}))
     with pytest.raises(CheckpointError, match=r"a\.weight_scale: blocks of 128 rows lie across the border"):
         read_back(tmp_path / "out", config, halves, spans, 1 << 20, 1)
 

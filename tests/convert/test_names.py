@@ -15,7 +15,7 @@ from quantload import LoadOptions, QuantizationPolicy
 from quantload.checkpoint.headers import TensorEntry
 from quantload.checkpoint.resolve import resolve
 from quantload.checkpoint.working_memory import CPU
-from quantload.convert.names import NamedModules, name_modules
+from quantload.convert.names import name_modules
 from quantload.convert.tensors import KeptTensor, QuantizedTensor, plan_tensors
 from quantload.draft import Draft, draft_load
 from quantload.errors import PolicyError
@@ -28,6 +28,7 @@ from quantload.model.skeleton import Assignment
 from quantload.online.storage import FinalStorage
 from quantload.plan import plan_without_pieces
 from quantload.schemes.exported.registry import EXPORT_FORMATS
+from quantload.schemes.exported.weights import NamedModules
 from torch import nn
 
 TOWERS = ("*vision*", "*visual*", "*audio_tower*")
@@ -77,7 +78,7 @@ def written(draft: Draft, form: str) -> tuple[NamedModules, dict[str, Any]]:
     export = EXPORT_FORMATS[form]
     tensors = plan_tensors(draft.sources.entries, draft.routes, draft.loaders, draft.assignments, export)
     named = name_modules(draft.model, tensors, draft.routes)
-    return named, export.quantization_config(named.formats, named.kept, named.heads)
+    return named, export.quantization_config(named)
 
 
 def wanted(draft: Draft, form: str) -> dict[str, Any]:

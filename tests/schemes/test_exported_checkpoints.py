@@ -14,18 +14,30 @@ import architectures
 import pytest
 import stored_tensors
 import torch
-from quantload import LoadOptions, QuantizationPolicy, convert_checkpoint, load_quantized
+from quantload import LoadOptions, QuantizationPolicy, QuantloadConfig, convert_checkpoint, load_quantized
 from quantload.errors import PolicyError
+from quantload.geometry.layout import WeightLayout
+from quantload.kernels.formats import FORMATS
+from quantload.schemes.exported.own import quantization_config
 from quantload.schemes.exported.registry import formats_of
+from quantload.schemes.exported.weights import NamedModules
 from quantload.schemes.registry import ENTRIES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 TOOLS = ("quark", "compressed-tensors")
-PAIRS = [(entry.name, name) for entry in ENTRIES for name in formats_of(entry)]
-LINEAR_PAIRS = [(scheme, form) for scheme, form in PAIRS if scheme != "experts_int8"]
+OWN = "quantload"
+QUICK = "nl4", "quark_int4fp8_moe"
+"""Schemes that only quantload's own form holds; it holds the others in the same way."""
+PAIRS = [
+    pytest.param(entry.name, name, marks=[pytest.mark.slow] if name == OWN and entry.name not in QUICK else [])
+    for entry in ENTRIES
+    for name in formats_of(entry)
+]
+LINEAR_PAIRS = [pair for pair in PAIRS if pair.values[0] != "experts_int8"]
 # The experts of the tiny model have fewer columns than a group of INT4 weights.
-MOE_PAIRS = [(scheme, form) for scheme, form in PAIRS if scheme != "int4_per_group"]
+MOE_PAIRS = [pair for pair in PAIRS if pair.values[0] != "int4_per_group" or pair.values[1] == OWN]
 
 
 def described(folder: Path) -> tuple[set[str], dict[str, Any]]:
@@ -59,25 +71,59 @@ def assert_same(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
 
 def check(original: Path, out: Path, scheme: str, form: str, policy: QuantizationPolicy | None = None) -> list[str]:
     """Convert, compare with an online load; the modules the config says are kept."""
-    convert_checkpoint(original, out, scheme, format=form, policy=policy)
+    report = convert_checkpoint(original, out, scheme, format=form, policy=policy)
     online = load_quantized(original, scheme, policy=policy)
     weights, config = described(out)
     assert weights == quantized(online)
     assert config["quant_method"] == form
     assert_same(load_quantized(out).state_dict(), online.state_dict())
+    if form == OWN:
+        assert {OWN} == {config["quant_method"], *report.read_by}
+        return []
     kept: list[str] = config["exclude" if form == "quark" else "ignore"]
     return kept
 
 
 @pytest.mark.parametrize(("scheme", "form"), LINEAR_PAIRS)
 def test_a_dense_model_reads_back_to_an_online_load(scheme: str, form: str, golden: Path, tmp_path: Path) -> None:
-    assert check(golden / "bf16_llama", tmp_path / "out", scheme, form) == ["lm_head"]
+    assert check(golden / "bf16_llama", tmp_path / "out", scheme, form) == (["lm_head"] if form != OWN else [])
 
 
 @pytest.mark.parametrize(("scheme", "form"), MOE_PAIRS)
 def test_experts_read_back_to_an_online_load(scheme: str, form: str, golden: Path, tmp_path: Path) -> None:
     kept = check(golden / "bf16_qwen3moe", tmp_path / "out", scheme, form)
-    assert {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "lm_head"} <= set(kept)
+    assert form == OWN or {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "lm_head"} <= set(kept)
+
+
+@pytest.mark.parametrize("name", ["llama_odd", "qwen3_moe_odd"])
+def test_any_number_of_columns_is_written_in_the_own_form(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    check(checkpoint(name), tmp_path / "out", "nl4", OWN)
+    again = load_quantized(tmp_path / "out", "int8_per_channel", options=LoadOptions(chunk_bytes=4096))
+    assert {module.scheme.name for module in again.modules() if hasattr(module, "scheme")} == {"int8_per_channel"}
+
+
+def test_transformers_opens_the_own_form_with_quantload(golden: Path, tmp_path: Path) -> None:
+    convert_checkpoint(golden / "bf16_qwen3moe", tmp_path / "out", "nl4", format=OWN)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(model.config.quantization_config, QuantloadConfig)  # whose import makes the method known
+    assert_same(model.state_dict(), load_quantized(golden / "bf16_qwen3moe", "nl4").state_dict())
+
+
+def test_experts_that_are_alike_are_said_once_and_others_one_by_one(golden: Path, tmp_path: Path) -> None:
+    policy = QuantizationPolicy(overrides=(("*.1.mlp.experts", "fp8_per_channel"),))
+    check(golden / "bf16_qwen3moe", tmp_path / "out", "nl4", OWN, policy)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["formats"]["model.layers.0.mlp.experts.*.up_proj.weight"] == "nl4"
+    assert config["formats"]["model.layers.1.mlp.experts.*.up_proj.weight"] == "fp8_channel"
+    assert config["shapes"].keys() == config["formats"].keys()
+    assert not any(".experts.0." in name for name in config["formats"])
+    layout = WeightLayout(FORMATS["nl4"], None, (("", 8),), 64)
+    weights = {f"a.experts.{expert}.up_proj.weight": layout for expert in (0, 2)}
+    said = quantization_config(NamedModules(kept=["a.experts.1.up_proj", "b"], weights=weights))
+    assert said["formats"] == dict.fromkeys(weights, "nl4")
+    assert said["shapes"] == {name: [None, 8, 64] for name in weights}
 
 
 @pytest.mark.parametrize("scheme", ["quark_mxfp4", "mxfp6_e2m3", "mxfp6_e3m2"])
@@ -108,7 +154,8 @@ def test_columns_that_do_not_fill_a_byte(tmp_path: Path) -> None:
     with pytest.raises(
         PolicyError,
         match=r"2 modules .*model\.layers\.0\.mlp\.down_proj: .* has 111 columns, which are no multiple of 2, as quark "
-        r"needs for quark_mxfp4 \(quark holds them as fp8_per_tensor, fp8_per_channel, int8_per_channel\); .*override",
+        r"needs for quark_mxfp4 \(--format quantload holds them; quark holds them as fp8_per_tensor, fp8_per_channel, "
+        r"int8_per_channel\); .*override",
     ):
         convert_checkpoint(tmp_path / "odd", tmp_path / "out", "quark_mxfp4")
     policy = QuantizationPolicy(overrides=(("*.down_proj", "fp8_per_channel"),))

@@ -197,6 +197,23 @@ def own() -> dict[str, Tensor]:
     }
 
 
+def test_a_star_stands_for_all_experts_that_have_a_tensor_of_such_a_name() -> None:
+    name = "m.experts.{}.up_proj.weight"
+    fields = {**OWN, "formats": {name.format("*"): "mxfp4"}, "shapes": {name.format("*"): [None, 3, 40]}}
+    tensors = {}
+    for expert in (0, 7, 12):
+        tensors[name.format(expert)] = FP4_PAIRS.repeat(3, 4)
+        tensors[f"{name.format(expert)}_scale"] = torch.full((3, 2), 127, dtype=torch.uint8)
+    stored = stored_tensors.read(fields, tensors | {"m.up_proj.weight": torch.ones(3, 3)})
+    assert set(stored.weights) == {name.format(expert) for expert in (0, 7, 12)}
+    assert set(stored.plain) == {"m.up_proj.weight"}
+    tensors[f"{name.format(7)}_scale"] = torch.full((3, 1), 127, dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match=r"m\.experts\.7\.up_proj\.weight_scale is torch\.uint8 \[3, 1\]"):
+        stored_tensors.read(fields, tensors)
+    with pytest.raises(CheckpointError, match=r"m\.experts\.\*\.up_proj\.weight is missing"):
+        stored_tensors.read(fields, {})
+
+
 def test_quantload_reads_its_own_form() -> None:
     tensors = own()
     stored = stored_tensors.read(OWN, tensors)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels.formats import WeightFormat
 from ...kernels.reference.nvfp4 import Nvfp4Codec
-from .weights import ExportedConstant, ExportedTensor, ExportedWeight, ExportFormat, as_vector
+from .weights import ExportedConstant, ExportedTensor, ExportedWeight, ExportFormat, NamedModules, as_vector
 
 VERSION = "0.20.0"
 _INT4_IN_INT32 = 8
@@ -104,26 +103,26 @@ WEIGHTS: Mapping[str, ExportedWeight] = {
 }  # fmt: skip
 
 
-def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str], heads: Sequence[str]) -> dict[str, Any]:
+def quantization_config(named: NamedModules) -> dict[str, Any]:
     """The `quantization_config` of compressed-tensors: one group for each format, the first for all other linears.
 
     Heads are named even where there is one group: vLLM's are no linear layers.
     """
-    formats = list(dict.fromkeys(fmt.name for fmt in modules.values()))
+    formats = list(dict.fromkeys(fmt.name for fmt in named.formats.values()))
     groups: dict[str, Any] = {}
     for number, name in enumerate(formats):
         group = dict(WEIGHTS[name].config)
         if len(formats) > 1:
-            group["targets"] = _targets(module for module, fmt in modules.items() if fmt.name == name)
+            group["targets"] = _targets(module for module, fmt in named.formats.items() if fmt.name == name)
         else:
-            group["targets"] = [*group["targets"], *heads]
+            group["targets"] = [*group["targets"], *named.heads]
         groups[f"group_{number}"] = group
     written = {group["format"] for group in groups.values()}
     return {
         "config_groups": groups,
         "format": written.pop() if len(written) == 1 else "mixed-precision",
         "global_compression_ratio": None,
-        "ignore": _targets(kept),
+        "ignore": _targets(named.kept),
         "kv_cache_scheme": None,
         "moe_sparsity_config": None,
         "quant_method": "compressed-tensors",

@@ -7,11 +7,11 @@ names that transformers does not know here. Linear layers cannot be quantized in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ...kernels.formats import MXFP4, WeightFormat
-from .weights import ExportedTensor, ExportedWeight, ExportFormat, Shape
+from ...kernels.formats import MXFP4
+from .weights import ExportedTensor, ExportedWeight, ExportFormat, NamedModules, Shape
 
 _BLOCK_BYTES = MXFP4.block_cols // 2
 
@@ -27,9 +27,9 @@ WEIGHTS: Mapping[str, ExportedWeight] = {
 }
 
 
-def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str], heads: Sequence[str]) -> dict[str, Any]:
+def quantization_config(named: NamedModules) -> dict[str, Any]:
     """The method, and the linear layers that are no part of it."""
-    return {"modules_to_not_convert": kept, "quant_method": "mxfp4"}
+    return {"modules_to_not_convert": named.kept, "quant_method": "mxfp4"}
 
 
 GPT_OSS = ExportFormat("mxfp4", WEIGHTS, quantization_config, frozenset(WEIGHTS), {"transformers": frozenset(WEIGHTS)})

@@ -6,11 +6,11 @@ could tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ...kernels.formats import NVFP4, WeightFormat
-from .weights import ExportedTensor, ExportedWeight, ExportFormat, as_scalar
+from ...kernels.formats import NVFP4
+from .weights import ExportedTensor, ExportedWeight, ExportFormat, NamedModules, as_scalar
 
 VERSION = "0.47.0"
 _WEIGHTS = {"dynamic": False, "num_bits": NVFP4.code_bits, "type": "float", "group_size": NVFP4.block_cols}
@@ -28,11 +28,11 @@ WEIGHTS: Mapping[str, ExportedWeight] = {
 }
 
 
-def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str], heads: Sequence[str]) -> dict[str, Any]:
+def quantization_config(named: NamedModules) -> dict[str, Any]:
     """ModelOpt's `quantization_config`: one group for all linear layers, kept ones ignored."""
     return {
         "config_groups": {"group_0": dict(WEIGHTS[NVFP4.name].config)},
-        "ignore": kept,
+        "ignore": named.kept,
         "producer": {"name": "modelopt", "version": VERSION},
         "quant_algo": "W4A16_NVFP4",
         "quant_method": "modelopt",

@@ -12,13 +12,13 @@ that a checkpoint reads back to the very bytes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ...kernels.formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, WeightFormat
-from .weights import ExportedConstant, ExportedTensor, ExportedWeight, ExportFormat, as_scalar, as_vector
+from .weights import ExportedConstant, ExportedTensor, ExportedWeight, ExportFormat, NamedModules, as_scalar, as_vector
 
 VERSION = "0.13"
 
@@ -68,13 +68,13 @@ WEIGHTS: Mapping[str, ExportedWeight] = {
 }
 
 
-def quantization_config(modules: Mapping[str, WeightFormat], kept: list[str], heads: Sequence[str]) -> dict[str, Any]:
+def quantization_config(named: NamedModules) -> dict[str, Any]:
     """Quark's `quantization_config`: the most frequent format for all, others by module, kept modules excluded."""
-    most = Counter(modules.values()).most_common(1)[0][0]
-    others = {_pattern(name): WEIGHTS[fmt.name].config for name, fmt in modules.items() if fmt is not most}
+    most = Counter(named.formats.values()).most_common(1)[0][0]
+    others = {_pattern(name): WEIGHTS[fmt.name].config for name, fmt in named.formats.items() if fmt is not most}
     return {
         "algo_config": None,
-        "exclude": kept,
+        "exclude": named.kept,
         "export": {
             "kv_cache_group": [], "min_kv_scale": 0.0, "pack_method": "reorder", "weight_format": "real_quantized",
             "weight_merge_groups": None,

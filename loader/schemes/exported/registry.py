@@ -11,10 +11,13 @@ from ..registry import ENTRIES, SchemeEntry
 from .compressed_tensors import COMPRESSED_TENSORS
 from .gpt_oss import GPT_OSS
 from .modelopt import MODELOPT
+from .own import OWN
 from .quark import QUARK
 from .weights import ExportedWeight, ExportFormat
 
-EXPORT_FORMATS: dict[str, ExportFormat] = {each.name: each for each in (QUARK, COMPRESSED_TENSORS, GPT_OSS, MODELOPT)}
+EXPORT_FORMATS: dict[str, ExportFormat] = {
+    each.name: each for each in (QUARK, COMPRESSED_TENSORS, GPT_OSS, MODELOPT, OWN)
+}
 
 
 def get_export_format(name: str) -> ExportFormat:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from ...geometry.layout import WeightLayout
 from ...kernels.formats import WeightFormat
 
 Shape = tuple[int, ...]
-SOURCES = "codes", "scales", "scales_2"
+Source = Literal["codes", "scales", "scales_2"]
+SOURCES: tuple[Source, ...] = get_args(Source)
 
 
 def as_it_is(shape: Shape) -> Shape:
@@ -49,7 +50,7 @@ class ExportedTensor:
     """
 
     name: str
-    source: Literal["codes", "scales", "scales_2"]
+    source: Source
     dtype: torch.dtype | None = None
     block: int = 1
     width: Fraction = Fraction(1)
@@ -133,20 +134,35 @@ def _specs(weight: ExportedWeight, layout: WeightLayout) -> list[TensorSpec]:
     return specs
 
 
+@dataclass
+class NamedModules:
+    """The modules of a checkpoint by all names they have, in the order of the files and of the model.
+
+    `formats` are those of the quantized ones, `kept` are the others. Experts that are alike are one name with a `*` for
+    their number; those that the files have in one tensor are that of their module, and the same with `.*`. `heads` are
+    those of `formats` that turn hidden states into logits, and embeddings. `weights` are the quantized tensors by their
+    names in the files.
+    """
+
+    formats: dict[str, WeightFormat] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
+    weights: dict[str, WeightLayout] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class ExportFormat:
     """A checkpoint format that quantized weights can be written in.
 
-    `weights` says how, by the name of the weight format. `quantization_config` makes the entry of config.json from the
-    weight format of every quantized module, the modules that are kept, and the output heads among the first, all by
-    their names in the checkpoint and in the model. `experts_in_transformers` are formats of experts that transformers
+    `weights` says how, by the name of the weight format. `quantization_config` makes the entry of config.json.
+    `experts_in_transformers` are formats of experts that transformers
     was seen to read; of some others it takes the codes for numbers without a word. `readers` are the tools that were
     seen to read it, with the formats of weights; of experts transformers reads no others than those.
     """
 
     name: str
     weights: Mapping[str, ExportedWeight]
-    quantization_config: Callable[[Mapping[str, WeightFormat], list[str], Sequence[str]], dict[str, Any]]
+    quantization_config: Callable[[NamedModules], dict[str, Any]]
     experts_in_transformers: frozenset[str] = frozenset()
     readers: Mapping[str, frozenset[str]] = field(default_factory=dict)
 

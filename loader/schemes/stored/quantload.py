@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,30 +20,52 @@ from .weights import StoredCheckpoint, StoredTensor, StoredWeight, scale_roles
 
 METHOD = "quantload"
 FORMAT_VERSION = 1
+EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+"""That of an expert in the name of a tensor of its own."""
+_ANY = "*"
+
+
+def alike(name: str) -> str:
+    """A name with a `*` for the number of an expert, which those that are alike have in common."""
+    return EXPERT_NUMBER.sub(_ANY, name)
 
 
 def read_quantload(
     settings: Settings, tensors: Mapping[str, TensorEntry], read: Read, dtype: torch.dtype
 ) -> StoredCheckpoint:
-    """`formats`, `shapes` ([E or null, N, K]) and `transposed` say what each weight is; X_scale has the scales of X.
+    """`formats`, `shapes` ([E or null, N, K]) and `transposed` say what each weight is; X_scale has the scales of X. A
+    `*` in a name stands for the numbers of all experts that have a tensor of such a name.
 
     Raises `CheckpointError` for another `format_version`, and for tensors that are missing or do not fit.
     """
     settings.choice("format_version", (FORMAT_VERSION,))
     shapes = settings.mapping("shapes")
     transposed = frozenset(settings.strings("transposed"))
+    formats = settings.mapping("formats")
+    of_experts = _by_pattern(tensors) if any(_ANY in name for name in formats) else {}
     weights = {}
-    for name, fmt in settings.mapping("formats").items():
+    for said, fmt in formats.items():
         if not isinstance(fmt, str) or fmt not in FORMATS:
-            raise settings.error(f"formats.{name}", fmt, tuple(FORMATS))
-        experts, rows, columns = _shape(settings, shapes, name)
-        parts = _parts(FORMATS[fmt], name, tensors, (experts, rows, columns))
-        weights[name] = StoredWeight(
-            name, FORMATS[fmt], experts, rows, columns, dtype, parts, transposed=name in transposed
-        )
+            raise settings.error(f"formats.{said}", fmt, tuple(FORMATS))
+        experts, rows, columns = _shape(settings, shapes, said)
+        for name in of_experts.get(said, (said,)):
+            parts = _parts(FORMATS[fmt], name, tensors, (experts, rows, columns))
+            weights[name] = StoredWeight(
+                name, FORMATS[fmt], experts, rows, columns, dtype, parts, transposed=said in transposed
+            )
     taken = {entry.name for weight in weights.values() for entry in weight.entries()}
     plain = {name: entry for name, entry in tensors.items() if name not in taken}
     return StoredCheckpoint(METHOD, weights, plain)
+
+
+def _by_pattern(names: Iterable[str]) -> dict[str, list[str]]:
+    """The tensors of experts by the name that those that are alike have in common."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        pattern = alike(name)
+        if pattern != name:
+            found[pattern].append(name)
+    return dict(found)
 
 
 def _shape(settings: Settings, shapes: Mapping[str, Any], name: str) -> tuple[int | None, int, int]:

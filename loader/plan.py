@@ -29,7 +29,7 @@ from .model.unexplained_codes import VALUES, explained_within, unexplained
 from .options import LoadOptions
 from .pieces.plain import plan_pieces
 from .pieces.stored import plan_stored
-from .pieces.whole import plan_whole, whole_bytes
+from .pieces.whole import AT_ONCE, plan_whole, whole_bytes
 from .schemes.registry import SchemeFactory
 from .schemes.stored.weights import StoredWeight
 
@@ -99,7 +99,7 @@ def plan_load(
     chunk = max((piece.nbytes for piece in pieces if piece.target is None), default=MIN_CHUNK)
     chunk = max(chunk, stored.scratch_bytes, min(options.chunk_bytes, 1 << 20))
     workers, staging = plan_staging(options, chunk, len(pieces), slots_per_worker(schemes.device))
-    whole = 2 * max((whole_bytes(conversion, index.tensors, mapped) for conversion in routes.whole), default=0)
+    whole = AT_ONCE * max((whole_bytes(conversion, index.tensors, mapped) for conversion in routes.whole), default=0)
     bytes_in = dict(_bytes_in(mapped, assignments, sources))
     held = whole + (workers + 1) * stored.held_bytes + max(plain.maxima_bytes, stored.maxima_bytes)
     memory = _memory(model, index, mapped, sources, loaders, assignments, staging, held, len(pieces))

@@ -1,7 +1,8 @@
 """Conversions that coordinates cannot express: transformers' own operation on the tensors of one group, whole.
 
-The group's tensors are read into memory of their own, converted, handed to the same closures, and freed. The plan
-counts them, and the report says how many there were.
+The group's tensors are read into memory of their own, converted, handed to the same closures, and freed. At most
+`AT_ONCE` groups are in memory, however many threads read; the plan counts those, and the report says how many there
+were in all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..checkpoint.crew import leave_if_stopping
 from ..checkpoint.headers import TensorEntry
 from ..checkpoint.pieces import Piece
 from ..checkpoint.workspace import Workspace
@@ -22,6 +24,32 @@ from ..model import transformers_api
 from ..model.routes import CheckpointMap, ModelShapes, targets
 from ..model.transformers_api import Conversion
 from ..online.sink import Sink
+
+AT_ONCE = 2
+"""Groups that may be in memory at the same time: one that is read while another is converted."""
+_TICK = 0.1
+
+
+class OpenGroups:
+    """Keeps all groups but `AT_ONCE` waiting for memory. Their pieces come group by group, so that open ones end."""
+
+    def __init__(self) -> None:
+        self._open: set[int] = set()
+        self._changed = threading.Condition()
+
+    def enter(self, group: WholeConversion) -> None:
+        """A tensor of a group is about to take memory; waits for its turn, and leaves with the load."""
+        with self._changed:
+            while id(group) not in self._open and len(self._open) == AT_ONCE:
+                leave_if_stopping()
+                self._changed.wait(_TICK)
+            self._open.add(id(group))
+
+    def leave(self, group: WholeConversion) -> None:
+        """The memory of a group is free."""
+        with self._changed:
+            self._open.discard(id(group))
+            self._changed.notify_all()
 
 
 class WholeConversion:
@@ -34,15 +62,19 @@ class WholeConversion:
         entries: Sequence[TensorEntry],
         sinks: Mapping[str, Sink],
         landing: Callable[[str], Landing],
+        groups: OpenGroups | None = None,
     ) -> None:
+        """`groups` are those that share the memory, where tensors are read into `target` from several threads."""
         self._shapes, self._conversion, self._sinks, self._landing = shapes, conversion, sinks, landing
+        self._groups = groups or OpenGroups()
         self._entries = {entry.name: entry for entry in entries}
         self._tensors: dict[str, Tensor] = {}
         self._arrived = 0
         self._lock = threading.Lock()
 
     def target(self, name: str) -> Tensor:
-        """The bytes of one source tensor, to be read into."""
+        """The bytes of one source tensor, to be read into; waits while too many other groups are in memory."""
+        self._groups.enter(self)
         entry = self._entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         with self._lock:
@@ -55,7 +87,10 @@ class WholeConversion:
             self._arrived += 1
             if self._arrived < len(self._entries):
                 return
-        self.run(self._tensors)
+        try:
+            self.run(self._tensors)
+        finally:
+            self._groups.leave(self)
 
     def run(self, sources: dict[str, Tensor]) -> None:
         """Convert all tensors of the group, which are let go, and hand on what comes of them."""
@@ -102,9 +137,10 @@ def plan_whole(
     landing: Callable[[str], Landing],
 ) -> Iterator[Piece]:
     """The pieces of every group, one group after the other."""
+    groups = OpenGroups()
     for conversion in conversions:
         entries = [tensors[name] for name in conversion.names()]
-        group = WholeConversion(shapes, conversion, entries, sinks, landing)
+        group = WholeConversion(shapes, conversion, entries, sinks, landing, groups)
         for entry in entries:
             extents = ((entry.offset, entry.nbytes),)
             yield Piece(entry.shard, extents, group.arrived, target=lambda g=group, n=entry.name: g.target(n))  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ import pytest
 import torch
 from architectures import BY_NAME, logits, reference
 from quantload import LoadOptions, load_quantized, plan_quantized, reload_weights
-from quantload.errors import CheckpointError, NonFiniteWeightError
+from quantload.checkpoint.crew import Crew
+from quantload.checkpoint.headers import TensorEntry
+from quantload.errors import CheckpointError, LoadCancelledError, NonFiniteWeightError
+from quantload.model.transformers_api import Conversion
+from quantload.pieces.whole import WholeConversion, plan_whole
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import conversion_mapping
@@ -92,6 +97,27 @@ def test_the_plan_knows_and_its_peak_has_room_for_the_group(checkpoint: Checkpoi
     assert with_groups.whole_conversions == GROUPS
     gate_up = 4 * 2 * 32 * 64 * 2
     assert with_groups.memory.slack_bytes >= (64 << 20) + 2 * gate_up
+
+
+def of_one_tensor(name: str) -> Conversion:
+    conversion = Conversion(name, None)
+    conversion.add(None, [name])
+    return conversion
+
+
+def test_a_third_group_waits_until_one_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WholeConversion, "run", lambda group, tensors: tensors.clear())
+    entries = {name: TensorEntry(name, torch.float32, (4,), 0, 0, 16) for name in "abc"}
+    nothing: Any = None
+    pieces = [*plan_whole([*map(of_one_tensor, entries)], entries, nothing, {}, nothing)]
+    targets: Any = [piece.target for piece in pieces]
+    assert [target().nbytes for target in targets[:2]] == [16, 16]
+    leaving = threading.Event()
+    leaving.set()
+    with pytest.raises(LoadCancelledError):  # it would wait, and leaves
+        Crew(1, leaving).work(lambda *_: targets[2]())
+    pieces[0].deliver(nothing)
+    Crew(1, leaving).work(lambda *_: targets[2]())
 
 
 @pytest.mark.usefixtures("halving")

@@ -100,8 +100,9 @@ class EngineLoad:
             dequantizer=factory.dequantizer,
         )
         self._origins.append(self._open.enter_context(origin))
+        is_wanted = {shard.path: Path(shard.path).name in wanted for shard in index.shards}
         for name, tensor in origin.tensors():
-            if Path(origin.file_of(name)).name in wanted:
+            if is_wanted[origin.file_of(name)]:
                 self.names.add(name)
                 yield name, tensor
 

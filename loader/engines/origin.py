@@ -118,9 +118,10 @@ class CheckpointOrigin:
         """
         layer = ""
         for number, entry in enumerate(self._entries):
-            if layer_of(entry.name) != layer or self._waiting.nbytes > READ_AT_ONCE:
+            own = layer_of(entry.name)
+            if own != layer or self._waiting.nbytes > READ_AT_ONCE:
                 self._read_waiting()
-            layer = layer_of(entry.name)
+            layer = own
             yield entry.name, self._lazy(number, entry)
         self._read_waiting()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -21,6 +22,12 @@ MAX_BOXES = 1 << 20
 
 class NotExpressible(Exception):
     """An operation does something that moving strided boxes around cannot describe."""
+
+
+@lru_cache(256)
+def _on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without elements, of which maps of one shape are made: they have their own sizes, and share nothing."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Coordinates(torch.Tensor):
@@ -44,8 +51,7 @@ class Coordinates(torch.Tensor):
         if len(boxes) > MAX_BOXES:
             raise NotExpressible(f"the map falls into more than {MAX_BOXES} boxes")
         with torch._C.DisableTorchFunctionSubclass():
-            meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
-            tensor: Self = torch.Tensor._make_subclass(cls, meta)
+            tensor: Self = torch.Tensor._make_subclass(cls, _on_meta(tuple(shape), dtype))
         tensor.boxes = boxes
         return tensor
 

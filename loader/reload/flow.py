@@ -82,7 +82,7 @@ def reload_weights(
         with ExitStack() as held:
             with ranks.loading():  # a rank that cannot read it must not leave others in the update
                 checkpoint = held.enter_context(resolved(source, revision))
-                tensors = TensorsOf(checkpoint, settings_of(model).options.chunk_bytes)
+                tensors = TensorsOf(checkpoint, settings_of(model).options)
             update = WeightUpdate(model, partial=True, adapter=adapter, label=checkpoint.model_id)
             with update:
                 tensors.wants = update.wants

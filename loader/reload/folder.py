@@ -16,23 +16,24 @@ from ..options import LoadOptions
 
 
 class TensorsOf:
-    """Iterates over the tensors of a folder, each in parts of at most `chunk_bytes`, as far as its rows allow it.
+    """Iterates over the tensors of a folder, each in parts of at most a chunk of `options`, as far as its rows allow it.
 
-    A part is overwritten when the next is asked for. `ChangedFileError` where a file is written to meanwhile.
+    Reads are tried again as the options say. A part is overwritten when the next is asked for. `ChangedFileError` where
+    a file is written to meanwhile.
     """
 
-    def __init__(self, checkpoint: Checkpoint, chunk_bytes: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         if checkpoint.is_quantized:
             raise PolicyError(
                 f"{checkpoint.model_id} is quantized; a part of a model is updated from values alone: give all of it"
             )
-        self._checkpoint, self._chunk_bytes = checkpoint, chunk_bytes
+        self._checkpoint, self._options = checkpoint, options
         self._index = read_index(checkpoint)
         self.wants: Callable[[str], bool] = lambda _: True
         """Whether a tensor of a name is read."""
 
     def __iter__(self) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
-        files = self._checkpoint.files.source(LoadOptions())
+        files = self._checkpoint.files.source(self._options)
         buffer = torch.empty(0, dtype=torch.uint8)
         try:
             for entry in (entry for entry in self._index.tensors.values() if self.wants(entry.name)):
@@ -55,7 +56,7 @@ class TensorsOf:
         rows = entry.shape[0] if entry.shape else 1
         if not math.prod(entry.shape):
             return
-        step = max(self._chunk_bytes // (entry.nbytes // rows), 1)
+        step = max(self._options.chunk_bytes // (entry.nbytes // rows), 1)
         if len(entry.shape) == 2 and step > _ALIGN:
             step = step // _ALIGN * _ALIGN
         for first in range(0, rows, step):

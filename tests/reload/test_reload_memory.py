@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from new_weights import different, load, pointers
-from quantload import reload_weights
+from quantload import LoadOptions, reload_weights
 from quantload.checkpoint.resolve import resolve
 from quantload.reload.folder import TensorsOf
 from safetensors import safe_open
@@ -40,7 +40,7 @@ def one_by_one(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 WAYS: dict[str, Callable[[Path], Any]] = {
     "folder": lambda folder: folder,
-    "parts": lambda folder: TensorsOf(resolve(folder), CHUNK),
+    "parts": lambda folder: TensorsOf(resolve(folder), LoadOptions(chunk_bytes=CHUNK)),
     "one by one": one_by_one,
 }
 

@@ -12,7 +12,9 @@ import architectures
 import pytest
 import torch
 from new_weights import changed_copy, check_facts, different, load, other_values, pointers
-from quantload import reload_weights
+from quantload import LoadOptions, reload_weights
+from quantload.checkpoint.files import FolderFiles
+from quantload.checkpoint.source import Source
 from quantload.errors import (
     CheckpointError,
     IncompleteModelError,
@@ -147,6 +149,21 @@ def test_a_partial_update_from_a_folder_takes_what_is_there(checkpoint: Checkpoi
         save_file(dict(list(shuffled(tensors).items())[number::2]), part / "model.safetensors", {"format": "pt"})
         reload_weights(model, part, partial=True)
     assert different(model, fresh) == []
+
+
+def test_a_folder_is_read_with_the_retries_of_the_load(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(checkpoint("llama"), options=LoadOptions(retries=7))
+    source, retries = FolderFiles.source, list[int | None]()
+
+    def noted(files: FolderFiles, options: LoadOptions | None = None) -> Source:
+        retries.append(None if options is None else options.retries)
+        return source(files, options)
+
+    monkeypatch.setattr(FolderFiles, "source", noted)
+    reload_weights(model, checkpoint("llama"), partial=True, progress=False)
+    assert retries[-1] == 7  # behind that of the headers
 
 
 def test_names_that_come_again_are_replaced(checkpoint: Checkpoints, tmp_path: Path) -> None:

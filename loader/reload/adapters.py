@@ -31,6 +31,8 @@ _REFUSED = (
     *("trainable_token_indices", "layer_replication"),
 )
 """Fields of PEFT's config with which an adapter is more, or something else, than B @ A times a scale."""
+_OTHER_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` with which PEFT changes the weights that the adapter is added to."""
 _ALPHA = 8.0
 """What PEFT takes where a config has no `lora_alpha`."""
 
@@ -85,6 +87,13 @@ class LoraAdapter:
             said = ", ".join(more) or f"peft_type {config.get('peft_type')!r}, bias {config.get('bias')!r}"
             raise UnsupportedCheckpointError(
                 f"{root / CONFIG}: {said}; only plain LoRA can be added to weights on their way"
+            )
+        begun = config.get("init_lora_weights")
+        if isinstance(begun, str) and begun.lower().startswith(_OTHER_BASE):
+            raise UnsupportedCheckpointError(
+                f"{root / CONFIG}: init_lora_weights is {begun!r}, with which an adapter is trained on changed weights "
+                f"and does not fit those of the checkpoint; save it with path_initial_model_for_weight_conversion, or "
+                f"merge it with PEFT"
             )
         with safe_open(root / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping

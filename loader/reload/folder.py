@@ -16,7 +16,7 @@ from ..options import LoadOptions
 
 
 class TensorsOf:
-    """Iterates over the tensors of a folder, each in parts of at most a chunk of `options`, as far as its rows allow it.
+    """Iterates over the tensors of a folder, each in parts of at most a chunk of `options`, as far as rows allow it.
 
     Reads are tried again as the options say. A part is overwritten when the next is asked for. `ChangedFileError` where
     a file is written to meanwhile.

@@ -106,6 +106,14 @@ def test_what_is_no_plain_lora_is_refused(tmp_path: Path, field: dict[str, Any])
         LoraAdapter.read(saved(tmp_path / "adapter", pairs, **field))
 
 
+def test_an_adapter_to_other_weights_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    pairs = {f"base_model.model.a.x.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}
+    for fits in (True, "gaussian", "eva"):
+        assert LoraAdapter.read(saved(tmp_path / str(fits), pairs, init_lora_weights=fits)).scales == {"a.x": 1.5}
+    with pytest.raises(UnsupportedCheckpointError, match="init_lora_weights is 'pissa_niter_4'"):
+        LoraAdapter.read(saved(tmp_path / "pissa", pairs, init_lora_weights="pissa_niter_4"))
+
+
 @pytest.mark.parametrize("module", ["attn.c_attn", "attn.c_proj"])  # one is square
 def test_an_adapter_is_turned_where_a_kept_weight_is(checkpoint: Checkpoints, module: str) -> None:
     folder, name = checkpoint("gpt2"), f"transformer.h.0.{module}"

@@ -2,6 +2,7 @@
 
 QuantloadError
 ├── CheckpointError                 the files on disk, config.json and the index included
+│   ├── ModelNotFoundError          what was given for the model is none: no such folder, repository or address
 │   ├── TruncatedShardError         a shard is shorter than its header says, or shrank while it was read
 │   ├── ChangedFileError            a file is not the one it was when the load began to read it
 │   ├── CorruptHeaderError          a safetensors header breaks a rule of the format
@@ -57,6 +58,10 @@ class CheckpointError(QuantloadError):
     """The checkpoint on disk is wrong: a shard, the index or `config.json`."""
 
 
+class ModelNotFoundError(CheckpointError):
+    """What was given for the model is none: it is not there, cannot be reached, or is something else."""
+
+
 class TruncatedShardError(CheckpointError):
     """A shard is shorter than its header says, or shrank while it was being read."""
 
@@ -78,13 +83,21 @@ class UnsafePathError(CheckpointError):
 
 
 class NonFiniteWeightError(CheckpointError):
-    """A weight is NaN or infinite; `position` is its (row, column) in the piece that held it, `advice` what to do."""
+    """A weight is NaN or infinite; `position` is its (row, column) in the piece that held it, `advice` what to do.
+
+    `advice` is None for a weight that is to be quantized: `leave_as_stored` says it of the layer.
+    """
 
     position: tuple[int, int] | None = None
-    advice: str = (
-        "weights to be quantized must be finite: repair the checkpoint, or leave this layer as stored with an ignore "
-        "pattern"
-    )
+    advice: str | None = None
+
+    @staticmethod
+    def leave_as_stored(parameter: str) -> str:
+        """What to do about a weight that is to be quantized and goes to a parameter of that name."""
+        return (
+            "weights to be quantized must be finite: repair the checkpoint, or leave this layer as stored with "
+            f"--ignore '{parameter.rpartition('.')[0] or parameter}'"
+        )
 
 
 class DamagedEntryError(CheckpointError):

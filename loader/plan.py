@@ -17,6 +17,7 @@ from .checkpoint.pieces import Piece, plan_batches
 from .checkpoint.source import Reads
 from .checkpoint.working_memory import slots_per_worker
 from .errors import PolicyError, UnsupportedCheckpointError
+from .memory.amounts import typed_bytes
 from .memory.overhead import CONFIG_VALUES, PIECES, READ_AT_ONCE, TENSORS
 from .memory.planner import SLACK_BYTES, MemoryPlan, ParameterSize, plan_memory
 from .model import transformers_api
@@ -192,8 +193,8 @@ def plan_staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) ->
         return workers, workers * each
     if options.staging_bytes < each:
         raise PolicyError(
-            f"staging is {options.staging_bytes} bytes; one worker needs {buffers} buffers of {chunk}, {each} bytes: "
-            f"give that much{_instead_of_staging(options, chunk, options.staging_bytes // buffers)}"
+            f"staging is {typed_bytes(options.staging_bytes)}; one worker needs {buffers} buffers of "
+            f"{typed_bytes(chunk)}: give it {typed_bytes(each)}{_instead_of_staging(options, chunk, options.staging_bytes // buffers)}"
         )
     workers = min(workers, options.staging_bytes // each)
     return workers, workers * each
@@ -202,9 +203,9 @@ def plan_staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) ->
 def _instead_of_staging(options: LoadOptions, chunk: int, available: int) -> str:
     """What helps other than more staging where a buffer can have `available` bytes, or why nothing does."""
     if chunk > options.chunk_bytes:
-        return f"; scale blocks cannot be cut, so a chunk below {options.chunk_bytes} bytes changes nothing"
+        return f"; scale blocks cannot be cut, so a chunk of {typed_bytes(options.chunk_bytes)} changes nothing"
     fitting = available // rounded_slot(1) * rounded_slot(1)
-    return f", or a chunk of at most {fitting} bytes" if fitting >= MIN_CHUNK else ""
+    return f", or a chunk of at most {typed_bytes(fitting)}" if fitting >= MIN_CHUNK else ""
 
 
 def _check_whole(routes: Routes, sources: StoredSources, index: CheckpointIndex, loaders: WeightLoaders) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..addresses import scheme_of
-from ..errors import CheckpointError
+from ..errors import ModelNotFoundError
 from ..local_paths import local_path
 from .files import CheckpointFiles, FolderFiles
 from .other_kinds import file_error, reference_error
@@ -89,7 +89,7 @@ class Checkpoint:
 def resolve_folder(model_id: str | Path, revision: str | None = None) -> Checkpoint | None:
     """The checkpoint in a folder here, with nobody asked; None for a URL and for what may be a hub id.
 
-    Raises `CheckpointError` for what is none of these, `UnsupportedCheckpointError` for files of other kinds.
+    Raises `ModelNotFoundError` for what is none of these, `UnsupportedCheckpointError` for files of other kinds.
     """
     given = str(model_id)
     problem = reference_error(given, revision)
@@ -98,8 +98,8 @@ def resolve_folder(model_id: str | Path, revision: str | None = None) -> Checkpo
     if scheme_of(given) is not None:
         return None
     if not given:
-        raise CheckpointError("the model is empty (''); give a folder or a hub id such as 'Qwen/Qwen3-0.6B'")
-    folder = local_path(given, "the model", CheckpointError)
+        raise ModelNotFoundError("the model is empty (''); give a folder or a hub id such as 'Qwen/Qwen3-0.6B'")
+    folder = local_path(given, "the model", ModelNotFoundError)
     if folder.is_dir():
         if revision is not None:
             logger.warning("%s is a folder, which has no revisions: %r is not looked at", folder, revision)
@@ -108,9 +108,9 @@ def resolve_folder(model_id: str | Path, revision: str | None = None) -> Checkpo
     if folder.exists():
         raise file_error(folder)
     if folder.is_symlink():
-        raise CheckpointError(f"{given!r} is a link that leads nowhere; give the folder itself")
+        raise ModelNotFoundError(f"{given!r} is a link that leads nowhere; give the folder itself")
     if isinstance(model_id, Path) or _looks_local(given):
-        raise CheckpointError(
+        raise ModelNotFoundError(
             f"{given!r} is no folder here; check the path, or give a hub id such as 'Qwen/Qwen3-0.6B'"
         )
     return None

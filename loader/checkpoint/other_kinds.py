@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import CheckpointError, QuantloadError, TruncatedShardError, UnsupportedCheckpointError
+from ..errors import ModelNotFoundError, QuantloadError, TruncatedShardError, UnsupportedCheckpointError
 from ..kernels.system_calls import open_plain
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -76,7 +76,9 @@ def reference_error(given: str, revision: str | None) -> QuantloadError | None:
         return _hub_address(given, rest)
     named = re.fullmatch(rf"({_ID})@(\S+)", given)
     if named and not os.path.lexists(given):
-        return CheckpointError(f"{given!r} is a hub id with a revision; give it as {_with_revision(*named.groups())}")
+        return ModelNotFoundError(
+            f"{given!r} is a hub id with a revision; give it as {_with_revision(*named.groups())}"
+        )
     return None
 
 
@@ -84,12 +86,12 @@ def _hub_address(given: str, rest: str) -> QuantloadError:
     path = re.split(r"[?#]", rest)[0].strip("/")
     kind = path.split("/")[0]
     if kind in ("datasets", "spaces", "docs", "blog", "papers", "collections") or "/" not in path:
-        return CheckpointError(f"{given!r} is no address of a model; give a hub id such as 'Qwen/Qwen3-0.6B'")
+        return ModelNotFoundError(f"{given!r} is no address of a model; give a hub id such as 'Qwen/Qwen3-0.6B'")
     owner, name, *more = path.split("/")
     ref = more[1] if len(more) > 1 and more[0] in ("tree", "blob", "resolve", "raw", "commit") else None
     default = ref in (None, "main")
     wanted = f"'{owner}/{name}'" if default else _with_revision(f"{owner}/{name}", str(ref))
-    return CheckpointError(f"{given!r} is an address of the hub; give the hub id instead: {wanted}")
+    return ModelNotFoundError(f"{given!r} is an address of the hub; give the hub id instead: {wanted}")
 
 
 def _with_revision(hub_id: str, revision: str) -> str:
@@ -99,12 +101,12 @@ def _with_revision(hub_id: str, revision: str) -> str:
 def file_error(path: Path) -> QuantloadError:
     """The error for a file that was given instead of a folder."""
     if not path.is_file():
-        return CheckpointError(f"{str(path)!r} is neither a folder nor a file; give the folder of a model")
+        return ModelNotFoundError(f"{str(path)!r} is neither a folder nor a file; give the folder of a model")
     try:
         with open(open_plain(path, os.O_RDONLY), "rb") as file:
             head = file.read(8)
     except OSError as problem:
-        return CheckpointError(f"{str(path)!r} is a file that cannot be read: {problem.strerror}")
+        return ModelNotFoundError(f"{str(path)!r} is a file that cannot be read: {problem.strerror}")
     kind = next((kind for kind in _KINDS if path.name.lower().endswith(kind.ends)), None)
     if head.startswith(b"GGUF"):
         kind = _KINDS[0]
@@ -115,7 +117,7 @@ def file_error(path: Path) -> QuantloadError:
     beginning = kind_of_head(head) if path.suffix == ".safetensors" else None
     if beginning is not None:
         return UnsupportedCheckpointError(f"{str(path)!r} is {beginning}")
-    return CheckpointError(f"{str(path)!r} is a file; give the folder it lies in{where}: {str(folder)!r}")
+    return ModelNotFoundError(f"{str(path)!r} is a file; give the folder it lies in{where}: {str(folder)!r}")
 
 
 def folder_error(root: Path, *, has_config: bool) -> QuantloadError:
@@ -131,12 +133,12 @@ def folder_error(root: Path, *, has_config: bool) -> QuantloadError:
         return found
     inner = _models_inside(root)
     if inner:
-        return CheckpointError(f"{root}: has no config.json; give the folder of the model: {some(inner)}")
+        return ModelNotFoundError(f"{root}: has no config.json; give the folder of the model: {some(inner)}")
     if not names and not has_config:
-        return CheckpointError(f"{root}: is empty, it has no config.json; give the folder or hub id of a model")
+        return ModelNotFoundError(f"{root}: is empty, it has no config.json; give the folder or hub id of a model")
     if not has_config:
-        return CheckpointError(f"{root}: has no config.json; give the folder or hub id of a transformers model")
-    return CheckpointError(
+        return ModelNotFoundError(f"{root}: has no config.json; give the folder or hub id of a transformers model")
+    return ModelNotFoundError(
         f"{root} has neither model.safetensors nor model.safetensors.index.json, nor other weights; give the folder "
         f"the model was saved to"
     )
@@ -153,18 +155,18 @@ def names_error(where: str, names: Collection[str], *, has_config: bool) -> Quan
             f"that in text_encoder: give that folder"
         )
     if {"journal.jsonl", "files"} <= present:
-        return CheckpointError(f"{where} is an unfinished conversion; run quantload convert again, it goes on there")
+        return ModelNotFoundError(f"{where} is an unfinished conversion; run quantload convert again, it goes on there")
     if {"entry.json", "checksums.crc32"} <= present:
-        return CheckpointError(f"{where} is an entry of a cache; give the checkpoint, and the cache with --cache")
+        return ModelNotFoundError(f"{where} is an entry of a cache; give the checkpoint, and the cache with --cache")
     tensors = sorted(name for name in present if name.endswith(".safetensors"))
     if tensors and has_config:
-        return CheckpointError(
+        return ModelNotFoundError(
             f"{where} has neither model.safetensors nor model.safetensors.index.json, but {some(tensors)}; rename a "
             f"single file to model.safetensors, set transformers_weights in config.json to its name, or restore the "
             f"missing model.safetensors.index.json"
         )
     if tensors:
-        return CheckpointError(
+        return ModelNotFoundError(
             f"{where} has weights ({some(tensors)}) but no config.json; copy the config.json of its model there"
         )
     for kind in _KINDS:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..errors import CheckpointError, QuantloadError
+from ..errors import ModelNotFoundError, QuantloadError
 from .folder import CONFIG_NAME, CONFIGS, DOCUMENTS, SMALL_FILES, Checkpoint, resolve_folder, shard_names
 from .other_kinds import names_error
 from .remote.opening import open_remote
@@ -27,8 +27,8 @@ def resolve(model_id: str | Path | Checkpoint, revision: str | None = None) -> C
     One that was resolved before is itself: what it was then counts, whatever its name stands for now.
 
     Only safetensors weights and small text files are downloaded. A URL stands for itself: its weights are read where
-    they are, and its small files are in a folder of the checkpoint that `files.close` removes. Raises `CheckpointError`
-    when there is no such folder or repository, `UnsupportedCheckpointError` for URLs and files of other kinds.
+    they are, and its small files are in a folder of the checkpoint that `files.close` removes. Raises
+    `ModelNotFoundError` when there is no such folder or repository, `UnsupportedCheckpointError` for URLs and files of other kinds.
     """
     if isinstance(model_id, Checkpoint):
         return model_id
@@ -70,27 +70,27 @@ def _download(repo: str, revision: str | None) -> Path:
             raise _no_model(repo, root, has_config=True)
         return root
     except HFValidationError:
-        raise CheckpointError(f"{repo!r} is neither a folder here nor a valid hub id (owner/name)") from None
+        raise ModelNotFoundError(f"{repo!r} is neither a folder here nor a valid hub id (owner/name)") from None
     except GatedRepoError as error:
-        raise CheckpointError(
+        raise ModelNotFoundError(
             f"{repo!r} is gated; accept its licence on the hub, then run 'hf auth login' or set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
-        raise CheckpointError(f"{repo!r} has no revision {revision!r}; name a branch, a tag or a commit") from error
+        raise ModelNotFoundError(f"{repo!r} has no revision {revision!r}; name a branch, a tag or a commit") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(
+        raise ModelNotFoundError(
             f"{repo!r} is neither a folder here nor a repository on the hub; check the spelling, "
             "or log in with 'hf auth login' if it is private"
         ) from error
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(
+        raise ModelNotFoundError(
             f"{repo!r} is no folder here, not in the hub cache, and the hub cannot be reached; "
             f"connect once and run 'hf download {repo}', unset HF_HUB_OFFLINE, or give a folder"
         ) from error
     except QuantloadError:
         raise
     except Exception as error:  # its releases raise the errors of different network libraries
-        raise CheckpointError(f"{repo!r} could not be downloaded: {error}; try again or give a folder") from error
+        raise ModelNotFoundError(f"{repo!r} could not be downloaded: {error}; try again or give a folder") from error
 
 
 def _no_model(repo: str, root: Path, *, has_config: bool) -> QuantloadError:
@@ -102,4 +102,4 @@ def _no_model(repo: str, root: Path, *, has_config: bool) -> QuantloadError:
     lacking = "weights in safetensors" if has_config else "config.json"
     return names_error(
         repr(repo), [name for name in names if "/" not in name], has_config=has_config
-    ) or CheckpointError(f"{repo!r} has no {lacking}; give the hub id of a transformers model")
+    ) or ModelNotFoundError(f"{repo!r} has no {lacking}; give the hub id of a transformers model")

@@ -22,6 +22,21 @@ MAX_NAME = 4096
 """Bytes of a name of a tensor; more than a hundred are rare."""
 
 
+SHOWN_TEXT, SHOWN_BYTES = 60, 8
+
+
+def shown_bytes(data: bytes | bytearray, position: int) -> str:
+    """What stands at a place, for a message: text as it is, of anything else some bytes in hexadecimal."""
+    found = bytes(data[position : position + SHOWN_TEXT])
+    if not found:
+        return "the end"
+    text = found.decode("utf-8", "ignore" if position + SHOWN_TEXT < len(data) else "replace")
+    is_text = all(each.isprintable() or each in "\t\r\n" for each in text) and len(text.encode()) > len(found) - 4
+    if is_text and "\N{REPLACEMENT CHARACTER}" not in text:
+        return repr(text)
+    return f"bytes that are no text ({found[:SHOWN_BYTES].hex(' ')}{' ...' if len(found) > SHOWN_BYTES else ''})"
+
+
 @dataclass(slots=True)
 class JsonScanner:
     """Walks the bytes of one JSON object and raises `error` at the first byte that breaks the expected shape.
@@ -35,9 +50,11 @@ class JsonScanner:
 
     def fail(self, position: int, expected: str) -> CheckpointError:
         """The error to raise for the bytes at `position`."""
-        found = bytes(self.data[position : position + 60])
-        shown = repr(found.decode("utf-8", "replace")) if found else "the end"
-        return self.error(f"{self.what}: expected {expected} at byte {position}, found {shown}")
+        found = shown_bytes(self.data, position)
+        return self.error(
+            f"{self.what}: expected {expected} at byte {position:,}, found {found}: it is damaged, copy or download it "
+            f"again"
+        )
 
     def decode(self, raw: bytes, position: int) -> str:
         """The text of a JSON string whose inner bytes are `raw`; must be UTF-8 without lone surrogates."""
@@ -53,9 +70,9 @@ class JsonScanner:
     def name(self, raw: bytes, position: int) -> str:
         """The text of a JSON string that is a name: at most `MAX_NAME` bytes of it."""
         if len(raw) > MAX_NAME:
-            shown = raw[:60].decode("utf-8", "replace")
+            shown = shown_bytes(raw, 0)
             raise self.error(
-                f"{self.what}: the name {shown!r}... at byte {position} has {len(raw):,} bytes, at most {MAX_NAME:,} "
+                f"{self.what}: the name {shown}... at byte {position} has {len(raw):,} bytes, at most {MAX_NAME:,} "
                 f"are read; this is no ordinary checkpoint"
             )
         return self.decode(raw, position)

@@ -60,3 +60,10 @@ def format_bytes(size: int) -> str:
         if abs(size) >= unit:
             return f"{size / unit:.3f} {name}"
     return f"{size} B"
+
+
+def typed_bytes(size: int) -> str:
+    """`size` (bytes) as an option takes it, exactly: `16MiB`, `12KiB`, or `4097B`."""
+    units = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"), (1, "B"))
+    unit, name = next((unit, name) for unit, name in units if size % unit == 0)
+    return f"{size // unit}{name}"

@@ -231,7 +231,7 @@ def non_finite_error(name: str, weight: Tensor) -> NonFiniteWeightError:
     row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
     error = NonFiniteWeightError(
         f"{name}: element [{row}, {column}] of the piece is {weight[row, column].item()}; "
-        f"weights to be quantized must be finite: repair the checkpoint, or ignore this layer"
+        f"{NonFiniteWeightError.leave_as_stored(name)}"
     )
     error.position = (row, column)
     return error

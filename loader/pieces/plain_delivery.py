@@ -77,6 +77,8 @@ def located(error: NonFiniteWeightError, entry: TensorEntry, part: CutRegion) ->
     )
     flat = part.span.offset + (low_row + row) * part.span.row_stride + (low_column + column) * part.span.column_stride
     index = [int(i) for i in torch.unravel_index(torch.tensor(flat), entry.shape)]
+    parameter = part.span.parameter
+    advice = error.advice or NonFiniteWeightError.leave_as_stored(parameter)
     return NonFiniteWeightError(
-        f"checkpoint tensor {entry.name} is not finite at index {index} (goes to {part.span.parameter}); {error.advice}"
+        f"checkpoint tensor {entry.name} is not finite at index {index} (goes to {parameter}); {advice}"
     )

@@ -125,6 +125,20 @@ def test_refuses_what_is_not_quite_json(header: bytes, says: str) -> None:
         header_of(raw_shard(header))
 
 
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        (bytes(range(128, 148)), "found bytes that are no text (80 81 82 83 84 85 86 87 ...): it is damaged"),
+        (b"\0\0", "found bytes that are no text (00 00): it is damaged"),
+        (b"plain \xc3\xa9", "found 'plain \xe9': it is damaged, copy or download it again"),
+        (b"", "found the end: it is damaged"),
+    ],
+)
+def test_bytes_that_are_no_text_are_not_shown_as_such(header: bytes, found: str) -> None:
+    with pytest.raises(CorruptHeaderError, match=re.escape(found)):
+        header_of(raw_shard(header))
+
+
 @pytest.mark.parametrize("length", [4097, 1 << 20])
 def test_a_name_that_no_tensor_has_is_refused(length: int) -> None:
     with pytest.raises(CorruptHeaderError, match=f"'xxx.*{length:,} bytes, at most 4,096") as caught:

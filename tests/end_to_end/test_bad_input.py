@@ -555,6 +555,10 @@ def test_nonfinite_weight_in_other_dtypes(name: str, value: float, checkpoint: C
     with pytest.raises(e.NonFiniteWeightError, match=re.escape(Q_PROJ)) as caught:
         load_quantized(path)
     assert "5, 6" in str(caught.value)
+    advised = re.search("--ignore '(.*)'", str(caught.value))
+    assert advised is not None
+    kept = load_quantized(path, policy=QuantizationPolicy(ignore=(advised[1],))).load_report.kept
+    assert {module.name for module in kept} > {Q_PROJ.removesuffix(".weight")}
 
 
 # -- what the caller asks for ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ...errors import CheckpointError, MissingShardError, QuantloadError
+from ...errors import CheckpointError, MissingShardError, ModelNotFoundError, QuantloadError
 from ...options import LoadOptions
 from ..files import Fetches, NoteSource, ReadAhead
 from ..identity import FileIdentities
@@ -145,13 +145,13 @@ class RemoteFiles:
         if found is not None:
             return found
         if has_config and self._names is None:
-            return CheckpointError(
+            return ModelNotFoundError(
                 f"{where} has a config.json, but neither model.safetensors nor model.safetensors.index.json; restore "
                 f"the one that is missing, or set transformers_weights in config.json to the name of a single file "
                 f"(this server does not say which files it has)"
             )
         if has_config:
-            return CheckpointError(
+            return ModelNotFoundError(
                 f"{where} has a config.json, but neither model.safetensors nor model.safetensors.index.json, nor other "
                 f"weights; give the address of the folder the model was saved to"
             )
@@ -161,8 +161,8 @@ class RemoteFiles:
             if name.endswith("/config.json")
         )
         if inner:
-            return CheckpointError(f"{where} has no config.json; give the address of the model: {some(inner)}")
-        return CheckpointError(
+            return ModelNotFoundError(f"{where} has no config.json; give the address of the model: {some(inner)}")
+        return ModelNotFoundError(
             f"{where} has no config.json; give the address of the folder that has the config.json of a model"
         )
 

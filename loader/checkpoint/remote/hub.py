@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from ...addresses import without_credentials
-from ...errors import CheckpointError
+from ...errors import ModelNotFoundError
 from .client import STALL_SECONDS, Answer, MissingError, PassingError, RefusedError, RemoteError, Tag
 
 _CHUNK = 256 << 10
@@ -35,7 +35,7 @@ _LOGIN = "accept its licence on the hub, then run 'hf auth login' or set HF_TOKE
 class HubClient:
     """The files of a commit of a repository; which one `revision` is, is asked once.
 
-    Raises `CheckpointError` where there is no such repository or revision, or the hub cannot be reached.
+    Raises `ModelNotFoundError` where there is no such repository or revision, or the hub cannot be reached.
     """
 
     client_bytes = 1 << 20
@@ -47,23 +47,25 @@ class HubClient:
         try:
             info = HfApi().model_info(repo, revision=revision, timeout=stall_seconds)
         except HFValidationError:
-            raise CheckpointError(f"{repo!r} is no valid hub id (owner/name)") from None
+            raise ModelNotFoundError(f"{repo!r} is no valid hub id (owner/name)") from None
         except GatedRepoError:
-            raise CheckpointError(f"{repo!r} is gated; {_LOGIN}") from None
+            raise ModelNotFoundError(f"{repo!r} is gated; {_LOGIN}") from None
         except RevisionNotFoundError:
-            raise CheckpointError(f"{repo!r} has no revision {revision!r}; name a branch, a tag or a commit") from None
+            raise ModelNotFoundError(
+                f"{repo!r} has no revision {revision!r}; name a branch, a tag or a commit"
+            ) from None
         except RepositoryNotFoundError:
-            raise CheckpointError(
+            raise ModelNotFoundError(
                 f"{repo!r} is no repository on the hub; check the spelling, or log in with 'hf auth login' if it is "
                 f"private"
             ) from None
         except OfflineModeIsEnabled:
-            raise CheckpointError(
+            raise ModelNotFoundError(
                 f"{self.shown} cannot be read while HF_HUB_OFFLINE is set; unset it, or give {repo!r} without hf://, "
                 f"which is looked for in the cache"
             ) from None
         except Exception as error:  # its releases raise the errors of different network libraries
-            raise CheckpointError(f"{self.shown} cannot be read: {_told(error)}; try again") from None
+            raise ModelNotFoundError(f"{self.shown} cannot be read: {_told(error)}; try again") from None
         self._commit = str(info.sha)
         self._locations: dict[str, str] = {}
         """Where the hub sent us for a file: a signed address, asked for directly from then on, as the hub counts how

@@ -6,6 +6,7 @@ made from the code as the site is built; what docs/ says of reports, metrics and
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import os
 import re
@@ -84,20 +85,23 @@ def troubleshooting() -> str:
 
     lines = [
         "# Troubleshooting", "",
-        "Every message says what was given, what was expected and what to do. The page of a load that failed "
-        "([`--html`](load-page/README.md)) has the same advice. What a load logs with `-v` says how far it came.", "",
+        "Every message says what was given, what was expected and what to do. On a terminal it ends with the class of "
+        "the error, `error: MESSAGE [CLASS]`, which is a heading below. The page of a load that failed "
+        "([`--html`](load-page/README.md)) has the same advice, for the options that were given. With `--json` a "
+        "command that fails prints an object on standard output: `error` in it has `type`, `message`, `means`, "
+        "`remedy` (what to do, a list) and `exit_code`. What a load logs with `-v` says how far it came.", "",
         "| exit code | means |", "| --- | --- |", "| 0 | all went well |",
         f"| {exit_codes.EXIT_USAGE} | an option, or a pattern, that cannot be carried out |",
         f"| {exit_codes.EXIT_CHECKPOINT} | the checkpoint: a file of it, or what it has for the model |",
         f"| {exit_codes.EXIT_BUDGET} | memory: it does not fit, or a limit of yours says so |",
-        f"| {exit_codes.EXIT_OTHER} | anything else; 130: interrupted |", "",
+        f"| {exit_codes.EXIT_OTHER} | anything else |",
+        f"| {exit_codes.EXIT_INTERRUPTED} | interrupted, with Ctrl-C |", "",
     ]  # fmt: skip
     for name, advice in ADVICE.items():
-        kind = getattr(errors, name, None)
-        lines += [f"## {name}", "", advice.means, ""]
-        if kind is not None:
-            of = "" if kind is errors.QuantloadError else f"A kind of `{kind.__base__.__name__}`. "
-            lines += [f"{of}Exit code {exit_codes.exit_code(kind())}.", ""]
+        kind = getattr(errors, name, None) or getattr(builtins, name)
+        is_own = issubclass(kind, errors.QuantloadError) and kind is not errors.QuantloadError
+        of = f"A kind of `{kind.__base__.__name__}`. " if is_own else ""
+        lines += [f"## {name}", "", advice.means, "", f"{of}Exit code {exit_codes.exit_code(kind())}.", ""]
         lines += [*(f"{number}. {step}" for number, step in enumerate(advice.steps, 1)), ""]
     return "\n".join(lines)
 

@@ -25,12 +25,16 @@ MAX_NEW_TOKENS = 128
 
 
 class Prompt(NamedTuple):
-    """Token ids [1, n] of a text, what they were made with, and how many tokens may follow."""
+    """Token ids [1, n] of a text, what they were made with, and how many tokens may follow.
+
+    `room` is how many the context of the model leaves room for, None where it says nothing.
+    """
 
     ids: Tensor
     tokenizer: Any
     is_chat: bool
     max_new_tokens: int
+    room: int | None = None
 
 
 class Answer(NamedTuple):
@@ -67,7 +71,9 @@ def read_prompt(
         if not is_of_library(error) or isinstance(error, MemoryError):
             raise
         raise PolicyError(f"the tokenizer cannot use the prompt: {said(error)}") from error
-    return Prompt(ids, tokenizer, is_chat, _allowed(ids, recipe.config, max_new_tokens))
+    room = _room(ids, recipe.config, max_new_tokens)
+    allowed = max_new_tokens or min(MAX_NEW_TOKENS, MAX_NEW_TOKENS if room is None else room)
+    return Prompt(ids, tokenizer, is_chat, allowed, room)
 
 
 def answer(
@@ -108,8 +114,11 @@ def _as_message(processor: Any, text: str) -> str:
     return rendered
 
 
-def _allowed(ids: Tensor, config: Any, wanted: int | None) -> int:
-    """How many tokens may follow a prompt. Raises `PolicyError` for one that the model cannot be given."""
+def _room(ids: Tensor, config: Any, wanted: int | None) -> int | None:
+    """How many tokens have room behind a prompt, None where the model does not say.
+
+    Raises `PolicyError` for a prompt that the model cannot be given, and for more tokens than have room.
+    """
     count, context = ids.shape[-1], context_length(config)
     if not count:
         raise PolicyError("the prompt is empty: it has no tokens")
@@ -117,7 +126,7 @@ def _allowed(ids: Tensor, config: Any, wanted: int | None) -> int:
     if isinstance(size, int) and int(ids.max()) >= size:
         raise PolicyError(f"the prompt has the token {int(ids.max())}, and the model knows those below {size}")
     if context is None:
-        return wanted or MAX_NEW_TOKENS
+        return None
     apart = is_encoder_decoder(config)  # the answer has a context of its own, and a token that begins it
     if apart and count > context:
         raise PolicyError(f"the prompt has {count} tokens, and the context of the model is {context}: shorten it")
@@ -127,7 +136,7 @@ def _allowed(ids: Tensor, config: Any, wanted: int | None) -> int:
             f"the context of the model is {context} tokens: the prompt has {count}, and {wanted or 'at least 1'} are "
             f"to be generated; shorten the prompt, or lower --max-new-tokens"
         )
-    return wanted or min(MAX_NEW_TOKENS, room)
+    return room
 
 
 def _generation_config(model: Any, temperature: float | None, max_new_tokens: int) -> GenerationConfig:

@@ -192,9 +192,10 @@ def plan_staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) ->
     if options.staging_bytes is None:
         return workers, workers * each
     if options.staging_bytes < each:
+        given, needed, size = typed_bytes(options.staging_bytes), typed_bytes(each), typed_bytes(chunk)
         raise PolicyError(
-            f"staging is {typed_bytes(options.staging_bytes)}; one worker needs {buffers} buffers of "
-            f"{typed_bytes(chunk)}: give it {typed_bytes(each)}{_instead_of_staging(options, chunk, options.staging_bytes // buffers)}"
+            f"staging is {given}; one worker needs {buffers} buffers of {size}: give it {needed}"
+            f"{_instead_of_staging(options, chunk, options.staging_bytes // buffers)}"
         )
     workers = min(workers, options.staging_bytes // each)
     return workers, workers * each

@@ -181,6 +181,7 @@ class Recorder:
             "bytes_out": sum(layout.nbytes for layout in layouts),
             "numel": sum(layout.numel for layout in layouts),
             "format": assignment.scheme.kernels.format.name,
+            "rows": sum((layout.experts or 1) * layout.rows for layout in layouts),
         }
         if statistics is None or not self._stats:
             layer = LayerReport(**known)

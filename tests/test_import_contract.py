@@ -177,13 +177,17 @@ FLOORS: dict[str, Floor] = {
     "cli.exit_codes": Floor("errors shortage", "what a number says"),
     "cli.groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli.pages": Floor("errors addresses memory page", "what a command leaves for a browser"),
+    "cli.failing": Floor(
+        "errors addresses shortage memory page ranks.launch cli.logs cli.exit_codes cli.pages",
+        "how every command ends that fails",
+    ),
     "cli.output": Floor("errors shortage memory", "what a command prints, whatever it did"),
     "cli.preparing": Floor(
         f"{GROUND} checkpoint memory ranks.launch fit.sensitivity cli.model_options cli.options",
         "what is said before a command begins",
     ),
     "cli.compare": Floor(
-        "memory.amounts fit.comparing cli.groups cli.model_options cli.options cli.output cli.preparing",
+        "memory.amounts fit.comparing cli.failing cli.groups cli.model_options cli.options cli.output cli.preparing",
         "a user of the package",
     ),
     "cli.evaluate": Floor(
@@ -197,12 +201,17 @@ FLOORS: dict[str, Floor] = {
         "a user of the package",
     ),
     "cli.generate": Floor(
-        "threads checkpoint generating load ranks.launch cli.groups cli.options cli.output cli.preparing",
+        "threads checkpoint generating load ranks.launch cli.logs cli.failing cli.groups cli.options cli.output "
+        "cli.preparing",
         "a user of the package",
     ),
     "cli.commands": Floor(
         f"{GROUND} threads memory schemes fit.check planning fit.warning load convert ranks.launch cli.logs "
+<<<<<<< HEAD
         "cli.options cli.exit_codes cli.groups cli.pages cli.output cli.preparing cli.compare cli.evaluate cli.serve "
+=======
+        "cli.options cli.exit_codes cli.failing cli.groups cli.pages cli.output cli.preparing cli.compare cli.serve "
+>>>>>>> 60bccf7 (End a command that fails with the class of the error, an object for --json, a page from the first option on, and advice for the options that were given)
         "cli.generate",
         "a user of the package",
     ),

@@ -28,7 +28,8 @@ def resolve(model_id: str | Path | Checkpoint, revision: str | None = None) -> C
 
     Only safetensors weights and small text files are downloaded. A URL stands for itself: its weights are read where
     they are, and its small files are in a folder of the checkpoint that `files.close` removes. Raises
-    `ModelNotFoundError` when there is no such folder or repository, `UnsupportedCheckpointError` for URLs and files of other kinds.
+    `ModelNotFoundError` when there is no such folder or repository, `UnsupportedCheckpointError` for URLs and files of
+    other kinds.
     """
     if isinstance(model_id, Checkpoint):
         return model_id

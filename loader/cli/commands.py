@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import sys
 from dataclasses import asdict
 from importlib import metadata
@@ -13,25 +11,23 @@ from typing import Annotated
 
 import typer
 
-from ..errors import (
-    PolicyError,
-    QuantloadError,
-)
+from ..errors import PolicyError, QuantloadError
 from ..interrupts import interrupt_first
 from ..local_paths import local_path
 from ..ranks.launch import launched, process_group
 from ..schemes.names import ExportName
-from ..shortage import is_shortage, refused
+from ..shortage import is_shortage
 from ..threads import settle_threads
 from .compare import compare
 from .evaluate import evaluate
 from .exit_codes import EXIT_BUDGET, EXIT_OTHER, exit_code
+from .failing import drop_stdout, fails_as_json, failure_written, print_error
 from .generate import generate
 from .groups import command_with_groups
-from .logs import console, log_as_json, set_up_logging
+from .logs import console, set_up_logging
 from .options import ConvertOptions, Html, Json, Model, ModelOptions, PlanOptions, Report
 from .output import print_json, show, tables, tell, to_stdout
-from .pages import failure_written, typed, write_report_page
+from .pages import typed, write_report_page
 from .preparing import DEMO_MODEL as DEMO_MODEL
 from .preparing import (
     LoadFormat,
@@ -61,7 +57,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback(
     epilog="Every option can be given as an environment variable: --max-memory as QUANTLOAD_MAX_MEMORY. "
-    "Exit codes: 0; 2 usage; 3 bad checkpoint; 4 out of budget; 1 other."
+    "Exit codes: 0; 2 usage; 3 bad checkpoint; 4 out of budget; 1 other; 130 interrupted."
 )
 def about(
     version: Annotated[
@@ -73,6 +69,7 @@ def about(
 
 @app.command()
 @command_with_groups
+@fails_as_json
 def load(
     *,
     model: Model = None,
@@ -85,11 +82,10 @@ def load(
     """Load a model, and say what was quantized, what it lost and how much memory it took."""
     chosen.logs.set_up()
     settle_threads(chosen.forward.threads)
-    arguments = chosen.arguments()
     report, html = writable(report), writable(html, "--html")
-    address = model_address(model, chosen.source)
     page = html if launched().rank == 0 else None
-    with failure_written(page, address, arguments["quantization"], arguments["device"]):
+    with failure_written(page, model or DEMO_MODEL, chosen.quantization, chosen.device):
+        arguments = chosen.arguments()
         given = found_here(model, chosen.source)
         sensitivity_measured(model, chosen, arguments)
         with libraries_while_reading(given, load_format, arguments["options"]):
@@ -106,6 +102,7 @@ def load(
 
 @app.command()
 @command_with_groups
+@fails_as_json
 def plan(
     *,
     model: Model = None,
@@ -174,6 +171,7 @@ app.command()(generate)
 
 @app.command()
 @command_with_groups
+@fails_as_json
 def convert(
     *,
     model: Annotated[str, typer.Argument(help="Folder, hub id or URL of a checkpoint.")],
@@ -211,6 +209,7 @@ def convert(
 
 
 @app.command()
+@fails_as_json
 def schemes(
     device: Annotated[
         str, typer.Option(help="Device to choose kernels for: cpu, or a torch device such as cuda.")
@@ -229,6 +228,7 @@ def schemes(
 
 
 @app.command()
+@fails_as_json
 def report(
     path: Annotated[Path, typer.Argument(help="File that --report of load or convert wrote.")],
     as_json: Json = False,
@@ -255,50 +255,22 @@ def report(
 
 
 def main() -> None:
-    """Run the command line; exit codes: 0, 2 usage, 3 bad checkpoint, 4 out of budget, 1 other."""
+    """Run the command line; exit codes: 0, 2 usage, 3 bad checkpoint, 4 out of budget, 1 other, 130 interrupted."""
     set_up_logging()
     settle_threads()
     try:
         with interrupt_first():
             app()
-    except QuantloadError as error:
-        _print_error(str(error))
-        sys.exit(exit_code(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         console.print("interrupted", style="red")
-        sys.exit(130)
+        sys.exit(exit_code(error))
     except BrokenPipeError:
-        _drop_stdout()
+        drop_stdout()
         sys.exit(EXIT_OTHER)
     except Exception as error:
-        if not isinstance(error, OSError) and not is_shortage(error):
+        if not isinstance(error, (QuantloadError, OSError)) and not is_shortage(error):
             raise
-        sys.exit(_fail(error))
-
-
-def _fail(error: Exception) -> int:
-    """Say what the system refused, and the exit code for it."""
-    if is_shortage(error):
-        _print_error(str(refused("the program itself", error)))
-        return EXIT_BUDGET
-    assert isinstance(error, OSError)
-    _drop_stdout()
-    _print_error(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
-    return EXIT_OTHER
-
-
-def _print_error(message: str) -> None:
-    if log_as_json():
-        logging.getLogger("quantload").error(message)
-        return
-    try:
-        console.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
-    except Exception as error:  # what prints in colours is imported for it, where there is memory
-        if not is_shortage(error):
-            raise
-        os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
-
-
-def _drop_stdout() -> None:
-    """What is still buffered for a standard output that takes nothing would raise again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, OSError) and not is_shortage(error):
+            drop_stdout()
+        print_error(error)
+        sys.exit(exit_code(error))

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..memory.amounts import format_bytes
+from .failing import fails_as_json
 from .groups import command_with_groups
 from .model_options import PolicyOptions, SourceOptions
 from .options import Device, Json, LogOptions, Model
@@ -33,6 +34,7 @@ class CompareOptions:
 
 
 @command_with_groups
+@fails_as_json
 def compare(
     *,
     model: Model = None,

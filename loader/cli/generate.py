@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import sys
 from typing import Annotated, Any
@@ -10,15 +11,18 @@ import typer
 
 from ..ranks.launch import launched, of_first, process_group
 from ..threads import settle_threads
+from .failing import fails_as_json
 from .groups import command_with_groups
 from .options import Json, Model, ModelOptions
 from .output import print_json, to_stdout
 from .preparing import LoadFormat, found_here, libraries_while_reading, sensitivity_measured, weights_kind
 
 SEED_BITS = 32
+logger = logging.getLogger("quantload")
 
 
 @command_with_groups
+@fails_as_json
 def generate(
     *,
     model: Model = None,
@@ -91,6 +95,8 @@ def generate(
     if is_first and not as_json:
         with to_stdout():
             print()
+        if told.finish_reason == "length":
+            logger.warning("%s", _cut_off(told.tokens, asked.room))
     elif is_first:
         print_json(_described(loaded.load_report, asked, told, seed))
 
@@ -98,6 +104,13 @@ def generate(
 def _show(text: str) -> None:
     with to_stdout():
         sys.stdout.write(text)
+
+
+def _cut_off(tokens: int, room: int | None) -> str:
+    """What to say of an answer that ended because of its length."""
+    if room is not None and tokens >= room:
+        return f"The answer ends after {tokens} tokens, where the context of the model does: shorten the prompt"
+    return f"The answer was cut off after {tokens} tokens: --max-new-tokens NUMBER allows more"
 
 
 def _described(report: Any, asked: Any, told: Any, seed: int) -> dict[str, Any]:

@@ -1,15 +1,14 @@
-"""What the command line writes as a page: a load that came to its end, and one that failed."""
+"""What the command line writes as a page, and the command in it."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..addresses import shown_address, without_credentials
+from ..addresses import without_credentials
 from ..errors import QuantloadError
 
 SECRETS = ("--api-key",)
@@ -47,20 +46,3 @@ def write_report_page(report: Mapping[str, Any], path: Path | None) -> None:
         from ..page.document import report_page
 
         write_page(report_page(report), path)
-
-
-@contextmanager
-def failure_written(path: Path | None, model: str | Path, quantization: str, device: str) -> Iterator[None]:
-    """Write the page of a load that fails inside, unless `path` is None; the error goes on its way."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if path is not None:
-            from ..memory.attempt import describe_failure
-            from ..page.failure import failure_page
-
-            said = describe_failure(
-                error, model=shown_address(str(model)), quantization=quantization, device=str(device), command=typed()
-            )
-            write_page(failure_page(said), path)
-        raise

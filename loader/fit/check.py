@@ -23,7 +23,11 @@ DEFAULT_TOKENS = 4096
 def judge_draft(draft: Draft, options: LoadOptions) -> Verdict:
     """The verdict about a load, with what other schemes would take where it does not fit."""
     limits, device = memory_limits(), device_limit(draft.schemes.device)
-    return judge(draft.plan.memory, limits, device, lambda: scheme_peaks(draft, options))
+    verdict = judge(draft.plan.memory, limits, device, lambda: scheme_peaks(draft, options))
+    is_compared = verdict.needed == draft.plan.memory.peak_bytes and (
+        draft.rank_plan.ranks == 1 or options.memory_scope == "host"
+    )  # with what the caller allows: by a rank its own peak, here it is that of all of the host
+    return verdict.within(options.max_memory) if is_compared else verdict
 
 
 def check_fits(draft: Draft, options: LoadOptions) -> Verdict:

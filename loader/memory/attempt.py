@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..page.advice import class_names
 from ..progress import Moment
 from .report import PhaseReport, TimelinePoint
 from .versions import versions
@@ -29,20 +30,30 @@ class Attempt:
 
 
 def describe_failure(
-    error: BaseException, *, model: str, quantization: str, device: str, command: str | None = None
+    error: BaseException,
+    *,
+    model: str,
+    quantization: str,
+    device: str,
+    command: str | None = None,
+    options: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A load that failed, as JSON: what was asked for, the error with the names of its classes, how far it came."""
+    """A load that failed, as JSON: what was asked for, the error with the names of its classes, how far it came.
+
+    `options` are the names of those that it was given.
+    """
     attempt = attempt_behind(error)
     return {
         "model": model,
         "quantization": quantization,
         "device": device,
         "error": {
-            "types": [kind.__name__ for kind in type(error).__mro__ if issubclass(kind, BaseException)],
+            "types": class_names(error),
             "message": str(error),
         },
         "attempt": None if attempt is None else attempt.to_dict(),
         "command": command,
+        "options": [*options],
         "versions": dict(versions()),
     }
 

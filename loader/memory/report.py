@@ -28,6 +28,7 @@ so too, as the entry there was damaged. `unwritten`: read from the checkpoint; t
 
 MOST_BYTES = 256 << 20
 """Largest file that is read as a report; one of 50,000 layers has 20 MB."""
+_GIVE = "give a file that --report, or `LoadReport.save` in Python, wrote"
 _PLAIN: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str}
 
 
@@ -41,7 +42,8 @@ class LayerReport:
     `sqnr_db` may be infinite (exact) or NaN (all zeros); both are null in JSON. `saturated_fraction` and
     `zero_fraction` are shares of its elements that were clamped to the largest code, or have a zero for a code.
     `divergence` is how far the model's predictions are, in nats a token, from those with this module as it was stored:
-    None unless somebody has measured that (`LoadReport.note_divergence`).
+    None unless somebody has measured that (`LoadReport.note_divergence`). `rows` are those of its matrices, of all
+    experts together: some formats have a scale for each.
     """
 
     name: str
@@ -58,6 +60,7 @@ class LayerReport:
     zero_fraction: float | None = None
     format: str | None = None
     divergence: float | None = None
+    rows: int | None = None
 
     @classmethod
     def from_statistics(
@@ -72,6 +75,7 @@ class LayerReport:
         bytes_out: int,
         numel: int,
         format: str | None = None,
+        rows: int | None = None,
     ) -> Self:
         """A layer's line from what its kernel gathered.
 
@@ -101,6 +105,7 @@ class LayerReport:
             saturated_fraction=values[index.SATURATED] / count if count else 0.0,
             zero_fraction=values[index.ZERO] / count if count else 0.0,
             format=format,
+            rows=rows,
         )
 
 
@@ -381,7 +386,7 @@ class LoadReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a report that `save` wrote; raises `PolicyError` where `path` holds something else."""
+        """Read a report that `save`, or --report, wrote; raises `PolicyError` where `path` holds something else."""
         try:
             with open(path, "rb") as file:
                 content = file.read(MOST_BYTES + 1)
@@ -389,7 +394,7 @@ class LoadReport:
                 raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
             values = json.loads(content.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise PolicyError(f"{os.fspath(path)} is not a load report: {error}; give a file `save` wrote") from error
+            raise PolicyError(f"{os.fspath(path)} is not a load report: {error}; {_GIVE}") from error
         return cls.from_dict(values)
 
 
@@ -405,7 +410,9 @@ def _without_nonfinite(value: Any) -> Any:
 
 def _checked(cls: type[Any], values: Any) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
-        raise PolicyError(f"not a load report: {type(values).__name__} where the fields of {cls.__name__} are expected")
+        raise PolicyError(
+            f"not a load report: {type(values).__name__} where the fields of {cls.__name__} are expected; {_GIVE}"
+        )
     known = {f.name for f in fields(cls)}
     # Fields with a default may be absent, as in a report written by an older release.
     required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
@@ -413,12 +420,14 @@ def _checked(cls: type[Any], values: Any) -> Mapping[str, Any]:
     if unknown or missing:
         raise PolicyError(
             f"not a load report: {cls.__name__} has unknown fields {unknown}"
-            f" and lacks {missing}; it has {sorted(known)}"
+            f" and lacks {missing}; it has {sorted(known)}; {_GIVE}"
         )
     for each in fields(cls):
         if each.name in values and not _fits(values[each.name], str(each.type)):
             given = str(values[each.name])[:100]
-            raise PolicyError(f"not a load report: {each.name} of {cls.__name__} is {given!r}, expected {each.type}")
+            raise PolicyError(
+                f"not a load report: {each.name} of {cls.__name__} is {given!r}, expected {each.type}; {_GIVE}"
+            )
     return values
 
 

@@ -49,7 +49,8 @@ class Verdict:
     """Whether a load fits, and the limit that decided: the one it comes nearest to. `None`: none is known.
 
     `needed` are the predicted bytes that count against that limit. `others` are the other schemes from the smallest to
-    the largest, where the load does not fit, and `smallest` is the first of them that does.
+    the largest, where the load does not fit, and `smallest` is the first of them that does. `allowed` is what the
+    caller allows it, where that is less than what is available.
     """
 
     state: State
@@ -57,11 +58,23 @@ class Verdict:
     limit: MemoryLimit | None = None
     others: Sequence[SchemePeak] = ()
     smallest: SchemePeak | None = None
+    allowed: int | None = None
+
+    def within(self, allowed: int | None) -> Verdict:
+        """The same where the caller allows so many bytes, which the load was compared with before."""
+        if allowed is None or self.limit is None or not self.needed <= allowed < self.limit.available:
+            return self
+        return replace(self, allowed=allowed)
 
     def __str__(self) -> str:
         if self.limit is None:
             return f"needs {format_bytes(self.needed)}; what is available is not known"
         where = "" if self.limit.is_machine else f" ({self.limit})"
+        if self.state == "fits" and self.allowed is not None:
+            return (
+                f"fits: {_of(self.needed, self.allowed)} that --max-memory allows; {_short(self.limit.available)} "
+                f"available{where}"
+            )
         if self.state == "fits":
             return f"fits: {_of(self.needed, self.limit.available)} available{where}"
         swap = f" and {_short(self.limit.swap)} of swap" if self.limit.swap else ""
@@ -78,6 +91,7 @@ class Verdict:
             "message": str(self),
             "needed_bytes": self.needed,
             "available_bytes": None if limit is None else limit.available,
+            "allowed_bytes": self.allowed,
             "swap_bytes": None if limit is None else limit.swap,
             "limited_by": None if limit is None else limit.name,
             "smallest_that_fits": None if self.smallest is None else self.smallest.scheme,

@@ -11,16 +11,17 @@ from importlib import resources
 from typing import Any
 
 from .charts import chart_data
+from .costs import other_schemes
 from .elements import Markup, element, joined
 from .heatmap import quality_map
 from .sections import (
+    SQNR,
     again,
     all_modules,
     headline,
     kept,
     memory,
     next_steps,
-    other_schemes,
     section,
     throughput,
     tiles,
@@ -40,8 +41,7 @@ def report_page(report: Mapping[str, Any]) -> str:
 def report_body(report: Mapping[str, Any]) -> Markup:
     """What stands in `main` of that page."""
     quality = element("div", element("div", quality_map(report)), worst_layers(report), class_="beside")
-    if not report["layers"]:
-        quality = element("p", "Nothing was quantized.")
+    quality = joined([element("p", SQNR), quality]) if report["layers"] else element("p", "Nothing was quantized.")
     return joined(
         [
             element("h1", f"{report['model']} as {report['quantization']} on {report['device']}"),

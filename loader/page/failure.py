@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from .advice import advice_for
+from .advice import Advice, advice_for, advised
 from .charts import memory_chart
 from .document import document
 from .elements import Markup, element, joined, prose, table
@@ -29,19 +30,37 @@ def failure_body(failure: Mapping[str, Any]) -> Markup:
         section(
             "What happened",
             element("p", _where(attempt)),
-            element("div", f"{failure['error']['types'][0]}: {failure['error']['message']}", class_="message"),
+            element("div", f"{advised(failure['error']['types'])}: {failure['error']['message']}", class_="message"),
             name="happened",
         ),
-        section("What to do next", element("ol", *(element("li", prose(step)) for step in advice.steps)), name="next"),
+        _next(failure, advice),
         _progress(attempt) if attempt is not None else "",
+        _command(failure["command"], advice),
         section(
-            "How to try again",
-            command_box(failure["command"]) if failure["command"] else "",
+            "For a report",
+            element("p", "Versions, for somebody who is to help you: send this page as it is."),
             table("Versions", ("what", "value"), list(failure["versions"].items()), left=2),
-            name="again",
+            name="versions",
         ),
     ]
     return element("div", joined(parts), class_="failed")
+
+
+def _next(failure: Mapping[str, Any], advice: Advice) -> Markup:
+    steps = (element("li", prose(step)) for step in advice.steps_for(failure["options"]))
+    model = shlex.quote(failure["model"])
+    commands = [each.replace("MODEL", model) for each in advice.commands]
+    said = element("p", "This helps to find out:") if commands else ""
+    return section("What to do next", element("ol", *steps), said, *map(command_box, commands), name="next")
+
+
+def _command(command: str | None, advice: Advice) -> Markup:
+    if not command:
+        return Markup("")
+    if advice.passes:
+        return section("How to try again", command_box(command), name="again")
+    said = element("p", "As it stands it fails again: change it, or the checkpoint, as is said above.")
+    return section("The command that failed", said, command_box(command), name="again")
 
 
 def failure_data(failure: Mapping[str, Any]) -> dict[str, Any]:

@@ -564,7 +564,7 @@ def test_an_interrupt_is_130(quantload: Command, monkeypatch: pytest.MonkeyPatch
 def test_a_report_on_a_full_disk_is_an_error_without_a_traceback(quantload: Command, checkpoint: Checkpoint) -> None:
     code, out, err = quantload("load", checkpoint("llama"), "--report", FULL_DISK, "--json")
     assert code == 1
-    assert out == ""
+    assert list(json.loads(out)) == ["error"]
     assert "/dev/full" in err
     assert "No space left" in err
 
@@ -658,10 +658,10 @@ def test_an_error_is_said_where_there_is_no_memory_for_colours(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("quantload.cli.commands.console.print", fail)
+    monkeypatch.setattr("quantload.cli.failing.console.print", fail)
     monkeypatch.setattr("quantload.load.load_quantized", fail)
     code, _, err = quantload("load")
-    assert (code, err) == (4, "error: there was no memory for the program itself: out of memory\n")
+    assert (code, err) == (4, "error: there was no memory for the program itself: out of memory [MemoryBudgetError]\n")
 
 
 @pytest.mark.slow

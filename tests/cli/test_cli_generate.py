@@ -19,7 +19,9 @@ def run(*arguments: str) -> str:
 
 def test_it_prints_the_text_or_one_object_that_tells_all_of_it() -> None:
     told = json.loads(run("--temperature", "0", "--json"))
-    assert run("--temperature", "0") == f"{told['text']}\n"
+    plain = CliRunner().invoke(app, ["generate", "-p", PROMPT, "--max-new-tokens", "8", "--temperature", "0"])
+    assert plain.stdout == f"{told['text']}\n"
+    assert "cut off after 8 tokens: --max-new-tokens" in plain.stderr
     assert (told["tokens"], told["finish_reason"], told["is_chat"]) == (8, "length", True)
     assert (told["quantization"], told["world_size"]) == ("quark_mxfp4", 1)
 

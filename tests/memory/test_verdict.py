@@ -107,3 +107,11 @@ def test_a_system_that_says_nothing_refuses_nothing(plan: MemoryPlan) -> None:
     verdict = judge(plan, [])
     assert (verdict.state, verdict.to_dict()["available_bytes"]) == ("fits", None)
     assert str(verdict) == "needs 184.000 MiB; what is available is not known"
+
+
+def test_a_limit_of_the_callers_own_is_what_is_said_where_it_is_less_than_what_there_is(plan: MemoryPlan) -> None:
+    verdict = judge(plan, [MemoryLimit(MACHINE, 24 * GIB, 3 * GIB // 2, False)])
+    assert str(verdict.within(GIB)) == "fits: 184.0 MiB of 1.0 GiB that --max-memory allows; 22.5 GiB available"
+    assert verdict.within(GIB).to_dict()["allowed_bytes"] == GIB
+    for other in (None, 23 * GIB, 184 * MIB - 1):  # the last with --force
+        assert verdict.within(other) == verdict

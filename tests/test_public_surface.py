@@ -121,7 +121,7 @@ def test_the_fields_of_its_parts() -> None:
 
     assert fields(LayerReport) == [
         "name", "kind", "scheme", "kernel", "bytes_in", "bytes_out", "numel", "sqnr_db", "max_abs_error", "amax",
-        "saturated_fraction", "zero_fraction", "format", "divergence",
+        "saturated_fraction", "zero_fraction", "format", "divergence", "rows",
     ]  # fmt: skip
     assert fields(NonFiniteReport) == ["name", "nan", "infinite", "overflowed", "first"]
     assert fields(KeptReport) == ["name", "reason", "bytes"]

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from quantload import load_quantized
+from quantload.cli.preparing import DEMO_MODEL
 from quantload.fit.peaks import scheme_peaks
 from quantload.options import LoadOptions, QuantizationPolicy
+from quantload.page.costs import costs
 from quantload.planning import plan_quantized
 from quantload.schemes.registry import ENTRIES
 
@@ -45,3 +48,14 @@ def test_schemes_that_the_load_could_not_be_done_with_are_left_out(checkpoint: C
     assert {each.scheme for each in scheme_peaks(draft, LoadOptions())} == {
         "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "nvfp4", "int4_per_group",
     }  # fmt: skip
+
+
+def test_the_page_of_a_load_has_the_same_sizes() -> None:
+    draft = plan_quantized(DEMO_MODEL, "nl4")
+    found = {each.scheme: each for each in scheme_peaks(draft, LoadOptions(), stored=True)}
+    shown = {each.scheme: each for each in costs(load_quantized(DEMO_MODEL, "nl4").load_report.to_dict())}
+    assert shown.pop("nl4").is_this
+    assert set(shown) == set(found)
+    for name, each in shown.items():  # but for the scale of a whole matrix
+        assert each.final_bytes == pytest.approx(found[name].final_bytes, rel=1e-3), name
+        assert each.peak_bytes == pytest.approx(found[name].peak_bytes, rel=1e-3), name

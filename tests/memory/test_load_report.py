@@ -84,6 +84,7 @@ LAYER_FIELDS = [
     "zero_fraction",
     "format",
     "divergence",
+    "rows",
 ]
 
 

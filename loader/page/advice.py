@@ -96,14 +96,17 @@ ADVICE: dict[str, Advice] = {
     ),
     "MissingShardError": Advice(
         "The index names a file that is not there.",
-        ("Fetch the missing file that the message names into the folder of the checkpoint.",),
+        (
+            "Fetch the missing file that the message names into the folder of the checkpoint; `hf download` goes on "
+            "where it stopped.",
+        ),
     ),
     "UnsafePathError": Advice(
         "The index names a path outside of the folder of the checkpoint, which no honest tool writes.",
         ("Do not use this checkpoint unless you know who wrote the index, and why.",),
     ),
     "NonFiniteWeightError": Advice(
-        "A weight that was to be quantized is NaN or infinite.",
+        "A weight, or a scale of a quantized one, is NaN or infinite.",
         (
             "Compare the file with its source: a damaged one often has such values.",
             "If the model really has them and the message names a pattern for --ignore, give that: the layer stays as "

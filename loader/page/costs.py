@@ -71,9 +71,11 @@ def _of_kinds(layers: Iterable[Mapping[str, Any]], key: str) -> tuple[int, int]:
 
 def other_schemes(report: Mapping[str, Any]) -> Markup:
     """What the model would take otherwise."""
+    heading = "What other schemes would take"
     found = costs(report)
     if not found:
-        return Markup("")
+        said = "Nothing was quantized. `quantload compare MODEL` says what each scheme would take, and lose."
+        return section(heading, element("p", prose(said)), name="schemes")
     rows = [
         (element("strong", f"{each.scheme} (this load)") if each.is_this else each.scheme, size(each.final_bytes),
          size(each.peak_bytes), "" if each.is_this else _difference(each.final_bytes, report["final_bytes"]))
@@ -83,7 +85,7 @@ def other_schemes(report: Mapping[str, Any]) -> Markup:
         f"All peaks here are predicted, also that of this load, whose measured peak was {size(report['peak_bytes'])}"
     )
     return section(
-        "What other schemes would take",
+        heading,
         element("p", f"{measured}: a load seldom needs all of what is set aside for threads and buffers. ",
                 prose(OTHER_SCHEMES)),
         table("Schemes by size", ("scheme", "model", "predicted peak", "model, beside this one"), rows),

@@ -28,6 +28,7 @@ from .sections import (
     where_bytes_went,
     worst_layers,
 )
+from .uses import uses
 
 CHARTS = "echarts.common.min.js"
 DATA_ID = "chart-data"
@@ -48,6 +49,7 @@ def report_body(report: Mapping[str, Any]) -> Markup:
             element("p", headline(report), class_="headline"),
             tiles(report),
             next_steps(report),
+            uses(report),
             memory(report),
             where_bytes_went(report),
             section("What the weights lost", quality, name="quality"),

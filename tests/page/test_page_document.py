@@ -163,6 +163,24 @@ def test_other_schemes_are_counted_from_what_is_not_quantized() -> None:
     assert found["none"].final_bytes == made["final_bytes"] - (17 << 15) + (2 << 20)
     assert found["none"].peak_bytes - found["none"].final_bytes == 96 << 20
     assert costs(report([])) == []
+    assert "quantload compare MODEL" in report_body(report([]))
+
+
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        (
+            {"command": "quantload load m -q nl4 --html a.html --json --report=r --fit 1GiB"},
+            "quantload serve m -q nl4 --fit 1GiB",
+        ),
+        ({}, "quantload generate org/model -q quark_mxfp4 --device cpu --prompt"),
+        ({"output": "out dir"}, "quantload load &#x27;out dir&#x27;"),
+        ({"command": "torchrun x"}, None),
+    ],
+)
+def test_the_page_says_what_to_do_with_what_was_loaded(more: dict[str, Any], shown: str | None) -> None:
+    page = report_body(report(plain_layers(1), **more))
+    assert shown in page if shown is not None else "What to do with it" not in page
 
 
 def test_every_error_has_its_advice() -> None:

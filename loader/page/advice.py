@@ -21,8 +21,8 @@ class Step:
     def __str__(self) -> str:
         """For a list that is for everybody."""
         if self.given is not None:
-            return f"With {self.given}: {self.do}"
-        return self.do if self.without is None else f"Without {self.without}: {self.do}"
+            return f"With `{self.given}`: {self.do}"
+        return self.do if self.without is None else f"Without `{self.without}`: {self.do}"
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ ADVICE: dict[str, Advice] = {
     "MemoryBudgetError": Advice(
         "The load would take more memory than is allowed, or than there is.",
         (
-            "Read in the message how much is missing, and of what.",
+            "Read in the message how much is missing, and of what; what it ends with is what helps here.",
             Step("Raise the limit: it is your own, and the machine may have more.", given="--max-memory"),
             Step(
                 "Give a larger size, or `--fit auto` for what the machine has. What is kept as stored takes a part of "
-                "it: give fewer --ignore and --override.",
+                "it: give fewer `--ignore` and `--override`.",
                 given="--fit",
             ),
             Step(
-                "Choose a narrower scheme with -q, or let `--fit SIZE` choose one for every module. "
+                "Choose a narrower scheme with `-q`, or let `--fit SIZE` choose one for every module. "
                 "`quantload compare MODEL` has the peak of each.",
                 without="--fit",
             ),
-            "Make the arena smaller with --staging, where megabytes count.",
+            "Make the arena smaller with `--staging`, where megabytes count.",
             Step("End what else holds memory on this machine.", without="--max-memory"),
         ),
         ("quantload compare MODEL",),
@@ -109,10 +109,10 @@ ADVICE: dict[str, Advice] = {
         "A weight, or a scale of a quantized one, is NaN or infinite.",
         (
             "Compare the file with its source: a damaged one often has such values.",
-            "If the model really has them and the message names a pattern for --ignore, give that: the layer stays as "
-            "stored.",
+            "If the model really has them and the message names a pattern for `--ignore`, give that: the layer stays "
+            "as it is stored.",
             Step(
-                "If the message speaks of it, load without --strict: the values are loaded as they are.",
+                "If the message speaks of it, load without `--strict`: the values are loaded as they are.",
                 given="--strict",
             ),
         ),
@@ -138,7 +138,7 @@ ADVICE: dict[str, Advice] = {
     ),
     "UnexpectedWeightsError": Advice(
         "The checkpoint has tensors that the model does not know.",
-        ("Load without --strict to leave them out, or find out which version of the model they belong to.",),
+        ("Load without `--strict` to leave them out, or find out which version of the model they belong to.",),
     ),
     "ShapeMismatchError": Advice(
         "A tensor has another shape than the parameter it goes to.",
@@ -161,13 +161,13 @@ ADVICE: dict[str, Advice] = {
         ("quantload schemes",),
     ),
     "UnmatchedPatternError": Advice(
-        "A pattern matches no module, and --strict makes that an error.",
+        "A pattern matches no module, and `--strict` makes that an error.",
         ("`quantload plan MODEL --json` lists the names of all modules; correct the pattern.",),
         ("quantload plan MODEL --json",),
     ),
     "UnappliedOptionError": Advice(
-        "Something that was asked for changes nothing, and --strict makes that an error.",
-        ("Leave out the option that the message names, or load without --strict.",),
+        "Something that was asked for changes nothing, and `--strict` makes that an error.",
+        ("Leave out the option that the message names, or load without `--strict`.",),
     ),
     "PolicyError": Advice(
         "An option, or what is to be quantized how, cannot be carried out.",
@@ -175,12 +175,12 @@ ADVICE: dict[str, Advice] = {
     ),
     "NoKernelError": Advice(
         "Nothing can compute with this scheme on this device.",
-        ("The message says why of each kernel: choose another scheme, --device cpu, or another --kernel.",),
+        ("The message says why of each kernel: choose another scheme, `--device cpu`, or another `--kernel`.",),
         ("quantload schemes",),
     ),
     "QuantizedWeightError": Advice(
         "Code of the model takes the codes of a quantized weight for numbers.",
-        ("Leave the layer as stored, with the pattern for --ignore that the message gives.",),
+        ("Leave the layer as stored, with the pattern for `--ignore` that the message gives.",),
     ),
     "UnsupportedCheckpointError": Advice(
         "quantload does not read this kind of checkpoint.",

@@ -26,7 +26,7 @@ def failure_body(failure: Mapping[str, Any]) -> Markup:
     attempt = failure["attempt"]
     parts = [
         element("h1", f"{failure['model']} as {failure['quantization']} on {failure['device']}"),
-        element("p", f"Not loaded: {advice.means}", class_="headline"),
+        element("p", "Not loaded: ", prose(advice.means), class_="headline"),
         section(
             "What happened",
             element("p", _where(attempt)),

@@ -205,9 +205,10 @@ def again(report: Report) -> Markup:
 
 def command_box(command: str) -> Markup:
     """A command to copy."""
+    words = joined(part for word in command.split(" ") for part in (" ", element("span", word)))
     return element(
         "div",
-        element("pre", element("code", command), tabindex="0", role="region", aria_label="Command"),
+        element("pre", element("code", Markup(words[1:])), tabindex="0", role="region", aria_label="Command"),
         element("button", "Copy", type="button", class_="copy", data_copy=command),
         class_="command",
     )

@@ -507,7 +507,7 @@ def test_usage_is_2(arguments: list[str], quantload: Command) -> None:
 def test_a_bad_checkpoint_is_3(quantload: Command, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     code, out, err = quantload("load", tmp_path, "--json")
-    assert (code, out) == (3, "")
+    assert (code, json.loads(out)["error"]["exit_code"]) == (3, 3)
     assert "error: " in err
 
 

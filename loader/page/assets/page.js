@@ -74,7 +74,8 @@ const quantloadPage = (() => {
     const highest = 1.08 * Math.max(1, ...points.map((each) => each[1]), ...lines.map((each) => each.bytes));
     const colours = { peak: "five", final: "three", "predicted peak": "two", "as 16 bits": "six", limit: "four", available: "six" };
     return {
-      ...base(), grid: { ...base().grid, top: narrow() ? 36 + 24 * Math.ceil(lines.length / 2) : lines.length > 5 ? 56 : 36 }, xAxis: seconds(last), yAxis: bytesAxis(highest), legend: legend(),
+      ...base(), grid: { ...base().grid, top: 14 + 24 * legendRows(["memory", ...lines.map(({ name, bytes }) => `${name} ${size(bytes)}`)]) },
+      xAxis: seconds(last), yAxis: bytesAxis(highest), legend: legend(),
       series: [
         {
           name: "memory", type: "line", data: points, showSymbol: points.length < 8, symbolSize: 7,
@@ -89,6 +90,18 @@ const quantloadPage = (() => {
         })),
       ],
     };
+  }
+
+  // As the library breaks them: a sign and a gap of 42 pixels, and 7 a letter, which is rather too much.
+  function legendRows(names) {
+    const room = Math.min(innerWidth, 1056) - 70;
+    let rows = 1, used = 0;
+    for (const name of names) {
+      const width = 42 + 7 * name.length;
+      if (used && used + width > room) { rows += 1; used = 0; }
+      used += width;
+    }
+    return rows;
   }
 
   function legend() {

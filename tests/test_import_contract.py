@@ -191,8 +191,8 @@ FLOORS: dict[str, Floor] = {
         "a user of the package",
     ),
     "cli.evaluate": Floor(
-        "threads memory.amounts fit.evaluating cli.groups cli.load_options cli.model_options cli.options cli.output "
-        "cli.preparing",
+        "threads memory.amounts fit.evaluating cli.failing cli.groups cli.load_options cli.model_options cli.options "
+        "cli.output cli.preparing",
         "a user of the package",
     ),
     "cli.serve_options": Floor("cli.preparing", "imported before anything heavy is"),
@@ -207,12 +207,8 @@ FLOORS: dict[str, Floor] = {
     ),
     "cli.commands": Floor(
         f"{GROUND} threads memory schemes fit.check planning fit.warning load convert ranks.launch cli.logs "
-<<<<<<< HEAD
-        "cli.options cli.exit_codes cli.groups cli.pages cli.output cli.preparing cli.compare cli.evaluate cli.serve "
-=======
-        "cli.options cli.exit_codes cli.failing cli.groups cli.pages cli.output cli.preparing cli.compare cli.serve "
->>>>>>> 60bccf7 (End a command that fails with the class of the error, an object for --json, a page from the first option on, and advice for the options that were given)
-        "cli.generate",
+        "cli.options cli.exit_codes cli.failing cli.groups cli.pages cli.output cli.preparing cli.compare cli.evaluate "
+        "cli.serve cli.generate",
         "a user of the package",
     ),
     "cli.process": Floor("cli.commands", "how its process ends"),

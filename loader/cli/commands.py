@@ -34,7 +34,6 @@ from .preparing import (
     found_here,
     libraries,
     libraries_while_reading,
-    model_address,
     sensitivity_measured,
     weights_kind,
     writable,

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..memory.amounts import format_bytes
 from ..threads import settle_threads
+from .failing import fails_as_json
 from .groups import command_with_groups
 from .load_options import LoadOptionsGroup, StreamOptions
 from .model_options import PolicyOptions
@@ -57,6 +58,7 @@ class EvalOptions(PlanOptions):
 
 
 @command_with_groups
+@fails_as_json
 def evaluate(
     *,
     model: Model = None,

@@ -14,6 +14,7 @@ from .numbers import NOT_MEASURED, count, decibels, duration, several, share, si
 Report = Mapping[str, Any]
 WORST_LAYERS = 10
 NAMES_AT_ONCE = 3
+_NBSP = "\N{NO-BREAK SPACE}"
 
 
 def section(heading: str, *children: str, name: str) -> Markup:
@@ -247,7 +248,11 @@ def all_modules(report: Report) -> Markup:
 def tiles(report: Report) -> Markup:
     """The numbers that are looked for first."""
     known = [value for layer in report["layers"] if (value := finite(layer["sqnr_db"])) is not None]
-    quality = f"{sum(known) / len(known):.1f} dB mean, {min(known):.1f} dB lowest" if known else "not measured"
+    quality = (
+        f"{sum(known) / len(known):.1f}{_NBSP}dB{_NBSP}mean, {min(known):.1f}{_NBSP}dB{_NBSP}lowest"
+        if known
+        else "not measured"
+    )
     facts = [
         ("Model", size(report["final_bytes"])),
         ("Peak", size(report["peak_bytes"], 4)),

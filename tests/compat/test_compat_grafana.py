@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("grafana_foundation_sdk", reason="grafana-foundation-sdk is not installed")
-
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.cog.plugins import register_default_plugins
-from grafana_foundation_sdk.models.dashboard import Dashboard, Panel
-from grafana_foundation_sdk.models.prometheus import Dataquery
+WHY = "grafana-foundation-sdk is not installed"
+dashboard = pytest.importorskip("grafana_foundation_sdk.models.dashboard", reason=WHY)
+encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder", reason=WHY)
+plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins", reason=WHY)
+prometheus = pytest.importorskip("grafana_foundation_sdk.models.prometheus", reason=WHY)
 
 pytestmark = pytest.mark.compat
 DASHBOARD = Path(__file__).parent.parent.parent / "deploy" / "grafana" / "quantload.json"
@@ -33,18 +32,18 @@ def lost(given: Any, kept: Any, path: str = "") -> Iterator[str]:
 
 
 def through_the_schema(given: dict[str, Any]) -> dict[str, Any]:
-    register_default_plugins()
-    read: dict[str, Any] = json.loads(JSONEncoder().encode(Dashboard.from_json(given)))
+    plugins.register_default_plugins()
+    read: dict[str, Any] = json.loads(encoder.JSONEncoder().encode(dashboard.Dashboard.from_json(given)))
     return read
 
 
 def test_every_field_of_the_dashboard_is_one_of_the_schema() -> None:
     given = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     assert list(lost(given, through_the_schema(given))) == []
-    panels = Dashboard.from_json(given).panels
+    panels = dashboard.Dashboard.from_json(given).panels
     assert panels
-    assert all(isinstance(panel, Panel) and panel.targets for panel in panels)
-    assert all(isinstance(query, Dataquery) for panel in panels for query in panel.targets)
+    assert all(isinstance(panel, dashboard.Panel) and panel.targets for panel in panels)
+    assert all(isinstance(query, prometheus.Dataquery) for panel in panels for query in panel.targets)
 
 
 def test_a_field_that_is_not_in_the_schema_is_found() -> None:

@@ -14,7 +14,6 @@ from .numbers import NOT_MEASURED, count, decibels, duration, several, share, si
 Report = Mapping[str, Any]
 WORST_LAYERS = 10
 NAMES_AT_ONCE = 3
-_NBSP = "\N{NO-BREAK SPACE}"
 
 
 def section(heading: str, *children: str, name: str) -> Markup:
@@ -249,7 +248,7 @@ def tiles(report: Report) -> Markup:
     """The numbers that are looked for first."""
     known = [value for layer in report["layers"] if (value := finite(layer["sqnr_db"])) is not None]
     quality = (
-        f"{sum(known) / len(known):.1f}{_NBSP}dB{_NBSP}mean, {min(known):.1f}{_NBSP}dB{_NBSP}lowest"
+        f"{sum(known) / len(known):.1f} / {min(known):.1f}"
         if known
         else "not measured"
     )
@@ -259,7 +258,7 @@ def tiles(report: Report) -> Markup:
         ("Time", duration(report["seconds"])),
         ("Quantized", several(len(report["layers"]), "module")),
         ("Kept as stored", several(len(report["kept"]), "module")),
-        ("SQNR of the weights", quality),
+        ("SQNR in dB, mean / lowest", quality),
     ]
     return element("dl", *(element("div", element("dt", a), element("dd", b)) for a, b in facts), class_="tiles")
 

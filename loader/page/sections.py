@@ -247,11 +247,7 @@ def all_modules(report: Report) -> Markup:
 def tiles(report: Report) -> Markup:
     """The numbers that are looked for first."""
     known = [value for layer in report["layers"] if (value := finite(layer["sqnr_db"])) is not None]
-    quality = (
-        f"{sum(known) / len(known):.1f} / {min(known):.1f}"
-        if known
-        else "not measured"
-    )
+    quality = f"{sum(known) / len(known):.1f} / {min(known):.1f}" if known else "not measured"
     facts = [
         ("Model", size(report["final_bytes"])),
         ("Peak", size(report["peak_bytes"], 4)),

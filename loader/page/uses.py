@@ -7,19 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .elements import Markup, element
-from .sections import command_box, command_of, section
+from .sections import command_box, section
 
 ONLY_OF_LOAD = {"--html": 1, "--report": 1, "--json": 0, "--digest": 0}
 """Options about the report of a load, which others do not take or need, and how many values each has."""
 
 
 def uses(report: Mapping[str, Any]) -> Markup:
-    """What a person may want next."""
+    """What a person may want next; nothing where a server or Python has loaded the model, and can use it."""
     if report["output"] is not None:
         commands = [shlex.join(["quantload", "load", report["output"]])]
         said = "What was written loads as it is, here and with the tools that the report names:"
     else:
-        tokens = _tokens(command_of(report))
+        tokens = _tokens(report["command"] or "")
         if tokens[:2] != ["quantload", "load"]:
             return Markup("")
         options = [*_kept(tokens[2:])]

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -257,9 +257,7 @@ class _Worker:
             count = max(min(end - begin, self._source.read_bytes) - length, 0) // pitch + 1
             room = memory[begin : begin + (count - 1) * pitch + length]
             self._turn.read_into(path, lines.start + done * pitch, room)
-            found = np.frombuffer(room, np.uint8)
-            # They overlap, which numpy minds.
-            found[: count * length].reshape(count, length)[:] = as_strided(found, (count, length), (pitch, 1))
+            move_together(np.frombuffer(room, np.uint8), count, length, pitch)
             done += count
             self._tally.bytes_read += count * length
             self._tally.bytes_between += len(room) - count * length
@@ -282,6 +280,20 @@ class _Worker:
         self._workspace.delivered()
         if piece.signal is not None:
             piece.signal.signal()
+
+
+def move_together(found: np.ndarray[Any, np.dtype[np.uint8]], count: int, length: int, pitch: int) -> None:
+    """Move `count` lines of `length` bytes, `pitch` apart from the beginning of `found` on, to its beginning.
+
+    As many at once as end before the first of them begins: of lines that overlap with their new places numpy would
+    make a copy first, as large as all of them.
+    """
+    lines, places = as_strided(found, (count, length), (pitch, 1)), found[: count * length].reshape(count, length)
+    low = 1
+    while low < count:
+        high = min(max(low * pitch // length, low + 1), count)
+        places[low:high] = lines[low:high]
+        low = high
 
 
 def _checked(target: Tensor, nbytes: int) -> Tensor:

@@ -6,9 +6,11 @@ import random
 import signal
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantload.checkpoint import Barrier, FileSource, Piece, PieceReader, Shard, Workspace, read_index
 from quantload.checkpoint.pieces import Lines
+from quantload.checkpoint.reader import move_together
 from quantload.checkpoint.resolve import resolve
 from quantload.errors import LoadCancelledError, PolicyError, TruncatedShardError
 from shard_files import MemorySource, write_sharded
@@ -70,6 +73,20 @@ def test_lines_come_end_to_end_with_what_lies_between_them_read_and_dropped(
     totals = PieceReader(source, shards, chunk_bytes=count * length).run([piece])
     assert got == [b"".join(content[at : at + length] for at, _ in lines)]
     assert totals.bytes_read == count * length
+
+
+@pytest.mark.parametrize(("length", "pitch"), [(1, 2), (1000, 1001), (1000, 2500), (1000, 9000)])
+def test_lines_are_moved_together_without_a_copy_of_all_of_them(length: int, pitch: int) -> None:
+    count = (1 << 20) // pitch
+    content = np.random.default_rng(0).integers(0, 256, count * pitch, np.uint8)
+    expected = content.reshape(count, pitch)[:, :length].tobytes()
+    tracemalloc.start()
+    try:
+        move_together(content, count, length, pitch)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 10
+    finally:
+        tracemalloc.stop()
+    assert content[: count * length].tobytes() == expected
 
 
 def test_inside_of_with_buffers_and_files_stay_from_run_to_run() -> None:

@@ -81,12 +81,7 @@ def rows_of(weight: StoredWeight, span: Span) -> Rows:
     count, width = region.rows[1] - region.rows[0], region.columns[1] - region.columns[0]
     first, left = divmod(span.offset, columns)
     step, skew = divmod(span.row_stride, columns) if count > 1 else (1, 0)
-    step_across = math.lcm(
-        weight.format.packed, *(scale.block_cols for scale in weight.format.scales if scale.block_cols)
-    )
-    cut = left % step_across or ((left + width) % step_across and left + width != columns)
-    cut = cut or (weight.format.whole_rows and width != columns)
-    if cut or skew or left + width > columns or (width > 1 and span.column_stride != 1):
+    if _cuts_blocks(weight, left, width) or skew or left + width > columns or (width > 1 and span.column_stride != 1):
         raise UnsupportedCheckpointError(
             f"{weight.name} goes to {span.parameter} with its rows and columns exchanged or cut; codes that are packed "
             f"along a row cannot be rearranged like that: load the checkpoint this one was made from"

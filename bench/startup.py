@@ -139,6 +139,7 @@ def main() -> None:
     settings = {
         "scale": arguments.scale,
         "rounds": arguments.rounds,
+        "nice": os.nice(0),
         "bytes": sum(path.stat().st_size for path in shards),
     }
     result = {"machine": machine, "settings": settings, "rows": table, "goals": reached}

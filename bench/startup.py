@@ -121,7 +121,7 @@ def main() -> None:
     machine = describe_machine()
     turns = take_turns(rows_for(model), trees, model, arguments.rounds)
     machine["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
-    table = [
+    table: list[dict[str, Any]] = [
         {
             "row": row,
             "tree": tree,

@@ -82,7 +82,10 @@ class RunOptions:
         limit, slash, scope = (self.max_memory or "").partition("/")
         if slash and scope not in ("rank", "host"):
             raise PolicyError(f"--max-memory is {self.max_memory!r}; write a size, a size/rank, or a size/host")
-        sizes = {"max_memory": limit or self.max_memory, "staging_bytes": self.staging, "chunk_bytes": self.chunk}
+        sizes = {
+            "max_memory": ("--max-memory", limit or self.max_memory), "staging_bytes": ("--staging", self.staging),
+            "chunk_bytes": ("--chunk", self.chunk),
+        }  # fmt: skip
         return {
             "workers": self.workers,
             "strict": self.strict,
@@ -245,7 +248,11 @@ class CacheOptions:
             raise PolicyError(f"--cache-size {self.cache_size} is given without --cache: name the folder too")
         if self.cache_verify != "samples" and self.cache is None:
             raise PolicyError(f"--cache-verify {self.cache_verify} is given without --cache: name the folder too")
-        return {"cache": self.cache, "cache_verify": self.cache_verify, **_bytes({"cache_bytes": self.cache_size})}
+        return {
+            "cache": self.cache,
+            "cache_verify": self.cache_verify,
+            **_bytes({"cache_bytes": ("--cache-size", self.cache_size)}),
+        }
 
 
 @dataclass(frozen=True)
@@ -266,11 +273,11 @@ class DigestOptions:
         return {"digest": self.digest}
 
 
-def _bytes(sizes: Mapping[str, str | None]) -> dict[str, int]:
-    """The sizes that were given, as numbers of bytes."""
+def _bytes(sizes: Mapping[str, tuple[str, str | None]]) -> dict[str, int]:
+    """The sizes that were given, as numbers of bytes, by the field; of each the option and what was given for it."""
     from ..memory.amounts import parse_bytes
 
-    return {name: parse_bytes(size) for name, size in sizes.items() if size is not None}
+    return {name: parse_bytes(size, option) for name, (option, size) in sizes.items() if size is not None}
 
 
 def option_pair(text: str, option: str, form: str) -> tuple[str, str]:

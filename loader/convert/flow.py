@@ -107,7 +107,7 @@ def convert_checkpoint(
     check_kinds(policy, options)
     options = with_fit(options, fit)
     export = get_export_format(format)
-    max_shard_bytes = parse_bytes(max_shard_bytes)
+    max_shard_bytes = parse_bytes(max_shard_bytes, "max_shard_bytes (--max-shard-size)")
     if options.digest:
         raise PolicyError("digest is for a loaded model; a conversion has none, its files are their own proof")
     if max_shard_bytes < 1:

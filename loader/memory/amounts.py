@@ -30,13 +30,20 @@ _UNITS = {
 _AMOUNT = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]*)", re.ASCII)
 
 
-def parse_bytes(amount: str | int) -> int:
+def parse_bytes(amount: str | int, what: str = "") -> int:
     """Bytes in `amount`: an integer, or text such as `16GiB`, `500MB`, `1.5 GiB` or `123B`.
 
     KB, MB, GB, TB are powers of 1000; KiB, MiB, GiB, TiB and the bare letters K, M, G, T are powers of 1024; case
     does not matter. Raises `PolicyError` for anything else: text without a unit, negative amounts and fractions of a
-    byte included.
+    byte included; its message begins with `what` the amount is of.
     """
+    try:
+        return _parsed(amount)
+    except PolicyError as error:
+        raise PolicyError(f"{what}: {error}") if what else error from None
+
+
+def _parsed(amount: str | int) -> int:
     if isinstance(amount, int) and not isinstance(amount, bool):
         if amount < 0:
             raise PolicyError(f"{amount} bytes: give zero or more")

@@ -28,6 +28,7 @@ so too, as the entry there was damaged. `unwritten`: read from the checkpoint; t
 
 MOST_BYTES = 256 << 20
 """Largest file that is read as a report; one of 50,000 layers has 20 MB."""
+NAMES_SHOWN = 5
 _GIVE = "give a file that --report, or `LoadReport.save` in Python, wrote"
 _PLAIN: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str}
 
@@ -419,8 +420,7 @@ def _checked(cls: type[Any], values: Any) -> Mapping[str, Any]:
     unknown, missing = sorted(set(values) - known), sorted(required - set(values))
     if unknown or missing:
         raise PolicyError(
-            f"not a load report: {cls.__name__} has unknown fields {unknown}"
-            f" and lacks {missing}; it has {sorted(known)}; {_GIVE}"
+            f"not a load report: {cls.__name__} has unknown fields {_few(unknown)} and lacks {_few(missing)}; {_GIVE}"
         )
     for each in fields(cls):
         if each.name in values and not _fits(values[each.name], str(each.type)):
@@ -429,6 +429,12 @@ def _checked(cls: type[Any], values: Any) -> Mapping[str, Any]:
                 f"not a load report: {each.name} of {cls.__name__} is {given!r}, expected {each.type}; {_GIVE}"
             )
     return values
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of some names, and how many there are."""
+    more = f", ... ({len(names)} in all)" if len(names) > NAMES_SHOWN else ""
+    return f"[{', '.join(names[:NAMES_SHOWN])}{more}]"
 
 
 def _fits(value: Any, annotation: str) -> bool:

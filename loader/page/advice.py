@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """Something to do, for a load that was given the option `given`, or was not given `without`, where it says so."""
+    """Something to do, for a load that was given the option `given`, or none of `without`, where it says so."""
 
     do: str
     given: str | None = None
-    without: str | None = None
+    without: tuple[str, ...] = ()
 
     def applies(self, options: Collection[str]) -> bool:
         """Whether it is for a load with these options."""
-        return (self.given is None or self.given in options) and (self.without is None or self.without not in options)
+        return (self.given is None or self.given in options) and not any(each in options for each in self.without)
 
     def __str__(self) -> str:
         """For a list that is for everybody."""
         if self.given is not None:
             return f"With `{self.given}`: {self.do}"
-        return self.do if self.without is None else f"Without `{self.without}`: {self.do}"
+        return f"Without {' and '.join(f'`{each}`' for each in self.without)}: {self.do}" if self.without else self.do
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,14 @@ def _applies(step: str | Step, options: Collection[str]) -> bool:
 
 _FETCH_AGAIN = "Fetch the checkpoint again, and compare the sizes and hashes of its files with the source."
 
+_AS_THE_MESSAGE_SAYS = "Do what the message ends with: it is about this very case."
+
 ADVICE: dict[str, Advice] = {
     "MemoryBudgetError": Advice(
         "The load would take more memory than is allowed, or than there is.",
         (
-            "Read in the message how much is missing, and of what; what it ends with is what helps here.",
+            "Read in the message how much is missing.",
+            Step("Do what it ends with, if that is advice: it is about this very case.", without=("--fit",)),
             Step("Raise the limit: it is your own, and the machine may have more.", given="--max-memory"),
             Step(
                 "Give a larger size, or `--fit auto` for what the machine has. What is kept as stored takes a part of "
@@ -63,10 +66,10 @@ ADVICE: dict[str, Advice] = {
             Step(
                 "Choose a narrower scheme with `-q`, or let `--fit SIZE` choose one for every module. "
                 "`quantload compare MODEL` has the peak of each.",
-                without="--fit",
+                without=("--fit",),
             ),
             "Make the arena smaller with `--staging`, where megabytes count.",
-            Step("End what else holds memory on this machine.", without="--max-memory"),
+            Step("End what else holds memory on this machine.", without=("--max-memory", "--fit")),
         ),
         ("quantload compare MODEL",),
     ),
@@ -74,6 +77,7 @@ ADVICE: dict[str, Advice] = {
         "What was given for MODEL is no model that can be loaded: it is not there, cannot be reached, or is something "
         "else.",
         (
+            _AS_THE_MESSAGE_SAYS,
             "Compare it, letter by letter, with the path, the hub id or the URL that you mean. A folder is that which "
             "has the `config.json`.",
             "Of a hub id: is the network there, and does `hf auth login` say who you are, if the model is private or "
@@ -124,9 +128,10 @@ ADVICE: dict[str, Advice] = {
     "CheckpointError": Advice(
         "The checkpoint cannot be read as it is: it is not complete, not as it should be, or its server refuses.",
         (
-            "Look at the file or the server that the message names.",
-            "If it is a file: " + _FETCH_AGAIN[0].lower() + _FETCH_AGAIN[1:],
-            "If it is a server: is the network there, and may you read from it?",
+            _AS_THE_MESSAGE_SAYS,
+            "If it is about `config.json`: is transformers new enough for the model?",
+            "If it is about another file: " + _FETCH_AGAIN[0].lower() + _FETCH_AGAIN[1:],
+            "If it is about a server: is the network there, and may you read from it?",
         ),
     ),
     "MissingWeightsError": Advice(
@@ -171,7 +176,10 @@ ADVICE: dict[str, Advice] = {
     ),
     "PolicyError": Advice(
         "An option, or what is to be quantized how, cannot be carried out.",
-        ("Change what the message names; `quantload load --help` says what each option takes.",),
+        (
+            _AS_THE_MESSAGE_SAYS,
+            "Change what the message names; `quantload load --help` says what each option takes.",
+        ),
     ),
     "NoKernelError": Advice(
         "Nothing can compute with this scheme on this device.",
@@ -185,6 +193,7 @@ ADVICE: dict[str, Advice] = {
     "UnsupportedCheckpointError": Advice(
         "quantload does not read this kind of checkpoint.",
         (
+            _AS_THE_MESSAGE_SAYS,
             "Convert pickled weights to safetensors with the tool that made them, or find a repository that has them.",
             "For a quantized checkpoint of an unknown kind, load the one it was made of.",
         ),

@@ -34,7 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     [
         (["load", "./none"], 3, "ModelNotFoundError", "is no folder here"),
         (["load", "-q", "foo"], 2, "UnknownSchemeError", "'foo'"),
-        (["plan", "--max-memory", "1"], 2, "PolicyError", "no unit"),
+        (["plan", "--max-memory", "1"], 2, "PolicyError", "--max-memory: '1' has no unit"),
         (["compare", "./none"], 3, "ModelNotFoundError", "is no folder here"),
         (["generate", "./none", "-p", "x"], 3, "ModelNotFoundError", "is no folder here"),
         (["convert", "./none", "out"], 3, "ModelNotFoundError", "is no folder here"),

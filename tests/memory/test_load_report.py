@@ -180,8 +180,8 @@ def test_json_is_strict_and_reads_back(sqnr: float | None, amax: float | None, m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"speed": 3}, r"unknown fields \['speed'\]"),
-        ({"layers": [{"name": "a"}]}, "lacks .*'bytes_in'"),
+        ({"speed": 3}, r"unknown fields \[speed\]"),
+        ({"layers": [{"name": "a"}]}, "lacks .*bytes_in"),
         ({"layers": {"name": "a"}}, "layers of LoadReport is .*, expected list"),
         ({"kept": ["a"]}, "str where the fields of KeptReport"),
     ],

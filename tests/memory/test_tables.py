@@ -56,7 +56,7 @@ def show(request: pytest.FixtureRequest, report: LoadReport) -> Callable[[Consol
 
 def printed_plan(to: Console) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "tables", lambda: to)
+        patch.setattr("quantload.cli.commands.tables", lambda: to)
         patch.setattr("quantload.cli.model_options.PolicyOptions.policy", lambda _: POLICY)
         patch.setattr(sys, "argv", ["quantload", "plan"])
         with pytest.raises(SystemExit) as end:

@@ -1,8 +1,8 @@
 """How fast a CPU generates: quantload's schemes beside llama.cpp's types and transformers in BF16, in turns.
 
-One process for each side; they hold models of one shape with random weights. The sides of a group, which are a scheme,
-the type of llama.cpp that is nearest to it, and transformers, are there at the same time, and only one of them computes
-at a time. A turn is a few tokens for one sequence, for eight and for 32, then a prompt of 512 tokens; its figures are
+One process for each side; they hold models of one shape with random weights. The sides of a group, which are a scheme
+and the type of llama.cpp that is nearest to it, or transformers, or for BF16 both, are there at the same time, and only
+one of them computes at a time. A turn is a few tokens for one sequence, for eight and for 32, then a prompt of 512 tokens; its figures are
 tokens per processor second and per second, medians over the turns. The output head stays in BF16 everywhere.
 
 llama.cpp takes part where `--llama` names a Python that has llama-cpp-python and gguf. What a package index has for
@@ -82,7 +82,8 @@ def sides_of(scheme: str, arguments: argparse.Namespace, threads: int) -> dict[s
     commands = {f"quantload {scheme}": [sys.executable, child, scheme, *end]}
     if arguments.llama:
         commands[f"llama.cpp {TYPES[scheme]}"] = [arguments.llama, of_llama, TYPES[scheme], *end]
-    commands[TRANSFORMERS] = [sys.executable, child, "transformers", *end]
+    if scheme == "none" or not arguments.llama:
+        commands[TRANSFORMERS] = [sys.executable, child, "transformers", *end]
     sides: dict[str, Side] = {}
     try:
         for name, command in commands.items():

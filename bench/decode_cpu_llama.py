@@ -129,6 +129,8 @@ class Llama:
     def __init__(self, path: Path, threads: int) -> None:
         self._lib: Any = importlib.import_module("llama_cpp")
         self._threads, self._contexts = threads, dict[tuple[int, int], Context]()
+        self._silence = self._lib.llama_log_callback(lambda *_: None)
+        self._lib.llama_log_set(self._silence, None)
         self._lib.llama_backend_init()
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
         if not self._model:

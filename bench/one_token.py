@@ -1,11 +1,11 @@
 """How fast the kernels for one token read weights out of memory, and what a call costs besides.
 
-For every format, and for weights in BF16, float16 and float32, `linear` of one to four tokens is called in turns with a
-plain read of as many bytes: each call takes the next of several equal weights, together more than the last-level cache
-holds, as a model that decodes goes from layer to layer. For weights that are no codes torch's own product takes turns,
-too. `read` is the largest of all 32-bit words. With one thread it is processor time that is measured, which other
-processes take less from. Then a call of a module with so small a weight that all of it is
-Python, for every scheme.
+For every format, and for weights in BF16, float16 and float32, a product with one to four tokens, prepared as a layer
+has it, takes turns with a plain read of as many bytes: each call takes the next of several equal weights, together more
+than the last-level cache holds, as a model that decodes goes from layer to layer. For weights that are no codes torch's
+own product takes turns, too. `read` is the largest of all 32-bit words. With one thread it is processor time that is
+measured, which other processes take less from. Then a call of a module with so small a weight that all of it is Python,
+for every scheme.
 
     python bench/one_token.py
     python bench/one_token.py --formats mxfp4 plain_bf16 --threads 1 --tokens 1
@@ -66,8 +66,10 @@ def sides_of(name: str, weights: list[tuple[Tensor, ...]], x: Tensor, rows: int)
         sides["kernel"] = lambda i: kernel.linear(x, weights[i][0], None)
         sides["torch"] = lambda i: F.linear(x, weights[i][0])
     else:
-        linear = kernel_set(name, "cpu").linear
-        sides["kernel"] = lambda i: linear(x, weights[i], None, rows, x.shape[1])
+        kernels, shape = kernel_set(name, "cpu"), (x.shape[0], rows)
+        assert kernels.prepare is not None
+        made = [kernels.prepare(each, rows, x.shape[1], x.dtype) for each in weights]
+        sides["kernel"] = lambda i: made[i](x, weights[i], None, shape)
     return sides
 
 

@@ -2,8 +2,9 @@
 
 One process for each side; they hold models of one shape with random weights. The sides of a group, which are a scheme
 and the type of llama.cpp that is nearest to it, or transformers, or for BF16 both, are there at the same time, and only
-one of them computes at a time. A turn is a few tokens for one sequence, for eight and for 32, then a prompt of 512 tokens; its figures are
-tokens per processor second and per second, medians over the turns. The output head stays in BF16 everywhere.
+one of them computes at a time. A turn is a few tokens for one sequence, for eight and for 32, then a prompt of 512
+tokens; its figures are tokens per processor second and per second, medians over the turns. The output head stays in
+BF16 everywhere.
 
 llama.cpp takes part where `--llama` names a Python that has llama-cpp-python and gguf. What a package index has for
 that is compiled for any processor, not for this one: build it with CMAKE_ARGS=-DGGML_NATIVE=ON. It rounds activations

@@ -20,6 +20,7 @@ from .build import linear as linear_build
 from .compiled import CFunction, Needed
 from .dequantize import ALONE_ELEMENTS, address, scale_arguments
 from .ir.decoders import BLOCK, DECODERS, order_of
+from .ir.vector import LINE_BYTES
 from .processor import has
 
 ROW_STEP = 8
@@ -100,11 +101,16 @@ class FewTokens:
 
 
 def _place(nbytes: int) -> int:
-    """The address of so many bytes that this thread reuses."""
-    found: array[int] | None = _reused.__dict__.get("activations")
-    if found is None or 8 * len(found) < nbytes:
-        found = _reused.activations = array("q", bytes(-(-nbytes // 8) * 8))
-    return found.buffer_info()[0]
+    """The address of so many bytes that this thread reuses, where a line of the cache begins.
+
+    Vectors as long as a line would else be read from two lines each.
+    """
+    found: tuple[int, int, array[int]] | None = _reused.__dict__.get("activations")
+    if found is None or found[1] < nbytes:
+        memory = array("q", bytes(-(-nbytes // 8) * 8 + LINE_BYTES))
+        start = memory.buffer_info()[0]
+        found = _reused.activations = start + -start % LINE_BYTES, nbytes, memory
+    return found[0]
 
 
 @cache

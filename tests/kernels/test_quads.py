@@ -99,3 +99,4 @@ def test_a_place_for_activations_is_used_again_and_grows() -> None:
     small = few_tokens._place(64)
     assert few_tokens._place(32) == small
     assert few_tokens._place(1 << 16) == few_tokens._place(1 << 10)
+    assert small % 64 == few_tokens._place(1 << 16) % 64 == 0

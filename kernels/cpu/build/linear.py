@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from ... import nl4_levels, nvfp4_scales
 from ...mx_elements import ELEMENTS
 from ..compiled import FINGERPRINT, CFunction, Compiled, Recipe, c_function, read_f32, read_u8, write_u8
+from ..ir.decoders import DECODERS as DOT_DECODERS
 from ..ir.dot import dot_rows
 from ..ir.integer_decode import LANES, dequantize_group
 from ..ir.mx_decode import block_bytes, dequantize_run
@@ -261,9 +262,12 @@ def most_tokens() -> int:
     return 8 if has("avx512bw") else 4
 
 
-def _group_rows(tokens: int) -> int:
+def _group_rows(decoder: str, tokens: int) -> int:
     """Rows of weights whose dot products are made together: as many sums as there are registers for, at most four."""
-    return min(4, (16 if has("avx512bw") else 4) // tokens)
+    sums, wide = 16 if has("avx512bw") else 4, DOT_DECODERS[decoder].wide
+    if wide is not None and (wide.scales is not None or wide.blocks * tokens > sums):
+        sums //= 2  # what is decoded, and products that wait for their scales, take registers, too
+    return min(4, sums // tokens)
 
 
 def _dequantize_task() -> Recipe[CFunction]:
@@ -285,7 +289,7 @@ def _dequantize_task() -> Recipe[CFunction]:
 
 def _dot_task(decoder: str, tokens: int) -> Recipe[CFunction]:
     """The products of all rows, under their first scale tensor alone, with `tokens` tokens: out[t][row]."""
-    fingerprint, group = FINGERPRINT, _group_rows(tokens)
+    fingerprint, group = FINGERPRINT, _group_rows(decoder, tokens)
 
     def task(data: int) -> None:
         len(fingerprint)

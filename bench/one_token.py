@@ -26,7 +26,7 @@ from machine import describe_machine, headline
 from markdown import markdown
 from quantload import LoadOptions
 from quantload.kernels.formats import FORMATS
-from quantload.kernels.registry import kernel_set, plain_linear
+from quantload.kernels.registry import Prepared, kernel_set, plain_linear
 from quantload.model.quantized import QuantizedLinear
 from quantload.online.storage import FinalStorage
 from quantload.schemes.registry import SchemeFactory
@@ -66,11 +66,18 @@ def sides_of(name: str, weights: list[tuple[Tensor, ...]], x: Tensor, rows: int)
         sides["kernel"] = lambda i: kernel.linear(x, weights[i][0], None)
         sides["torch"] = lambda i: F.linear(x, weights[i][0])
     else:
-        kernels, shape = kernel_set(name, "cpu"), (x.shape[0], rows)
-        assert kernels.prepare is not None
-        made = [kernels.prepare(each, rows, x.shape[1], x.dtype) for each in weights]
+        shape, made = (x.shape[0], rows), [prepared(name, each, x, rows) for each in weights]
         sides["kernel"] = lambda i: made[i](x, weights[i], None, shape)
     return sides
+
+
+def prepared(name: str, weight: tuple[Tensor, ...], x: Tensor, rows: int) -> Prepared:
+    """The product of a quantized weight as a layer keeps it."""
+    prepare = kernel_set(name, "cpu").prepare
+    made = None if prepare is None else prepare(weight, rows, x.shape[1], x.dtype)
+    if made is None:
+        raise SystemExit(f"{name} has no kernel for a few tokens here")
+    return made
 
 
 def take_turns(sides: dict[str, Callable[[int], object]], count: int, turns: int) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from itertools import pairwise
 
@@ -19,6 +20,8 @@ from torch import Tensor
 KERNELS = [kernel.name for kernel, reason in candidates("quantize", "nl4", "cpu") if reason is None]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SORTED = sorted(LEVELS)
+WRITTEN = {torch.bfloat16: "453369b14cbade95", torch.float16: "7d6b94ceb4a38a31", torch.float32: "c954b37fef5a21e1"}
+"""Beginnings of the digests of what version 1 of the own form holds of certain weights."""
 
 
 def kernels_of(kernel: str) -> KernelSet:
@@ -128,6 +131,87 @@ def test_every_bf16_value_under_scales_of_all_sizes(all_bf16: Tensor) -> None:
         top = (blocks.float().abs().amax(1, keepdim=True) * 2.0**lift).clamp(max=3.0e38)
         rows = torch.cat((blocks, top.bfloat16()), 1)
         assert_same(quantize(rows), quantize(rows, "torch"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_value_under_scales_of_every_size(dtype: torch.dtype, all_bf16: Tensor, all_f16: Tensor) -> None:
+    values = all_bf16 if dtype == torch.bfloat16 else all_f16
+    blocks = torch.cat((values, values.new_zeros(-len(values) % 32))).view(-1, 32)
+    shuffled = blocks.flatten()[torch.randperm(blocks.numel(), generator=torch.Generator().manual_seed(0))].view(-1, 32)
+    largest = float(torch.finfo(dtype).max)
+    for lift in range(34):
+        for each in (blocks, shuffled):
+            top = (each.float().abs().amax(1, keepdim=True) * 2.0**lift).clamp(max=largest)
+            rows = torch.cat((each, top.to(dtype)), 1)
+            assert_same(quantize(rows), quantize(rows, "torch"))
+
+
+def e4m3_of(byte: int) -> float:
+    """What a byte stands for, worked out from its bits."""
+    exponent, fraction = byte >> 3 & 15, byte & 7
+    value = math.ldexp(8 + fraction, exponent - 10) if exponent else math.ldexp(fraction, -9)
+    return -value if byte & 0x80 else value
+
+
+FINITE = [byte for byte in range(256) if byte & 0x7F != 0x7F]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row", [1.0, 2.0**-112, 2.0**100])
+def test_every_code_under_every_scale_stands_for_its_level(kernel: str, dtype: torch.dtype, row: float) -> None:
+    codes = torch.arange(256).to(torch.uint8).expand(len(FINITE), 256)
+    scales = torch.tensor(FINITE).to(torch.uint8).view(torch.float8_e4m3fn)[:, None].expand(len(FINITE), 16)
+    tensors = codes.contiguous(), scales.contiguous(), torch.full((len(FINITE), 1), row)
+    out = torch.empty(len(FINITE), 512, dtype=dtype)
+    kernels_of(kernel).dequantize(tensors, out)
+    levels = torch.tensor([LEVELS[half] for byte in range(256) for half in (byte & 15, byte >> 4)], dtype=torch.float64)
+    units = torch.tensor([e4m3_of(byte) * row for byte in FINITE], dtype=torch.float64)
+    want = units[:, None] * levels
+    assert torch.equal(want, want.float().double())  # float32 holds them all
+    assert torch.equal(out, want.float().to(dtype))
+
+
+def codes_by_hand(source: Tensor, scales: Tensor, scale_2: Tensor) -> list[list[int]]:
+    """Codes of float32 [r, 32] under the scales of their blocks, by the rule, a number at a time."""
+    found = []
+    for row, scale, of_row in zip(source.tolist(), scales.float().flatten(), scale_2.flatten(), strict=True):
+        inverse = float(torch.tensor(1.0) / (scale * of_row))
+        codes = []
+        for value in row:
+            y = float(torch.tensor(value * inverse, dtype=torch.float64).float())  # the product of two has 48 bits
+            whole = round(min(max(y, -127.0), 127.0))  # ties to even
+            level = min(SORTED, key=lambda each: abs(each - whole))
+            codes.append(LEVELS.index(level))
+        found.append(codes)
+    return found
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("unit", [1.0, 2.0**-20, 1.375 * 2.0**8])
+def test_every_tie_between_integers_goes_to_the_even_one(kernel: str, sign: float, unit: float) -> None:
+    ties = torch.arange(-105, 106) + 0.5
+    blocks = torch.cat((ties, torch.zeros(-len(ties) % 31))).view(-1, 31)
+    source = torch.cat((blocks, torch.full((len(blocks), 1), -106.0)), 1) * sign * unit
+    codes, scales, scale_2 = quantize(source, kernel)
+    assert codes_of(codes).tolist() == codes_by_hand(source, scales, scale_2)
+    if unit == 1.0:
+        assert (scales.float().abs() * scale_2 == 1.0).any()  # some stay ties
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes_are_those_of_checkpoints_and_caches_that_were_written(kernel: str, dtype: torch.dtype) -> None:
+    """A change of them is another format."""
+    number = torch.arange(96 * 320)
+    spread = 2.0 ** ((number // 320 * 5 + number % 320 // 32 * 3) % 23 - 16).float()
+    source = ((number * 7919 % 8191 - 4095).float() / 4096 * spread).view(96, 320)[:, :310].to(dtype)
+    digest = hashlib.sha256()
+    for tensor in quantize(source, kernel):
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    assert digest.hexdigest()[:16] == WRITTEN[dtype]
 
 
 @settings(max_examples=30, deadline=None)

@@ -273,7 +273,7 @@ def needed_to_read(format_name: str, device: torch.device | str) -> list[Needed[
         return []
     from .cpu import dequantize as cpu_dequantize
 
-    return [cpu_dequantize.needed(FORMATS[format_name], torch.float32)]
+    return [cpu_dequantize.needed(FORMATS[format_name].read_as, torch.float32)]
 
 
 def _is_compiled(operation: str, format_name: str, device: torch.device | str, scale_mode: str = "default") -> bool:

@@ -25,6 +25,5 @@ def meaning(modules: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def can_be_read(layout: WeightLayout) -> bool:
-    """Whether `read_quantload` reads a weight as it is held: no scale of a whole expert, none beside those of a row."""
-    scales = layout.format.scales
-    return not any(scale.beside or (layout.experts is not None and not scale.block_rows) for scale in scales)
+    """Whether `read_quantload` reads a weight as it is held: no scale is that of a whole expert."""
+    return layout.experts is None or all(scale.block_rows for scale in layout.format.scales)

@@ -236,11 +236,13 @@ class StoredScaleLoader(StoredWeightLoader):
 
     def _check_finite(self, values: Tensor, experts: Sequence[int | None]) -> None:
         """Check the scales of all experts at once, and where that fails those of each, to name it."""
+        beside = self.parameter.layout.format.scales[self._number].beside
         try:
-            check_finite(self.name, values, self._largest)
+            check_finite(self.name, values, self._largest, beside)
         except NonFiniteWeightError:
             for own, expert in zip(values, experts, strict=True):
-                check_finite(self.name if expert is None else f"{self.name} of expert {expert}", own, self._largest)
+                name = self.name if expert is None else f"{self.name} of expert {expert}"
+                check_finite(name, own, self._largest, beside)
             raise
 
 

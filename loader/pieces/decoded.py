@@ -149,8 +149,8 @@ class DecodedWeight:
         if matrix.part.only_checked:
             return
         largest = torch.inf if matrix.part.role == "zero_point" else weight.largest_scale
-        check_finite(matrix.part.entry.name, values, largest)
         number, word = scale_roles(fmt)[matrix.part.role]
+        check_finite(matrix.part.entry.name, values, largest, fmt.scales[number].beside)
         with self._lock:
             if self._scales is None:
                 self._scales = fmt.empty(weight.all_rows, weight.columns, values.device)[1:]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError, NonFiniteWeightError
 from ..geometry.spans import Span
 from ..schemes.stored.checks import check_finite
-from ..schemes.stored.weights import StoredTensor, StoredWeight
+from ..schemes.stored.weights import StoredTensor, StoredWeight, scale_roles
 from .stacks import Stack
 from .stored_parts import TensorMatrix
 
@@ -109,11 +109,13 @@ class StoredStack:
         values, matrix = self.values(number, buffer), self.matrices[number]
         if matrix.part.role in ("scale", "zero_point", "scale_2"):
             largest = torch.inf if matrix.part.role == "zero_point" else matrix.weight.largest_scale
+            fmt = matrix.weight.format
+            beside = fmt.scales[scale_roles(fmt)[matrix.part.role][0]].beside
             try:
-                check_finite(matrix.part.entry.name, values, largest)
+                check_finite(matrix.part.entry.name, values, largest, beside)
             except NonFiniteWeightError:
                 for weight, own in zip(self.weights, values, strict=True):
-                    check_finite(matrix.of(weight).part.entry.name, own, largest)
+                    check_finite(matrix.of(weight).part.entry.name, own, largest, beside)
                 raise
         return values
 

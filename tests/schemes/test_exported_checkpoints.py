@@ -15,7 +15,7 @@ import pytest
 import stored_tensors
 import torch
 from quantload import LoadOptions, QuantizationPolicy, QuantloadConfig, convert_checkpoint, load_quantized
-from quantload.errors import PolicyError
+from quantload.errors import NonFiniteWeightError, PolicyError
 from quantload.geometry.layout import WeightLayout
 from quantload.kernels.formats import FORMATS
 from quantload.schemes.exported.own import quantization_config
@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 TOOLS = ("quark", "compressed-tensors")
 OWN = "quantload"
-QUICK = "nl4", "quark_int4fp8_moe"
+QUICK = "nl4", "mxfp4_rows", "quark_int4fp8_moe"
 """Schemes that only quantload's own form holds; it holds the others in the same way."""
 PAIRS = [
     pytest.param(entry.name, name, marks=[pytest.mark.slow] if name == OWN and entry.name not in QUICK else [])
@@ -102,6 +102,21 @@ def test_any_number_of_columns_is_written_in_the_own_form(
     check(checkpoint(name), tmp_path / "out", "nl4", OWN)
     again = load_quantized(tmp_path / "out", "int8_per_channel", options=LoadOptions(chunk_bytes=4096))
     assert {module.scheme.name for module in again.modules() if hasattr(module, "scheme")} == {"int8_per_channel"}
+
+
+@pytest.mark.parametrize(("where", "value"), [(-1, 0x7F), (0, 0xFF)], ids=["multiplier", "scale"])
+def test_damaged_scales_of_rows_with_multipliers_are_named(
+    where: int, value: int, golden: Path, tmp_path: Path
+) -> None:
+    convert_checkpoint(golden / "bf16_llama", tmp_path / "out", "mxfp4_rows", format=OWN)
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight_scale"][3, where] = value  # the last byte of an infinite number or NaN
+    tensors["model.layers.1.mlp.down_proj.weight_scale"][3, where - 1] |= 0x80 * (where < 0)
+    save_file(tensors, file, {"format": "pt"})
+    for scheme in ("auto", "int8_per_channel"):
+        with pytest.raises(NonFiniteWeightError, match=r"model\.layers\.1\.mlp\.down_proj.*scale"):
+            load_quantized(tmp_path / "out", scheme)
 
 
 def test_transformers_opens_the_own_form_with_quantload(golden: Path, tmp_path: Path) -> None:

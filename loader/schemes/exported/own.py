@@ -1,8 +1,7 @@
 """quantload's own form of a checkpoint: codes and scales as its modules hold them.
 
 What `schemes.stored.quantload` reads. No other tool does, and nothing has to fit one: any number of columns is stored,
-and each weight has its format and its shape in `config.json`, experts that are alike together. Formats are all but
-those with numbers beside the scales of a row.
+and each weight has its format and its shape in `config.json`, experts that are alike together.
 """
 
 from __future__ import annotations
@@ -21,11 +20,7 @@ def _weight(fmt: WeightFormat) -> ExportedWeight:
     return ExportedWeight(tuple(ExportedTensor(f"weight{suffix}", source) for suffix, source in tensors), {})
 
 
-WEIGHTS: Mapping[str, ExportedWeight] = {
-    name: _weight(fmt)
-    for name, fmt in FORMATS.items()
-    if fmt.ocp is None and not any(scale.beside for scale in fmt.scales)
-}
+WEIGHTS: Mapping[str, ExportedWeight] = {name: _weight(fmt) for name, fmt in FORMATS.items() if fmt.ocp is None}
 
 
 def quantization_config(named: NamedModules) -> dict[str, Any]:

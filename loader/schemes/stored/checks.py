@@ -9,13 +9,17 @@ from ...errors import CheckpointError, NonFiniteWeightError
 from .weights import StoredWeight
 
 
-def check_finite(name: str, scales: Tensor, largest: float = torch.inf) -> None:
+def check_finite(name: str, scales: Tensor, largest: float = torch.inf, beside: int = 0) -> None:
     """Raise `NonFiniteWeightError` for a scale that is NaN or infinite; an E8M0 byte of 255 is NaN.
 
-    So is a scale above `largest`, with which codes would be infinite in the dtype of the weight.
+    So is a scale above `largest`, with which codes would be infinite in the dtype of the weight. The last `beside`
+    bytes of each row are the float32 multiplier of the others.
     """
     if not scales.numel():
         return
+    if beside:
+        multiplier, top = scales[..., -beside:].contiguous().view(torch.float32)[..., 0], scales[..., :-beside].amax(-1)
+        scales = torch.where(top == 255, torch.nan, torch.ldexp(multiplier, top.float() - 127))
     if scales.dtype == torch.uint8:
         byte = int(scales.max())
         found = torch.nan if byte == 255 else 2.0 ** (byte - 127)

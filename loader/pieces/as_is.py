@@ -92,10 +92,12 @@ def _deliver_scales(
 
 
 def _scale_columns(matrix: TensorMatrix, part: SlabRegion) -> slice:
-    """The columns of some scales that belong to a part."""
-    tensor, _ = scale_roles(matrix.weight.format)[matrix.part.role]
-    block = matrix.weight.format.scales[tensor].block_cols
-    return slice(part.columns.start // block, -(-part.columns.stop // block)) if block else slice(None)
+    """The columns of some scales that belong to a part: all where a row has more beside."""
+    number, _ = scale_roles(matrix.weight.format)[matrix.part.role]
+    scale = matrix.weight.format.scales[number]
+    if scale.beside or not scale.block_cols:
+        return slice(None)
+    return slice(part.columns.start // scale.block_cols, -(-part.columns.stop // scale.block_cols))
 
 
 def _scale_rows(matrix: TensorMatrix, part: SlabRegion) -> slice:

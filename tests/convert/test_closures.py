@@ -51,10 +51,10 @@ TABLES = {
     "quark": QUARK,
     "compressed-tensors": COMPRESSED_TENSORS,
     "modelopt": MODELOPT,
-    "quantload": {name: OWN[name] for name in ("nl4",)},
+    "quantload": {name: OWN[name] for name in ("nl4", "mxfp4_rows")},
 }
 CASES = [
-    pytest.param(tool, name, marks=[pytest.mark.slow] if name in ("nvfp4", "nl4") else [])
+    pytest.param(tool, name, marks=[pytest.mark.slow] if name in ("nvfp4", "nl4", "mxfp4_rows") else [])
     for tool, table in TABLES.items()
     for name in table
 ]

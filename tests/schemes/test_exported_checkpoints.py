@@ -95,13 +95,19 @@ def test_experts_read_back_to_an_online_load(scheme: str, form: str, golden: Pat
     assert form == OWN or {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "lm_head"} <= set(kept)
 
 
+@pytest.mark.parametrize("scheme", ["nl4", "mxfp4_rows"])
 @pytest.mark.parametrize("name", ["llama_odd", "qwen3_moe_odd"])
 def test_any_number_of_columns_is_written_in_the_own_form(
-    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str, scheme: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    check(checkpoint(name), tmp_path / "out", "nl4", OWN)
-    again = load_quantized(tmp_path / "out", "int8_per_channel", options=LoadOptions(chunk_bytes=4096))
+    check(checkpoint(name), tmp_path / "out", scheme, OWN)
+    small = LoadOptions(chunk_bytes=4096)
+    online = load_quantized(checkpoint(name), scheme)
+    assert_same(load_quantized(tmp_path / "out", options=small).state_dict(), online.state_dict())
+    again = load_quantized(tmp_path / "out", "int8_per_channel", options=small)
+    whole = load_quantized(tmp_path / "out", "int8_per_channel")
     assert {module.scheme.name for module in again.modules() if hasattr(module, "scheme")} == {"int8_per_channel"}
+    assert_same(again.state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize(("where", "value"), [(-1, 0x7F), (0, 0xFF)], ids=["multiplier", "scale"])

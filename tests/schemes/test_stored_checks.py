@@ -29,6 +29,21 @@ def test_scales_in_fp8_are_looked_at_as_others_are() -> None:
         check_finite("q.weight_scale", scales)
 
 
+def test_multipliers_of_rows_are_part_of_their_scales() -> None:
+    multiplier = torch.tensor([[1.5], [1.25]])
+    scales = torch.cat((torch.tensor([[127, 130, 0], [1, 2, 3]]).to(torch.uint8), multiplier.view(torch.uint8)), 1)
+    check_finite("q.weight_scale", scales, 12.0, beside=4)
+    check_finite("q.weight_scale", scales[1:, 1:], 12.0, beside=4)  # which begins anywhere
+    with pytest.raises(NonFiniteWeightError, match=r"q\.weight_scale: a scale is 12; with one above 11\.5 codes"):
+        check_finite("q.weight_scale", scales, 11.5, beside=4)
+    for column, value in ((1, 0xFF), (6, 0x7F)):
+        damaged = scales.clone()
+        damaged[0, column] = value
+        damaged[0, 5] |= 0x80  # with the last byte the exponent of what is no number
+        with pytest.raises(NonFiniteWeightError, match=r"q\.weight_scale: a scale is NaN or infinite"):
+            check_finite("q.weight_scale", damaged, beside=4)
+
+
 def test_a_shape_is_that_of_codes_and_scales() -> None:
     codes = StoredTensor("codes", TensorEntry("q.weight_packed", torch.int32, (8, 8), 0, 0, 256))
     weight = StoredWeight("q.weight", FORMATS["int4_group32_f16"], None, 8, 64, torch.float16, (codes,))

@@ -18,8 +18,9 @@ def check_finite(name: str, scales: Tensor, largest: float = torch.inf, beside: 
     if not scales.numel():
         return
     if beside:
-        multiplier, top = scales[..., -beside:].contiguous().view(torch.float32)[..., 0], scales[..., :-beside].amax(-1)
-        scales = torch.where(top == 255, torch.nan, torch.ldexp(multiplier, top.float() - 127))
+        aligned = scales[..., -beside:].clone(memory_format=torch.contiguous_format)
+        multiplier, top = aligned.view(torch.float32)[..., 0], scales[..., :-beside].amax(-1)
+        scales = torch.ldexp(multiplier, top.float() - 127).masked_fill(top == 255, torch.nan)
     if scales.dtype == torch.uint8:
         byte = int(scales.max())
         found = torch.nan if byte == 255 else 2.0 ** (byte - 127)

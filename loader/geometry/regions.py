@@ -87,6 +87,7 @@ class RegionTracker:
         self._rows, self._columns = rows, columns
         self._missing = (experts or 1) * rows * columns
         self._claimed: dict[int | None, list[_Rectangle]] = {}
+        self._claimed_numel = 0
         self._lock = threading.Lock()
 
     def claim(self, region: Region) -> None:
@@ -110,6 +111,7 @@ class RegionTracker:
                         f"load. Announce a reload first, or remove the second tensor"
                     )
                 self._insert(claimed, new)
+                self._claimed_numel += new.numel
 
     def commit(self, numel: int) -> bool:
         """Record that so many claimed elements are written; True when they were the last ones."""
@@ -144,14 +146,15 @@ class RegionTracker:
         with self._lock:
             if region is None:
                 self._claimed.clear()
-                self._missing = (self._experts or 1) * self._rows * self._columns
-                return
-            hole = _Rectangle(region.rows, region.columns)
-            for old in self._claimed.pop(region.expert, []):
-                for part in old.without(hole):
-                    self._claimed.setdefault(region.expert, []).append(part)
-            claimed = sum(part.numel for parts in self._claimed.values() for part in parts)
-            self._missing = (self._experts or 1) * self._rows * self._columns - claimed
+                self._claimed_numel = 0
+            else:
+                hole = _Rectangle(region.rows, region.columns)
+                claimed = self._claimed.pop(region.expert, [])
+                left = [part for old in claimed for part in old.without(hole)]
+                if left:
+                    self._claimed[region.expert] = left
+                self._claimed_numel += sum(part.numel for part in left) - sum(old.numel for old in claimed)
+            self._missing = (self._experts or 1) * self._rows * self._columns - self._claimed_numel
 
     def arrived(self, region: Region) -> bool:
         """Whether all of a region has been claimed; of a load that failed, that is not to say written."""

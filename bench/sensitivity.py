@@ -3,11 +3,11 @@
 One kind of one third of the layers is quantized at a time, all others are as stored, and the divergence from the BF16
 model is measured on windows of held-out text, as `bench/quality.py` does it. It is divided by the mean relative squared
 error of the weights that were quantized: what remains is the divergence that an error of 1 would cause if it grew in
-proportion. The demo model has no dense feed-forward layers, so those are taken to be as sensitive as its experts.
+proportion. The demo model has no dense feed-forward layers, so those are taken to be as sensitive as its experts. The
+output head and the embedding are measured alike, each alone.
 
 The mean relative squared error of all weights is measured in every scheme, too: the other factor of what a module is
-expected to lose. Then the divergence of what `--fit` makes of these numbers is measured, at the sizes that the model
-would have in MXFP4 of more and more bits, beside that of each scheme for all modules.
+expected to lose. `bench/fit.py` measures what `--fit` makes of these numbers.
 
     python bench/sensitivity.py
     python bench/sensitivity.py --only errors
@@ -30,9 +30,6 @@ from quality import ROOT, WINDOW, Compared
 from result_files import RESULTS, write_result
 
 SCHEME = "nl4"
-BASELINE, BASELINE_BITS = "quark_mxfp4", 4.25
-UNIFORM = (BASELINE, "nl4", "mxfp6_e2m3", "int8_per_channel")
-BITS = (4.5, 5.0, 5.5, 6.25, 7.0, 8.25, 10.0)
 
 
 @dataclass(frozen=True)
@@ -58,16 +55,6 @@ class Error:
     scheme: str
     relative_error: float
     bits: float
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A model of one scheme, or of what `--fit` chose for `bits` a weight."""
-
-    scheme: str
-    bits: float | None
-    final_bytes: int
-    divergence: float
 
 
 def measure_errors(folder: Path) -> list[Error]:
@@ -102,10 +89,9 @@ def _relative_error(layers: Sequence[Any]) -> float:
     return error / weights
 
 
-def measure(folder: Path, text: str, windows: int) -> tuple[list[Row], list[Fit]]:
-    """Every kind in every third, then what is chosen by `--fit`."""
-    transformers, fit = importlib.import_module("transformers"), importlib.import_module("quantload.fit.policy")
-    quantload = importlib.import_module("quantload")
+def measure(folder: Path, text: str, windows: int) -> list[Row]:
+    """Every kind in every third, then the head and the embedding."""
+    transformers, quantload = importlib.import_module("transformers"), importlib.import_module("quantload")
     ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", verbose=False)["input_ids"][0]
     step = (len(ids) - WINDOW) // max(windows - 1, 1)
     inputs = [ids[at : at + WINDOW][None] for at in range(0, step * windows, step)]
@@ -126,25 +112,14 @@ def measure(folder: Path, text: str, windows: int) -> tuple[list[Row], list[Fit]
     groups: dict[tuple[str, str], list[str]] = {}
     for item in importlib.import_module("quantload.fit.expected_loss").items_of(draft):
         groups.setdefault((item.kind, item.third), []).extend(item.names)
+    groups |= {("head", ""): ["lm_head"], ("embedding", ""): ["model.embed_tokens"]}
     rows = []
     for (kind, third), names in groups.items():
         policy = quantload.QuantizationPolicy(overrides=tuple((name, SCHEME) for name in names))
         divergence, report = divergence_of("none", policy)
         rows.append(Row(kind, third, divergence, _relative_error(report.layers), len(report.layers)))
         print(f"{kind:8} {third:6} {1000 * divergence:7.3f} {rows[-1].sensitivity:7.3f}", flush=True)
-    fits = []
-    for scheme in UNIFORM:
-        divergence, report = divergence_of(scheme)
-        fits.append(Fit(scheme, None, report.final_bytes, divergence))
-        if scheme == BASELINE:
-            peak, weights = report.predicted_peak_bytes, sum(layer.numel for layer in report.layers)
-    for bits in BITS:
-        size = peak + int((bits - BASELINE_BITS) / 8 * weights)
-        divergence, report = divergence_of("auto", fit.fit_policy(str(folder), size, device="cpu").policy)
-        fits.append(Fit("fit", bits, report.final_bytes, divergence))
-    for each in fits:
-        print(f"{each.scheme:16} {each.bits or '':4} {each.final_bytes:9} {1000 * each.divergence:7.3f}", flush=True)
-    return rows, fits
+    return rows
 
 
 def main() -> None:
@@ -154,24 +129,23 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "stdlib_validation.txt")
     parser.add_argument("--windows", type=int, default=20, help="of 512 tokens, evenly over the text")
     parser.add_argument(
-        "--only", choices=("errors", "exchanged"), help="the errors of weights alone, or exchanged codes"
+        "--only", choices=("errors", "exchanged", "kinds"), help="errors of weights, exchanged codes, or kinds alone"
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     machine = describe_machine()
     print(headline(machine))
     result: dict[str, Any] = {"machine": machine}
-    if options.only != "exchanged":
+    if options.only in (None, "errors"):
         result["errors"] = [asdict(each) for each in measure_errors(options.model)]
-    if options.only != "errors":
+    if options.only in (None, "exchanged"):
         result["exchanged"] = measure_exchanged(options.text, options.model)
-    if options.only is None:
-        rows, fits = measure(options.model, options.text.read_text(), options.windows)
+    if options.only in (None, "kinds"):
+        rows = measure(options.model, options.text.read_text(), options.windows)
         result |= {
             "windows": options.windows,
             "scheme": SCHEME,
             "rows": [{**asdict(row), "sensitivity": row.sensitivity} for row in rows],
-            "fits": [asdict(each) for each in fits],
         }
     print(f"\nwritten: {write_result('sensitivity', result, options.results, options.only or '')}")
 

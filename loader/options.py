@@ -131,6 +131,10 @@ class LoadOptions:
     fit_requests: int | None = None
     """How many such sequences `fit="auto"` leaves room for. None: one."""
 
+    fit_head: bool = False
+    """Let `fit` choose schemes for the output head and the embedding, too, which are left as stored otherwise. For
+    loads that stay here: engines take no quantized head, and no other tool reads a quantized embedding."""
+
     fit_sensitivity: Mapping[str, float] = field(default_factory=dict)
     """How much the output feels kinds of modules by depth, for `fit`, as
     `quantload.fit.sensitivity.measure_sensitivity` measures it; others are as on the demo model."""
@@ -221,7 +225,7 @@ class LoadOptions:
             may_be_none = name != "chunk_bytes"
             if not (isinstance(value, int) and not isinstance(value, bool)) and not (value is None and may_be_none):
                 raise PolicyError(f"{name} is {value!r}; give a whole number")
-        for name in ("stats", "digest", "strict", "force"):
+        for name in ("stats", "digest", "strict", "force", "fit_head"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"{name} is {getattr(self, name)!r}; give True or False")
         if self.cache is not None and (not isinstance(self.cache, (str, Path)) or not str(self.cache)):
@@ -237,6 +241,8 @@ class LoadOptions:
             isinstance(value, int | float) and 0 <= value < float("inf") for value in self.fit_sensitivity.values()
         ):
             raise PolicyError(f"fit_sensitivity is {self.fit_sensitivity!r}; give what was measured, numbers by name")
+        if self.fit_head and self.fit is None:
+            raise PolicyError("fit_head says what fit is to choose for: give a size, too")
         if self.fit_sensitivity and self.fit is None:
             raise PolicyError("fit_sensitivity says what fit is to choose by: give a size, too")
         if not isinstance(self.kernels, Mapping):
@@ -345,7 +351,7 @@ def with_fit(options: LoadOptions | None, fit: int | str | None) -> LoadOptions:
 
 def without_fit(options: LoadOptions) -> LoadOptions:
     """Options for a load whose schemes are chosen."""
-    return replace(options, fit=None, fit_context=None, fit_requests=None, fit_sensitivity={})
+    return replace(options, fit=None, fit_context=None, fit_requests=None, fit_head=False, fit_sensitivity={})
 
 
 def check_kinds(policy: object, options: object) -> None:

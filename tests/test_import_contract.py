@@ -93,19 +93,20 @@ FLOORS: dict[str, Floor] = {
     ),
     "fit": Floor("", "a folder"),
     "fit.peaks": Floor(f"{GROUND} geometry memory schemes model draft", "what a draft would take with other schemes"),
+    "fit.vocabulary": Floor("options schemes draft", "which modules of a draft are its head and its embedding"),
     "fit.expected_loss": Floor(
-        f"{GROUND} page schemes draft", "what a draft is expected to lose, by names and schemes alone"
+        f"{GROUND} page schemes draft fit.vocabulary", "what a draft is expected to lose, by names and schemes alone"
     ),
     "fit.warning": Floor(f"{GROUND} page schemes draft fit.expected_loss", "what a draft is warned of"),
     "fit.room": Floor(f"{GROUND} memory model draft", "how large a model may be here"),
     "fit.choice": Floor(
-        f"{GROUND} memory schemes draft fit.peaks fit.expected_loss", "bytes and losses to choose from"
+        f"{GROUND} memory schemes draft fit.peaks fit.vocabulary fit.expected_loss", "bytes and losses to choose from"
     ),
     "fit.samples": Floor(
         f"{GROUND} kernels.statistics geometry checkpoint schemes draft fit.expected_loss", "a look at some weights"
     ),
     "fit.policy": Floor(
-        f"{GROUND} checkpoint memory schemes draft fit.expected_loss fit.room fit.choice",
+        f"{GROUND} checkpoint memory schemes draft fit.vocabulary fit.expected_loss fit.room fit.choice",
         "plans with other schemes until a load fits",
     ),
     "fit.comparing": Floor(

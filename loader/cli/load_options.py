@@ -152,6 +152,14 @@ class FitOptions(SizeOptions):
             min=1,
         ),
     ] = None
+    fit_head: Annotated[
+        bool,
+        typer.Option(
+            "--fit-head",
+            help="Let --fit choose schemes for the output head and the embedding, too, which it leaves as stored "
+            "otherwise.",
+        ),
+    ] = False
     requests: Annotated[
         int | None,
         typer.Option(metavar="NUMBER", help="Number of such sequences at once.", show_default="one", min=1),
@@ -160,7 +168,7 @@ class FitOptions(SizeOptions):
     def values(self) -> dict[str, Any]:
         """Fields of `LoadOptions`."""
         beside = {"fit_context": self.context, "fit_requests": self.requests} if self.fit == "auto" else {}
-        return {**super().values(), **beside}
+        return {**super().values(), **beside, **({"fit_head": True} if self.fit_head else {})}
 
 
 @dataclass(frozen=True)

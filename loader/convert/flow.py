@@ -106,6 +106,8 @@ def convert_checkpoint(
     """
     check_kinds(policy, options)
     options = with_fit(options, fit)
+    if options.fit_head:
+        raise PolicyError("fit_head is for loads: no other tool reads a checkpoint with a quantized embedding")
     export = get_export_format(format)
     max_shard_bytes = parse_bytes(max_shard_bytes, "max_shard_bytes (--max-shard-size)")
     if options.digest:

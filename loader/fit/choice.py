@@ -12,6 +12,7 @@ from ..options import LoadOptions, QuantizationPolicy
 from ..schemes.registry import AS_STORED, SchemeFactory
 from .expected_loss import ERRORS, NOTHING, Item, items_of, ladder
 from .peaks import bytes_now, bytes_with, scheme_peaks
+from .vocabulary import NO_VOCABULARY, Vocabulary
 
 Sizes = Mapping[str, Mapping[str, int]]
 """Bytes of modules by scheme, then by name."""
@@ -42,17 +43,18 @@ def choice_of(
     error: Callable[[Item, str], float] = known_error,
     measured: Mapping[str, float] = NOTHING,
     sizes: Sizes | None = None,
+    vocabulary: Vocabulary = NO_VOCABULARY,
 ) -> Choice:
     """What there is to choose from; the draft has one of the schemes.
 
     `error` is that of an item in a scheme, `measured` are sensitivities as `items_of` takes them. `sizes` has the bytes
     of each module by scheme, where they are not those that it has in memory; one that a scheme leaves as stored is not
-    among them.
+    among them. `vocabulary` is what overrides of the draft give its scheme by name.
     """
-    items = items_of(draft, policy, measured)
+    items = items_of(draft, policy, measured, vocabulary)
     losses = [[item.loss * error(item, scheme) for scheme in schemes] for item in items]
     nbytes = (
-        _sizes(draft, items, schemes)
+        _sizes(draft, items, schemes, vocabulary)
         if sizes is None
         else [[sum(_size(sizes, scheme, name) for name in item.names) for scheme in schemes] for item in items]
     )
@@ -87,9 +89,12 @@ class Choice:
         return [0] * len(self.items)
 
     def uniform(self) -> Iterator[list[int]]:
-        """One scheme for all items, the one that loses least first."""
-        for level in reversed(range(len(self.schemes))):
-            yield [level] * len(self.items)
+        """One scheme for all items, or for all but the head and the embedding; the one that loses least first."""
+        stored = len(self.schemes) - 1
+        found = [[level] * len(self.items) for level in range(len(self.schemes))]
+        if any(item.is_vocabulary for item in self.items):
+            found += [[stored if item.is_vocabulary else level for item in self.items] for level in range(stored)]
+        yield from sorted(found, key=self.loss)
 
     def best(self, room: int) -> list[int]:
         """The level of each item, within so many bytes more than in the scheme of the draft; the least, if none are."""
@@ -129,10 +134,15 @@ class Choice:
         own = [
             (name, self.schemes[level])
             for item, level in zip(self.items, levels, strict=True)
-            if level != most
+            if self._is_override(item, level, most)
             for name in item.names
         ]
         return replace(self.policy, linear=self.schemes[most], overrides=(*self.policy.overrides, *own))
+
+    def _is_override(self, item: Item, level: int, most: int) -> bool:
+        if not item.is_vocabulary:
+            return level != most
+        return self.schemes[level] != AS_STORED or not self.policy.default_ignore
 
     def rows(self, levels: Sequence[int]) -> Iterator[FitRow]:
         """What was chosen for a kind of module in a third of the layers."""
@@ -165,17 +175,17 @@ def _size(sizes: Sizes, scheme: str, name: str) -> int:
     return sizes[scheme].get(name, sizes[AS_STORED].get(name, 0))
 
 
-def _sizes(draft: Draft, items: Sequence[Item], schemes: Sequence[str]) -> list[list[int]]:
+def _sizes(draft: Draft, items: Sequence[Item], schemes: Sequence[str], vocabulary: Vocabulary) -> list[list[int]]:
     """The bytes of each item in each scheme; the draft has one of them."""
     assigned = {assignment.name: assignment for assignment in draft.assignments}
     sizes: list[list[int]] = [[] for _ in items]
     for scheme in schemes:
         factory = SchemeFactory(draft.schemes.device, LoadOptions())
         is_planned = scheme == draft.rules.policy.linear
-        rules = draft.rules if is_planned else draft.rules.with_scheme(scheme, factory)
+        rules = draft.rules if is_planned else draft.rules.with_scheme(scheme, factory, vocabulary.names)
         for item, own in zip(items, sizes, strict=True):
             modules = [assigned[name] for name in item.names]
-            own.append(
-                sum(bytes_now(draft, each) if is_planned else bytes_with(draft, each, rules) for each in modules)
-            )
+            each = [bytes_now(draft, one) if is_planned else bytes_with(draft, one, rules) for one in modules]
+            is_shared = scheme == AS_STORED and vocabulary.is_tied and item.is_vocabulary
+            own.append(max(each) if is_shared else sum(each))
     return sizes

@@ -17,6 +17,7 @@ from ..options import QuantizationPolicy
 from ..page.costs import BITS
 from ..schemes.policy import matches
 from ..schemes.registry import AS_STORED
+from .vocabulary import BOTH, EMBEDDING, HEAD, NO_VOCABULARY, Vocabulary
 
 ERRORS: Mapping[str, float] = MappingProxyType(
     {
@@ -51,17 +52,27 @@ SENSITIVITY: Mapping[tuple[str, str], float] = MappingProxyType(
 )  # fmt: skip
 """Divergence of the output, in nats a token, for a relative squared error of 1 of all modules of a kind in a third of
 the layers, measured on the demo model by `bench/sensitivity.py`; gate_up and down are taken to be as its experts."""
+VOCABULARY_SENSITIVITY: Mapping[str, float] = MappingProxyType({HEAD: 0.91, EMBEDDING: 0.57, BOTH: 1.48})
+"""The same of the output head, the embedding, and the two where they are tied."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """Modules that get one scheme: of one kind, in one layer. `loss` is that for a relative squared error of 1."""
+    """Modules that get one scheme: of one kind, in one layer. `loss` is that for a relative squared error of 1.
+
+    The head and the embedding are in no third of the layers.
+    """
 
     place: str
     kind: str
     third: str
     names: tuple[str, ...]
     loss: float = 0.0
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether it is the head or the embedding, which are as stored where no override names them."""
+        return self.kind in VOCABULARY_SENSITIVITY
 
     @property
     def name(self) -> str:
@@ -89,20 +100,27 @@ def ladder(schemes: Collection[str], sizes: Mapping[str, float] | None = None) -
 
 
 def items_of(
-    draft: Draft, policy: QuantizationPolicy | None = None, measured: Mapping[str, float] = NOTHING
+    draft: Draft,
+    policy: QuantizationPolicy | None = None,
+    measured: Mapping[str, float] = NOTHING,
+    vocabulary: Vocabulary = NO_VOCABULARY,
 ) -> list[Item]:
     """The modules that schemes can be chosen for, together with those that must have the same.
 
     Those that an override of `policy` names keep what it gives them, and are left out. `measured` has sensitivities by
-    `Item.name` or `Item.group`, where they are known better than from the demo model.
+    `Item.name` or `Item.group`, where they are known better than from the demo model. `vocabulary` comes last.
     """
     given = [pattern for pattern, _ in policy.overrides] if policy is not None else []
+    given += vocabulary.names
     names = [
         assignment.name
         for assignment in draft.assignments
         if assignment.scheme is not None and not any(matches(pattern, assignment.name) for pattern in given)
     ]
-    return grouped(names, {each.name for each in draft.assignments if each.kind == "experts"}, measured)
+    items = grouped(names, {each.name for each in draft.assignments if each.kind == "experts"}, measured)
+    for kind, members in vocabulary.groups():
+        items.append(Item(members[0], kind, "", members, VOCABULARY_SENSITIVITY[kind]))
+    return items
 
 
 def grouped(names: Sequence[str], experts: Collection[str], measured: Mapping[str, float] = NOTHING) -> list[Item]:

@@ -29,6 +29,7 @@ from ..schemes.registry import AS_STORED, ENTRIES
 from .choice import Choice, Sizes, choice_of, ladder_of
 from .expected_loss import NOTHING, ladder
 from .room import Room, free_room
+from .vocabulary import NO_VOCABULARY, Vocabulary, as_planned, vocabulary_of
 
 logger = logging.getLogger("quantload")
 MOST_TRIES = 4
@@ -87,7 +88,7 @@ class Fitted:
             yield "Fit: all modules stay as they are stored"
             return
         for row in self.rows:
-            where = f"{row.kind}, {row.third} third of the layers"
+            where = f"{row.kind}, {row.third} third of the layers" if row.third else row.kind
             yield f"Fit: {where}: {row.modules} {row.scheme}, {row.share_of_loss:.0%} of the expected loss"
 
 
@@ -153,8 +154,29 @@ def fit_policy(
     names = [entry.name for entry in ENTRIES if entry.has_mode(policy.scale_mode)]
     first = plan(replace(policy, linear=ladder(names)[0]))
     check_choosable("auto", policy, first.draft.rules.is_quantized)
-    schemes = ladder_of(first.draft, told)
-    return choose(policy, schemes, plan, lambda draft: _room(draft, options), options.fit_sensitivity, first=first)
+    schemes, vocabulary = ladder_of(first.draft, told), NO_VOCABULARY
+    if options.fit_head:
+        first, vocabulary = _with_vocabulary(first, policy, plan)
+    return choose(
+        *(policy, schemes, plan, lambda draft: _room(draft, options), options.fit_sensitivity), first=first,
+        vocabulary=vocabulary,
+    )  # fmt: skip
+
+
+def _with_vocabulary(first: Planned, policy: QuantizationPolicy, plan: Plan) -> tuple[Planned, Vocabulary]:
+    """A plan in which the head and the embedding have the scheme of all, as far as they can."""
+    scheme, wanted = first.draft.rules.policy.linear, vocabulary_of(first.draft, policy)
+    own = tuple((name, scheme) for name in wanted.names)
+    planned = plan(replace(policy, linear=scheme, overrides=(*policy.overrides, *own)))
+    found = as_planned(planned.draft, wanted)
+    if found.names == wanted.names:
+        return planned, found
+    kept = [name for name in wanted.names if name not in found.names]
+    logger.info("Fit: %s stay as they are stored: no scheme can be given to them", " and ".join(kept))
+    if not found.names:
+        return first, found
+    own = tuple((name, scheme) for name in found.names)
+    return plan(replace(policy, linear=scheme, overrides=(*policy.overrides, *own))), found
 
 
 def apply_fit(
@@ -204,17 +226,18 @@ def choose(
     measured: Mapping[str, float] = NOTHING,
     sizes: Sizes | None = None,
     first: Planned | None = None,
+    vocabulary: Vocabulary = NO_VOCABULARY,
 ) -> Fitted:
     """The policy of the least expected loss with some schemes, smallest first, whose plan stays below a size.
 
-    `measured` and `sizes` are as in `choice_of`. `first` is planned with one of the schemes; where there is none, that
-    is done with the smallest.
+    `measured`, `sizes` and `vocabulary` are as in `choice_of`. `first` is planned with one of the schemes; where there
+    is none, that is done with the smallest.
     """
     if first is None:
         first = plan(replace(policy, linear=schemes[0]))
         check_choosable("auto", policy, first.draft.rules.is_quantized)
     room = room_of(first.draft)
-    choice = choice_of(first.draft, policy, schemes, measured=measured, sizes=sizes)
+    choice = choice_of(first.draft, policy, schemes, measured=measured, sizes=sizes, vocabulary=vocabulary)
     chooser = _Chooser(choice, plan, room, first)
     tensors = len(first.draft.index.tensors)
     del first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -109,12 +109,14 @@ class Policy:
             raise PolicyError(f"linear layers that run as one must have one scheme, or all be kept: {'; '.join(each)}")
         return choices[0]
 
-    def with_scheme(self, name: str, factory: SchemeFactory) -> Policy:
+    def with_scheme(self, name: str, factory: SchemeFactory, named: Collection[str] = ()) -> Policy:
         """The same rules with another scheme for linear layers and experts, as `factory` makes it.
 
-        Raises what a load with that scheme would.
+        The overrides with patterns in `named` give it, too. Raises what a load with that scheme would.
         """
-        return Policy(replace(self.policy, linear=name, experts=None), factory, self.is_quantized)
+        overrides = tuple((pattern, name if pattern in named else own) for pattern, own in self.policy.overrides)
+        other = replace(self.policy, linear=name, experts=None, overrides=overrides)
+        return Policy(other, factory, self.is_quantized)
 
     def scheme_by_name(self, name: str) -> LinearScheme | None:
         """The scheme that the override which counts for a module gives it by its name: its pattern ends with that.

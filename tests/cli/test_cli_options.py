@@ -79,7 +79,7 @@ def test_what_commands_have_in_common() -> None:
         *("report", "html", "digest", "expert_parallel", "load_format"),
     }
     of_models = {"device", "activations", "threads", "digest", "html", "expert_parallel", "load_format"}
-    assert names("load") - names("convert") == of_models | cache | {"context", "requests"}
+    assert names("load") - names("convert") == of_models | cache | {"context", "requests", "fit_head"}
     assert names("convert") - names("load") == {"out", "checkpoint_format", "max_shard_size", "no_model_card"}
 
 
@@ -135,6 +135,8 @@ def test_what_auto_leaves_room_for_is_said_beside_it() -> None:
     options = chosen(PolicyOptions(), RunOptions(), fitting=FitOptions(fit="auto", context=99, requests=2))["options"]
     assert options == LoadOptions(fit="auto", fit_context=99, fit_requests=2)
     assert chosen(PolicyOptions(), RunOptions(), fitting=FitOptions(fit="1GiB"))["options"].fit == 1 << 30
+    options = chosen(PolicyOptions(), RunOptions(), fitting=FitOptions(fit="1GiB", fit_head=True))["options"]
+    assert options == LoadOptions(fit=1 << 30, fit_head=True)
     for alone in (FitOptions(context=9), FitOptions(fit="1GiB", requests=2)):
         with pytest.raises(PolicyError, match="--context and --requests say what --fit auto leaves room for"):
             chosen(PolicyOptions(), RunOptions(), fitting=alone)

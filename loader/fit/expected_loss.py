@@ -90,7 +90,7 @@ def ladder(schemes: Collection[str], sizes: Mapping[str, float] | None = None) -
 
     `sizes` are those of the model in each, where they are not as the bits of a weight.
     """
-    known = {name: bits for name, (bits, _) in BITS.items()} if sizes is None else sizes
+    known = {name: bits for name, ((bits, _), _) in BITS.items()} if sizes is None else sizes
     sized = sorted((known[name], ERRORS[name], name) for name in schemes if name in ERRORS and name != AS_STORED)
     found: list[str] = []
     for _, error, name in sized:

@@ -55,5 +55,5 @@ def warn_of_schemes(draft: Draft) -> None:
 def _better(scheme: str, scale_mode: str) -> str:
     """The scheme of the least error that takes no more bits."""
     names = [entry.name for entry in ENTRIES if entry.name in ERRORS and entry.formats and entry.has_mode(scale_mode)]
-    no_larger = [name for name in names if BITS[name][0] <= BITS[scheme][0]]
+    no_larger = [name for name in names if BITS[name][0][0] <= BITS[scheme][0][0]]
     return min(no_larger, key=ERRORS.__getitem__)

@@ -53,9 +53,11 @@ def _costs(report: Mapping[str, Any]) -> Iterator[Cost]:
     beside = max(0, report["predicted_peak_bytes"] - report["predicted_final_bytes"])
     rest = final - sum(layer["bytes_out"] for layer in layers)
     numel, rows = _of_kinds(layers, "numel"), _of_kinds(layers, "rows")
+    schemes = {layer["scheme"] for layer in layers}
+    own = schemes | {report["quantization"]} if len(schemes) == 1 else set()  # one for all is another than several
     yield Cost(report["quantization"], final, final + beside, is_this=True)
     for scheme, kinds in [*BITS.items(), (SIXTEEN_BITS, ((16.0, 0), (16.0, 0)))]:
-        if scheme != report["quantization"]:
+        if scheme not in own:
             sizes = zip(numel, rows, kinds, strict=True)
             about = rest + sum(round(weights * bits / 8) + count * row for weights, count, (bits, row) in sizes)
             yield Cost(scheme, about, about + beside)
@@ -76,8 +78,10 @@ def other_schemes(report: Mapping[str, Any]) -> Markup:
     if not found:
         said = "Nothing was quantized. `quantload compare MODEL` says what each scheme would take, and lose."
         return section(heading, element("p", prose(said)), name="schemes")
+    count = len({layer["scheme"] for layer in report["layers"]})
+    this = f"this load, {count} schemes" if count > 1 else f"{report['quantization']} (this load)"
     rows = [
-        (element("strong", f"{each.scheme} (this load)") if each.is_this else each.scheme, size(each.final_bytes),
+        (element("strong", this) if each.is_this else each.scheme, size(each.final_bytes),
          size(each.peak_bytes), "" if each.is_this else _difference(each.final_bytes, report["final_bytes"]))
         for each in found
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 from .charts import chart_data
 from .costs import other_schemes
 from .elements import Markup, element, joined
+from .fitted import fitted
 from .heatmap import quality_map
 from .sections import (
     SQNR,
@@ -51,6 +52,7 @@ def report_body(report: Mapping[str, Any]) -> Markup:
             next_steps(report),
             uses(report),
             memory(report),
+            fitted(report),
             where_bytes_went(report),
             section("What the weights lost", quality, name="quality"),
             kept(report),

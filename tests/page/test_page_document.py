@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from quantload import errors
 from quantload.kernels.formats import WeightFormat
 from quantload.memory.attempt import Attempt, describe_failure
-from quantload.memory.report import KeptReport, PhaseReport, TimelinePoint
+from quantload.memory.report import FitReport, FitRow, KeptReport, PhaseReport, TimelinePoint
 from quantload.page.advice import ADVICE, UNEXPECTED, advice_for
 from quantload.page.costs import BITS, costs
 from quantload.page.document import as_data, report_body, report_page
@@ -162,6 +162,9 @@ def test_other_schemes_are_counted_from_what_is_not_quantized() -> None:
     assert found["quark_mxfp4"].is_this
     assert found["none"].final_bytes == made["final_bytes"] - (17 << 15) + (2 << 20)
     assert found["none"].peak_bytes - found["none"].final_bytes == 96 << 20
+    mixed = report([layer("a.0.up"), layer("a.0.down", scheme="nl4")])
+    assert {"quark_mxfp4", "nl4"} <= {cost.scheme for cost in costs(mixed) if not cost.is_this}
+    assert "this load, 2 schemes" in report_body(mixed)
     assert costs(report([])) == []
     assert "quantload compare MODEL" in report_body(report([]))
 
@@ -182,6 +185,15 @@ def test_other_schemes_are_counted_from_what_is_not_quantized() -> None:
 def test_the_page_says_what_to_do_with_what_was_loaded(more: dict[str, Any], shown: str | None) -> None:
     page = report_body(report(plain_layers(1), **more))
     assert shown in page if shown is not None else "What to do with it" not in page
+
+
+def test_the_page_says_what_was_chosen_to_fit() -> None:
+    rows = [FitRow("v_proj", "first", "mxfp8", 16, 3 << 20, 0.25), FitRow("experts", "last", "nl4", 2, 5 << 20, 0.75)]
+    chosen = FitReport(16 * GIB, "the load", 15 * GIB, round(15.9 * GIB), 0.0125, rows=rows)
+    page = report_body(report(plain_layers(1), fit=dataclasses.asdict(chosen)))
+    for said in ("below 16.00 GiB", "take 15.90 GiB", "12.5 thousandths", "v_proj, first third", "mxfp8", "75%"):
+        assert said in page
+    assert "What was chosen to fit" not in report_body(report(plain_layers(1)))
 
 
 def test_every_error_has_its_advice() -> None:

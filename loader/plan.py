@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint.arena import rounded_slot
 from .checkpoint.files import Fetches
-from .checkpoint.headers import TensorEntry
+from .checkpoint.headers import TensorEntry, file_order
 from .checkpoint.index import CheckpointIndex, Shard
 from .checkpoint.pieces import Piece, plan_batches
 from .checkpoint.source import Reads
@@ -174,16 +174,12 @@ def _expected(
     _check_whole(routes, sources, index, loaders)
     whole_names = {name for conversion in routes.whole for name in conversion.names()}
     plain = (index.tensors[name] for name in routes.spans if name not in whole_names and name not in sources.weights)
-    entries = sorted(plain, key=_place)
+    entries = sorted(plain, key=file_order)
     _check_dtypes(entries, routes, loaders)
     for dtype in _quantized_dtypes(entries, routes, loaders):
         schemes.expect(dtype)
-    weights = sorted((sources.weights[name] for name in routes.spans if name in sources.weights), key=_place)
+    weights = sorted((sources.weights[name] for name in routes.spans if name in sources.weights), key=file_order)
     return entries, weights
-
-
-def _place(entry: TensorEntry | StoredWeight) -> tuple[int, int]:
-    return entry.shard, entry.offset
 
 
 def plan_staging(options: LoadOptions, chunk: int, pieces: int, buffers: int) -> tuple[int, int]:

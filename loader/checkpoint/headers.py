@@ -74,6 +74,10 @@ class TensorEntry(NamedTuple):
     nbytes: int
 
 
+file_order = attrgetter("shard", "offset")
+"""A key to sort tensors by that lie in shards, each with an `offset`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardHeader:
     """One safetensors header: `size` of the file and where its data starts, in bytes; tensors by name, file order."""

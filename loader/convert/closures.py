@@ -17,7 +17,7 @@ from ..checkpoint.headers import TensorEntry
 from ..checkpoint.working_memory import CPU
 from ..checkpoint.writer import ShardWriter
 from ..errors import NonFiniteWeightError
-from ..geometry.layout import Block, WeightLayout
+from ..geometry.layout import Block, WeightLayout, extent_of
 from ..geometry.regions import Interval, Region, RegionTracker
 from ..kernels.formats import Tensors
 from ..online.observing import Observation, ScaleGroup, scales_are_shared
@@ -170,7 +170,7 @@ class ExportingLoader(WritingLoader):
         (block,) = self.layout.blocks(region)
         known, count = self._scales.get(experts[0]), len(experts)
         tensors = [
-            self._buffers.take(tensor.suffix, (count, *_extent(index)), tensor.dtype)
+            self._buffers.take(tensor.suffix, (count, *extent_of(index)), tensor.dtype)
             for tensor, index in zip(
                 fmt.tensors, block.index if known is None else block.index[:1], strict=known is None
             )
@@ -279,8 +279,3 @@ class _WrittenTensor:
             together = convert(source.flatten(0, 1))
             return together.view(count, -1, together.shape[1])
         return torch.stack([convert(each) for each in source])
-
-
-def _extent(index: tuple[slice, slice]) -> tuple[int, int]:
-    rows, columns = index
-    return rows.stop - rows.start, columns.stop - columns.start

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..checkpoint.headers import TensorEntry
+from ..checkpoint.headers import TensorEntry, file_order
 from ..checkpoint.output import OutputFolder
 from ..checkpoint.writer import Extent, ShardPlan, ShardWriter
 from ..collector import collector_paused
@@ -70,8 +70,8 @@ class OpenShards:
             members[where[tensor.specs()[0].name]].append(tensor)
         for plan in shards:
             self._prepare(plan, members[plan.path])
-        self.entries.sort(key=_place)
-        self.stored.sort(key=_place)
+        self.entries.sort(key=file_order)
+        self.stored.sort(key=file_order)
 
     def __enter__(self) -> Self:
         return self
@@ -205,10 +205,6 @@ def _kind(tensor: QuantizedTensor) -> Hashable:
     alone = tensor.entry.name if tensor.layout.experts is not None or tensor.entry.nbytes == 0 else ""
     pattern = _NUMBER.sub("*", tensor.entry.name)
     return alone, pattern, tensor.assignment.name, tensor.layout, id(tensor.scheme), id(tensor.weight)
-
-
-def _place(entry: CheckpointTensor) -> tuple[int, int]:
-    return entry.shard, entry.offset
 
 
 def _of_expert(span: Span, parameter: str, expert: int) -> Span:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..checkpoint.headers import TensorEntry
+from ..checkpoint.headers import TensorEntry, file_order
 from ..checkpoint.index import CheckpointIndex
 from ..checkpoint.pieces import Piece
 from ..checkpoint.reader import PieceReader, ReadTotals
@@ -94,7 +94,7 @@ class CheckpointOrigin:
         self._index, self._source, self._options, self._device = index, source, options, device
         self._on_bytes = on_bytes
         tensors: Mapping[str, Entry] = index.tensors if stored is None else stored.entries
-        self._entries = sorted(tensors.values(), key=_place)
+        self._entries = sorted(tensors.values(), key=file_order)
         self._by_name, self._dequantizer = tensors, dequantizer
         self._reader: PieceReader | None = None
         self._chunk_bytes = 0
@@ -198,7 +198,7 @@ class CheckpointOrigin:
 
     def _plan(self, spans: dict[str, list[Span]], sinks: dict[str, Sink]) -> tuple[list[Piece], int]:
         """What is read, and the size of the largest buffer that it takes."""
-        entries = sorted((self._by_name[name] for name in spans), key=_place)
+        entries = sorted((self._by_name[name] for name in spans), key=file_order)
         limit = self._options.chunk_bytes
         plain = plan_pieces([entry for entry in entries if isinstance(entry, TensorEntry)], spans, sinks, limit)
         weights = [entry for entry in entries if isinstance(entry, StoredWeight)]
@@ -307,10 +307,6 @@ def layer_of(name: str) -> str:
         if part.isdecimal():
             return ".".join(parts[: position + 1])
     return ""
-
-
-def _place(entry: Entry) -> tuple[int, int]:
-    return entry.shard, entry.offset
 
 
 def _as_matrix(target: Tensor) -> Tensor | None:

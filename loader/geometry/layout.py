@@ -14,6 +14,14 @@ from ..kernels.formats import FormatTensor, Tensors, WeightFormat
 from .regions import Interval, Region
 
 Index = tuple[slice, slice]
+
+
+def extent_of(index: Index) -> tuple[int, int]:
+    """Rows and columns of what an index chooses."""
+    rows, columns = index
+    return rows.stop - rows.start, columns.stop - columns.start
+
+
 Shards = tuple[tuple[str, int], ...]
 """The (shard_id, rows) of a matrix, from top to bottom."""
 ShardId = str | int | tuple[int, ...] | None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..geometry.layout import Block, Index, WeightLayout
+from ..geometry.layout import Block, Index, WeightLayout, extent_of
 from ..geometry.regions import Region
 
 Finish = Callable[[int | None, int | None, Tensor], None]
@@ -147,7 +147,7 @@ class Observation:
         shard = None if self._group is not None else block.shard
         held = self._maxima.get((expert, shard))
         if held is None:
-            shape = self._layout.maxima_shape if shard is None else _extent(self._shards[shard].maxima)
+            shape = self._layout.maxima_shape if shard is None else extent_of(self._shards[shard].maxima)
             held = self._maxima[expert, shard] = torch.zeros(shape, dtype=torch.float32, device=self._device)
         first = 0 if shard is None else self._shards[shard].maxima[0].start
         rows, columns = block.maxima
@@ -168,8 +168,3 @@ class Observation:
 def scales_are_shared(layout: WeightLayout, group: ScaleGroup | None) -> bool:
     """Whether scales depend on more than their own shard of their own matrix."""
     return group is not None or (layout.format.one_maximum and len(layout.shards) > 1)
-
-
-def _extent(index: Index) -> tuple[int, int]:
-    rows, columns = index
-    return rows.stop - rows.start, columns.stop - columns.start

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from .openapi_fields import PARTS, REQUESTS, TOKENS, Schema
+from .openapi_fields import PARTS, REQUESTS, TOKENS, Schema, ref
 from .openapi_weights import weight_paths
 
 _TEXT: Schema = {"type": "string"}
 _WHOLE: Schema = {"type": "integer"}
 _MAYBE_TEXT: Schema = {"type": ["string", "null"]}
-
-
-def _ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
 
 
 def _told(**properties: Schema) -> Schema:
@@ -25,7 +21,7 @@ def _told(**properties: Schema) -> Schema:
 def _answer(name: str, choice: Schema) -> Schema:
     return _told(
         id=_TEXT, object={"const": name}, created=_WHOLE, model=_TEXT, choices={"type": "array", "items": choice},
-        usage=_ref("Usage"),
+        usage=ref("Usage"),
     )  # fmt: skip
 
 
@@ -51,7 +47,7 @@ ANSWERS: dict[str, Schema] = {
     "Model": _told(
         id=_TEXT, object={"const": "model"}, created=_WHOLE, owned_by=_TEXT, max_model_len={"type": ["integer", "null"]}
     ),
-    "Models": _told(object={"const": "list"}, data={"type": "array", "items": _ref("Model")}),
+    "Models": _told(object={"const": "list"}, data={"type": "array", "items": ref("Model")}),
     "Tokens": _told(count=_WHOLE, max_model_len={"type": ["integer", "null"]}, tokens=TOKENS),
     "Text": _told(prompt=_TEXT),
     "Version": _told(version=_TEXT),
@@ -81,7 +77,7 @@ def _error(status: str) -> Schema:
     return {
         "description": _ERRORS[status],
         "headers": headers,
-        "content": {"application/json": {"schema": _ref("Error")}},
+        "content": {"application/json": {"schema": ref("Error")}},
     }
 
 
@@ -89,7 +85,7 @@ def _route(
     summary: str, answers: str | None, takes: str | None = None, kind: str = "application/json", errors: str = ""
 ) -> Schema:
     """One operation; `errors` are the statuses that only some routes have."""
-    schema = {} if answers is None else _ref(answers)
+    schema = {} if answers is None else ref(answers)
     content: Schema = {kind: {"schema": schema}}
     if answers in ("Completion", "ChatCompletion"):
         content["text/event-stream"] = {"schema": {}}
@@ -100,7 +96,7 @@ def _route(
         "responses": {"200": {"description": "OK", "content": content}} | {one: _error(one) for one in statuses},
     }
     if takes:
-        route["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(takes)}}}
+        route["requestBody"] = {"required": True, "content": {"application/json": {"schema": ref(takes)}}}
     return route
 
 
@@ -113,7 +109,7 @@ def description(version: str, weight_routes: Collection[str] = ()) -> dict[str, 
     health = _route("Health", "Health")
     health["security"] = []
     health["responses"] = {
-        status: {"description": text, "content": {"application/json": {"schema": _ref("Health")}}}
+        status: {"description": text, "content": {"application/json": {"schema": ref("Health")}}}
         for status, text in (("200", "The model answers"), ("500", "It was not loaded"), ("503", "It is loading"))
     } | {"403": _error("403")}
     started = {**health, "summary": "Startup probe", "operationId": "startup_probe"}

@@ -20,6 +20,12 @@ from .token_routes import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 
 Schema = dict[str, Any]
 
+
+def ref(name: str) -> Schema:
+    """A schema that stands elsewhere, by name."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
 MOST = 2**31 - 1
 TOKEN = {"type": "integer", "minimum": 0, "maximum": MOST}
 TOKENS = {"type": "array", "items": TOKEN}

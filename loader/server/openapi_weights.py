@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
+from .openapi_fields import Schema, ref
 from .weights import FINISH, FINISH_FIELDS, MOST_BYTES, RELOAD, RELOAD_FIELDS, START, START_FIELDS, UPDATE
 
-Schema = dict[str, Any]
 _KINDS = {str: "string", bool: "boolean"}
 _TEXTS = {
     "checkpoint": "A folder below the one that the server was given",
@@ -78,16 +77,12 @@ ERRORS = {
 }
 
 
-def _ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
 def _route(summary: str, takes: Schema, answers: str, is_required: bool) -> Schema:
     errors = {
-        status: {"description": text, "content": {"application/json": {"schema": _ref("Error")}}}
+        status: {"description": text, "content": {"application/json": {"schema": ref("Error")}}}
         for status, text in ERRORS.items()
     }
-    answer = {"description": "OK", "content": {"application/json": {"schema": _ref(answers)}}}
+    answer = {"description": "OK", "content": {"application/json": {"schema": ref(answers)}}}
     return {
         "post": {
             "summary": summary,
@@ -100,7 +95,7 @@ def _route(summary: str, takes: Schema, answers: str, is_required: bool) -> Sche
 
 
 def _json(name: str) -> Schema:
-    return {"application/json": {"schema": _ref(name)}}
+    return {"application/json": {"schema": ref(name)}}
 
 
 _FILE: Schema = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}

@@ -110,6 +110,7 @@ class _Exchange:
         self._turn = asyncio.Lock()
         self._began = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._giving_up: asyncio.Task[None] | None = None
 
     async def reload(self, request: Request) -> Response:
         """`{"checkpoint": "step-200"}`, a folder below the root; `adapter` is another, `partial` true or false."""
@@ -190,13 +191,15 @@ class _Exchange:
 
     async def _do(self, work: Callable[[], T]) -> T:
         """What `work` returns, done in a thread; what it raises ends the exchange."""
+        working = asyncio.ensure_future(asyncio.to_thread(work))
         try:
-            return await asyncio.to_thread(work)
+            return await asyncio.shield(working)
         except QuantloadError as error:
             await self._release("cancelled" if isinstance(error, LoadCancelledError) else "failure")
             logger.error("The weights were not exchanged: %s", error)
             raise ApiError(400, f"the weights were not exchanged: {error}", code="reload_failed") from error
         except BaseException:
+            await asyncio.wait([working])  # who asked may have been cancelled, and the thread goes on to its end
             await self._release("failure")
             raise
 
@@ -230,9 +233,11 @@ class _Exchange:
         if self._timer is not None:
             self._timer.cancel()
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(
-            IDLE_SECONDS, lambda: loop.create_task(self.give_up(f"there was no request for {IDLE_SECONDS:g} s"))
-        )
+        self._timer = loop.call_later(IDLE_SECONDS, self._give_up_alone)
+
+    def _give_up_alone(self) -> None:
+        giving_up = self.give_up(f"there was no request for {IDLE_SECONDS:g} s")
+        self._giving_up = asyncio.get_running_loop().create_task(giving_up)  # the loop itself keeps no hold of it
 
     async def _fields(self, request: Request, kinds: Mapping[str, type]) -> dict[str, Any]:
         """The fields of a JSON object, which may be left out altogether; `ApiError` for others and other types."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from multiprocessing import shared_memory
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,3 +218,33 @@ def test_bodies_that_are_not_understood(served: Served) -> None:
     served.post("/start_weight_update", {"partial": True})
     assert served.post("/update_weights", b"no safetensors file at all").status == 400
     assert served.client.get("/health").json["status"] == "ok"
+
+
+def test_a_request_that_is_cancelled_lets_nobody_at_the_weights_before_its_thread_has_ended() -> None:
+    given: Any = SimpleNamespace(root=None, metrics=None)
+    exchange = weights_module._Exchange(given, given)
+    began, goes_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def work() -> None:
+        began.set()
+        goes_on.wait(60)
+        order.append("worked")
+
+    async def release(result: str) -> None:
+        order.append(result)
+
+    async def cancelled() -> None:
+        asking = asyncio.create_task(exchange._do(work))
+        await asyncio.to_thread(began.wait, 60)
+        asking.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert order == []
+        goes_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    exchange._release = release  # type: ignore[method-assign]
+    asyncio.run(cancelled())
+    assert order == ["worked", "failure"]

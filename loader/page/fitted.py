@@ -16,7 +16,7 @@ def fitted(report: Mapping[str, Any]) -> Markup:
     if fit is None:
         return Markup("")
     rows = [
-        (f"{row['kind']}, {row['third']} third", row["scheme"], f"{row['modules']:,}", size(row["bytes"]),
+        (f"{row['kind']}, {row['third']} third" if row["third"] else row["kind"], row["scheme"], f"{row['modules']:,}", size(row["bytes"]),
          f"{row['share_of_loss']:.0%}")
         for row in fit["rows"]
     ]  # fmt: skip

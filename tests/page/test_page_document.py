@@ -188,10 +188,18 @@ def test_the_page_says_what_to_do_with_what_was_loaded(more: dict[str, Any], sho
 
 
 def test_the_page_says_what_was_chosen_to_fit() -> None:
-    rows = [FitRow("v_proj", "first", "mxfp8", 16, 3 << 20, 0.25), FitRow("experts", "last", "nl4", 2, 5 << 20, 0.75)]
+    rows = [FitRow("v_proj", "first", "mxfp8", 16, 3 << 20, 0.25), FitRow("head", "", "nl4", 1, 5 << 20, 0.75)]
     chosen = FitReport(16 * GIB, "the load", 15 * GIB, round(15.9 * GIB), 0.0125, rows=rows)
     page = report_body(report(plain_layers(1), fit=dataclasses.asdict(chosen)))
-    for said in ("below 16.00 GiB", "take 15.90 GiB", "12.5 thousandths", "v_proj, first third", "mxfp8", "75%"):
+    for said in (
+        "below 16.00 GiB",
+        "take 15.90 GiB",
+        "12.5 thousandths",
+        "v_proj, first third",
+        "mxfp8",
+        ">head<",
+        "75%",
+    ):
         assert said in page
     assert "What was chosen to fit" not in report_body(report(plain_layers(1)))
 

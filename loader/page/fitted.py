@@ -16,10 +16,9 @@ def fitted(report: Mapping[str, Any]) -> Markup:
     if fit is None:
         return Markup("")
     rows = [
-        (f"{row['kind']}, {row['third']} third" if row["third"] else row["kind"], row["scheme"], f"{row['modules']:,}", size(row["bytes"]),
-         f"{row['share_of_loss']:.0%}")
+        (_where(row), row["scheme"], f"{row['modules']:,}", size(row["bytes"]), f"{row['share_of_loss']:.0%}")
         for row in fit["rows"]
-    ]  # fmt: skip
+    ]
     said = (
         f"Of all schemes those were chosen that are expected to lose least while {fit['of']} stays below "
         f"{size(fit['size'], 4)}: it is planned to take {size(fit['planned_bytes'], 4)}, and to move the predictions "
@@ -31,3 +30,8 @@ def fitted(report: Mapping[str, Any]) -> Markup:
         "Schemes by kind of module and third of the layers, with their share of the expected loss", head, rows, left=2
     )
     return section("What was chosen to fit", element("p", prose(said)), shown, name="fit")
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    """A kind of module, and where it stands; the head and the embedding are in no third of the layers."""
+    return f"{row['kind']}, {row['third']} third" if row["third"] else str(row["kind"])

@@ -18,7 +18,7 @@ from ..geometry.spans import Span
 from ..model.leftovers import some
 from ..online.weight_loader import OnlineWeightLoader
 from ..options import MIB
-from .lazy import LazyTensor, shape_of
+from .lazy import EngineSink, LazyTensor, shape_of
 
 Parts = Sequence[tuple[Region, Tensor]]
 """Chunks of rows of a region, and where they belong."""
@@ -67,8 +67,9 @@ class _Arrived:
     def __init__(self, arrivals: Arrivals, tensor: Tensor) -> None:
         self._arrivals, self._tensor = arrivals, tensor
 
-    def deliver(self, source: int, span: Span, sink: OnlineWeightLoader) -> None:
+    def deliver(self, source: int, span: Span, sink: EngineSink) -> None:
         """Bring a span to a closure, a chunk of rows after the other."""
+        assert isinstance(sink, OnlineWeightLoader)  # values go to no layer that stays as stored
         self._arrivals.take(sink, list(self._parts(span, sink.align[0])))
 
     def write(self, target: Tensor, source: LazyTensor) -> None:

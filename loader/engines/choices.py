@@ -10,13 +10,16 @@ import torch
 
 from ..cpu_kernels import import_cpu_kernels
 from ..errors import PolicyError
+from ..model.stored_sources import ModuleWeights
 from ..online.storage import FinalStorage
 from ..options import LoadOptions, QuantizationPolicy
-from ..schemes.policy import Choice, Policy, matches, name_reason
+from ..schemes.names import AUTO
+from ..schemes.policy import Choice, Policy, choose_policy, matches, name_reason
 from ..schemes.registry import SchemeFactory
 from ..schemes.stored.read import READERS
 from .names import PREFIX as PREFIX
 from .names import SCHEMES as SCHEMES
+from .stored_layers import StoredLayers, together
 
 POLICY_FIELDS = frozenset(field.name for field in fields(QuantizationPolicy)) - {"linear"}
 OPTION_FIELDS = frozenset({"activations", "chunk_bytes", "kernels", "staging_bytes", "stats", "workers", "page_cache"})
@@ -69,6 +72,11 @@ def are_options(config: Mapping[str, Any], name: str) -> bool:
     return config.get("quant_method") in (name, name.removeprefix(PREFIX)) and others <= POLICY_FIELDS | OPTION_FIELDS
 
 
+def may_stay_as_stored(policy: QuantizationPolicy) -> bool:
+    """Whether layers of a quantized checkpoint are to stay as they are: `auto` stands for some of them."""
+    return AUTO in (policy.linear, policy.experts, *(scheme for _, scheme in policy.overrides))
+
+
 def say_decoded(hf_config: Any, name: str, method: str) -> None:
     """Have the config of a model say that it is quantized to `name`, and decoded from what tool `method` has stored.
 
@@ -86,17 +94,26 @@ class LayerChoices:
     """Which layer of an engine's model gets which scheme, by the engine's names, on torch's default device."""
 
     def __init__(
-        self, policy: QuantizationPolicy, options: LoadOptions, merged: Mapping[str, Sequence[str]] | None = None
+        self,
+        policy: QuantizationPolicy,
+        options: LoadOptions,
+        merged: Mapping[str, Sequence[str]] | None = None,
+        stored: StoredLayers | None = None,
     ) -> None:
-        """`merged` are the parts of merged layers, where the model says them."""
+        """`merged` are the parts of merged layers, where the model says them; `stored` what a checkpoint has of them.
+
+        With it, layers stay as they are stored where their scheme is that, or is `auto`.
+        """
         device = torch.empty(0).device
         if device.type == "cpu":
             import_cpu_kernels()
         self.storage = FinalStorage(device)
         self._merged = {**MERGED, **(merged or {})}
+        self._stored = stored
         factory = SchemeFactory(device, options, policy.scale_mode)
         with factory.compiling(torch.get_default_dtype()):
-            self.rules = Policy(policy, factory)
+            is_quantized = stored is not None
+            self.rules = Policy(choose_policy("auto", policy, is_quantized), factory, is_quantized)
 
     def linear(self, prefix: str, built_in_reason: str | None = None) -> Choice:
         """The choice for a linear layer, which may be several of the checkpoint.
@@ -104,15 +121,27 @@ class LayerChoices:
         Patterns may name it, or, where it is merged, each of its parts. `PolicyError` where those differ.
         """
         reason = built_in_reason or tower_reason(prefix)
-        head, _, last = prefix.rpartition(".")
-        parts = [f"{head}.{part}" if head else part for part in self._merged.get(last, ())]
+        parts = self._parts(prefix)
         if not parts or reason is not None or self._is_named(prefix):
-            return self.rules.linear(prefix, reason or name_reason(prefix))
-        return self.rules.fused(parts)
+            return self.rules.linear(prefix, reason or name_reason(prefix), self.stored_linear(prefix))
+        return self.rules.fused(parts, self._stored.linear(parts) if self._stored is not None else ())
 
     def experts(self, prefix: str) -> Choice:
         """The choice for the experts of a layer."""
-        return self.rules.experts(prefix, tower_reason(prefix))
+        return self.rules.experts(prefix, tower_reason(prefix), self.stored_experts(prefix))
+
+    def stored_linear(self, prefix: str) -> ModuleWeights | None:
+        """How the checkpoint stores a linear layer, all of its parts; `None` where it does not, or values."""
+        return None if self._stored is None else together(self._stored.linear(self._parts(prefix) or [prefix]))
+
+    def stored_experts(self, prefix: str) -> ModuleWeights | None:
+        """How the checkpoint stores the experts of a layer."""
+        return None if self._stored is None else self._stored.experts(prefix)
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The layers of a checkpoint that one of the engine is, if it is merged."""
+        head, _, last = prefix.rpartition(".")
+        return [f"{head}.{part}" if head else part for part in self._merged.get(last, ())]
 
     def _is_named(self, name: str) -> bool:
         """Whether a pattern fits a name."""

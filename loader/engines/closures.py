@@ -19,8 +19,10 @@ from ..geometry.layout import Shards
 from ..geometry.regions import check_no_gaps
 from ..geometry.spans import Span
 from ..model.attach import OnFinished, Process
+from ..model.stored_sources import ModuleWeights
+from ..online.as_stored import StoredCodesLoader, StoredParameter, StoredProgress
 from ..online.moe import MoeOnlineWeightLoader
-from ..online.parameter import alive, held_by
+from ..online.parameter import QuantizedParameter, alive, held_by
 from ..online.quantizing import LayerProgress, linear_quantizer
 from ..online.storage import FinalStorage
 from ..online.weight_loader import OnlineWeightLoader
@@ -28,10 +30,11 @@ from ..schemes.linear import QuantizedLinearScheme
 from ..schemes.moe import QuantizedMoEScheme
 from .arrivals import Arrivals
 from .experts_host import EngineExperts
-from .lazy import LazyTensor, Origin
+from .lazy import EngineSink, LazyTensor, Origin
 from .origin import CheckpointOrigin
 from .placing import Base, Place, Placements, Shadow
 from .rank_maxima import Division, scale_across_ranks
+from .stored_layers import stored_closures
 
 DUMMY_SCALES = {torch.uint8: 120, torch.float8_e4m3fn: 0.5}
 """What stands for a scale near 1/100 where an engine makes weights up; floats are 0.01 themselves."""
@@ -99,12 +102,16 @@ class EngineLayer:
         self.name, self.kind, self.scheme = name, kind, scheme
         self.on_finished: OnFinished = lambda name, statistics, process: process()
         self.bytes_in = 0
-        self.progress: LayerProgress
+        self.progress: LayerProgress | StoredProgress
+        self.closures: list[EngineSink] = []
+        """Of its weights."""
+        self.held: list[StoredParameter] = []
+        """Where it stays as stored: the closures of all of its tensors."""
         self.arrivals = Arrivals()
         self._announced = False
         self._origins: set[CheckpointOrigin] = set()
 
-    def finish(self, statistics: Tensor, process: Process) -> None:
+    def finish(self, statistics: Tensor | None, process: Process) -> None:
         """All of it has arrived."""
         self.on_finished(self.name, statistics, process)
 
@@ -126,10 +133,15 @@ class EngineLayer:
         self._origins.clear()
         self.bytes_in = 0
 
-    def deliver(self, closure: OnlineWeightLoader, origin: Origin, places: Sequence[Place]) -> None:
+    def deliver(self, closure: EngineSink, origin: Origin, places: Sequence[Place]) -> None:
         """Have the places of a source brought to a closure, when its origin sees fit."""
         if isinstance(origin, CheckpointOrigin):
             self._origins.add(origin)
+        elif self.held:
+            raise RouteError(
+                f"{closure.name} stays as its checkpoint stores it, which only tensors of a checkpoint can be brought "
+                f"to, and what an engine has made of them cannot: name a scheme, and it is quantized anew"
+            )
         for source, region, *strides in places:
             origin.deliver(source, Span(closure.name, region, *strides), closure)
 
@@ -147,8 +159,8 @@ class EngineLayer:
 
     def missing(self) -> Iterator[str]:
         """What has not arrived."""
-        for parameter in self.progress.parameters.values():
-            yield from parameter.tracker.described_gaps()
+        for closure in self.closures:
+            yield from closure.missing()
 
 
 def quantized_linear(
@@ -162,20 +174,25 @@ def quantized_linear(
     dtype: torch.dtype,
     attributes: Mapping[str, Any],
     division: Division | None = None,
+    stored: ModuleWeights | None = None,
 ) -> EngineLayer:
     """Register codes and scales of a linear layer, `shards` from top to bottom, and put a closure on the codes.
 
     `base` is the engine's loader, which is shown a weight of `dtype` with `attributes`; `division` says what of the
-    weight other ranks have.
+    weight other ranks have. With `stored` it stays as the checkpoint stores it.
     """
     scheme.create_weights(module, shards=shards, in_features=in_features)
     layout = scheme.layouts(module)["weight"]
     layer = EngineLayer(name, "linear", scheme)
     parameter = held_by(module, "weight", f"{name}.weight", layout, storage.device)
-    scale_across_ranks(parameter, division)
-    process = functools.partial(_process, weakref.ref(module), scheme.process_weights_after_loading)
-    layer.progress = LayerProgress({"weight": parameter}, lambda statistics: layer.finish(statistics, process))
-    closure = OnlineWeightLoader("weight", linear_quantizer(scheme, layer.progress))
+    if stored is not None:
+        (closure,) = _as_stored(layer, module, stored, {"weight": parameter}).values()
+    else:
+        scale_across_ranks(parameter, division)
+        process = functools.partial(_process, weakref.ref(module), scheme.process_weights_after_loading)
+        progress = LayerProgress({"weight": parameter}, lambda statistics: layer.finish(statistics, process))
+        closure = OnlineWeightLoader("weight", linear_quantizer(scheme, progress))
+        layer.progress = progress
     shadow = Shadow((layout.rows, layout.columns), dtype, layout.shard_borders(), attributes)
     _hold(module, "weight", layer, closure, Placements(base, shadow), storage)
     setattr(module, ATTRIBUTE, layer)
@@ -195,25 +212,45 @@ def quantized_experts(
     local_expert: Callable[[int], int],
     attributes: Mapping[str, Any] | None = None,
     divisions: Mapping[str, Division | None] | None = None,
+    stored: ModuleWeights | None = None,
 ) -> EngineLayer:
     """Register codes and scales of experts, up or gate-up first, and put closures on the codes.
 
-    `weights` are the shards and columns of each weight, `host` says what they compute besides; `base`, `attributes` and
-    `divisions`, one for each weight, are as for linear layers, `local_expert` that of `Placements`.
+    `weights` are the shards and columns of each weight, `host` says what they compute besides; `base`, `attributes`,
+    `stored` and `divisions`, one for each weight, are as for linear layers, `local_expert` that of `Placements`.
     """
     scheme.create_weights(module, num_experts=num_experts, host=host, **weights)
     layouts = scheme.layouts(module)
     layer = EngineLayer(name, "experts", scheme)
     parameters = {key: held_by(module, key, f"{name}.{key}", layout, storage.device) for key, layout in layouts.items()}
-    for key, parameter in parameters.items():
-        scale_across_ranks(parameter, (divisions or {}).get(key))
-    loader = MoeOnlineWeightLoader(module, scheme, name=name, parameters=parameters, on_finished=layer.finish)
-    layer.progress = loader.progress
+    closures: Mapping[str, EngineSink]
+    if stored is not None:
+        closures = _as_stored(layer, module, stored, parameters)
+    else:
+        for key, parameter in parameters.items():
+            scale_across_ranks(parameter, (divisions or {}).get(key))
+        loader = MoeOnlineWeightLoader(module, scheme, name=name, parameters=parameters, on_finished=layer.finish)
+        layer.progress = loader.progress
+        closures = {key: loader.bound(key) for key in layouts}
     for key, layout in layouts.items():
         shadow = Shadow((num_experts, layout.rows, layout.columns), dtype, layout.shard_borders(), attributes or {})
-        _hold(module, key, layer, loader.bound(key), Placements(base, shadow, local_expert), storage)
+        _hold(module, key, layer, closures[key], Placements(base, shadow, local_expert), storage)
     setattr(module, ATTRIBUTE, layer)
     return layer
+
+
+def _as_stored(
+    layer: EngineLayer, module: nn.Module, stored: ModuleWeights, parameters: Mapping[str, QuantizedParameter]
+) -> dict[str, EngineSink]:
+    """The closures of the codes of a layer that stays as stored, by its parameters."""
+    layer.progress, layer.held = stored_closures(module, layer.scheme, stored, parameters, layer.finish)
+    return {key: _codes(made) for key, made in zip(parameters, layer.held, strict=True)}
+
+
+def _codes(made: StoredParameter) -> StoredCodesLoader:
+    codes = made.loaders["codes"]
+    assert isinstance(codes, StoredCodesLoader)
+    return codes
 
 
 def engine_layers(model: nn.Module) -> Iterator[tuple[nn.Module, EngineLayer]]:
@@ -230,7 +267,7 @@ def check_complete(layers: Iterable[EngineLayer]) -> None:
     check_no_gaps(gaps, hint=". A layer is loaded, and reloaded, whole")
 
 
-def weight_loader(layer: EngineLayer, closure: OnlineWeightLoader, placements: Placements) -> Callable[..., Any]:
+def weight_loader(layer: EngineLayer, closure: EngineSink, placements: Placements) -> Callable[..., Any]:
     """The `weight_loader` of a parameter: a plain function, as engines ask it for its name and its signature.
 
     It is called with the parameter, the tensor, and whatever the engine's own takes, and returns what that returns. A
@@ -259,7 +296,7 @@ def _hold(
     module: nn.Module,
     name: str,
     layer: EngineLayer,
-    closure: OnlineWeightLoader,
+    closure: EngineSink,
     placements: Placements,
     storage: FinalStorage,
 ) -> None:
@@ -270,6 +307,7 @@ def _hold(
     layout.clear_padding(tuple(tensors))
     held = EngineParameter(tensors[0], requires_grad=False)
     own = weight_loader(layer, closure, placements)
+    layer.closures.append(closure)
     held.attach(own, placements, weight_loader(layer, closure, Placements(_copy, placements.shadow)))
     _describe(held, layout.numel, 1)
     module._parameters[codes] = held

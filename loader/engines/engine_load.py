@@ -26,7 +26,7 @@ from ..options import LoadOptions
 from ..recording import Expected, Recorder, tensor_bytes
 from ..schemes.registry import SchemeFactory
 from ..schemes.stored.read import read_stored
-from ..schemes.stored.weights import StoredCheckpoint
+from ..schemes.stored.weights import StoredCheckpoint, StoredWeight
 from .closures import EngineLayer, engine_layers
 from .engine_metrics import publish
 from .lazy import LazyTensor
@@ -134,6 +134,11 @@ class EngineLoad:
         """Tensors that were read whole."""
         return [each for origin in self._origins for each in origin.totals.materialized]
 
+    @property
+    def as_values(self) -> list[str]:
+        """Weights that are stored quantized, and went to tensors that hold values."""
+        return sorted({name for origin in self._origins for name in origin.totals.as_values})
+
     def _expect(self) -> None:
         final = self._final_bytes
         read_whole = len(self.materialized)
@@ -141,12 +146,28 @@ class EngineLoad:
         self._recorder.expect_layers(expected, self._assignments, lambda name: self._layers[name].bytes_in)
 
 
+def stored_weights(folder: str) -> Mapping[str, StoredWeight] | None:
+    """What the checkpoint in a folder stores quantized, by name; `None` where it is not quantized."""
+    checkpoint = resolve(folder)
+    if not _is_quantized(checkpoint):
+        return None
+    return _read(checkpoint, read_index(checkpoint)).weights
+
+
+def _is_quantized(checkpoint: Checkpoint) -> bool:
+    return (checkpoint.root / CONFIG_NAME).exists() and checkpoint.is_quantized
+
+
+def _read(checkpoint: Checkpoint, index: CheckpointIndex) -> StoredCheckpoint:
+    with SmallTensors(checkpoint, index) as read:
+        return read_stored(checkpoint.config(), index.tensors, read)
+
+
 def _stored(checkpoint: Checkpoint, index: CheckpointIndex, factory: SchemeFactory) -> StoredCheckpoint | None:
     """What a checkpoint stores quantized, whose kernels are ready then; `None` where it is not quantized."""
-    if not (checkpoint.root / CONFIG_NAME).exists() or not checkpoint.is_quantized:
+    if not _is_quantized(checkpoint):
         return None
-    with SmallTensors(checkpoint, index) as read:
-        stored = read_stored(checkpoint.config(), index.tensors, read)
+    stored = _read(checkpoint, index)
     with factory.compiling(torch.float32):
         for name in {weight.format.name for weight in stored.weights.values()}:
             factory.dequantizer(name)

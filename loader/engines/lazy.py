@@ -21,7 +21,11 @@ from ..errors import RouteError
 from ..geometry.spans import Span
 from ..model.boxes import Box
 from ..model.coordinates import MOVEMENTS, QUESTIONS, Coordinates, NotExpressible
+from ..online.as_stored import StoredCodesLoader
 from ..online.weight_loader import OnlineWeightLoader
+
+EngineSink = OnlineWeightLoader | StoredCodesLoader
+"""The closure of a weight in a layer of an engine."""
 
 _state = threading.local()
 _realizing = threading.RLock()
@@ -37,7 +41,7 @@ class Origin(Protocol):
     def read(self, source: LazyTensor, why: str) -> Tensor:
         """What `source` stands for, as a tensor; `why` says which operation needs it."""
 
-    def deliver(self, source: int, span: Span, sink: OnlineWeightLoader) -> None:
+    def deliver(self, source: int, span: Span, sink: EngineSink) -> None:
         """Bring a span of source number `source` to a closure, before the `flush` of who made the lazy tensors."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.stored_sources import ModuleWeights
 from ..online.storage import FinalStorage
 from ..schemes.linear import QuantizedLinearScheme
 from .closures import EngineLayer, quantized_linear
@@ -17,15 +18,22 @@ class LinearMethod:
     """A linear layer of an engine, merged or cut among ranks as it may be, in a scheme of ours.
 
     `maxima` are those of the ranks that the engine divides it among; `None` where there is one, or no group of them.
+    With `stored` it stays as the checkpoint has it.
     """
 
     layer: EngineLayer
 
     def __init__(
-        self, storage: FinalStorage, scheme: QuantizedLinearScheme, prefix: str, maxima: RankMaxima | None
+        self,
+        storage: FinalStorage,
+        scheme: QuantizedLinearScheme,
+        prefix: str,
+        maxima: RankMaxima | None,
+        stored: ModuleWeights | None = None,
     ) -> None:
         super().__init__()
         self.scheme, self._storage, self._prefix, self._maxima = scheme, storage, prefix, maxima
+        self._stored = stored
 
     def create_weights(
         self,
@@ -51,6 +59,7 @@ class LinearMethod:
             params_dtype,
             {"output_dim": 0, "input_dim": 1, **extra_weight_attrs},
             Division(self._maxima, rows=rows, columns=columns),
+            self._stored,
         )
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -23,11 +23,12 @@ from ..checkpoint.pieces import Piece
 from ..checkpoint.reader import PieceReader, ReadTotals
 from ..checkpoint.source import Source
 from ..checkpoint.working_memory import slots_per_worker
+from ..errors import UnsupportedCheckpointError
 from ..geometry.spans import Span
 from ..model.boxes import as_matrix, region_of
+from ..online.as_stored import StoredCodesLoader
 from ..online.non_finite import NonFiniteValues
 from ..online.sink import Sink
-from ..online.weight_loader import OnlineWeightLoader
 from ..options import LoadOptions
 from ..pieces.decoded import Dequantize
 from ..pieces.plain import plan_pieces
@@ -35,7 +36,7 @@ from ..pieces.stored import plan_stored
 from ..plan import plan_staging
 from ..schemes.stored.weights import StoredCheckpoint, StoredWeight
 from .arrivals import Arrivals, incomplete
-from .lazy import LazyTensor, shape_of
+from .lazy import EngineSink, LazyTensor, shape_of
 from .rank_maxima import expect_maxima, is_scaled_across_ranks
 from .view_sink import ViewSink
 
@@ -64,6 +65,8 @@ class OriginTotals:
     read: ReadTotals = field(default_factory=lambda: ReadTotals(0, 0.0, 0))
     runs: int = 0
     materialized: list[Materialized] = field(default_factory=list)
+    as_values: set[str] = field(default_factory=set)
+    """What is stored quantized, and went to tensors that hold values."""
 
 
 class CheckpointOrigin:
@@ -134,9 +137,12 @@ class CheckpointOrigin:
         self._waiting.check_nothing_left()
         self._arrivals.flush()
 
-    def deliver(self, source: int, span: Span, sink: OnlineWeightLoader) -> None:
+    def deliver(self, source: int, span: Span, sink: EngineSink) -> None:
         """Bring a span of a source to a closure: later, or at once if reads are `immediate`."""
-        self._waiting.add(self._entries[source], span, sink)
+        entry = self._entries[source]
+        if isinstance(sink, StoredCodesLoader):
+            _check_stored_alike(entry, sink)
+        self._waiting.add(entry, span, sink)
         if self.immediate:
             self._read_waiting()
 
@@ -151,6 +157,8 @@ class CheckpointOrigin:
         shape = shape_of(source)
         for box in itertools.chain.from_iterable(as_matrix(box, shape) for box in source.boxes):
             entry = self._entries[box.source]
+            if isinstance(entry, StoredWeight):
+                self.totals.as_values.add(entry.name)
             sinks.setdefault(entry.name, ViewSink(entry.name, matrix, self.non_finite))
             spans[entry.name].append(Span(entry.name, region_of(box), box.offset, *box.strides))
         with self._reading:
@@ -202,7 +210,12 @@ class CheckpointOrigin:
         limit = self._options.chunk_bytes
         plain = plan_pieces([entry for entry in entries if isinstance(entry, TensorEntry)], spans, sinks, limit)
         weights = [entry for entry in entries if isinstance(entry, StoredWeight)]
-        decoded = plan_stored(weights, spans, sinks, {}, limit, self._dequantizer)
+        as_is = {
+            name: sink.progress.by_role(sink.parameter)
+            for name, sink in sinks.items()
+            if isinstance(sink, StoredCodesLoader)
+        }
+        decoded = plan_stored(weights, spans, sinks, as_is, limit, self._dequantizer)
         expect_maxima([*plain.observed, *decoded.observed], sinks)
         pieces = [*plain.pieces, *decoded.pieces]
         buffers = (piece.nbytes for piece in pieces if piece.target is None)
@@ -237,7 +250,7 @@ class _Wanted(NamedTuple):
 
     entry: Entry
     span: Span
-    sink: OnlineWeightLoader
+    sink: EngineSink
     group: Hashable
 
 
@@ -251,7 +264,7 @@ class _Waiting:
         self._seen: dict[Hashable, int] = defaultdict(int)
         self._lock = threading.Lock()
 
-    def add(self, entry: Entry, span: Span, sink: OnlineWeightLoader) -> None:
+    def add(self, entry: Entry, span: Span, sink: EngineSink) -> None:
         local = sink.scales_are_local(span.region)
         group: Hashable = None if local else sink.scale_group(span.region.expert)
         with self._lock:
@@ -298,6 +311,17 @@ class _Waiting:
 
     def _is_ready(self, wanted: _Wanted) -> bool:
         return wanted.group is None or self._seen[wanted.group] >= wanted.sink.parameter.scaled_together
+
+
+def _check_stored_alike(entry: Entry, sink: StoredCodesLoader) -> None:
+    """Raise `UnsupportedCheckpointError` where a layer stays as stored, and this checkpoint stores it otherwise."""
+    wanted = sink.parameter.layout.format.name
+    found = entry.format.name if isinstance(entry, StoredWeight) else str(entry.dtype)
+    if found != wanted:
+        raise UnsupportedCheckpointError(
+            f"{sink.name} is in {wanted}, as the checkpoint stores it that it was made for, and {entry.name} is "
+            f"{found}: name a scheme to have either quantized anew"
+        )
 
 
 def layer_of(name: str) -> str:

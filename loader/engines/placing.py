@@ -22,8 +22,7 @@ from ..errors import RouteError
 from ..geometry.regions import Region
 from ..geometry.spans import Span
 from ..model.boxes import Box
-from ..online.weight_loader import OnlineWeightLoader
-from .lazy import Copy, LazyTensor, Origin, capturing, shape_of
+from .lazy import Copy, EngineSink, LazyTensor, Origin, capturing, shape_of
 
 NOBODY = -1
 """What engines call the local number of an expert that another rank has."""
@@ -184,7 +183,7 @@ class _Nowhere:
     def read(self, source: LazyTensor, why: str) -> Tensor:
         raise _NumbersWantedError
 
-    def deliver(self, source: int, span: Span, sink: OnlineWeightLoader) -> None:
+    def deliver(self, source: int, span: Span, sink: EngineSink) -> None:
         raise _NumbersWantedError
 
     def wrap(self, tensor: Tensor) -> LazyTensor:

@@ -25,6 +25,7 @@ from ..online.parameter import QuantizedParameter
 from ..online.sink import Sink
 from ..online.weight_loader import OnlineWeightLoader
 from ..ranks.exchange import MaximaExchange
+from .lazy import EngineSink
 
 
 class RankMaxima:
@@ -112,7 +113,7 @@ def scale_across_ranks(parameter: QuantizedParameter, division: Division | None)
     parameter.scale_group.exchange = division.maxima
 
 
-def is_scaled_across_ranks(sink: OnlineWeightLoader) -> bool:
+def is_scaled_across_ranks(sink: EngineSink) -> bool:
     """Whether other ranks have to be asked before the scales of a closure's parameter are known."""
     group = sink.parameter.scale_group
     return group is not None and group.exchange is not None

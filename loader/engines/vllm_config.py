@@ -6,7 +6,7 @@ built (`vllm_methods`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from ..errors import PolicyError
 from ..options import LoadOptions, QuantizationPolicy
+from ..schemes.names import AUTO
 from .choices import DECODED, is_stored, read_options, say_decoded
 from .names import PREFIX, SCHEMES
 
@@ -34,10 +35,17 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's class
         self.options = options or LoadOptions()
         self.stored: str | None = None
         """The tool that has quantized the checkpoint already."""
+        self.weights: Mapping[str, Any] | None = None
+        """What a quantized checkpoint stores, by the names there, where the loader has looked."""
+        self._rename: Callable[[str], str | None] = str
         self._methods: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_methods": None}
+        return {**self.__dict__, "_methods": None, "weights": None, "_rename": str}
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Take note of what a model calls the tensors of a checkpoint."""
+        self._rename = hf_to_vllm_mapper.map_name
 
     @classmethod
     def get_name(cls) -> str:
@@ -89,9 +97,11 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's class
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer is quantized, or kept; `None` for one that is neither linear nor experts."""
         if self._methods is None:
+            from .stored_layers import StoredLayers
             from .vllm_methods import Methods
 
-            self._methods = Methods(self.policy, self.options, self.packed_modules_mapping, self.stored)
+            layers = None if self.weights is None else StoredLayers(self.weights, self._rename)
+            self._methods = Methods(self.policy, self.options, self.packed_modules_mapping, self.stored, layers)
         return self._methods.of(layer, prefix)
 
 
@@ -106,3 +116,4 @@ def _config_class(scheme: str, name: str) -> type[QuantloadConfig]:
 
 
 CLASSES = {name: _config_class(scheme, name) for scheme in SCHEMES for name in (scheme, f"{PREFIX}{scheme}")}
+CLASSES[f"{PREFIX}{AUTO}"] = _config_class(AUTO, f"{PREFIX}{AUTO}")

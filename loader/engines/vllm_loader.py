@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from ..errors import UnsupportedCheckpointError
+from ..model.leftovers import some
 from ..options import LoadOptions
+from ..schemes.names import AUTO
+from .choices import may_stay_as_stored
 from .closures import check_complete, engine_layers
-from .engine_load import EngineLoad, Kept, tell
+from .engine_load import EngineLoad, Kept, stored_weights, tell
 from .vllm_config import QuantloadConfig
 
 logger = init_logger("vllm.quantload")
@@ -36,8 +39,17 @@ class QuantloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM's 
         config = vllm_config.quant_config
         if isinstance(config, QuantloadConfig):
             self._options, self._quantization = config.options, config.policy.linear
+            if may_stay_as_stored(config.policy):
+                config.weights = self._stored_weights(model_config)
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
         return model
+
+    def _stored_weights(self, model_config: ModelConfig) -> Mapping[str, Any] | None:
+        """What a quantized checkpoint stores, which is downloaded then; `None` where it is not quantized."""
+        folder, _, is_safetensors, _ = self._prepare_weights(
+            getattr(model_config, "model_weights", None) or model_config.model, None, model_config.revision, True, None
+        )
+        return stored_weights(folder) if is_safetensors else None
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Have the model load itself, and report.
@@ -52,6 +64,11 @@ class QuantloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM's 
                 self._load = None
             load.flush()
             check_complete(layer for _, layer in engine_layers(model))
+            if self._quantization == AUTO and load.as_values:
+                logger.warning(
+                    "quantload: stored quantized, and decoded as no quantized layer has their names: %s",
+                    some(load.as_values),
+                )
         tell(load.report(model_config.model, self._quantization), len(load.materialized), logger)
 
     def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,17 +20,19 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.platforms import current_platform
 
 from ..errors import PolicyError
+from ..model.stored_sources import ModuleWeights
 from ..online.storage import FinalStorage
 from ..options import LoadOptions, QuantizationPolicy
 from ..schemes.moe import QuantizedMoEScheme
 from ..schemes.policy import HEAD
 from .beside_llvmlite import let_llvmlite_be_looked_at
-from .choices import LayerChoices
+from .choices import LayerChoices, may_stay_as_stored
 from .closures import EngineLayer, quantized_experts
 from .experts_host import EngineExperts, Gate
 from .linear_method import LinearMethod
 from .names import LOAD_FORMAT
 from .rank_maxima import RankMaxima, expert_divisions
+from .stored_layers import StoredLayers
 
 FINAL_FORMATS = frozenset({"dummy", "sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache"})
 """Load formats of vLLM that fill in final tensors, or make them up: no checkpoint tensor comes to a closure."""
@@ -45,10 +47,12 @@ class Methods:
         options: LoadOptions,
         merged: Mapping[str, Sequence[str]],
         stored: str | None = None,
+        layers: StoredLayers | None = None,
     ) -> None:
-        """`stored` is the tool that has quantized the checkpoint, if one has."""
+        """`stored` is the tool that has quantized the checkpoint, if one has, `layers` what it has of them."""
         _check_can_decode(stored)
-        self._choices = LayerChoices(policy, options, merged)
+        _check_is_known(policy, stored, layers)
+        self._choices = LayerChoices(policy, options, merged, layers)
         group = get_tp_group()
         self._maxima = RankMaxima(group.cpu_group) if group.world_size > 1 else None
         let_llvmlite_be_looked_at()
@@ -60,15 +64,19 @@ class Methods:
         if isinstance(layer, LinearBase):
             choice = self._choices.linear(prefix)
             scheme: Any = choice.scheme
-            return KeptLinear(choice.reason) if scheme is None else QuantizedLinear(storage, scheme, prefix, maxima)
+            if scheme is None:
+                return KeptLinear(choice.reason)
+            stored = self._choices.stored_linear(prefix) if choice.keeps else None
+            return QuantizedLinear(storage, scheme, prefix, maxima, stored)
         if isinstance(layer, RoutedExperts):
             choice = self._choices.experts(prefix)
             scheme = choice.scheme
             if scheme is None:
                 return KeptExperts(layer.moe_config, choice.reason, prefix)
-            return QuantizedExperts(storage, scheme, prefix, layer.moe_config, maxima)
+            stored = self._choices.stored_experts(prefix) if choice.keeps else None
+            return QuantizedExperts(storage, scheme, prefix, layer.moe_config, maxima, stored)
         if isinstance(layer, ParallelLMHead):
-            if self._choices.linear(prefix, HEAD).scheme is not None:
+            if self._choices.rules.linear(prefix, HEAD).scheme is not None:
                 raise PolicyError(f"{prefix} is an output head, which stays as stored in vLLM: leave it out")
             return KeptHead(HEAD)
         return None
@@ -97,10 +105,17 @@ class QuantizedExperts(_Quantized, FusedMoEMethodBase):  # type: ignore[misc]
     """The routed experts of a layer of vLLM in a scheme of ours."""
 
     def __init__(
-        self, storage: FinalStorage, scheme: QuantizedMoEScheme, prefix: str, moe: Any, maxima: RankMaxima | None
+        self,
+        storage: FinalStorage,
+        scheme: QuantizedMoEScheme,
+        prefix: str,
+        moe: Any,
+        maxima: RankMaxima | None,
+        stored: ModuleWeights | None,
     ) -> None:
         super().__init__(moe)
         self._storage, self.scheme, self._prefix, self._maxima = storage, scheme, prefix, maxima
+        self._stored = stored
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
         """No kernel of vLLM is used."""
@@ -137,6 +152,7 @@ class QuantizedExperts(_Quantized, FusedMoEMethodBase):  # type: ignore[misc]
             params_dtype,
             layer._map_global_expert_id_to_local_expert_id,
             divisions=expert_divisions(self._maxima_of(self.moe), self.moe.tp_size > 1),
+            stored=self._stored,
         )
 
     def apply(
@@ -245,6 +261,15 @@ def _check_can_decode(stored: str | None) -> None:
         raise PolicyError(
             f"the checkpoint is quantized already ({stored}), and only --load-format {LOAD_FORMAT} decodes it on its "
             f"way; leave --quantization out, and vLLM loads it as it is"
+        )
+
+
+def _check_is_known(policy: QuantizationPolicy, stored: str | None, layers: StoredLayers | None) -> None:
+    """Raise `PolicyError` where layers are to stay as stored, and nothing is known of how they are."""
+    if may_stay_as_stored(policy) and stored is not None and layers is None:
+        raise PolicyError(
+            f"the checkpoint is quantized already ({stored}), and only --load-format {LOAD_FORMAT} looks at it: name a "
+            f"scheme to make weights up in that"
         )
 
 

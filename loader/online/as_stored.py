@@ -11,6 +11,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -48,6 +49,11 @@ class StoredProgress:
     def loader(self, parameter: QuantizedParameter, role: str) -> StoredTensorLoader | None:
         """The closure of one tensor of a parameter; `None` for a role that it has no use for."""
         return self._by_role.get((id(parameter), role))
+
+    def by_role(self, parameter: QuantizedParameter) -> dict[Role, StoredTensorLoader]:
+        """The closures of one parameter by the roles of their tensors."""
+        own = ((role, loader) for (number, role), loader in self._by_role.items() if number == id(parameter))
+        return {cast("Role", role): loader for role, loader in own}
 
     def complete(self, loader: StoredTensorLoader) -> None:
         """The last region of one tensor has arrived."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantload.checkpoint import FileSource, read_index
 from quantload.checkpoint.resolve import resolve
+from quantload.checkpoint.small_tensors import SmallTensors
 from quantload.engines.arrivals import Arrivals
 from quantload.engines.closures import (
     EngineLayer,
@@ -23,14 +25,18 @@ from quantload.engines.closures import (
     quantized_experts,
     quantized_linear,
 )
+from quantload.engines.engine_load import stored_weights
 from quantload.engines.experts_host import EngineExperts
 from quantload.engines.lazy import LazyTensor
 from quantload.engines.origin import CheckpointOrigin
 from quantload.engines.placing import Placements, Shadow
-from quantload.errors import MissingWeightsError, RouteError
+from quantload.engines.stored_layers import StoredLayers, together
+from quantload.errors import MissingWeightsError, RouteError, UnsupportedCheckpointError
+from quantload.model.stored_sources import ModuleWeights
 from quantload.online.storage import FinalStorage
 from quantload.options import LoadOptions
 from quantload.schemes.registry import SchemeFactory
+from quantload.schemes.stored.read import read_stored
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,11 +52,13 @@ class MergedLinear(nn.Module):
     weight: Any
     weight_scale: Any
 
-    def __init__(self, scheme: str, rank: int, ranks: int) -> None:
+    def __init__(self, scheme: str, rank: int, ranks: int, stored: ModuleWeights | None = None) -> None:
         super().__init__()
         self.rank, self.ranks = rank, ranks
         self.calls = 0
-        found: Any = SchemeFactory(CPU, LoadOptions()).linear(scheme)
+        factory = SchemeFactory(CPU, LoadOptions())
+        kept = None if stored is None else factory.prequantized_linear("attn.qkv", stored.format.name, None)
+        found: Any = kept or factory.linear(scheme)
         shards = tuple((name, rows // ranks) for name, rows in self.sizes.items())
         self.state = quantized_linear(
             self,
@@ -62,6 +70,7 @@ class MergedLinear(nn.Module):
             self.weight_loader,
             torch.bfloat16,
             {"output_dim": 0},
+            stored=stored,
         )
 
     def weight_loader(self, param: Any, loaded_weight: Tensor, loaded_shard_id: str) -> None:
@@ -83,11 +92,13 @@ class Experts(nn.Module):
     w13_weight: Any
     w2_weight: Any
 
-    def __init__(self, scheme: str, own: Sequence[int]) -> None:
+    def __init__(self, scheme: str, own: Sequence[int], stored: ModuleWeights | None = None) -> None:
         super().__init__()
         self.own = list(own)
         self.calls = 0
-        found: Any = SchemeFactory(CPU, LoadOptions()).experts(scheme)
+        factory = SchemeFactory(CPU, LoadOptions())
+        kept = None if stored is None else factory.prequantized_experts("mlp.experts", stored.format.name, None)
+        found: Any = kept or factory.experts(scheme)
         up = (("w1", self.intermediate), ("w3", self.intermediate))
         self.state = quantized_experts(
             self,
@@ -100,6 +111,7 @@ class Experts(nn.Module):
             self.weight_loader,
             torch.bfloat16,
             self.local,
+            stored=stored,
         )
 
     def local(self, expert: int) -> int:
@@ -399,3 +411,90 @@ def test_layers_are_told_of_once_they_are_complete() -> None:
     state.on_finished = lambda name, statistics, process: told.append(name)
     load_experts(layer, in_memory(weights_of(1, EXPERTS)))
     assert told == ["mlp.experts"]
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+
+def stored_in_fp8(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """A checkpoint of codes with a scale for each tensor; the values that they stand for."""
+    stored, values = dict[str, Tensor](), dict[str, Tensor]()
+    for number, (name, weight) in enumerate(weights.items()):
+        codes, scale = weight.to(torch.float8_e4m3fn), torch.tensor(0.25 * (1 + number % 3))
+        stored |= {f"{name}.weight": codes, f"{name}.weight_scale": scale}
+        values[name] = codes.float() * scale
+    save_file(stored, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16", "quantization_config": FP8}))
+    return values
+
+
+def tensors_of(folder: Path, immediate: bool = False) -> Iterator[tuple[str, LazyTensor]]:
+    """The values that a quantized checkpoint stands for, not read yet, by the names of its weights."""
+    checkpoint, factory = resolve(folder), SchemeFactory(CPU, LoadOptions())
+    index = read_index(checkpoint)
+    with SmallTensors(checkpoint, index) as read:
+        stored = read_stored(checkpoint.config(), index.tensors, read)
+    source = FileSource(checkpoint.root)
+    with CheckpointOrigin(
+        index,
+        source,
+        LoadOptions(chunk_bytes=4096),
+        CPU,
+        stored=stored,
+        dequantizer=factory.dequantizer,
+        immediate=immediate,
+    ) as origin:
+        for name, tensor in origin.tensors():
+            yield name.removesuffix(".weight"), tensor
+        origin.flush()
+
+
+def kinds(folder: Path) -> StoredLayers:
+    weights = stored_weights(str(folder))
+    assert weights is not None
+    return StoredLayers(weights, lambda name: f"layer.{name}")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_merged_layer_stays_as_its_parts_are_stored(rank: int, tmp_path: Path) -> None:
+    """Each part with a scale of its own; a second time after a reload was announced."""
+    values = stored_in_fp8(weights_of(0, QKV), tmp_path)
+    stored = together(kinds(tmp_path).linear([f"layer.{name}" for name in QKV]))
+    layer = MergedLinear("", rank, 2, stored)
+    for _ in range(2):
+        load_linear(layer, tensors_of(tmp_path))
+        layer.state.check_complete(may_be_made_up=False)
+        assert torch.equal(layer.state.scheme.dequantize(layer, "weight"), layer.rows(values))
+        layer.state.reset()
+        layer.weight.data.zero_()
+    with pytest.raises(MissingWeightsError, match=r"attn\.qkv\.weight rows 0:64"):
+        layer.state.check_complete(may_be_made_up=False)
+
+
+def test_experts_stay_as_they_are_stored(tmp_path: Path) -> None:
+    values = stored_in_fp8(weights_of(1, EXPERTS), tmp_path)
+    layer = Experts("", own=(1, 3, 5), stored=kinds(tmp_path).experts("layer"))
+    load_experts(layer, tensors_of(tmp_path, immediate=True))
+    layer.state.check_complete(may_be_made_up=False)
+    up, down = (layer.state.scheme.dequantize(layer, name) for name in ("w13_weight", "w2_weight"))
+    for local, expert in enumerate((1, 3, 5)):
+        assert torch.equal(up[local], torch.cat([values[f"{expert}.w1"], values[f"{expert}.w3"]]))
+        assert torch.equal(down[local], values[f"{expert}.w2"])
+
+
+def test_what_stays_as_stored_takes_nothing_else(tmp_path: Path, from_file: Read) -> None:
+    stored_in_fp8(weights_of(0, QKV), tmp_path)
+    layer = MergedLinear("", 0, 1, together(kinds(tmp_path).linear([f"layer.{name}" for name in QKV])))
+    with pytest.raises(RouteError, match=r"attn\.qkv\.weight stays as its checkpoint stores it"):
+        load_linear(layer, in_memory(weights_of(0, QKV)))
+    with pytest.raises(UnsupportedCheckpointError, match=r"attn\.qkv\.weight is in fp8_tensor, .* is torch\.bfloat16"):
+        load_linear(layer, from_file(weights_of(0, QKV)))
+
+
+def test_a_part_that_is_not_quantized_keeps_the_whole_from_staying_as_stored(tmp_path: Path) -> None:
+    stored_in_fp8({"q": weights_of(0, QKV)["q"]}, tmp_path)
+    found = kinds(tmp_path).linear(["layer.q", "layer.k"])
+    assert found[0] is not None
+    assert found[1] is None
+    assert together(found) is None
+    assert kinds(tmp_path).experts("other") is None

@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "demo-b=",
         "large=",
         "idefics3=quark_mxfp4",
-        *(f"{name}=int8_per_channel" for name in DECODED),
+        *(f"{name}={scheme}" for name in DECODED for scheme in ("int8_per_channel", "auto")),
         *(f"{name}=quark_mxfp4" for name in ARCHITECTURES if name != "large"),
     ]
     subprocess.run([sys.executable, HERE / "vllm_reference.py", found, *asked], check=True, timeout=800)
@@ -120,6 +120,23 @@ def test_a_checkpoint_that_is_quantized_is_quantized_anew(method: str, folder: P
     found = LoadReport.load(report)
     assert {layer.scheme for layer in found.layers} == {"int8_per_channel"}
     assert found.fallback_conversions == 0  # nothing was decoded whole
+
+
+@pytest.mark.parametrize("method", DECODED)
+def test_a_checkpoint_that_is_quantized_stays_as_it_is_stored(method: str, folder: Path, report: Path) -> None:
+    with running(folder / method / "model", "quantload_auto") as engine:
+        first = log_probabilities(engine)
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder / method / "model")})
+        assert log_probabilities(engine) == first
+    assert difference(first, expected(folder, method, "auto"), 3) < CLOSE
+    found = LoadReport.load(report)
+    assert {layer.scheme for layer in found.layers} == {"prequantized"}
+    assert found.fallback_conversions == 0
+
+
+def test_two_ranks_have_slices_of_what_is_stored(folder: Path) -> None:
+    found = in_other_processes(folder / "fp8" / "model", "quantload_auto", tensor_parallel_size=2)
+    assert difference(found, expected(folder, "fp8", "auto"), 3) < CLOSE
 
 
 @pytest.mark.usefixtures("_registered")

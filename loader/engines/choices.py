@@ -138,6 +138,10 @@ class LayerChoices:
         """How the checkpoint stores the experts of a layer."""
         return None if self._stored is None else self._stored.experts(prefix)
 
+    def let_stored_go(self) -> None:
+        """No more layers are made: what is known of a quantized checkpoint is large."""
+        self._stored = None
+
     def _parts(self, prefix: str) -> list[str]:
         """The layers of a checkpoint that one of the engine is, if it is merged."""
         head, _, last = prefix.rpartition(".")

@@ -61,6 +61,7 @@ class LinearMethod:
             Division(self._maxima, rows=rows, columns=columns),
             self._stored,
         )
+        self._stored = None
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [..., K] times the weight, plus bias."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,6 +33,7 @@ class StoredLayers:
     def __init__(self, weights: Mapping[str, StoredWeight], rename: Callable[[str], str | None]) -> None:
         named = ((rename(name), weight) for name, weight in weights.items())
         self._weights = {name: weight for name, weight in named if name is not None}
+        self._sorted = sorted(self._weights)
 
     def linear(self, names: Sequence[str]) -> list[ModuleWeights | None]:
         """Of linear layers, each for itself; `None` for one that is not quantized."""
@@ -39,7 +42,11 @@ class StoredLayers:
 
     def experts(self, prefix: str) -> ModuleWeights | None:
         """Of all experts below a name."""
-        found = [weight for name, weight in self._weights.items() if name.startswith(f"{prefix}.")]
+        first = bisect.bisect(self._sorted, f"{prefix}.")
+        names = itertools.takewhile(
+            lambda name: name.startswith(f"{prefix}."), itertools.islice(self._sorted, first, None)
+        )
+        found = [self._weights[name] for name in names]
         return ModuleWeights({ANY: found}) if found else None
 
 

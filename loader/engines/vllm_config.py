@@ -43,6 +43,12 @@ class QuantloadConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's class
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_methods": None, "weights": None, "_rename": str}
 
+    def let_stored_go(self) -> None:
+        """The model is built: what is known of a quantized checkpoint is large."""
+        self.weights = None
+        if self._methods is not None:
+            self._methods.let_stored_go()
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take note of what a model calls the tensors of a checkpoint."""
         self._rename = hf_to_vllm_mapper.map_name

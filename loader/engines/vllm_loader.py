@@ -42,12 +42,14 @@ class QuantloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM's 
             if may_stay_as_stored(config.policy):
                 config.weights = self._stored_weights(model_config)
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        if isinstance(config, QuantloadConfig):
+            config.let_stored_go()
         return model
 
     def _stored_weights(self, model_config: ModelConfig) -> Mapping[str, Any] | None:
         """What a quantized checkpoint stores, which is downloaded then; `None` where it is not quantized."""
         folder, _, is_safetensors, _ = self._prepare_weights(
-            getattr(model_config, "model_weights", None) or model_config.model, None, model_config.revision, True, None
+            model_config.model, None, model_config.revision, True, None
         )
         return stored_weights(folder) if is_safetensors else None
 

@@ -58,6 +58,10 @@ class Methods:
         let_llvmlite_be_looked_at()
         _be_quiet_about_codes()
 
+    def let_stored_go(self) -> None:
+        """See `LayerChoices.let_stored_go`."""
+        self._choices.let_stored_go()
+
     def of(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of a layer that is called `prefix`; `None` for one that is neither linear nor experts."""
         storage, maxima = self._choices.storage, self._maxima
@@ -154,6 +158,7 @@ class QuantizedExperts(_Quantized, FusedMoEMethodBase):  # type: ignore[misc]
             divisions=expert_divisions(self._maxima_of(self.moe), self.moe.tp_size > 1),
             stored=self._stored,
         )
+        self._stored = None
 
     def apply(
         self,

@@ -135,8 +135,8 @@ def test_a_checkpoint_that_is_quantized_stays_as_it_is_stored(method: str, folde
 
 
 def test_two_ranks_have_slices_of_what_is_stored(folder: Path) -> None:
-    found = in_other_processes(folder / "fp8" / "model", "quantload_auto", tensor_parallel_size=2)
-    assert difference(found, expected(folder, "fp8", "auto"), 3) < CLOSE
+    found = in_other_processes(folder / "awq" / "model", "quantload_auto", tensor_parallel_size=2)
+    assert difference(found, expected(folder, "awq", "auto"), 3) < CLOSE
 
 
 @pytest.mark.usefixtures("_registered")

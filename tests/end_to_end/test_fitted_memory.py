@@ -13,7 +13,7 @@ from typing import Any
 import big_checkpoints
 import pytest
 from quantload import LoadOptions, plan_quantized
-from quantload.fit.expected_loss import ERRORS, ladder
+from quantload.fit.choice import ladder_of
 
 HERE = Path(__file__).parent
 SIZES = 10
@@ -45,7 +45,7 @@ def test_a_load_needs_no_more_than_the_size_it_was_given(name: str, tmp_path: Pa
     """At ten sizes, from the smallest that fits to one that leaves the model as stored; with less it is refused."""
     path = CHECKPOINTS[name](tmp_path / name)
     options = LoadOptions.from_mapping(OPTIONS)
-    schemes = ladder(ERRORS)
+    schemes = ladder_of(plan_quantized(path, "nl4", device="cpu", options=options), options)
     plans = [plan_quantized(path, scheme, device="cpu", options=options).plan.memory for scheme in schemes]
     low, high = plans[0].peak_bytes, plans[-1].peak_bytes
     sizes = [low + (high - low) * step // (SIZES - 1) for step in range(SIZES)]

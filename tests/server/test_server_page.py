@@ -77,7 +77,7 @@ def test_a_load_that_failed_is_shown_with_what_to_do() -> None:
         assert events_of(client.get("/load_events").text) == [("failed", {})]
         shown = client.get("/load_page").json
     assert "CheckpointError: shard 2 &lt;is&gt; gone" in shown["html"]
-    assert "Fetch the checkpoint again" in shown["html"]
+    assert "fetch the checkpoint again" in shown["html"]
     assert "tiny as mxfp8 on cpu" in shown["html"]
 
 

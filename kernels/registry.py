@@ -70,8 +70,8 @@ class PlainLinear:
     """Whether it can read a weight as that lies in memory, and this processor has what it takes for its dtype."""
     needed: Callable[[torch.dtype, int], Needed[Any]]
     """The compiled function that so many tokens of a dtype will call."""
-    most_tokens: int
-    """With more tokens, torch is faster."""
+    most_tokens: Callable[[torch.dtype], int]
+    """How many of a dtype it takes; with more of them torch is faster."""
 
 
 class Prepared(Protocol):
@@ -238,7 +238,7 @@ def plain_linear(device: torch.device) -> PlainLinear | None:
         return None
     from .cpu import plain
 
-    return PlainLinear("numba", plain.linear, plain.serves, plain.needed, plain.MOST_TOKENS)
+    return PlainLinear("numba", plain.linear, plain.serves, plain.needed, plain.most_tokens)
 
 
 def needed_to_load(

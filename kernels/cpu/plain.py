@@ -21,7 +21,9 @@ from .operations import KINDS
 from .processor import has
 
 MOST_TOKENS = 4
-"""From here on torch's products are faster."""
+"""Whose products are made in float32; of more of them torch's are faster."""
+MOST_PAIRED = 8
+"""Tokens in BF16 that a processor multiplies pairs of, up to which it waits for the weight more than it computes."""
 
 
 def serves(weight: torch.Tensor) -> bool:
@@ -36,19 +38,28 @@ def has_values(dtype: torch.dtype) -> bool:
     return dtype in KINDS and (dtype != torch.float16 or has("f16c"))
 
 
+@cache
+def most_tokens(dtype: torch.dtype) -> int:
+    """Tokens of a dtype that `linear` takes."""
+    pairs = dtype == torch.bfloat16 and has("avx512bw") and has("avx512bf16")
+    return MOST_PAIRED if pairs else MOST_TOKENS
+
+
 def needed(dtype: torch.dtype, tokens: int) -> Needed[CFunction]:
     """The compiled task that multiplies up to `tokens` tokens of `dtype` with weights of that dtype."""
-    return linear_build.dot_task.needed(f"plain_{KINDS[dtype]}", _slots(tokens))
+    paired = "_bf16" if tokens > MOST_TOKENS else ""
+    return linear_build.dot_task.needed(f"plain_{KINDS[dtype]}{paired}", _slots(tokens))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [T, K] times the transposed weight [N, K], plus bias [N]: [T, N]; all in one dtype, T at most `MOST_TOKENS`.
+    """x [T, K] times the transposed weight [N, K], plus bias [N]: [T, N]; all in one dtype, T at most `most_tokens`.
 
-    Products and sums are float32, rounded once, with the bias added. `serves` says for which weights.
+    Products and sums are float32, rounded once, with the bias added. `serves` says for which weights. The instruction
+    that multiplies pairs, for more than `MOST_TOKENS` tokens, reads subnormal numbers as zero; torch uses it, too.
     """
     (tokens, k), n_rows = x.shape, weight.shape[0]
     slots = _slots(tokens)
-    wide = x.to(torch.float32)
+    wide = x if tokens > MOST_TOKENS else x.to(torch.float32)
     if slots != tokens:
         wide = torch.cat([wide, wide.new_zeros(slots - tokens, k)])
     wide = wide.contiguous()
@@ -58,7 +69,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     step = max(1, n_rows // (8 * threads * ROW_STEP)) * ROW_STEP
     of_weight = weight.data_ptr(), k * weight.element_size(), _scale_of_one().buffer_info()[0]
     of_out = out.data_ptr(), n_rows * out.element_size()
-    rest = k, wide.data_ptr(), 4 * k, 0, 0, 0, 0, int(narrow), 0, 0
+    rest = k, wide.data_ptr(), wide.element_size() * k, 0, 0, 0, 0, int(narrow), 0, 0
     arguments = array("q", (0, n_rows, step, *of_weight, *of_out, *rest))
     team.run(needed(x.dtype, tokens).get(), arguments.buffer_info()[0], threads)
     out = out[:tokens]

@@ -35,7 +35,8 @@ class KeptLinear(nn.Linear):
                 and kernel.serves(weight)
             ):
                 rows, columns = weight.shape
-                if input.dim() and input.shape[-1] == columns and 0 < input.numel() // columns <= kernel.most_tokens:
+                most = kernel.most_tokens(weight.dtype)
+                if input.dim() and input.shape[-1] == columns and 0 < input.numel() // columns <= most:
                     return kernel.linear(input.reshape(-1, columns), weight, bias).view(*input.shape[:-1], rows)
         return super().forward(input)
 
@@ -52,5 +53,5 @@ def needed_by_kept(modules: Iterable[nn.Module]) -> list[Any]:
     dtypes = {module.weight.dtype for module in modules if isinstance(module, KeptLinear)}
     if kernel is None:
         return []
-    found = [kernel.needed(dtype, tokens) for dtype in dtypes for tokens in range(1, kernel.most_tokens + 1)]
+    found = [kernel.needed(dtype, tokens) for dtype in dtypes for tokens in range(1, kernel.most_tokens(dtype) + 1)]
     return list(dict.fromkeys(found))

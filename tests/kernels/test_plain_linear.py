@@ -39,6 +39,19 @@ def test_bits_are_those_of_the_same_sums_in_torch(dtype: torch.dtype, tokens: in
             assert torch.equal(plain.linear(x, weight, bias), in_order(x, weight, bias)), (rows, cols)
 
 
+@pytest.mark.parametrize("tokens", [5, 8])
+def test_sums_of_more_tokens_in_bf16_are_exact_where_float32_is(tokens: int) -> None:
+    if plain.most_tokens(torch.bfloat16) < tokens:
+        pytest.skip("this processor has no products of BF16")
+    generator = torch.Generator().manual_seed(tokens)
+    x, weight, bias = (
+        torch.randint(-9, 10, shape, generator=generator).bfloat16() for shape in ((tokens, 1056), (70, 1056), (70,))
+    )
+    exact = x.double() @ weight.double().T
+    assert torch.equal(plain.linear(x, weight, None), exact.float().bfloat16())
+    assert torch.equal(plain.linear(x, weight, bias), (exact + bias.double()).float().bfloat16())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_threads_share_and_those_left_over_are_all_there(dtype: torch.dtype) -> None:
     x, weight = random(3, 2048, dtype, 1), random(259, 2048, dtype)

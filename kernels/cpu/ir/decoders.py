@@ -169,6 +169,10 @@ def _plain_decoder(kind: str) -> Decoder:
     )
 
 
+def _plain_bits(b: ir.IRBuilder, weights: ir.Value, _: Any) -> list[Vector]:
+    return [load(b, weights, I16, BLOCK)]
+
+
 DECODERS: Mapping[str, Decoder] = {
     "mxfp4_bf16": Decoder(16, 64, _mxfp4_bits, bf16_products, block_scales=1, wide=QUADS["mxfp4"]),
     "mxfp4_f32": Decoder(16, 128, _mxfp4_values, _f32_products, block_scales=1, even_first=True),
@@ -206,12 +210,13 @@ DECODERS: Mapping[str, Decoder] = {
         for scale_kind in ITEM_BYTES
     },
     **{f"plain_{kind}": _plain_decoder(kind) for kind in ITEM_BYTES},
+    "plain_bf16_bf16": Decoder(64, 64, _plain_bits, bf16_products),
 }
 """`_bf16`: activations in BF16, needs avx512bw and avx512bf16; `_vbmi_bf16` needs avx512vbmi, too. Others: activations
 in float32; `_f16c` needs f16c.
 
 Those with a `wide` want activations in another order (`wide.arrange`). `plain_`: weights that are no codes, of that
-kind, with activations in float32; `plain_f16` needs f16c.
+kind, with activations in float32 unless it ends with `_bf16`, too; `plain_f16` needs f16c.
 """
 
 

@@ -64,6 +64,7 @@ def test_perplexity_and_divergence_are_those_of_all_predictions(text: Path, monk
         assert one.divergence == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_measures_schemes_and_policies(text: Path, tmp_path: Path) -> None:
     policy = tmp_path / "some.json"
     policy.write_text(json.dumps({"linear": "nl4", "experts": "none"}))

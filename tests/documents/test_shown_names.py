@@ -45,7 +45,7 @@ def test_schemes_and_extras_that_others_are_given_exist(block: Block) -> None:
 
 
 OPTIONS_OF_OTHERS = {
-    *("--help", "--tp-size", "--enable-lora", "--lora-target-modules"),
+    *("--help", "--tp-size", "--ep-size", "--enable-lora", "--lora-target-modules"),
     *("--tables-only", "--minutes", "--out", "--readers", "--only"),
 }
 """Options in texts that are of all programs and of engines, and of scripts in bench/."""

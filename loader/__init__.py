@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
-from .collector import collector_paused
-
 if TYPE_CHECKING:
     from .convert.flow import convert_checkpoint
     from .engines.transformers import QuantloadConfig
@@ -44,6 +42,8 @@ def __getattr__(name: str) -> object:
     if name == "__version__":
         return metadata.version(__name__)
     if name in _HOMES:
+        from .collector import collector_paused
+
         with collector_paused():  # it would look at all that torch and transformers make, again and again
             module = import_module(_HOMES[name], __name__)
         return getattr(module, name)

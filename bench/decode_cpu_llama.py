@@ -168,10 +168,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{shape}-{kind}.gguf"
         write(path, SHAPES[shape], kind)
-        llama = Llama(path, int(threads))
-        print("ready", json.dumps(llama.about()), flush=True)
-        for line in sys.stdin:
-            print(json.dumps(llama.work(*json.loads(line))), flush=True)
+        llama = Llama(path, int(threads))  # which has the file mapped; this process is killed at the end
+    print("ready", json.dumps(llama.about()), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(llama.work(*json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,23 @@ DATA = Path(__file__).parent / "data"
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_transformers() -> None:
     """Imported by the processes that run tests only: they do not start before the one that starts them has got here."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+LOGGERS = [logging.getLogger(name) for name in ("quantload", "transformers", "uvicorn", "uvicorn.error", "py.warnings")]
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before(_quiet_transformers: None) -> Iterator[None]:
+    """Commands that run in the process of a test set loggers up as they do in a process of their own."""
+    before = [(logger.level, logger.propagate, [*logger.handlers]) for logger in LOGGERS]
+    yield
+    for logger, (level, propagate, handlers) in zip(LOGGERS, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:] = propagate, handlers
 
 
 @pytest.fixture(scope="session")

@@ -187,7 +187,8 @@ def test_every_option_is_known_not_to_change_a_byte_or_to_be_in_the_key() -> Non
     assert set(LoadOptions.__dataclass_fields__) - {"cache", "cache_bytes", "cache_verify"} == {
         "chunk_bytes", "staging_bytes", "max_memory", "workers", "page_cache", "stats", "strict", "retries", "digest",
         "activations", "kernels", "force", "connections", "memory_scope",
-        "fit", "fit_context", "fit_requests", "fit_sensitivity",  # the policy that they lead to is in the key
+        # The policy that these lead to is in the key:
+        "fit", "fit_context", "fit_requests", "fit_sensitivity", "fit_head",
     }  # fmt: skip
     assert set(QuantizationPolicy.__dataclass_fields__) == {
         "linear", "experts", "ignore", "overrides", "default_ignore", "scale_mode",

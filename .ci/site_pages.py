@@ -89,7 +89,8 @@ def troubleshooting() -> str:
         "the error, `error: MESSAGE [CLASS]`, which is a heading below. The page of a load that failed "
         "([`--html`](load-page/README.md)) has the same advice, for the options that were given. With `--json` a "
         "command that fails prints an object on standard output: `error` in it has `type`, `message`, `means`, "
-        "`remedy` (what to do, a list) and `exit_code`. What a load logs with `-v` says how far it came.", "",
+        "`remedy` (what to do, a list) and `exit_code`; an option that no command has is told on standard error alone. "
+        "What a load logs with `-v` says how far it came.", "",
         "| exit code | means |", "| --- | --- |", "| 0 | all went well |",
         f"| {exit_codes.EXIT_USAGE} | an option, or a pattern, that cannot be carried out |",
         f"| {exit_codes.EXIT_CHECKPOINT} | the checkpoint: a file of it, or what it has for the model |",

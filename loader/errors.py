@@ -94,9 +94,14 @@ class NonFiniteWeightError(CheckpointError):
     @staticmethod
     def leave_as_stored(parameter: str) -> str:
         """What to do about a weight that is to be quantized and goes to a parameter of that name."""
+        return NonFiniteWeightError.leave_module(parameter.rpartition(".")[0] or parameter)
+
+    @staticmethod
+    def leave_module(name: str) -> str:
+        """What to do about a weight of a module of that name that is to be quantized."""
         return (
             "weights to be quantized must be finite: repair the checkpoint, or leave this layer as stored with "
-            f"--ignore '{parameter.rpartition('.')[0] or parameter}'"
+            f"--ignore '{name}'"
         )
 
 

@@ -78,7 +78,7 @@ class Recorder:
         self._allowed: tuple[int | None, int | None] = None, None
         self._predicted_peak = 0
         self._phases = Phases()
-        self._spans = LoadSpans(doing)
+        self._doing, self._spans = doing, LoadSpans(doing)
         self._shown = bool(getattr(progress, "shown", False))
         self._next_line = SECONDS_A_LINE
         _check_usable(device)
@@ -265,7 +265,8 @@ class Recorder:
         self._bytes_in = lambda _: 0
 
     def _log(self, report: LoadReport) -> None:
-        logs.log_increase(self.ledger.increase_bytes)
+        if self._doing != "convert":
+            logs.log_increase(self.ledger.increase_bytes)
         by_scheme: dict[str, list[str]] = {}
         kept: dict[str, list[str]] = {}
         for layer in report.layers:
@@ -279,6 +280,9 @@ class Recorder:
             logs.log_prequantized(fmt, len(names), logs.layer_types(names))
         logs.log_non_finite(report.non_finite)
         kind = self.ledger.probe.kind
+        if self._doing == "convert":
+            logs.log_converted(kind, report.peak_bytes, report.bytes_read, report.final_bytes, report.seconds)
+            return
         logs.log_peak(kind, report.peak_bytes, report.final_bytes, report.staging_peak_bytes)
         logs.log_loaded(report.bytes_read, report.seconds)
 

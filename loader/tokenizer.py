@@ -28,10 +28,14 @@ def load_processor(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             f"{checkpoint.model_id!r} has no tokenizer or processor that can be loaded"
             f"{_not_json(checkpoint.root)} ({said(error)}); {WHAT_TO_DO}"
         ) from error
-    if not callable(getattr(tokenizer_of(processor), "decode", None)):
+    tokenizer = tokenizer_of(processor)
+    if not callable(getattr(tokenizer, "decode", None)):
         raise CheckpointError(
             f"{checkpoint.model_id!r} has a {type(processor).__name__} and no tokenizer; {WHAT_TO_DO}"
         )
+    if not vocabulary_files(checkpoint.root) and not tokenizer("Hi")["input_ids"]:
+        # transformers makes an empty one for some models
+        raise CheckpointError(f"{checkpoint.model_id!r} has no tokenizer; {WHAT_TO_DO}")
     return processor
 
 
@@ -65,6 +69,11 @@ def processor_files(root: Path) -> list[str]:
     """The files of a tokenizer or processor that are there."""
     found = {path.name for pattern in PROCESSOR_FILES for path in root.glob(pattern) if path.is_file()}
     return sorted(found)
+
+
+def vocabulary_files(root: Path) -> list[str]:
+    """Those of them that say what tokens there are."""
+    return [name for name in processor_files(root) if "chat_template" not in name]
 
 
 def _not_json(root: Path) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import stat
@@ -25,6 +26,7 @@ from ..errors import OutputError
 from ..kernels.system_calls import SHARES_LOCKS, lock, open_plain, sync_folder, user_owns
 from .writer import UNFINISHED_SUFFIX, Extent, ShardPlan, create_file, verified
 
+logger = logging.getLogger("quantload")
 UNFINISHED = ".unfinished"
 _JOURNAL = "journal.jsonl"
 _FILES = "files"
@@ -64,6 +66,11 @@ class OutputFolder:
         try:
             if not SHARES_LOCKS:  # nor can a file be removed there that is open
                 self._close_journal()
+            if kind is not None and self._finished:
+                logger.warning(
+                    "Finished files of weights (%d) stay in %s: the same conversion, run again, goes on from there",
+                    *(len(self._finished), self._work),
+                )
             if not self._published:
                 with contextlib.suppress(OSError):  # the next run clears it away; what went wrong before is what counts
                     self._tidy()

@@ -20,11 +20,11 @@ from ..shortage import is_shortage
 from ..threads import settle_threads
 from .compare import compare
 from .evaluate import evaluate
-from .exit_codes import EXIT_BUDGET, EXIT_OTHER, exit_code
-from .failing import drop_stdout, fails_as_json, failure_written, print_error
+from .exit_codes import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_OTHER, exit_code
+from .failing import drop_stdout, fails_as_json, failure_written, print_error, print_interrupted
 from .generate import generate
 from .groups import command_with_groups
-from .logs import console, set_up_logging
+from .logs import set_up_logging
 from .options import ConvertOptions, Html, Json, Model, ModelOptions, PlanOptions, Report
 from .output import print_json, show, tables, tell, to_stdout
 from .pages import typed, write_report_page
@@ -82,6 +82,8 @@ def load(
     chosen.logs.set_up()
     settle_threads(chosen.forward.threads)
     report, html = writable(report), writable(html, "--html")
+    if html is not None and html == report:
+        raise PolicyError(f"--report and --html are one file, {html}: give each its own")
     page = html if launched().rank == 0 else None
     with failure_written(page, model or DEMO_MODEL, chosen.quantization, chosen.device):
         arguments = chosen.arguments()
@@ -261,8 +263,12 @@ def main() -> None:
         with interrupt_first():
             app()
     except KeyboardInterrupt as error:
-        console.print("interrupted", style="red")
+        print_interrupted()
         sys.exit(exit_code(error))
+    except SystemExit as ended:
+        if ended.code == EXIT_INTERRUPTED:  # typer makes that of a KeyboardInterrupt, without a word
+            print_interrupted()
+        raise
     except BrokenPipeError:
         drop_stdout()
         sys.exit(EXIT_OTHER)

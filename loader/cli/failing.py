@@ -102,6 +102,14 @@ def print_error(error: BaseException) -> None:
         os.write(2, f"{shown}\n".encode(errors="backslashreplace"))
 
 
+def print_interrupted() -> None:
+    """Say on standard error that Ctrl-C ended a command."""
+    if log_as_json():
+        logging.getLogger("quantload").error("interrupted", extra={"fields": {"error": "KeyboardInterrupt"}})
+        return
+    console.print("interrupted", style="red")
+
+
 def drop_stdout() -> None:
     """What is still buffered for a standard output that takes nothing would raise again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

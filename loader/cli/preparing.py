@@ -135,7 +135,18 @@ def writable(path: Path | None, option: str = "--report") -> Path | None:
         return None
     path = local_path(path, option, PolicyError)
     path = Path(os.path.realpath(path))  # a link is left where it leads nowhere
-    place = path if path.exists() else path.parent
-    if path.is_symlink() or path.is_dir() or not path.parent.is_dir() or not os.access(place, os.W_OK):
-        raise PolicyError(f"{path} cannot be written: give {option} a file in a folder that you may write to")
+    why = _why_not(path)
+    if why:
+        raise PolicyError(f"{path} cannot be written: {why}; give {option} a file in a folder that you may write to")
     return path
+
+
+def _why_not(path: Path) -> str:
+    """Why a file cannot be written; nothing where it can."""
+    if path.is_symlink():
+        return "it is a link that leads nowhere"
+    if path.is_dir():
+        return "it is a folder"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    return "" if os.access(path if path.exists() else path.parent, os.W_OK) else "you may not write there"

@@ -128,7 +128,7 @@ class ExportingLoader(WritingLoader):
     ) -> None:
         first, layout = tensors[0], tensors[0].layout
         self.layout = layout if len(tensors) == 1 else replace(layout, experts=len(tensors))
-        self._names = [tensor.entry.name for tensor in tensors]
+        self._names, self._module = [tensor.entry.name for tensor in tensors], first.assignment.name
         self._stems = [tensor.stem for tensor in tensors]
         self._quantizer, self._weight = first.scheme.quantizer, first.weight
         self._shard, self._buffers, self._on_written = shard, buffers, on_written
@@ -195,7 +195,7 @@ class ExportingLoader(WritingLoader):
         try:
             self._quantizer.observe(loaded_weight, amax)
         except NonFiniteError:
-            raise non_finite_error(self._name(region.expert), loaded_weight) from None
+            raise self._not_finite(loaded_weight, region.expert) from None
         self._observation.add(region, [(block, amax)])
 
     def finish_scales(self, expert: int | None, maxima: Tensor) -> None:
@@ -218,15 +218,21 @@ class ExportingLoader(WritingLoader):
             try:
                 stats = self._quantizer.quantize(weight, tuple(own), scales_known=scales_known)
             except NonFiniteError:
-                raise self._non_finite_error(weights, experts) from None
+                raise self._first_not_finite(weights, experts) from None
             with self._lock:
                 self._statistics.add(stats.values)
 
-    def _non_finite_error(self, weights: Tensor, experts: Sequence[int | None]) -> NonFiniteWeightError:
+    def _first_not_finite(self, weights: Tensor, experts: Sequence[int | None]) -> NonFiniteWeightError:
         """The error for the first matrix that is not finite."""
         pairs = zip(weights, experts, strict=True)
         weight, expert = next((weight, expert) for weight, expert in pairs if not torch.isfinite(weight).all())
-        return non_finite_error(self._name(expert), weight)
+        return self._not_finite(weight, expert)
+
+    def _not_finite(self, weight: Tensor, expert: int | None) -> NonFiniteWeightError:
+        """The error for a matrix; what can be left as stored is the module that it is of."""
+        error = non_finite_error(self._name(expert), weight)
+        error.advice = NonFiniteWeightError.leave_module(self._module)
+        return error
 
     def finish(self) -> None:
         for constant in self._weight.constants:

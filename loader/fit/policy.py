@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,6 +23,7 @@ from ..checkpoint.index import CheckpointIndex
 from ..draft import Draft, plan_draft
 from ..errors import MemoryBudgetError, PolicyError
 from ..memory.amounts import format_bytes
+from ..memory.budget import smaller_staging
 from ..memory.report import FitReport, FitRow
 from ..options import LoadOptions, QuantizationPolicy, without_fit
 from ..schemes.registry import AS_STORED, ENTRIES
@@ -291,13 +292,25 @@ class _Chooser:
                 break
             more -= over
         least = self._choice.least
-        nbytes, room = self._planned(least)[1], self._room
-        if nbytes > room.size:
-            raise MemoryBudgetError(
-                f"nothing fits: with all modules in {self._choice.schemes[0]}, the smallest, {room.of} is predicted to "
-                f"take {format_bytes(nbytes)}, and fit is {format_bytes(room.size)}{room.because}"
-            )
+        if self._planned(least)[1] > self._room.size:
+            self._refuse(self._plan(self._choice.as_policy(least)))
         return least
+
+    def _refuse(self, least: Planned) -> NoReturn:
+        """Say that not even the smallest fits, what it takes, and what would help."""
+        memory, room = least.draft.plan.memory, self._room
+        of_what, advice = "", room.advice(least.nbytes)
+        if room.of == "the load":
+            of_what = (
+                f" (model {format_bytes(memory.final_bytes)} + staging {format_bytes(memory.staging_bytes)} + overhead "
+                f"{format_bytes(memory.slack_bytes)})"
+            )
+            advice = [*smaller_staging(memory, least.nbytes - room.size), *advice]
+        raise MemoryBudgetError(
+            f"nothing fits: with all modules in {self._choice.schemes[0]}, the smallest, {room.of} is predicted to "
+            f"take {format_bytes(least.nbytes)}{of_what}, and fit is {format_bytes(room.size)}{room.because}: "
+            f"{'; or '.join(advice)}"
+        )
 
     def _planned(self, levels: Sequence[int]) -> tuple[int, int]:
         """The bytes of a model in the end, and those that count against the size; the plan is let go of at once."""

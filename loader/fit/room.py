@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..draft import Draft
 from ..errors import MemoryBudgetError
-from ..memory.amounts import format_bytes
+from ..memory.amounts import MIB, format_bytes
 from ..memory.limits import MemoryLimit, device_limit, memory_limits
 from ..model.attention_cache import attention_cache_bytes, context_length
 from ..options import LoadOptions
@@ -50,6 +50,15 @@ class Room:
             f"{format_bytes(self.reserve_bytes)} in reserve and {cache}"
         )
 
+    def advice(self, nbytes: int) -> list[str]:
+        """What would make room for `nbytes`."""
+        if self.available_bytes is None:
+            return [f"give --fit {-(-nbytes // MIB)}MiB"]
+        return [
+            *(["ask for a smaller attention cache: --context, --requests"] if self.cache_bytes else []),
+            "free some",
+        ]
+
     @property
     def because(self) -> str:
         """How the size came about, for the end of a message; nothing where it was given."""
@@ -81,7 +90,8 @@ def free_room(draft: Draft, options: LoadOptions) -> Room:
         requests=None if one is None else requests,
     )
     if not room.size:
-        raise MemoryBudgetError(f"fit is auto, and nothing is left for the model: {room}")
+        advice = "; or ".join(room.advice(1))
+        raise MemoryBudgetError(f"fit is auto, and nothing is left for the model: {room}: {advice}")
     return room
 
 

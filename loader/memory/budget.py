@@ -65,15 +65,18 @@ def _expected(plans: Sequence[MemoryPlan]) -> str:
     return f"{predicted}; {limits}"
 
 
+def smaller_staging(plan: MemoryPlan, short: int) -> list[str]:
+    """Advice to make the staging arena smaller by `short` bytes, where it is large enough for that."""
+    staging = plan.staging_bytes - short
+    if staging < SMALLEST_USEFUL_STAGING:
+        return []
+    size = format_bytes(plan.staging_bytes)
+    return [f"make the staging arena smaller: --staging {staging // MIB}MiB instead of {size}"]
+
+
 def _advice(plan: MemoryPlan, limit: int) -> list[str]:
     short = plan.peak_bytes - limit
-    advice = []
-    staging = plan.staging_bytes - short
-    if staging >= SMALLEST_USEFUL_STAGING:
-        advice.append(
-            f"make the staging arena smaller: --staging {staging // MIB}MiB"
-            f" instead of {format_bytes(plan.staging_bytes)}"
-        )
+    advice = smaller_staging(plan, short)
     saved = _saved_by_mxfp4(plan)
     if saved > 0:
         advice.append(f"choose a narrower scheme: quark_mxfp4 would take about {format_bytes(saved)} less")

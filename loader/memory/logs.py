@@ -137,6 +137,13 @@ def log_progress(moment: Moment) -> None:
     )
 
 
+def log_converted(kind: str, peak: int, read: int, written: int, seconds: float) -> None:
+    """Log the peak of a conversion, whose result is never in memory whole, and bytes of weights read and written."""
+    logger.info("Peak %s memory during conversion: %s GiB", kind, _gib(peak))
+    rate = read / seconds / GIB if seconds > 0 else 0.0
+    logger.info("Converted %.2f GiB to %.2f GiB in %.1f s (%.2f GiB/s)", read / GIB, written / GIB, seconds, rate)
+
+
 def log_loaded(size: int, seconds: float) -> None:
     """Log the bytes read, the seconds it took and the rate."""
     rate = size / seconds / GIB if seconds > 0 else 0.0

@@ -25,7 +25,7 @@ from tokenizers.decoders import DecodeStream
 
 from ..checkpoint.folder import Checkpoint
 from ..errors import CheckpointError
-from ..tokenizer import WHAT_TO_DO, chat_templates, is_of_library, load_processor, processor_files, said
+from ..tokenizer import chat_templates, is_of_library, load_processor, processor_files, said, vocabulary_files
 from .transformers_serving import try_response_template
 
 TRIAL_SECONDS = 60.0
@@ -123,9 +123,7 @@ def try_processor(
     root = checkpoint.root
     processor = load_processor(checkpoint, trust_remote_code)
     tokenizer = getattr(processor, "tokenizer", processor)
-    vocabularies = [name for name in processor_files(root) if "chat_template" not in name]
-    if not vocabularies and not tokenizer("Hi")["input_ids"]:  # transformers makes an empty one for some models
-        raise CheckpointError(f"{checkpoint.model_id!r} has no tokenizer; {WHAT_TO_DO}")
+    vocabularies = vocabulary_files(root)
     with _step(f"{root}: encoding and decoding text with {', '.join(vocabularies)}", begins):
         _try_tokenizer(tokenizer)
     name = next((name for name in TEMPLATE_FILES if (root / name).exists()), TEMPLATE_FILES[0])

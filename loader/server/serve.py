@@ -109,6 +109,7 @@ def serve(
         logger.info("Listening on %s, loading %s", url, model_name)
         loading.start()
         server.run(sockets=[bound])
+    logger.info("Stopped listening on %s", url)
     gc.unfreeze()
     server.deadline.cancel()
     state.cancel.set()

@@ -62,8 +62,10 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
     assert disk.lacking == []
 
 
-def test_finished_shards_are_taken_up(tmp_path: Path) -> None:
+def test_finished_shards_are_taken_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     interrupted(tmp_path / "out")
+    stay = f"weights (1) stay in {tmp_path / 'out.unfinished'}: the same conversion, run again, goes on from there"
+    assert stay in caplog.text
     assert sorted(os.listdir(tmp_path)) == ["out.unfinished"]
     assert os.listdir(tmp_path / "out.unfinished/files") == [PLANS[0].path]
     with OutputFolder(tmp_path / "out", "key") as folder:

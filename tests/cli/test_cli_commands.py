@@ -553,8 +553,9 @@ def test_an_interrupt_is_130(quantload: Command, monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr("quantload.load.load_quantized", interrupted)
-    code, out, _ = quantload("load")
+    code, out, err = quantload("load")
     assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted"
 
 
 # Places that cannot be written to
@@ -576,10 +577,17 @@ def test_a_report_that_cannot_be_written_is_an_error_before_the_load(
         raise AssertionError("loaded for nothing")
 
     monkeypatch.setattr("quantload.load.load_quantized", loaded)
-    for path in (tmp_path / "no" / "such" / "folder.json", tmp_path):
+    loop = tmp_path / "loop.json"
+    loop.symlink_to(loop)
+    absent = tmp_path / "no" / "such" / "folder.json"
+    for path, why in ((absent, f"no folder {absent.parent}"), (tmp_path, "is a folder"), (loop, "leads nowhere")):
         code, out, err = quantload("load", "--report", path)
         assert (code, out) == (2, "")
-        assert str(path) in err
+        assert f"{path} cannot be written: " in err
+        assert why in err
+    code, _, err = quantload("load", "--report", tmp_path / "one", "--html", tmp_path / "one")
+    assert code == 2
+    assert "--report and --html are one file" in err
 
 
 def run(*arguments: str, stdout: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 import struct
@@ -559,6 +560,18 @@ def test_nonfinite_weight_in_other_dtypes(name: str, value: float, checkpoint: C
     assert advised is not None
     kept = load_quantized(path, policy=QuantizationPolicy(ignore=(advised[1],))).load_report.kept
     assert {module.name for module in kept} > {Q_PROJ.removesuffix(".weight")}
+
+
+def test_what_a_conversion_advises_of_a_nonfinite_expert_can_be_done(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tensor = "model.layers.1.mlp.experts.2.up_proj.weight"
+    path = rewritten(tmp_path, checkpoint("qwen3_moe"), lambda tensors: tensors[tensor].__setitem__((1, 2), math.nan))
+    with pytest.raises(e.NonFiniteWeightError, match=re.escape(tensor)) as caught:
+        convert_checkpoint(path, tmp_path / "out", "quark_mxfp4")
+    advised = re.search("--ignore '(.*)'", str(caught.value))
+    assert advised is not None
+    assert advised[1] == "model.layers.1.mlp.experts"
+    convert_checkpoint(path, tmp_path / "out", policy=QuantizationPolicy("quark_mxfp4", ignore=(advised[1],)))
+    assert (tmp_path / "out").is_dir()
 
 
 # -- what the caller asks for ---------------------------------------------------------------------------------------

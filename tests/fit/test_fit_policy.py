@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from quantload.fit import room
 from quantload.fit.expected_loss import ERRORS, grouped, items_of, ladder
 from quantload.fit.peaks import scheme_peaks
 from quantload.fit.policy import fit_policy
+from quantload.memory.amounts import parse_bytes
 from quantload.memory.limits import MACHINE, MemoryLimit
 from quantload.memory.report import LoadReport
 from quantload.options import LoadOptions
@@ -80,8 +82,15 @@ def test_everything_stays_as_stored_where_it_fits(peaks: Mapping[str, int]) -> N
 
 
 def test_what_cannot_fit_is_refused_with_both_numbers() -> None:
-    with pytest.raises(MemoryBudgetError, match=r"nothing fits: .* in int4_per_group, .*MiB, and fit is 64.000 MiB"):
+    small = r"nothing fits: .* in int4_per_group, .*MiB \(model .* MiB\), and fit is 64.000 MiB: give --fit \d+MiB$"
+    with pytest.raises(MemoryBudgetError, match=small):
         fit_policy(DEMO_MODEL, "64MiB", device="cpu")
+    with pytest.raises(MemoryBudgetError) as caught:
+        fit_policy(DEMO_MODEL, "72MiB", device="cpu")
+    advised = re.search(r"smaller: --staging (\d+MiB) instead of 4.000 MiB; or give --fit (\d+MiB)$", str(caught.value))
+    assert advised is not None
+    assert fit_policy(DEMO_MODEL, advised[2], device="cpu").planned_bytes <= parse_bytes(advised[2])
+    fit_policy(DEMO_MODEL, "72MiB", device="cpu", options=LoadOptions.from_mapping({"staging_bytes": advised[1]}))
     with pytest.raises(PolicyError, match="fit chooses the schemes"):
         fit_policy(DEMO_MODEL, "1GiB", policy=QuantizationPolicy(experts="mxfp8"), device="cpu")
 

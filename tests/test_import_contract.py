@@ -178,8 +178,9 @@ FLOORS: dict[str, Floor] = {
     "cli.exit_codes": Floor("errors shortage", "what a number says"),
     "cli.groups": Floor("", "how fields of a dataclass become parameters of a command, whatever they mean"),
     "cli.pages": Floor("errors addresses memory page", "what a command leaves for a browser"),
+    "cli.variables": Floor("", "names in the environment"),
     "cli.failing": Floor(
-        "errors addresses shortage memory page ranks.launch cli.logs cli.exit_codes cli.pages",
+        "errors addresses shortage memory page ranks.launch cli.logs cli.exit_codes cli.pages cli.variables",
         "how every command ends that fails",
     ),
     "cli.output": Floor("errors shortage memory", "what a command prints, whatever it did"),
@@ -209,7 +210,7 @@ FLOORS: dict[str, Floor] = {
     "cli.commands": Floor(
         f"{GROUND} threads memory schemes fit.check planning fit.warning load convert ranks.launch cli.logs "
         "cli.options cli.exit_codes cli.failing cli.groups cli.pages cli.output cli.preparing cli.compare cli.evaluate "
-        "cli.serve cli.generate",
+        "cli.serve cli.generate cli.variables",
         "a user of the package",
     ),
     "cli.process": Floor("cli.commands", "how its process ends"),

@@ -39,6 +39,7 @@ from .preparing import (
     writable,
 )
 from .serve import serve
+from .variables import warn_of_misspelt
 
 app = typer.Typer(
     help="Stream a checkpoint straight into a quantized model.",
@@ -59,11 +60,13 @@ def _show_version(wanted: bool) -> None:
     "Exit codes: 0; 2 usage; 3 bad checkpoint; 4 out of budget; 1 other; 130 interrupted."
 )
 def about(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", "-V", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     """Stream a checkpoint straight into a quantized model."""
+    warn_of_misspelt(getattr(context.command, "commands", {}).values())
 
 
 @app.command()

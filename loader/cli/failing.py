@@ -22,15 +22,13 @@ from ..shortage import is_shortage, refused
 from .exit_codes import exit_code
 from .logs import console, log_as_json
 from .pages import typed, write_page
-
-VARIABLES = "QUANTLOAD_"
-"""What the names of environment variables begin with that give options."""
+from .variables import PREFIX
 
 
 def given_options() -> list[str]:
     """The options that were given, on the command line by their long names or by the environment."""
     typed_ones = {argument.partition("=")[0] for argument in sys.argv[1:] if argument.startswith("--")}
-    variables = (name.removeprefix(VARIABLES) for name in os.environ if name.startswith(VARIABLES))
+    variables = (name.removeprefix(PREFIX) for name in os.environ if name.startswith(PREFIX))
     return sorted(typed_ones | {f"--{name.lower().replace('_', '-')}" for name in variables})
 
 

@@ -75,6 +75,10 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         message = f"there is nothing at {request.method} {request.url.path}"
     headers = getattr(error, "headers", None)
+    if error.status_code == 405:
+        message = (
+            f"{request.url.path} is not for {request.method}; use {(headers or {}).get('Allow', 'another method')}"
+        )
     return ApiError(error.status_code, message, headers=headers).response()
 
 

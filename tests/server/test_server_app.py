@@ -63,6 +63,7 @@ def test_nothing_else_is_there(client: Client, method: str, path: str) -> None:
 def test_a_wrong_method_is_refused(client: Client) -> None:
     reply = client.get("/v1/completions")
     assert (reply.status, reply.headers["allow"]) == (405, "POST")
+    assert reply.json["error"]["message"].endswith("is not for GET; use POST")
     error_of(reply)
 
 

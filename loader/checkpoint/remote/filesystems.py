@@ -45,7 +45,8 @@ class FilesystemClient:
             ) from None
         except Exception as error:  # of several kinds, by what is wrong with a URL
             raise UnsupportedCheckpointError(
-                f"{shown} cannot be opened: {without_credentials(str(error)[:300])}"
+                f"{shown} cannot be opened: {without_credentials(str(error)[:300])} ({scheme_of(given)}:// is read "
+                "through fsspec)"
             ) from None
 
     def get(self, name: str, start: int, stop: int, tag: Tag | None) -> Answer:

@@ -231,7 +231,7 @@ class LoadOptions:
         if self.cache is not None and (not isinstance(self.cache, (str, Path)) or not str(self.cache)):
             raise PolicyError(f"cache is {self.cache!r}; give the path of a folder")
         if self.cache is not None:
-            local_path(self.cache, "cache", PolicyError)
+            local_path(self.cache, "cache", PolicyError, may_fail=True)
         if self.cache is not None and not SHARES_LOCKS:
             raise PolicyError(
                 "cache: this system has no locks that several processes hold together (flock), which keep an entry in "

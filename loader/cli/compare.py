@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..memory.amounts import format_bytes
@@ -14,7 +13,7 @@ from .failing import fails_as_json
 from .groups import command_with_groups
 from .model_options import PolicyOptions, SourceOptions
 from .options import Device, Json, LogOptions, Model
-from .output import print_json, tables, to_stdout
+from .output import show_table, table_of_schemes
 from .preparing import found_here, libraries
 
 if TYPE_CHECKING:
@@ -55,21 +54,11 @@ def compare(
         *(given, names), device=chosen.device, policy=chosen.chosen.policy(),
         **chosen.source.values(),
     )  # fmt: skip
-    if as_json:
-        print_json(found.to_dict())
-        return
-    with to_stdout():
-        console = tables()
-        console.print(_table(found))
-        for line in _below(found):
-            console.print(line, highlight=False)
+    show_table(found, as_json, lambda: (_table(found), _below(found)))
 
 
 def _table(found: Comparison) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("scheme", overflow="fold")
-    for title in COLUMNS:
-        table.add_column(title, justify="right", overflow="fold")
+    table = table_of_schemes(COLUMNS)
     for each in found.schemes:
         fit = "-" if each.fit_loss is None else f"{each.fit_loss:.1e}: {_modules(each.fit_schemes or {})}"
         sizes = format_bytes(each.final_bytes), format_bytes(each.peak_bytes)

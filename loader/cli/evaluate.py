@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..memory.amounts import format_bytes
@@ -17,7 +16,7 @@ from .groups import command_with_groups
 from .load_options import LoadOptionsGroup, StreamOptions
 from .model_options import PolicyOptions
 from .options import Json, Model, PlanOptions
-from .output import print_json, tables, to_stdout
+from .output import show_table, table_of_schemes
 from .preparing import found_here, libraries_while_reading, sensitivity_measured
 
 if TYPE_CHECKING:
@@ -92,21 +91,11 @@ def evaluate(
         *(given, text), reference=reference, tokens=tokens,
         progress=chosen.logs.progress(), **arguments,
     )  # fmt: skip
-    if as_json:
-        print_json(found.to_dict())
-        return
-    with to_stdout():
-        console = tables()
-        console.print(_table(found))
-        for line in _below(found):
-            console.print(line, highlight=False)
+    show_table(found, as_json, lambda: (_table(found), _below(found)))
 
 
 def _table(found: Evaluation) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("scheme", overflow="fold")
-    for title in COLUMNS:
-        table.add_column(title, justify="right", overflow="fold")
+    table = table_of_schemes(COLUMNS)
     for each in (found.reference, *found.schemes):
         compared = ("-", "-", "-") if each is found.reference else _compared(each, found.reference)
         sizes = format_bytes(each.final_bytes), format_bytes(each.peak_bytes)

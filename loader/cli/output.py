@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from ..errors import QuantloadError
 from ..shortage import is_shortage
@@ -47,6 +49,27 @@ def show(report: Any, as_json: bool) -> None:
     else:
         with to_stdout():
             render(report, tables())
+
+
+def show_table(found: Any, as_json: bool, shown: Callable[[], tuple[Table, Iterable[str]]]) -> None:
+    """Print what was found: as JSON, or a table with lines below that say what its numbers mean."""
+    if as_json:
+        print_json(found.to_dict())
+        return
+    with to_stdout():
+        console, (table, below) = tables(), shown()
+        console.print(table)
+        for line in below:
+            console.print(line, highlight=False)
+
+
+def table_of_schemes(titles: Iterable[str]) -> Table:
+    """A table with a row for each scheme to come."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("scheme", overflow="fold")
+    for title in titles:
+        table.add_column(title, justify="right", overflow="fold")
+    return table
 
 
 def tables() -> Console:
